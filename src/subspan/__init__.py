@@ -1,0 +1,43 @@
+"""subspan: train any PyTorch network through far fewer numbers than it has weights.
+
+The public names, nothing else; each is imported when it is first used, so that the command line
+answers at once and ``import subspan`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subspan.checkpoint import load as load
+    from subspan.checkpoint import save as save
+    from subspan.errors import SubspanError as SubspanError
+    from subspan.families import Projection as Projection
+    from subspan.families import projection as projection
+    from subspan.families import projections as projections
+    from subspan.subspace import SubspaceModel as SubspaceModel
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Projection": "subspan.families.base",
+    "SubspaceModel": "subspan.subspace",
+    "SubspanError": "subspan.errors",
+    "load": "subspan.checkpoint",
+    "projection": "subspan.families.base",
+    "projections": "subspan.families.base",
+    "save": "subspan.checkpoint",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'subspan' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

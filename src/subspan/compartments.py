@@ -1,0 +1,231 @@
+"""Which weights share which coordinates.
+
+A compartment is a group of weights with coordinates and a projection of its own. All weights of a
+model, one tensor after another, are cut into compartments by one of these rules:
+
+    global       one compartment for everything (Li 2018)
+    layer        one for the parameters that a module holds itself (Minut 2023)
+    tensor       one for each parameter
+    uniform:k    k of equal size, across the borders of tensors (Gressmann 2020)
+    {pattern: d} one for each pattern, with its dimension
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from subspan.errors import SubspanError, unknown
+
+Rules = str | Mapping[str, int]
+Patterns = str | Sequence[str] | None
+ALLOCATIONS = {"equal": lambda n: 1.0, "sqrt": math.sqrt, "size": float}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries start … stop−1 of a flattened tensor."""
+
+    tensor: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Compartment:
+    """A group of weights and the number of its coordinates; rows of P follow its pieces in order."""
+
+    name: str
+    dim: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def weights(self) -> int:
+        """D of this compartment."""
+        return sum(map(len, self.pieces))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern selects a parameter, by the rules of PEFT on parameter names.
+
+    The pattern is the name, or the end of it after a dot ("weight", "fc1.weight"), or the same of
+    the module that holds the parameter ("fc1", "encoder.fc1"), or a regular expression that
+    matches the whole name (".*conv\\d.*").
+    """
+    ends = (name, name.rpartition(".")[0])
+    if any(end == pattern or end.endswith("." + pattern) for end in ends):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise SubspanError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def select(aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str) -> set[str]:
+    """The tensors that any of the patterns selects; a tied tensor answers to all of its names.
+
+    Args:
+        aliases: for every tensor all names that it has.
+        patterns: one pattern, several, or None for none.
+        option: the argument's name, for the error.
+
+    Raises:
+        SubspanError: for a pattern that matches nothing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
+        if not found:
+            every = [name for names in aliases.values() for name in names]
+            raise unknown(f"pattern in {option} (it matches no parameter)", pattern, every)
+        chosen |= found
+    return chosen
+
+
+def partition(
+    sizes: Mapping[str, int],
+    aliases: Mapping[str, Sequence[str]],
+    dim: int | Sequence[int] | None,
+    rules: Rules = "global",
+    allocation: str = "sqrt",
+) -> tuple[Compartment, ...]:
+    """Cut tensors into compartments and give each its dimension.
+
+    Args:
+        sizes: number of weights of each tensor, in order.
+        aliases: for every tensor all names that it has.
+        dim: coordinates in all, divided by ``allocation``; or those of each compartment in order;
+            None where the rules say it.
+        rules: see the module's docstring.
+        allocation: how a total is divided: "equal", by "sqrt" of the size, or by "size".
+
+    Raises:
+        SubspanError: for anything that leaves a compartment without coordinates or with more
+            coordinates than weights, and for weights that no rule covers.
+    """
+    groups = _groups(sizes, aliases, rules)
+    weights = [sum(map(len, pieces)) for pieces in groups.values()]
+    if isinstance(rules, Mapping):
+        if dim is not None and dim != sum(rules.values()):
+            raise SubspanError(f"the rules say d={sum(rules.values())} in all, dim says {dim}")
+        dims = list(rules.values())
+    elif isinstance(dim, Sequence) and not isinstance(dim, str):
+        dims = list(dim)
+        if len(dims) != len(groups):
+            raise SubspanError(
+                f"dim lists {len(dims)} dimensions for {len(groups)} compartments: {list(groups)}"
+            )
+    else:
+        dims = allocate(check_dim(dim), weights, allocation)
+    for name, d, size in zip(groups, dims, weights, strict=True):
+        if check_dim(d) > size:
+            raise SubspanError(
+                f"compartment {name!r} has {size} weights, too few for d={d} coordinates; "
+                f"use d <= {size}"
+            )
+    return tuple(
+        Compartment(name, d, tuple(pieces))
+        for (name, pieces), d in zip(groups.items(), dims, strict=True)
+    )
+
+
+def check_dim(dim: object) -> int:
+    """``dim`` as a positive integer, or an error that says what it is."""
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise SubspanError(f"dim must be a positive integer (the number of coordinates), got {dim!r}")
+    return dim
+
+
+def allocate(total: int, sizes: Sequence[int], allocation: str) -> list[int]:
+    """Divide ``total`` coordinates: in proportion to a function of the size, 1 to size for each.
+
+    Largest remainders, after shares have been cut to what a compartment can hold.
+    """
+    if allocation not in ALLOCATIONS:
+        raise unknown("allocation", allocation, ALLOCATIONS)
+    if not len(sizes) <= total <= sum(sizes):
+        raise SubspanError(
+            f"dim={total} must be at least the number of compartments, {len(sizes)}, "
+            f"and at most the number of weights, {sum(sizes)}"
+        )
+    shares = [ALLOCATIONS[allocation](size) for size in sizes]
+    # The common factor at which shares, each held between 1 and its size, sum up to the total.
+    low, high = 0.0, total / min(shares) + max(sizes)
+    for _ in range(100):
+        factor = (low + high) / 2
+        held = [min(max(1.0, factor * share), size) for share, size in zip(shares, sizes, strict=True)]
+        low, high = (factor, high) if sum(held) < total else (low, factor)
+    dims = [min(math.floor(x + 1e-9), size) for x, size in zip(held, sizes, strict=True)]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (dims[i] - held[i], i))
+    while (missing := total - sum(dims)) != 0:  # rounding left a few over
+        for i in by_remainder:
+            if missing and 1 <= dims[i] + (change := 1 if missing > 0 else -1) <= sizes[i]:
+                dims[i] += change
+                missing -= change
+    return dims
+
+
+def _groups(
+    sizes: Mapping[str, int], aliases: Mapping[str, Sequence[str]], rules: Rules
+) -> dict[str, list[Piece]]:
+    whole = {name: Piece(name, 0, size) for name, size in sizes.items()}
+    if isinstance(rules, Mapping):
+        return _by_patterns(whole, aliases, rules)
+    if rules == "global":
+        return {"global": list(whole.values())}
+    if rules == "tensor":
+        return {name: [piece] for name, piece in whole.items()}
+    if rules == "layer":
+        layers: dict[str, list[Piece]] = {}
+        for name, piece in whole.items():
+            # A parameter of the outermost module is a layer of its own.
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(piece)
+        return layers
+    if isinstance(rules, str) and re.fullmatch(r"uniform:[1-9]\d*", rules):
+        return _uniform(list(whole.values()), int(rules.partition(":")[2]))
+    raise SubspanError(
+        f"compartments must be 'global', 'layer', 'tensor', 'uniform:k' (k >= 1) or a mapping of "
+        f"patterns to dimensions, got {rules!r}"
+    )
+
+
+def _by_patterns(
+    whole: Mapping[str, Piece], aliases: Mapping[str, Sequence[str]], rules: Mapping[str, int]
+) -> dict[str, list[Piece]]:
+    """Each tensor goes to the first pattern that selects it."""
+    groups: dict[str, list[Piece]] = {}
+    left = dict(whole)
+    for pattern in rules:
+        chosen = select(aliases, pattern, "compartments")
+        groups[pattern] = [left.pop(name) for name in list(left) if name in chosen]
+        if not groups[pattern]:
+            raise SubspanError(f"compartment {pattern!r} is empty: earlier patterns took all it selects")
+    if left:
+        raise SubspanError(
+            f"no compartment for {', '.join(left)}: add a pattern ('.*' takes the rest) or exclude them"
+        )
+    return groups
+
+
+def _uniform(pieces: Iterable[Piece], k: int) -> dict[str, list[Piece]]:
+    """k runs of weights whose sizes differ by at most one."""
+    pieces = list(pieces)
+    total = sum(map(len, pieces))
+    if k > total:
+        raise SubspanError(f"uniform:{k} needs at least {k} weights, the network has {total}")
+    borders = [total * i // k for i in range(k + 1)]
+    groups: dict[str, list[Piece]] = {f"uniform.{i}": [] for i in range(k)}
+    offset = 0
+    for piece in pieces:
+        for i in range(k):
+            start, stop = max(borders[i], offset), min(borders[i + 1], offset + len(piece))
+            if start < stop:
+                groups[f"uniform.{i}"].append(Piece(piece.tensor, start - offset, stop - offset))
+        offset += len(piece)
+    return groups

@@ -1,0 +1,27 @@
+"""The families of projections, one per file; importing this package registers them all."""
+
+from subspan.families import (
+    fastfood,
+    gaussian,
+    hash,
+    kronecker,
+    orthogonal,
+    rademacher,
+    sparse,
+    stored,
+)
+from subspan.families.base import Projection, projection, projections
+
+__all__ = [
+    "Projection",
+    "fastfood",
+    "gaussian",
+    "hash",
+    "kronecker",
+    "orthogonal",
+    "projection",
+    "projections",
+    "rademacher",
+    "sparse",
+    "stored",
+]

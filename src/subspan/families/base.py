@@ -1,0 +1,256 @@
+"""Projection: a linear map P from d coordinates to D weights, generated and never stored.
+
+The one abstraction of this library. A family of projections is one file with one subclass of
+:class:`Projection` (or of :class:`~subspan.families.dense.DenseProjection`, which needs a single
+method); defining the class registers it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from subspan import kernels
+from subspan.errors import SubspanError, unknown
+from subspan.philox import Source
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_families: dict[str, type[Projection]] = {}
+
+
+@dataclass(frozen=True)
+class Projection(ABC):
+    """P: R^d → R^D as pure data. Holds no tensor, pickles to a few bytes, hashes and compares.
+
+    Every entry of P is a function of (seed, family, stream, step, row, column): see
+    ``docs/format.md``. Columns have unit Euclidean norm, exactly or in expectation.
+
+    Args:
+        out_dim: D, the number of weights (rows), in [d, 2³⁴].
+        in_dim: d, the number of coordinates (columns), at least 1 and below 2³¹.
+        seed: in [0, 2⁶⁴).
+        stream: in [0, 2²⁴); tells projections of one seed apart.
+
+    Raises:
+        SubspanError: for a value outside these ranges.
+    """
+
+    out_dim: int
+    in_dim: int
+    seed: int = 0
+    stream: int = 0
+
+    family: ClassVar[str]
+    """The registered name."""
+    domain: ClassVar[int]
+    """The family's own part of the random numbers' counter, in [0, 2⁸)."""
+    norm: ClassVar[Literal["exact", "expected"]]
+    """Whether columns have norm 1 or squared norm 1 in expectation."""
+    orthonormal: ClassVar[bool] = False
+    """Whether PᵀP = I exactly."""
+    bitwise: ClassVar[bool] = False
+    """Whether P w is one product per weight, hence bit-equal on every backend; else sums round."""
+    local: ClassVar[bool] = True
+    """Whether a range of rows costs in proportion to its length; else as much as all rows."""
+
+    def __init_subclass__(cls, *, family: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family is not None:
+            if family in _families:
+                raise TypeError(f"a projection named {family!r} is registered already")
+            cls.family = family
+            _families[family] = cls
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("in_dim", 1, (1 << 31) - 1), ("out_dim", 1, 1 << 34)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise SubspanError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+        if self.in_dim > self.out_dim:
+            raise SubspanError(
+                f"a subspace of dimension d={self.in_dim} does not fit in D={self.out_dim} weights; "
+                f"use d <= {self.out_dim}"
+            )
+        _ = self.source  # refuses a seed or stream out of range
+
+    @property
+    def source(self) -> Source:
+        """The random numbers of this projection."""
+        return Source(self.seed, self.domain, self.stream)
+
+    # ---- the public products: validate once, then the operator -------------------------------
+
+    def matvec(self, w: Tensor, *, step: int | Tensor = 0, rows: range | None = None) -> Tensor:
+        """Rows of P w.
+
+        Args:
+            w: (d,) coordinates, of a floating dtype.
+            step: which redraw of P, in [0, 2³²); a 0-D int64 tensor where it changes inside a
+                compiled region.
+            rows: a range with step 1 inside [0, D); all rows by default.
+
+        Returns:
+            (len(rows),) in the dtype and on the device of ``w``.
+
+        Raises:
+            SubspanError: for a vector, range or step that does not fit.
+        """
+        rows = self._check(w, "w", step, rows, length=self.in_dim)
+        return project(w, as_step(step), self.recipe, rows.start, rows.stop, False)
+
+    def rmatvec(self, g: Tensor, *, step: int | Tensor = 0, rows: range | None = None) -> Tensor:
+        """Pᵀ g restricted to the given rows: the exact adjoint of :meth:`matvec`.
+
+        Args:
+            g: (len(rows),) weights or gradients, of a floating dtype.
+            step: as in :meth:`matvec`.
+            rows: as in :meth:`matvec`.
+
+        Returns:
+            (d,) in the dtype and on the device of ``g``.
+
+        Raises:
+            SubspanError: for a vector, range or step that does not fit.
+        """
+        rows = self._check(g, "g", step, rows, length=None)
+        return project(g, as_step(step), self.recipe, rows.start, rows.stop, True)
+
+    def dense(
+        self, *, step: int | Tensor = 0, rows: range | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:  # fmt: skip
+        """Rows of P as a (len(rows), d) matrix: for tests, pictures and small problems."""
+        identity = torch.eye(self.in_dim, dtype=dtype)
+        return torch.stack([self.matvec(e, step=step, rows=rows) for e in identity], dim=1)
+
+    def _check(
+        self, x: Tensor, name: str, step: int | Tensor, rows: range | None, length: int | None
+    ) -> range:
+        rows = range(self.out_dim) if rows is None else rows
+        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= self.out_dim:
+            raise SubspanError(f"rows must be a range inside range(0, {self.out_dim}), got {rows}")
+        expected = len(rows) if length is None else length
+        if not isinstance(x, Tensor) or x.shape != (expected,):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise SubspanError(f"{name} must be a tensor of shape ({expected},), got {got}")
+        if x.dtype not in FLOATS:
+            raise SubspanError(f"{name} must be of a floating dtype, got {x.dtype}")
+        if isinstance(step, Tensor):
+            if step.dim() != 0 or step.dtype != torch.int64:
+                raise SubspanError("step must be an integer or a 0-D int64 tensor")
+        elif not 0 <= step < 1 << 32:
+            raise SubspanError(f"step must be in [0, 2^32), got {step}")
+        return rows
+
+    # ---- what a family writes --------------------------------------------------------------------
+
+    @abstractmethod
+    def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start … stop−1 of P w; ``w`` is a contiguous (d,) float32 or float64 vector."""
+
+    @abstractmethod
+    def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        """The adjoint; ``g`` is a contiguous (stop − start,) float32 or float64 vector."""
+
+    def _apply(self, x: Tensor, step: Tensor, start: int, stop: int, adjoint: bool) -> Tensor:
+        """Clean input for the hooks: low precisions computed in float32, kernels where they exist."""
+        work = x.contiguous() if x.dtype == torch.float64 else x.to(torch.float32).contiguous()
+        if kernel := kernels.find(self.family, work):
+            product = kernel.rmatvec if adjoint else kernel.matvec
+            out = product(self, work, step, start, stop)
+        else:
+            out = (self._rmatvec if adjoint else self._matvec)(work, step, start, stop)
+        return out.to(x.dtype)
+
+    # ---- the recipe: constructor arguments, nothing else -----------------------------------------
+
+    @property
+    def recipe(self) -> str:
+        """The JSON text that :func:`from_recipe` turns back into this projection."""
+        return _recipe(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _recipe(projection: Projection) -> str:
+    return json.dumps({"family": projection.family} | asdict(projection), sort_keys=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def from_recipe(recipe: str) -> Projection:
+    """The projection of :attr:`Projection.recipe`."""
+    options = json.loads(recipe)
+    return projection(options.pop("family"), **options)
+
+
+def projections() -> dict[str, type[Projection]]:
+    """Every registered family by name; a class's docstring says what it is and whose."""
+    return dict(sorted(_families.items()))
+
+
+def projection(
+    name: str, *, out_dim: int, in_dim: int, seed: int = 0, stream: int = 0, **options: Any
+) -> Projection:
+    """A projection by name.
+
+    Args:
+        name: one of :func:`projections`.
+        out_dim: D, the number of weights.
+        in_dim: d, the number of coordinates.
+        seed: in [0, 2⁶⁴).
+        stream: in [0, 2²⁴).
+        options: what the family has beyond these (``s`` of ``sparse``, say).
+
+    Raises:
+        SubspanError: for an unknown name or option, or a value out of range.
+    """
+    if name not in _families:
+        raise unknown("projection", name, _families)
+    family = _families[name]
+    known = {field.name for field in fields(family)} - {f.name for f in fields(Projection)}
+    for option in options:
+        if option not in known:
+            if not known:
+                raise SubspanError(f"projection {name!r} has no options, got {option!r}")
+            raise unknown(f"option of projection {name!r}", option, known)
+    return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
+
+
+# ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
+
+
+@torch.library.custom_op("subspan::project", mutates_args=())
+def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """P x or Pᵀ x for rows start … stop−1, without the checks of the public methods."""
+    out = from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+    return out.clone() if out is x else out  # an operator must not return its argument
+
+
+@project.register_fake
+def _(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    return x.new_empty(from_recipe(recipe).in_dim if adjoint else stop - start)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, step, *ctx.rest = inputs
+    ctx.save_for_backward(step)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (step,) = ctx.saved_tensors
+    recipe, start, stop, adjoint = ctx.rest
+    return project(grad, step, recipe, start, stop, not adjoint), None, None, None, None, None
+
+
+project.register_autograd(_backward, setup_context=_save)
+
+
+def as_step(step: int | Tensor) -> Tensor:
+    """A step as the operator takes it: a 0-D int64 tensor."""
+    return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.int64)

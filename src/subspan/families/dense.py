@@ -1,0 +1,39 @@
+"""Families whose entries are independent: one hook writes a block, both products follow."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from subspan.families.base import Projection
+
+CHUNK = 1 << 22  # entries of P that exist at once
+
+
+class DenseProjection(Projection):
+    """A family that can write down any block of its rows."""
+
+    @abstractmethod
+    def _entries(
+        self, step: Tensor, start: int, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows start … stop−1 of P, (stop − start, d)."""
+
+    def _blocks(self, x: Tensor, step: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+        rows = max(1, CHUNK // self.in_dim)
+        for first in range(start, stop, rows):
+            yield self._entries(step, first, min(first + rows, stop), x.device, x.dtype)
+
+    def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        blocks = self._blocks(w, step, start, stop)
+        return torch.cat([w.new_empty(0), *(block @ w for block in blocks)])
+
+    def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        out, done = g.new_zeros(self.in_dim), 0
+        for block in self._blocks(g, step, start, stop):
+            out += g[done : done + len(block)] @ block
+            done += len(block)
+        return out

@@ -1,0 +1,76 @@
+"""One signed coordinate per weight: θ_i = ±w_b(i)/√n_b, with buckets of equal size.
+
+Source: Chen, Wilson, Tyree, Weinberger and Chen, "Compressing neural networks with the hashing
+trick", ICML 2015; the same map with equal buckets is in Uni-LoRA (2025) and GPart.
+
+A keyed permutation π deals the D weights to the d buckets like cards, b(i) = π(i) mod d, so that
+bucket b holds n_b = ⌊D/d⌋ + [b < D mod d] weights and every column norm is known in closed form:
+P is an isometry onto its range. Doubling d splits each bucket in two (π(i) mod 2d mod d = π(i) mod d),
+hence the subspace of d lies inside that of k·d for the same seed, D and signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan.families.base import Projection
+from subspan.cache import cache
+
+CHUNK = 1 << 22  # rows indexed at once
+
+
+@dataclass(frozen=True)
+class Hash(Projection, family="hash"):
+    """One signed coordinate per weight, equal buckets (HashedNets, Chen 2015): an isometry in O(D).
+
+    Sequence 0 of the source holds the signs, sequence 1 the keys of the permutation.
+    """
+
+    domain = 3
+    norm = "exact"
+    orthonormal = True
+    bitwise = True
+
+    def _index(self, step: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+        """2·b(i) + [sign is minus] for rows start … stop−1, int64 (stop − start,)."""
+        rows = torch.arange(start, stop, device=device)
+        bucket = self.source.permutation(self.out_dim, column=1, step=step)(rows) % self.in_dim
+        return 2 * bucket + self.source.signbits(start, stop, column=0, step=step, device=device)
+
+    def _indices(
+        self, step: Tensor, start: int, stop: int, device: torch.device
+    ) -> list[tuple[slice, Tensor]]:
+        """The index by chunks; of matrices that fit the budget it is kept between calls."""
+        parts = [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
+        found = []
+        for first, last in parts:
+            key = ("hash", self, int(step), first, last, device)
+            (index,) = cache.get(key, lambda a=first, b=last: (self._index(step, a, b, device),))
+            found.append((slice(first - start, last - start), index))
+        return found
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1/√n_b of every bucket, (d,), like ``x``."""
+        small, larger = divmod(self.out_dim, self.in_dim)
+        size = x.new_full((self.in_dim,), small, dtype=torch.float64)
+        size[:larger] += 1
+        return size.rsqrt().to(x.dtype)
+
+    def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        # The table holds each scaled coordinate and its negative, so that the product is a gather.
+        scaled = w * self.scale(w)
+        table = torch.stack((scaled, -scaled), dim=1).flatten()
+        out = w.new_empty(stop - start)
+        for part, index in self._indices(step, start, stop, w.device):
+            torch.index_select(table, 0, index, out=out[part])
+        return out
+
+    def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        table = g.new_zeros(2 * self.in_dim)
+        for part, index in self._indices(step, start, stop, g.device):
+            table.index_add_(0, index, g[part])
+        plus, minus = table.view(-1, 2).unbind(dim=1)
+        return (plus - minus) * self.scale(g)

@@ -1,0 +1,1 @@
+"""The laboratory: data, networks, training, sweeps and reports (extra ``lab``)."""

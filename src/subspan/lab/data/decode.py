@@ -1,0 +1,192 @@
+"""From whatever ``datasets.load_dataset`` reads to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError, unknown
+from subspan.lab.data.images import RawData, Split
+from subspan.lab.data.order import TEST, hold_out
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+
+
+def read(
+    path: str,
+    *,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> RawData:
+    """Read and decode an image classification set.
+
+    It is streamed: ``datasets`` then leaves no copy of it in a cache of its own.
+
+    Args:
+        path: a local folder or a name on the Hub.
+        revision: the Hub's commit; None for a local folder.
+        image_column: where the images are; None finds it.
+        label_column: where the labels are; None finds it.
+
+    Raises:
+        SubspanError: the set cannot be read, or is not one of equally large, labelled images.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    with _readable(path):
+        parts = datasets.load_dataset(path, revision=revision, streaming=True)
+        features = next(iter(parts.values())).features
+        if features is None:  # a format without types, such as text
+            features = dict.fromkeys(next(iter(next(iter(parts.values()))), {}))
+    images = _column("image", path, features, datasets.Image, IMAGE_COLUMNS, image_column)
+    labels = _column("label", path, features, datasets.ClassLabel, LABEL_COLUMNS, label_column)
+    classes = getattr(features[labels], "num_classes", None)
+    train, test, notes = _choose_parts(path, list(parts))
+
+    pixels: list[list[np.ndarray]] = []
+    values: list[list[Any]] = []
+    for name in [train, test] if test else [train]:
+        rows = parts[name].select_columns([images, labels])
+        if not isinstance(features[images], datasets.Image):
+            rows = rows.cast_column(images, datasets.Image())
+        size = pixels[0][0].shape[-2:] if pixels else None
+        arrays, part_values = _decode(path, name, rows, images, labels, size)
+        pixels.append(arrays)
+        values.append(part_values)
+
+    stacked = _stack(pixels)
+    encoded, classes = _encode(path, values, classes)
+    splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
+    train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
+    return RawData(train_split, test_split, classes, notes)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn what ``datasets`` and its readers raise, which is of many types, into one sentence."""
+    try:
+        yield
+    except SubspanError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SubspanError(
+            f"cannot read {path} as images ({cause}): expected a folder with one sub-folder of "
+            "images per class, parquet files, or another layout that datasets.load_dataset knows"
+        ) from error
+
+
+def _column(
+    kind: str,
+    path: str,
+    features: dict[str, Any],
+    feature_type: type,
+    usual: Sequence[str],
+    asked: str | None,
+) -> str:
+    """The column asked for; else the only one of the type; else one by its usual name."""
+    if asked is not None:
+        if asked not in features:
+            raise unknown(f"{kind} column", asked, features)
+        return asked
+    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    if len(typed) == 1:
+        return typed[0]
+    for name in usual:
+        if name in (typed or features):
+            return name
+    raise SubspanError(
+        f"{path} has no column that is plainly the {kind}: its columns are "
+        f"{', '.join(features)}: name the right one as {kind}_column"
+    )
+
+
+def _choose_parts(path: str, names: list[str]) -> tuple[str, str | None, tuple[str, ...]]:
+    """Which part is for training, which for the test (None: none is), and what to say of it."""
+    if "train" not in names and len(names) > 1:
+        raise SubspanError(f"{path} must have a part 'train' or one part only, got {names}")
+    train = "train" if "train" in names else names[0]
+    test = next((name for name in TEST_SPLITS if name in names and name != train), None)
+    if test is None:
+        return train, None, ("no test part: 1/6 of the images, drawn once for all, serve as it",)
+    if test != "test":
+        return train, test, (f"no test part: the part {test!r} serves as it",)
+    return train, test, ()
+
+
+def to_array(image: Image) -> np.ndarray:
+    """Decode one image: uint8 (H, W) if it is grey, else RGB as (3, H, W)."""
+    if image.mode in ("1", "L", "LA"):
+        return np.asarray(image.convert("L"))
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
+        return (np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8)
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _decode(
+    path: str,
+    part: str,
+    rows: Iterable[dict[str, Any]],
+    images: str,
+    labels: str,
+    size: tuple[int, ...] | None,
+) -> tuple[list[np.ndarray], list[Any]]:
+    """One part's decoded images, all of ``size`` (None: of the first one's), and its labels."""
+    arrays, values = [], []
+    with _readable(path):
+        for row in rows:
+            array = to_array(row[images])
+            size = size or array.shape[-2:]
+            if array.shape[-2:] != size:  # at once: large photographs would fill the memory
+                raise SubspanError(
+                    f"all images of {path} must have one size, found {size[0]}x{size[1]} and "
+                    f"{array.shape[-2]}x{array.shape[-1]} (height x width): resize them to one"
+                )
+            arrays.append(array)
+            values.append(row[labels])
+    if not arrays:
+        raise SubspanError(f"the part {part!r} of {path} must have images, got none: add some")
+    return arrays, values
+
+
+def _stack(parts: list[list[np.ndarray]]) -> list[Tensor]:
+    """Each part as uint8 (N, C, H, W); grey images among colour ones become RGB."""
+    channels = 3 if any(array.ndim == 3 for part in parts for array in part) else 1
+    size = parts[0][0].shape[-2:]
+    stacked = [np.empty((len(part), channels, *size), np.uint8) for part in parts]
+    for images, part in zip(stacked, parts, strict=True):
+        for i, array in enumerate(part):
+            images[i] = array
+    return [torch.from_numpy(images) for images in stacked]
+
+
+def _encode(path: str, parts: list[list[Any]], classes: int | None) -> tuple[list[Tensor], int]:
+    """Each part's labels as int64 (N,), and the number of classes.
+
+    Without known ``classes``, the distinct values (integers or strings) are numbered in order.
+    """
+    every = [value for part in parts for value in part]
+    types = {type(value) for value in every}
+    if types not in ({int}, {bool}, {str}):
+        found = ", ".join(sorted(kind.__name__ for kind in types))
+        raise SubspanError(f"labels of {path} must all be integers or all strings, got {found}")
+    known = range(classes) if classes else sorted(set(every))
+    number = {value: i for i, value in enumerate(known)}
+    if unlabelled := set(every) - set(number):
+        raise SubspanError(
+            f"labels of {path} must be in [0, {classes}), got {min(unlabelled)}: "
+            "leave out images without a label"
+        )
+    return [torch.tensor([number[value] for value in part]) for part in parts], len(number)

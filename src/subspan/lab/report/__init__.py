@@ -1,0 +1,56 @@
+"""Pictures and a page of a sweep or of a single run, from the JSON that it left on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from subspan.lab.report.records import Sweep, read
+
+
+def write(folder: Path) -> list[Path]:
+    """Write ``curve.png``, ``curve.svg`` and ``report.html`` beside the record they show.
+
+    A sweep (``sweep.json``) gives accuracy against d with the intrinsic dimensions marked; a
+    single run (``record.json``), where there is no sweep, its losses and accuracy by epoch.
+    The page is self-contained: it loads nothing from anywhere.
+
+    Args:
+        folder: the output folder of the sweep or run.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SubspanError: neither record is in the folder, or the one found is damaged or of a newer
+            format; nothing is written then.
+    """
+    found = read(folder)
+    from subspan.lab.report import page, pictures  # matplotlib takes a second to import
+
+    if isinstance(found, Sweep):
+        figure, contents = pictures.sweep_figure(found), page.of_sweep(found)
+    else:
+        figure, contents = pictures.run_figure(found), page.of_run(found)
+    svg = pictures.svg(figure)
+    files = {
+        folder / "curve.png": pictures.png(figure),
+        folder / "curve.svg": svg,
+        folder / "report.html": page.render(contents, svg).encode(),
+    }
+    for path, content in files.items():
+        _replace(path, content)
+    return list(files)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

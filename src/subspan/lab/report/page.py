@@ -1,0 +1,268 @@
+"""The page of a report: what a sweep or a run has to say, as tables, and the template's filling."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from subspan.lab.report.curves import d_int_bound, d_int_name, number, title
+from subspan.lab.report.records import Published, Row, Run, Sweep
+
+_DASH = "–"  # not recorded, or not known
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs and a table: of figures, set flush right, or of words."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+    text: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """All words of a page; the picture comes separately."""
+
+    title: str
+    lead: Sequence[str]
+    caption: str
+    sections: Sequence[Section]
+
+
+def render(page: Page, svg: bytes) -> str:
+    """The page as one self-contained HTML document with the picture inside.
+
+    The picture is an image in a data URI, so that nothing in it can run.
+    """
+    template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    picture = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    return environment.from_string(template).render(page=page, picture=picture)
+
+
+def of_sweep(sweep: Sweep) -> Page:
+    """The page of a sweep."""
+    caption = (
+        "Test accuracy against d. Lines join the means over seeds, dots are the seeds and bands "
+        "their range. A vertical line marks an intrinsic dimension, the bar at its top the "
+        "interval."
+    )
+    if sweep.published:
+        caption += " Dashed, with open markers: published."
+    protocol = (
+        "Mean ± standard deviation over seeds. The learning rate is the best on validation; the "
+        "test set is read once, at the end."
+    )
+    rows = [*sweep.rows, sweep.baseline] if sweep.baseline else sweep.rows
+    sections = [_intrinsic(sweep)] if sweep.d_int else []
+    sections.append(_accuracy(rows, protocol))
+    sections += [_side_by_side(source, sweep) for source in sweep.published]
+    sections.append(_cost(rows))
+    if sweep.failed:
+        sections.append(Section("Failed runs", ["run", "reason"], sweep.failed, words=True))
+    lead = _answer(sweep) + _unfinished(sweep)
+    return Page(title(sweep), lead, caption, sections + _facts(sweep))
+
+
+def of_run(run: Run) -> Page:
+    """The page of a single run."""
+    lead = [f"Test accuracy: {100 * score:.2f} %" for score in run.row.test_accuracy]
+    lead += [*_unfinished(run), *([run.error] if run.error else [])]
+    caption = "Losses and validation accuracy by epoch. The test set is read once, at the end."
+    sections = [_accuracy([run.row]), _cost([run.row]), _history(run)]
+    return Page(title(run), lead, caption, sections + _facts(run))
+
+
+def _answer(sweep: Sweep) -> list[str]:
+    """The one thing a sweep is run for, in a sentence."""
+    if not sweep.rows:
+        return ["No run succeeded; the reasons are below."]
+    if not sweep.d_int or sweep.baseline is None:
+        return []
+    goal = f"{100 * sweep.threshold:g} % of the accuracy of {sweep.baseline.label}"
+    reached = {m: found.value for m, found in sweep.d_int.items() if found.value is not None}
+    if not reached:
+        return [f"No method reaches {goal}."]
+    best = min(reached, key=lambda method: reached[method])
+    return [
+        f"{best} reaches {goal} at d {d_int_bound(sweep.d_int[best])}"
+        + (f" of D = {sweep.weights:,}." if sweep.weights else ".")
+    ]
+
+
+def _unfinished(found: Sweep | Run) -> list[str]:
+    if found.status == "complete":
+        return []
+    return [f"Status: {found.status}. The page shows what there is so far."]
+
+
+def _intrinsic(sweep: Sweep) -> Section:
+    rows, notes = [], []
+    for method, found in sweep.d_int.items():
+        ends = [_or_dash(number, end) for end in (found.low, found.high)]
+        share = 100 * found.value / sweep.weights if found.value and sweep.weights else None
+        rows.append(
+            [
+                method,
+                d_int_bound(found).removeprefix("= "),
+                f"{ends[0]} to {ends[1]}" if set(ends) != {_DASH} else _DASH,
+                _or_dash("{:.2g}".format, share),
+                f"{100 * found.target:.2f}",
+            ]
+        )
+        if found.note:
+            notes.append(f"{method}: {found.note}.")
+    name = d_int_name(sweep.threshold)
+    meaning = (
+        f"{name} is the least d at which the mean test accuracy reaches {100 * sweep.threshold:g} "
+        "% of what training all weights reaches, interpolated linearly in log d. The interval is "
+        "a bootstrap over seeds, which is too narrow where there are fewer than about five."
+    )
+    columns = ["method", name, "interval", "share of D, %", "accuracy to reach, %"]
+    return Section("Intrinsic dimension", columns, rows, text=[meaning, *notes])
+
+
+def _accuracy(rows: Sequence[Row], *text: str) -> Section:
+    return Section(
+        "Accuracy",
+        ["method", "d", "test, %", "validation, %", "seeds", "learning rate"],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                _percent(row.test_accuracy),
+                _percent(row.val_accuracy),
+                str(len(row.test_accuracy)),
+                _or_dash("{:g}".format, row.lr),
+            ]
+            for row in rows
+        ],
+        text=text,
+    )
+
+
+def _cost(rows: Sequence[Row]) -> Section:
+    counts = (
+        "Trained: every number that the optimizer moves. Stored: every number that inference needs "
+        "beyond seeds: the coordinates, what is trained in full, and buffers such as running "
+        "means. D: the weights of the network that they stand for, tied ones once. The file is "
+        "the checkpoint, with its names and shapes."
+    )
+    costs = "Time and memory are those of training on the device named below, means over seeds."
+    return Section(
+        "Size and cost",
+        [
+            *("method", "d", "trained", "stored", "weights D", "file, bytes"),
+            *("ms per step", "seconds", "memory, MB"),
+        ],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                *(
+                    _or_dash("{:,}".format, count)
+                    for count in (
+                        row.trainable_parameters,
+                        row.stored_parameters,
+                        row.weights,
+                        row.checkpoint_bytes,
+                    )
+                ),
+                _mean(row.seconds_per_step, 1e3),
+                _mean(row.seconds_total),
+                _mean(row.peak_memory_bytes, 1e-6),
+            ]
+            for row in rows
+        ],
+        text=[counts, costs],
+    )
+
+
+def _side_by_side(source: Published, sweep: Sweep) -> Section:
+    """Published and measured: in every cell the accuracy, and its lead over the published one."""
+
+    def line(name: str, published: float, measured: Sequence[Sequence[float]]) -> list[str]:
+        means = [100 * statistics.mean(seeds) if seeds else math.nan for seeds in measured]
+        cells = [_or_dash(lambda m: f"{m:.1f} ({m - 100 * published:+.1f})", m) for m in means]
+        return [name, f"{100 * published:.1f}", *cells]
+
+    accuracy = {(row.method, row.dim): row.test_accuracy for row in sweep.rows}
+    rows = [
+        line(number(d), published, [accuracy.get((method, d), ()) for method in sweep.methods])
+        for d, published in sorted(zip(source.dims, source.accuracy, strict=True))
+    ]
+    if source.baseline is not None:
+        all_weights = sweep.baseline.test_accuracy if sweep.baseline else ()
+        rows.append(line("all weights", source.baseline, [all_weights] * len(sweep.methods)))
+    if source.d_int is not None:
+        found = [sweep.d_int.get(method) for method in sweep.methods]
+        bounds = [d_int_bound(f).removeprefix("= ") if f else _DASH for f in found]
+        rows.append([d_int_name(sweep.threshold), number(source.d_int), *bounds])
+    return Section(
+        f"Published and measured side by side: {source.label}",
+        ["d", "published", *sweep.methods],
+        rows,
+        text=["Test accuracy in %, in brackets the difference from the published one in points."],
+    )
+
+
+def _history(run: Run) -> Section:
+    return Section(
+        "History",
+        [
+            *("epoch", "training loss", "validation loss", "validation accuracy, %"),
+            *("learning rate", "seconds"),
+        ],
+        [
+            [
+                str(epoch.epoch),
+                _or_dash("{:.4g}".format, epoch.train_loss),
+                _or_dash("{:.4g}".format, epoch.val_loss),
+                _or_dash("{:.2f}".format, 100 * epoch.val_accuracy),
+                _or_dash("{:.3g}".format, epoch.learning_rate),
+                _or_dash("{:.1f}".format, epoch.seconds),
+            ]
+            for epoch in run.history
+        ],
+    )
+
+
+def _facts(found: Sweep | Run) -> list[Section]:
+    """What it takes to do it again: configuration, versions and device."""
+    versions = {**found.versions, "device": found.device}
+    return [
+        Section(heading, ["name", "value"], [[k, _plain(v)] for k, v in facts.items()], words=True)
+        for heading, facts in (("Configuration", found.config), ("Versions and device", versions))
+    ]
+
+
+def _percent(fractions: Sequence[float]) -> str:
+    if not fractions:
+        return _DASH
+    mean = f"{100 * statistics.mean(fractions):.2f}"
+    return mean if len(fractions) == 1 else f"{mean} ± {100 * statistics.stdev(fractions):.2f}"
+
+
+def _mean(values: Sequence[float], scale: float = 1) -> str:
+    return f"{scale * statistics.mean(values):,.1f}" if values else _DASH
+
+
+def _or_dash(write: Callable[[Any], str], value: float | None) -> str:
+    return _DASH if value is None or math.isnan(value) else write(value)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

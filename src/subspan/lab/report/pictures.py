@@ -1,0 +1,219 @@
+"""The pictures of a report, drawn to be read at a paper's column width (3.5 in) and on a screen.
+
+They are drawn with matplotlib's defaults and `_STYLE`, whatever the user's own settings are, and
+through its object interface: no window system, no global figure.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from subspan.lab.report.curves import Curve, measured_curves, number, published_curves, title
+from subspan.lab.report.records import Row, Run, Sweep
+
+_STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.92",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.4,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 6.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.handletextpad": 0.6,
+    "text.parse_math": False,  # a "$" in a user's name is a "$"
+    "svg.fonttype": "none",  # text stays text, set in the reader's font
+    "svg.hashsalt": "subspan",  # the same data gives the same file
+}
+_styled = style.context(["default", _STYLE])
+
+# Okabe and Ito's colours, told apart by the colour-blind, with wine and olive for their black and
+# yellow; seven markers, so that a pair repeats only after 56 methods.
+_COLOURS = [
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#882255", "#999933"),
+]
+_MARKERS = "os^DvPX"
+_GREYS = ("0.3", "0.5", "0.65")
+_INK = "0.2"
+_WIDTH = 3.5  # inches
+_TITLE_COLUMN, _LEGEND_COLUMN = 46, 60  # characters that fit into the width
+
+
+@_styled
+def sweep_figure(sweep: Sweep) -> Figure:
+    """Test accuracy against d, one line per method, with the intrinsic dimensions marked.
+
+    Lines join the means over seeds, dots are the seeds and bands their range. An intrinsic
+    dimension is dropped to the axis, a bar at its top is its interval. Dashed grey is published.
+    """
+    measured, published = measured_curves(sweep), published_curves(sweep)
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(textwrap.fill(title(sweep), _TITLE_COLUMN))
+    trained = all(row.trainable_parameters == row.dim for row in sweep.rows)
+    axes.set_xlabel("subspace dimension d" + (" (numbers trained)" if trained else ""))
+    axes.set_ylabel("test accuracy (%)")
+
+    lines = [
+        _draw(axes, curve, palette[i % len(palette)], _MARKERS[i % len(_MARKERS)])
+        for curves, palette in ((measured, _COLOURS), (published, _GREYS))
+        for i, curve in enumerate(curves)
+    ]
+    levels = _draw_baseline(axes, sweep.baseline, sweep.threshold) if sweep.baseline else []
+    if not measured:
+        axes.text(0.5, 0.5, "no run succeeded", transform=axes.transAxes, ha="center")
+    _scale_dims(axes, [d for curve in measured + published for d in curve.dims])
+    axes.set_ylim(axes.get_ylim())  # what follows ends at the axis and must not move it
+    for curve, line in zip(measured + published, lines, strict=True):
+        _mark(axes, curve, line)
+    _legend_below(figure, lines + levels)
+    return figure
+
+
+def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
+    """One curve: a line through the means, a band and dots for the seeds."""
+    (line,) = axes.plot(
+        curve.dims,
+        curve.mean,
+        color=colour,
+        marker=marker,
+        label=curve.label,
+        linestyle="--" if curve.published else "-",
+        markerfacecolor="white" if curve.published else colour,
+        markeredgewidth=0.8,
+        zorder=2.5 if curve.published else 3,
+    )
+    if any(len(seeds) > 1 for seeds in curve.accuracy):
+        low, high = [min(s) for s in curve.accuracy], [max(s) for s in curve.accuracy]
+        axes.fill_between(curve.dims, low, high, color=colour, alpha=0.15, linewidth=0)
+        x = [d for d, seeds in zip(curve.dims, curve.accuracy, strict=True) for _ in seeds]
+        y = [a for seeds in curve.accuracy for a in seeds]
+        axes.plot(x, y, linestyle="none", marker=".", markersize=1.8, color=colour, alpha=0.6)
+    return line
+
+
+def _draw_baseline(axes: Axes, baseline: Row, threshold: float) -> list[Line2D]:
+    """Where all weights end, and the share of it that counts as solved."""
+    scores = [100 * a for a in baseline.test_accuracy]
+    mean = sum(scores) / len(scores)
+    axes.axhspan(min(scores), max(scores), color=_INK, alpha=0.12, linewidth=0)
+    goal = f"{100 * threshold:g} % of {baseline.label}"
+    return [
+        axes.axhline(mean, color=_INK, linewidth=0.9, label=f"{baseline.label}: {mean:.1f} %"),
+        axes.axhline(threshold * mean, color=_INK, linewidth=0.9, linestyle=":", label=goal),
+    ]
+
+
+def _mark(axes: Axes, curve: Curve, line: Line2D) -> None:
+    """Drop a line from a curve's crossing to the axis, under a bar as wide as its interval."""
+    if curve.d_int is None or math.isnan(curve.target):
+        return
+    axes.plot(
+        [curve.d_int, curve.d_int],
+        [axes.get_ylim()[0], curve.target],
+        color=line.get_color(),
+        linestyle=line.get_linestyle(),
+        linewidth=0.7,
+    )
+    low, high = curve.interval
+    if low is not None and high is not None:
+        axes.hlines(curve.target, low, high, colors=line.get_color(), linewidth=3.5, alpha=0.45)
+
+
+def _scale_dims(axes: Axes, dims: Sequence[int]) -> None:
+    """A logarithmic axis over the dims, with few and plain numbers on it."""
+    low, high = (min(dims), max(dims)) if dims else (1, 1000)
+    room = max((high / low) ** 0.04, 1.1)
+    low, high = low / room, high * room
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(dimension_ticks(low, high, dims)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda d, _: number(d)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def dimension_ticks(low: float, high: float, dims: Sequence[int]) -> list[int]:
+    """A few numbers to write on an axis from low to high.
+
+    Powers of ten; with 2 and 5 times them where they alone are fewer than three; the dims
+    themselves where even those are.
+    """
+    powers = [10**e for e in range(math.ceil(math.log10(high)) + 1)]
+    decades = [p for p in powers if low <= p <= high]
+    finer = [lead * p for p in powers for lead in (1, 2, 5) if low <= lead * p <= high]
+    ticks = decades if len(decades) >= 3 else finer if len(finer) >= 3 else sorted(set(dims))
+    return ticks if ticks is finer else ticks[:: math.ceil(len(ticks) / 6) or 1]
+
+
+def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
+    """A legend under the axes, in two columns where they fit; the figure grows by its height."""
+    labels = [str(entry.get_label()) for entry in entries]
+    half = math.ceil(len(labels) / 2)
+    widths = [max(map(len, column), default=0) for column in (labels[:half], labels[half:])]
+    columns = 2 if len(labels) > 2 and sum(widths) <= _LEGEND_COLUMN else 1
+    figure.set_size_inches(_WIDTH, 2.35 + 0.135 * math.ceil(len(labels) / columns))
+    if entries:
+        figure.legend(entries, labels, loc="outside lower center", ncols=columns, columnspacing=1)
+
+
+@_styled
+def run_figure(run: Run) -> Figure:
+    """Losses and validation accuracy of one run, by epoch."""
+    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    losses, accuracy = figure.subplots(2, sharex=True)
+    epochs = [line.epoch for line in run.history]
+    losses.set_title(textwrap.fill(title(run), _TITLE_COLUMN))
+    train = [line.train_loss for line in run.history]
+    valid = [line.val_loss for line in run.history]
+    losses.plot(epochs, train, color=_COLOURS[0], marker="o", label="training")
+    losses.plot(epochs, valid, color=_COLOURS[1], marker="s", label="validation")
+    losses.set_ylabel("loss")
+    shown = [100 * line.val_accuracy for line in run.history]
+    accuracy.plot(epochs, shown, color=_COLOURS[1], marker="s", label="validation")
+    for score in run.row.test_accuracy:
+        label = f"test, at the end: {100 * score:.1f} %"
+        accuracy.axhline(100 * score, color=_INK, linewidth=0.9, linestyle=":", label=label)
+    accuracy.set_ylabel("accuracy (%)")
+    accuracy.set_xlabel("epoch")
+    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not epochs:
+        losses.text(0.5, 0.5, "no epoch was finished", transform=losses.transAxes, ha="center")
+    figure.align_ylabels()
+    for axes in (losses, accuracy):
+        axes.legend()
+    return figure
+
+
+@_styled
+def png(figure: Figure) -> bytes:
+    """The figure as a picture of 300 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300)
+    return buffer.getvalue()
+
+
+@_styled
+def svg(figure: Figure) -> bytes:
+    """The figure as vectors; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
+    return buffer.getvalue()

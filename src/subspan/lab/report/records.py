@@ -1,0 +1,268 @@
+"""What a sweep or a run left on disk: read and checked once, so that showing it cannot fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspan.errors import SubspanError
+from subspan.lab.intrinsic import IntrinsicDimension
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one d (the baseline and a single run, too), with its seeds.
+
+    Accuracies are fractions in [0, 1] and, like the costs, one per seed; what was not recorded is
+    None or an empty tuple, and ``dim`` is 0 where there is no subspace.
+    """
+
+    method: str
+    dim: int
+    label: str
+    lr: float | None
+    test_accuracy: tuple[float, ...]
+    val_accuracy: tuple[float, ...]
+    trainable_parameters: int | None
+    stored_parameters: int | None
+    weights: int | None
+    checkpoint_bytes: int | None
+    seconds_total: tuple[float, ...]
+    seconds_per_step: tuple[float, ...]
+    peak_memory_bytes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A curve from the literature: accuracies at dims, in fractions.
+
+    ``baseline`` is what all weights reached there and ``d_int`` the intrinsic dimension, where
+    they were published.
+    """
+
+    label: str
+    dims: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    baseline: float | None
+    d_int: float | None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a run's history; what was not recorded is NaN."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep: its rows by method and d, what they are held against, and what failed."""
+
+    config: dict[str, Any]
+    threshold: float
+    baseline: Row | None
+    rows: tuple[Row, ...]
+    d_int: dict[str, IntrinsicDimension]
+    published: tuple[Published, ...]
+    failed: tuple[tuple[str, str], ...]
+    versions: dict[str, Any]
+    device: str
+    status: str
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods with a good run, in the order of the sweep."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    @property
+    def weights(self) -> int | None:
+        """D, the number of weights of the network; None if no run was good."""
+        rows = self.rows if self.baseline is None else (self.baseline, *self.rows)
+        return next((row.weights for row in rows if row.weights), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A single run, finished or not: its numbers and its history."""
+
+    config: dict[str, Any]
+    row: Row
+    history: tuple[Epoch, ...]
+    versions: dict[str, Any]
+    device: str
+    status: str
+    error: str | None
+
+
+def read(folder: Path) -> Sweep | Run:
+    """Read ``folder/sweep.json`` or, where there is none, ``folder/record.json``.
+
+    Raises:
+        SubspanError: neither is there; or the one found is damaged or of a newer format.
+    """
+    builders: dict[str, Callable[[Any], Sweep | Run]] = {"sweep.json": _sweep, "record.json": _run}
+    for name, build in builders.items():
+        if (folder / name).is_file():
+            return _read(folder / name, build)
+    raise SubspanError(
+        f"expected sweep.json or record.json in {str(folder)!r}, found neither: "
+        "give the output folder of a sweep or of a run"
+    )
+
+
+def _read(path: Path, build: Callable[[Any], Sweep | Run]) -> Sweep | Run:
+    """Build from a file's JSON; whatever does not fit the format is one kind of error."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        version = int(raw["format"])
+        if version == FORMAT:
+            return build(raw)
+    except OSError as error:
+        raise SubspanError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise SubspanError(
+            f"{str(path)!r} is damaged ({reason}): run the command that wrote it again"
+        ) from error
+    raise SubspanError(
+        f"{str(path)!r} has format {version}, this version of subspan reads {FORMAT}: "
+        "use the version that wrote it"
+    )
+
+
+def _sweep(raw: Mapping[str, Any]) -> Sweep:
+    config = dict(raw["config"])
+    d_int = {
+        str(method): IntrinsicDimension(
+            value=_number(found["value"]),
+            low=_number(found["low"]),
+            high=_number(found["high"]),
+            target=float(found["target"]),
+            threshold=float(found["threshold"]),
+            note=str(found["note"]),
+        )
+        for method, found in (raw.get("d_int") or {}).items()
+    }
+    thresholds = [found.threshold for found in d_int.values()]
+    baseline = raw.get("baseline")
+    return Sweep(
+        config=config,
+        threshold=float(config.get("threshold") or (thresholds[0] if thresholds else 0.9)),
+        baseline=_row(baseline, dim=0, label=baseline["label"])
+        if baseline and baseline["test_accuracy"]
+        else None,
+        rows=tuple(
+            _row(row, dim=_dim(row["dim"]), label=row.get("label") or row["dim"])
+            for row in raw["rows"]
+            if row["test_accuracy"]  # a row of failed runs only has none
+        ),
+        d_int=d_int,
+        published=tuple(_published(curve) for curve in raw.get("published") or []),
+        failed=tuple((str(run["run"]), str(run["error"])) for run in raw.get("failed") or []),
+        versions=dict(raw.get("versions") or {}),
+        device=str(raw.get("device", "")),
+        status=str(raw["status"]),
+    )
+
+
+def _run(raw: Mapping[str, Any]) -> Run:
+    config = dict(raw["config"])
+    per_seed = ("test_accuracy", "val_accuracy")
+    costs = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
+    lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in per_seed + costs}
+    dim = config.get("dim")
+    return Run(
+        config=config,
+        row=_row(
+            {**raw, **lists, "method": config.get("method", ""), "lr": config.get("lr")},
+            dim=0,
+            label="" if dim is None else dim,
+        ),
+        history=tuple(
+            Epoch(
+                epoch=int(epoch["epoch"]),
+                train_loss=_or_nan(epoch.get("train_loss")),
+                val_loss=_or_nan(epoch.get("val_loss")),
+                val_accuracy=_or_nan(epoch.get("val_accuracy")),
+                learning_rate=_or_nan(epoch.get("learning_rate")),
+                seconds=_or_nan(epoch.get("seconds")),
+            )
+            for epoch in raw.get("history") or []
+        ),
+        versions=dict(raw.get("versions") or {}),
+        device=str(raw.get("device", "")),
+        status=str(raw["status"]),
+        error=str(raw["error"]) if raw.get("error") else None,
+    )
+
+
+def _row(raw: Mapping[str, Any], *, dim: int, label: Any) -> Row:
+    return Row(
+        method=str(raw["method"]),
+        dim=dim,
+        label=str(label),
+        lr=_number(raw.get("lr")),
+        test_accuracy=_fractions(raw["test_accuracy"]),
+        val_accuracy=_fractions(raw.get("val_accuracy") or []),
+        trainable_parameters=_count(raw.get("trainable_parameters")),
+        stored_parameters=_count(raw.get("stored_parameters")),
+        weights=_count(raw.get("weights")),
+        checkpoint_bytes=_count(raw.get("checkpoint_bytes")),
+        seconds_total=_numbers(raw.get("seconds_total") or []),
+        seconds_per_step=_numbers(raw.get("seconds_per_step") or []),
+        peak_memory_bytes=_numbers(raw.get("peak_memory_bytes") or []),
+    )
+
+
+def _published(raw: Mapping[str, Any]) -> Published:
+    dims, accuracy = tuple(_dim(d) for d in raw["dims"]), _fractions(raw["accuracy"])
+    if len(dims) != len(accuracy):
+        raise ValueError(f"{len(dims)} published dims but {len(accuracy)} accuracies")
+    baseline = raw.get("baseline")
+    return Published(
+        label=str(raw["label"]),
+        dims=dims,
+        accuracy=accuracy,
+        baseline=None if baseline is None else _fractions([baseline])[0],
+        d_int=_number(raw.get("d_int")),
+    )
+
+
+def _fractions(values: Iterable[Any]) -> tuple[float, ...]:
+    fractions = tuple(float(value) for value in values)
+    if not all(0 <= value <= 1 for value in fractions):
+        raise ValueError(f"accuracies are not all in [0, 1]: {list(fractions)}")
+    return fractions
+
+
+def _dim(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"d = {value}")
+    return int(value)
+
+
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values if value is not None)
+
+
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None else float(value)

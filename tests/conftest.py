@@ -1,0 +1,15 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder with the real MNIST and CIFAR-10; the test is skipped without it."""
+    folder = os.environ.get("SUBSPAN_DATA")
+    if not folder or not (Path(folder) / "mnist").is_dir():
+        pytest.skip("needs real data: set SUBSPAN_DATA to a folder with mnist/ and cifar10/")
+    return Path(folder)

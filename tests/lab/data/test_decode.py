@@ -1,0 +1,168 @@
+"""Image folders and parquet files of every kind, decoded; and what cannot be."""
+
+import pytest
+import torch
+from PIL import Image
+
+from subspan.errors import SubspanError
+from subspan.lab import data
+from subspan.lab.data import decode
+from tests.lab.data.makers import as_structs, encoded, image_folder, parquet_folder
+
+
+def test_grey_image_folder(tmp_path):
+    pets = data.load(str(image_folder(tmp_path / "pets")))
+    assert (pets.classes, pets.image_shape, pets.notes) == (2, (1, 3, 4), ())
+    assert [len(s) for s in (pets.train, pets.validation, pets.test)] == [22, 2, 24]
+    assert pets.test.labels.tolist() == [0] * 12 + [1] * 12
+    assert pets.test.images[:, 0, 2, 3].tolist() == [20 * i for i in range(12)] * 2
+
+
+def test_colour_image_folder(tmp_path):
+    pets = data.load(str(image_folder(tmp_path / "pets", mode="RGB")))
+    assert pets.image_shape == (3, 3, 4)
+    assert pets.test.images[5, :, 1, 1].tolist() == [100, 1, 2]
+
+
+def test_one_colour_image_makes_the_set_colour(tmp_path):
+    folder = image_folder(tmp_path / "pets")
+    (folder / "test" / "cat" / "00.png").write_bytes(encoded((9, 8, 7), "RGB"))
+    pets = data.load(str(folder))
+    assert pets.test.images[0, :, 0, 0].tolist() == [9, 8, 7]
+    assert pets.test.images[1, :, 0, 0].tolist() == [20, 20, 20]
+    assert pets.train.images.shape[1:] == (3, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("1", 1, 255),
+        ("L", 7, 7),
+        ("LA", (7, 0), 7),
+        ("I;16", 7 * 256 + 255, 7),
+        ("I", 7 * 256, 7),
+        ("RGB", (1, 2, 3), [1, 2, 3]),
+        ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
+        ("P", 0, [0, 0, 0]),
+    ],
+)
+def test_modes(mode, value, expected):
+    array = decode.to_array(Image.new(mode, (4, 3), value))
+    assert array.shape == ((3, 3, 4) if isinstance(expected, list) else (3, 4))
+    assert array.dtype == "uint8"
+    assert array[..., 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("wrap", [as_structs, list])
+def test_parquet_of_plain_bytes_and_strings(tmp_path, wrap):
+    """Neither the images nor the labels say what they are; strings are numbered in order."""
+    images = wrap([encoded(i) for i in range(24)])
+    labels = ["wren", "emu", "owl"] * 8
+    birds = data.load(str(parquet_folder(tmp_path / "birds", img=images, label=labels)))
+    assert birds.classes == 3
+    assert birds.test.labels[:4].tolist() == [2, 0, 1, 2]
+    assert birds.test.images[:, 0, 0, 0].tolist() == list(range(24))
+
+
+def test_integer_labels_are_numbered_from_zero(tmp_path):
+    columns = {"image": as_structs([encoded(0)] * 24), "label": [1, 5] * 12}
+    birds = data.load(str(parquet_folder(tmp_path / "birds", **columns)))
+    assert birds.classes == 2
+    assert birds.test.labels[:3].tolist() == [0, 1, 0]
+
+
+def test_columns_can_be_named(tmp_path):
+    columns = {
+        "image": as_structs([encoded(1)] * 24),
+        "edge": as_structs([encoded(2)] * 24),
+        "label": [0, 1] * 12,
+        "genus": ["a", "b", "c"] * 8,
+    }
+    folder = str(parquet_folder(tmp_path / "birds", **columns))
+    usual = data.load(folder)
+    birds = data.load(folder, image_column="edge", label_column="genus")
+    assert (usual.classes, birds.classes) == (2, 3)
+    assert usual.train.images.unique().tolist() == [1]
+    assert birds.train.images.unique().tolist() == [2]
+
+
+def test_without_a_test_part_a_sixth_serves(tmp_path):
+    folder = image_folder(tmp_path / "pets", parts=("train",), count=30)
+    pets = data.load(str(folder))
+    assert "no test part: 1/6" in pets.notes[0]
+    assert [len(s) for s in (pets.train, pets.validation, pets.test)] == [46, 4, 10]
+    other = data.load(str(folder), seed=1)
+    assert torch.equal(other.test.images, pets.test.images)
+
+
+def test_without_a_test_part_the_validation_part_serves(tmp_path):
+    folder = image_folder(tmp_path / "pets", parts=("train", "valid"))
+    pets = data.load(str(folder))
+    assert pets.notes == ("no test part: the part 'validation' serves as it",)
+    assert len(pets.test) == 24
+
+
+def test_folder_without_files(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SubspanError, match=r"cannot read .*empty as images.*one sub-folder of"):
+        data.load(str(tmp_path / "empty"))
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems" / "ode.txt").write_text("Thou still unravish'd bride of quietness")
+    with pytest.raises(SubspanError, match="plainly the image: its columns are text: name"):
+        data.load(str(tmp_path / "poems"))
+
+
+def test_folder_with_a_broken_image(tmp_path):
+    folder = image_folder(tmp_path / "pets")
+    (folder / "train" / "cat" / "03.png").write_bytes(b"no image")
+    with pytest.raises(SubspanError, match=r"cannot read .*UnidentifiedImageError"):
+        data.load(str(folder))
+
+
+def test_two_sizes(tmp_path):
+    folder = image_folder(tmp_path / "pets")
+    (folder / "test" / "dog" / "11.png").write_bytes(encoded(0, size=(5, 7)))
+    with pytest.raises(SubspanError, match="must have one size, found 3x4 and 7x5"):
+        data.load(str(folder))
+
+
+def test_no_label_column(tmp_path):
+    columns = {"image": as_structs([encoded(0)] * 4), "size": [1] * 4, "origin": ["x"] * 4}
+    folder = parquet_folder(tmp_path / "birds", **columns)
+    with pytest.raises(SubspanError, match="plainly the label: its columns are image, size, ori"):
+        data.load(str(folder))
+    with pytest.raises(SubspanError, match="unknown label column 'orign': did you mean origin"):
+        data.load(str(folder), label_column="orign")
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([1.0, 2.0], "float"), ([1, None], "NoneType, int"), ([[1], [2]], "list")],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, found):
+    columns = {"image": as_structs([encoded(0)] * 2), "label": labels}
+    folder = parquet_folder(tmp_path / "birds", **columns)
+    with pytest.raises(SubspanError, match=f"all be integers or all strings, got {found}"):
+        data.load(str(folder))
+
+
+def test_class_label_that_is_missing(tmp_path):
+    import datasets
+
+    features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=["a", "b"]))
+    rows = {"image": as_structs([encoded(0)] * 24), "kind": [0, 1] * 11 + [0, -1]}
+    (tmp_path / "birds").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "birds" / "train.parquet")
+    with pytest.raises(SubspanError, match=r"must be in \[0, 2\), got -1"):
+        data.load(str(tmp_path / "birds"))
+
+
+def test_several_parts_and_none_to_train_on(tmp_path):
+    images = as_structs([encoded(0)] * 4)
+    folder = tmp_path / "birds"
+    parquet_folder(folder, parts=("validation", "test"), image=images, label=[0, 1] * 2)
+    with pytest.raises(SubspanError, match="must have a part 'train'"):
+        data.load(str(folder))

@@ -1,0 +1,134 @@
+"""The held-out parts and the batches."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from subspan.errors import SubspanError
+from subspan.lab import data
+from subspan.lab.data import order
+from tests.lab.data.makers import image_folder, numbered
+
+
+def test_hold_out_is_disjoint_and_depends_on_the_seed_alone():
+    rest, held = order.hold_out(numbered(600), 1 / 12, seed=3, stream=order.VALIDATION)
+    assert (len(rest), len(held)) == (550, 50)
+    assert sorted(torch.cat([rest.labels, held.labels]).tolist()) == list(range(600))
+    assert torch.equal(held.images[:, 0, 0, 0], held.labels.to(torch.uint8))
+    assert rest.labels.tolist() == sorted(rest.labels.tolist())
+    again, other = (
+        order.hold_out(numbered(600), 1 / 12, seed=seed, stream=order.VALIDATION)[1].labels
+        for seed in (3, 4)
+    )
+    assert torch.equal(again, held.labels)
+    assert not torch.equal(other, held.labels)
+
+
+def test_splits_and_orders_never_change():
+    """Published runs were made with these, whatever the versions of the libraries."""
+    held = order.hold_out(numbered(1000), 0.01, seed=0, stream=order.VALIDATION)[1]
+    assert held.labels.tolist() == [32, 38, 167, 223, 224, 352, 623, 655, 720, 810]
+    [batch] = labels_of(numbered(10), 10, epoch=1)
+    assert batch == [2, 9, 5, 0, 8, 1, 3, 7, 6, 4]
+
+
+def test_hold_out_nothing():
+    rest, held = order.hold_out(numbered(5), 0, seed=0, stream=order.VALIDATION)
+    assert (len(rest), len(held)) == (5, 0)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), 0.01, 0.99])
+def test_hold_out_leaves_both_sides_a_sample(fraction):
+    with pytest.raises(SubspanError, match=r"fraction in \[0, 1\) .* of 20 samples"):
+        order.hold_out(numbered(20), fraction, seed=0, stream=order.VALIDATION)
+
+
+def test_validation_is_drawn_from_the_training_part(tmp_path):
+    folder = str(image_folder(tmp_path / "pets"))
+    pets = data.load(folder, validation=0.25, seed=5)
+    other = data.load(folder, validation=0.25, seed=6)
+    assert (len(pets.train), len(pets.validation)) == (18, 6)
+
+    def samples(*splits):
+        levels = torch.cat([split.images[:, 0, 0, 0] for split in splits])
+        labels = torch.cat([split.labels for split in splits])
+        return sorted(zip(levels.tolist(), labels.tolist(), strict=True))
+
+    assert samples(pets.train, pets.validation) == samples(pets.test)
+    assert samples(pets.validation) != samples(other.validation)
+
+
+def labels_of(split, batch_size, **options):
+    options = {"seed": 0, "epoch": 0, **options}
+    return [labels.tolist() for _, labels in data.batches(split, batch_size, **options)]
+
+
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_is_every_sample_once(shuffle):
+    split = numbered(103)
+    labels = labels_of(split, 10, shuffle=shuffle)
+    assert [len(batch) for batch in labels] == [10] * 10 + [3]
+    assert len(labels) == data.steps_per_epoch(split, 10)
+    seen = flat(labels)
+    assert sorted(seen) == list(range(103))
+    assert (seen == list(range(103))) is not shuffle
+
+
+def test_images_and_labels_stay_together():
+    for images, labels in data.batches(numbered(103), 10, seed=0, epoch=0):
+        assert images.dtype == torch.uint8
+        assert images.shape == (len(labels), 1, 2, 2)
+        assert torch.equal(images[:, 0, 1, 1], labels.to(torch.uint8))
+
+
+def test_drop_last():
+    split = numbered(103)
+    assert [len(batch) for batch in labels_of(split, 10, drop_last=True)] == [10] * 10
+    assert data.steps_per_epoch(split, 10, drop_last=True) == 10
+    assert data.steps_per_epoch(split, 103, drop_last=True) == 1
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    split = numbered(64)
+    orders = {(s, e): labels_of(split, 64, seed=s, epoch=e) for s in (0, 1) for e in (0, 1)}
+    assert orders[1, 0] == labels_of(split, 64, seed=1, epoch=0)
+    assert len({tuple(batch[0]) for batch in orders.values()}) == 4
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    split = numbered(60)
+    assert flat(labels_of(split, 60)) == flat(labels_of(split, 7))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_partition_each_global_batch(world, shuffle):
+    split = numbered(103)
+    whole = labels_of(split, 8, shuffle=shuffle)
+    ranks = [labels_of(split, 8, shuffle=shuffle, rank=r, world=world) for r in range(world)]
+    assert {len(rank) for rank in ranks} == {len(whole)}
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert flat(parts) == batch
+        sizes = {len(part) for part in parts}
+        assert len(sizes) == 1 or (step == len(whole) - 1 and max(sizes) - min(sizes) == 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"batch_size": 21, "drop_last": True}, "21 out of 20 samples leaves no full batch"),
+        ({"batch_size": 10, "world": 4}, "multiple of the number of processes.*use 12"),
+        ({"batch_size": 8, "world": 4, "rank": 4}, r"rank must be in \[0, 4\), got 4"),
+        ({"batch_size": 8, "seed": -1}, "seed must be an integer"),
+    ],
+)
+def test_batches_are_checked_at_the_call(options, message):
+    with pytest.raises(SubspanError, match=message):
+        data.batches(numbered(20), **{"seed": 0, "epoch": 0, **options})
