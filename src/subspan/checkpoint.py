@@ -1,20 +1,19 @@
 """A trained model as one safetensors file: its coordinates and the recipe around them.
 
-The file holds the coordinates of all compartments as one tensor, what was trained fully, the buffers
-that training changed, and one metadata key, ``subspan``, with sorted JSON: format, recipe, counts,
-fingerprint of θ₀ and a digest of the rest (``docs/format.md``). Of an ordinary network it holds all
-weights. Nothing in it is executable.
+The file holds the coordinates of all compartments as one tensor, what was trained fully, the
+buffers that training changed, and one metadata key, ``subspan``, with sorted JSON: format, recipe,
+counts, fingerprint of θ₀ and a digest of all (``docs/format.md``). Of an ordinary network it holds
+all weights. Nothing in it is executable.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors
@@ -24,16 +23,26 @@ from torch import Tensor, nn
 
 from subspan import init, slots
 from subspan.errors import SubspanError
+from subspan.files import write_atomically
 from subspan.subspace import SubspaceModel
 
 FORMAT = 1
 KEY = "subspan"
 COORDINATES = "coordinates"
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by kind
+    "full": {"extra": dict, "weights": int},
+    "subspace": {
+        "extra": dict, "weights": int, "recipe": dict, "init_seed": (int, NoneType),
+        "fingerprint": str, "layout": str,
+    },
+}  # fmt: skip
 
 Net = nn.Module | Callable[[], nn.Module]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> int:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> int:
     """Write a model to one safetensors file, all of it or nothing.
 
     Args:
@@ -43,27 +52,40 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, 
 
     Returns:
         The size of the file in bytes.
+
+    Raises:
+        SubspanError: if there is no such folder, ``extra`` is not JSON, or a SubspaceModel lies
+            inside another module.
+        OSError: if the file cannot be written; one that was there before is then still whole.
     """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
+    tensors = _stored(model)
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     if isinstance(model, SubspaceModel):
-        tensors = {
-            COORDINATES: torch.cat([w.detach().reshape(-1) for w in model.coordinates.values()])
-        } | dict(model.fully_trained()) | model.changed_buffers()
+        unchanged = slots.saved_buffers(model.body).keys() - model.changed_buffers().keys()
+        for name in unchanged:
+            del tensors[f"body.{name}"]
+        tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])
         header |= {
             "kind": "subspace",
             "recipe": model.recipe,
             "init_seed": model.init_seed,
             "fingerprint": model.base_fingerprint,
+            "layout": model.layout,
             "weights": model.summary().weights,
         }
     else:
-        places = slots.slots(model)
-        tensors = {s.tensor: s.find(model)[0].get_parameter(s.find(model)[1]) for s in places}
-        header |= {"kind": "full", "weights": sum(t.numel() for t in tensors.values())}
-        tensors |= slots.saved_buffers(model)
-    data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header["digest"] = _digest(header, data)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        header |= {"kind": "full", "weights": sum(p.numel() for p in model.parameters())}
+    try:
+        header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
+    except TypeError as error:
+        raise SubspanError(f"extra must hold JSON values: {error}") from None
+    # Copies: safetensors refuses tensors that overlap in memory.
+    layout = torch.contiguous_format
+    data = {n: t.detach().to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()}
+    text = _json(header | {"digest": _digest(header, data)})
     return write_atomically(path, safetensors.torch.save(data, metadata={KEY: text}))
 
 
@@ -83,7 +105,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise SubspanError(f"{path} is damaged or no safetensors file: {error}") from None
     if KEY not in metadata:
-        raise SubspanError(f"{path} is a safetensors file but no subspan checkpoint (no {KEY!r} key)")
+        raise SubspanError(
+            f"{path} is no subspan checkpoint: it has no {KEY!r} key in its metadata"
+        )
     try:
         header = json.loads(metadata[KEY])
         version = header["format"]
@@ -95,6 +119,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         )
     if header.pop("digest", None) != _digest(header, tensors):
         raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
+    fields = FIELDS.get(str(header.get("kind")), {"kind": NoneType})
+    if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
+        raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
     return header, tensors
 
 
@@ -115,38 +142,27 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             given is then untouched.
     """
     header, tensors = read(path)
-    recipe, seed = header.get("recipe"), header.get("init_seed")
+    seed = header.get("init_seed")
     if isinstance(net, nn.Module):
         network = net
-    elif seed is not None:
-        network = init.build(net, seed)
     else:
-        network = net()
-    if header["kind"] == "full":
-        return _load_full(path, network, tensors)
-    weights = sum(slot_tensor.numel() for slot_tensor in dict(network.named_parameters()).values())
+        network = net() if seed is None else init.build(net, seed)
+    if not isinstance(network, nn.Module):
+        raise SubspanError(f"expected a function that makes the network, got {network!r} from it")
+    weights = sum(network.get_parameter(n).numel() for n in slots.aliases(slots.slots(network)))
     if weights != header["weights"]:
         raise SubspanError(
-            f"{path} belongs to a network of {header['weights']:,} weights, this one has {weights:,}"
+            f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
-    restore: dict[str, Tensor] = {}
-    if seed is not None and network is net:
-        restore = {name: p.detach().clone() for name, p in net.named_parameters()}
-        init.initialize(net, seed)
-    try:
-        model = SubspaceModel(network, **recipe)
-    except SubspanError:
-        _write_back(network, restore)
-        raise
-    if model.base_fingerprint != header["fingerprint"]:
-        network = model.unwrap()
-        _write_back(network, restore)
-        raise SubspanError(
-            f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
-            f"this network has {model.base_fingerprint}): give the network that it was trained from"
-        )
-    model.init_seed = seed
-    _fill(model, tensors)
+    if header["kind"] == "full":
+        restore(network, tensors)
+        return network
+    drawn = network is net and seed is not None
+    with slots.unchanged_on_error(network, values=drawn):
+        if drawn:
+            init.initialize(network, header["init_seed"])
+        model = _wrapped(path, network, header)
+        restore(model, tensors)
     return model
 
 
@@ -158,69 +174,76 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(model: SubspaceModel, tensors: dict[str, Tensor]) -> None:
-    parts = tensors.pop(COORDINATES).split([p.dim for p in model.compartments])
-    for w, part in zip(model.coordinates.values(), parts, strict=True):
-        w.copy_(part)
-    targets = model.fully_trained() | slots.saved_buffers(model.body)
-    for name, tensor in tensors.items():
-        targets[name].copy_(tensor)
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint, as :func:`read` gives them, into the model that was saved.
 
-
-def _load_full(path: str | os.PathLike[str], net: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    places = slots.slots(net)
-    own = {s.tensor: tuple(net.get_parameter(s.tensor).shape) for s in places}
-    own |= {name: tuple(b.shape) for name, b in slots.saved_buffers(net).items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(own.keys() | theirs.keys()):
-        if own.get(name) != theirs.get(name):
+    Raises:
+        SubspanError: if they are another model's; this one is then untouched.
+    """
+    own = _stored(model)
+    may_lack: set[str] = set()
+    if isinstance(model, SubspaceModel):
+        own[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
+        may_lack = {f"body.{name}" for name in slots.saved_buffers(model.body)}
+    for name in sorted((own.keys() | tensors.keys()) - (may_lack - tensors.keys())):
+        here, there = (
+            str(list(ts[name].shape)) if name in ts else "no place" for ts in (own, tensors)
+        )
+        if here != there:
             raise SubspanError(
-                f"{path} belongs to another network: {name} has shape {theirs.get(name)} there and "
-                f"{own.get(name)} here"
+                f"the checkpoint is of another network: {name} has shape {there} in the file and "
+                f"{here} in the network"
             )
-    net.load_state_dict(tensors, strict=False)
-    return net
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    if isinstance(model, SubspaceModel):
+        parts = tensors[COORDINATES].split([part.dim for part in model.compartments])
+        for w, part in zip(model.coordinates.values(), parts, strict=True):
+            w.copy_(part)
 
 
-@torch.no_grad()
-def _write_back(net: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in values.items():
-        net.get_parameter(name).copy_(tensor)
+def _wrapped(
+    path: str | os.PathLike[str], net: nn.Module, header: Mapping[str, Any]
+) -> SubspaceModel:
+    """The model of a recipe, if this is its network."""
+    try:
+        model = SubspaceModel(net, **header["recipe"])
+    except TypeError as error:
+        raise SubspanError(f"{path} has a recipe that cannot be used: {error}") from None
+    if model.base_fingerprint != header["fingerprint"]:
+        raise SubspanError(
+            f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
+            f"this network has {model.base_fingerprint}): give the network that it was trained from"
+        )
+    if model.layout != header["layout"]:
+        raise SubspanError(
+            f"{path} was trained with other parameters frozen (requires_grad=False) than this "
+            "network has: freeze the same ones"
+        )
+    model.init_seed = header["init_seed"]
+    return model
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Live tensors by the names that they have in a file, without coordinates."""
+    if isinstance(model, SubspaceModel):
+        tensors = {**model.fully_trained(), **slots.saved_buffers(model.body)}
+        return {f"body.{name}": tensor for name, tensor in tensors.items()}
+    if any(isinstance(module, SubspaceModel) for module in model.modules()):
+        raise SubspanError(
+            f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "
+            "DDP, `._orig_mod` of torch.compile), or put its merge() there"
+        )
+    parameters = {name: model.get_parameter(name) for name in slots.aliases(slots.slots(model))}
+    return {**parameters, **slots.saved_buffers(model)}
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    sha = hashlib.sha256(text.encode())
+    """128 bits over the header and all tensors."""
+    sha = hashlib.sha256(_json(header).encode())
     sha.update(slots.digest({name: tensors[name] for name in sorted(tensors)}).encode())
     return sha.hexdigest()[:32]
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
-    """Write a file so that at every moment the old or the new one is there, whole.
-
-    A temporary file in the same folder is written, synced and renamed; it is removed if anything
-    goes wrong (a full disk, say).
-
-    Returns:
-        The number of bytes.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return len(data)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _json(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"))

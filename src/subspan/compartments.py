@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from subspan.errors import SubspanError, unknown
 
-Rules = str | Mapping[str, int]
+Rules = str | Mapping[str, int] | Sequence[tuple[str, int]]  # pairs: JSON would sort a mapping
 Patterns = str | Sequence[str] | None
 ALLOCATIONS = {"equal": lambda n: 1.0, "sqrt": math.sqrt, "size": float}
 
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Compartment:
-    """A group of weights and the number of its coordinates; rows of P follow its pieces in order."""
+    """A group of weights and the number of its coordinates; rows of P follow its pieces."""
 
     name: str
     dim: int
@@ -51,15 +51,15 @@ class Compartment:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a parameter, by the rules of PEFT on parameter names.
+    r"""Whether a pattern selects a parameter, by the rules of PEFT on parameter names.
 
     The pattern is the name, or the end of it after a dot ("weight", "fc1.weight"), or the same of
     the module that holds the parameter ("fc1", "encoder.fc1"), or a regular expression that
-    matches the whole name (".*conv\\d.*").
+    matches the whole name (".*conv\d.*").
     """
-    ends = (name, name.rpartition(".")[0])
-    if any(end == pattern or end.endswith("." + pattern) for end in ends):
-        return True
+    for end in (name, name.rpartition(".")[0]):
+        if pattern and (end == pattern or end.endswith("." + pattern)):
+            return True
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
@@ -102,19 +102,21 @@ def partition(
         aliases: for every tensor all names that it has.
         dim: coordinates in all, divided by ``allocation``; or those of each compartment in order;
             None where the rules say it.
-        rules: see the module's docstring.
+        rules: see the module's docstring; {pattern: d} also as a sequence of pairs.
         allocation: how a total is divided: "equal", by "sqrt" of the size, or by "size".
 
     Raises:
         SubspanError: for anything that leaves a compartment without coordinates or with more
             coordinates than weights, and for weights that no rule covers.
     """
+    if isinstance(rules, Sequence) and not isinstance(rules, str):
+        rules = dict(rules)
     groups = _groups(sizes, aliases, rules)
     weights = [sum(map(len, pieces)) for pieces in groups.values()]
     if isinstance(rules, Mapping):
-        if dim is not None and dim != sum(rules.values()):
-            raise SubspanError(f"the rules say d={sum(rules.values())} in all, dim says {dim}")
-        dims = list(rules.values())
+        dims = [check_dim(d) for d in rules.values()]
+        if dim is not None and dim != sum(dims):
+            raise SubspanError(f"the rules say d={sum(dims)} in all, dim says {dim}")
     elif isinstance(dim, Sequence) and not isinstance(dim, str):
         dims = list(dim)
         if len(dims) != len(groups):
@@ -138,7 +140,9 @@ def partition(
 def check_dim(dim: object) -> int:
     """``dim`` as a positive integer, or an error that says what it is."""
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-        raise SubspanError(f"dim must be a positive integer (the number of coordinates), got {dim!r}")
+        raise SubspanError(
+            f"dim must be a positive integer, the number of coordinates; got {dim!r}"
+        )
     return dim
 
 
@@ -159,15 +163,16 @@ def allocate(total: int, sizes: Sequence[int], allocation: str) -> list[int]:
     low, high = 0.0, total / min(shares) + max(sizes)
     for _ in range(100):
         factor = (low + high) / 2
-        held = [min(max(1.0, factor * share), size) for share, size in zip(shares, sizes, strict=True)]
-        low, high = (factor, high) if sum(held) < total else (low, factor)
+        held = [min(max(1.0, factor * x), size) for x, size in zip(shares, sizes, strict=True)]
+        # An exact sum: files depend on the outcome, and sum() rounds as its Python version does.
+        low, high = (factor, high) if math.fsum(held) < total else (low, factor)
     dims = [min(math.floor(x + 1e-9), size) for x, size in zip(held, sizes, strict=True)]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (dims[i] - held[i], i))
-    while (missing := total - sum(dims)) != 0:  # rounding left a few over
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (dims[i] - held[i], -sizes[i], i))
+    while missing := total - sum(dims):  # rounding down left a few over
         for i in by_remainder:
-            if missing and 1 <= dims[i] + (change := 1 if missing > 0 else -1) <= sizes[i]:
-                dims[i] += change
-                missing -= change
+            if missing and dims[i] < sizes[i]:
+                dims[i] += 1
+                missing -= 1
     return dims
 
 
@@ -205,16 +210,17 @@ def _by_patterns(
         chosen = select(aliases, pattern, "compartments")
         groups[pattern] = [left.pop(name) for name in list(left) if name in chosen]
         if not groups[pattern]:
-            raise SubspanError(f"compartment {pattern!r} is empty: earlier patterns took all it selects")
+            raise SubspanError(f"compartment {pattern!r} is empty: earlier patterns took all of it")
     if left:
         raise SubspanError(
-            f"no compartment for {', '.join(left)}: add a pattern ('.*' takes the rest) or exclude them"
+            f"no compartment for {', '.join(left)}: add a pattern ('.*' takes the rest), or "
+            "exclude them"
         )
     return groups
 
 
 def _uniform(pieces: Iterable[Piece], k: int) -> dict[str, list[Piece]]:
-    """k runs of weights whose sizes differ by at most one."""
+    """Runs of weights, k of them, whose sizes differ by at most one."""
     pieces = list(pieces)
     total = sum(map(len, pieces))
     if k > total:

@@ -29,6 +29,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and √3 − 1: the key's increments
 FEISTEL_ROUNDS = 8
+FEISTEL_ROUNDS_SMALL = 32  # up to 2⁵ elements: halves of 1 to 3 bits mix slowly
 MASK = 0xFFFFFFFF
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -198,10 +199,19 @@ class Source:
             raise SubspanError(f"bound must be in [1, 2^31], got {bound}")
         return self.sequence(start, stop, column=column, step=step, device=device) * bound >> 32
 
-    def permutation(self, size: int, *, column: int = 0, step: Tensor | int = 0) -> Permutation:
-        """A keyed permutation of [0, size): round keys are words 0 … 7 of the sequence."""
-        keys = self.sequence(0, FEISTEL_ROUNDS, column=column, step=step)
-        return Permutation(size, tuple(keys.tolist()))
+    def permutation(
+        self, size: int, *, column: Tensor | int = 0, step: Tensor | int = 0
+    ) -> Permutation:
+        """A keyed permutation of [0, size): its round keys are the first words of the sequence.
+
+        Their number is 8, or 32 for a size of at most 32. Of a size that is a power of 2, a vector
+        of columns gives as many permutations at once, which map (n, 1) to (n, len(column)).
+        """
+        rounds = FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
+        if isinstance(column, Tensor):
+            keys = self.sequence(0, rounds, column=column, step=step, device=column.device)
+            return Permutation(size, keys.unbind())
+        return Permutation(size, tuple(self.sequence(0, rounds, column=column, step=step).tolist()))
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class Permutation:
     """
 
     size: int
-    keys: tuple[int, ...]
+    keys: tuple[int, ...] | tuple[Tensor, ...]
 
     @property
     def bits(self) -> tuple[int, int]:

@@ -8,17 +8,22 @@ hollow network still moves between devices, copies and answers ``net.fc.weight``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from subspan.compartments import Patterns, select
+from subspan.errors import SubspanError
+
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of one module: ``path`` leads to it, ``tensor`` is the first name of what it holds."""
+    """One entry of one module: ``path`` leads there, ``tensor`` is the first path to its tensor."""
 
     path: str
     tensor: str
@@ -30,13 +35,20 @@ class Slot:
 
 
 def slots(net: nn.Module) -> list[Slot]:
-    """Every parameter slot of a network, each once, in the order of ``named_parameters``."""
+    """Every parameter slot of a network, each once, in the order of ``named_parameters``.
+
+    Raises:
+        SubspanError: for a parameter without values (a lazy one, or one on the meta device).
+    """
     found, first_name = [], dict[int, str]()
     for prefix, module in net.named_modules():  # visits a shared module once
         for attribute, tensor in module._parameters.items():
-            if tensor is not None:
-                path = f"{prefix}.{attribute}" if prefix else attribute
-                found.append(Slot(path, first_name.setdefault(id(tensor), path)))
+            if tensor is None:
+                continue
+            path = f"{prefix}.{attribute}" if prefix else attribute
+            if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
+            found.append(Slot(path, first_name.setdefault(id(tensor), path)))
     return found
 
 
@@ -48,8 +60,41 @@ def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
     return names
 
 
+def trained(
+    tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
+    targets: Patterns, exclude: Patterns, fully: set[str],
+) -> dict[str, int]:  # fmt: skip
+    """The tensors to train in the subspace and their sizes, in the network's order.
+
+    Args:
+        tensors: by name.
+        names: of :func:`aliases`.
+        targets: as for :class:`~subspan.subspace.SubspaceModel`.
+        exclude: as there.
+        fully: the names of those that are trained directly.
+
+    Raises:
+        SubspanError: for a tensor that cannot be trained, and if none is left.
+    """
+    if targets is None:
+        chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
+    else:
+        chosen = select(names, targets, "targets")
+    chosen -= select(names, exclude, "exclude") | fully
+    for name, tensor in tensors.items():
+        if name in chosen and not tensor.is_floating_point():
+            raise SubspanError(f"{name} is {tensor.dtype} and P w is real: exclude it")
+    sizes = {name: t.numel() for name, t in tensors.items() if name in chosen and t.numel()}
+    if not sizes:
+        raise SubspanError(
+            "no parameter is left to train in the subspace: give targets, or unfreeze some, "
+            f"of {', '.join(names) or 'none'}"
+        )
+    return sizes
+
+
 def hollow(net: nn.Module, places: Iterable[Slot]) -> None:
-    """Replace the parameters in these slots by buffers; of a tied tensor the first slot keeps it."""
+    """Replace the parameters in these slots by buffers; a tied tensor stays in its first slot."""
     for slot in places:
         module, attribute = slot.find(net)
         tensor = module._parameters.pop(attribute)
@@ -67,6 +112,37 @@ def fill(net: nn.Module, places: Iterable[Slot], tensors: Mapping[str, nn.Parame
         module._non_persistent_buffers_set.discard(attribute)
         module.register_parameter(attribute, tensors[slot.tensor])
     forget_flat_weights(net)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(net: nn.Module, *, values: bool) -> Iterator[None]:
+    """Whatever is raised inside, the network's own parameters and buffers are in place again.
+
+    Args:
+        net: any module.
+        values: whether parameters may get other values inside; they are then copied first.
+    """
+    registries: list[Any] = [
+        registry
+        for module in net.modules()
+        for registry in (module._parameters, module._buffers, module._non_persistent_buffers_set)
+    ]
+    before = [registry.copy() for registry in registries]
+    parameters = [
+        (p, p.requires_grad, p.detach().clone() if values else None) for p in net.parameters()
+    ]
+    try:
+        yield
+    except BaseException:
+        for registry, content in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(content)
+        for parameter, requires_grad, value in parameters:
+            parameter.requires_grad_(requires_grad)
+            if value is not None:
+                parameter.detach().copy_(value)
+        forget_flat_weights(net)
+        raise
 
 
 def restore_order(net: nn.Module, order: Mapping[str, list[str]]) -> None:
@@ -95,9 +171,9 @@ def forget_flat_weights(net: nn.Module) -> None:
     """
     for module in net.modules():
         if isinstance(module, nn.RNNBase):
-            n = len(module._flat_weights_names)
-            module._flat_weights = [None] * n
-            module._flat_weight_refs = [_gone] * n
+            gone: list[Any] = [_gone] * len(module._flat_weights_names)
+            module._flat_weights = [None] * len(gone)
+            module._flat_weight_refs = gone
 
 
 def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
@@ -116,5 +192,5 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+        sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]

@@ -16,31 +16,17 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from subspan import families, init, slots
-from subspan.compartments import Compartment, Patterns, Piece, Rules, partition, select
+from subspan import calls, families, init, slots
+from subspan.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.errors import SubspanError
 from subspan.families.base import project
 from subspan.summary import Row, Summary
-
-GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the operator: rows start … stop−1 of a projection, for consecutive pieces."""
-
-    coordinates: str
-    recipe: str
-    start: int
-    stop: int
-    pieces: tuple[Piece, ...]
 
 
 class SubspaceModel(nn.Module):
@@ -87,12 +73,15 @@ class SubspaceModel(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(net, SubspaceModel):
-            raise SubspanError("the network is a SubspaceModel already: merge() or unwrap() it first")
+            raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
+        if not isinstance(net, nn.Module):
+            raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+        targets, exclude, train_fully = _plain(targets), _plain(exclude), _plain(train_fully)
         places = slots.slots(net)
         names = slots.aliases(places)
         tensors = {name: net.get_parameter(name) for name in names}
         fully = select(names, train_fully, "train_fully")
-        sizes = _trained(tensors, names, targets, exclude, fully)
+        sizes = slots.trained(tensors, names, targets, exclude, fully)
         self.compartments = partition(sizes, names, dim, compartments, allocation)
         self.projections = tuple(
             families.projection(
@@ -103,11 +92,11 @@ class SubspaceModel(nn.Module):
         self.recipe: dict[str, Any] = options | {
             "dim": list(dim) if isinstance(dim, Sequence) else dim,
             "projection": projection,
-            "compartments": dict(compartments) if isinstance(compartments, Mapping) else compartments,
+            "compartments": compartments if isinstance(compartments, str) else _pairs(compartments),
             "allocation": allocation,
-            "targets": _plain(targets),
-            "exclude": _plain(exclude),
-            "train_fully": _plain(train_fully),
+            "targets": targets,
+            "exclude": exclude,
+            "train_fully": train_fully,
             "seed": seed,
         }
         self.init_seed: int | None = None
@@ -117,15 +106,17 @@ class SubspaceModel(nn.Module):
         self._order = slots.parameter_order(net)
         self._requires_grad = {name: tensor.requires_grad for name, tensor in tensors.items()}
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
-        self._calls = _plan(self.compartments, self.projections)
+        self._calls = calls.plan(self.compartments, self.projections)
         self._step = torch.tensor(0)
-        self._ranks_checked = False
+        self._ranks_checked = True
+        self._graph_checked = False
 
         base = {name: tensor for name, tensor in tensors.items() if name not in fully}
         buffers = slots.saved_buffers(net)
         self.base_buffers = {name: slots.digest({name: b}) for name, b in buffers.items()}
         self.base_fingerprint = slots.digest(base | buffers)
-        digits = list(bytes.fromhex(self.base_fingerprint))
+        self.layout = calls.layout(self.compartments, projection, seed, options)
+        digits = list(bytes.fromhex(self.base_fingerprint + self.layout))
         self.register_buffer("fingerprint", torch.tensor(digits, dtype=torch.uint8))
 
         # From here on nothing can fail, and the network changes.
@@ -134,14 +125,12 @@ class SubspaceModel(nn.Module):
         self.coordinates = nn.ParameterDict()
         for part in self.compartments:
             w = torch.zeros(part.dim, device=some.device, dtype=dtype)
-            self.coordinates[_key(part.name)] = nn.Parameter(w)
+            self.coordinates[calls.key(part.name)] = nn.Parameter(w)
         for name in fully:
             tensors[name].requires_grad_(True)
         slots.hollow(net, self._places)
         self.body = net
-        # θ₀ stays where it is: DDP must not send it with every batch.
-        self._ddp_params_and_buffers_to_ignore = [f"body.{slot.path}" for slot in self._places]
-        self.register_load_state_dict_pre_hook(_refuse_other_base)
+        self.register_load_state_dict_pre_hook(_refuse_other_model)
         self._take_signature()
 
     @classmethod
@@ -163,26 +152,25 @@ class SubspaceModel(nn.Module):
         model.init_seed = init_seed
         return model
 
-    # ---- the forward pass --------------------------------------------------------------------------
+    # ---- the forward pass ------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """θ of every tensor that is not trained fully, by name; differentiable in w."""
-        deltas: dict[str, list[Tensor]] = {}
+        thetas = self._base()
+        deltas: list[Tensor] = []
         for call in self._calls:
             w = self.coordinates[call.coordinates]
             rows = project(w, self._step, call.recipe, call.start, call.stop, False)
             parts = rows.split([len(piece) for piece in call.pieces])
             for piece, part in zip(call.pieces, parts, strict=True):
-                deltas.setdefault(piece.tensor, []).append(part)
-        thetas = {}
-        for slot in self._places:
-            if slot.path == slot.tensor:
-                theta = self.body.get_buffer(slot.tensor)
-                if slot.tensor in deltas:
-                    delta = torch.cat(deltas[slot.tensor]).view(theta.shape)
+                deltas.append(part)
+                base = thetas[piece.tensor]
+                if piece.stop == base.numel():  # its last piece: finished, before others begin
+                    delta = torch.cat(deltas) if len(deltas) > 1 else part
+                    deltas.clear()
                     # Low precisions are added up in the coordinates' own, and rounded once.
-                    theta = (theta + delta.to(theta.device)).to(theta.dtype)
-                thetas[slot.tensor] = theta
+                    theta = base + delta.view(base.shape).to(base.device)
+                    thetas[piece.tensor] = theta.to(base.dtype)
         return thetas
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,25 +179,48 @@ class SubspaceModel(nn.Module):
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the network with θ in its slots."""
-        if not self._ranks_checked and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager and not self._ranks_checked:
             self._check_ranks()
         theta = self.weights()
         in_slots = {f"body.{slot.path}": theta[slot.tensor] for slot in self._places}
-        out = functional_call(_Method(self.body, method), in_slots, args, kwargs, tie_weights=False)
-        if self._recurrent:
-            slots.forget_flat_weights(self.body)
+        body = calls.Method(self.body, method)
+        try:
+            out = functional_call(body, in_slots, args, kwargs, tie_weights=False)
+        finally:
+            if self._recurrent:
+                slots.forget_flat_weights(self.body)
+        if eager and not self._graph_checked and torch.is_grad_enabled():
+            calls.refuse_reentrant_checkpoints(out)
+            self._graph_checked = True
         return out
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """θ₀ stays where it is: DDP, which asks here, must not send it with every batch.
+
+        What DDP does send first is rank 0's fingerprint; the next call compares it with our own.
+        """
+        self._ranks_checked = False
+        prefixes = ("body", "_orig_mod.body")  # the second if it was compiled first
+        return [f"{prefix}.{slot.path}" for prefix in prefixes for slot in self._places]
+
     def _check_ranks(self) -> None:
-        """Once: where DDP has put rank 0's fingerprint, it must be that of our own θ₀."""
-        if bytes(self.fingerprint.tolist()).hex() != self.base_fingerprint:
+        if different := self._difference(self.fingerprint):
             raise SubspanError(
-                "the initial weights of this process differ from those of rank 0: build the network "
-                "from the same seed or file on every rank"
+                f"{different} of this process differ from those of rank 0: build the model from "
+                "the same seed or file and with the same options on every rank"
             )
         self._ranks_checked = True
 
-    # ---- the network inside --------------------------------------------------------------------------
+    def _difference(self, fingerprint: Tensor) -> str:
+        """What makes coordinates under another fingerprint meaningless here; empty if nothing."""
+        theirs = bytes(fingerprint.tolist()).hex()
+        if theirs[:32] != self.base_fingerprint:
+            return "the initial weights"
+        return "the projection or its compartments" if theirs[32:] != self.layout else ""
+
+    # ---- the network inside ----------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -222,10 +233,15 @@ class SubspaceModel(nn.Module):
 
         What was trained fully, and buffers, keep what training made of them.
         """
-        base = {s.tensor: self.body.get_buffer(s.tensor) for s in self._places if s.path == s.tensor}
-        return self._filled(self.body, base)
+        return self._filled(self.body, self._base())
+
+    def _base(self) -> dict[str, Tensor]:
+        """θ₀ of every tensor that is not trained fully, by name."""
+        return {name: self.body.get_buffer(name) for name in slots.aliases(self._places)}
 
     def _filled(self, net: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        for name in self._fully:
+            net.get_parameter(name).requires_grad_(self._requires_grad[name])
         parameters = {
             name: nn.Parameter(tensor, requires_grad=self._requires_grad[name])
             for name, tensor in tensors.items()
@@ -241,7 +257,8 @@ class SubspaceModel(nn.Module):
     def changed_buffers(self) -> dict[str, Tensor]:
         """The network's saved buffers that are not what they were when it was wrapped."""
         buffers = slots.saved_buffers(self.body)
-        return {n: b for n, b in buffers.items() if slots.digest({n: b}) != self.base_buffers.get(n)}
+        was = self.base_buffers
+        return {name: b for name, b in buffers.items() if slots.digest({name: b}) != was.get(name)}
 
     def summary(self) -> Summary:
         """Tensor by tensor: weights, compartment, coordinates. Print it, or read its rows."""
@@ -257,10 +274,10 @@ class SubspaceModel(nn.Module):
         return Summary(tuple(rows), sum(part.dim for part in self.compartments))
 
     def print_trainable_parameters(self) -> None:
-        """Print the counts in one line, as PEFT does: "all" are those of the network and w."""
+        """Print the counts in one line, as PEFT does: "all" are the weights of the network."""
         print(self.summary().line())
 
-    # ---- what makes the wrapper transparent --------------------------------------------------------
+    # ---- what makes the wrapper transparent ------------------------------------------------------
 
     def _take_signature(self) -> None:
         """Show the network's own signature of ``forward``: trainers read it to choose columns."""
@@ -276,7 +293,6 @@ class SubspaceModel(nn.Module):
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         parameters = [own, *theirs.parameters.values()]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        # A bound method, because deepcopy binds it to the copy.
         self.forward = types.MethodType(forward, self)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
@@ -295,7 +311,7 @@ class SubspaceModel(nn.Module):
         return self._call(name, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the bound method, which pickle cannot name."""
+        """Without the bound method, which pickle cannot name; a copy gets its own."""
         return {key: value for key, value in self.__dict__.items() if key != "forward"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,81 +319,22 @@ class SubspaceModel(nn.Module):
         self._take_signature()
 
 
-class _Method(nn.Module):
-    """Any method of a module as a ``forward``, which is what ``functional_call`` calls."""
-
-    def __init__(self, body: nn.Module, name: str) -> None:
-        super().__init__()
-        self.body, self.name = body, name
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The method's result."""
-        if self.name == "forward":
-            return self.body(*args, **kwargs)  # runs hooks
-        return getattr(self.body, self.name)(*args, **kwargs)
-
-
-def _trained(
-    tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
-    targets: Patterns, exclude: Patterns, fully: set[str],
-) -> dict[str, int]:  # fmt: skip
-    """The tensors to train in the subspace and their sizes, in the network's order."""
-    if targets is None:
-        chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
-    else:
-        chosen = select(names, targets, "targets")
-    chosen -= select(names, exclude, "exclude") | fully
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
-            raise SubspanError(f"{name} has no values yet: run one batch, or load the weights, first")
-        if name in chosen and not tensor.is_floating_point():
-            raise SubspanError(f"{name} is {tensor.dtype} and P w is real: exclude it")
-    sizes = {name: t.numel() for name, t in tensors.items() if name in chosen and t.numel()}
-    if not sizes:
-        raise SubspanError(
-            "no parameter is left to train in the subspace: give targets, or unfreeze some, "
-            f"of {', '.join(names) or 'none'}"
-        )
-    return sizes
-
-
-def _plan(
-    compartments: Sequence[Compartment], projections: Sequence[families.Projection]
-) -> tuple[Call, ...]:
-    """Small tensors share a call; a family that computes all rows at once is called once."""
-    calls = []
-    for part, projection in zip(compartments, projections, strict=True):
-        limit = GROUP if projection.local else part.weights
-        start = stop = 0
-        group: list[Piece] = []
-        for piece in (*part.pieces, None):
-            if group and (piece is None or stop - start + len(piece) > limit):
-                calls.append(Call(_key(part.name), projection.recipe, start, stop, tuple(group)))
-                start, group = stop, []
-            if piece is not None:
-                group.append(piece)
-                stop += len(piece)
-    return tuple(calls)
-
-
-def _key(compartment: str) -> str:
-    """A compartment's name as a parameter's: dots would be read as submodules."""
-    key = compartment.replace(".", "/")
-    return key + "/" if hasattr(nn.ParameterDict(), key) else key
+def _pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
+    """Rules as JSON that keeps their order: the first that matches counts."""
+    return [list(rule) for rule in (rules.items() if isinstance(rules, Mapping) else rules)]
 
 
 def _plain(patterns: Patterns) -> str | list[str] | None:
     return patterns if isinstance(patterns, str | None) else list(patterns)
 
 
-def _refuse_other_base(
+def _refuse_other_model(
     model: SubspaceModel, state: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Coordinates mean nothing on another θ₀."""
+    """Coordinates mean nothing on another θ₀ or along other directions."""
     theirs = state.get(prefix + "fingerprint")
-    if theirs is not None and bytes(theirs.tolist()).hex() != model.base_fingerprint:
+    if theirs is not None and (different := model._difference(theirs)):
         raise SubspanError(
-            "this state_dict was trained from other initial weights (fingerprint "
-            f"{bytes(theirs.tolist()).hex()}, this network has {model.base_fingerprint}): build the "
-            "network with the same initial weights"
+            f"{different} of the model that this state_dict comes from differ from this model's: "
+            "build it from the same initial weights and with the same options"
         )

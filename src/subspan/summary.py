@@ -52,7 +52,8 @@ class Summary:
     @property
     def trainable(self) -> int:
         """Coordinates and the entries of what is trained fully."""
-        return self.coordinates + sum(r.weights for r in self.rows if r.compartment == "fully trained")
+        fully = sum(row.weights for row in self.rows if row.compartment == "fully trained")
+        return self.coordinates + fully
 
     def line(self) -> str:
         """PEFT's line of counts."""

@@ -101,6 +101,12 @@ def test_residual_block_adds_its_input():
     torch.testing.assert_close(block(x), x)
 
 
+@pytest.mark.parametrize("name", ["resnet8", "resnet20"])
+def test_resnet_halves_the_image_twice(name):
+    features = nets.build(name, CIFAR)[:-3]  # without pool, flatten, fc1
+    assert features(torch.zeros(1, *CIFAR)).shape == (1, 64, 8, 8)
+
+
 def test_layers_are_named_for_selection():
     names = [name for name, _ in nets.build("lenet").named_parameters()]
     layers = ["conv1", "conv2", "fc1", "fc2", "fc3"]
@@ -160,6 +166,7 @@ class Net(nn.Linear):
 def demanding(width): ...
 def nothing(): return None
 number = 3
+ready = nn.Linear(1, 1)
 """
 
 
@@ -200,6 +207,7 @@ def test_users_own_class_and_arguments():
         ("my_nets.sub:f", r"there is no module 'my_nets\.sub'"),
         ("my_nets:bott", "unknown function of my_nets 'bott': did you mean both"),
         ("my_nets:number", "expected a function or class that makes a network, got int"),
+        ("my_nets:ready", "expected a function or class that makes a network, got Linear"),
         ("my_nets:nothing", "must return a torch.nn.Module, got NoneType"),
         ("my_nets:demanding", r"its signature is \(width\)"),
         ("my_nets:", "package.module:function"),

@@ -205,6 +205,7 @@ def test_eight_methods_are_told_apart(tmp_path):
     curves = [line for line in axes.lines if line.get_label().split(":")[0] in EIGHT]
     assert len({(line.get_color(), line.get_marker()) for line in curves}) == 8
     assert len({line.get_color() for line in curves}) == 8
+    assert len({line.get_marker() for line in curves}) >= 7
 
 
 @pytest.mark.parametrize("methods", [["hash"], EIGHT, ["a-method-with-a-name-of-its-own" * 2]])
@@ -267,7 +268,9 @@ def test_write_a_sweep(tmp_path):
 
 
 def test_page_of_a_sweep_holds_the_tables(tmp_path):
-    write(save(tmp_path, a_sweep() | {"published": [LI], "status": "running"}))
+    raw = a_sweep() | {"published": [LI], "status": "running"}
+    raw["d_int"]["rademacher"] |= {"value": 300.0, "high": None, "note": "the interval is open"}
+    write(save(tmp_path, raw))
     document = Document((tmp_path / "report.html").read_text("utf-8"))
     words = " ".join(document.words)
     assert "hash reaches 90 % of the accuracy of all weights at d = 234 of D = 61,706." in words
@@ -275,6 +278,8 @@ def test_page_of_a_sweep_holds_the_tables(tmp_path):
     assert "Stored: every number that inference needs" in words
     tables = document.tables
     assert ["hash", "234", "220 to 250", "0.38", "89.10"] in tables["Intrinsic dimension"]
+    assert ["rademacher", "300", "220 to –", "0.49", "89.10"] in tables["Intrinsic dimension"]
+    assert "rademacher: the interval is open." in words
     assert ["hash", "1000", "96.00 ± 2.83", "96.00 ± 2.83", "2", "0.1"] in tables["Accuracy"]
     assert ["full", "all weights", "99.00 ± 0.71", "99.00 ± 0.71", "2", "0.001"] in tables[
         "Accuracy"
@@ -286,7 +291,7 @@ def test_page_of_a_sweep_holds_the_tables(tmp_path):
         ["100", "76.3", "80.0 (+3.7)", "80.0 (+3.7)"],
         ["500", "93.9", "–", "–"],
         ["all weights", "99.1", "99.0 (-0.1)", "99.0 (-0.1)"],
-        ["d_int90", "290", "234", "234"],
+        ["d_int90", "290", "234", "300"],
     ]
     assert tables["Failed runs"][1] == ["hash-d10-lr0.3-seed0", "the loss became nan in epoch 3"]
     assert ["methods", '["hash", "rademacher"]'] in tables["Configuration"]
@@ -373,7 +378,7 @@ def test_hostile_names_stay_text(tmp_path):
 def test_svg_depends_on_the_data_only(tmp_path):
     sweep = read_sweep(tmp_path, a_sweep())
     first = pictures.svg(pictures.sweep_figure(sweep))
-    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "lines.linewidth": 9}):
+    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.facecolor": "r"}):
         assert pictures.svg(pictures.sweep_figure(sweep)) == first
     assert b"date" not in first.lower()
 

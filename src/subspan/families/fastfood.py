@@ -33,6 +33,13 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     return x.reshape(shape) / math.sqrt(n)
 
 
+def _sum_by_halves(x: Tensor) -> Tensor:
+    """Sums along the first dimension, a power of 2: one order whatever stands beside a sum."""
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return x
+
+
 @dataclass(frozen=True)
 class Fastfood(Projection, family="fastfood"):
     """Stacked blocks H G Π H B (Le 2013, the projection of Li 2018): O(D log d), near-Gaussian.
@@ -56,14 +63,12 @@ class Fastfood(Projection, family="fastfood"):
             n, source = self.block, self.source
             blocks = torch.arange(first, last, device=x.device)
             place = torch.arange(n, device=x.device)
-            options = {"step": step, "device": x.device, "dtype": x.dtype}
-            signs = source.signs(0, n, column=3 * blocks, **options).T
-            order = torch.stack(
-                [source.permutation(n, column=3 * k + 1, step=step)(place) for k in range(first, last)]
-            )
-            normals = source.normals(0, n, column=3 * blocks + 2, **options).T
-            scale = math.sqrt(n) / torch.linalg.vector_norm(normals, dim=1, keepdim=True)
-            return signs.contiguous(), order, normals * scale
+            options = {"step": step, "device": x.device}
+            signs = source.signs(0, n, column=3 * blocks, dtype=x.dtype, **options)
+            order = source.permutation(n, column=3 * blocks + 1, step=step)(place.unsqueeze(1))
+            g = source.normals(0, n, column=3 * blocks + 2, dtype=torch.float64, **options)
+            normals = (g * torch.sqrt(n / _sum_by_halves(g * g))).to(x.dtype)
+            return signs.T.contiguous(), order.T.contiguous(), normals.T.contiguous()
 
         return cache.get(("fastfood", self, int(step), first, last, x.device, x.dtype), build)
 

@@ -226,7 +226,7 @@ def _build_users_own(name: str, input_shape: Shape, classes: int) -> nn.Module:
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise unknown(f"function of {module_name}", attribute, public)
     function = getattr(module, attribute)
-    if not callable(function):
+    if not callable(function) or isinstance(function, nn.Module):
         raise SubspanError(
             f"net {name!r}: expected a function or class that makes a network, "
             f"got {type(function).__name__}"

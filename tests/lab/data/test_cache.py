@@ -16,9 +16,10 @@ from tests.lab.data.makers import encoded, image_folder, numbered
 def test_a_second_load_neither_decodes_nor_imports_datasets(tmp_path, monkeypatch):
     folder = str(image_folder(tmp_path / "pets", parts=("train",)))
     first = data.load(folder)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(decode, "to_array", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    second = data.load(folder)
+    second = data.load("./pets")  # the same folder by another name
     assert first.notes
     assert (second.notes, second.classes) == (first.notes, first.classes)
     for part in ("train", "validation", "test"):
@@ -30,10 +31,12 @@ def test_a_second_load_neither_decodes_nor_imports_datasets(tmp_path, monkeypatc
 def test_a_changed_file_is_decoded_again(tmp_path):
     folder = image_folder(tmp_path / "pets")
     data.load(str(folder))
-    image = folder / "test" / "cat" / "00.png"
-    image.write_bytes(encoded(255))
+    image = folder / "test" / "cat" / "01.png"
+    size = image.stat().st_size
+    image.write_bytes(encoded(21))
     os.utime(image, ns=(1, 1))
-    assert data.load(str(folder)).test.images[0].unique().tolist() == [255]
+    assert image.stat().st_size == size
+    assert data.load(str(folder)).test.images[1].unique().tolist() == [21]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\xff" * len(b)])

@@ -129,6 +129,13 @@ def test_two_sizes(tmp_path):
         data.load(str(folder))
 
 
+def test_two_sizes_in_two_parts(tmp_path):
+    folder = image_folder(tmp_path / "pets", parts=("train",))
+    image_folder(folder, parts=("test",), size=(5, 7))
+    with pytest.raises(SubspanError, match="must have one size, found 3x4 and 7x5"):
+        data.load(str(folder))
+
+
 def test_no_label_column(tmp_path):
     columns = {"image": as_structs([encoded(0)] * 4), "size": [1] * 4, "origin": ["x"] * 4}
     folder = parquet_folder(tmp_path / "birds", **columns)

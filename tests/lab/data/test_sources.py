@@ -28,6 +28,7 @@ def test_digits():
     assert digits.train.images.max() == 255
     assert len(digits.train.images.unique()) == 17
     assert digits.notes == ()
+    assert digits.test.labels[:12].tolist() == [0, 1, 5, 9, 6, 7, 9, 8, 7, 7, 2, 3]
     again = data.load("digits", seed=1)
     assert torch.equal(again.test.images, digits.test.images)
 
@@ -44,6 +45,8 @@ def test_subspan_data_goes_first(tmp_path, monkeypatch):
     assert data.load("mnist").image_shape == (1, 3, 4)
     assert data.load("pets").image_shape == (3, 3, 4)
     assert data.load("digits").image_shape == (1, 8, 8)
+    with pytest.raises(SubspanError, match=r"there is no data folder \./pets"):
+        data.load("./pets")
 
 
 def test_a_known_name_is_no_folder_here(tmp_path, monkeypatch):
@@ -77,6 +80,8 @@ def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
     again = data.load("someone/pets")
     assert torch.equal(again.train.images, pets.train.images)
     assert again.notes == pets.notes
+    with pytest.raises(SubspanError, match="gave no data set"):  # other columns: another set
+        data.load("someone/pets", label_column="other")
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -99,7 +104,7 @@ def test_unknown_names(name, message, cache_folder):
 
 def test_a_name_that_no_hub_has():
     """An impossible name is refused without a request."""
-    with pytest.raises(SubspanError, match="unknown data set 'not a name'.*it has no such set"):
+    with pytest.raises(SubspanError, match=r"unknown data set 'not a name'.*it has no such set"):
         data.load("not a name")
 
 

@@ -62,7 +62,8 @@ def read(
         if not isinstance(features[images], datasets.Image):
             rows = rows.cast_column(images, datasets.Image())
         size = pixels[0][0].shape[-2:] if pixels else None
-        arrays, part_values = _decode(path, name, rows, images, labels, size)
+        pairs = ((row[images], row[labels]) for row in rows)
+        arrays, part_values = _decode(path, name, pairs, size)
         pixels.append(arrays)
         values.append(part_values)
 
@@ -136,18 +137,13 @@ def to_array(image: Image) -> np.ndarray:
 
 
 def _decode(
-    path: str,
-    part: str,
-    rows: Iterable[dict[str, Any]],
-    images: str,
-    labels: str,
-    size: tuple[int, ...] | None,
+    path: str, part: str, pairs: Iterable[tuple[Image, Any]], size: tuple[int, ...] | None
 ) -> tuple[list[np.ndarray], list[Any]]:
     """One part's decoded images, all of ``size`` (None: of the first one's), and its labels."""
     arrays, values = [], []
     with _readable(path):
-        for row in rows:
-            array = to_array(row[images])
+        for image, value in pairs:
+            array = to_array(image)
             size = size or array.shape[-2:]
             if array.shape[-2:] != size:  # at once: large photographs would fill the memory
                 raise SubspanError(
@@ -155,7 +151,7 @@ def _decode(
                     f"{array.shape[-2]}x{array.shape[-1]} (height x width): resize them to one"
                 )
             arrays.append(array)
-            values.append(row[labels])
+            values.append(value)
     if not arrays:
         raise SubspanError(f"the part {part!r} of {path} must have images, got none: add some")
     return arrays, values

@@ -45,7 +45,8 @@ def load(
 
     The name is, in this order: a sub-folder of ``$SUBSPAN_DATA``, one of `names`, a local folder,
     or a set on the Hugging Face Hub. Folders and Hub sets may have any layout that
-    ``datasets.load_dataset`` reads; a set without a test part gets one, said in ``notes``.
+    ``datasets.load_dataset`` reads. A set without a test part gets one, which ``notes`` say: its
+    validation part if it has one (which is not used otherwise), else 1/6 of its images.
 
     The first load decodes the set and keeps its tensors (see `cache.fetch`). A folder is decoded
     again when a file in it changes; a Hub set stays at the revision first loaded, which its
@@ -65,7 +66,7 @@ def load(
     """
     identity, read = _find(name, image_column, label_column)
     digest = hashlib.blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=8).hexdigest()
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    readable = re.sub(r"[^\w.-]+", "-", Path(identity[0]).name)
 
     def read_with_status() -> RawData:
         from rich.console import Console
@@ -73,7 +74,7 @@ def load(
         with Console(stderr=True).status(f"reading {name}"):
             return read()
 
-    raw = cache.fetch(f"{slug}-{digest}", read_with_status)
+    raw = cache.fetch(f"{readable}-{digest}", read_with_status)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     mean, std = statistics(train.images)
     channels, height, width = train.images.shape[1:]

@@ -159,8 +159,10 @@ def dimension_ticks(low: float, high: float, dims: Sequence[int]) -> list[int]:
     powers = [10**e for e in range(math.ceil(math.log10(high)) + 1)]
     decades = [p for p in powers if low <= p <= high]
     finer = [lead * p for p in powers for lead in (1, 2, 5) if low <= lead * p <= high]
-    ticks = decades if len(decades) >= 3 else finer if len(finer) >= 3 else sorted(set(dims))
-    return ticks if ticks is finer else ticks[:: math.ceil(len(ticks) / 6) or 1]
+    if len(decades) < 3 <= len(finer):
+        return finer
+    ticks = decades if len(decades) >= 3 else sorted(set(dims))
+    return ticks[:: max(1, math.ceil(len(ticks) / 6))]
 
 
 def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:

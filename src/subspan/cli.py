@@ -1,0 +1,338 @@
+"""The command line: arguments only. ``subspan COMMAND --help`` documents each command.
+
+PyTorch takes seconds to import, so a command's parser is made, and what it needs imported, only
+when that command is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from subspan import __version__
+from subspan.errors import SubspanError, unknown
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+Arguments = Sequence[str]
+
+
+def main(argv: Arguments | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"subspan {__version__}")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise unknown("command", arguments[0], COMMANDS)
+        COMMANDS[arguments[0]][0](arguments[1:])
+    except SubspanError as error:
+        print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nsubspan {arguments[0]}: interrupted; what was complete is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """What ``subspan --help`` says."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: subspan COMMAND [OPTIONS]",
+            "",
+            "Train any PyTorch network through far fewer numbers than it has weights, and store it",
+            "as those numbers and a seed.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "examples:",
+            "  subspan train --net mlp --data digits --method hash --dim 300 --out runs/first",
+            "  subspan sweep --net mlp --data digits --dims 10,30,100,300,1000 --out runs/curve",
+            "",
+            "'subspan COMMAND --help' explains a command; flags can be put into a YAML file: --config.",
+        ]
+    )
+
+
+# ---- train and sweep -------------------------------------------------------------------------------
+
+
+def train(argv: Arguments) -> None:
+    """Train one network by one method."""
+    from subspan.lab import console
+    from subspan.lab.config import Run, Training
+    from subspan.lab.methods import method
+    from subspan.lab.train import train as run_training
+
+    parser = _parser("train", train.__doc__, _methods_help())
+    parser.add_class_arguments(Training, as_group=False)
+    parser.add_argument("--method", type=str, default="hash", help="how, see the list below")
+    parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")  # type: ignore[arg-type]
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    _add_options(parser)
+    _add_out(parser, "runs/train")
+    given = _parse(parser, argv)
+
+    how = method(given.method)
+    training = _instance(Training, given)
+    lr = how.lrs[len(how.lrs) // 2] if given.lr is None else given.lr
+    run = Run(training, given.method, _options(given), lr, given.seed)
+    with console.training(run) as progress:
+        record = run_training(
+            run, Path(given.out), overwrite=given.overwrite, report=progress.epoch,
+            on_step=progress.step, on_start=progress.start,
+        )  # fmt: skip
+    console.trained(record, Path(given.out))
+
+
+def sweep(argv: Arguments) -> None:
+    """Accuracy against the number of coordinates, and the intrinsic dimension."""
+    from subspan.lab import config, console, report
+    from subspan.lab.sweep import sweep as run_sweep
+    from subspan.lab.sweep import total_runs
+
+    parser = _parser("sweep", sweep.__doc__, _methods_help())
+    parser.add_class_arguments(config.Training, as_group=False)
+    lists = "numbers separated by commas, or a YAML list"
+    parser.add_argument("--methods", type=list[str] | str, default="hash", help="names, see below")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--dims", type=list[int | str] | str, default="10,30,100,300,1000,3000",  # type: ignore[arg-type]
+        help=f"numbers of coordinates: {lists}; 600+250 gives those of each compartment",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
+    parser.add_argument(
+        "--lrs", type=list[float] | str | None, default=None,  # type: ignore[arg-type]
+        help=f"learning rates to choose from at every d, on the validation part: {lists}; null: the "
+        "methods' own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=str | None, default="full", help="what the others are held against"  # type: ignore[arg-type]
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline_lrs", type=list[float] | str | None, default=None, help="the same, of the baseline"  # type: ignore[arg-type]
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=float, default=0.9, help="share of the baseline's accuracy for d_int"
+    )
+    _add_options(parser, without=("dim",))
+    _add_jobs(parser)
+    _add_out(parser, "runs/sweep")
+    given = _parse(parser, argv)
+
+    settings = config.Sweep(
+        training=_instance(config.Training, given),
+        methods=config.split(given.methods, "methods"),
+        dims=config.split(given.dims, "dims"),
+        seeds=given.seeds,
+        lrs=config.floats(given.lrs, "lrs") if given.lrs else (),
+        options=_options(given),
+        threshold=given.threshold,
+        baseline=given.baseline,
+        baseline_lrs=config.floats(given.baseline_lrs, "baseline_lrs") if given.baseline_lrs else (),
+    )
+    out = Path(given.out)
+    with console.runs(total_runs(settings)) as progress:
+        result = run_sweep(settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress)
+    console.swept(result, report.write(out))
+
+
+def reproduce(argv: Arguments) -> None:
+    """Run a published experiment and show published and measured side by side."""
+    from subspan.lab import console
+    from subspan.lab.reproduce import experiments
+    from subspan.lab.reproduce import reproduce as run_experiment
+    from subspan.lab.sweep import total_runs
+
+    listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
+    parser = _parser("reproduce", reproduce.__doc__, f"experiments:\n{listing}")
+    parser.add_argument("name", nargs="?", default=None, help="one of the experiments below")
+    parser.add_argument("--list", action="store_true", help="list the experiments and end")
+    parser.add_argument(
+        "--budget", type=Literal["quick", "full"], default="quick",  # type: ignore[arg-type]
+        help="quick ends within ten minutes on two cores; full uses the published recipe",
+    )  # fmt: skip
+    _add_jobs(parser)
+    _add_out(parser, None)
+    given = _parse(parser, argv)
+
+    if given.list or given.name is None:
+        console.listing([(e.name, e.title, e.source) for e in experiments().values()])
+        return
+    if given.name not in experiments():
+        raise unknown("experiment", given.name, experiments())
+    out = Path(given.out or f"runs/{given.name}-{given.budget}")
+    with console.runs(total_runs(experiments()[given.name].sweeps[given.budget])) as progress:
+        result = run_experiment(
+            given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,
+            on_run=progress,
+        )  # fmt: skip
+    console.swept(result, sorted(out.glob("curve.*")) + [out / "report.html"])
+
+
+# ---- one checkpoint, one folder, this machine --------------------------------------------------------
+
+
+def evaluate(argv: Arguments) -> None:
+    """Test accuracy of a checkpoint, rebuilt from its file."""
+    from subspan.lab import console
+    from subspan.lab.evaluate import evaluate_checkpoint
+
+    parser = _parser("eval", evaluate.__doc__)
+    parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="the data set; null: that of its training"  # type: ignore[arg-type]
+    )  # fmt: skip
+    given = _parse(parser, argv)
+    console.facts(evaluate_checkpoint(given.checkpoint, given.data))
+
+
+def inspect(argv: Arguments) -> None:
+    """What a checkpoint says of itself."""
+    from subspan.checkpoint import inspect as header
+    from subspan.lab import console
+
+    parser = _parser("inspect", inspect.__doc__)
+    parser.add_argument("checkpoint", type=str, help="a file that subspan saved")
+    console.facts(header(_parse(parser, argv).checkpoint))
+
+
+def export(argv: Arguments) -> None:
+    """Write the merged weights of a checkpoint as a plain safetensors file."""
+    from subspan.lab.export import export as write_weights
+
+    parser = _parser("export", export.__doc__)
+    parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
+    parser.add_argument("out", type=str, help="the file to write")
+    given = _parse(parser, argv)
+    print(f"{given.out}: {write_weights(given.checkpoint, given.out):,} bytes")
+
+
+def report(argv: Arguments) -> None:
+    """Draw the pictures and the page of a folder that train or sweep wrote."""
+    from subspan.lab.report import write
+
+    parser = _parser("report", report.__doc__)
+    parser.add_argument("folder", type=str, help="with a sweep.json or a record.json")
+    for path in write(Path(_parse(parser, argv).folder)):
+        print(path)
+
+
+def doctor(argv: Arguments) -> None:
+    """What works on this machine: kernels, devices, the generator's known answers, versions."""
+    from subspan.lab import console
+    from subspan.lab.doctor import examine
+
+    _parse(_parser("doctor", doctor.__doc__), argv)
+    findings = examine()
+    console.diagnosis(findings)
+    if ill := [finding.subject for finding in findings if not finding.well]:
+        raise SubspanError(f"not well: {', '.join(ill)}")
+
+
+COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
+    "train": (train, "train one network by one method"),
+    "sweep": (sweep, "accuracy against the number of coordinates, and the intrinsic dimension"),
+    "eval": (evaluate, "test accuracy of a checkpoint"),
+    "inspect": (inspect, "what a checkpoint says of itself"),
+    "export": (export, "merged weights of a checkpoint as a plain safetensors file"),
+    "report": (report, "pictures and a page of what train or sweep wrote"),
+    "reproduce": (reproduce, "run a published experiment, published and measured side by side"),
+    "doctor": (doctor, "kernels, devices, the generator's known answers, versions"),
+}
+
+
+# ---- shared by the parsers ---------------------------------------------------------------------------
+
+
+def _parser(command: str, description: str | None, epilog: str = "") -> ArgumentParser:
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """The usual help, with the epilog's lines as they are."""
+
+    parser = ArgumentParser(
+        prog=f"subspan {command}", description=description, epilog=epilog, formatter_class=Formatter
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
+    """Parse; every option is known by its name with dashes, too."""
+    for action in parser._actions:
+        dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
+        action.option_strings[:0] = dashed
+        parser._option_string_actions.update(dict.fromkeys(dashed, action))
+    return parser.parse_args(argv)
+
+
+def _methods_help() -> str:
+    from subspan.lab.methods import methods
+
+    lines = [f"  {name:16} {how.help}" for name, how in sorted(methods().items())]
+    return "\n".join(["methods:", *lines])
+
+
+def _add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The options of all methods; each run is told only those that were given."""
+    from subspan.lab.methods import methods
+
+    owners: dict[str, list[str]] = {}
+    options = {}
+    for how in methods().values():
+        for option in how.options:
+            if option.name not in without:
+                owners.setdefault(option.name, []).append(how.name)
+                options[option.name] = option
+    group = parser.add_argument_group("options of methods")
+    for name, option in options.items():
+        some = owners[name]
+        where = f" ({', '.join(some)})" if len(some) < 4 else ""
+        group.add_argument(f"--{name}", type=option.type | None, default=None, help=option.help + where)
+
+
+def _options(given: Namespace) -> dict[str, Any]:
+    """The methods' options that were given."""
+    from subspan.lab.methods import methods
+
+    names = {option.name for how in methods().values() for option in how.options}
+    return {n: given[n] for n in sorted(names) if given.get(n) is not None}
+
+
+def _instance(cls: type, given: Namespace) -> Any:
+    from dataclasses import fields
+
+    return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+
+def _add_out(parser: ArgumentParser, default: str | None) -> None:
+    parser.add_argument("--out", type=str | None, default=default, help="the folder for what is written")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what another configuration left there"
+    )
+
+
+def _add_jobs(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=int, default=-1, help="runs at a time; -1: one per core of this machine"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a run and a sweep are told: plain data, read from flags and YAML, written into records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from subspan.errors import SubspanError
+
+Schedule = Literal["onecycle", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one network is trained on one data set.
+
+    Args:
+        net: a network by name (mlp, mlp-200-200, lenet, resnet20, …) or your own as
+            package.module:function.
+        data: an image-classification set: digits (built in), mnist, fashion_mnist, cifar10, or any
+            name or folder that datasets.load_dataset reads. $SUBSPAN_DATA/NAME is looked at first.
+        epochs: passes over the training part.
+        batch_size: images per step, over all processes together.
+        optimizer: adam or sgd (momentum 0.9).
+        schedule: of the learning rate: onecycle, cosine (to zero), or constant.
+        weight_decay: added to the gradient of what is trained, times its value.
+        patience: stop after so many epochs without a better validation accuracy; null never does.
+        validation: share of the training images that is set aside for choices.
+        init: initial weights: seed draws them from our generator, so that the checkpoint need not
+            hold them; own keeps those that the network's function made; auto is seed for the
+            networks of this library and own for yours.
+        mixed_precision: no, bf16 or fp16.
+        device: cpu, cuda, or auto.
+    """
+
+    net: str = "mlp"
+    data: str = "digits"
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["adam", "sgd"] = "adam"
+    schedule: Schedule = "onecycle"
+    weight_decay: float = 0.0
+    patience: int | None = None
+    validation: float = 1 / 12
+    init: Literal["auto", "seed", "own"] = "auto"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
+        if not 0 < self.validation < 1:
+            raise SubspanError(f"validation must be a share in (0, 1), got {self.validation}")
+        if not self.weight_decay >= 0:
+            raise SubspanError(f"weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a method with its options, a learning rate and a seed.
+
+    Args:
+        training: what is trained, on what and how long.
+        method: a name of :func:`subspan.lab.methods.methods`.
+        options: the method's own, without those left at their defaults.
+        lr: the (highest) learning rate.
+        seed: of θ₀, of P, of the validation part and of the order of batches.
+    """
+
+    training: Training
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise SubspanError(f"lr must be a positive number, got {self.lr}")
+        if self.seed < 0:
+            raise SubspanError(f"seed must not be negative, got {self.seed}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in ``record.json``."""
+        return asdict(self.training) | {
+            "method": self.method, "options": self.options, "lr": self.lr, "seed": self.seed
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A family of runs: methods × dims × learning rates × seeds.
+
+    Args:
+        training: common to all runs.
+        methods: names of methods.
+        dims: values of the methods' axis, the numbers that are trained: 10,30,100; a sum such as
+            600+250 gives those of each compartment.
+        seeds: how many seeds, 0, 1, …
+        lrs: learning rates to choose from at every point, by validation accuracy of seed 0; empty
+            takes each method's own.
+        options: the methods' own, common to all.
+        threshold: share of the baseline's accuracy at which the intrinsic dimension is read off.
+        baseline: the method that the others are held against; null for none.
+        baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
+    """
+
+    training: Training
+    methods: tuple[str, ...] = ("hash",)
+    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
+    seeds: int = 1
+    lrs: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    threshold: float = 0.9
+    baseline: str | None = "full"
+    baseline_lrs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise SubspanError("methods is empty: name at least one")
+        if not self.dims:
+            raise SubspanError("dims is empty: give at least one number of coordinates")
+        for name in ("methods", "dims"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
+        if self.seeds < 1:
+            raise SubspanError(f"seeds must be at least 1, got {self.seeds}")
+        if not 0 < self.threshold <= 1:
+            raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in ``sweep.json``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
+        lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
+        return asdict(self.training) | own | lists
+
+
+def split(values: str | Sequence[Any], name: str) -> tuple[str, ...]:
+    """A list as people type it, "10,30,100", or as YAML has it, as a tuple of texts."""
+    parts = values.split(",") if isinstance(values, str) else [str(value) for value in values]
+    cleaned = tuple(part.strip() for part in parts)
+    if any(not part for part in cleaned):
+        raise SubspanError(f"{name} has an empty entry: {values!r}")
+    return cleaned
+
+
+def floats(values: str | Sequence[Any], name: str) -> tuple[float, ...]:
+    """:func:`split` into numbers."""
+    try:
+        return tuple(float(value) for value in split(values, name))
+    except ValueError:
+        raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
+
+

@@ -1,0 +1,123 @@
+"""Methods of training through few numbers, one file each.
+
+Training, sweeps, reports and the command line know no method by name: they ask :func:`methods`.
+A file in this folder that makes an instance of :class:`Method` has added it (``docs/add-a-method.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+
+from subspan import slots
+from subspan.errors import SubspanError, unknown
+
+_registry: dict[str, Method] = {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method: a flag on the command line, a key in a YAML file."""
+
+    name: str
+    type: Any
+    help: str
+
+
+class Method(ABC):
+    """What a method does to a network, which optimizer it takes, and what it counts.
+
+    Args:
+        name: what people type.
+        help: one line on what it is and whose.
+    """
+
+    options: tuple[Option, ...] = ()
+    """Beyond the network, the data and the training."""
+    axis: str | None = None
+    """The option that a sweep varies: how many numbers are trained; None if it cannot."""
+    lrs: tuple[float, ...]
+    """Learning rates worth trying with Adam; the middle one is the default."""
+
+    def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
+        self.name, self.help = name, help
+        _registry[name] = self
+
+    @abstractmethod
+    def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
+        """Make a network trainable by this method, in place.
+
+        Args:
+            net: with its initial weights.
+            seed: of what the method draws.
+            options: of :attr:`options`, those that were given.
+
+        Returns:
+            The module whose parameters are trained; :func:`subspan.save` must know it.
+
+        Raises:
+            SubspanError: for options that do not fit the network.
+        """
+
+    def optimizer(self, model: nn.Module, name: str, lr: float, weight_decay: float) -> Optimizer:
+        """The optimizer of what requires a gradient."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise SubspanError(f"method {self.name!r} leaves nothing to train in this network")
+        if name == "sgd":
+            return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+        return Adam(parameters, lr, weight_decay=weight_decay)
+
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """The true counts of a trained model.
+
+        Returns:
+            ``trainable_parameters``; ``stored_parameters``, every number that inference needs beyond
+            seeds (buffers that training changed, too); ``weights``, all of the network, tied once.
+        """
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights = sum(p.numel() for p in model.parameters())
+        stored = weights + sum(b.numel() for b in slots.saved_buffers(model).values())
+        return {
+            "trainable_parameters": trainable, "stored_parameters": stored, "weights": weights
+        }  # fmt: skip
+
+    def check(self, options: Iterable[str]) -> None:
+        """Refuse options that this method does not have."""
+        known = [option.name for option in self.options]
+        for name in options:
+            if name not in known:
+                if not known:
+                    raise SubspanError(f"method {self.name!r} has no options, got --{name}")
+                raise unknown(f"option of method {self.name!r}", name, known)
+
+    def at(self, value: str) -> dict[str, Any]:
+        """The options of a point of a sweep, from a text of ``--dims``."""
+        return {} if self.axis is None else {self.axis: value}
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """All methods by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(_registry)
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        SubspanError: if there is none, with the nearest names.
+    """
+    if name not in methods():
+        raise unknown("method", name, methods())
+    return methods()[name]

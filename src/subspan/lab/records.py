@@ -1,0 +1,131 @@
+"""The JSON files that runs and sweeps leave behind, and what they say of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from subspan.errors import SubspanError
+from subspan.files import write_atomically
+
+FORMAT = 1
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record, whole or not at all; keys keep their order, numbers all their digits."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A record, or None where there is none.
+
+    Raises:
+        SubspanError: if the file is no record, or one of a newer format.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise SubspanError(f"{path} is damaged or no record of subspan: {error!r}") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise SubspanError(f"{path} has format {version}; this version reads up to {FORMAT}: upgrade")
+    return dict(content)
+
+
+def claim(folder: Path, file: str, config: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Look whether an output folder is free for a configuration.
+
+    Args:
+        folder: the output folder, there or not.
+        file: name of the record in it.
+        config: of what is about to run.
+        overwrite: whether a record of another configuration may be replaced.
+
+    Returns:
+        The record of the same configuration, if there is one.
+
+    Raises:
+        SubspanError: if the folder is a file, or belongs to another configuration.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SubspanError(f"--out {folder} is a file: give a folder")
+    if overwrite:
+        return None
+    record = read_json(folder / file)
+    if record is None:
+        return None
+    theirs = record.get("config", {})
+    # Through JSON and back, as the record went: tuples are lists there.
+    ours = json.loads(json.dumps(config))
+    different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    if different:
+        changes = ", ".join(f"{k} {theirs.get(k)!r} → {ours.get(k)!r}" for k in different)
+        raise SubspanError(
+            f"{folder} belongs to another configuration ({changes}): give another --out, "
+            "or --overwrite"
+        )
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    names = ("subspan", "torch", "numpy", "numba", "safetensors", "accelerate", "datasets")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a run ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} of {psutil.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """Peak memory of this process since it was made, in bytes: of the GPU where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            try:  # Linux starts the high-water mark anew
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+
+    def read(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return psutil.Process().memory_info().rss

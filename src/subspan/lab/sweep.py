@@ -1,0 +1,237 @@
+"""Many runs: methods × dims × learning rates × seeds, in parallel, each complete on disk or repeated.
+
+At every point (method, dim) the learning rate is chosen by the validation accuracy of seed 0; the
+other seeds run at that rate. The baseline is a point like the others.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import joblib
+import psutil
+import torch
+
+from subspan.errors import SubspanError
+from subspan.lab import records
+from subspan.lab.config import Run, Sweep
+from subspan.lab.intrinsic import intrinsic_dimension
+from subspan.lab.methods import method
+from subspan.lab.train import prepare, train
+
+Outcome = tuple["Job", dict[str, Any] | str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep and its folder's name."""
+
+    name: str
+    run: Run
+
+
+@dataclass
+class Point:
+    """One method at one value of its axis, and the runs that are done there."""
+
+    method: str
+    label: str
+    options: dict[str, Any]
+    lrs: tuple[float, ...]
+    done: dict[tuple[float, int], dict[str, Any]] = field(default_factory=dict)
+
+    def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
+        """The run with this learning rate and seed."""
+        at = f"-{self.label}" if self.label else ""
+        name = f"{self.method}{at}-lr{lr:g}-seed{seed}"
+        return Job(name, Run(sweep.training, self.method, self.options, lr, seed))
+
+    def best_lr(self) -> float | None:
+        """The learning rate with the best validation accuracy of seed 0, if any run succeeded."""
+        first = {lr: r["val_accuracy"] for (lr, seed), r in self.done.items() if seed == 0}
+        return max(first, key=lambda lr: first[lr]) if first else None
+
+
+def sweep(
+    config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
+    on_run: Callable[[Outcome, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
+
+    Args:
+        config: what to run.
+        out: output folder; runs are in ``out/runs``.
+        jobs: processes at a time; -1 for one per core.
+        overwrite: replace what another configuration left there.
+        on_run: called with each outcome and the number of runs still to do.
+
+    Returns:
+        The content of ``sweep.json``.
+
+    Raises:
+        SubspanError: for a configuration that cannot be run, with nothing written. A run that
+            fails is listed in the result, and the others go on.
+    """
+    points = _points(config)
+    _check(config, points)
+    records.claim(out, "sweep.json", config.as_dict(), overwrite=overwrite)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    result = _result(config, points, failed, "running")
+    records.write_json(out / "sweep.json", result)
+
+    first = [(point, lr, 0) for point in points for lr in point.lrs]
+    left = len(first) + len(points) * (config.seeds - 1)
+    others = (
+        (point, lr, seed)
+        for point in points
+        for seed in range(1, config.seeds)
+        if (lr := point.best_lr()) is not None
+    )
+    # Points with many coordinates take longest: begin with them, so that none is left for the end.
+    for stage in (first[::-1], others):
+        by_name = {point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage}
+        tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
+        for job, outcome in _execute(tasks, out / "runs", jobs, overwrite):
+            left -= 1
+            point, lr, seed = by_name[job.name]
+            if isinstance(outcome, dict):
+                point.done[lr, seed] = outcome
+            else:
+                failed[job.name] = outcome
+            result = _result(config, points, failed, "running")
+            records.write_json(out / "sweep.json", result)
+            if on_run:
+                on_run((job, outcome), left)
+    result = _result(config, points, failed, "complete")
+    records.write_json(out / "sweep.json", result)
+    return result
+
+
+def total_runs(config: Sweep) -> int:
+    """How many runs a sweep has if none fails."""
+    points = _points(config)
+    return sum(len(point.lrs) for point in points) + len(points) * (config.seeds - 1)
+
+
+def _points(config: Sweep) -> list[Point]:
+    """The baseline first, then every method at every value of its axis."""
+    points = []
+    names = [config.baseline] if config.baseline else []
+    for name in [*names, *(m for m in config.methods if m != config.baseline)]:
+        how = method(name)
+        own = {option.name for option in how.options}
+        options = {key: value for key, value in config.options.items() if key in own}
+        lrs = (config.baseline_lrs if name == config.baseline else config.lrs) or how.lrs
+        if how.axis is None:
+            points.append(Point(name, "", options, lrs))
+        else:
+            points += [
+                Point(name, f"{how.axis}{value}", options | how.at(value), lrs)
+                for value in config.dims
+            ]
+    return points
+
+
+def _check(config: Sweep, points: Iterable[Point]) -> None:
+    """Everything that can be refused is refused before anything runs."""
+    known = {option.name for name in config.methods for option in method(name).options}
+    for option in config.options:
+        if option not in known:
+            for name in config.methods:
+                method(name).check([option])
+    for point in points:
+        prepare(Run(config.training, point.method, point.options, point.lrs[0]))
+
+
+def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterator[Outcome]:
+    """The outcomes as they come: a record, or a sentence on what went wrong."""
+    cores = psutil.cpu_count() or 1
+    workers = max(1, min(cores if jobs == -1 else jobs, len(tasks)))
+    threads = max(1, cores // workers)
+    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
+    yield from parallel(joblib.delayed(_one)(task, runs, threads, overwrite) for task in tasks)
+
+
+def _one(job: Job, runs: Path, threads: int, overwrite: bool) -> Outcome:
+    """One run in a worker; nothing that it raises may stop the others."""
+    torch.set_num_threads(threads)
+    folder = runs / job.name
+    try:
+        try:
+            return job, train(job.run, folder, overwrite=overwrite)
+        except SubspanError as error:
+            return job, str(error)
+    except Exception as error:
+        return job, f"{type(error).__name__}: {error}"
+
+
+def _result(
+    config: Sweep, points: list[Point], failed: dict[str, str], status: str
+) -> dict[str, Any]:
+    rows = [row for point in points if (row := _row(point)) is not None]
+    baseline = next((row for row in rows if row["method"] == config.baseline), None)
+    rows = [row for row in rows if row is not baseline]
+    some = next((record for point in points for record in point.done.values()), {})
+    return {
+        "format": records.FORMAT,
+        "status": status,
+        "config": json.loads(json.dumps(config.as_dict())),
+        "baseline": baseline,
+        "rows": rows,
+        "d_int": _intrinsic(config, rows, baseline),
+        "failed": [{"run": name, "error": error} for name, error in sorted(failed.items())],
+        "versions": records.versions(),
+        "device": some.get("device", ""),
+    }
+
+
+def _row(point: Point) -> dict[str, Any] | None:
+    """What the seeds measured at a point, at the chosen learning rate."""
+    lr = point.best_lr()
+    if lr is None:
+        return None
+    done = [record for (rate, _), record in sorted(point.done.items()) if rate == lr]
+    seeds = [seed for rate, seed in sorted(point.done) if rate == lr]
+    first = done[0]
+    row: dict[str, Any] = {
+        "method": point.method,
+        "dim": first["trainable_parameters"],
+        "label": point.label.removeprefix(method(point.method).axis or "") or point.method,
+        "lr": lr,
+        "seeds": seeds,
+    }
+    for key in ("test_accuracy", "val_accuracy", "seconds_total", "seconds_per_step",
+                "peak_memory_bytes"):  # fmt: skip
+        row[key] = [record[key] for record in done]
+    for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
+        row[key] = first[key]
+    row["mean_test_accuracy"] = statistics.fmean(row["test_accuracy"])
+    row["tried_lrs"] = {f"{r:g}": rec["val_accuracy"] for (r, s), rec in sorted(point.done.items()) if s == 0}
+    return row
+
+
+def _intrinsic(
+    config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The intrinsic dimension by method, where there is a curve and a baseline."""
+    if baseline is None:
+        return {}
+    found = {}
+    for name in config.methods:
+        own = [row for row in rows if row["method"] == name]
+        if own:
+            found[name] = intrinsic_dimension(
+                [row["dim"] for row in own],
+                [row["test_accuracy"] for row in own],
+                baseline["test_accuracy"],
+                threshold=config.threshold,
+            ).as_dict()
+    return found
+
+

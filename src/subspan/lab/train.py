@@ -1,0 +1,314 @@
+"""One training run: a network, a data set, a method; a checkpoint and a record on disk.
+
+The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate launch``).
+Choices look at the validation part only; the test set is read once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+
+from subspan import checkpoint, init
+from subspan.errors import SubspanError
+from subspan.lab import data, nets, records
+from subspan.lab.config import Run, Training
+from subspan.lab.evaluate import evaluate
+from subspan.lab.methods import Method, method
+
+CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Prepared:
+    """Everything that a run needs, checked, with nothing written yet."""
+
+    run: Run
+    data: data.ImageData
+    method: Method
+    model: nn.Module
+    init_seed: int | None
+
+
+def prepare(run: Run) -> Prepared:
+    """Load the data, build and wrap the network.
+
+    Raises:
+        SubspanError: for whatever cannot be run as asked.
+    """
+    how = method(run.method)
+    how.check(run.options)
+    training = run.training
+    images = data.load(training.data, validation=training.validation, seed=run.seed)
+    own = training.init == "own" or (training.init == "auto" and not nets.is_builtin(training.net))
+    init_seed = None if own else run.seed
+
+    def make() -> nn.Module:
+        return nets.build(training.net, images.image_shape, images.classes)
+
+    set_seed(run.seed % (1 << 32))
+    net = make() if init_seed is None else init.build(make, init_seed)
+    _check_output(net, images)
+    model = how.wrap(net, run.seed, run.options)
+    if init_seed is not None and hasattr(model, "init_seed"):
+        model.init_seed = init_seed  # the checkpoint then holds no θ₀ and needs none
+    return Prepared(run, images, how, model, init_seed)
+
+
+def train(
+    run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
+    on_step: Callable[[], None] | None = None, on_start: Callable[[int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
+
+    After every epoch ``best.safetensors`` and ``last.safetensors`` are there, too. A run that is
+    complete in this folder is not repeated.
+
+    Args:
+        run: what to do.
+        out: output folder; made if it is not there.
+        overwrite: replace what another configuration left there.
+        report: called with each epoch's row of the history.
+        on_step: called after each step.
+        on_start: called before the first step with the number of steps.
+
+    Returns:
+        The record.
+
+    Raises:
+        SubspanError: for bad input, with nothing written; and for a loss that stops being finite,
+            with the record saying so and the last good state kept.
+    """
+    found = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
+    if found and found["status"] == "complete" and (out / "model.safetensors").is_file():
+        return found
+    ready = prepare(run)
+    accelerator = _accelerator(run.training)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+    loop = _Loop(ready, accelerator, out, report, on_step)
+    loop.write("running")
+    if on_start:
+        on_start(loop.steps * run.training.epochs)
+    try:
+        loop.fit()
+        loop.finish()
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
+        raise
+    return loop.record
+
+
+class _Loop:
+    """The state of a run: the model, what has been measured so far, and the files."""
+
+    def __init__(
+        self, ready: Prepared, accelerator: Accelerator, out: Path,
+        report: Report | None, on_step: Callable[[], None] | None,
+    ) -> None:  # fmt: skip
+        self.ready, self.accelerator, self.out = ready, accelerator, out
+        self.report, self.on_step = report, on_step
+        self.training = ready.run.training
+        device = accelerator.device
+        self.memory = records.PeakMemory(device)
+        self.started = time.perf_counter()
+        self.images = ready.data.to(device)
+        # Many processes take equal parts of every batch, so that a smaller last one is left out.
+        self.drop_last = accelerator.num_processes > 1
+        self.steps = data.steps_per_epoch(
+            self.images.train, self.training.batch_size, drop_last=self.drop_last
+        )
+        self.model = ready.model.to(device)
+        optimizer = ready.method.optimizer(
+            self.model, self.training.optimizer, ready.run.lr, self.training.weight_decay
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        total = self.steps * self.training.epochs
+        self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
+        self.best_accuracy, self.best_epoch = -1.0, 0
+        self.record: dict[str, Any] = {
+            "format": records.FORMAT,
+            "status": "running",
+            "config": ready.run.as_dict(),
+            "test_accuracy": None,
+            "val_accuracy": None,
+            "best_epoch": None,
+            **ready.method.counts(self.model),
+            "checkpoint_bytes": None,
+            "seconds_total": 0.0,
+            "seconds_per_step": None,
+            "peak_memory_bytes": None,
+            "history": [],
+            "processes": accelerator.num_processes,
+            "device": records.device_name(device),
+            "versions": records.versions(),
+            "notes": list(ready.data.notes),
+            "error": None,
+        }
+
+    def fit(self) -> None:
+        """All epochs, or as many as patience allows."""
+        for epoch in range(1, self.training.epochs + 1):
+            row = self.epoch(epoch)
+            self.record["history"].append(row)
+            self.save("last.safetensors")
+            if row["val_accuracy"] > self.best_accuracy:
+                self.best_accuracy, self.best_epoch = row["val_accuracy"], epoch
+                self.save("best.safetensors")
+            self.write("running")
+            if self.report:
+                self.report(row)
+            patience = self.training.patience
+            if patience is not None and epoch - self.best_epoch >= patience:
+                break
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the training part and a look at the validation part."""
+        accelerator, training = self.accelerator, self.training
+        self.wrapped.train()
+        lr = self.schedule.get_last_lr()[0]
+        started, total, seen = time.perf_counter(), torch.zeros((), device=accelerator.device), 0
+        batches = data.batches(
+            self.images.train, training.batch_size, seed=self.ready.run.seed, epoch=epoch,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+            drop_last=self.drop_last,
+        )  # fmt: skip
+        for step, (images, labels) in enumerate(batches, start=1):
+            loss = self.step(images, labels)
+            total, seen = total + loss.detach() * len(labels), seen + len(labels)
+            if step % CHECK_EVERY == 0 or step == self.steps:
+                self.check(total, epoch, step)
+            if self.on_step:
+                self.on_step()
+        seconds = time.perf_counter() - started
+        val_loss, val_accuracy = evaluate(self.wrapped, self.images, self.images.validation)
+        return {
+            "epoch": epoch,
+            "train_loss": float(total) / max(seen, 1),
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "learning_rate": lr,
+            "seconds": seconds,
+        }
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of the optimizer and of the schedule."""
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            loss = cross_entropy(self.wrapped(self.images.normalize(images)), labels)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss
+
+    def check(self, total: Tensor, epoch: int, step: int) -> None:
+        """Refuse to go on from a loss that is not a number."""
+        if not math.isfinite(float(total)):
+            kept = f"the best state, of epoch {self.best_epoch}, is kept" if self.best_epoch else ""
+            raise SubspanError(
+                f"the loss stopped being finite in epoch {epoch}, before step {step}: "
+                f"lower --lr {self.ready.run.lr:g}. {kept}".strip()
+            )
+
+    def finish(self) -> None:
+        """Go back to the best epoch, read the test set once, and write what was found."""
+        best = self.out / "best.safetensors"
+        self.accelerator.wait_for_everyone()
+        _, tensors = checkpoint.read(best)
+        checkpoint.restore(self.model, tensors)
+        _, accuracy = evaluate(self.model, self.images, self.images.test)
+        self.record |= {"test_accuracy": accuracy} | self.ready.method.counts(self.model)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            best.replace(self.out / "model.safetensors")
+            (self.out / "last.safetensors").unlink()
+            self.record["checkpoint_bytes"] = (self.out / "model.safetensors").stat().st_size
+        self.write("complete")
+
+    def save(self, name: str) -> None:
+        """The model's checkpoint, from the main process."""
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.model, self.out / name, extra=self.extra())
+
+    def extra(self) -> dict[str, Any]:
+        """What ``subspan eval`` needs to build the network and its input again."""
+        images, training = self.ready.data, self.training
+        return {
+            "net": training.net,
+            "data": training.data,
+            "method": self.ready.method.name,
+            "image_shape": list(images.image_shape),
+            "classes": images.classes,
+            "mean": [round(float(m), 9) for m in images.mean],
+            "std": [round(float(s), 9) for s in images.std],
+            "seed": self.ready.run.seed,
+        }
+
+    def write(self, status: str, error: str | None = None) -> None:
+        """Bring ``record.json`` up to date, from the main process."""
+        history = self.record["history"]
+        steps = sorted(row["seconds"] / self.steps for row in history)
+        self.record |= {
+            "status": status,
+            "error": error,
+            "val_accuracy": self.best_accuracy if history else None,
+            "best_epoch": self.best_epoch or None,
+            "seconds_total": time.perf_counter() - self.started,
+            "seconds_per_step": steps[len(steps) // 2] if steps else None,
+            "peak_memory_bytes": self.memory.read(),
+        }
+        if self.accelerator.is_main_process:
+            records.write_json(self.out / "record.json", self.record)
+
+
+def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRScheduler:
+    """The learning rate step by step; its highest value is ``lr``."""
+    if name == "onecycle":
+        return OneCycleLR(optimizer, lr, total_steps=max(steps, 2), cycle_momentum=False)
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    return LambdaLR(optimizer, lambda _: 1.0)
+
+
+def _accelerator(training: Training) -> Accelerator:
+    cpu = training.device == "cpu"
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
+    if training.device not in ("auto", "cpu", "cuda"):
+        raise SubspanError(f"device must be auto, cpu or cuda, got {training.device!r}")
+    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision)
+
+
+@torch.no_grad()
+def _check_output(net: nn.Module, images: data.ImageData) -> None:
+    """One image through the network, so that a wrong shape is a sentence and not a traceback."""
+    state = net.training
+    net.eval()
+    try:
+        out = net(images.normalize(images.train.images[:1]))
+    except RuntimeError as error:
+        raise SubspanError(
+            f"the network does not take images of shape {images.image_shape}: {error}"
+        ) from None
+    finally:
+        net.train(state)
+    if not isinstance(out, Tensor) or tuple(out.shape) != (1, images.classes):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise SubspanError(
+            f"the network must give one score per class, shape (batch, {images.classes}), got {got}"
+        )
