@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +12,34 @@ from torch import Tensor
 class Cache:
     """Integers derived from a seed, kept between calls up to a budget of bytes, oldest out first.
 
-    Only what is O(D) at most may go in; nothing of it is ever saved.
+    Only what is O(D) at most may go in; nothing of it is ever saved. Threads may share it.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.held = 0  # bytes
         self._items: dict[Any, tuple[Tensor, ...]] = {}
+        self._lock = threading.Lock()
 
     def get(self, key: Any, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The tensors under ``key``, built at the first call and after they were dropped."""
-        found = self._items.pop(key, None)
+        with self._lock:
+            found = self._drop(key)
         if found is None:
-            found = build()
-            if self._bytes(found) > self.budget:
-                return found
-        self._items[key] = found  # newest last
-        while sum(map(self._bytes, self._items.values())) > self.budget:
-            del self._items[next(iter(self._items))]
+            found = build()  # outside the lock: two threads may both build, to the same effect
+        with self._lock:
+            self._drop(key)
+            if self._bytes(found) <= self.budget:
+                self._items[key] = found  # newest last
+                self.held += self._bytes(found)
+            while self.held > self.budget:
+                self._drop(next(iter(self._items)))
+        return found
+
+    def _drop(self, key: Any) -> tuple[Tensor, ...] | None:
+        found = self._items.pop(key, None)
+        if found is not None:
+            self.held -= self._bytes(found)
         return found
 
     @staticmethod

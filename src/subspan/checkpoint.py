@@ -61,12 +61,10 @@ def save(
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
-    tensors = _stored(model)
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     if isinstance(model, SubspaceModel):
-        unchanged = slots.saved_buffers(model.body).keys() - model.changed_buffers().keys()
-        for name in unchanged:
-            del tensors[f"body.{name}"]
+        own = {**model.fully_trained(), **model.changed_buffers()}
+        tensors = {f"body.{name}": tensor for name, tensor in own.items()}
         tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])
         header |= {
             "kind": "subspace",
@@ -77,6 +75,7 @@ def save(
             "weights": model.summary().weights,
         }
     else:
+        tensors = _stored(model)
         header |= {"kind": "full", "weights": sum(p.numel() for p in model.parameters())}
     try:
         header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings

@@ -6,6 +6,7 @@ when that command is asked for.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,12 +64,12 @@ def overview() -> str:
             "  subspan train --net mlp --data digits --method hash --dim 300 --out runs/first",
             "  subspan sweep --net mlp --data digits --dims 10,30,100,300,1000 --out runs/curve",
             "",
-            "'subspan COMMAND --help' explains a command; flags can be put into a YAML file: --config.",
+            "'subspan COMMAND --help' explains a command; --config reads its options from YAML.",
         ]
     )
 
 
-# ---- train and sweep -------------------------------------------------------------------------------
+# ---- train and sweep -----------------------------------------------------------------------------
 
 
 def train(argv: Arguments) -> None:
@@ -81,7 +82,7 @@ def train(argv: Arguments) -> None:
     parser = _parser("train", train.__doc__, _methods_help())
     parser.add_class_arguments(Training, as_group=False)
     parser.add_argument("--method", type=str, default="hash", help="how, see the list below")
-    parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")  # type: ignore[arg-type]
+    parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     _add_options(parser)
     _add_out(parser, "runs/train")
@@ -89,14 +90,16 @@ def train(argv: Arguments) -> None:
 
     how = method(given.method)
     training = _instance(Training, given)
-    lr = how.lrs[len(how.lrs) // 2] if given.lr is None else given.lr
-    run = Run(training, given.method, _options(given), lr, given.seed)
+    options = _options(given)
+    rates = how.rates(options)
+    lr = rates[len(rates) // 2] if given.lr is None else given.lr
+    run = Run(training, given.method, options, lr, given.seed)
     with console.training(run) as progress:
         record = run_training(
             run, Path(given.out), overwrite=given.overwrite, report=progress.epoch,
             on_step=progress.step, on_start=progress.start,
         )  # fmt: skip
-    console.trained(record, Path(given.out))
+    console.trained(record, Path(given.out), anew=progress.started)
 
 
 def sweep(argv: Arguments) -> None:
@@ -107,23 +110,26 @@ def sweep(argv: Arguments) -> None:
 
     parser = _parser("sweep", sweep.__doc__, _methods_help())
     parser.add_class_arguments(config.Training, as_group=False)
-    lists = "numbers separated by commas, or a YAML list"
-    parser.add_argument("--methods", type=list[str] | str, default="hash", help="names, see below")  # type: ignore[arg-type]
+    lists = "separated by commas, or a YAML list"
     parser.add_argument(
-        "--dims", type=list[int | str] | str, default="10,30,100,300,1000,3000",  # type: ignore[arg-type]
-        help=f"numbers of coordinates: {lists}; 600+250 gives those of each compartment",
+        "--methods", type=list[str] | str, default="hash", help=f"names as below, {lists}"
+    )
+    parser.add_argument(
+        "--dims", type=list[str | int] | str | int, default="10,30,100,300,1000,3000",
+        help=f"numbers of coordinates, {lists}; 600+250 gives those of each compartment",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
     parser.add_argument(
-        "--lrs", type=list[float] | str | None, default=None,  # type: ignore[arg-type]
-        help=f"learning rates to choose from at every d, on the validation part: {lists}; null: the "
-        "methods' own",
+        "--lrs", type=list[str | float] | str | float | None, default=None,
+        help=f"learning rates to choose from at every d, on the validation part, {lists}; null: "
+        "the methods' own",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", type=str | None, default="full", help="what the others are held against"  # type: ignore[arg-type]
+        "--baseline", type=str | None, default="full", help="what the others are held against"
     )  # fmt: skip
     parser.add_argument(
-        "--baseline_lrs", type=list[float] | str | None, default=None, help="the same, of the baseline"  # type: ignore[arg-type]
+        "--baseline_lrs", type=list[str | float] | str | float | None, default=None,
+        help="the same, of the baseline",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="share of the baseline's accuracy for d_int"
@@ -138,16 +144,20 @@ def sweep(argv: Arguments) -> None:
         methods=config.split(given.methods, "methods"),
         dims=config.split(given.dims, "dims"),
         seeds=given.seeds,
-        lrs=config.floats(given.lrs, "lrs") if given.lrs else (),
+        lrs=() if given.lrs is None else config.floats(given.lrs, "lrs"),
         options=_options(given),
         threshold=given.threshold,
         baseline=given.baseline,
-        baseline_lrs=config.floats(given.baseline_lrs, "baseline_lrs") if given.baseline_lrs else (),
+        baseline_lrs=()
+        if given.baseline_lrs is None
+        else config.floats(given.baseline_lrs, "baseline_lrs"),
     )
     out = Path(given.out)
     with console.runs(total_runs(settings)) as progress:
-        result = run_sweep(settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress)
-    console.swept(result, report.write(out))
+        result = run_sweep(
+            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress
+        )
+    _swept(result, report.write(out))
 
 
 def reproduce(argv: Arguments) -> None:
@@ -162,7 +172,7 @@ def reproduce(argv: Arguments) -> None:
     parser.add_argument("name", nargs="?", default=None, help="one of the experiments below")
     parser.add_argument("--list", action="store_true", help="list the experiments and end")
     parser.add_argument(
-        "--budget", type=Literal["quick", "full"], default="quick",  # type: ignore[arg-type]
+        "--budget", type=Literal["quick", "full"], default="quick",
         help="quick ends within ten minutes on two cores; full uses the published recipe",
     )  # fmt: skip
     _add_jobs(parser)
@@ -180,10 +190,10 @@ def reproduce(argv: Arguments) -> None:
             given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,
             on_run=progress,
         )  # fmt: skip
-    console.swept(result, sorted(out.glob("curve.*")) + [out / "report.html"])
+    _swept(result, [*sorted(out.glob("curve.*")), out / "report.html"])
 
 
-# ---- one checkpoint, one folder, this machine --------------------------------------------------------
+# ---- one checkpoint, one folder, this machine ----------------------------------------------------
 
 
 def evaluate(argv: Arguments) -> None:
@@ -194,7 +204,7 @@ def evaluate(argv: Arguments) -> None:
     parser = _parser("eval", evaluate.__doc__)
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
     parser.add_argument(
-        "--data", type=str | None, default=None, help="the data set; null: that of its training"  # type: ignore[arg-type]
+        "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )  # fmt: skip
     given = _parse(parser, argv)
     console.facts(evaluate_checkpoint(given.checkpoint, given.data))
@@ -255,7 +265,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
 }
 
 
-# ---- shared by the parsers ---------------------------------------------------------------------------
+# ---- shared by the parsers -----------------------------------------------------------------------
 
 
 def _parser(command: str, description: str | None, epilog: str = "") -> ArgumentParser:
@@ -267,19 +277,45 @@ def _parser(command: str, description: str | None, epilog: str = "") -> Argument
         """The usual help, with the epilog's lines as they are."""
 
     parser = ArgumentParser(
-        prog=f"subspan {command}", description=description, epilog=epilog, formatter_class=Formatter
-    )
+        prog=f"subspan {command}", description=description, epilog=epilog,
+        formatter_class=Formatter, exit_on_error=False, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     return parser
 
 
 def _parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
     """Parse; every option is known by its name with dashes, too."""
+    from argparse import ArgumentError
+
     for action in parser._actions:
         dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
-        action.option_strings[:0] = dashed
+        action.option_strings = [*dashed, *action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
-    return parser.parse_args(argv)
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise _refusal(str(error), parser) from error
+
+
+def _refusal(message: str, parser: ArgumentParser) -> SubspanError:
+    """The parser's message, of many lines and types of Python, as a sentence."""
+    if found := re.fullmatch(r"unrecognized arguments: ([^\s=]+).*", message):
+        flags = [name for name in parser._option_string_actions if re.fullmatch(r"--[a-z-]+", name)]
+        return unknown(f"argument of {parser.prog}", found[1], flags)
+    if found := re.fullmatch(r"Option '(.+)' is not accepted", message):
+        keys = [action.dest for action in parser._actions if action.dest in parser.get_defaults()]
+        return unknown(f"key in the file of --config for {parser.prog}", found[1], keys)
+    key = re.match(r'Parser key "(\w+)":\s*', message)
+    value = re.search(r".*(?:Given|Got) value: (.*)\Z", message, re.DOTALL)
+    if key and value:
+        names = {"float": "a number", "int": "an integer", "NoneType": "null", "str": "a text"}
+        types = re.findall(r"Expected an? (?:<class '|typing\.)?(\w+(?:\[.*\])?)", message)
+        kinds = " or ".join(names.get(kind, kind.replace("Literal", "one of ")) for kind in types)
+        message = f"{key[1]} must be {kinds}, got {value[1]}"
+    elif key:
+        message = f"--{key[1]}: {message[key.end() :]}"
+    return SubspanError(f"{' '.join(message.split())}; see {parser.prog} --help")
 
 
 def _methods_help() -> str:
@@ -304,7 +340,9 @@ def _add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
     for name, option in options.items():
         some = owners[name]
         where = f" ({', '.join(some)})" if len(some) < 4 else ""
-        group.add_argument(f"--{name}", type=option.type | None, default=None, help=option.help + where)
+        group.add_argument(
+            f"--{name}", type=option.type | None, default=None, help=option.help + where
+        )
 
 
 def _options(given: Namespace) -> dict[str, Any]:
@@ -321,8 +359,18 @@ def _instance(cls: type, given: Namespace) -> Any:
     return cls(**{field.name: given[field.name] for field in fields(cls)})
 
 
+def _swept(result: dict[str, Any], files: Sequence[Path]) -> None:
+    """Show a sweep; one without a good run has failed."""
+    from subspan.lab import console
+
+    console.swept(result, files)
+    if not result["rows"] and not result["baseline"]:
+        raise SubspanError(f"all runs failed, {len(result['failed'])} of them: see above")
+
+
 def _add_out(parser: ArgumentParser, default: str | None) -> None:
-    parser.add_argument("--out", type=str | None, default=default, help="the folder for what is written")  # type: ignore[arg-type]
+    kind = str if default else str | None
+    parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what another configuration left there"
     )

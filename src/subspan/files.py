@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -30,3 +31,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
             os.unlink(file.name)
             raise
     return len(data)
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Remove what :func:`write_atomically` left beside a file when it was killed half-way.
+
+    Only for a file that no other process is writing.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """One addressable sea of random words: (seed, domain, stream) fixed, (index, column, step) free.
+    """One addressable sea of random words: seed, domain, stream fixed, index, column, step free.
 
     Everything is a *sequence* along ``index``; several sequences side by side are told apart by
     ``column``, and redrawn by ``step``. Position n of a sequence does not depend on where a
@@ -104,10 +104,12 @@ class Source:
 
     def words(self, index: Tensor, column: Tensor | int = 0, step: Tensor | int = 0) -> Words:
         """The four words of the calls at ``index``, ``column`` and ``step``, broadcast together."""
-        device = index.device
-        column, step = (torch.as_tensor(v, dtype=torch.int64, device=device) for v in (column, step))
-        index, column, step = torch.broadcast_tensors(index, column, step)
-        return philox4x32((index, column, step, torch.full_like(index, self.tag)), self.key)
+        rest = (
+            torch.as_tensor(word, dtype=torch.int64, device=index.device)
+            for word in (column, step, self.tag)
+        )
+        c0, c1, c2, c3 = torch.broadcast_tensors(index, *rest)
+        return philox4x32((c0, c1, c2, c3), self.key)
 
     def _calls(
         self, start: int, stop: int, per_call: int, column: Tensor | int, step: Tensor | int,
@@ -129,10 +131,10 @@ class Source:
         self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
         device: torch.device | str = "cpu",
     ) -> Tensor:  # fmt: skip
-        """Words start … stop−1: word n is word n mod 4 of call n div 4.
+        r"""Words start … stop−1: word n is word n mod 4 of call n div 4.
 
         Returns:
-            int64 (stop − start, \\*column.shape), in [0, 2³²).
+            int64 (stop − start, \*column.shape), in [0, 2³²).
         """
         call = torch.stack(self._calls(start, stop, 4, column, step, device), dim=1).flatten(0, 1)
         return call[start % 4 :][: stop - start]
@@ -141,10 +143,10 @@ class Source:
         self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
         device: torch.device | str = "cpu",
     ) -> Tensor:  # fmt: skip
-        """Bits start … stop−1: bit n is bit n mod 32 of word (n mod 128) div 32 of call n div 128.
+        r"""Bits start … stop−1: bit n is bit n mod 32 of word (n mod 128) div 32 of call n div 128.
 
         Returns:
-            int64 (stop − start, \\*column.shape) of 0 (plus) and 1 (minus, as in IEEE 754).
+            int64 (stop − start, \*column.shape) of 0 (plus) and 1 (minus, as in IEEE 754).
         """
         words = torch.stack(self._calls(start, stop, 128, column, step, device), dim=1)
         shifts = torch.arange(32, device=device).reshape(32, *[1] * (words.dim() - 2))
@@ -221,11 +223,12 @@ class Permutation:
     A Feistel network on b = ⌈log₂ size⌉ bits, split into ⌈b/2⌉ high and ⌊b/2⌋ low bits: even rounds
     xor ``mix(low ^ key)`` into the high half, odd rounds ``mix(high ^ key)`` into the low half. An
     index that leaves [0, size) is sent through again until it is back (cycle walking: Black and
-    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), fewer than two passes on average.
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002); on average that is fewer than
+    two passes.
     """
 
     size: int
-    keys: tuple[int, ...] | tuple[Tensor, ...]
+    keys: tuple[int | Tensor, ...]
 
     @property
     def bits(self) -> tuple[int, int]:

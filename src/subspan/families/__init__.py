@@ -3,7 +3,7 @@
 from subspan.families import (
     fastfood,
     gaussian,
-    hash,
+    hash,  # noqa: A004 - the family's name
     kronecker,
     orthogonal,
     rademacher,

@@ -75,8 +75,8 @@ class Projection(ABC):
                 raise SubspanError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
         if self.in_dim > self.out_dim:
             raise SubspanError(
-                f"a subspace of dimension d={self.in_dim} does not fit in D={self.out_dim} weights; "
-                f"use d <= {self.out_dim}"
+                f"a subspace of dimension d={self.in_dim} does not fit in D={self.out_dim} "
+                f"weights; use d <= {self.out_dim}"
             )
         _ = self.source  # refuses a seed or stream out of range
 
@@ -127,8 +127,9 @@ class Projection(ABC):
         dtype: torch.dtype = torch.float64,
     ) -> Tensor:  # fmt: skip
         """Rows of P as a (len(rows), d) matrix: for tests, pictures and small problems."""
-        identity = torch.eye(self.in_dim, dtype=dtype)
-        return torch.stack([self.matvec(e, step=step, rows=rows) for e in identity], dim=1)
+        like = torch.empty(self.in_dim, dtype=dtype)
+        rows = self._check(like, "dtype", step, rows, length=self.in_dim)
+        return self._dense(like, as_step(step), rows.start, rows.stop)
 
     def _check(
         self, x: Tensor, name: str, step: int | Tensor, rows: range | None, length: int | None
@@ -145,22 +146,30 @@ class Projection(ABC):
         if isinstance(step, Tensor):
             if step.dim() != 0 or step.dtype != torch.int64:
                 raise SubspanError("step must be an integer or a 0-D int64 tensor")
-        elif not 0 <= step < 1 << 32:
-            raise SubspanError(f"step must be in [0, 2^32), got {step}")
+        elif not isinstance(step, int) or not 0 <= step < 1 << 32:
+            raise SubspanError(f"step must be an integer in [0, 2^32), got {step!r}")
         return rows
 
     # ---- what a family writes --------------------------------------------------------------------
 
     @abstractmethod
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start … stop−1 of P w; ``w`` is a contiguous (d,) float32 or float64 vector."""
+        """Rows start … stop−1 of P w, at least one; ``w`` is contiguous (d,) float32 or float64."""
 
     @abstractmethod
     def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        """The adjoint; ``g`` is a contiguous (stop − start,) float32 or float64 vector."""
+        """The adjoint; ``g`` is contiguous (stop − start,) float32 or float64."""
+
+    def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start … stop−1 of P, (stop − start, d); a family may have a faster way than this."""
+        identity = torch.eye(self.in_dim, dtype=like.dtype, device=like.device)
+        columns = [self._apply(e, step, start, stop, adjoint=False) for e in identity]
+        return torch.stack(columns, dim=1)
 
     def _apply(self, x: Tensor, step: Tensor, start: int, stop: int, adjoint: bool) -> Tensor:
-        """Clean input for the hooks: low precisions computed in float32, kernels where they exist."""
+        """Clean input for the hooks: low precisions in float32, kernels where they exist."""
+        if start == stop:
+            return x.new_zeros(self.in_dim if adjoint else 0)
         work = x.contiguous() if x.dtype == torch.float64 else x.to(torch.float32).contiguous()
         if kernel := kernels.find(self.family, work):
             product = kernel.rmatvec if adjoint else kernel.matvec
@@ -177,8 +186,13 @@ class Projection(ABC):
         return _recipe(self)
 
 
-@functools.lru_cache(maxsize=4096)
+@torch.compiler.assume_constant_result  # a compiler need not read how a constant is made
 def _recipe(projection: Projection) -> str:
+    return _recipe_text(projection)
+
+
+@functools.lru_cache(maxsize=4096)
+def _recipe_text(projection: Projection) -> str:
     return json.dumps({"family": projection.family} | asdict(projection), sort_keys=True)
 
 

@@ -27,6 +27,10 @@ class DenseProjection(Projection):
         for first in range(start, stop, rows):
             yield self._entries(step, first, min(first + rows, stop), x.device, x.dtype)
 
+    def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        blocks = self._blocks(like, step, start, stop)
+        return torch.cat([like.new_empty(0, self.in_dim), *blocks])
+
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         blocks = self._blocks(w, step, start, stop)
         return torch.cat([w.new_empty(0), *(block @ w for block in blocks)])

@@ -4,8 +4,8 @@ Source: Le, Sarlós and Smola, "Fastfood: approximating kernel expansions in log
 ICML 2013; the projection of Li 2018 and of Aghajanyan 2020 for large D.
 
 Each block has n = 2^⌈log₂ d⌉ rows: B random signs, H the orthonormal Walsh–Hadamard transform, Π a
-permutation, G normals scaled to Σ g² = n. All entries of H have the same size 1/√n, so a column of a
-block has norm √(Σ g²/n) = 1 exactly; √(n/D) scales the stack, and only a last block that is cut
+permutation, G normals scaled to Σ g² = n. All entries of H have the same size 1/√n, so a column of
+a block has norm √(Σ g²/n) = 1 exactly; √(n/D) scales the stack, and only a last block that is cut
 short makes the norm of the whole column an expectation.
 """
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from subspan.families.base import Projection
 from subspan.cache import cache
+from subspan.errors import SubspanError
+from subspan.families.base import Projection
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -51,6 +53,14 @@ class Fastfood(Projection, family="fastfood"):
     domain = 5
     norm = "expected"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 3 * -(-self.out_dim // self.block) > 1 << 32:
+            raise SubspanError(
+                f"fastfood has columns of random numbers for 2^32/3 blocks of {self.block} rows, "
+                f"got out_dim={self.out_dim}; use a larger in_dim"
+            )
+
     @property
     def block(self) -> int:
         """n, the rows of a block: the power of 2 that d fits in."""
@@ -63,11 +73,11 @@ class Fastfood(Projection, family="fastfood"):
             n, source = self.block, self.source
             blocks = torch.arange(first, last, device=x.device)
             place = torch.arange(n, device=x.device)
-            options = {"step": step, "device": x.device}
+            options: dict[str, Any] = {"step": step, "device": x.device}
             signs = source.signs(0, n, column=3 * blocks, dtype=x.dtype, **options)
             order = source.permutation(n, column=3 * blocks + 1, step=step)(place.unsqueeze(1))
-            g = source.normals(0, n, column=3 * blocks + 2, dtype=torch.float64, **options)
-            normals = (g * torch.sqrt(n / _sum_by_halves(g * g))).to(x.dtype)
+            normals = source.normals(0, n, column=3 * blocks + 2, dtype=torch.float64, **options)
+            normals = (normals * torch.sqrt(n / _sum_by_halves(normals**2))).to(x.dtype)
             return signs.T.contiguous(), order.T.contiguous(), normals.T.contiguous()
 
         return cache.get(("fastfood", self, int(step), first, last, x.device, x.dtype), build)

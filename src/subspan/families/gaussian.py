@@ -17,7 +17,7 @@ from subspan.families.dense import DenseProjection
 
 @dataclass(frozen=True)
 class Gaussian(DenseProjection, family="gaussian"):
-    """Independent N(0, 1/D) entries (Li 2018): position i of sequence j of :meth:`Source.normals`."""
+    """Independent N(0, 1/D) entries (Li 2018): number i of sequence j of :meth:`Source.normals`."""
 
     domain = 1
     norm = "expected"

@@ -5,19 +5,21 @@ trick", ICML 2015; the same map with equal buckets is in Uni-LoRA (2025) and GPa
 
 A keyed permutation π deals the D weights to the d buckets like cards, b(i) = π(i) mod d, so that
 bucket b holds n_b = ⌊D/d⌋ + [b < D mod d] weights and every column norm is known in closed form:
-P is an isometry onto its range. Doubling d splits each bucket in two (π(i) mod 2d mod d = π(i) mod d),
-hence the subspace of d lies inside that of k·d for the same seed, D and signs.
+P is an isometry onto its range. Doubling d splits each bucket in two, for π(i) mod 2d mod d is
+π(i) mod d; hence the subspace of d lies inside that of k·d for the same seed, D and signs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subspan.families.base import Projection
 from subspan.cache import cache
+from subspan.families.base import Projection
 
 CHUNK = 1 << 22  # rows indexed at once
 
@@ -34,11 +36,12 @@ class Hash(Projection, family="hash"):
     orthonormal = True
     bitwise = True
 
-    def _index(self, step: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    def _index(self, step: Tensor, start: int, stop: int, device: torch.device) -> tuple[Tensor]:
         """2·b(i) + [sign is minus] for rows start … stop−1, int64 (stop − start,)."""
         rows = torch.arange(start, stop, device=device)
         bucket = self.source.permutation(self.out_dim, column=1, step=step)(rows) % self.in_dim
-        return 2 * bucket + self.source.signbits(start, stop, column=0, step=step, device=device)
+        bits = self.source.signbits(start, stop, column=0, step=step, device=device)
+        return (2 * bucket + bits,)
 
     def _indices(
         self, step: Tensor, start: int, stop: int, device: torch.device
@@ -47,17 +50,17 @@ class Hash(Projection, family="hash"):
         parts = [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
         found = []
         for first, last in parts:
-            key = ("hash", self, int(step), first, last, device)
-            (index,) = cache.get(key, lambda a=first, b=last: (self._index(step, a, b, device),))
+            build = functools.partial(self._index, step, first, last, device)
+            (index,) = cache.get(("hash", self, int(step), first, last, device), build)
             found.append((slice(first - start, last - start), index))
         return found
 
     def scale(self, x: Tensor) -> Tensor:
         """1/√n_b of every bucket, (d,), like ``x``."""
         small, larger = divmod(self.out_dim, self.in_dim)
-        size = x.new_full((self.in_dim,), small, dtype=torch.float64)
-        size[:larger] += 1
-        return size.rsqrt().to(x.dtype)
+        out = x.new_full((self.in_dim,), 1 / math.sqrt(small))
+        out[:larger] = 1 / math.sqrt(small + 1)
+        return out
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         # The table holds each scaled coordinate and its negative, so that the product is a gather.

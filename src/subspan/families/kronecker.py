@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +42,13 @@ class Kronecker(Projection, family="kronecker"):
         b, q = ceil_sqrt(self.out_dim), ceil_sqrt(self.in_dim)
         return -(-self.out_dim // b), b, -(-self.in_dim // q), q
 
-    def _factors(self, x: Tensor, step: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, slice]:
+    def _factors(
+        self, x: Tensor, step: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor, slice]:
         """The rows of A that cover rows start … stop−1 of P, all of B, where the rows are."""
         _, b, p, q = self.tile
         first, last = start // b, -(-stop // b)
-        options = {"step": step, "device": x.device, "dtype": x.dtype}
+        options: dict[str, Any] = {"step": step, "device": x.device, "dtype": x.dtype}
         columns = torch.arange(max(p, q), device=x.device)
         A = self.source.signs(first, last, column=columns[:p], **options)
         B = self.source.signs(0, b, column=columns[:q] + (1 << 31), **options)

@@ -1,4 +1,4 @@
-"""Exactly orthonormal columns of any length without a QR: a subsampled randomised Hartley transform.
+"""Exactly orthonormal columns of any length without QR: a subsampled randomised Hartley transform.
 
 Source: Ailon and Chazelle, "The fast Johnson–Lindenstrauss transform", SIAM J. Comput. 2009
 (signs, transform, subset); the Hartley transform (Bracewell 1983) is real, symmetric, orthonormal
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.families.base import Projection
 from subspan.cache import cache
+from subspan.families.base import Projection
 
 
 def hartley(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from subspan.families.dense import DenseProjection
 
 @dataclass(frozen=True)
 class Rademacher(DenseProjection, family="rademacher"):
-    """Independent ±1/√D entries (Achlioptas 2003): bit i of sequence j of :meth:`Source.signbits`."""
+    """Independent ±1/√D entries (Achlioptas 2003): bit i of sequence j of `Source.signbits`."""
 
     domain = 2
     norm = "exact"
@@ -26,5 +26,7 @@ class Rademacher(DenseProjection, family="rademacher"):
         self, step: Tensor, start: int, stop: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         columns = torch.arange(self.in_dim, device=device)
-        signs = self.source.signs(start, stop, column=columns, step=step, device=device, dtype=dtype)
+        signs = self.source.signs(
+            start, stop, column=columns, step=step, device=device, dtype=dtype
+        )
         return signs / math.sqrt(self.out_dim)

@@ -1,13 +1,14 @@
 """Sparse signs: most entries are zero.
 
-Sources: Achlioptas, "Database-friendly random projections", JCSS 2003 (s = 3); Li, Hastie and Church,
-"Very sparse random projections", KDD 2006 (s = √D); Kane and Nelson, "Sparser Johnson–Lindenstrauss
-transforms", JACM 2014 (the block construction); Minut 2023 for the variants that carry his names.
+Sources: Achlioptas, "Database-friendly random projections", JCSS 2003 (s = 3); Li, Hastie and
+Church, "Very sparse random projections", KDD 2006 (s = √D); Kane and Nelson, "Sparser
+Johnson–Lindenstrauss transforms", JACM 2014 (the block construction); Minut 2023 for the variants
+that carry his names.
 
 ``sparse``: the rows are cut into blocks of s, and each column has exactly one nonzero ±1/√⌈D/s⌉ in
 each block, at a uniform place. An entry alone has Achlioptas's distribution (zero with probability
-1 − 1/s), columns are independent, and every column has exactly ⌈D/s⌉ nonzeros, hence norm 1, for
-one draw per nonzero.
+1 − 1/s, but for a last block that is shorter), columns are independent, and every column has
+exactly ⌈D/s⌉ nonzeros, hence norm 1, for one draw per nonzero.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ CHUNK = 1 << 22  # nonzeros that exist at once
 
 @dataclass(frozen=True)
 class Sparse(Projection, family="sparse"):
-    """One nonzero sign in every s rows of a column: s = 3 (Achlioptas), "sqrt_d", "sqrt_D" (Li 2006).
+    """One nonzero sign in every s rows of a column (Achlioptas 2003: s = 3; Li 2006: "sqrt_D").
 
     Word k of the source's sequence j places the nonzero of block k in column j: with the length l
     of the block (s, or what is left of D for the last), row k·s + (word div 2)·l div 2³¹, minus if
     the word is odd.
 
     Args:
-        s: rows per nonzero: a number in [1, D], rounded to an integer, or "sqrt_d" or "sqrt_D".
+        s: rows per nonzero: a number in [1, 2³¹], rounded to an integer (halves to the even one),
+            or "sqrt_d" or "sqrt_D". One that exceeds D leaves one nonzero in each column.
     """
 
     s: float | str = 3
@@ -44,19 +46,19 @@ class Sparse(Projection, family="sparse"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = min(self.out_dim, 1 << 31)
         if isinstance(self.s, str):
             known = self.s in ("sqrt_d", "sqrt_D")
         else:
-            known = not isinstance(self.s, bool) and 1 <= self.s <= most
+            number = isinstance(self.s, (int, float)) and not isinstance(self.s, bool)
+            known = number and 1 <= self.s <= 1 << 31
         if not known:
             raise SubspanError(
-                f"s must be a number in [1, {most}], 'sqrt_d' or 'sqrt_D', got {self.s!r}"
+                f"s must be a number in [1, 2^31], 'sqrt_d' or 'sqrt_D', got {self.s!r}"
             )
 
     @property
     def run(self) -> int:
-        """s as the integer number of rows in a block."""
+        """The number of rows in a block: s as an integer."""
         if isinstance(self.s, str):
             return round(math.sqrt(self.in_dim if self.s == "sqrt_d" else self.out_dim))
         return round(self.s)
@@ -81,6 +83,12 @@ class Sparse(Projection, family="sparse"):
             inside = (row >= 0) & (row < stop - start)
             sign = (1 - 2 * (word & 1)).to(x.dtype)
             yield row[inside], columns.expand_as(row)[inside], sign[inside]
+
+    def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        out = like.new_zeros(stop - start, self.in_dim)
+        for row, column, sign in self._nonzeros(like, step, start, stop):
+            out[row, column] = sign
+        return out * self.magnitude
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         out = w.new_zeros(stop - start)
@@ -122,7 +130,7 @@ class SparseOriginal(DenseProjection, family="sparse-original"):
 
 @dataclass(frozen=True)
 class Sparse2(SparseOriginal, family="sparse2"):
-    """Minut's second sparse projection, corrected: as ``sparse-original``, all nonzeros positive."""
+    """Minut's second sparse projection, corrected: ``sparse-original`` without its minus signs."""
 
     domain = 9
 

@@ -1,7 +1,7 @@
 """A projection that is stored after all: what the generated ones are compared with.
 
-Source: Minut 2023, supplement: the same matrix kept dense, or sparse by coordinates (coo), rows (csr)
-or columns (csc); QR makes the columns of the dense one orthonormal.
+Source: Minut 2023, supplement: the same matrix kept dense, or sparse by coordinates (coo), rows
+(csr) or columns (csc); QR makes the columns of the dense one orthonormal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYOUTS = ("dense", "coo", "csr", "csc")
 
 @dataclass(frozen=True)
 class Stored(Projection, family="stored"):
-    """Another family's matrix, materialised at first use and kept (Minut 2023): for comparison only.
+    """Another family's matrix, materialised and kept (Minut 2023): for comparison only.
 
     Args:
         of: the family whose entries are stored.
@@ -57,7 +57,7 @@ class Stored(Projection, family="stored"):
         matrix = _matrix(self, int(step), x.device, x.dtype)
         if (start, stop) != (0, self.out_dim):
             matrix = _layout(matrix.to_dense()[start:stop], self.layout)
-        return matrix.T if adjoint else matrix
+        return matrix.t() if adjoint else matrix  # .T does not know the compressed layouts
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         return self._rows(w, step, start, stop, adjoint=False) @ w

@@ -10,21 +10,17 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Product(Protocol):
-    """A product by P or by Pᵀ, restricted to rows start … stop−1."""
-
-    def __call__(self, projection: object, x: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        """``x`` is contiguous, float32, of the right length; so is what comes back."""
+Product = Callable[[Any, Tensor, Tensor, int, int], Tensor]  # (projection, x, step, start, stop)
 
 
 class Kernel(NamedTuple):
-    """Both products of one family on one kind of device."""
+    """Both products of one family on one kind of device, for contiguous float32 vectors."""
 
     matvec: Product
     rmatvec: Product

@@ -4,9 +4,10 @@ The integers are those of :mod:`subspan.philox`; sums run in an order that depen
 results do not change with the number of threads.
 
 ``rademacher`` is compute-bound: one Philox call makes 128 entries and costs about 70 operations, so
-the rest must be cheap. Lanes of the vector registers are 64 columns (for P w: the 32 rows of a word),
-so that the word and the shift are constants or one vector in the inner loop; a sign is flipped by an
-exclusive or with the shifted bit, and four terms are summed before they meet the accumulator.
+the rest must be cheap. Lanes of the vector registers are 64 columns (for P w: the 32 rows of a
+word), so that the word and the shift are constants or one vector in the inner loop; a sign is
+flipped by an exclusive or with the shifted bit, and four terms are summed before they meet the
+accumulator.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import int64, njit, prange, types, uint32, uint64
 from numba.extending import intrinsic
 from torch import Tensor
@@ -27,6 +28,7 @@ from subspan.philox import MULTIPLIERS, WEYL
 
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows summed by one thread before partial sums are added, in order
+GRAIN = 1 << 15  # operations that are worth a thread
 M0, M1 = (np.uint64(m) for m in MULTIPLIERS)
 W0, W1 = (np.uint32(w) for w in WEYL)
 
@@ -135,12 +137,18 @@ def _rademacher_matvec(w, first, out, step, tag, k0, k1):  # type: ignore[no-unt
                 out[block * 128 + k * 32 + row] = total[k, row]
 
 
-def _threads() -> None:
-    """As many threads as torch uses: a worker that was given one core takes one."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _threads(work: int) -> None:
+    """As many threads as torch uses, so that a worker with one core takes one; for ``work``
+    operations, one thread for every GRAIN: a bias must not wait for a second core.
+    """
+    wanted = torch.get_num_threads()
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(wanted, most, work // GRAIN)))
+    if torch.get_num_threads() != wanted:  # Numba's pool started, and reset the OpenMP they share
+        torch.set_num_threads(wanted)
 
 
-def _counter(p: Any, step: Tensor) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+def _counter(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Philox's step, tag and key as the kernels take them."""
     source = p.source
     return (np.uint32(int(step)), np.uint32(source.tag), *(np.uint32(k) for k in source.key))
@@ -157,10 +165,9 @@ def rademacher_matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) ->
     """Rows of P w for :class:`~subspan.families.rademacher.Rademacher`."""
     first, last = start // 128, -(-stop // 128)
     out = np.empty((last - first) * 128, np.float32)
-    _threads()
-    _rademacher_matvec(
-        _padded(w / p.out_dim**0.5, 0, -(-p.in_dim // LANES) * LANES), first, out, *_counter(p, step)
-    )
+    _threads((stop - start) * p.in_dim // 16)  # 16 signs are one operation
+    padded = _padded(w / p.out_dim**0.5, 0, -(-p.in_dim // LANES) * LANES)
+    _rademacher_matvec(padded, first, out, *_counter(p, step))
     return torch.from_numpy(out)[start - first * 128 : stop - first * 128]
 
 
@@ -168,7 +175,7 @@ def rademacher_rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -
     """Pᵀ g for :class:`~subspan.families.rademacher.Rademacher`."""
     first, last = start // 128, -(-stop // 128)
     out = np.empty(-(-p.in_dim // LANES) * LANES, np.float32)
-    _threads()
+    _threads((stop - start) * p.in_dim // 16)
     padded = _padded(g, start - first * 128, (last - first) * 128)
     _rademacher_rmatvec(padded, first, out, *_counter(p, step))
     return torch.from_numpy(out)[: p.in_dim] / p.out_dim**0.5
@@ -233,7 +240,7 @@ def _index(p: Any, step: Tensor, start: int, stop: int) -> Any:
 
 def hash_matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w for :class:`~subspan.families.hash.Hash`."""
-    _threads()
+    _threads(stop - start)
     scaled = w * p.scale(w)
     table = torch.stack((scaled, -scaled), dim=1).flatten().numpy()
     out = np.empty(stop - start, np.float32)
@@ -243,7 +250,7 @@ def hash_matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tenso
 
 def hash_rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g for :class:`~subspan.families.hash.Hash`."""
-    _threads()
+    _threads(stop - start)
     # Chunks grow with d, so that the partial sums stay below the size of g.
     chunk = max(CHUNK, 8 * p.in_dim)
     partial = np.empty((max(1, -(-g.numel() // chunk)), 2 * p.in_dim), np.float32)

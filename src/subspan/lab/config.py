@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
 
 Schedule = Literal["onecycle", "cosine", "constant"]
 
@@ -45,9 +45,12 @@ class Training:
     validation: float = 1 / 12
     init: Literal["auto", "seed", "own"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise unknown(name, getattr(self, name), get_args(kind))
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -55,8 +58,10 @@ class Training:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
             raise SubspanError(f"validation must be a share in (0, 1), got {self.validation}")
-        if not self.weight_decay >= 0:
-            raise SubspanError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SubspanError(
+                f"weight_decay must be a number that is not negative, got {self.weight_decay}"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf"):
-            raise SubspanError(f"lr must be a positive number, got {self.lr}")
+        _check_rate("lr", self.lr)
         if self.seed < 0:
             raise SubspanError(f"seed must not be negative, got {self.seed}")
 
@@ -123,8 +127,11 @@ class Sweep:
             raise SubspanError("methods is empty: name at least one")
         if not self.dims:
             raise SubspanError("dims is empty: give at least one number of coordinates")
-        for name in ("methods", "dims"):
-            values = getattr(self, name)
+        for name in ("lrs", "baseline_lrs"):
+            for lr in getattr(self, name):
+                _check_rate(name, lr)
+        for name in ("methods", "dims", "lrs", "baseline_lrs"):
+            values = [v if isinstance(v, str) else f"{v:g}" for v in getattr(self, name)]
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
         if self.seeds < 1:
@@ -139,16 +146,18 @@ class Sweep:
         return asdict(self.training) | own | lists
 
 
-def split(values: str | Sequence[Any], name: str) -> tuple[str, ...]:
-    """A list as people type it, "10,30,100", or as YAML has it, as a tuple of texts."""
-    parts = values.split(",") if isinstance(values, str) else [str(value) for value in values]
-    cleaned = tuple(part.strip() for part in parts)
+def split(values: Any, name: str) -> tuple[str, ...]:
+    """A list as people type it, "10,30,100", or as YAML has it, or one value; as texts."""
+    if isinstance(values, str):
+        values = values.split(",")
+    parts = values if isinstance(values, Sequence) else [values]
+    cleaned = tuple(str(part).strip() for part in parts)
     if any(not part for part in cleaned):
-        raise SubspanError(f"{name} has an empty entry: {values!r}")
+        raise SubspanError(f"{name} has an empty entry: give values separated by commas")
     return cleaned
 
 
-def floats(values: str | Sequence[Any], name: str) -> tuple[float, ...]:
+def floats(values: Any, name: str) -> tuple[float, ...]:
     """:func:`split` into numbers."""
     try:
         return tuple(float(value) for value in split(values, name))
@@ -156,3 +165,6 @@ def floats(values: str | Sequence[Any], name: str) -> tuple[float, ...]:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
 
 
+def _check_rate(name: str, lr: float) -> None:
+    if not 0 < lr < float("inf"):
+        raise SubspanError(f"{name} must be a positive number, got {lr}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,21 +20,26 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from subspan.lab.config import Run
     from subspan.lab.doctor import Finding
     from subspan.lab.sweep import Outcome
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print lines as they are, however long: what reads them may be no terminal."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def _progress(unit: str) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-        transient=True,
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
 
 
@@ -43,9 +50,11 @@ class TrainingProgress:
     bar: Progress
     task: TaskID
     epochs: int
+    started: bool = False
 
     def start(self, steps: int) -> None:
         """The number of steps is known."""
+        self.started = True
         self.bar.update(self.task, total=steps)
 
     def step(self) -> None:
@@ -54,7 +63,7 @@ class TrainingProgress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch is done."""
-        console.print(
+        say(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  "
             f"validation loss {row['val_loss']:.4f}  accuracy {100 * row['val_accuracy']:.2f} %  "
             f"{row['seconds']:.1f} s"
@@ -72,20 +81,20 @@ def training(run: Run) -> Iterator[TrainingProgress]:
         yield TrainingProgress(bar, task, run.training.epochs)
 
 
-def trained(record: dict[str, Any], out: Path) -> None:
-    """What a run came to."""
+def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:
+    """What a run came to, one that was complete before or one that was trained anew."""
+    if not anew:
+        say("complete already, not repeated")
     stored, weights = record["stored_parameters"], record["weights"]
-    console.print(
-        f"test accuracy {100 * record['test_accuracy']:.2f} %, "
-        f"{stored:,} numbers stored for {weights:,} weights ({weights / stored:,.0f} times fewer), "
-        f"{record['checkpoint_bytes']:,} bytes, {record['seconds_total']:.1f} s"
-        if stored < weights
-        else f"test accuracy {100 * record['test_accuracy']:.2f} %, {stored:,} numbers stored, "
-        f"{record['checkpoint_bytes']:,} bytes, {record['seconds_total']:.1f} s"
+    fewer = f" for {weights:,} weights ({weights / stored:,.0f} times fewer)"
+    say(
+        f"test accuracy {100 * record['test_accuracy']:.2f} %, {stored:,} numbers stored"
+        f"{fewer if stored < weights else ''}, {record['checkpoint_bytes']:,} bytes, "
+        f"{record['seconds_total']:.1f} s"
     )
-    for note in record.get("notes", ()):
-        console.print(f"note: {note}")
-    console.print(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}", soft_wrap=True)
+    for note in record["notes"]:
+        say(f"note: {note}")
+    say(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}")
 
 
 @contextmanager
@@ -98,55 +107,59 @@ def runs(total: int) -> Iterator[Any]:
             job, found = outcome
             if isinstance(found, dict):
                 accuracy = f"validation {100 * found['val_accuracy']:.2f} %"
-                console.print(f"{job.name}: {accuracy}, {found['seconds_total']:.1f} s")
+                say(f"{job.name}: {accuracy}, {found['seconds_total']:.1f} s")
             else:
-                console.print(f"[red]{job.name} failed:[/red] {found}")
+                say(f"{job.name} failed: {found}", style="red")
             bar.update(task, completed=total - left)
 
         yield done
 
 
 def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
-    """The table of a sweep, its intrinsic dimensions, what failed, and where the picture is."""
-    table = Table("method", "d", "lr", "test accuracy %", "seeds", "stored", "bytes", "s / run")
+    """What a sweep came to: its table, intrinsic dimensions, failures, and where the picture is.
+
+    Accuracies are means over seeds ± their standard deviation.
+    """
+    columns = ("method", "d", "lr", "test accuracy %", "seeds", "stored", "bytes", "s / run")
+    table = Table(
+        *(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD, show_edge=False,
+        pad_edge=False,
+    )  # fmt: skip
     baseline = result["baseline"]
     for row in ([baseline] if baseline else []) + result["rows"]:
         accuracies = [100 * a for a in row["test_accuracy"]]
-        mean = sum(accuracies) / len(accuracies)
-        spread = f" ({min(accuracies):.2f} … {max(accuracies):.2f})" if len(accuracies) > 1 else ""
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
         table.add_row(
-            row["method"], f"{row['dim']:,}", f"{row['lr']:g}", f"{mean:.2f}{spread}",
-            str(len(accuracies)), f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
-            f"{sum(row['seconds_total']) / len(accuracies):.1f}",
+            row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
+            f"{statistics.fmean(accuracies):.2f}{spread}", str(len(accuracies)),
+            f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
+            f"{statistics.fmean(row['seconds_total']):.1f}",
         )  # fmt: skip
-    console.print(table)
+    console.print(table, width=None if console.is_terminal else 200)
     for name, found in result["d_int"].items():
-        percent = round(100 * found["threshold"])
-        value = "not reached" if found["value"] is None else f"{found['value']:.0f}"
         ends = [found["low"], found["high"]]
         interval = f" [{ends[0]:.0f}, {ends[1]:.0f}]" if None not in ends else ""
         note = f" ({found['note']})" if found["note"] else ""
-        console.print(
-            f"intrinsic dimension of {name}, {percent} % of the baseline: {value}{interval}{note}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+        value = found["note"] if found["value"] is None else f"{found['value']:.0f}{interval}{note}"
+        share = f"{100 * found['threshold']:g} % of the baseline"
+        say(f"intrinsic dimension of {name}, {share}: {value}")
     for failure in result["failed"]:
-        console.print(f"failed: {failure['run']}: {failure['error']}", markup=False, soft_wrap=True)
+        say(f"failed: {failure['run']}: {failure['error']}", style="red")
     for path in files:
         if path.name in ("curve.png", "report.html"):
             kind = "picture" if path.suffix == ".png" else "report"
-            console.print(f"{kind}: {path}", soft_wrap=True)
+            say(f"{kind}: {path}")
 
 
 def listing(rows: Iterable[tuple[str, str, str]]) -> None:
     """Names with a line and a source."""
     for name, title, source in rows:
-        console.print(f"{name}\n    {title}\n    {source}", markup=False)
+        say(f"{name}\n    {title}\n    {source}")
 
 
 def facts(content: dict[str, Any]) -> None:
     """Names and values, nested ones indented."""
-    console.print(_lines(content, ""), markup=False, soft_wrap=True)
+    say(_lines(content, ""))
 
 
 def _lines(content: dict[str, Any], indent: str) -> str:
@@ -162,5 +175,5 @@ def _lines(content: dict[str, Any], indent: str) -> str:
 def diagnosis(findings: Iterable[Finding]) -> None:
     """The doctor's findings."""
     for finding in findings:
-        mark = "[green]ok[/green]  " if finding.well else "[red]ILL[/red] "
-        console.print(f"{mark}{finding.subject}: {finding.seen}", soft_wrap=True)
+        mark = "ok " if finding.well else "ILL"
+        say(f"{mark} {finding.subject}: {finding.seen}", style=None if finding.well else "red")

@@ -55,7 +55,7 @@ def _known_answer(
 
 
 def _products(name: str) -> Finding:
-    """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ in float32, by the kernel that a user would get, and P against float64."""
+    """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ in float32, by the kernel that users get, and P w against float64."""
     p = projection(name, out_dim=1009, in_dim=37, seed=2**40 + 1)
     kernel = "numba" if name in kernels.available("cpu") else "torch"
     try:

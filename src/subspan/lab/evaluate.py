@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +20,7 @@ BATCH = 1000
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: data.ImageData, split: data.Split) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (a fraction) of a network on a split; it is left in eval mode."""
+    """Mean cross entropy and accuracy (a fraction) on a split; the network stays in eval mode."""
     model.eval()
     loss = correct = 0.0
     for batch, labels in data.batches(split, BATCH, seed=0, epoch=0, shuffle=False):
@@ -27,6 +28,12 @@ def evaluate(model: nn.Module, images: data.ImageData, split: data.Split) -> tup
         loss += float(cross_entropy(scores, labels, reduction="sum"))
         correct += int((scores.argmax(dim=1) == labels).sum())
     return loss / len(split), correct / len(split)
+
+
+def draw(name: str, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """A network by name; one that draws initial weights of its own draws them from this seed."""
+    set_seed(seed % (1 << 32))  # as much as NumPy's generator takes
+    return nets.build(name, image_shape, classes)
 
 
 def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -43,8 +50,7 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         )
 
     def make() -> nn.Module:
-        torch.manual_seed(extra["seed"])  # a network of the user's draws its own initial weights
-        return nets.build(extra["net"], tuple(extra["image_shape"]), extra["classes"])
+        return draw(extra["net"], tuple(extra["image_shape"]), extra["classes"], extra["seed"])
 
     return checkpoint.load(path, make), header
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import safetensors.torch
 
 from subspan import slots
+from subspan.errors import SubspanError
 from subspan.files import write_atomically
 from subspan.lab.evaluate import rebuild
 from subspan.subspace import SubspaceModel
@@ -15,12 +17,20 @@ from subspan.subspace import SubspaceModel
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     """Write the merged weights of a checkpoint as a plain safetensors ``state_dict``.
 
-    It loads without subspan: ``net.load_state_dict(safetensors.torch.load_file(out), strict=False)``
-    (tied weights are there once, under their first name).
+    It loads without subspan, by ``safetensors.torch.load_file`` and ``net.load_state_dict``. Tied
+    weights are there once, under their first name: a network with such needs ``strict=False``.
 
     Returns:
         The size of the file in bytes.
+
+    Raises:
+        SubspanError: if the checkpoint is unusable, or the file cannot be where it is to be.
     """
+    target = Path(out)
+    if target.is_dir() or not target.parent.is_dir():
+        raise SubspanError(f"{out} cannot be a file: give a file name in a folder that exists")
+    if target.exists() and target.samefile(path):
+        raise SubspanError(f"{out} is the checkpoint itself: give another file name")
     model, _ = rebuild(path)
     net = model.merge() if isinstance(model, SubspaceModel) else model
     tensors = {slot.tensor: net.get_parameter(slot.tensor) for slot in slots.slots(net)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -35,21 +36,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise SubspanError(f"{path} is damaged or no record of subspan: {error!r}") from None
     if not isinstance(version, int) or version > FORMAT:
-        raise SubspanError(f"{path} has format {version}; this version reads up to {FORMAT}: upgrade")
+        raise SubspanError(
+            f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
+        )
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("status"), str):
+        raise SubspanError(f"{path} is damaged or no record of subspan: it lacks config or status")
     return dict(content)
 
 
-def claim(folder: Path, file: str, config: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+def claim(
+    folder: Path, file: str, config: Mapping[str, Any], *, overwrite: bool
+) -> dict[str, Any] | None:
     """Look whether an output folder is free for a configuration.
 
     Args:
         folder: the output folder, there or not.
         file: name of the record in it.
         config: of what is about to run.
-        overwrite: whether a record of another configuration may be replaced.
+        overwrite: whether a record of another configuration, or a damaged one, may be replaced.
 
     Returns:
         The record of the same configuration, if there is one.
@@ -57,24 +64,31 @@ def claim(folder: Path, file: str, config: Mapping[str, Any], *, overwrite: bool
     Raises:
         SubspanError: if the folder is a file, or belongs to another configuration.
     """
-    if folder.exists() and not folder.is_dir():
-        raise SubspanError(f"--out {folder} is a file: give a folder")
-    if overwrite:
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise SubspanError(f"--out {folder}: {path} is a file: give a folder")
+    for other in {"record.json", "sweep.json"} - {file}:
+        if (folder / other).exists():
+            raise SubspanError(f"{folder} has a {other} of something else: give another --out")
+    try:
+        record = read_json(folder / file)
+    except SubspanError:
+        if not overwrite:
+            raise
         return None
-    record = read_json(folder / file)
     if record is None:
         return None
-    theirs = record.get("config", {})
+    theirs = record["config"]
     # Through JSON and back, as the record went: tuples are lists there.
     ours = json.loads(json.dumps(config))
     different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-    if different:
+    if different and not overwrite:
         changes = ", ".join(f"{k} {theirs.get(k)!r} → {ours.get(k)!r}" for k in different)
         raise SubspanError(
             f"{folder} belongs to another configuration ({changes}): give another --out, "
             "or --overwrite"
         )
-    return record
+    return None if different else record
 
 
 def versions() -> dict[str, str]:
@@ -114,10 +128,8 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            try:  # Linux starts the high-water mark anew
+            with contextlib.suppress(OSError):  # Linux starts the high-water mark anew
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
 
     def read(self) -> int:
         """The peak so far."""

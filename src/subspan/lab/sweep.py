@@ -1,4 +1,4 @@
-"""Many runs: methods × dims × learning rates × seeds, in parallel, each complete on disk or repeated.
+"""Many runs: methods × dims × learning rates × seeds, in parallel, resumed run by run.
 
 At every point (method, dim) the learning rate is chosen by the validation accuracy of seed 0; the
 other seeds run at that rate. The baseline is a point like the others.
@@ -6,23 +6,25 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import joblib
-import psutil
-import torch
 
 from subspan.errors import SubspanError
+from subspan.files import remove_unfinished
 from subspan.lab import records
 from subspan.lab.config import Run, Sweep
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.methods import method
-from subspan.lab.train import prepare, train
+from subspan.lab.train import completed, prepare, train
 
 Outcome = tuple["Job", dict[str, Any] | str]
 
@@ -59,7 +61,7 @@ class Point:
 
 def sweep(
     config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None,
+    on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -69,6 +71,7 @@ def sweep(
         jobs: processes at a time; -1 for one per core.
         overwrite: replace what another configuration left there.
         on_run: called with each outcome and the number of runs still to do.
+        extra: what else ``sweep.json`` is to say.
 
     Returns:
         The content of ``sweep.json``.
@@ -77,14 +80,21 @@ def sweep(
         SubspanError: for a configuration that cannot be run, with nothing written. A run that
             fails is listed in the result, and the others go on.
     """
+    if jobs != -1 and jobs < 1:
+        raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
     points = _points(config)
     _check(config, points)
     records.claim(out, "sweep.json", config.as_dict(), overwrite=overwrite)
     (out / "runs").mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out / "sweep.json")
     failed: dict[str, str] = {}
-    result = _result(config, points, failed, "running")
-    records.write_json(out / "sweep.json", result)
 
+    def write(status: str) -> dict[str, Any]:
+        result = _result(config, points, failed, status) | dict(extra or {})
+        records.write_json(out / "sweep.json", result)
+        return result
+
+    write("running")
     first = [(point, lr, 0) for point in points for lr in point.lrs]
     left = len(first) + len(points) * (config.seeds - 1)
     others = (
@@ -94,23 +104,27 @@ def sweep(
         if (lr := point.best_lr()) is not None
     )
     # Points with many coordinates take longest: begin with them, so that none is left for the end.
-    for stage in (first[::-1], others):
-        by_name = {point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage}
-        tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
-        for job, outcome in _execute(tasks, out / "runs", jobs, overwrite):
-            left -= 1
-            point, lr, seed = by_name[job.name]
-            if isinstance(outcome, dict):
-                point.done[lr, seed] = outcome
-            else:
-                failed[job.name] = outcome
-            result = _result(config, points, failed, "running")
-            records.write_json(out / "sweep.json", result)
-            if on_run:
-                on_run((job, outcome), left)
-    result = _result(config, points, failed, "complete")
-    records.write_json(out / "sweep.json", result)
-    return result
+    try:
+        for stage in (first[::-1], others):
+            by_name = {
+                point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage
+            }
+            tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
+            for job, outcome in _execute(tasks, out / "runs", jobs, overwrite):
+                left -= 1
+                point, lr, seed = by_name[job.name]
+                if isinstance(outcome, dict):
+                    point.done[lr, seed] = outcome
+                else:
+                    failed[job.name] = outcome
+                write("running")
+                if on_run:
+                    on_run((job, outcome), left)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            write("interrupted")
+        raise
+    return write("complete")
 
 
 def total_runs(config: Sweep) -> int:
@@ -127,40 +141,72 @@ def _points(config: Sweep) -> list[Point]:
         how = method(name)
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
-        lrs = (config.baseline_lrs if name == config.baseline else config.lrs) or how.lrs
-        if how.axis is None:
-            points.append(Point(name, "", options, lrs))
-        else:
-            points += [
-                Point(name, f"{how.axis}{value}", options | how.at(value), lrs)
-                for value in config.dims
-            ]
+        lrs = config.baseline_lrs if name == config.baseline else config.lrs
+        for value in [""] if how.axis is None else config.dims:
+            there = options | how.at(value)
+            points.append(Point(name, f"{how.axis or ''}{value}", there, lrs or how.rates(there)))
     return points
 
 
-def _check(config: Sweep, points: Iterable[Point]) -> None:
+def _check(config: Sweep, points: list[Point]) -> None:
     """Everything that can be refused is refused before anything runs."""
+    if config.baseline and (axis := method(config.baseline).axis):
+        raise SubspanError(
+            f"baseline {config.baseline!r} is varied by {axis} and has no one accuracy: use full, "
+            "or null for none"
+        )
     known = {option.name for name in config.methods for option in method(name).options}
     for option in config.options:
         if option not in known:
             for name in config.methods:
                 method(name).check([option])
+    labels: dict[tuple[str, int], str] = {}
     for point in points:
-        prepare(Run(config.training, point.method, point.options, point.lrs[0]))
+        ready = prepare(Run(config.training, point.method, point.options, point.lrs[0]))
+        at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
+        if at in labels:
+            raise SubspanError(
+                f"{labels[at]} and {point.label} are one point of the curve of {point.method}, "
+                f"{at[1]} numbers trained: leave one out"
+            )
+        labels[at] = point.label
 
 
 def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterator[Outcome]:
     """The outcomes as they come: a record, or a sentence on what went wrong."""
-    cores = psutil.cpu_count() or 1
-    workers = max(1, min(cores if jobs == -1 else jobs, len(tasks)))
-    threads = max(1, cores // workers)
+    left = []
+    for task in tasks:  # what is complete needs no process
+        try:
+            found = completed(task.run, runs / task.name, overwrite=overwrite)
+        except SubspanError as error:
+            yield task, str(error)
+            continue
+        if found:
+            yield task, found
+        else:
+            left.append(task)
+    # joblib divides the cores' threads between its processes.
+    workers = max(1, min(joblib.cpu_count() if jobs == -1 else jobs, len(left)))
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
-    yield from parallel(joblib.delayed(_one)(task, runs, threads, overwrite) for task in tasks)
+    outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite) for task in left)
+    try:
+        for outcome in outcomes:  # noqa: UP028 (closed below, not by ``yield from``)
+            yield outcome
+    except BrokenProcessPool:
+        raise SubspanError(
+            "a process was killed, for want of memory perhaps: what is complete is kept; run the "
+            "same again with fewer --jobs"
+        ) from None
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of what is given up here: after an error, all the rest
+            outcomes.close()
 
 
-def _one(job: Job, runs: Path, threads: int, overwrite: bool) -> Outcome:
+def _one(job: Job, runs: Path, overwrite: bool) -> Outcome:
     """One run in a worker; nothing that it raises may stop the others."""
-    torch.set_num_threads(threads)
     folder = runs / job.name
     try:
         try:
@@ -212,7 +258,9 @@ def _row(point: Point) -> dict[str, Any] | None:
     for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
         row[key] = first[key]
     row["mean_test_accuracy"] = statistics.fmean(row["test_accuracy"])
-    row["tried_lrs"] = {f"{r:g}": rec["val_accuracy"] for (r, s), rec in sorted(point.done.items()) if s == 0}
+    row["tried_lrs"] = {
+        f"{r:g}": rec["val_accuracy"] for (r, s), rec in sorted(point.done.items()) if s == 0
+    }
     return row
 
 
@@ -220,11 +268,11 @@ def _intrinsic(
     config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The intrinsic dimension by method, where there is a curve and a baseline."""
-    if baseline is None:
+    if baseline is None or not any(baseline["test_accuracy"]):
         return {}
     found = {}
     for name in config.methods:
-        own = [row for row in rows if row["method"] == name]
+        own = [row for row in rows if row["method"] == name and method(name).axis]
         if own:
             found[name] = intrinsic_dimension(
                 [row["dim"] for row in own],
@@ -233,5 +281,3 @@ def _intrinsic(
                 threshold=config.threshold,
             ).as_dict()
     return found
-
-

@@ -6,6 +6,7 @@ Choices look at the validation part only; the test set is read once, at the end.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -23,9 +25,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 
 from subspan import checkpoint, init
 from subspan.errors import SubspanError
+from subspan.files import remove_unfinished
 from subspan.lab import data, nets, records
 from subspan.lab.config import Run, Training
-from subspan.lab.evaluate import evaluate
+from subspan.lab.evaluate import draw, evaluate
 from subspan.lab.methods import Method, method
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -41,7 +44,6 @@ class Prepared:
     data: data.ImageData
     method: Method
     model: nn.Module
-    init_seed: int | None
 
 
 def prepare(run: Run) -> Prepared:
@@ -53,20 +55,37 @@ def prepare(run: Run) -> Prepared:
     how = method(run.method)
     how.check(run.options)
     training = run.training
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
     images = data.load(training.data, validation=training.validation, seed=run.seed)
     own = training.init == "own" or (training.init == "auto" and not nets.is_builtin(training.net))
     init_seed = None if own else run.seed
 
     def make() -> nn.Module:
-        return nets.build(training.net, images.image_shape, images.classes)
+        return draw(training.net, images.image_shape, images.classes, run.seed)
 
-    set_seed(run.seed % (1 << 32))
     net = make() if init_seed is None else init.build(make, init_seed)
     _check_output(net, images)
     model = how.wrap(net, run.seed, run.options)
     if init_seed is not None and hasattr(model, "init_seed"):
-        model.init_seed = init_seed  # the checkpoint then holds no θ₀ and needs none
-    return Prepared(run, images, how, model, init_seed)
+        # The checkpoint then holds no θ₀ and needs none.
+        model.init_seed = init_seed  # type: ignore[assignment]
+    return Prepared(run, images, how, model)
+
+
+def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
+    """The record of a run that is complete in a folder, if it is.
+
+    Raises:
+        SubspanError: if the folder holds something else (see :func:`train`).
+    """
+    found = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
+    model = out / "model.safetensors"
+    if model.exists() and not (out / "record.json").exists() and not overwrite:
+        raise SubspanError(
+            f"{model} is there without a record of its training: give another --out, or --overwrite"
+        )
+    return found if found and found["status"] == "complete" and model.is_file() else None
 
 
 def train(
@@ -93,15 +112,10 @@ def train(
         SubspanError: for bad input, with nothing written; and for a loss that stops being finite,
             with the record saying so and the last good state kept.
     """
-    found = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
-    if found and found["status"] == "complete" and (out / "model.safetensors").is_file():
+    if found := completed(run, out, overwrite=overwrite):
         return found
-    ready = prepare(run)
-    accelerator = _accelerator(run.training)
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-    loop = _Loop(ready, accelerator, out, report, on_step)
-    loop.write("running")
+    loop = _Loop(prepare(run), _accelerator(run.training), out, report, on_step)
+    loop.open()
     if on_start:
         on_start(loop.steps * run.training.epochs)
     try:
@@ -109,7 +123,8 @@ def train(
         loop.finish()
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
+        with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
+            loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
         raise
     return loop.record
 
@@ -130,6 +145,11 @@ class _Loop:
         self.images = ready.data.to(device)
         # Many processes take equal parts of every batch, so that a smaller last one is left out.
         self.drop_last = accelerator.num_processes > 1
+        if self.training.batch_size % accelerator.num_processes:
+            raise SubspanError(
+                f"batch_size must be a multiple of the {accelerator.num_processes} processes, got "
+                f"{self.training.batch_size}"
+            )
         self.steps = data.steps_per_epoch(
             self.images.train, self.training.batch_size, drop_last=self.drop_last
         )
@@ -161,10 +181,25 @@ class _Loop:
             "error": None,
         }
 
+    def open(self) -> None:
+        """Make the folder, say in it that the run is running, and clear away what is another's."""
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.out / "record.json")
+        self.write("running")
+        if self.accelerator.is_main_process:
+            for name in ("best", "last", "model"):
+                (self.out / f"{name}.safetensors").unlink(missing_ok=True)
+                remove_unfinished(self.out / f"{name}.safetensors")
+
     def fit(self) -> None:
         """All epochs, or as many as patience allows."""
+        set_seed(
+            self.ready.run.seed % (1 << 32)
+        )  # of what the network itself draws, as dropout does
         for epoch in range(1, self.training.epochs + 1):
-            row = self.epoch(epoch)
+            # Choices are the first process's, so that all stop together.
+            [row] = broadcast_object_list([self.epoch(epoch)])
             self.record["history"].append(row)
             self.save("last.safetensors")
             if row["val_accuracy"] > self.best_accuracy:
@@ -192,15 +227,15 @@ class _Loop:
             loss = self.step(images, labels)
             total, seen = total + loss.detach() * len(labels), seen + len(labels)
             if step % CHECK_EVERY == 0 or step == self.steps:
-                self.check(total, epoch, step)
+                train_loss = self.finite(total / seen, epoch)
             if self.on_step:
                 self.on_step()
         seconds = time.perf_counter() - started
         val_loss, val_accuracy = evaluate(self.wrapped, self.images, self.images.validation)
         return {
             "epoch": epoch,
-            "train_loss": float(total) / max(seen, 1),
-            "val_loss": val_loss,
+            "train_loss": train_loss,
+            "val_loss": self.finite(total.new_tensor(val_loss), epoch),
             "val_accuracy": val_accuracy,
             "learning_rate": lr,
             "seconds": seconds,
@@ -216,14 +251,16 @@ class _Loop:
         self.schedule.step()
         return loss
 
-    def check(self, total: Tensor, epoch: int, step: int) -> None:
-        """Refuse to go on from a loss that is not a number."""
-        if not math.isfinite(float(total)):
-            kept = f"the best state, of epoch {self.best_epoch}, is kept" if self.best_epoch else ""
+    def finite(self, loss: Tensor, epoch: int) -> float:
+        """The mean of a loss over the processes; an error if it is not a number."""
+        mean = float(self.accelerator.reduce(loss, "mean"))
+        if not math.isfinite(mean):
+            kept = f"; best.safetensors holds epoch {self.best_epoch}" if self.best_epoch else ""
             raise SubspanError(
-                f"the loss stopped being finite in epoch {epoch}, before step {step}: "
-                f"lower --lr {self.ready.run.lr:g}. {kept}".strip()
+                f"the loss stopped being finite in epoch {epoch}: lower --lr {self.ready.run.lr:g}"
+                + kept
             )
+        return mean
 
     def finish(self) -> None:
         """Go back to the best epoch, read the test set once, and write what was found."""
@@ -231,7 +268,9 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         _, tensors = checkpoint.read(best)
         checkpoint.restore(self.model, tensors)
-        _, accuracy = evaluate(self.model, self.images, self.images.test)
+        # In full precision, as everyone who loads the file will.
+        net = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        _, accuracy = evaluate(net, self.images, self.images.test)
         self.record |= {"test_accuracy": accuracy} | self.ready.method.counts(self.model)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -254,8 +293,8 @@ class _Loop:
             "method": self.ready.method.name,
             "image_shape": list(images.image_shape),
             "classes": images.classes,
-            "mean": [round(float(m), 9) for m in images.mean],
-            "std": [round(float(s), 9) for s in images.std],
+            "mean": [float(f"{m:.9g}") for m in images.mean],  # 9 digits tell float32 apart
+            "std": [float(f"{s:.9g}") for s in images.std],
             "seed": self.ready.run.seed,
         }
 
@@ -286,12 +325,9 @@ def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRSchedu
 
 
 def _accelerator(training: Training) -> Accelerator:
-    cpu = training.device == "cpu"
-    if training.device == "cuda" and not torch.cuda.is_available():
-        raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
-    if training.device not in ("auto", "cpu", "cuda"):
-        raise SubspanError(f"device must be auto, cpu or cuda, got {training.device!r}")
-    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision)
+    # What accelerate knows of the run before this one would make it refuse other settings.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=training.device == "cpu", mixed_precision=training.mixed_precision)
 
 
 @torch.no_grad()
@@ -301,10 +337,10 @@ def _check_output(net: nn.Module, images: data.ImageData) -> None:
     net.eval()
     try:
         out = net(images.normalize(images.train.images[:1]))
-    except RuntimeError as error:
+    except Exception as error:  # of a user's own network it may be any
         raise SubspanError(
             f"the network does not take images of shape {images.image_shape}: {error}"
-        ) from None
+        ) from error
     finally:
         net.train(state)
     if not isinstance(out, Tensor) or tuple(out.shape) != (1, images.classes):

@@ -1,7 +1,8 @@
 """Methods of training through few numbers, one file each.
 
 Training, sweeps, reports and the command line know no method by name: they ask :func:`methods`.
-A file in this folder that makes an instance of :class:`Method` has added it (``docs/add-a-method.md``).
+A file in this folder that makes an instance of :class:`Method` has added it
+(``docs/add-a-method.md``).
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ class Method(ABC):
     """Beyond the network, the data and the training."""
     axis: str | None = None
     """The option that a sweep varies: how many numbers are trained; None if it cannot."""
-    lrs: tuple[float, ...]
-    """Learning rates worth trying with Adam; the middle one is the default."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help
@@ -67,6 +66,10 @@ class Method(ABC):
             SubspanError: for options that do not fit the network.
         """
 
+    @abstractmethod
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Learning rates worth trying with Adam and these options; the middle is the default."""
+
     def optimizer(self, model: nn.Module, name: str, lr: float, weight_decay: float) -> Optimizer:
         """The optimizer of what requires a gradient."""
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -80,8 +83,9 @@ class Method(ABC):
         """The true counts of a trained model.
 
         Returns:
-            ``trainable_parameters``; ``stored_parameters``, every number that inference needs beyond
-            seeds (buffers that training changed, too); ``weights``, all of the network, tied once.
+            ``trainable_parameters``; ``stored_parameters``, every number that inference needs
+            beyond seeds (buffers that training changed, too); ``weights``, all of the network, tied
+            ones once.
         """
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = sum(p.numel() for p in model.parameters())
@@ -97,7 +101,7 @@ class Method(ABC):
             if name not in known:
                 if not known:
                     raise SubspanError(f"method {self.name!r} has no options, got --{name}")
-                raise unknown(f"option of method {self.name!r}", name, known)
+                raise unknown(f"option of {self.name}", name, known)
 
     def at(self, value: str) -> dict[str, Any]:
         """The options of a point of a sweep, from a text of ``--dims``."""

@@ -13,11 +13,13 @@ from subspan.lab.methods import Method
 class Full(Method):
     """All weights, trained and stored as they are."""
 
-    lrs = (3e-4, 1e-3, 3e-3)
-
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
         """The network itself."""
         return net
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Around Adam's usual 1e-3."""
+        return (3e-4, 1e-3, 3e-3)
 
 
 Full("full", "ordinary training of all weights")

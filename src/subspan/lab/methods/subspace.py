@@ -1,7 +1,8 @@
-"""Fixed random subspaces, θ = θ₀ + P w (Li 2018, Minut 2023): one method per family of projections."""
+"""Fixed random subspaces, θ = θ₀ + P w (Li 2018, Minut 2023): a method per family of P."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -21,10 +22,10 @@ COMMON = (
         "compartments", str | dict[str, int],
         "global | layer | tensor | uniform:k, or {pattern: dimension}",
     ),
-    Option("allocation", str, "how d is divided between compartments: sqrt of their size, equal, size"),
-    Option("targets", PATTERNS, "patterns of the parameters to train; the others keep θ₀"),
-    Option("exclude", PATTERNS, "patterns of parameters that keep θ₀"),
-    Option("train_fully", PATTERNS, "patterns of parameters to train and store as they are"),
+    Option("allocation", str, "how d is divided: by the sqrt of compartments' sizes, equal, size"),
+    Option("targets", PATTERNS, "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀"),
+    Option("exclude", PATTERNS, "parameters that keep θ₀, likewise"),
+    Option("train_fully", PATTERNS, "parameters to train and store as they are, likewise"),
 )  # fmt: skip
 FAMILY = {
     "s": Option("s", float | str, "rows per nonzero: 3 (Achlioptas), sqrt_d or sqrt_D (Li 2006)"),
@@ -38,8 +39,6 @@ class Subspace(Method):
     """A :class:`SubspaceModel` with one family of projections."""
 
     axis = "dim"
-    # Columns have norm 1, so one step moves θ by lr at most in every direction of the basis.
-    lrs = (0.03, 0.1, 0.3)
 
     def __init__(self, family: type[Projection]) -> None:
         first_line = (family.__doc__ or "").partition("\n")[0]
@@ -49,12 +48,18 @@ class Subspace(Method):
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> SubspaceModel:
         """Put the network into the subspace."""
-        options = dict(options)
-        if "dim" in options:
-            options["dim"] = parse_dim(options["dim"])
-        elif not isinstance(options.get("compartments"), Mapping):
-            raise SubspanError(f"method {self.name!r} needs --dim, the number of coordinates")
-        return SubspaceModel(net, projection=self.name, seed=seed, **options)
+        dims = parse_dims(self.name, options)
+        given = {key: value for key, value in options.items() if key != "dim"}
+        return SubspaceModel(net, dims, projection=self.name, seed=seed, **given)
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Around 3/√d, so that steps have one length at every d.
+
+        Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
+        """
+        dims = parse_dims(self.name, options) or list(options["compartments"].values())
+        d = dims if isinstance(dims, int) else sum(dims)
+        return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in (1, 3, 9))
 
     def counts(self, model: nn.Module) -> dict[str, int]:
         """Coordinates, what is trained fully, and buffers that training changed."""
@@ -68,22 +73,27 @@ class Subspace(Method):
         }
 
 
-def parse_dim(text: object) -> int | list[int]:
-    """750 → 750, "600+250" → [600, 250].
+def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
+    """The option ``dim``: 750 → 750, "600+250" → [600, 250]; None where rules give the dimensions.
 
     Raises:
         SubspanError: for anything that is no positive integer or sum of such.
     """
+    if "dim" not in options:
+        if isinstance(options.get("compartments"), Mapping):
+            return None
+        raise SubspanError(f"method {name!r} needs --dim, the number of coordinates")
+    text = str(options["dim"])
     try:
-        dims = [int(part) for part in str(text).split("+")]
+        dims = [int(part) for part in text.split("+")]
     except ValueError:
         dims = []
     if not dims or min(dims) < 1:
         raise SubspanError(
-            f"dim must be a positive integer, or a sum such as 600+250 of those of the compartments, "
-            f"got {text!r}"
+            "dim must be a positive integer, or a sum such as 600+250 of those of the "
+            f"compartments, got {options['dim']!r}"
         )
-    return dims if "+" in str(text) else dims[0]
+    return dims if "+" in text else dims[0]
 
 
 for _family in projections().values():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from subspan.errors import SubspanError, unknown
-from subspan.lab import records, report
+from subspan.lab import report
 from subspan.lab.config import Sweep
 from subspan.lab.sweep import Outcome, sweep
 
@@ -92,14 +92,15 @@ def reproduce(
     experiment = experiments()[name]
     if budget not in experiment.sweeps:
         raise SubspanError(f"budget must be quick or full, got {budget!r}")
-    result = sweep(experiment.sweeps[budget], out, jobs=jobs, overwrite=overwrite, on_run=on_run)
-    result |= {
+    extra = {
         "experiment": {
             "name": name, "budget": budget, "title": experiment.title,
             "source": experiment.source, "differences": experiment.differences,
         },
         "published": [curve.as_dict() for curve in experiment.published],
     }  # fmt: skip
-    records.write_json(out / "sweep.json", result)
+    result = sweep(
+        experiment.sweeps[budget], out, jobs=jobs, overwrite=overwrite, on_run=on_run, extra=extra
+    )
     report.write(out)
     return result

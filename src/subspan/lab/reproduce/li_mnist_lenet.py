@@ -33,7 +33,6 @@ Experiment(
             Training(net="lenet-valid", data="mnist", epochs=3),
             methods=("hash",),
             dims=DIMS,
-            lrs=(0.1, 0.3),
             baseline_lrs=(0.003,),
         ),
         "full": Sweep(

@@ -1,0 +1,105 @@
+"""Runs that take a second, the command line in this process, and what a folder holds.
+
+The fixtures here are imported where they are used: in ``conftest.py`` of this folder and in
+``tests/test_cli.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from subspan.cli import main
+
+NET = "mlp-8"  # 64-8-10 on digits: 610 weights
+WEIGHTS = 610
+STEPS = 11  # of an epoch: 1318 images in batches of 128
+
+
+class Said(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Said]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Digits are decoded once, and into no cache of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder; networks that are imported from it are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command line as a terminal would, here: ``cli("train", "--net", …)``."""
+
+    def run(*argv: object) -> Said:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as end:  # of --help
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache_once: None) -> Path:
+    """The folder of a run that is complete: hash, d = 40, two epochs. Copy it to change it."""
+    from subspan.lab.train import train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(a_run(dim=40, epochs=2), out)
+    return out
+
+
+def a_run(method: str = "hash", *, lr: float = 0.3, seed: int = 0, **settings: Any) -> Any:
+    """A :class:`Run`; settings are the training's, and what is none of these the method's."""
+    from subspan.lab.config import Run, Training
+
+    fields = Training.__dataclass_fields__
+    training = {"net": NET, "epochs": 1} | {k: v for k, v in settings.items() if k in fields}
+    options = {k: v for k, v in settings.items() if k not in fields}
+    return Run(Training(**training), method, options, lr, seed)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(folder, to)
+    return to
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """``record.json``."""
+    return json.loads((folder / "record.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything in a folder: the bytes and the time of change of each file."""
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }

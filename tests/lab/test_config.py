@@ -1,0 +1,101 @@
+"""What a run and a sweep are told: what is refused, and how it stands in records."""
+
+import json
+import math
+
+import pytest
+
+from subspan.errors import SubspanError
+from subspan.lab.config import Run, Sweep, Training, floats, split
+
+BAD_TRAINING = [
+    ({"epochs": 0}, "epochs must be at least 1, got 0"),
+    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"patience": 0}, "patience must be at least 1 epoch, or null"),
+    ({"validation": 0.0}, r"validation must be a share in \(0, 1\)"),
+    ({"validation": 1.0}, r"validation must be a share in \(0, 1\)"),
+    ({"validation": math.nan}, r"validation must be a share in \(0, 1\), got nan"),
+    ({"weight_decay": -0.1}, "weight_decay must be a number that is not negative"),
+    ({"weight_decay": math.inf}, "weight_decay must be .* got inf"),
+    ({"weight_decay": math.nan}, "weight_decay must be .* got nan"),
+    ({"optimizer": "adamw"}, "unknown optimizer 'adamw': did you mean adam"),
+    ({"schedule": "linear"}, "unknown schedule 'linear': known are constant, cosine, onecycle"),
+    ({"init": "he"}, "unknown init 'he': known are auto, own, seed"),
+    ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8': did you mean"),
+    ({"device": "gpu"}, "unknown device 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_TRAINING)
+def test_training_refuses(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        Training(**settings)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf])
+def test_a_learning_rate_is_positive(lr):
+    with pytest.raises(SubspanError, match=f"^lr must be a positive number, got {lr}"):
+        Run(Training(), "hash", {}, lr)
+    for name in ("lrs", "baseline_lrs"):
+        with pytest.raises(SubspanError, match=f"^{name} must be a positive number, got {lr}"):
+            Sweep(Training(), **{name: (0.1, lr)})
+
+
+def test_a_seed_is_not_negative():
+    with pytest.raises(SubspanError, match="seed must not be negative, got -1"):
+        Run(Training(), "hash", {}, 0.1, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ()}, "methods is empty: name at least one"),
+        ({"dims": ()}, "dims is empty: give at least one"),
+        ({"methods": ("hash", "full", "hash")}, "methods names one value twice: hash, full, hash"),
+        ({"dims": ("10", "10")}, "dims names one value twice"),
+        ({"lrs": (0.1, 0.10000000001)}, "lrs names one value twice: 0.1, 0.1"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"threshold": 2.0}, r"threshold must be in \(0, 1\], got 2.0"),
+        ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
+        ({"threshold": math.nan}, r"threshold must be in \(0, 1\], got nan"),
+    ],
+)
+def test_a_sweep_refuses(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        Sweep(Training(), **settings)
+
+
+def test_configurations_are_flat_json():
+    run = Run(Training(epochs=3), "hash", {"dim": 5}, 0.1, seed=2)
+    flat = json.loads(json.dumps(run.as_dict()))
+    assert flat == run.as_dict()
+    assert flat["epochs"] == 3
+    assert (flat["method"], flat["options"], flat["lr"], flat["seed"]) == ("hash", {"dim": 5}, 0.1, 2)
+    flat = Sweep(Training(epochs=3), dims=("5", "6+7"), lrs=(0.1,)).as_dict()
+    assert json.loads(json.dumps(flat)) == flat
+    assert "training" not in flat
+    assert (flat["epochs"], flat["dims"], flat["lrs"], flat["baseline"]) == (3, ["5", "6+7"], [0.1], "full")
+
+
+@pytest.mark.parametrize("values", ["10, 600+250,30", ["10", "600+250", "30"], [10, "600+250", 30]])
+def test_split(values):
+    assert split(values, "dims") == ("10", "600+250", "30")
+
+
+def test_split_one_value():
+    assert split("10", "dims") == split(10, "dims") == ("10",)
+    assert split([], "dims") == ()
+
+
+@pytest.mark.parametrize("values", ["", ",", "10,,30", "10,", ["10", ""]])
+def test_split_refuses_empty_entries(values):
+    with pytest.raises(SubspanError, match="dims has an empty entry"):
+        split(values, "dims")
+
+
+def test_floats():
+    assert floats("0.1,1e-3", "lrs") == floats([0.1, "1e-3"], "lrs") == (0.1, 0.001)
+    assert floats(0.1, "lrs") == (0.1,)
+    for bad in ("0.1;0.2", "0.1,x", ["x"]):
+        with pytest.raises(SubspanError, match="lrs must be numbers separated by commas"):
+            floats(bad, "lrs")

@@ -1,0 +1,349 @@
+"""What every projection must do. A law is a function of one projection.
+
+``LAWS`` hold at every size; ``COSTLY`` ones need seconds or redraw P many times at a size of their
+own, and are run once for every family and option. tests/families/test_laws.py enrols every
+registered family by itself; a family of somebody else is held to them by
+
+    for law in (*laws.LAWS, *laws.COSTLY):
+        law(subspan.projection("mine", out_dim=1009, in_dim=40))
+
+The dense float64 matrix that products are compared with is :meth:`Projection.dense`; its entries
+are compared with the definition in docs/format.md in tests/families/test_entries.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from subspan import Projection, SubspanError
+from subspan.families.base import from_recipe, project
+
+Law = Callable[[Projection], None]
+LAWS: list[Law] = []
+COSTLY: list[Law] = []
+
+examples = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+DTYPES = (torch.float32, torch.float64)
+
+
+def law(function: Law) -> Law:
+    """Enrol a law that holds at every size."""
+    LAWS.append(function)
+    return function
+
+
+def costly(function: Law) -> Law:
+    """Enrol a law that is run once for every family and option."""
+    COSTLY.append(function)
+    return function
+
+
+def ranges(p: Projection) -> st.SearchStrategy[range]:
+    """Ranges of rows, empty ones too."""
+    ends = st.tuples(st.integers(0, p.out_dim), st.integers(0, p.out_dim))
+    return ends.map(lambda pair: range(min(pair), max(pair)))
+
+
+def vector(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(length, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got: Tensor, rounded: Tensor, exact: Tensor, size: Tensor) -> None:
+    """Whether a product is as good as a matrix product in its own dtype.
+
+    Args:
+        got: the product.
+        rounded: the same by a dense matrix in the dtype of ``got``.
+        exact: the same in float64.
+        size: the same of absolute values: the rounding error of one operation is eps times this.
+    """
+    assert got.shape == exact.shape
+    own = (rounded.double() - exact).abs().max() if exact.numel() else torch.tensor(0.0)
+    tolerance = 4 * own + 4 * torch.finfo(got.dtype).eps * size.norm()
+    assert ((got.double() - exact).abs() <= tolerance).all()
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+@law
+def entries_are_the_products_of_unit_vectors(p: Projection) -> None:
+    """P e_j is column j of the dense matrix, bit for bit; so are all its parts."""
+    for dtype in DTYPES:
+        P = p.dense(step=3, dtype=dtype)
+        assert P.shape == (p.out_dim, p.in_dim)
+        assert P.dtype == dtype
+        for j in {0, p.in_dim // 2, p.in_dim - 1}:
+            unit = torch.eye(p.in_dim, dtype=dtype)[j]
+            assert torch.equal(p.matvec(unit, step=3), P[:, j])
+        for i in {0, p.out_dim // 2, p.out_dim - 1}:
+            row = p.rmatvec(torch.ones(1, dtype=dtype), step=3, rows=range(i, i + 1))
+            scale = P.abs().max() * torch.finfo(dtype).eps
+            assert (row - P[i]).abs().max() <= (0 if p.bitwise else 16) * scale
+    single, double = (p.dense(dtype=dtype).double() for dtype in DTYPES)
+    assert (single - double).abs().max() <= 1e-6 * max(1.0, float(double.abs().max()))
+
+
+@law
+def products_are_those_of_the_dense_matrix(p: Projection) -> None:
+    """In both precisions, as exactly as a dense product in that precision."""
+    dense = {(step, t): p.dense(step=step, dtype=t) for step in (0, 2**32 - 1) for t in DTYPES}
+
+    @examples
+    @given(rows=ranges(p), step=st.sampled_from([0, 2**32 - 1]), seed=st.integers(0, 99))
+    def check(rows: range, step: int, seed: int) -> None:
+        for dtype in DTYPES:
+            w, g = vector(p.in_dim, dtype, seed), vector(len(rows), dtype, seed)
+            exact = dense[step, torch.float64][rows.start : rows.stop]
+            rounded = dense[step, dtype][rows.start : rows.stop]
+            forward = p.matvec(w, step=step, rows=rows)
+            backward = p.rmatvec(g, step=step, rows=rows)
+            w64, g64 = w.double(), g.double()
+            assert_close(forward, rounded @ w, exact @ w64, exact.abs() @ w64.abs())
+            assert_close(backward, g @ rounded, g64 @ exact, g64.abs() @ exact.abs())
+
+    check()
+
+
+@law
+def products_are_adjoint(p: Projection) -> None:
+    """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ on any range of rows."""
+    P = p.dense(step=1)
+
+    @examples
+    @given(rows=ranges(p), seed=st.integers(0, 99))
+    def check(rows: range, seed: int) -> None:
+        for dtype in DTYPES:
+            w, g = vector(p.in_dim, dtype, seed), vector(len(rows), dtype, seed + 1)
+            one = p.matvec(w, step=1, rows=rows).double() @ g.double()
+            other = w.double() @ p.rmatvec(g, step=1, rows=rows).double()
+            size = g.double().abs() @ P[rows.start : rows.stop].abs() @ w.double().abs()
+            assert abs(one - other) <= 4 * torch.finfo(dtype).eps * size
+
+    check()
+
+
+@law
+def rows_are_a_range(p: Projection) -> None:
+    """Any parts of P put together are P, bit for bit; so is P w if it is one product per weight."""
+    whole = {dtype: p.dense(dtype=dtype) for dtype in DTYPES}
+
+    @examples
+    @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=5), seed=st.integers(0, 99))
+    def check(cuts: list[int], seed: int) -> None:
+        ends = [0, *sorted(cuts), p.out_dim]
+        parts = [range(a, b) for a, b in itertools.pairwise(ends)]
+        for dtype in DTYPES:
+            entries = torch.cat([p.dense(rows=rows, dtype=dtype) for rows in parts])
+            assert torch.equal(entries, whole[dtype])
+            w, g = vector(p.in_dim, dtype, seed), vector(p.out_dim, dtype, seed)
+            forward = torch.cat([p.matvec(w, rows=rows) for rows in parts])
+            if p.bitwise:
+                assert torch.equal(forward, p.matvec(w))
+            torch.testing.assert_close(forward, p.matvec(w))
+            backward = sum(p.rmatvec(g[rows.start : rows.stop], rows=rows) for rows in parts)
+            assert isinstance(backward, Tensor)
+            torch.testing.assert_close(backward, p.rmatvec(g), atol=1e-5, rtol=1e-5)
+
+    check()
+
+
+@law
+def low_precisions_are_computed_in_float32(p: Projection) -> None:
+    """A 16-bit vector comes back in its dtype, rounded once at the end."""
+    for dtype in (torch.float16, torch.bfloat16):
+        w, g = vector(p.in_dim).to(dtype), vector(p.out_dim).to(dtype)
+        assert torch.equal(p.matvec(w), p.matvec(w.float()).to(dtype))
+        assert torch.equal(p.rmatvec(g), p.rmatvec(g.float()).to(dtype))
+
+
+@law
+def strides_do_not_matter(p: Projection) -> None:
+    """A slice of something larger is as good as a copy, and neither is changed."""
+    for dtype in DTYPES:
+        w, g = vector(3 * p.in_dim, dtype)[1::3], vector(2 * p.out_dim, dtype)[::2]
+        before = w.clone(), g.clone()
+        assert torch.equal(p.matvec(w), p.matvec(before[0]))
+        assert torch.equal(p.rmatvec(g), p.rmatvec(before[1]))
+        assert torch.equal(w, before[0])
+        assert torch.equal(g, before[1])
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+
+@law
+def columns_have_unit_norm(p: Projection) -> None:
+    """To the last digits, where the family says so."""
+    if p.norm == "exact":
+        norms = p.dense().norm(dim=0)
+        assert (norms - 1).abs().max() < 1e-12
+
+
+@law
+def columns_are_orthonormal(p: Projection) -> None:
+    """PᵀP = I, where the family says so."""
+    if p.orthonormal:
+        P = p.dense(step=2)
+        assert (P.T @ P - torch.eye(p.in_dim, dtype=torch.float64)).abs().max() < 1e-12
+
+
+@functools.lru_cache(maxsize=1)
+def redraws(p: Projection) -> Tensor:
+    """240 matrices (240, 36, 9), by seeds and by steps. 36 rows are whole blocks for every s."""
+    small = replace(p, out_dim=36, in_dim=9)
+    return torch.stack([replace(small, seed=n).dense(step=t) for n in range(40) for t in range(6)])
+
+
+def assert_mean(samples: Tensor, expected: Tensor | float) -> None:
+    """Means over the first dimension, to within six of their standard errors."""
+    error = samples.std(dim=0) / math.sqrt(len(samples))
+    assert ((samples.mean(dim=0) - expected).abs() <= 6 * error + 1e-12).all()
+
+
+@costly
+def columns_have_unit_norm_in_expectation(p: Projection) -> None:
+    """The mean of squared norms over seeds and steps is 1."""
+    assert_mean(redraws(p).square().sum(dim=1), 1)
+
+
+@costly
+def no_direction_is_preferred(p: Projection) -> None:
+    """E[P] = 0 and E[P Pᵀ] = d/D I: over the redraws all weights are moved, alike and apart."""
+    P = redraws(p)
+    assert_mean(P, 0)
+    assert_mean(P @ P.mT, 9 / 36 * torch.eye(36, dtype=torch.float64))
+
+
+@costly
+def redraws_are_unrelated(p: Projection) -> None:
+    """Another step, stream or seed is another matrix, with nearly no correlation."""
+    p = replace(p, out_dim=1009, in_dim=12, seed=5, stream=0)
+    others = [replace(p, **change) for change in ADDRESSES]
+    drawn = [p.dense(), *(p.dense(step=step) for step in STEPS), *(q.dense() for q in others)]
+    correlation = torch.corrcoef(torch.stack([P.flatten() for P in drawn]))
+    assert correlation.triu(1).abs().max() < 6 / math.sqrt(p.out_dim)
+
+
+STEPS = (1, 2, 1 << 8, (1 << 32) - 1)
+ADDRESSES: list[dict[str, Any]] = [
+    {"seed": 6}, {"seed": 5 << 32}, {"seed": 5 + (1 << 32)}, {"seed": (1 << 64) - 1},
+    {"stream": 1}, {"stream": (1 << 24) - 1}, {"seed": 6, "stream": 1},
+]  # fmt: skip
+
+
+# ---- pure data -----------------------------------------------------------------------------------
+
+
+@law
+def a_projection_is_pure_data(p: Projection) -> None:
+    """It compares, hashes, pickles to a few bytes before and after use, and cannot be changed."""
+    p.rmatvec(p.matvec(vector(p.in_dim)))
+    pickled = pickle.dumps(p)
+    assert len(pickled) < 300
+    assert not any(isinstance(value, Tensor) for value in vars(p).values())
+    copy = pickle.loads(pickled)
+    for twin in (copy, from_recipe(p.recipe)):
+        assert twin == p
+        assert hash(twin) == hash(p)
+        assert type(twin) is type(p)
+        assert torch.equal(twin.dense(), p.dense())
+    for change in ({"seed": p.seed + 1}, {"stream": p.stream + 1}, {"out_dim": p.out_dim + 1}):
+        assert replace(p, **change) != p
+        assert replace(p, **change).recipe != p.recipe
+    with pytest.raises(FrozenInstanceError):
+        p.seed = 1  # type: ignore[misc]
+
+
+@law
+def what_does_not_fit_is_refused(p: Projection) -> None:
+    """With a SubspanError that names the argument; an empty range of rows fits."""
+    D, d = p.out_dim, p.in_dim
+    w, g = torch.ones(d), torch.ones(D)
+    assert p.matvec(w, rows=range(D, D)).shape == (0,)
+    assert torch.equal(p.rmatvec(g[:0], rows=range(0)), torch.zeros(d))
+    for name, product, x in (("w", p.matvec, w), ("g", p.rmatvec, g)):
+        for bad in (
+            torch.ones(len(x) + 1),
+            torch.ones(1, len(x)),
+            x.long(),
+            x.tolist(),
+            x.cfloat(),
+        ):
+            with pytest.raises(SubspanError, match=rf"^{name} must be"):
+                product(bad)
+        for rows in (range(-1, D), range(D + 1), range(D, -1, -1), range(2, 1)):
+            with pytest.raises(SubspanError, match="^rows must be a range inside"):
+                product(x, rows=rows)
+        for step in (-1, 1 << 32, 1.0, torch.tensor(1.0), torch.tensor([1])):
+            with pytest.raises(SubspanError, match="^step must be"):
+                product(x, step=step)
+    with pytest.raises(SubspanError, match="shape"):
+        p.rmatvec(torch.ones(2), rows=range(1))
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+def both_products(p: Projection) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, bool]]:
+    """Each product of some rows, a vector that fits, and whether it is the adjoint."""
+    some = {"step": 2, "rows": range(p.out_dim // 3, p.out_dim // 3 + 20)}
+    yield functools.partial(p.matvec, **some), vector(p.in_dim), False
+    yield functools.partial(p.rmatvec, **some), vector(20), True
+
+
+@costly
+def products_are_differentiable_twice(p: Projection) -> None:
+    """Their derivative is the other product, and so on."""
+    p = replace(p, out_dim=61, in_dim=7)
+    for product, x, _ in both_products(p):
+        assert torch.autograd.gradcheck(product, x.requires_grad_())
+        assert torch.autograd.gradgradcheck(product, x)
+        for dtype in (torch.bfloat16, torch.float32):  # kernels, where there are some
+            leaf = x.detach().to(dtype).requires_grad_()
+            (grad,) = torch.autograd.grad(product(leaf).sum(), leaf)
+            assert grad.dtype == dtype
+            assert grad.shape == leaf.shape
+
+
+@costly
+def the_operator_is_well_made(p: Projection) -> None:
+    """PyTorch's own checks of a custom operator: schema, aliasing, fake tensors, autograd."""
+    p = replace(p, out_dim=61, in_dim=7)
+    for _, x, adjoint in both_products(p):
+        arguments = (x.requires_grad_(), torch.tensor(2), p.recipe, 20, 40, adjoint)
+        torch.library.opcheck(project, arguments)
+
+
+@costly
+def a_step_that_changes_does_not_recompile(p: Projection) -> None:
+    """The products go through torch.compile in one graph, which takes the step as an input."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def there_and_back(x: Tensor, step: Tensor) -> Tensor:
+        return p.rmatvec(p.matvec(x, step=step, rows=rows), step=step, rows=rows)
+
+    p, rows = replace(p, out_dim=61, in_dim=7), range(5, 50)
+    torch.compiler.reset()
+    compiled = torch.compile(there_and_back, fullgraph=True, backend=backend)
+    for step in range(4):
+        x = vector(p.in_dim, torch.float32, step)
+        assert torch.equal(compiled(x, torch.tensor(step)), there_and_back(x, torch.tensor(step)))
+    assert len(graphs) == 1

@@ -1,0 +1,182 @@
+"""docs/format.md a second time, in plain Python integers and floats, from that page alone.
+
+Nothing here imports the package or torch: what these functions and the package agree on is what
+the page says. Slow, for small cases only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+WORD = 2**32
+DOMAINS = {
+    "gaussian": 1, "rademacher": 2, "hash": 3, "orthogonal": 4, "fastfood": 5, "kronecker": 6,
+    "sparse": 7, "sparse-original": 8, "sparse2": 9, "sparse2full": 10,
+}  # fmt: skip
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Ten rounds of Philox4x32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            high // WORD ^ c1 ^ k0,
+            high % WORD,
+            low // WORD ^ c3 ^ k1,
+            low % WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % WORD, (k1 + 0xBB67AE85) % WORD
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The sequences of one (seed, domain, stream, step)."""
+
+    seed: int
+    domain: int
+    stream: int = 0
+    step: int = 0
+
+    def call(self, index: int, column: int) -> tuple[int, ...]:
+        """One call of the generator."""
+        counter = (index, column, self.step, self.stream * 2**8 + self.domain)
+        return philox(counter, (self.seed % WORD, self.seed // WORD))
+
+    def word(self, n: int, column: int = 0) -> int:
+        return self.call(n // 4, column)[n % 4]
+
+    def signbit(self, n: int, column: int = 0) -> int:
+        return self.call(n // 128, column)[n % 128 // 32] // 2 ** (n % 32) % 2
+
+    def sign(self, n: int, column: int = 0) -> int:
+        return -1 if self.signbit(n, column) else 1
+
+    def uniform(self, n: int, column: int = 0) -> float:
+        return (2 * (self.word(n, column) // 2**9) + 1) / 2**24
+
+    def integer(self, n: int, bound: int, column: int = 0) -> int:
+        return self.word(n, column) * bound // WORD
+
+    def normal(self, n: int, column: int = 0) -> float:
+        words = self.call(n // 4, column)
+        u, v = words[0:2] if n % 4 < 2 else words[2:4]
+        radius, angle = math.sqrt(-2 * math.log((u + 1) / WORD)), 2 * math.pi * v / WORD
+        return radius * (math.cos(angle) if n % 2 == 0 else math.sin(angle))
+
+    def permuted(self, x: int, size: int, column: int = 0) -> int:
+        """The image of x under the permutation of [0, size)."""
+        keys = [self.word(n, column) for n in range(32 if size <= 32 else 8)]
+        bits = math.ceil(math.log2(size))
+        low_bits = bits // 2
+        high_bits = bits - low_bits
+        while True:
+            high, low = divmod(x, 2**low_bits)
+            for number, key in enumerate(keys):
+                if number % 2 == 0:
+                    high ^= mix(low ^ key) % 2**high_bits
+                else:
+                    low ^= mix(high ^ key) % 2**low_bits
+            x = high * 2**low_bits + low
+            if x < size:
+                return x
+
+
+def mix(x: int) -> int:
+    """MurmurHash3's finaliser."""
+    x = (x ^ x // 2**16) * 0x85EBCA6B % WORD
+    x = (x ^ x // 2**13) * 0xC2B2AE35 % WORD
+    return x ^ x // 2**16
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The entries of one projection, one at a time, as float64."""
+
+    family: str
+    D: int
+    d: int
+    seed: int = 0
+    stream: int = 0
+    step: int = 0
+    s: float | str = 3
+
+    def entry(self, i: int, j: int) -> float:
+        """P_ij."""
+        return getattr(self, "_" + self.family.replace("-", "_"))(i, j)
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        return Numbers(self.seed, DOMAINS[self.family], self.stream, self.step)
+
+    def _gaussian(self, i: int, j: int) -> float:
+        return self.numbers.normal(i, j) / math.sqrt(self.D)
+
+    def _rademacher(self, i: int, j: int) -> float:
+        return self.numbers.sign(i, j) / math.sqrt(self.D)
+
+    def _hash(self, i: int, j: int) -> float:
+        if self.numbers.permuted(i, self.D, 1) % self.d != j:
+            return 0.0
+        held = self.D // self.d + (j < self.D % self.d)
+        return self.numbers.sign(i, 0) * (1 / math.sqrt(held))
+
+    def _orthogonal(self, i: int, j: int) -> float:
+        frequency = self.numbers.permuted(j, self.D, 1)
+        angle = 2 * math.pi * (i * frequency % self.D) / self.D
+        cas = math.cos(angle) + math.sin(angle)
+        return self.numbers.sign(i, 0) * cas / math.sqrt(self.D)
+
+    def _fastfood(self, i: int, j: int) -> float:
+        n = 1
+        while n < self.d:
+            n *= 2
+        k, r = divmod(i, n)
+        order = [self.numbers.permuted(m, n, 3 * k + 1) for m in range(n)]
+        z = [self.numbers.normal(m, 3 * k + 2) for m in range(n)]
+        squares = [x * x for x in z]
+        while len(squares) > 1:
+            half = len(squares) // 2
+            squares = [a + b for a, b in zip(squares[:half], squares[half:], strict=True)]
+        total = sum(hadamard(r, m) * z[m] * hadamard(order[m], j) for m in range(n))
+        return (
+            self.numbers.sign(j, 3 * k)
+            * total
+            / n
+            * math.sqrt(n / squares[0])
+            * math.sqrt(n / self.D)
+        )
+
+    def _kronecker(self, i: int, j: int) -> float:
+        b, q = (math.ceil(math.sqrt(x)) for x in (self.D, self.d))
+        left = self.numbers.sign(i // b, j // q)
+        return left * self.numbers.sign(i % b, 2**31 + j % q) / math.sqrt(self.D)
+
+    def _sparse(self, i: int, j: int) -> float:
+        number = {"sqrt_d": math.sqrt(self.d), "sqrt_D": math.sqrt(self.D)}.get(self.s, self.s)
+        s = round(number)
+        k = i // s
+        length = min(s, self.D - k * s)
+        word = self.numbers.word(k, j)
+        if i != k * s + word // 2 * length // 2**31:
+            return 0.0
+        return (-1 if word % 2 else 1) / math.sqrt(-(-self.D // s))
+
+    _sparse2full = _sparse
+
+    def _sparse_original(self, i: int, j: int) -> float:
+        threshold = math.isqrt(2**64 // self.d)
+        word = self.numbers.word(i, j)
+        size = 1 / math.sqrt(self.D * threshold / WORD) if word < threshold else 0.0
+        return -size if word % 2 and self.family == "sparse-original" else size
+
+    _sparse2 = _sparse_original
+
+
+def hadamard(a: int, b: int) -> int:
+    """The sign of an entry of the Walsh–Hadamard matrix."""
+    return -1 if (a & b).bit_count() % 2 else 1

@@ -1,0 +1,136 @@
+import hashlib
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from subspan import SubspaceModel, SubspanError, calls, projection
+from subspan.compartments import Compartment, Piece
+
+SIZES = (30, 10, 5, 200, 7)
+
+
+def plan(family="hash", limit=50):
+    pieces = tuple(Piece(f"t{i}", 0, size) for i, size in enumerate(SIZES))
+    part = Compartment("a.b", 4, pieces)
+    p = projection(family, out_dim=part.weights, in_dim=4)
+    return calls.plan([part], [p]), p
+
+
+def test_calls_cover_every_row_once_in_order(monkeypatch):
+    monkeypatch.setattr(calls, "GROUP", 50)
+    found, p = plan()
+    assert [(call.start, call.stop) for call in found] == [(0, 45), (45, 245), (245, 252)]
+    assert [[len(piece) for piece in call.pieces] for call in found] == [[30, 10, 5], [200], [7]]
+    assert {call.coordinates for call in found} == {"a/b"}
+    assert {call.recipe for call in found} == {p.recipe}
+
+
+def test_a_family_that_computes_all_rows_at_once_is_called_once(monkeypatch):
+    monkeypatch.setattr(calls, "GROUP", 50)
+    (call,), _ = plan("orthogonal")
+    assert (call.start, call.stop, len(call.pieces)) == (0, 252, 5)
+
+
+def test_keys_are_injective_and_no_attribute_of_the_dictionary():
+    names = ["a.b", "a/b", "a%2Fb", "keys", "training", ".*", "pop", "a", "%", "/"]
+    keys = [calls.key(name) for name in names]
+    assert len(set(keys)) == len(keys)
+    nn.ParameterDict({key: torch.ones(1) for key in keys})
+    assert keys[0] == "a/b"
+
+
+def test_the_layout_sees_all_that_gives_coordinates_a_meaning():
+    def digest(dim=4, stop=9, tensor="t", family="sparse", seed=0, **options):
+        part = Compartment("name", dim, (Piece(tensor, 0, stop), Piece("u", 1, 3)))
+        return calls.layout([part], family, seed, options)
+
+    others = [
+        digest(dim=5), digest(stop=8), digest(tensor="v"), digest(family="hash"), digest(seed=1),
+        digest(s=3), digest(s=4),
+    ]  # fmt: skip
+    assert len({digest(), *others}) == 8
+    text = b'["sparse", 0, {}, [[4, [["t", 0, 9], ["u", 1, 3]]]]]'  # a part of the file format
+    assert digest() == hashlib.sha256(text).hexdigest()[:32]
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that still live, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, key, size)
+        return out
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("compartments", "bound"), [("global", 1.15), ("layer", 1.15), ("uniform:5", 1.3)]
+)
+def test_a_pass_needs_one_theta_beside_the_base(monkeypatch, compartments, bound):
+    """A flat vector of all weights, or of all P w, would make it two."""
+    monkeypatch.setattr(calls, "GROUP", 1 << 16)
+    net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
+    theta = sum(p.numel() * p.element_size() for p in net.parameters())
+    model, x = SubspaceModel(net, 100, compartments=compartments), torch.ones(1, 256)
+    model(x)  # fills the cache
+    with Live() as live:
+        y = model(x)
+        y.sum().backward()
+    assert 0.9 < live.peak / theta < bound
+    with torch.no_grad(), Live() as live:
+        model(x)
+    assert live.peak / theta < bound
+
+
+# ---- parts that the backward pass runs again -----------------------------------------------------
+
+
+class Recomputed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return {"out": checkpoint(self.second, hidden, use_reentrant=self.reentrant)}
+
+
+def test_reentrant_activation_checkpoints_are_refused():
+    """They would silently get no gradient."""
+    model = SubspaceModel(Recomputed(reentrant=True), 5)
+    with torch.no_grad(), pytest.warns(UserWarning, match="None of the inputs"):
+        model(torch.ones(2, 3))  # nothing to run again
+    with pytest.raises(SubspanError, match="activation checkpointing runs the network again"):
+        model(torch.ones(2, 3))
+
+
+def test_others_are_noticed_by_torch():
+    model = SubspaceModel(Recomputed(reentrant=False), 5)
+    loss = model(torch.ones(2, 3))["out"].sum()
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()

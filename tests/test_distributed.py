@@ -1,0 +1,219 @@
+"""Plain DistributedDataParallel: d numbers on the wire, the same model on every rank."""
+
+import copy
+import datetime
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from subspan import SubspaceModel, SubspanError, slots
+from tests.nets import batch, build
+
+DIM = 12
+STEPS = 3
+LIMIT = 400  # seconds for all ranks together
+
+
+def rows(x, rank, world):
+    """This rank's part of a joint batch of 8."""
+    return x[rank * len(x) // world : (rank + 1) * len(x) // world]
+
+
+def joint_batch():
+    return torch.cat([batch("mlp", torch.float64), batch("mlp", torch.float64)[:3] + 1])
+
+
+def double_mlp(**options):
+    return SubspaceModel(build("mlp", torch.float64), DIM, **options)
+
+
+def train(model, x):
+    """Gradients and coordinates of a few steps of SGD."""
+    optimizer, seen = SGD(model.parameters(), lr=0.1, momentum=0.9), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        seen.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+    return {"gradients": seen, "parameters": [p.detach().clone() for p in model.parameters()]}
+
+
+def averaged(rank, world):
+    model = double_mlp(train_fully="2.bias")
+    model(joint_batch())  # a call before is allowed
+    ddp, sent = DistributedDataParallel(model), []
+
+    def count(state, bucket):
+        sent.append((bucket.buffer().numel(), bucket.buffer().element_size()))
+        return allreduce_hook(state, bucket)
+
+    ddp.register_comm_hook(None, count)
+    result = train(ddp, rows(joint_batch(), rank, world))
+    return result | {"sent": sent, "buffers": buffers_sent(ddp)}
+
+
+def buffers_sent(ddp):
+    """Sizes of what every forward pass broadcasts, by name."""
+    names = {id(buffer): name for name, buffer in ddp.module.named_buffers()}
+    return {names[id(b)]: b.numel() for b in ddp.modules_buffers}
+
+
+def normalised(rank, world):
+    ddp = DistributedDataParallel(SubspaceModel(build("cnn"), DIM))
+    train(ddp, batch("cnn")[rank : rank + 2])
+    before = copy.deepcopy(slots.saved_buffers(ddp.module.body))
+    with torch.no_grad():
+        ddp.eval()(batch("cnn"))
+    after = slots.saved_buffers(ddp.module.body)
+    return {"before": before, "after": after, "buffers": buffers_sent(ddp)}
+
+
+def refused(rank, world, *, seed=False, base=False, dry=False):
+    """The last rank is not like the others."""
+    odd = rank == world - 1
+    net = build("mlp")
+    if base and odd:
+        net[0].weight.data[0, 0] += 1
+    model = SubspaceModel(net, DIM, seed=int(seed and odd))
+    if dry:
+        model(batch("mlp"))
+    ddp = DistributedDataParallel(model)
+    try:
+        ddp(batch("mlp"))
+    except SubspanError as error:
+        return str(error)
+    return None
+
+
+def left_alone(rank, world):
+    """A rank that is refused ends; the others must not wait for it."""
+    ddp = DistributedDataParallel(double_mlp())
+    out = ddp(joint_batch()).sum()
+    if rank == world - 1:
+        return "gone"
+    start = time.monotonic()
+    try:
+        for _ in range(3):
+            out.backward(retain_graph=True)
+    except RuntimeError:
+        return time.monotonic() - start
+    return "nothing was noticed"
+
+
+SCENARIOS = {
+    "averaged": averaged,
+    "normalised": normalised,
+    "other base": lambda *ranks: refused(*ranks, base=True),
+    "other base, called before": lambda *ranks: refused(*ranks, base=True, dry=True),
+    "other seed": lambda *ranks: refused(*ranks, seed=True),
+    "the same": refused,
+    "left alone": left_alone,  # last: ranks end inside
+}
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    results = {name: scenario(rank, world) for name, scenario in SCENARIOS.items()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    os._exit(0)  # no farewell: its peers may be waiting
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What every rank of a world of processes saw."""
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    processes = torch.multiprocessing.spawn(work, (world, str(folder)), nprocs=world, join=False)
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def test_gradients_are_those_of_the_joint_batch(ranks):
+    alone = train(double_mlp(train_fully="2.bias"), joint_batch())
+    for rank in ranks:
+        torch.testing.assert_close(rank["averaged"]["gradients"], alone["gradients"])
+        torch.testing.assert_close(rank["averaged"]["parameters"], alone["parameters"])
+
+
+def test_every_rank_has_the_same_bits(ranks):
+    first = ranks[0]["averaged"]["parameters"]
+    for rank in ranks[1:]:
+        assert all(map(torch.equal, rank["averaged"]["parameters"], first))
+
+
+def test_d_numbers_go_over_the_wire(ranks):
+    """And those that are trained fully; a step of all weights would send 212."""
+    for rank in ranks:
+        assert rank["averaged"]["sent"] == [(DIM + 4, 8)] * STEPS
+
+
+def test_the_base_is_never_sent(ranks):
+    norm = {
+        "body.norm.running_mean": 4,
+        "body.norm.running_var": 4,
+        "body.norm.num_batches_tracked": 1,
+    }
+    for rank in ranks:
+        assert rank["averaged"]["buffers"] == {"fingerprint": 32}
+        assert rank["normalised"]["buffers"] == {"fingerprint": 32} | norm
+
+
+def test_the_base_is_not_sent_either_if_the_model_was_compiled_first(tmp_path):
+    meeting = f"file://{tmp_path}/meet"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        compiled = torch.compile(double_mlp(), backend="eager")
+        sent = buffers_sent(DistributedDataParallel(compiled))
+    finally:
+        dist.destroy_process_group()
+    assert sent == {"_orig_mod.fingerprint": 32}
+
+
+def test_buffers_of_batchnorm_are_still_synchronised(ranks):
+    first = ranks[0]["normalised"]
+    mean = "norm.running_mean"
+    assert len(first["after"]) == 3
+    for rank in ranks[1:]:
+        assert not torch.equal(rank["normalised"]["before"][mean], first["before"][mean])
+        for name, buffer in first["after"].items():
+            assert torch.equal(rank["normalised"]["after"][name], buffer)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "what"),
+    [
+        ("other base", "the initial weights"),
+        ("other base, called before", "the initial weights"),
+        ("other seed", "the projection or its compartments"),
+    ],
+)
+def test_the_rank_that_differs_says_so(ranks, scenario, what):
+    *others, odd = [rank[scenario] for rank in ranks]
+    assert others == [None] * len(others)
+    assert odd.startswith(f"{what} of this process differ from those of rank 0")
+
+
+def test_ranks_that_agree_are_not_refused(ranks):
+    assert [rank["the same"] for rank in ranks] == [None] * len(ranks)
+
+
+def test_nobody_waits_for_a_rank_that_ended(ranks):
+    *others, gone = [rank["left alone"] for rank in ranks]
+    assert gone == "gone"
+    assert all(seconds < 30 for seconds in others)

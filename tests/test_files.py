@@ -1,0 +1,108 @@
+"""Files are there whole or not at all."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from subspan import files
+from subspan.files import remove_unfinished, write_atomically
+
+NEW = b"new" * 10_000
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "record.json"
+    assert write_atomically(path, b"old") == 3
+    assert write_atomically(str(path), NEW) == len(NEW)
+    assert path.read_bytes() == NEW
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "fchmod"])
+@pytest.mark.parametrize("failure", [no_space, interrupted])
+def test_a_failure_leaves_what_was_there(call, failure, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(files.os, call, failure)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        write_atomically(path, NEW)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+@contextmanager
+def files_no_larger_than(size):
+    """The kernel refuses longer ones in the middle of a write, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_half_way(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(b"old")
+    with files_no_larger_than(10_000), pytest.raises(OSError, match="large") as caught:
+        write_atomically(path, NEW)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "no" / "record.json", NEW)
+    assert os.listdir(tmp_path) == []
+
+
+WRITER = """
+import sys
+from subspan.files import write_atomically
+for i in range(10_000):
+    write_atomically(sys.argv[1], str(i % 10).encode() * 1_000_000)
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """What is there is one of the versions, and what is half-written has another name."""
+    path = tmp_path / "record.json"
+    for delay in (0.0, 0.013, 0.037):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        while not path.exists():
+            assert writer.poll() is None
+            time.sleep(0.002)
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait() == -signal.SIGKILL
+        data = path.read_bytes()
+        assert len(data) == 1_000_000
+        assert data == data[:1] * 1_000_000
+        remove_unfinished(path)
+        assert os.listdir(tmp_path) == ["record.json"]
+        path.unlink()
+
+
+def test_remove_unfinished_takes_that_of_one_file_only(tmp_path):
+    kept = {"a[b].json", "other.tmp", ".other.x1.tmp", ".a[b].json", ".ab.json.x1.tmp"}
+    for name in (*kept, ".a[b].json.x1.tmp", ".a[b].json.x2.tmp"):
+        (tmp_path / name).write_text("")
+    remove_unfinished(tmp_path / "a[b].json")
+    assert set(os.listdir(tmp_path)) == kept

@@ -1,0 +1,188 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from subspan import slots
+from subspan.errors import SubspanError
+from tests.nets import NETS, batch, build
+
+
+def paths(net):
+    return [slot.path for slot in slots.slots(net)]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_slots_are_the_parameters_once_each(name):
+    net = build(name)
+    found = slots.slots(net)
+    named = dict(net.named_parameters())
+    assert list(slots.aliases(found)) == list(named)
+    for slot in found:
+        module, attribute = slot.find(net)
+        assert getattr(module, attribute) is named[slot.tensor]
+
+
+def test_a_tied_tensor_has_two_slots_and_a_module_under_two_names_one():
+    found = slots.aliases(slots.slots(build("tied")))
+    assert found["embedding.weight"] == ["embedding.weight", "output.weight"]
+    assert found["hidden.weight"] == ["hidden.weight"]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_hollow_and_fill_are_inverse(name):
+    net, plain = build(name), build(name)
+    order, found = slots.parameter_order(net), slots.slots(net)
+    tensors = {slot: net.get_parameter(slot) for slot in slots.aliases(found)}
+    slots.hollow(net, found)
+    assert not list(net.parameters())
+    assert slots.saved_buffers(net).keys() == dict(plain.named_buffers()).keys()
+    assert net.state_dict().keys() == dict(plain.named_buffers()).keys()
+    slots.fill(net, found, tensors)
+    slots.restore_order(net, order)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert all(net.get_parameter(path) is tensor for path, tensor in tensors.items())
+    assert not [m for m in net.modules() if m._non_persistent_buffers_set]
+    assert torch.equal(net.eval()(batch(name)), plain.eval()(batch(name)))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert torch.equal(copied(batch(name)), plain(batch(name)))
+
+
+def test_hollow_shares_memory_with_what_was_there():
+    net = build("mlp")
+    before = net[0].weight.data_ptr()
+    slots.hollow(net, slots.slots(net))
+    assert net[0].weight.data_ptr() == before
+    assert isinstance(net[0].weight, torch.Tensor)
+    assert not net[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("net", [nn.LazyLinear(3), nn.Linear(2, 2, device="meta")])
+def test_parameters_without_values_are_refused(net):
+    with pytest.raises(SubspanError, match="weight has no values yet: run a batch"):
+        slots.slots(net)
+
+
+def test_saved_buffers_are_those_of_the_state_dict():
+    net = build("cnn")
+    net.register_buffer("cache", torch.ones(1), persistent=False)
+    net.register_buffer("empty", None)
+    assert list(slots.saved_buffers(net)) == [
+        k for k in net.state_dict() if k.startswith("norm.r")
+    ] + ["norm.num_batches_tracked"]
+
+
+# ---- what to train -------------------------------------------------------------------------------
+
+
+def trained(net, **options):
+    names = slots.aliases(slots.slots(net))
+    tensors = {name: net.get_parameter(name) for name in names}
+    options = {"targets": None, "exclude": None, "fully": set()} | options
+    return slots.trained(tensors, names, **options)
+
+
+def test_by_default_what_requires_a_gradient_is_trained():
+    net = build("raw")
+    net.linear.bias.requires_grad_(False)
+    assert trained(net) == {"scale": 12, "gain": 1, "linear.weight": 16}
+
+
+def test_targets_exclude_and_fully():
+    net = build("raw")
+    net.linear.bias.requires_grad_(False)
+    assert trained(net, targets="linear") == {"linear.weight": 16, "linear.bias": 4}
+    assert trained(net, targets=["linear", "gain"], exclude="bias") == {
+        "gain": 1,
+        "linear.weight": 16,
+    }
+    assert trained(net, fully={"linear.weight"}) == {"scale": 12, "gain": 1}
+
+
+def test_empty_tensors_have_nothing_to_train():
+    net = build("raw")
+    net.empty = nn.Parameter(torch.empty(0, 3))
+    assert "empty" not in trained(net)
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": []}, {"exclude": ".*"}, {"fully": {"gain"}, "targets": "gain"}]
+)
+def test_nothing_to_train_is_refused(options):
+    with pytest.raises(SubspanError, match="no parameter is left to train in the subspace"):
+        trained(build("raw"), **options)
+
+
+def test_a_network_without_parameters_is_refused():
+    with pytest.raises(SubspanError, match="unfreeze some, of none"):
+        trained(nn.ReLU())
+
+
+def test_what_is_not_real_is_refused_unless_it_stays():
+    net = build("raw")
+    net.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    net.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+    assert {"table", "phase"}.isdisjoint(trained(net))
+    for name in ("table", "phase"):
+        with pytest.raises(SubspanError, match=f"{name} is torch.* and P w is real: exclude it"):
+            trained(net, targets=[name])
+
+
+# ---- digests and undoing -------------------------------------------------------------------------
+
+
+def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
+    x = torch.arange(6.0)
+    base = slots.digest({"x": x})
+    assert base == slots.digest({"x": x.clone()})
+    changed = x.clone()
+    changed[5] = torch.nextafter(changed[5], torch.tensor(9.0))
+    others = [{"y": x}, {"x": x.double()}, {"x": x.view(2, 3)}, {"x": changed}, {"x": -x}, {}]
+    digests = [slots.digest(other) for other in others]
+    assert len({base, *digests}) == 7
+    assert slots.digest({"a": x, "b": x}) != slots.digest({"b": x, "a": x})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.tensor(1.5), torch.ones(0, 3), torch.ones(2, 3).T, torch.ones(2, dtype=torch.bfloat16),
+     torch.tensor([True, False]), torch.tensor(3), torch.ones(2, dtype=torch.complex64)],
+    ids=str,
+)  # fmt: skip
+def test_any_tensor_has_a_digest(tensor):
+    assert slots.digest({"x": tensor}) == slots.digest({"x": tensor.clone().contiguous()})
+    assert len(slots.digest({"x": tensor})) == 32
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_an_error_undoes_everything(values):
+    net = build("cnn")
+    net.head.bias.requires_grad_(False)
+    before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in net.named_parameters()}
+    state = list(net.state_dict())
+
+    def fail():
+        with slots.unchanged_on_error(net, values=values):
+            net.head.bias.requires_grad_(True)
+            if values:
+                net.conv.weight.detach().zero_()
+            slots.hollow(net, slots.slots(net))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(net.state_dict()) == state
+    for name, (parameter, value, requires_grad) in before.items():
+        assert net.get_parameter(name) is parameter
+        assert parameter.requires_grad is requires_grad
+        assert torch.equal(parameter, value)
+    assert not list(net.norm._non_persistent_buffers_set)
+
+
+def test_no_error_undoes_nothing():
+    net = build("mlp")
+    with slots.unchanged_on_error(net, values=True):
+        slots.hollow(net, slots.slots(net))
+    assert not list(net.parameters())
