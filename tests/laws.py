@@ -34,7 +34,7 @@ Law = Callable[[Projection], None]
 LAWS: list[Law] = []
 COSTLY: list[Law] = []
 
-examples = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -142,7 +142,7 @@ def rows_are_a_range(p: Projection) -> None:
     whole = {dtype: p.dense(dtype=dtype) for dtype in DTYPES}
 
     @examples
-    @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=5), seed=st.integers(0, 99))
+    @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=3), seed=st.integers(0, 99))
     def check(cuts: list[int], seed: int) -> None:
         ends = [0, *sorted(cuts), p.out_dim]
         parts = [range(a, b) for a, b in itertools.pairwise(ends)]
@@ -203,9 +203,9 @@ def columns_are_orthonormal(p: Projection) -> None:
 
 @functools.lru_cache(maxsize=1)
 def redraws(p: Projection) -> Tensor:
-    """240 matrices (240, 36, 9), by seeds and by steps. 36 rows are whole blocks for every s."""
+    """160 matrices (160, 36, 9), by seeds and by steps. 36 rows are whole blocks for every s."""
     small = replace(p, out_dim=36, in_dim=9)
-    return torch.stack([replace(small, seed=n).dense(step=t) for n in range(40) for t in range(6)])
+    return torch.stack([replace(small, seed=n).dense(step=t) for n in range(40) for t in range(4)])
 
 
 def assert_mean(samples: Tensor, expected: Tensor | float) -> None:
@@ -286,10 +286,10 @@ def what_does_not_fit_is_refused(p: Projection) -> None:
             with pytest.raises(SubspanError, match=rf"^{name} must be"):
                 product(bad)
         for rows in (range(-1, D), range(D + 1), range(D, -1, -1), range(2, 1)):
-            with pytest.raises(SubspanError, match="^rows must be a range inside"):
+            with pytest.raises(SubspanError, match=r"^rows must be a range inside"):
                 product(x, rows=rows)
         for step in (-1, 1 << 32, 1.0, torch.tensor(1.0), torch.tensor([1])):
-            with pytest.raises(SubspanError, match="^step must be"):
+            with pytest.raises(SubspanError, match=r"^step must be"):
                 product(x, step=step)
     with pytest.raises(SubspanError, match="shape"):
         p.rmatvec(torch.ones(2), rows=range(1))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
+
+from subspan import SubspaceModel
+from subspan.slots import saved_buffers
 
 
 class MLP(nn.Sequential):
@@ -83,6 +87,7 @@ SHAPES = {
     "raw": (5, 4),
 }
 DIM = 12
+PROJECTIONS = ("hash", "rademacher", "orthogonal", "fastfood")  # by rows and by all rows at once
 COMPARTMENTS = ("global", "layer", "tensor", "uniform:3", {".*weight.*": 8, ".*": 4})
 
 
@@ -105,3 +110,37 @@ def dim_for(name: str, compartments: object) -> int | None:
     if isinstance(compartments, dict):
         return None
     return 40 if name == "encoder" and compartments in ("layer", "tensor") else DIM
+
+
+def wrap(
+    name: str,
+    compartments: object = "global",
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> SubspaceModel:
+    dim = dim_for(name, compartments)
+    return SubspaceModel(build(name, dtype), dim, compartments=compartments, **options)
+
+
+def fit(model: nn.Module, x: Tensor, steps: int = 3) -> list[float]:
+    """The losses of a few steps of Adam."""
+    optimizer, losses = Adam(model.parameters(), lr=0.1), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def scatter(net: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Move parameters and buffers as training might, always in the same way."""
+    generator = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p += scale * torch.randn(p.shape, generator=generator)
+    for buffer in saved_buffers(net).values():
+        if buffer.is_floating_point():
+            buffer *= 1.5
+    return net

@@ -129,6 +129,13 @@ def test_reentrant_activation_checkpoints_are_refused():
         model(torch.ones(2, 3))
 
 
+def test_what_others_did_before_is_their_affair():
+    before = Recomputed(reentrant=True)(torch.ones(2, 3))["out"]
+    model = SubspaceModel(nn.Linear(3, 3), 5)
+    model(before).sum().backward()
+    assert model.coordinates["global"].grad.any()
+
+
 def test_others_are_noticed_by_torch():
     model = SubspaceModel(Recomputed(reentrant=False), 5)
     loss = model(torch.ones(2, 3))["out"].sum()

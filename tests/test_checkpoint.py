@@ -6,65 +6,21 @@ import subprocess
 import sys
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint, slots
-from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, dim_for
+from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
 
 
-def scatter(model, scale=0.3):
-    """Coordinates, what is trained fully and buffers: all as if training had moved them."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += scale * torch.randn(p.shape, generator=generator)
-        for buffer in slots.saved_buffers(model).values():
-            if buffer.is_floating_point():
-                buffer *= 1.5
-    return model
-
-
 def trained(name, compartments="global", **options):
-    model = SubspaceModel(
-        build(name), dim_for(name, compartments), compartments=compartments, **options
-    )
-    (scatter(model) if name != "cnn" else scatter(model).train())(batch(name))
+    model = scatter(wrap(name, compartments, **options))
+    model(batch(name))  # BatchNorm has seen a batch
     return model.eval()
-
-
-def snapshot(net):
-    return {
-        name: (p, p.detach().clone(), p.requires_grad, type(p))
-        for name, p in net.named_parameters()
-    }, copy.deepcopy(net.state_dict())
-
-
-def assert_untouched(net, before):
-    parameters, state = before
-    assert list(net.state_dict()) == list(state)
-    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
-    assert list(parameters) == [name for name, _ in net.named_parameters()]
-    for name, (parameter, value, requires_grad, kind) in parameters.items():
-        found = net.get_parameter(name)
-        assert found is parameter
-        assert torch.equal(found, value)
-        assert (found.requires_grad, type(found)) == (requires_grad, kind)
-
-
-def write(path, header, tensors, *, digest=True):
-    """A file by hand: what a careful forger, or a future version, might write."""
-    header = dict(header)
-    header.pop("digest", None)
-    if digest:
-        header["digest"] = checkpoint._digest(header, tensors)
-    text = json.dumps(header, sort_keys=True)
-    safetensors.torch.save_file(tensors, path, metadata={"subspan": text})
 
 
 # ---- there and back ------------------------------------------------------------------------------
@@ -184,9 +140,9 @@ class LeNet(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84),
-            nn.ReLU(), nn.Linear(84, 10),
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
         )  # fmt: skip
 
 
@@ -199,8 +155,7 @@ class Deep(nn.Sequential):
             self.add_module(f"backbone_block_{i:02}_projection", nn.Linear(16, 16))
 
 
-@pytest.mark.parametrize("d", [1, 100, 3554])
-@pytest.mark.parametrize("projection", ["hash", "sparse"])
+@pytest.mark.parametrize(("d", "projection"), [(1, "hash"), (3554, "hash"), (30, "sparse")])
 def test_a_drawn_network_is_a_seed_and_d_numbers(d, projection, tmp_path):
     model = SubspaceModel.from_seed(LeNet, d, init_seed=5, projection=projection, seed=1 << 63)
     assert subspan.save(scatter(model), tmp_path / "m") <= 4 * d + 2048
@@ -222,7 +177,7 @@ def test_compartments_do_not_make_files_grow(compartments, tmp_path):
 CODE = """
 import sys, torch, subspan
 from subspan.slots import digest
-from tests.nets import NETS, batch, build
+from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 torch.set_num_threads({threads})
 for name in NETS:
     model = subspan.load(f"{{sys.argv[1]}}/{{name}}", build(name)).eval()
@@ -262,19 +217,20 @@ def test_one_sorted_metadata_key_and_the_same_bytes_each_time(tmp_path):
     assert list(metadata) == ["subspan"]
     assert metadata["subspan"] == json.dumps(header, sort_keys=True, separators=(",", ":"))
     assert list(header) == [
-        "digest", "extra", "fingerprint", "format", "init_seed", "kind", "layout", "recipe", "weights"
+        "digest", "extra", "fingerprint", "format", "init_seed", "kind", "layout", "recipe",
+        "weights",
     ]  # fmt: skip
     assert (header["format"], header["kind"], header["init_seed"]) == (1, "subspace", None)
 
 
 GOLDEN = {
-    "digest": "",
+    "digest": "35354be55e7d76e0d651660e4b0f3a9c",
     "extra": {},
-    "fingerprint": "",
+    "fingerprint": "3ef095088b3557fc6f80a750ed9e24b0",
     "format": 1,
     "init_seed": 3,
     "kind": "subspace",
-    "layout": "",
+    "layout": "f281062db8914bdd696055b0ea52c807",
     "recipe": {
         "allocation": "sqrt", "compartments": "global", "dim": 3, "exclude": None,
         "projection": "hash", "seed": 4, "targets": None, "train_fully": None,
@@ -293,218 +249,13 @@ def test_a_golden_header(tmp_path):
     assert header | {"digest": checkpoint._digest(header, tensors)} == GOLDEN
 
 
-def damaged(path, net, match="damaged|no subspan checkpoint|format"):
-    before = snapshot(net)
-    with pytest.raises(SubspanError, match=match):
-        subspan.load(path, net)
-    assert_untouched(net, before)
-
-
-def test_a_file_that_was_cut_anywhere_is_refused(tmp_path):
-    subspan.save(trained("mlp"), tmp_path / "m")
-    data, net = (tmp_path / "m").read_bytes(), build("mlp")
-    for length in range(len(data)):
-        (tmp_path / "cut").write_bytes(data[:length])
-        damaged(tmp_path / "cut", net)
-    (tmp_path / "longer").write_bytes(data + b"\0")
-    damaged(tmp_path / "longer", net)
-
-
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
-def test_a_file_with_any_byte_changed_is_refused(mask, tmp_path):
-    subspan.save(trained("mlp"), tmp_path / "m")
-    data, net = (tmp_path / "m").read_bytes(), build("mlp")
-    for place in range(len(data)):
-        changed = bytearray(data)
-        changed[place] ^= mask
-        (tmp_path / "changed").write_bytes(changed)
-        damaged(tmp_path / "changed", net)
-
-
-def test_other_files_are_refused(tmp_path):
-    net = build("mlp")
-    (tmp_path / "text").write_text("once upon a time\n" * 50)
-    (tmp_path / "empty").touch()
-    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "theirs")
-    safetensors.torch.save_file(
-        {"a": torch.ones(2)}, tmp_path / "tagged", metadata={"format": "pt"}
-    )
-    torch.save({"a": 1}, tmp_path / "pickle")
-    for name in ("text", "empty", "pickle"):
-        damaged(tmp_path / name, net, match="damaged or no safetensors file")
-    for name in ("theirs", "tagged"):
-        damaged(tmp_path / name, net, match="is no subspan checkpoint: it has no 'subspan' key")
-    for path in (tmp_path, tmp_path / "missing", ""):
-        damaged(path, net, match="is not a file: expected a checkpoint")
-    for text in ("no json", "[]", "3", "{}", '{"format": "1"}', '{"format": 2}', '{"format": 1.5}'):
-        metadata = {"subspan": text}
-        safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata=metadata)
-        damaged(tmp_path / "odd", net)
-
-
-def test_a_newer_format_is_refused(tmp_path):
-    subspan.save(trained("mlp"), tmp_path / "m")
-    header, tensors = checkpoint.read(tmp_path / "m")
-    write(tmp_path / "m", header | {"format": 2}, tensors)
-    damaged(
-        tmp_path / "m", build("mlp"), match="has format 2, this version of subspan reads up to 1"
-    )
-
-
-# ---- another network -----------------------------------------------------------------------------
-
-
-def edited(net, edit):
-    edit(net)
-    return net
-
-
-OTHERS = {
-    "another value": lambda: edited(build("cnn"), lambda n: n.conv.bias.data.add_(1e-6)),
-    "another buffer": lambda: edited(build("cnn"), lambda n: n.norm.running_var.add_(1)),
-    "another dtype": lambda: build("cnn", torch.float64),
-    "another name": lambda: nn.Sequential(build("cnn")),
-    "another shape": lambda: edited(
-        build("cnn"), lambda n: setattr(n.conv, "weight", nn.Parameter(n.conv.weight.data.flip(-1)))
-    ),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_base_is_refused(other, tmp_path):
-    subspan.save(trained("cnn", train_fully="head"), tmp_path / "m")
-    net = OTHERS[other]()
-    net.requires_grad_(False)  # train_fully would switch it on
-    net.norm.requires_grad_(True) if hasattr(net, "norm") else None
-    damaged(tmp_path / "m", net, match="was trained from other initial weights|unknown pattern")
-
-
-def test_a_network_of_another_size_is_refused(tmp_path):
-    subspan.save(trained("cnn"), tmp_path / "m")
-    damaged(tmp_path / "m", build("mlp"), match="is of a network of 628 weights, this one has 212")
-
-
-def test_other_frozen_parameters_are_refused(tmp_path):
-    """P would meet other weights, and the result be noise."""
-    net = build("mlp")
-    net[0].weight.requires_grad_(False)
-    subspan.save(scatter(SubspaceModel(net, DIM)), tmp_path / "m")
-    damaged(tmp_path / "m", build("mlp"), match="with other parameters frozen")
-
-
-@pytest.mark.parametrize("name", ["cnn", "lstm", "raw"])
-def test_a_network_to_be_drawn_anew_is_untouched_if_it_does_not_fit(name, tmp_path):
-    model = SubspaceModel.from_seed(NETS[name], DIM, init_seed=2)
-    subspan.save(model, tmp_path / "m")
-    header, tensors = checkpoint.read(tmp_path / "m")
-    write(tmp_path / "m", header | {"fingerprint": "0" * 32}, tensors)
-    net = build(name)
-    net.head.requires_grad_(False) if hasattr(net, "head") else None
-    damaged(tmp_path / "m", net, match="other initial weights|no parameter is left")
-    assert torch.equal(net.eval()(batch(name)), build(name).eval()(batch(name)))
-
-
-def test_a_whole_network_of_other_shapes_is_refused(tmp_path):
-    subspan.save(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), tmp_path / "m")
-    for net in (
-        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)),
-        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)),
-    ):
-        if sum(p.numel() for p in net.parameters()) != 58:
-            net[0].bias = nn.Parameter(torch.ones(58 - 54 + 4))
-        damaged(tmp_path / "m", net, match="of another network|is of a network of")
-
-
-def test_what_is_given_must_make_a_network(tmp_path):
-    subspan.save(trained("mlp"), tmp_path / "plain")
-    subspan.save(SubspaceModel.from_seed(NETS["mlp"], 3), tmp_path / "drawn")
-    for name in ("plain", "drawn"):
-        with pytest.raises(SubspanError, match="expected a function"):
-            subspan.load(tmp_path / name, lambda: 3)
-    with pytest.raises(SubspanError):
-        subspan.load(tmp_path / "plain", SubspaceModel(build("mlp"), 3))
-    damaged(
-        tmp_path / "plain", nn.Sequential(nn.LazyLinear(3)).append(build("mlp")), "no values yet"
-    )
-
-
-# ---- forgeries: the digest is right, the content is not ------------------------------------------
-
-RECIPES = [
-    {"projection": "nothing"}, {"projection": []}, {"unknown": 3}, {"s": 4}, {"net": 1}, {"dim": "12"},
-    {"dim": 10**9}, {"dim": [12, 1]}, {"dim": None}, {"seed": -1}, {"seed": "a"}, {"allocation": []},
-    {"allocation": "x"}, {"compartments": 5}, {"compartments": [1]}, {"compartments": [["(", 3]]},
-    {"compartments": "uniform:9999999"}, {"targets": 5}, {"targets": [3]}, {"targets": "x"},
-    {"train_fully": {"a": 1}}, {"exclude": ".*"}, {"train_fully": ".*"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", RECIPES, ids=str)
-@pytest.mark.parametrize("drawn", [False, True])
-def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
-    if drawn:
-        model = SubspaceModel.from_seed(NETS["lstm"], DIM)
-    else:
-        model = SubspaceModel(build("lstm"), DIM)
-    subspan.save(model, tmp_path / "m")
-    header, tensors = checkpoint.read(tmp_path / "m")
-    write(tmp_path / "m", header | {"recipe": header["recipe"] | change}, tensors)
-    damaged(tmp_path / "m", build("lstm"), match="")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"kind": "other"}, {"kind": None}, {"kind": []}, {"recipe": None}, {"recipe": []},
-        {"weights": "many"}, {"init_seed": "a"}, {"init_seed": -1}, {"fingerprint": 3},
-        {"layout": "0" * 32}, {"layout": None}, {"extra": []},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
-    subspan.save(trained("mlp"), tmp_path / "m")
-    header, tensors = checkpoint.read(tmp_path / "m")
-    write(tmp_path / "m", header | change, tensors)
-    damaged(tmp_path / "m", build("mlp"), match="")
-    for field in ("kind", "recipe", "weights", "init_seed", "fingerprint", "layout", "extra"):
-        write(tmp_path / "m", {k: v for k, v in header.items() if k != field}, tensors)
-        damaged(tmp_path / "m", build("mlp"), match="fields of its header are wrong")
-    write(tmp_path / "m", header, tensors, digest=False)
-    damaged(tmp_path / "m", build("mlp"), match="its digest differs")
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {},
-        {"coordinates": torch.ones(11)},
-        {"coordinates": torch.ones(13)},
-        {"coordinates": torch.ones(12, 1)},
-        {"coordinates": torch.ones(12), "body.head.weight": torch.ones(4, 144)},
-        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(1)},
-        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(4), "other": torch.ones(1)},
-        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(4), "body.norm.running_var": torch.ones(1)},
-    ],
-    ids=lambda tensors: str({n: list(t.shape) for n, t in tensors.items()}),
-)  # fmt: skip
-def test_tensors_that_do_not_fit_are_refused(tensors, tmp_path):
-    subspan.save(trained("cnn", train_fully="head.bias"), tmp_path / "m")
-    header, _ = checkpoint.read(tmp_path / "m")
-    write(tmp_path / "m", header, tensors)
-    damaged(tmp_path / "m", build("cnn"), match="the checkpoint is of another network: ")
-    model = trained("cnn", train_fully="head.bias")
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(SubspanError, match="has shape .* in the file"):
-        checkpoint.restore(model, tensors)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
 # ---- what cannot be saved ------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("wrapped", [torch.compile, nn.Sequential, nn.DataParallel])
 def test_a_model_inside_another_module_is_not_saved_as_something_else(wrapped, tmp_path):
-    with pytest.raises(SubspanError, match="a SubspaceModel lies inside this .*: save that one"):
+    with pytest.raises(SubspanError, match=r"a SubspaceModel lies inside this .*: save that one"):
         subspan.save(wrapped(trained("mlp")), tmp_path / "m")
     assert not list(tmp_path.iterdir())
 

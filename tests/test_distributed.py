@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import multiprocessing
 import os
 import time
 
@@ -133,7 +134,10 @@ def work(rank, world, folder):
 def ranks(request, tmp_path_factory):
     """What every rank of a world of processes saw."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    processes = torch.multiprocessing.spawn(work, (world, str(folder)), nprocs=world, join=False)
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
+    processes = torch.multiprocessing.start_processes(
+        work, (world, str(folder)), nprocs=world, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + LIMIT
     try:
         while not processes.join(timeout=1):

@@ -77,14 +77,17 @@ class Method(nn.Module):
         return getattr(self.body, self.name)(*args, **kwargs)
 
 
-def refuse_reentrant_checkpoints(out: Any) -> None:
-    """Refuse what ``torch.utils.checkpoint(…, use_reentrant=True)`` has made.
+def refuse_reentrant_checkpoints(arguments: Any, out: Any) -> None:
+    """Refuse what ``torch.utils.checkpoint(…, use_reentrant=True)`` made between these tensors.
 
     The backward pass would run those parts again, at θ₀, and θ would get no gradient from them.
     (Without reentrance torch itself notices that something else is recomputed.)
     """
-    nodes = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn]
-    seen = set(nodes)
+    before, after = (
+        {t.grad_fn for t in tree_leaves(tree) if isinstance(t, Tensor) and t.grad_fn}
+        for tree in (arguments, out)
+    )
+    nodes, seen = list(after - before), before | after
     while nodes:
         node = nodes.pop()
         if type(node).__name__ == "CheckpointFunctionBackward":

@@ -118,7 +118,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         )
     if header.pop("digest", None) != _digest(header, tensors):
         raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
-    fields = FIELDS.get(str(header.get("kind")), {"kind": NoneType})
+    fields = FIELDS.get(str(header.get("kind")), {"kind": ()})
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
     return header, tensors
@@ -207,8 +207,8 @@ def _wrapped(
     """The model of a recipe, if this is its network."""
     try:
         model = SubspaceModel(net, **header["recipe"])
-    except TypeError as error:
-        raise SubspanError(f"{path} has a recipe that cannot be used: {error}") from None
+    except (SubspanError, TypeError, ValueError) as error:
+        raise SubspanError(f"{path} does not fit this network: {error}") from None
     if model.base_fingerprint != header["fingerprint"]:
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "

@@ -191,7 +191,7 @@ class SubspaceModel(nn.Module):
             if self._recurrent:
                 slots.forget_flat_weights(self.body)
         if eager and not self._graph_checked and torch.is_grad_enabled():
-            calls.refuse_reentrant_checkpoints(out)
+            calls.refuse_reentrant_checkpoints((args, kwargs), out)
             self._graph_checked = True
         return out
 

@@ -10,11 +10,11 @@ from tests import laws
 
 # One weight; one coordinate; as many coordinates as weights; a prime number of weights; blocks of
 # every family whole and cut short.
-SIZES = [(1, 1), (2, 1), (131, 1), (23, 23), (64, 64), (1009, 40), (600, 128)]
+SIZES = [(1, 1), (131, 1), (23, 23), (509, 20), (300, 70)]
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sparse": [{}, {"s": 1}, {"s": 2.6}, {"s": "sqrt_d"}, {"s": "sqrt_D"}],
-    "stored": [{}, {"qr": True}, *({"of": "sparse", "layout": x} for x in ("coo", "csr", "csc"))],
+    "stored": [{}, {"of": "sparse", "layout": "csr"}],
 }
 
 EXEMPT = {

@@ -19,7 +19,7 @@ BAD_TRAINING = [
     ({"weight_decay": math.inf}, "weight_decay must be .* got inf"),
     ({"weight_decay": math.nan}, "weight_decay must be .* got nan"),
     ({"optimizer": "adamw"}, "unknown optimizer 'adamw': did you mean adam"),
-    ({"schedule": "linear"}, "unknown schedule 'linear': known are constant, cosine, onecycle"),
+    ({"schedule": "linear"}, "unknown schedule 'linear': .* known are constant, cosine, onecycle"),
     ({"init": "he"}, "unknown init 'he': known are auto, own, seed"),
     ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8': did you mean"),
     ({"device": "gpu"}, "unknown device 'gpu'"),
@@ -70,11 +70,21 @@ def test_configurations_are_flat_json():
     flat = json.loads(json.dumps(run.as_dict()))
     assert flat == run.as_dict()
     assert flat["epochs"] == 3
-    assert (flat["method"], flat["options"], flat["lr"], flat["seed"]) == ("hash", {"dim": 5}, 0.1, 2)
+    assert (flat["method"], flat["options"], flat["lr"], flat["seed"]) == (
+        "hash",
+        {"dim": 5},
+        0.1,
+        2,
+    )
     flat = Sweep(Training(epochs=3), dims=("5", "6+7"), lrs=(0.1,)).as_dict()
     assert json.loads(json.dumps(flat)) == flat
     assert "training" not in flat
-    assert (flat["epochs"], flat["dims"], flat["lrs"], flat["baseline"]) == (3, ["5", "6+7"], [0.1], "full")
+    assert (flat["epochs"], flat["dims"], flat["lrs"], flat["baseline"]) == (
+        3,
+        ["5", "6+7"],
+        [0.1],
+        "full",
+    )
 
 
 @pytest.mark.parametrize("values", ["10, 600+250,30", ["10", "600+250", "30"], [10, "600+250", 30]])

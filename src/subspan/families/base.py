@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +46,8 @@ class Projection(ABC):
     in_dim: int
     seed: int = 0
     stream: int = 0
+    recipe: str = field(init=False, repr=False, compare=False)
+    """JSON of the family and the arguments, which :func:`from_recipe` turns back into this."""
 
     family: ClassVar[str]
     """The registered name."""
@@ -79,6 +81,9 @@ class Projection(ABC):
                 f"weights; use d <= {self.out_dim}"
             )
         _ = self.source  # refuses a seed or stream out of range
+        arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        recipe = json.dumps({"family": self.family} | arguments, sort_keys=True)
+        object.__setattr__(self, "recipe", recipe)  # here, because a compiler cannot trace JSON
 
     @property
     def source(self) -> Source:
@@ -177,23 +182,6 @@ class Projection(ABC):
         else:
             out = (self._rmatvec if adjoint else self._matvec)(work, step, start, stop)
         return out.to(x.dtype)
-
-    # ---- the recipe: constructor arguments, nothing else -----------------------------------------
-
-    @property
-    def recipe(self) -> str:
-        """The JSON text that :func:`from_recipe` turns back into this projection."""
-        return _recipe(self)
-
-
-@torch.compiler.assume_constant_result  # a compiler need not read how a constant is made
-def _recipe(projection: Projection) -> str:
-    return _recipe_text(projection)
-
-
-@functools.lru_cache(maxsize=4096)
-def _recipe_text(projection: Projection) -> str:
-    return json.dumps({"family": projection.family} | asdict(projection), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -138,8 +138,9 @@ def _rademacher_matvec(w, first, out, step, tag, k0, k1):  # type: ignore[no-unt
 
 
 def _threads(work: int) -> None:
-    """As many threads as torch uses, so that a worker with one core takes one; for ``work``
-    operations, one thread for every GRAIN: a bias must not wait for a second core.
+    """As many threads as torch uses, but one for each GRAIN of ``work`` operations at most.
+
+    A worker that was given one core takes one, and a bias does not wait for a second.
     """
     wanted = torch.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from subspan.lab.sweep import Outcome
 
 console = Console(highlight=False, markup=False, emoji=False)
+if not console.is_terminal:
+    console.width = 200  # a file has no columns that a table must fit into
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -135,7 +137,7 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
             f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
             f"{statistics.fmean(row['seconds_total']):.1f}",
         )  # fmt: skip
-    console.print(table, width=None if console.is_terminal else 200)
+    console.print(table)
     for name, found in result["d_int"].items():
         ends = [found["low"], found["high"]]
         interval = f" [{ends[0]:.0f}, {ends[1]:.0f}]" if None not in ends else ""

@@ -54,9 +54,12 @@ class Point:
         return Job(name, Run(sweep.training, self.method, self.options, lr, seed))
 
     def best_lr(self) -> float | None:
-        """The learning rate with the best validation accuracy of seed 0, if any run succeeded."""
-        first = {lr: r["val_accuracy"] for (lr, seed), r in self.done.items() if seed == 0}
-        return max(first, key=lambda lr: first[lr]) if first else None
+        """The learning rate with the best validation accuracy of seed 0, the first of equals.
+
+        None if no run succeeded.
+        """
+        found = {lr: self.done[lr, 0]["val_accuracy"] for lr in self.lrs if (lr, 0) in self.done}
+        return max(found, key=found.__getitem__) if found else None
 
 
 def sweep(

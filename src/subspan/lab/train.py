@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -301,14 +302,14 @@ class _Loop:
     def write(self, status: str, error: str | None = None) -> None:
         """Bring ``record.json`` up to date, from the main process."""
         history = self.record["history"]
-        steps = sorted(row["seconds"] / self.steps for row in history)
+        steps = [row["seconds"] / self.steps for row in history]
         self.record |= {
             "status": status,
             "error": error,
             "val_accuracy": self.best_accuracy if history else None,
             "best_epoch": self.best_epoch or None,
             "seconds_total": time.perf_counter() - self.started,
-            "seconds_per_step": steps[len(steps) // 2] if steps else None,
+            "seconds_per_step": statistics.median(steps) if steps else None,
             "peak_memory_bytes": self.memory.read(),
         }
         if self.accelerator.is_main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -42,7 +43,8 @@ class Subspace(Method):
 
     def __init__(self, family: type[Projection]) -> None:
         first_line = (family.__doc__ or "").partition("\n")[0]
-        super().__init__(family.family, f"θ₀ + P w: {first_line}")
+        plain = re.sub(r":\w+:|`", "", first_line)  # a terminal shows no markup
+        super().__init__(family.family, f"θ₀ + P w: {plain}")
         own = {f.name for f in fields(family)} - {f.name for f in fields(Projection)}
         self.options = COMMON + tuple(option for name, option in FAMILY.items() if name in own)
 

@@ -1,0 +1,1 @@
+"""Values that must never change, and the script that wrote them."""

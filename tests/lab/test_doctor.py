@@ -1,0 +1,67 @@
+"""The doctor: all is well here, and what is not is found."""
+
+from __future__ import annotations
+
+import torch
+
+from subspan.families import projections
+from subspan.lab import doctor, records
+from subspan.lab.doctor import examine
+
+
+def test_all_is_well(cli):
+    found = examine()
+    assert [f for f in found if not f.well] == []
+    subjects = [f.subject for f in found]
+    assert subjects.count("Philox4x32-10 known answer") == 3
+    assert {f"projection {name}" for name in projections()} <= set(subjects)
+    seen = {f.subject: f.seen for f in found}
+    assert seen["projection hash"].startswith("numba: ")
+    assert seen["projection gaussian"].startswith("torch: ")
+    versions = [f.seen for f in found if f.subject == "version"]
+    assert f"torch {torch.__version__}" in versions
+    said = cli("doctor")
+    assert (said.code, said.err) == (0, "")
+    assert len(said.out.splitlines()) == len(found)
+    assert all(line.startswith("ok  ") for line in said.out.splitlines())
+
+
+def test_a_wrong_answer_is_found(monkeypatch, cli):
+    """Of the generator; and of a product, whatever it raises or returns."""
+    counter, key, result = doctor.KNOWN_ANSWERS[0]
+    monkeypatch.setattr(doctor, "KNOWN_ANSWERS", ((counter, key, (1, *result[1:])),))
+    fastfood, sparse = projections()["fastfood"], projections()["sparse"]
+    right = fastfood._matvec
+
+    def imprecise(self, w, *other):
+        return right(self, w, *other) * (1 if w.dtype == torch.float64 else 1.001)
+
+    def broken(*_):
+        raise RuntimeError("[no] kernel")
+
+    monkeypatch.setattr(fastfood, "_matvec", imprecise)
+    monkeypatch.setattr(sparse, "_matvec", broken)
+    ill = {f.subject: f.seen for f in examine() if not f.well}
+    assert {"Philox4x32-10 known answer", "projection fastfood", "projection sparse"} <= set(ill)
+    assert "projection gaussian" not in ill
+    assert "[no] kernel" in ill["projection sparse"]
+    said = cli("doctor")
+    assert said.code == 2
+    assert "not well: Philox4x32-10 known answer, projection fastfood, " in said.err
+    assert "ILL projection sparse: torch: RuntimeError('[no] kernel')" in said.out
+
+
+def test_versions_and_device():
+    versions = records.versions()
+    assert set(versions) >= {"python", "subspan", "torch", "numpy", "safetensors"}
+    name = records.device_name(torch.device("cpu"))
+    assert f"{torch.get_num_threads()} of " in name
+    assert records.processor() in name
+
+
+def test_peak_memory():
+    """Of what was used in between, even if it is free again."""
+    memory = records.PeakMemory(torch.device("cpu"))
+    before = memory.read()
+    torch.zeros(30_000_000)
+    assert memory.read() >= before + 100_000_000

@@ -1,0 +1,134 @@
+"""Published experiments: what they are told can be run, and what they write is side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import product
+
+import pytest
+
+import subspan.lab.reproduce as module
+from subspan.errors import SubspanError
+from subspan.lab.config import Sweep, Training
+from subspan.lab.reproduce import Experiment, Published, experiments, reproduce
+from subspan.lab.sweep import _check, _points, total_runs
+from subspan.lab.train import prepare
+from tests.lab.data.makers import encoded
+from tests.lab.runs import NET
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """An experiment of two seconds."""
+    experiments()
+    monkeypatch.setattr(module, "_registry", {})
+    settings = {"methods": ("hash",), "dims": ("5", "30"), "lrs": (0.3,), "baseline_lrs": (0.01,)}
+    tiny = Experiment(
+        name="tiny",
+        title="Digits",
+        source="Nobody 2026",
+        differences="all of it",
+        published=(Published("Nobody 2026", (5, 30), (0.25, 0.5), baseline=0.75, d_int=17),),
+        sweeps={
+            "quick": Sweep(Training(net=NET, epochs=1), **settings),
+            "full": Sweep(Training(net=NET, epochs=2), **settings),
+        },
+    )
+    monkeypatch.setitem(experiments(), "tiny", tiny)
+    return tiny
+
+
+def test_the_published_ones():
+    assert list(experiments()) == ["li-mnist-lenet", "minut-mnist-mlp"]
+    li, minut = experiments().values()
+    assert (li.published[0].d_int, li.published[0].baseline) == (290, 0.991)
+    assert dict(zip(li.published[0].dims, li.published[0].accuracy, strict=True)) == {
+        100: 0.763, 200: 0.864, 500: 0.939, 1000: 0.963, 5000: 0.983
+    }  # fmt: skip
+    assert dict(zip(minut.published[0].dims, minut.published[0].accuracy, strict=True)) == {
+        850: 0.901, 1500: 0.925, 2500: 0.941, 5000: 0.955
+    }  # fmt: skip
+    assert minut.published[0].baseline == 0.976
+
+
+@pytest.mark.parametrize("name", sorted(experiments()))
+@pytest.mark.parametrize("budget", ["quick", "full"])
+def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
+    """On images of MNIST's size; and it has a point at every published d."""
+    monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
+    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
+    for part, label, i in product(("train", "test"), range(10), range(3)):
+        folder = tmp_path / "mnist" / part / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(encoded(20 * label + i, size=(28, 28)))
+    experiment = experiments()[name]
+    assert experiment.name == name
+    config = experiment.sweeps[budget]
+    _check(config, _points(config))
+    dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
+    for published in experiment.published:
+        assert len(published.dims) == len(published.accuracy)
+        assert set(published.dims) <= dims
+        assert 0 < min(published.accuracy) <= max(published.accuracy) < published.baseline
+    assert (config.seeds == 1) == (budget == "quick")
+    assert total_runs(config) < 100
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", sorted(experiments()))
+def test_the_networks_have_the_published_size(name, real_data):
+    config = experiments()[name].sweeps["quick"]
+    ready = prepare(_points(config)[1].job(config, 0.1, 0).run)
+    published = {"li-mnist-lenet": 44_426, "minut-mnist-mlp": 159_010}
+    assert ready.method.counts(ready.model)["weights"] == published[name]
+
+
+def test_published_and_measured_side_by_side(tiny, tmp_path):
+    out = tmp_path / "tiny"
+    result = reproduce("tiny", out, jobs=1)
+    assert json.loads((out / "sweep.json").read_text()) == result
+    assert result["experiment"] == {
+        "name": "tiny", "budget": "quick", "title": "Digits", "source": "Nobody 2026",
+        "differences": "all of it",
+    }  # fmt: skip
+    assert result["published"] == [
+        {
+            "label": "Nobody 2026", "dims": [5, 30], "accuracy": [0.25, 0.5], "baseline": 0.75,
+            "d_int": 17,
+        }
+    ]  # fmt: skip
+    assert [row["dim"] for row in result["rows"]] == [5, 30]
+    assert set(os.listdir(out)) == {"sweep.json", "runs", "curve.png", "curve.svg", "report.html"}
+    page = (out / "report.html").read_text()
+    assert "Published and measured side by side: Nobody 2026" in page
+    measured = 100 * result["rows"][1]["test_accuracy"][0]
+    assert f"{measured:.1f} ({measured - 50:+.1f})" in page
+    # Again: nothing is repeated, and another budget is another configuration.
+    runs = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    assert reproduce("tiny", out, jobs=1) == result
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == runs
+    with pytest.raises(SubspanError, match=r"belongs to another configuration \(epochs 1 → 2\)"):
+        reproduce("tiny", out, budget="full", jobs=1)
+
+
+def test_what_is_unknown(tmp_path):
+    with pytest.raises(
+        SubspanError, match="unknown experiment 'li-mnist': did you mean li-mnist-lenet"
+    ):
+        reproduce("li-mnist", tmp_path / "out")
+    with pytest.raises(SubspanError, match="budget must be quick or full, got 'slow'"):
+        reproduce("li-mnist-lenet", tmp_path / "out", budget="slow")
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_command(tiny, in_tmp_path, cli):
+    said = cli("reproduce", "tiny", "--jobs", 1)
+    assert (said.code, said.err) == (0, "")
+    assert "picture: runs/tiny-quick/curve.png\nreport: runs/tiny-quick/report.html\n" in said.out
+    assert cli("reproduce", "tiny", "--jobs", 1).code == 0
+    for words in ([], ["--list"]):
+        said = cli("reproduce", *words)
+        assert said.code == 0
+        assert "tiny\n    Digits\n    Nobody 2026\n" in said.out
+        assert "li-mnist-lenet\n" in said.out

@@ -1,0 +1,433 @@
+"""Sweeps: which runs there are, what is chosen how, what is repeated, what ``sweep.json`` says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import subspan.lab.sweep as module
+from subspan import files
+from subspan.errors import SubspanError
+from subspan.lab import records
+from subspan.lab.config import Sweep, Training
+from subspan.lab.intrinsic import intrinsic_dimension
+from subspan.lab.sweep import sweep, total_runs
+from tests.lab.runs import NET, WEIGHTS, a_run, contents, copied, record_of
+
+
+def a_sweep(**settings: Any) -> Sweep:
+    """A run takes a second or less."""
+    fields = Training.__dataclass_fields__
+    training = {"net": NET, "epochs": 1} | {k: v for k, v in settings.items() if k in fields}
+    rest = {"lrs": (0.3,), "baseline_lrs": (0.01,), "dims": ("10", "40")}
+    rest |= {k: v for k, v in settings.items() if k not in fields}
+    return Sweep(Training(**training), **rest)
+
+
+def sweep_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, cache_once):
+    """The folder of a sweep of two dims and two seeds, and what it gave back."""
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    return out, sweep(a_sweep(seeds=2), out, jobs=1)
+
+
+RUNS = {f"{point}-seed{seed}" for point in ("full-lr0.01", "hash-dim10-lr0.3", "hash-dim40-lr0.3")
+        for seed in (0, 1)}  # fmt: skip
+
+
+def test_the_table(swept):
+    out, result = swept
+    assert sweep_of(out) == result
+    assert (result["format"], result["status"], result["failed"]) == (1, "complete", [])
+    assert set(os.listdir(out)) == {"sweep.json", "runs"}
+    assert set(os.listdir(out / "runs")) == RUNS
+    assert result["config"]["dims"] == ["10", "40"]
+    assert result["config"]["net"] == NET
+    rows = [result["baseline"], *result["rows"]]
+    assert [(row["method"], row["dim"], row["label"]) for row in rows] == [
+        ("full", WEIGHTS, "full"),
+        ("hash", 10, "10"),
+        ("hash", 40, "40"),
+    ]
+    for row, name in zip(
+        rows, ("full-lr0.01", "hash-dim10-lr0.3", "hash-dim40-lr0.3"), strict=True
+    ):
+        done = [record_of(out / "runs" / f"{name}-seed{seed}") for seed in (0, 1)]
+        assert row["seeds"] == [0, 1]
+        for key in ("test_accuracy", "val_accuracy", "seconds_total", "peak_memory_bytes"):
+            assert row[key] == [record[key] for record in done]
+        assert row["mean_test_accuracy"] == pytest.approx(sum(row["test_accuracy"]) / 2)
+        assert row["stored_parameters"] == row["trainable_parameters"] == row["dim"]
+        assert row["weights"] == WEIGHTS
+        assert row["checkpoint_bytes"] == done[0]["checkpoint_bytes"]
+        assert row["tried_lrs"] == {f"{row['lr']:g}": done[0]["val_accuracy"]}
+        assert [r["config"]["seed"] for r in done] == [0, 1]
+        assert row["test_accuracy"][0] != row["test_accuracy"][1]
+    expected = intrinsic_dimension(
+        [10, 40], [row["test_accuracy"] for row in rows[1:]], rows[0]["test_accuracy"]
+    )
+    assert result["d_int"] == {"hash": expected.as_dict()}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The names of the runs that are trained."""
+    names = []
+
+    def watched(run, out, **other):
+        names.append(out.name)
+        return train(run, out, **other)
+
+    train = module.train
+    monkeypatch.setattr(module, "train", watched)
+    return names
+
+
+def test_complete_runs_are_not_repeated(swept, tmp_path, counted):
+    out = copied(swept[0], tmp_path / "sweep")
+    before = contents(out / "runs")
+    seen = []
+    again = sweep(a_sweep(seeds=2), out, jobs=2, on_run=lambda _, left: seen.append(left))
+    assert again == swept[1]
+    assert contents(out / "runs") == before
+    assert counted == []
+    assert seen == [5, 4, 3, 2, 1, 0]
+
+
+def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
+    out = copied(swept[0], tmp_path / "sweep")
+    killed, gone = "hash-dim40-lr0.3-seed1", "full-lr0.01-seed0"
+    record = record_of(out / "runs" / killed)
+    (out / "runs" / killed / "record.json").write_text(json.dumps(record | {"status": "running"}))
+    (out / "runs" / killed / "model.safetensors").unlink()
+    (out / "runs" / gone / "record.json").unlink()
+    (out / "runs" / gone / "model.safetensors").unlink()
+    (out / ".sweep.json.x1.tmp").write_text("{")
+    before = contents(out / "runs")
+    again = sweep(a_sweep(seeds=2), out, jobs=1)
+    assert counted == [gone, killed]
+    after = contents(out / "runs")
+    assert {name.split("/")[0] for name in after if before.get(name) != after[name]} == {
+        killed,
+        gone,
+    }
+    assert again["rows"][1]["test_accuracy"] == swept[1]["rows"][1]["test_accuracy"]
+    assert again["d_int"] == swept[1]["d_int"]
+    assert set(os.listdir(out)) == {"sweep.json", "runs"}
+
+
+def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
+    """What another configuration left is replaced; runs that are the same are kept."""
+    out = copied(swept[0], tmp_path / "sweep")
+    before = contents(out)
+    wider = a_sweep(seeds=2, dims=("10", "20", "40"))
+    with pytest.raises(SubspanError, match=r"another configuration \(dims \['10', '40'\] → "):
+        sweep(wider, out, jobs=1)
+    assert contents(out) == before
+    result = sweep(wider, out, jobs=1, overwrite=True)
+    assert counted == ["hash-dim20-lr0.3-seed0", "hash-dim20-lr0.3-seed1"]
+    assert [row["dim"] for row in result["rows"]] == [10, 20, 40]
+
+
+def test_two_processes_give_the_same(swept, tmp_path):
+    parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", jobs=2)
+    for ours, theirs in zip(parallel["rows"], swept[1]["rows"], strict=True):
+        assert ours["test_accuracy"] == theirs["test_accuracy"]
+        assert ours["val_accuracy"] == theirs["val_accuracy"]
+    assert parallel["d_int"] == swept[1]["d_int"]
+    assert set(os.listdir(tmp_path / "sweep" / "runs")) == RUNS
+
+
+# ---- with runs that are made up ------------------------------------------------------------------
+
+
+class MadeUp:
+    """In place of training: accuracies by method, learning rate and seed, or an error."""
+
+    def __init__(self, validation, test=lambda run: 0.5):
+        self.validation, self.test, self.runs = validation, test, []
+
+    def __call__(self, run, out, *, overwrite):
+        self.runs.append(out.name)
+        ready = module.prepare(run)
+        found = self.validation(run)
+        if isinstance(found, BaseException):
+            raise found
+        counts = ready.method.counts(ready.model)
+        return {
+            "status": "complete", "val_accuracy": found, "test_accuracy": self.test(run),
+            "seconds_total": 1.0, "seconds_per_step": 0.1, "peak_memory_bytes": 10,
+            "checkpoint_bytes": 900, "device": "made up", **counts,
+        }  # fmt: skip
+
+
+def made_up(monkeypatch, validation, **other):
+    runs = MadeUp(validation, **other)
+    monkeypatch.setattr(module, "train", runs)
+    return runs
+
+
+def test_the_rate_is_chosen_on_validation_by_the_first_seed(tmp_path, monkeypatch):
+    """Whatever the test set says; at every d anew, and for the baseline among its own."""
+    best = {"full": 0.02, "10": 0.1, "40": 0.3}
+
+    def validation(run):
+        d = run.options.get("dim", "full")
+        return (0.9 if run.lr == best[d] else 0.6) if run.seed == 0 else 0.1
+
+    runs = made_up(monkeypatch, validation, test=lambda run: 0.2 if validation(run) == 0.9 else 0.8)
+    config = a_sweep(seeds=3, lrs=(0.1, 0.3), baseline_lrs=(0.01, 0.02, 0.03))
+    result = sweep(config, tmp_path, jobs=1)
+    assert [row["lr"] for row in [result["baseline"], *result["rows"]]] == [0.02, 0.1, 0.3]
+    assert result["rows"][0]["tried_lrs"] == {"0.1": 0.9, "0.3": 0.6}
+    assert result["rows"][0]["test_accuracy"] == [0.2, 0.8, 0.8]
+    assert len(runs.runs) == total_runs(config) == 3 + 2 + 2 + 3 * 2
+    # The first seed at all rates, those with most coordinates first; then the others at the best.
+    assert runs.runs[:3] == [f"hash-dim{d}-seed0" for d in ("40-lr0.3", "40-lr0.1", "10-lr0.3")]
+    assert sorted(runs.runs[7:]) == [
+        f"{name}-seed{seed}"
+        for name in ("full-lr0.02", "hash-dim10-lr0.1", "hash-dim40-lr0.3")
+        for seed in (1, 2)
+    ]
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    def validation(run):
+        if run.options.get("dim") == "40":
+            return SubspanError("the loss stopped being finite") if run.lr == 0.3 else 0.7
+        if run.options.get("dim") == "20":
+            return ZeroDivisionError("a bug")
+        return 0.8
+
+    made_up(monkeypatch, validation)
+    seen, states = [], []
+
+    def on_run(outcome, left):
+        seen.append((outcome[0].name, isinstance(outcome[1], dict)))
+        states.append(sweep_of(tmp_path))
+
+    config = a_sweep(seeds=2, lrs=(0.1, 0.3), dims=("10", "20", "40"))
+    result = sweep(config, tmp_path, jobs=1, on_run=on_run)
+    assert result["status"] == "complete"
+    assert result["failed"] == [
+        {"run": "hash-dim20-lr0.1-seed0", "error": "ZeroDivisionError: a bug"},
+        {"run": "hash-dim20-lr0.3-seed0", "error": "ZeroDivisionError: a bug"},
+        {"run": "hash-dim40-lr0.3-seed0", "error": "the loss stopped being finite"},
+    ]
+    # Of equal rates the first, whichever was done first.
+    assert [(row["dim"], row["lr"]) for row in result["rows"]] == [(10, 0.1), (40, 0.1)]
+    assert len(result["rows"][1]["seeds"]) == 2
+    assert ("hash-dim40-lr0.3-seed0", False) in seen
+    assert ("hash-dim10-lr0.1-seed1", True) in seen
+    # The file is brought up to date with each.
+    assert [state["status"] for state in states] == ["running"] * len(states)
+    assert len(states[0]["rows"]) + len(states[0]["failed"]) == 1
+    assert states[-1]["rows"] == result["rows"]
+
+
+def test_all_runs_fail(tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda run: SubspanError("no"))
+    result = sweep(a_sweep(seeds=2), tmp_path, jobs=1)
+    assert (result["rows"], result["baseline"], result["d_int"]) == ([], None, {})
+    assert len(result["failed"]) == 3
+
+
+def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda run: KeyboardInterrupt() if run.method == "full" else 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(a_sweep(), tmp_path, jobs=1)
+    found = sweep_of(tmp_path)
+    assert found["status"] == "interrupted"
+    assert [row["dim"] for row in found["rows"]] == [10, 40]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda run: 0.5)
+    done = []
+
+    def no_space(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def on_run(*_):
+        done.append(sweep_of(tmp_path))
+        monkeypatch.setattr(files.os, "fsync", no_space)
+
+    with pytest.raises(OSError, match="No space left"):
+        sweep(a_sweep(), tmp_path, jobs=1, on_run=on_run)
+    assert sweep_of(tmp_path) == done[0]
+    assert set(os.listdir(tmp_path)) == {"sweep.json", "runs"}
+
+
+def test_no_baseline(tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda run: 0.5)
+    result = sweep(a_sweep(baseline=None), tmp_path, jobs=1)
+    assert result["baseline"] is None
+    assert result["d_int"] == {}
+    assert [row["dim"] for row in result["rows"]] == [10, 40]
+
+
+def test_a_baseline_that_gets_nothing_right(tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda run: 0.5, test=lambda run: 0.0)
+    assert sweep(a_sweep(), tmp_path, jobs=1)["d_int"] == {}
+
+
+def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
+    """It is run once; and what has no axis has one point, and no intrinsic dimension."""
+    runs = made_up(monkeypatch, lambda run: 0.5)
+    result = sweep(a_sweep(methods=("full", "hash")), tmp_path / "a", jobs=1)
+    assert sorted(runs.runs) == [
+        "full-lr0.01-seed0",
+        "hash-dim10-lr0.3-seed0",
+        "hash-dim40-lr0.3-seed0",
+    ]
+    assert (result["baseline"]["method"], list(result["d_int"])) == ("full", ["hash"])
+    result = sweep(a_sweep(methods=("full", "hash"), baseline=None), tmp_path / "b", jobs=1)
+    assert [(row["method"], row["label"]) for row in result["rows"]] == [
+        ("full", "full"), ("hash", "10"), ("hash", "40")
+    ]  # fmt: skip
+
+
+def test_sums(tmp_path, monkeypatch):
+    """Of the compartments' dimensions; d of the curve is what is trained."""
+    runs = made_up(monkeypatch, lambda run: 0.5)
+    config = a_sweep(dims=("6+2", "20+10"), options={"compartments": "layer"})
+    result = sweep(config, tmp_path, jobs=1)
+    assert [(row["dim"], row["label"]) for row in result["rows"]] == [(8, "6+2"), (30, "20+10")]
+    assert set(runs.runs) >= {"hash-dim6+2-lr0.3-seed0", "hash-dim20+10-lr0.3-seed0"}
+
+
+def test_the_methods_own_rates(tmp_path, monkeypatch):
+    runs = made_up(monkeypatch, lambda run: 0.5)
+    sweep(a_sweep(lrs=(), baseline_lrs=(), dims=("100",)), tmp_path, jobs=1)
+    assert sorted(runs.runs) == [
+        *(f"full-lr{lr}-seed0" for lr in ("0.0003", "0.001", "0.003")),
+        *(f"hash-dim100-lr{lr}-seed0" for lr in ("0.1", "0.3", "0.9")),
+    ]
+
+
+def test_options_go_to_the_methods_that_have_them(tmp_path, monkeypatch):
+    seen = {}
+
+    def validation(run):
+        seen[run.method] = run.options
+        return 0.5
+
+    made_up(monkeypatch, validation)
+    config = a_sweep(
+        methods=("hash", "sparse"), dims=("10",), options={"s": 4.0, "exclude": "fc1.bias"}
+    )
+    sweep(config, tmp_path, jobs=1)
+    assert seen == {
+        "full": {},
+        "hash": {"dim": "10", "exclude": "fc1.bias"},
+        "sparse": {"dim": "10", "exclude": "fc1.bias", "s": 4.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dims": ("10", "abc")}, "dim must be a positive integer"),
+        ({"dims": ("10", "611")}, "dim=611 must be .* at most the number of weights, 610"),
+        ({"dims": ("10", "0")}, "dim must be a positive integer"),
+        (
+            {"dims": ("10", "010")},
+            "dim10 and dim010 are one point of the curve of hash, 10 numbers",
+        ),
+        (
+            {"dims": ("6+2", "2+6"), "options": {"compartments": "layer"}},
+            "are one point of the curve",
+        ),
+        ({"methods": ("hash", "hsh")}, "unknown method 'hsh': did you mean hash"),
+        ({"baseline": "none"}, "unknown method 'none'"),
+        (
+            {"baseline": "rademacher"},
+            "baseline 'rademacher' is varied by dim and has no one accuracy",
+        ),
+        ({"options": {"s": 3}}, "unknown option of hash 's'"),
+        (
+            {"methods": ("full",), "baseline": None, "options": {"s": 3}},
+            "method 'full' has no options",
+        ),
+        ({"options": {"exclude": "nope"}}, "unknown pattern in exclude .* 'nope'"),
+        ({"net": "lenet"}, "images of at least 12x12 pixels"),
+        ({"net": "nope"}, "unknown net 'nope'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(settings, message, tmp_path):
+    with pytest.raises(SubspanError, match=message):
+        sweep(a_sweep(**settings), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("jobs", [0, -2])
+def test_jobs(jobs, tmp_path):
+    with pytest.raises(SubspanError, match=f"jobs must be at least 1, or -1 .* got {jobs}"):
+        sweep(a_sweep(), tmp_path / "sweep", jobs=jobs)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_folders_of_other_things(tmp_path, trained, monkeypatch):
+    made_up(monkeypatch, lambda run: 0.5)
+    out = copied(trained, tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(SubspanError, match=r"has a record\.json of something else"):
+        sweep(a_sweep(), out, jobs=1)
+    assert contents(out) == before
+    # A run's folder that belongs to something else fails alone.
+    runs = tmp_path / "sweep" / "runs"
+    runs.mkdir(parents=True)
+    copied(trained, runs / "hash-dim10-lr0.3-seed0")
+    result = sweep(a_sweep(), tmp_path / "sweep", jobs=1)
+    (failure,) = result["failed"]
+    assert failure["run"] == "hash-dim10-lr0.3-seed0"
+    assert "belongs to another configuration" in failure["error"]
+    assert [row["dim"] for row in result["rows"]] == [40]
+
+
+def test_extra(tmp_path, monkeypatch):
+    """It is in the file from the beginning on."""
+    made_up(monkeypatch, lambda run: 0.5)
+    seen = []
+    result = sweep(
+        a_sweep(), tmp_path, jobs=1, extra={"published": [1]},
+        on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"]),
+    )  # fmt: skip
+    assert result["published"] == [1]
+    assert seen == [[1]] * 3
+    assert records.read_json(tmp_path / "sweep.json") == result
+
+
+DEADLY = """
+import os
+from torch import nn
+
+def net(classes):
+    if os.getpid() != {parent}:
+        os._exit(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(in_tmp_path):
+    """It takes the sweep down, but in a sentence."""
+    (in_tmp_path / "deadly.py").write_text(DEADLY.format(parent=os.getpid()))
+    with pytest.raises(SubspanError, match="a process was killed, for want of memory perhaps"):
+        sweep(a_sweep(net="deadly:net"), in_tmp_path / "sweep", jobs=2)
+    assert sweep_of(in_tmp_path / "sweep")["status"] == "interrupted"
+
+
+def test_runs_and_sweeps_agree_on_a_run(swept):
+    """A run of a sweep is what ``train`` would have made of it."""
+    record = record_of(swept[0] / "runs" / "hash-dim40-lr0.3-seed1")
+    assert record["config"] == a_run(dim="40", seed=1).as_dict()

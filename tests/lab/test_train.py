@@ -1,0 +1,506 @@
+"""One run: its files and its record, what it repeats, what it refuses, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import subspan.lab.train as loop
+from subspan import checkpoint, files
+from subspan.errors import SubspanError
+from subspan.lab import data
+from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.lab.train import completed, prepare, schedule, train
+from tests.lab.data.makers import image_folder
+from tests.lab.runs import STEPS, WEIGHTS, a_run, contents, copied, record_of
+
+KEYS = {
+    *("format", "status", "config", "test_accuracy", "val_accuracy", "best_epoch"),
+    *("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"),
+    *("seconds_total", "seconds_per_step", "peak_memory_bytes", "history", "processes", "device"),
+    *("versions", "notes", "error"),
+}
+
+
+def test_the_record(trained):
+    record = record_of(trained)
+    assert set(record) == KEYS
+    assert (record["format"], record["status"], record["error"]) == (1, "complete", None)
+    assert record["config"]["options"] == {"dim": 40}
+    assert record["config"]["method"] == "hash"
+    assert record["trainable_parameters"] == record["stored_parameters"] == 40
+    assert record["weights"] == WEIGHTS
+    assert record["checkpoint_bytes"] == (trained / "model.safetensors").stat().st_size
+    assert record["checkpoint_bytes"] <= 4 * 40 + 2048
+    assert [row["epoch"] for row in record["history"]] == [1, 2]
+    for row in record["history"]:
+        assert set(row) == {
+            *("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
+        }
+        assert all(math.isfinite(value) for value in row.values())
+    # One-cycle begins at 1/25 of its highest rate.
+    assert record["history"][0]["learning_rate"] == pytest.approx(0.3 / 25)
+    assert record["history"][1]["train_loss"] < record["history"][0]["train_loss"]
+    assert 0.3 < record["test_accuracy"] <= 1
+    assert 0 < record["seconds_per_step"] * STEPS * 2 <= record["seconds_total"]
+    assert 10**7 < record["peak_memory_bytes"] < 10**12
+    assert record["processes"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert set(os.listdir(trained)) == {"record.json", "model.safetensors"}
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """The first of equals on validation; the best and the last state are there after every one."""
+    accuracies, seen = iter([0.5, 0.9, 0.7, 0.9]), []
+
+    def fake(model, images, split):
+        loss, accuracy = evaluate(model, images, split)
+        return loss, accuracy if len(split) == len(images.test) else next(accuracies)
+
+    monkeypatch.setattr(loop, "evaluate", fake)
+
+    def report(row):
+        record = record_of(tmp_path)
+        assert record["status"] == "running"
+        assert record["history"][-1] == row
+        seen.append([(tmp_path / f"{name}.safetensors").read_bytes() for name in ("best", "last")])
+        assert set(os.listdir(tmp_path)) == {"record.json", "best.safetensors", "last.safetensors"}
+
+    record = train(a_run(dim=30, epochs=4), tmp_path, report=report)
+    bests, lasts = zip(*seen, strict=True)
+    assert len(set(lasts)) == 4
+    assert bests == (lasts[0], lasts[1], lasts[1], lasts[1])
+    assert (record["best_epoch"], record["val_accuracy"]) == (2, 0.9)
+    assert (tmp_path / "model.safetensors").read_bytes() == lasts[1]
+    found = evaluate_checkpoint(tmp_path / "model.safetensors")
+    assert record["test_accuracy"] == found["test_accuracy"]
+    assert set(os.listdir(tmp_path)) == {"record.json", "model.safetensors"}
+
+
+def test_the_test_set_is_read_once_and_at_the_end(tmp_path, monkeypatch):
+    uses = []
+
+    def watched(model, images, split):
+        uses.append("test" if len(split) == len(images.test) else "validation")
+        return evaluate(model, images, split)
+
+    monkeypatch.setattr(loop, "evaluate", watched)
+    train(a_run(dim=10, epochs=3), tmp_path)
+    assert uses == ["validation"] * 3 + ["test"]
+
+
+def test_the_same_run_twice_is_the_same(tmp_path):
+    records = []
+    for name in ("a", "b"):
+        torch.manual_seed(len(records))  # what is drawn before does not matter
+        records.append(train(a_run(dim=20, epochs=2), tmp_path / name))
+    for key in ("test_accuracy", "val_accuracy", "best_epoch"):
+        assert records[0][key] == records[1][key]
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r["history"]] for r in records
+    ]
+    assert rows[0] == rows[1]
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert models[0] == models[1]
+
+
+def test_another_seed_is_another_run(tmp_path):
+    ready = [prepare(a_run(dim=20, seed=seed)) for seed in (0, 1, 2**63 + 1)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(ready[a].data.validation.images, ready[b].data.validation.images)
+        assert torch.equal(ready[a].data.test.images, ready[b].data.test.images)
+        assert ready[a].model.base_fingerprint != ready[b].model.base_fingerprint
+        assert ready[a].model.layout != ready[b].model.layout
+    record = train(a_run(dim=20, seed=2**63 + 1), tmp_path)
+    assert (
+        evaluate_checkpoint(tmp_path / "model.safetensors")["test_accuracy"]
+        == record["test_accuracy"]
+    )
+
+
+def test_a_complete_run_is_not_repeated(trained, tmp_path, monkeypatch):
+    out = copied(trained, tmp_path / "run")
+    before = contents(out)
+    monkeypatch.setattr(loop, "prepare", None)
+    run = a_run(dim=40, epochs=2)
+    assert train(run, out) == record_of(trained)
+    assert train(run, out, overwrite=True) == record_of(trained)
+    assert completed(run, out) == record_of(trained)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("spoil", ["interrupted", "running", "failed", "no model"])
+def test_a_run_that_is_not_complete_is_repeated(spoil, trained, tmp_path):
+    out = copied(trained, tmp_path / "run")
+    if spoil == "no model":
+        (out / "model.safetensors").unlink()
+    else:
+        (out / "record.json").write_text(json.dumps(record_of(out) | {"status": spoil}))
+        (out / "best.safetensors").write_bytes(b"half")
+        (out / ".last.safetensors.x7.tmp").write_bytes(b"half")
+    record = train(a_run(dim=40, epochs=2), out)
+    assert record["status"] == "complete"
+    assert record["test_accuracy"] == record_of(trained)["test_accuracy"]
+    assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
+
+
+def test_a_folder_of_another_configuration(trained, tmp_path):
+    out = copied(trained, tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(SubspanError, match=r"another configuration \(epochs 2 → 1\): give another"):
+        train(a_run(dim=40, epochs=1), out)
+    assert contents(out) == before
+    record = train(a_run(dim=40, epochs=1), out, overwrite=True)
+    assert record["config"]["epochs"] == 1
+    assert record_of(out) == record
+
+
+def test_overwriting_leaves_nothing_of_the_other_run(trained, tmp_path):
+    """A failure must not leave a record beside a model that it does not describe."""
+    out = copied(trained, tmp_path / "run")
+    with pytest.raises(SubspanError, match="stopped being finite"):
+        train(a_run(dim=40, optimizer="sgd", lr=1e30), out, overwrite=True)
+    assert os.listdir(out) == ["record.json"]
+    assert record_of(out)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "{}", '{"format": 1}', '{"format": 1, "config": 3}']
+)
+def test_a_damaged_record(text, tmp_path):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(SubspanError, match=r"record\.json is damaged or no record"):
+        train(a_run(dim=40), tmp_path)
+    assert (tmp_path / "record.json").read_text() == text
+    train(a_run(dim=40), tmp_path, overwrite=True)
+    assert record_of(tmp_path)["status"] == "complete"
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(SubspanError, match="is there without a record of its training"):
+        train(a_run(dim=40), tmp_path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(
+        SubspanError, match=r"has a sweep\.json of something else: give another --out"
+    ):
+        train(a_run(dim=40), tmp_path)
+    (tmp_path / "record.json").write_text(json.dumps({"format": 99}))
+    (tmp_path / "sweep.json").unlink()
+    with pytest.raises(SubspanError, match=r"has format 99; .* reads up to 1: upgrade"):
+        train(a_run(dim=40), tmp_path)
+
+
+def test_patience(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.6, 0.6, 0.55, 0.7, 0.1])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(accuracies)))
+    record = train(a_run(dim=10, epochs=9, patience=2), tmp_path)
+    # The second epoch of 0.6 is no better than the first; the last value is the test set's.
+    assert [row["val_accuracy"] for row in record["history"]] == [0.5, 0.6, 0.6, 0.55]
+    assert (record["best_epoch"], record["val_accuracy"], record["test_accuracy"]) == (2, 0.6, 0.7)
+
+
+def not_a_number_after(steps, monkeypatch):
+    calls = []
+    plain = loop.cross_entropy
+
+    def spoiled(scores, labels):
+        calls.append(1)
+        return plain(scores, labels) * (math.nan if len(calls) > steps else 1)
+
+    monkeypatch.setattr(loop, "cross_entropy", spoiled)
+
+
+def test_a_loss_that_stops_being_finite_keeps_the_best_state(tmp_path, monkeypatch):
+    not_a_number_after(2 * STEPS + 3, monkeypatch)
+    with pytest.raises(
+        SubspanError, match=r"finite in epoch 3: lower --lr 0.3; best.safetensors holds"
+    ):
+        train(a_run(dim=30, epochs=5), tmp_path)
+    record = record_of(tmp_path)
+    assert record["status"] == "failed"
+    assert "stopped being finite in epoch 3" in record["error"]
+    assert len(record["history"]) == 2
+    assert record["val_accuracy"] == max(row["val_accuracy"] for row in record["history"])
+    assert record["test_accuracy"] is None
+    assert set(os.listdir(tmp_path)) == {"record.json", "best.safetensors", "last.safetensors"}
+    model, _ = rebuild(tmp_path / "best.safetensors")
+    digits = data.load("digits")
+    assert evaluate(model, digits, digits.validation)[1] == record["val_accuracy"]
+    assert all(w.isfinite().all() for w in rebuild(tmp_path / "last.safetensors")[0].parameters())
+
+
+def test_a_last_step_that_spoils_the_weights(tmp_path, monkeypatch):
+    """Only the validation loss can tell; nothing of that state may be kept."""
+    losses = iter([1.0, math.inf])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(losses), 0.5))
+    with pytest.raises(SubspanError, match="stopped being finite in epoch 2"):
+        train(a_run(dim=30, epochs=3), tmp_path)
+    record = record_of(tmp_path)
+    assert (record["status"], record["best_epoch"], len(record["history"])) == ("failed", 1, 1)
+
+
+def test_an_interrupt_is_recorded(tmp_path):
+    def report(row):
+        if row["epoch"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(a_run(dim=30, epochs=5), tmp_path, report=report)
+    record = record_of(tmp_path)
+    assert record["status"] == "interrupted"
+    assert len(record["history"]) == 2
+    assert set(record) == KEYS
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 6, 9])
+def test_a_full_disk_leaves_whole_files(after, tmp_path, monkeypatch):
+    """After so many files were written, no other one is."""
+    written = []
+    synced = os.fsync
+
+    def fsync(descriptor):
+        if len(written) >= after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(1)
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(a_run(dim=30, epochs=3), tmp_path)
+    assert len(written) == after
+    names = set(os.listdir(tmp_path))
+    assert names <= {"record.json", "best.safetensors", "last.safetensors", "model.safetensors"}
+    assert ("record.json" in names) == (after > 0)
+    for name in names - {"record.json"}:
+        rebuild(tmp_path / name)
+    if after:
+        assert record_of(tmp_path)["status"] == "running"
+    assert train(a_run(dim=30, epochs=3), tmp_path)["status"] == "complete"
+
+
+SAFE_TO_KILL = """
+import sys
+from pathlib import Path
+from tests.lab.runs import a_run
+from subspan.lab.train import train
+train(a_run(dim=30, epochs=400), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.4, 1.1])
+def test_killed_at_any_moment(delay, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", SAFE_TO_KILL, str(out)])
+    while not (out / "record.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    record = record_of(out)
+    assert record["status"] == "running"
+    assert set(record) == KEYS
+    for path in out.glob("*.safetensors"):
+        rebuild(path)
+    done = train(a_run(dim=30, epochs=2), out, overwrite=True)
+    assert record_of(out) == done
+    assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
+
+
+# ---- what a run is told --------------------------------------------------------------------------
+
+
+def test_precisions_take_turns_in_one_process(tmp_path):
+    """And the test accuracy is what everyone gets who loads the file."""
+    for name, precision in (("a", "bf16"), ("b", "no"), ("c", "bf16")):
+        record = train(a_run(dim=30, epochs=2, mixed_precision=precision), tmp_path / name)
+        found = evaluate_checkpoint(tmp_path / name / "model.safetensors")
+        assert found["test_accuracy"] == record["test_accuracy"]
+    losses = [record_of(tmp_path / name)["history"][0]["train_loss"] for name in "abc"]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("constant", [0.5] * 8),
+        ("cosine", [0.5 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]),
+        ("onecycle", None),
+    ],
+)
+def test_schedules(name, rates):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.5)
+    scheduler, seen = schedule(optimizer, name, 0.5, 8), []
+    for _ in range(8):
+        seen.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    if rates:
+        assert seen == pytest.approx(rates)
+    else:
+        top = seen.index(max(seen))
+        assert max(seen) == pytest.approx(0.5, rel=0.05)
+        assert seen[:top] == sorted(seen[:top])
+        assert seen[top:] == sorted(seen[top:], reverse=True)
+        assert seen[-1] < 0.05 * 0.5
+
+
+def test_one_step_in_all(tmp_path):
+    record = train(a_run(dim=5, batch_size=2000), tmp_path)
+    assert len(record["history"]) == 1
+
+
+def test_optimizer_and_weight_decay_reach_the_weights(tmp_path):
+    def size(**settings):
+        out = tmp_path / str(len(os.listdir(tmp_path)))
+        train(a_run(dim=30, schedule="constant", **settings), out)
+        return float(checkpoint.read(out / "model.safetensors")[1]["coordinates"].norm())
+
+    adam, sgd = size(lr=0.1), size(lr=0.1, optimizer="sgd")
+    decayed = size(lr=0.1, optimizer="sgd", weight_decay=5.0)
+    assert adam != sgd
+    assert decayed < 0.5 * sgd
+
+
+OWN_NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(64, classes)
+
+    def forward(self, x):
+        return self.fc(self.drop(x.flatten(1)))
+
+def wrong_scores(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+def wrong_input(): return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
+def wrong_kind(): return nn.BatchNorm1d(3)
+def no_net(): return 3
+class Two(Net):
+    def forward(self, x, y): return self.fc(x)
+class Pair(Net):
+    def forward(self, x): return super().forward(x), x
+"""
+
+
+@pytest.fixture
+def own_net(in_tmp_path):
+    (in_tmp_path / "own_net_of_a_test.py").write_text(OWN_NET)
+    yield "own_net_of_a_test"
+    sys.modules.pop("own_net_of_a_test", None)
+
+
+def test_a_net_of_the_users_own(own_net, in_tmp_path, monkeypatch):
+    """It keeps the weights that it draws itself, the same ones each time, dropout included."""
+    records = [
+        train(a_run(dim=60, net=f"{own_net}:Net", seed=seed), in_tmp_path / out)
+        for out, seed in (("a", 5), ("b", 5), ("c", 2**40 + 5))
+    ]
+    assert records[0]["weights"] == 650
+    assert records[0]["history"][0]["train_loss"] == records[1]["history"][0]["train_loss"]
+    for out, record in zip("abc", records, strict=True):
+        file = in_tmp_path / out / "model.safetensors"
+        assert checkpoint.inspect(file)["init_seed"] is None
+        assert evaluate_checkpoint(file)["test_accuracy"] == record["test_accuracy"]
+    seeded = train(a_run(dim=60, net=f"{own_net}:Net", init="seed"), in_tmp_path / "seed")
+    file = in_tmp_path / "seed" / "model.safetensors"
+    assert checkpoint.inspect(file)["init_seed"] == 0
+    assert evaluate_checkpoint(file)["test_accuracy"] == seeded["test_accuracy"]
+    # Another base: the file says that it does not fit.
+    module = sys.modules[own_net]
+    monkeypatch.setattr(
+        module, "Net", type("Net", (module.Net,), {"__init__": drawn_otherwise(module)})
+    )
+    with pytest.raises(SubspanError, match="was trained from other initial weights"):
+        evaluate_checkpoint(in_tmp_path / "a" / "model.safetensors")
+
+
+def drawn_otherwise(module):
+    plain = module.Net.__init__
+
+    def init(self):
+        torch.rand(1)
+        plain(self)
+
+    return init
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ("wrong_scores", r"one score per class, shape \(batch, 10\), got \(1, 3\)"),
+        ("wrong_input", r"does not take images of shape \(1, 8, 8\): mat1 and mat2"),
+        ("wrong_kind", r"does not take images of shape \(1, 8, 8\): expected 2D or 3D input"),
+        ("no_net", "must return a torch.nn.Module, got int"),
+        ("Two", r"does not take images .* missing 1 required positional argument: 'y'"),
+        ("Pair", r"shape \(batch, 10\), got tuple"),
+        ("nope", "unknown function of own_net_of_a_test 'nope'"),
+    ],
+)
+def test_a_net_that_cannot_be_trained(net, message, own_net, in_tmp_path):
+    with pytest.raises(SubspanError, match=message):
+        train(a_run(dim=5, net=f"{own_net}:{net}"), in_tmp_path / "run")
+    assert not (in_tmp_path / "run").exists()
+
+
+def test_running_statistics_are_counted(in_tmp_path):
+    """BatchNorm's buffers are needed for inference and no seed gives them."""
+    image_folder(in_tmp_path / "pets", mode="RGB", size=(8, 8))
+    settings = {"net": "resnet8", "data": "./pets", "batch_size": 8, "validation": 0.25, "lr": 0.01}
+    for method, options in (("hash", {"dim": 20}), ("full", {})):
+        record = train(a_run(method, **settings, **options), in_tmp_path / method)
+        trained = 20 if method == "hash" else record["weights"]
+        assert record["trainable_parameters"] == trained
+        # Means, variances, and the count of batches of each of seven normalisations.
+        assert record["stored_parameters"] == trained + 240 + 240 + 7
+        found = evaluate_checkpoint(in_tmp_path / method / "model.safetensors")
+        assert found["test_accuracy"] == record["test_accuracy"]
+
+
+def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):
+    accelerator = loop._accelerator(a_run(dim=5).training)
+    monkeypatch.setattr(type(accelerator), "num_processes", 3)
+    with pytest.raises(
+        SubspanError, match="batch_size must be a multiple of the 3 processes, got 128"
+    ):
+        train(a_run(dim=5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """One record, and nearly the result of one process."""
+    out, words = tmp_path / "two", "--net mlp-8 --dim 40 --epochs 2 --lr 0.3 --out"
+    said = subprocess.run(
+        [*LAUNCH, "--num_processes", "2", "-m", "subspan.cli", "train", *words.split(), str(out)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("test accuracy") == 1
+    record = record_of(out)
+    assert (record["status"], record["processes"]) == ("complete", 2)
+    assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
+    alone = train(a_run(dim=40, epochs=2), tmp_path / "one")
+    assert record["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=0.1)
+    found = evaluate_checkpoint(out / "model.safetensors")
+    assert found["test_accuracy"] == record["test_accuracy"]

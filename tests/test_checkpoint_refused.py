@@ -1,0 +1,254 @@
+"""A file that is not right is refused with one sentence, and the network stays as it was."""
+
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import subspan
+from subspan import SubspaceModel, SubspanError, checkpoint
+from tests.nets import DIM, NETS, batch, build, scatter, wrap
+
+
+def save(path, name="mlp", **options):
+    """A checkpoint of a model that moved; its header and tensors."""
+    model = scatter(wrap(name, **options))
+    subspan.save(model, path)
+    return checkpoint.read(path)
+
+
+def snapshot(net):
+    return {
+        name: (p, p.detach().clone(), p.requires_grad, type(p))
+        for name, p in net.named_parameters()
+    }, copy.deepcopy(net.state_dict())
+
+
+def assert_untouched(net, before):
+    parameters, state = before
+    assert list(net.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert list(parameters) == [name for name, _ in net.named_parameters()]
+    for name, (parameter, value, requires_grad, kind) in parameters.items():
+        found = net.get_parameter(name)
+        assert found is parameter
+        assert torch.equal(found, value)
+        assert (found.requires_grad, type(found)) == (requires_grad, kind)
+
+
+def write(path, header, tensors, *, digest=True):
+    """A file by hand: what a careful forger, or a future version, might write."""
+    header = dict(header)
+    header.pop("digest", None)
+    if digest:
+        header["digest"] = checkpoint._digest(header, tensors)
+    text = json.dumps(header, sort_keys=True)
+    safetensors.torch.save_file(tensors, path, metadata={"subspan": text})
+
+
+# ---- damage and other files ----------------------------------------------------------------------
+
+
+def damaged(path, net, match="damaged|no subspan checkpoint|format"):
+    before = snapshot(net)
+    with pytest.raises(SubspanError, match=match):
+        subspan.load(path, net)
+    assert_untouched(net, before)
+
+
+def test_a_file_that_was_cut_anywhere_is_refused(tmp_path):
+    save(tmp_path / "m")
+    data, net = (tmp_path / "m").read_bytes(), build("mlp")
+    for length in range(len(data)):
+        (tmp_path / "cut").write_bytes(data[:length])
+        damaged(tmp_path / "cut", net)
+    (tmp_path / "longer").write_bytes(data + b"\0")
+    damaged(tmp_path / "longer", net)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
+def test_a_file_with_any_byte_changed_is_refused(mask, tmp_path):
+    save(tmp_path / "m")
+    data, net = (tmp_path / "m").read_bytes(), build("mlp")
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= mask
+        (tmp_path / "changed").write_bytes(changed)
+        damaged(tmp_path / "changed", net)
+
+
+def test_other_files_are_refused(tmp_path):
+    net = build("mlp")
+    (tmp_path / "text").write_text("once upon a time\n" * 50)
+    (tmp_path / "empty").touch()
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "theirs")
+    safetensors.torch.save_file(
+        {"a": torch.ones(2)}, tmp_path / "tagged", metadata={"format": "pt"}
+    )
+    torch.save({"a": 1}, tmp_path / "pickle")
+    for name in ("text", "empty", "pickle"):
+        damaged(tmp_path / name, net, match="damaged or no safetensors file")
+    for name in ("theirs", "tagged"):
+        damaged(tmp_path / name, net, match="is no subspan checkpoint: it has no 'subspan' key")
+    for path in (tmp_path, tmp_path / "missing", ""):
+        damaged(path, net, match="is not a file: expected a checkpoint")
+    for text in ("no json", "[]", "3", "{}", '{"format": "1"}', '{"format": 2}', '{"format": 1.5}'):
+        metadata = {"subspan": text}
+        safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata=metadata)
+        damaged(tmp_path / "odd", net)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    header, tensors = save(tmp_path / "m")
+    write(tmp_path / "m", header | {"format": 2}, tensors)
+    damaged(
+        tmp_path / "m", build("mlp"), match="has format 2, this version of subspan reads up to 1"
+    )
+
+
+# ---- another network -----------------------------------------------------------------------------
+
+
+def edited(net, edit):
+    edit(net)
+    return net
+
+
+OTHERS = {
+    "another value": lambda: edited(build("cnn"), lambda n: n.conv.bias.data.add_(1e-6)),
+    "another buffer": lambda: edited(build("cnn"), lambda n: n.norm.running_var.add_(1)),
+    "another dtype": lambda: build("cnn", torch.float64),
+    "another name": lambda: nn.Sequential(build("cnn")),
+    "another shape": lambda: edited(
+        build("cnn"), lambda n: setattr(n.conv, "weight", nn.Parameter(n.conv.weight.data.flip(-1)))
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_base_is_refused(other, tmp_path):
+    save(tmp_path / "m", "cnn", train_fully="head")
+    net = OTHERS[other]()
+    net.get_submodule("0.head" if other == "another name" else "head").requires_grad_(False)
+    damaged(tmp_path / "m", net, match="was trained from other initial weights")
+
+
+def test_a_network_of_another_size_is_refused(tmp_path):
+    save(tmp_path / "m", "cnn")
+    damaged(tmp_path / "m", build("mlp"), match="is of a network of 628 weights, this one has 212")
+
+
+def test_other_frozen_parameters_are_refused(tmp_path):
+    """P would meet other weights, and the result be noise."""
+    net = build("mlp")
+    net[0].weight.requires_grad_(False)
+    subspan.save(scatter(SubspaceModel(net, DIM)), tmp_path / "m")
+    damaged(tmp_path / "m", build("mlp"), match="with other parameters frozen")
+
+
+@pytest.mark.parametrize("name", ["cnn", "lstm", "raw"])
+def test_a_network_to_be_drawn_anew_is_untouched_if_it_does_not_fit(name, tmp_path):
+    model = SubspaceModel.from_seed(NETS[name], DIM, init_seed=2)
+    subspan.save(model, tmp_path / "m")
+    header, tensors = checkpoint.read(tmp_path / "m")
+    write(tmp_path / "m", header | {"fingerprint": "0" * 32}, tensors)
+    net = build(name)
+    damaged(tmp_path / "m", net, match="other initial weights")
+    assert torch.equal(net.eval()(batch(name)), build(name).eval()(batch(name)))
+
+
+def test_a_whole_network_of_other_shapes_is_refused(tmp_path):
+    subspan.save(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), tmp_path / "m")
+    for net in (
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)),
+    ):
+        if sum(p.numel() for p in net.parameters()) != 58:
+            net[0].bias = nn.Parameter(torch.ones(58 - 54 + 4))
+        damaged(tmp_path / "m", net, match="of another network|is of a network of")
+
+
+def test_what_is_given_must_make_a_network(tmp_path):
+    save(tmp_path / "plain")
+    subspan.save(SubspaceModel.from_seed(NETS["mlp"], 3), tmp_path / "drawn")
+    for name in ("plain", "drawn"):
+        with pytest.raises(SubspanError, match="expected a function"):
+            subspan.load(tmp_path / name, lambda: 3)
+    with pytest.raises(SubspanError):
+        subspan.load(tmp_path / "plain", SubspaceModel(build("mlp"), 3))
+    with pytest.raises(SubspanError, match="no values yet"):
+        subspan.load(tmp_path / "plain", nn.LazyLinear(3))
+
+
+# ---- forgeries: the digest is right, the content is not ------------------------------------------
+
+RECIPES = [
+    {"projection": "nothing"}, {"projection": []}, {"unknown": 3}, {"s": 4}, {"net": 1},
+    {"dim": "12"}, {"dim": 10**9}, {"dim": [12, 1]}, {"dim": None}, {"seed": -1}, {"seed": "a"},
+    {"allocation": []}, {"allocation": "x"}, {"compartments": 5}, {"compartments": [1]},
+    {"compartments": [["(", 3]]}, {"compartments": "uniform:9999999"}, {"targets": 5},
+    {"targets": [3]}, {"targets": "x"}, {"train_fully": {"a": 1}}, {"exclude": ".*"},
+    {"train_fully": ".*"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RECIPES, ids=str)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
+    if drawn:
+        model = SubspaceModel.from_seed(NETS["lstm"], DIM)
+    else:
+        model = SubspaceModel(build("lstm"), DIM)
+    subspan.save(model, tmp_path / "m")
+    header, tensors = checkpoint.read(tmp_path / "m")
+    write(tmp_path / "m", header | {"recipe": header["recipe"] | change}, tensors)
+    damaged(tmp_path / "m", build("lstm"), match="does not fit this network: |other parameters")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "other"}, {"kind": None}, {"kind": []}, {"recipe": None}, {"recipe": []},
+        {"weights": "many"}, {"init_seed": "a"}, {"init_seed": -1}, {"fingerprint": 3},
+        {"layout": "0" * 32}, {"layout": None}, {"extra": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
+    header, tensors = save(tmp_path / "m")
+    write(tmp_path / "m", header | change, tensors)
+    damaged(tmp_path / "m", build("mlp"), match="fields of its header|other|seed must")
+    for field in ("kind", "recipe", "weights", "init_seed", "fingerprint", "layout", "extra"):
+        write(tmp_path / "m", {k: v for k, v in header.items() if k != field}, tensors)
+        damaged(tmp_path / "m", build("mlp"), match="fields of its header are wrong")
+    write(tmp_path / "m", header, tensors, digest=False)
+    damaged(tmp_path / "m", build("mlp"), match="its digest differs")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"coordinates": torch.ones(11)},
+        {"coordinates": torch.ones(13)},
+        {"coordinates": torch.ones(12, 1)},
+        {"coordinates": torch.ones(12), "body.head.weight": torch.ones(4, 144)},
+        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(1)},
+        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(4), "other": torch.ones(1)},
+        {"coordinates": torch.ones(12), "body.head.bias": torch.ones(4)}
+        | {"body.norm.running_var": torch.ones(1)},
+    ],
+    ids=lambda tensors: str({n: list(t.shape) for n, t in tensors.items()}),
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused(tensors, tmp_path):
+    header, _ = save(tmp_path / "m", "cnn", train_fully="head.bias")
+    write(tmp_path / "m", header, tensors)
+    damaged(tmp_path / "m", build("cnn"), match="the checkpoint is of another network: ")
+    model = scatter(wrap("cnn", train_fully="head.bias"))
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(SubspanError, match=r"has shape .* in the file"):
+        checkpoint.restore(model, tensors)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

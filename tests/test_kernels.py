@@ -1,0 +1,178 @@
+"""The Numba kernels against the families' own torch code, which defines them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import subspan
+from subspan import Projection, kernels
+from subspan.cache import cache
+from subspan.kernels import Kernel
+
+FAMILIES = sorted(kernels.available("cpu"))
+EVERYTHING = {"stream": (1 << 24) - 1, "seed": (1 << 64) - (1 << 33) + 5}
+
+# Rows and columns around the blocks of 128 rows, the words of 32 and the groups of 64 columns.
+SHAPES = [(1, 1), (31, 3), (128, 64), (129, 65), (300, 63), (517, 130), (1000, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def same_by_torch(p: Projection, x: Tensor, step: int, rows: range, adjoint: bool) -> Tensor:
+    """A product by the family's own hooks."""
+    hook = p._rmatvec if adjoint else p._matvec
+    return hook(x, torch.tensor(step), rows.start, rows.stop)
+
+
+def test_which_families_have_kernels() -> None:
+    assert FAMILIES == ["hash", "rademacher"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("D", "d"), SHAPES)
+def test_entries_are_the_same_bits(family: str, D: int, d: int) -> None:
+    p = subspan.projection(family, out_dim=D, in_dim=d, **EVERYTHING)
+    for step, rows in (
+        (0, range(D)),
+        ((1 << 32) - 1, range(D // 3, D - D // 4)),
+        (7, range(D // 2, D)),
+    ):
+        columns = [
+            (p.matvec(e, step=step, rows=rows), same_by_torch(p, e, step, rows, False))
+            for e in torch.eye(d)
+        ]
+        assert all(torch.equal(ours, theirs) for ours, theirs in columns)
+        for i in {rows.start, (rows.start + rows.stop) // 2, rows.stop - 1}:
+            unit = torch.zeros(len(rows))
+            unit[i - rows.start] = 1
+            ours = p.rmatvec(unit, step=step, rows=rows)
+            assert torch.equal(ours, same_by_torch(p, unit, step, rows, True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_products_are_as_good_as_torchs(family: str, data: st.DataObject) -> None:
+    D = data.draw(st.integers(1, 3000), "D")
+    p = subspan.projection(
+        family,
+        out_dim=D,
+        in_dim=data.draw(st.integers(1, min(D, 300)), "d"),
+        seed=data.draw(st.integers(0, 2**64 - 1), "seed"),
+        stream=data.draw(st.integers(0, 2**24 - 1), "stream"),
+    )
+    step = data.draw(st.integers(0, 2**32 - 1), "step")
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, D), st.integers(0, D)), "rows"))
+    rows = range(start, stop)
+    for adjoint, size in ((False, p.in_dim), (True, len(rows))):
+        x = torch.randn(size)
+        ours = (p.rmatvec if adjoint else p.matvec)(x, step=step, rows=rows)
+        torchs = same_by_torch(p, x, step, rows, adjoint) if rows else torch.zeros_like(ours)
+        truth = same_by_torch(p, x.double(), step, rows, adjoint) if rows else ours.double()
+        own_error = (torchs - truth).norm()
+        assert (ours - truth).norm() <= 2 * own_error + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_far_rows(family: str) -> None:
+    # Calls of the generator beyond 2²⁶, rows beyond 2³³.
+    p = subspan.projection(family, out_dim=(1 << 34) - 3, in_dim=70, **EVERYTHING)
+    rows = range((1 << 34) - 300, (1 << 34) - 3)
+    w, g = torch.eye(70)[3], torch.zeros(297)
+    g[100] = 1
+    assert torch.equal(p.matvec(w, rows=rows), same_by_torch(p, w, 0, rows, False))
+    assert torch.equal(p.rmatvec(g, rows=rows), same_by_torch(p, g, 0, rows, True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_do_not_change_a_bit(family: str) -> None:
+    p = subspan.projection(family, out_dim=200_003, in_dim=70)
+    w, g = torch.randn(70), torch.randn(200_003)
+    products = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        cache._items.clear()
+        cache.held = 0
+        products.append((p.matvec(w), p.rmatvec(g)))
+        assert torch.get_num_threads() == threads
+    for forward, backward in products[1:]:
+        assert torch.equal(forward, products[0][0])
+        assert torch.equal(backward, products[0][1])
+
+
+def test_kernels_take_float32_and_16_bits_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def product(p: Projection, x: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+        calls.append((int(step), start, stop))
+        return torch.zeros(stop - start)
+
+    fake = {"hash": Kernel(product, product)}
+    monkeypatch.setattr(kernels, "available", lambda device: fake if device == "cpu" else {})
+    p = subspan.projection("hash", out_dim=40, in_dim=3)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert not p.matvec(torch.ones(6, dtype=dtype)[::2], step=2, rows=range(3, 9)).any()
+    assert calls == [(2, 3, 9)] * 3
+    assert p.matvec(torch.ones(3, dtype=torch.float64)).all()
+    assert kernels.find("gaussian", torch.ones(3)) is None
+    assert len(calls) == 3
+
+
+def test_without_numba_torch_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "subspan.kernels.cpu", None)
+    monkeypatch.delattr(kernels, "cpu")
+    with pytest.warns(UserWarning, match="Numba kernels are not available .* using plain torch"):
+        assert kernels.available.__wrapped__("cpu") == {}
+
+
+def test_other_devices_have_no_kernels_and_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.available("cuda") == {}
+
+
+REFERENCE = """
+import sys, torch, subspan
+for family in {families}:
+    p = subspan.projection(family, out_dim=1000, in_dim=70, seed=1 << 40)
+    weights = p.matvec(torch.arange(70.0), step=1, rows=range(100, 400))
+    print(weights.numpy().tobytes().hex())
+assert not any(name.startswith(("numba", "llvmlite")) for name in sys.modules)
+"""
+
+
+def test_reference_by_the_environment() -> None:
+    """SUBSPAN_KERNELS=reference never imports Numba, and gives the same weights."""
+    result = subprocess.run(
+        [sys.executable, "-c", REFERENCE.format(families=FAMILIES)],
+        env=os.environ | {"SUBSPAN_KERNELS": "reference"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for family, line in zip(FAMILIES, result.stdout.split(), strict=True):
+        p = subspan.projection(family, out_dim=1000, in_dim=70, seed=1 << 40)
+        weights = torch.frombuffer(bytearray.fromhex(line), dtype=torch.float32)
+        ours = p.matvec(torch.arange(70.0), step=1, rows=range(100, 400))
+        if p.bitwise:
+            assert torch.equal(ours, weights)
+        torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
