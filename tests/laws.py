@@ -139,7 +139,9 @@ def products_are_adjoint(p: Projection) -> None:
 @law
 def rows_are_a_range(p: Projection) -> None:
     """Any parts of P put together are P, bit for bit; so is P w if it is one product per weight."""
-    whole = {dtype: p.dense(dtype=dtype) for dtype in DTYPES}
+    some = slice(None, None, p.in_dim // 3 + 1)
+    columns = {dtype: torch.eye(p.in_dim, dtype=dtype)[some] for dtype in DTYPES}
+    whole = {dtype: p.dense(dtype=dtype)[:, some] for dtype in DTYPES}
 
     @examples
     @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=3), seed=st.integers(0, 99))
@@ -147,8 +149,9 @@ def rows_are_a_range(p: Projection) -> None:
         ends = [0, *sorted(cuts), p.out_dim]
         parts = [range(a, b) for a, b in itertools.pairwise(ends)]
         for dtype in DTYPES:
-            entries = torch.cat([p.dense(rows=rows, dtype=dtype) for rows in parts])
-            assert torch.equal(entries, whole[dtype])
+            for j, unit in enumerate(columns[dtype]):
+                column = torch.cat([p.matvec(unit, rows=rows) for rows in parts])
+                assert torch.equal(column, whole[dtype][:, j])
             w, g = vector(p.in_dim, dtype, seed), vector(p.out_dim, dtype, seed)
             forward = torch.cat([p.matvec(w, rows=rows) for rows in parts])
             if p.bitwise:

@@ -484,18 +484,20 @@ def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """One record, and nearly the result of one process."""
-    out, words = tmp_path / "two", "--net mlp-8 --dim 40 --epochs 2 --lr 0.3 --out"
+    out = tmp_path / "two"
+    words = ["--net", "mlp-8", "--dim", "40", "--epochs", "2", "--lr", "0.3"]
     said = subprocess.run(
-        [*LAUNCH, "--num_processes", "2", "-m", "subspan.cli", "train", *words.split(), str(out)],
+        [*LAUNCH, "-m", "subspan.cli", "train", *words, "--out", str(out)],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
+    assert said.stdout.count("epoch ") == 2
     assert said.stdout.count("test accuracy") == 1
     record = record_of(out)
     assert (record["status"], record["processes"]) == ("complete", 2)

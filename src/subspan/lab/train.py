@@ -1,6 +1,7 @@
 """One training run: a network, a data set, a method; a checkpoint and a record on disk.
 
-The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate launch``).
+The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate launch``; on
+CPUs ``torchrun``).
 Choices look at the validation part only; the test set is read once, at the end.
 """
 
@@ -279,6 +280,7 @@ class _Loop:
             (self.out / "last.safetensors").unlink()
             self.record["checkpoint_bytes"] = (self.out / "model.safetensors").stat().st_size
         self.write("complete")
+        [self.record] = broadcast_object_list([self.record])
 
     def save(self, name: str) -> None:
         """The model's checkpoint, from the main process."""
@@ -328,7 +330,9 @@ def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRSchedu
 def _accelerator(training: Training) -> Accelerator:
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=training.device == "cpu", mixed_precision=training.mixed_precision)
+    # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
+    cpu = training.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision)
 
 
 @torch.no_grad()
