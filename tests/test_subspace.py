@@ -279,6 +279,13 @@ def test_what_is_trained_fully_is_frozen_again_where_it_was():
     assert not model.unwrap().head.weight.requires_grad
 
 
+@pytest.mark.parametrize(("name", "fully"), [("lstm", ".*bias.*"), ("raw", "gain")])
+def test_parameters_keep_their_order_where_some_stay_in_place(name, fully):
+    model = wrap(name, train_fully=fully)
+    for net in (model.merge(), model.unwrap()):
+        assert list(net.state_dict()) == list(build(name).state_dict())
+
+
 def test_train_fully_a_tied_tensor():
     model = scatter(wrap("tied", train_fully="output"))
     assert {n for n, _ in model.named_parameters()} == {

@@ -28,6 +28,7 @@ def test_copies_are_independent(name, compartments):
     x = batch(name)
     model = scatter(wrap(name, compartments)).eval()
     y = model(x)
+    assert torch.equal(copy.copy(model)(x), y)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), y)
         scatter(other, scale=-0.5)

@@ -310,10 +310,6 @@ class SubspaceModel(nn.Module):
     def _call_named(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(name, args, kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the bound method, which pickle cannot name; a copy gets its own."""
-        return {key: value for key, value in self.__dict__.items() if key != "forward"}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._take_signature()

@@ -1,8 +1,8 @@
 """One training run: a network, a data set, a method; a checkpoint and a record on disk.
 
-The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate launch``; on
-CPUs ``torchrun``).
-Choices look at the validation part only; the test set is read once, at the end.
+The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate
+launch``, on CPUs ``torchrun``). Choices look at the validation part only; the test set is read
+once, at the end.
 """
 
 from __future__ import annotations
