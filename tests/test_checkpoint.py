@@ -65,6 +65,16 @@ def test_every_option_is_in_the_file(options, tmp_path):
     }
 
 
+def test_a_head_that_is_trained_fully_may_start_from_anything(tmp_path):
+    """The file brings it: a fresh one has other initial weights each time."""
+    model = trained("cnn", train_fully="head")
+    subspan.save(model, tmp_path / "m")
+    net = build("cnn")
+    net.head.reset_parameters()
+    loaded = subspan.load(tmp_path / "m", net).eval()
+    assert torch.equal(loaded(batch("cnn")), model(batch("cnn")))
+
+
 def test_the_order_of_rules_survives(tmp_path):
     """Sorted JSON would put ".*" first, which takes everything."""
     rules = {"weight": 7, ".*": 5}

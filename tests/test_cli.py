@@ -25,6 +25,7 @@ from tests.lab.runs import (  # noqa: F401 (fixtures)
     cli,
     contents,
     copied,
+    ctrl_c,
     in_tmp_path,
     record_of,
     trained,
@@ -318,12 +319,10 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):  # noqa: F811
     assert os.listdir(in_tmp_path / "run") == []
 
 
-def test_ctrl_c(in_tmp_path, cli, monkeypatch):  # noqa: F811
+def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):  # noqa: F811
     from subspan.lab import console
 
-    monkeypatch.setattr(
-        console.TrainingProgress, "epoch", lambda *_: signal.raise_signal(signal.SIGINT)
-    )
+    monkeypatch.setattr(console.TrainingProgress, "epoch", lambda *_: ctrl_c())
     said = cli(*TRAIN, "--dim", "5", "--epochs", "3")
     assert said.code == 130
     assert said.err == "\nsubspan train: interrupted; what was complete is kept\n"
@@ -338,6 +337,7 @@ def test_ctrl_c_in_a_process(command, in_tmp_path):  # noqa: F811
         [sys.executable, "-m", "subspan.cli", command, "--net", NET, "--epochs", "9999",
          *words, "--out", "run"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     record = Path("run/record.json") if command == "train" else None
     while not (record or next(Path("run").glob("runs/*/record.json"), Path("no"))).exists():
@@ -365,13 +365,14 @@ def test_train(in_tmp_path, cli):  # noqa: F811
     said = cli(*words)
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
-    assert [line[:11] for line in lines[:2]] == ["epoch   1/2", "epoch   2/2"]
-    assert lines[2].startswith("test accuracy ")
-    assert "20 numbers stored for 610 weights (30 times fewer)" in lines[2]
-    assert lines[3:] == ["model:  run/model.safetensors", "record: run/record.json"]
+    assert lines[0] == "mlp-8 on digits, hash, lr 0.3: 12 steps"
+    assert [line[:11] for line in lines[1:3]] == ["epoch   1/2", "epoch   2/2"]
+    assert lines[3].startswith("test accuracy ")
+    assert "20 numbers stored for 610 weights (30 times fewer)" in lines[3]
+    assert lines[4:] == ["model:  run/model.safetensors", "record: run/record.json"]
     assert all(line.isprintable() for line in lines)
     before = contents(in_tmp_path)
-    assert cli(*words).out.splitlines() == ["complete already, not repeated", *lines[2:]]
+    assert cli(*words).out.splitlines() == ["complete already, not repeated", *lines[3:]]
     assert contents(in_tmp_path) == before
     assert record_of(in_tmp_path / "run")["config"]["batch_size"] == 256
     said = cli("report", "run")

@@ -378,8 +378,9 @@ def _add_out(parser: ArgumentParser, default: str | None) -> None:
 
 def _add_jobs(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--jobs", type=int, default=-1, help="runs at a time; -1: one per core of this machine"
-    )
+        "--jobs", type=int, default=-1,
+        help="runs at a time; -1: one per core of this machine, or one where they take its GPU",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

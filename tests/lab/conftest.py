@@ -1,3 +1,3 @@
 """Fixtures of the laboratory's tests."""
 
-from tests.lab.runs import cache_once, cli, in_tmp_path, trained  # noqa: F401
+from tests.lab.runs import cache_once, cli, ctrl_c, in_tmp_path, trained  # noqa: F401

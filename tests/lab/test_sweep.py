@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 
 import subspan.lab.sweep as module
@@ -267,6 +268,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert set(os.listdir(tmp_path)) == {"sweep.json", "runs"}
 
 
+def test_the_threshold(tmp_path, monkeypatch):
+    """Is that of the intrinsic dimension, interpolated on log d."""
+    accuracy = {"full": 1.0, "10": 0.4, "40": 0.8}
+    made_up(monkeypatch, lambda run: 0.5, test=lambda run: accuracy[run.options.get("dim", "full")])
+    found = sweep(a_sweep(threshold=0.6), tmp_path, jobs=1)["d_int"]["hash"]
+    assert (found["threshold"], found["target"]) == (0.6, 0.6)
+    assert found["value"] == pytest.approx(20)
+
+
 def test_no_baseline(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
     result = sweep(a_sweep(baseline=None), tmp_path, jobs=1)
@@ -374,6 +384,29 @@ def test_jobs(jobs, tmp_path):
     with pytest.raises(SubspanError, match=f"jobs must be at least 1, or -1 .* got {jobs}"):
         sweep(a_sweep(), tmp_path / "sweep", jobs=jobs)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "workers"), [("cpu", -1, 3), ("auto", -1, 1), ("auto", 2, 2), ("cpu", 9, 3)]
+)
+def test_a_job_for_every_core_but_one_for_a_gpu(device, jobs, workers, tmp_path, monkeypatch):
+    """And no more than there are runs."""
+    made_up(monkeypatch, lambda run: 0.5)
+    seen = []
+
+    class Joblib:
+        """In its place: it runs all in this process."""
+
+        delayed, cpu_count = joblib.delayed, lambda: 7
+
+        def Parallel(n_jobs, return_as):  # noqa: N802, N805
+            seen.append(n_jobs)
+            return joblib.Parallel(1, return_as=return_as)
+
+    monkeypatch.setattr(module, "joblib", Joblib)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    sweep(a_sweep(device=device), tmp_path, jobs=jobs)
+    assert seen == [workers, 1]
 
 
 def test_folders_of_other_things(tmp_path, trained, monkeypatch):

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -252,10 +251,10 @@ def test_a_last_step_that_spoils_the_weights(tmp_path, monkeypatch):
     assert (record["status"], record["best_epoch"], len(record["history"])) == ("failed", 1, 1)
 
 
-def test_an_interrupt_is_recorded(tmp_path):
+def test_an_interrupt_is_recorded(tmp_path, ctrl_c):
     def report(row):
         if row["epoch"] == 2:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
 
     with pytest.raises(KeyboardInterrupt):
         train(a_run(dim=30, epochs=5), tmp_path, report=report)

@@ -51,13 +51,15 @@ class TrainingProgress:
 
     bar: Progress
     task: TaskID
-    epochs: int
+    run: Run
     started: bool = False
 
     def start(self, steps: int) -> None:
         """The number of steps is known."""
         self.started = True
         self.bar.update(self.task, total=steps)
+        net, data = self.run.training.net, self.run.training.data
+        say(f"{net} on {data}, {self.run.method}, lr {self.run.lr:g}: {steps:,} steps")
 
     def step(self) -> None:
         """One step is done."""
@@ -65,8 +67,9 @@ class TrainingProgress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch is done."""
+        epochs = self.run.training.epochs
         say(
-            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  "
+            f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  "
             f"validation loss {row['val_loss']:.4f}  accuracy {100 * row['val_accuracy']:.2f} %  "
             f"{row['seconds']:.1f} s"
         )
@@ -79,8 +82,7 @@ def training(run: Run) -> Iterator[TrainingProgress]:
 
     console.quiet = os.environ.get("RANK", "0") != "0"
     with _progress("steps") as bar:
-        task = bar.add_task(f"{run.training.net} on {run.training.data}, {run.method}", total=None)
-        yield TrainingProgress(bar, task, run.training.epochs)
+        yield TrainingProgress(bar, bar.add_task("training", total=None), run)
 
 
 def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:

@@ -24,7 +24,7 @@ from subspan.lab import records
 from subspan.lab.config import Run, Sweep
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.methods import method
-from subspan.lab.train import completed, prepare, train
+from subspan.lab.train import completed, on_cpu, prepare, train
 
 Outcome = tuple["Job", dict[str, Any] | str]
 
@@ -71,7 +71,7 @@ def sweep(
     Args:
         config: what to run.
         out: output folder; runs are in ``out/runs``.
-        jobs: processes at a time; -1 for one per core.
+        jobs: processes at a time; -1 for one per core, or one in all where they take a GPU.
         overwrite: replace what another configuration left there.
         on_run: called with each outcome and the number of runs still to do.
         extra: what else ``sweep.json`` is to say.
@@ -85,6 +85,8 @@ def sweep(
     """
     if jobs != -1 and jobs < 1:
         raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
+    if jobs == -1:
+        jobs = joblib.cpu_count() if on_cpu(config.training) else 1
     points = _points(config)
     _check(config, points)
     records.claim(out, "sweep.json", config.as_dict(), overwrite=overwrite)
@@ -189,7 +191,7 @@ def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterat
         else:
             left.append(task)
     # joblib divides the cores' threads between its processes.
-    workers = max(1, min(joblib.cpu_count() if jobs == -1 else jobs, len(left)))
+    workers = max(1, min(jobs, len(left)))
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
     outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite) for task in left)
     try:

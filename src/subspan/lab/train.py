@@ -327,12 +327,16 @@ def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRSchedu
     return LambdaLR(optimizer, lambda _: 1.0)
 
 
+def on_cpu(training: Training) -> bool:
+    """Whether a run takes the processor: it was told to, or there is nothing else."""
+    return training.device == "cpu" or not torch.accelerator.is_available()
+
+
 def _accelerator(training: Training) -> Accelerator:
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
-    cpu = training.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision)
+    return Accelerator(cpu=on_cpu(training), mixed_precision=training.mixed_precision)
 
 
 @torch.no_grad()
