@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from subspan.files import write_atomically
 from subspan.lab.report.records import Sweep, read
 
 
@@ -39,18 +39,5 @@ def write(folder: Path) -> list[Path]:
         folder / "report.html": page.render(contents, svg).encode(),
     }
     for path, content in files.items():
-        _replace(path, content)
+        write_atomically(path, content)
     return list(files)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
