@@ -1,7 +1,7 @@
 """Runs that take a second, the command line in this process, and what a folder holds.
 
-The fixtures here are imported where they are used: in ``conftest.py`` of this folder and in
-``tests/test_cli.py``.
+The fixtures are imported where they are used: in ``conftest.py`` of this folder, and from there by
+the tests of the command line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from subspan.cli import main
 
 NET = "mlp-8"  # 64-8-10 on digits: 610 weights
 WEIGHTS = 610
+TRAIN = ["train", "--net", NET, "--epochs", "1", "--dim", "5", "--out", "run"]
+SWEEP = ["sweep", "--net", NET, "--epochs", "1", "--dims", "5", "--jobs", "1", "--out", "run"]
 STEPS = 11  # of an epoch: 1318 images in batches of 128
 
 
@@ -92,6 +94,17 @@ def a_run(method: str = "hash", *, lr: float = 0.3, seed: int = 0, **settings: A
     return Run(Training(**training), method, options, lr, seed)
 
 
+def a_sweep(**settings: Any) -> Any:
+    """A :class:`Sweep`, likewise; a run of it takes a second or less."""
+    from subspan.lab.config import Sweep, Training
+
+    fields = Training.__dataclass_fields__
+    training = {"net": NET, "epochs": 1} | {k: v for k, v in settings.items() if k in fields}
+    rest = {"lrs": (0.3,), "baseline_lrs": (0.01,), "dims": ("10", "40")}
+    rest |= {k: v for k, v in settings.items() if k not in fields}
+    return Sweep(Training(**training), **rest)
+
+
 def copied(folder: Path, to: Path) -> Path:
     """A copy that a test may spoil."""
     shutil.copytree(folder, to)
@@ -101,6 +114,11 @@ def copied(folder: Path, to: Path) -> Path:
 def record_of(folder: Path) -> dict[str, Any]:
     """``record.json``."""
     return json.loads((folder / "record.json").read_text())
+
+
+def sweep_of(folder: Path) -> dict[str, Any]:
+    """``sweep.json``."""
+    return json.loads((folder / "sweep.json").read_text())
 
 
 def contents(folder: Path) -> dict[str, Any]:
