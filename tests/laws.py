@@ -288,7 +288,7 @@ def what_does_not_fit_is_refused(p: Projection) -> None:
         ):
             with pytest.raises(SubspanError, match=rf"^{name} must be"):
                 product(bad)
-        for rows in (range(-1, D), range(D + 1), range(D, -1, -1), range(2, 1)):
+        for rows in (range(-1, D), range(D + 1), range(D, -1, -1), range(2, 1), [0]):
             with pytest.raises(SubspanError, match=r"^rows must be a range inside"):
                 product(x, rows=rows)
         for step in (-1, 1 << 32, 1.0, torch.tensor(1.0), torch.tensor([1])):

@@ -222,10 +222,13 @@ def test_a_folder_of_another_configuration(trained, in_tmp_path, cli):
 
 def test_a_loss_that_stops_being_finite(in_tmp_path, cli):
     words = [*TRAIN, "--dim", "50", "--optimizer", "sgd", "--lr", "1e30"]
-    refused(cli(*words), "the loss stopped being finite in epoch 1: lower --lr 1e+30")
+    said = cli(*words)
+    assert said.code == 2
+    message = "the loss stopped being finite in epoch 1: lower --lr 1e+30"
+    assert said.err == f"subspan train: error: {message}\n"
     record = record_of(in_tmp_path / "run")
     assert record["status"] == "failed"
-    assert record["error"].startswith("the loss stopped being finite")
+    assert record["error"] == message
     assert os.listdir(in_tmp_path / "run") == ["record.json"]
     assert cli("report", "run").code == 0
     words = ["sweep", "--net", NET, "--dims", "5,10", "--optimizer", "sgd", "--lrs", "1e30"]

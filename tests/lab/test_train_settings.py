@@ -14,18 +14,31 @@ from torch import nn
 import subspan.lab.train as loop
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.lab.evaluate import evaluate_checkpoint
+from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.lab.train import schedule, train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
 
 
-def test_precisions_take_turns_in_one_process(tmp_path):
-    """And the test accuracy is what everyone gets who loads the file."""
+def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
+    """And the test accuracy is of the full precision that everyone gets who loads the file."""
+    exact = []
+
+    def watched(model, images, split):
+        loss, accuracy = evaluate(model, images, split)
+        if len(split) == len(images.test):
+            some = images.normalize(split.images[:50])
+            saved, _ = rebuild(out / "best.safetensors")
+            exact.append(torch.equal(model(some), saved.eval()(some)))
+        return loss, accuracy
+
+    monkeypatch.setattr(loop, "evaluate", watched)
     for name, precision in (("a", "bf16"), ("b", "no"), ("c", "bf16")):
-        record = train(a_run(dim=30, epochs=2, mixed_precision=precision), tmp_path / name)
-        found = evaluate_checkpoint(tmp_path / name / "model.safetensors")
+        out = tmp_path / name
+        record = train(a_run(dim=30, epochs=2, mixed_precision=precision), out)
+        found = evaluate_checkpoint(out / "model.safetensors")
         assert found["test_accuracy"] == record["test_accuracy"]
+    assert exact == [True] * 3
     losses = [record_of(tmp_path / name)["history"][0]["train_loss"] for name in "abc"]
     assert losses[0] == losses[2] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)

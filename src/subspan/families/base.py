@@ -140,7 +140,8 @@ class Projection(ABC):
         self, x: Tensor, name: str, step: int | Tensor, rows: range | None, length: int | None
     ) -> range:
         rows = range(self.out_dim) if rows is None else rows
-        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= self.out_dim:
+        inside = isinstance(rows, range) and 0 <= rows.start <= rows.stop <= self.out_dim
+        if not inside or rows.step != 1:
             raise SubspanError(f"rows must be a range inside range(0, {self.out_dim}), got {rows}")
         expected = len(rows) if length is None else length
         if not isinstance(x, Tensor) or x.shape != (expected,):
