@@ -46,6 +46,20 @@ def test_a_failure_leaves_what_was_there(call, failure, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["record.json"]
 
 
+def test_an_interruption_just_after_the_renaming(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def then_interrupted(*names):
+        replace(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "record.json", NEW)
+    assert (tmp_path / "record.json").read_bytes() == NEW
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
 @contextmanager
 def files_no_larger_than(size):
     """The kernel refuses longer ones in the middle of a write, as it does on a full disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import tempfile
@@ -28,7 +29,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
             os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            with contextlib.suppress(FileNotFoundError):  # Ctrl-C just after the renaming
+                os.unlink(file.name)
             raise
     return len(data)
 
