@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from subspan import init, slots
 from subspan.errors import SubspanError
-from subspan.files import write_atomically
+from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.subspace import SubspaceModel
 
 FORMAT = 1
@@ -59,8 +59,7 @@ def save(
         OSError: if the file cannot be written; one that was there before is then still whole.
     """
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
+    refuse_what_is_no_file(path)
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     if isinstance(model, SubspaceModel):
         own = {**model.fully_trained(), **model.changed_buffers()}

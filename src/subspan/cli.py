@@ -163,7 +163,7 @@ def sweep(argv: Arguments) -> None:
 def reproduce(argv: Arguments) -> None:
     """Run a published experiment and show published and measured side by side."""
     from subspan.lab import console
-    from subspan.lab.reproduce import experiments
+    from subspan.lab.reproduce import experiment, experiments
     from subspan.lab.reproduce import reproduce as run_experiment
     from subspan.lab.sweep import total_runs
 
@@ -182,10 +182,9 @@ def reproduce(argv: Arguments) -> None:
     if given.list or given.name is None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
-    if given.name not in experiments():
-        raise unknown("experiment", given.name, experiments())
+    settings = experiment(given.name).sweeps[given.budget]
     out = Path(given.out or f"runs/{given.name}-{given.budget}")
-    with console.runs(total_runs(experiments()[given.name].sweeps[given.budget])) as progress:
+    with console.runs(total_runs(settings)) as progress:
         result = run_experiment(
             given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,
             on_run=progress,

@@ -8,6 +8,19 @@ import os
 import tempfile
 from pathlib import Path
 
+from subspan.errors import SubspanError
+
+
+def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no file can be written to, before the work that would fill it.
+
+    Raises:
+        SubspanError: if it is a folder, or lies in one that does not exist.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
     """Write a file so that at every moment the old or the new one is there, whole.

@@ -9,7 +9,7 @@ import safetensors.torch
 
 from subspan import slots
 from subspan.errors import SubspanError
-from subspan.files import write_atomically
+from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.lab.evaluate import rebuild
 from subspan.subspace import SubspaceModel
 
@@ -26,10 +26,8 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     Raises:
         SubspanError: if the checkpoint is unusable, or the file cannot be where it is to be.
     """
-    target = Path(out)
-    if target.is_dir() or not target.parent.is_dir():
-        raise SubspanError(f"{out} cannot be a file: give a file name in a folder that exists")
-    if target.exists() and target.samefile(path):
+    refuse_what_is_no_file(out)
+    if Path(out).exists() and Path(out).samefile(path):
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
     model, _ = rebuild(path)
     net = model.merge() if isinstance(model, SubspaceModel) else model

@@ -204,9 +204,7 @@ def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterat
         ) from None
     finally:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of what is given up here: after an error, all the rest
+            warnings.simplefilter("ignore")  # of what is given up here: after an error, the rest
             outcomes.close()
 
 

@@ -196,9 +196,7 @@ class _Loop:
 
     def fit(self) -> None:
         """All epochs, or as many as patience allows."""
-        set_seed(
-            self.ready.run.seed % (1 << 32)
-        )  # of what the network itself draws, as dropout does
+        set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
         for epoch in range(1, self.training.epochs + 1):
             # Choices are the first process's, so that all stop together.
             [row] = broadcast_object_list([self.epoch(epoch)])

@@ -75,6 +75,17 @@ def experiments() -> dict[str, Experiment]:
     return dict(sorted(_registry.items()))
 
 
+def experiment(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        SubspanError: if there is none, with the nearest names.
+    """
+    if name not in experiments():
+        raise unknown("experiment", name, experiments())
+    return experiments()[name]
+
+
 def reproduce(
     name: str, out: Path, *, budget: Budget = "quick", jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None,
@@ -87,20 +98,18 @@ def reproduce(
     Raises:
         SubspanError: for an unknown name or budget.
     """
-    if name not in experiments():
-        raise unknown("experiment", name, experiments())
-    experiment = experiments()[name]
-    if budget not in experiment.sweeps:
+    chosen = experiment(name)
+    if budget not in chosen.sweeps:
         raise SubspanError(f"budget must be quick or full, got {budget!r}")
     extra = {
         "experiment": {
-            "name": name, "budget": budget, "title": experiment.title,
-            "source": experiment.source, "differences": experiment.differences,
+            "name": name, "budget": budget, "title": chosen.title,
+            "source": chosen.source, "differences": chosen.differences,
         },
-        "published": [curve.as_dict() for curve in experiment.published],
+        "published": [curve.as_dict() for curve in chosen.published],
     }  # fmt: skip
     result = sweep(
-        experiment.sweeps[budget], out, jobs=jobs, overwrite=overwrite, on_run=on_run, extra=extra
+        chosen.sweeps[budget], out, jobs=jobs, overwrite=overwrite, on_run=on_run, extra=extra
     )
     report.write(out)
     return result
