@@ -278,7 +278,11 @@ class _Loop:
             (self.out / "last.safetensors").unlink()
             self.record["checkpoint_bytes"] = (self.out / "model.safetensors").stat().st_size
         self.write("complete")
-        [self.record] = broadcast_object_list([self.record])
+        # The others read the record rather than be sent it: Gloo's thread may still hold what was
+        # sent last when Python ends, and aborts the process then. A barrier holds nothing.
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            self.record = records.read_json(self.out / "record.json") or self.record
 
     def save(self, name: str) -> None:
         """The model's checkpoint, from the main process."""
