@@ -63,10 +63,12 @@ class Numbers:
         return self.word(n, column) * bound // WORD
 
     def normal(self, n: int, column: int = 0) -> float:
-        words = self.call(n // 4, column)
-        u, v = words[0:2] if n % 4 < 2 else words[2:4]
-        radius, angle = math.sqrt(-2 * math.log((u + 1) / WORD)), 2 * math.pi * v / WORD
-        return radius * (math.cos(angle) if n % 2 == 0 else math.sin(angle))
+        rest, a = divmod(self.word(n // 2, column), 2**16)
+        signs, b = divmod(rest, 2**14)
+        radius, angle = math.sqrt(-2 * math.log((2 * a + 1) / 2**17)), math.pi * (2 * b + 1) / 2**16
+        if n % 2 == 0:
+            return radius * math.cos(angle) * (1 - 2 * (signs % 2))
+        return radius * math.sin(angle) * (1 - 2 * (signs // 2))
 
     def permuted(self, x: int, size: int, column: int = 0) -> int:
         """The image of x under the permutation of [0, size)."""
@@ -126,10 +128,9 @@ class Matrix:
         return self.numbers.sign(i, 0) * (1 / math.sqrt(held))
 
     def _orthogonal(self, i: int, j: int) -> float:
-        frequency = self.numbers.permuted(j, self.D, 1)
-        angle = 2 * math.pi * (i * frequency % self.D) / self.D
-        cas = math.cos(angle) + math.sin(angle)
-        return self.numbers.sign(i, 0) * cas / math.sqrt(self.D)
+        x = [0.0] * self.D
+        x[self.numbers.permuted(j, self.D, 1)] = 1.0
+        return self.numbers.sign(i, 0) * butterflies(x)[i]
 
     def _fastfood(self, i: int, j: int) -> float:
         n = 1
@@ -180,3 +181,28 @@ class Matrix:
 def hadamard(a: int, b: int) -> int:
     """The sign of an entry of the Walsh–Hadamard matrix."""
     return -1 if (a & b).bit_count() % 2 else 1
+
+
+def butterflies(x: list[float]) -> list[float]:
+    """The transform T of `orthogonal`."""
+    D = len(x)
+
+    def pair(i: int, k: int) -> None:
+        if k < D:
+            x[i], x[k] = (x[i] + x[k]) * math.sqrt(0.5), (x[i] - x[k]) * math.sqrt(0.5)
+
+    def halve(first: int, rows: int) -> None:
+        upper, lower = rows // 2, rows - rows // 2
+        for row in range(first, first + upper):
+            for lane in range(32):
+                pair(32 * row + lane, 32 * (row + lower) + lane)
+        if rows > 1:
+            halve(first, lower)
+            halve(first + lower, upper)
+
+    for stride in (1, 2, 4, 8, 16):
+        for i in range(D):
+            if i // stride % 2 == 0:
+                pair(i, i + stride)
+    halve(0, math.ceil(D / 32))
+    return x

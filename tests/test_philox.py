@@ -137,10 +137,10 @@ def test_every_part_of_the_address_matters() -> None:
 
 
 def test_normals_are_finite() -> None:
-    # Their logarithm sees (word + 1) / 2³², never 0: the largest possible normal is 6.66.
+    # Their logarithm sees (2a + 1) / 2¹⁷, never 0: no normal is larger than 4.86.
     normals = Source(1, 1).normals(0, 400_000, dtype=torch.float64)
     assert normals.isfinite().all()
-    assert normals.abs().max() < math.sqrt(64 * math.log(2))
+    assert normals.abs().max() < math.sqrt(2 * math.log(2**17))
 
 
 # ---- the distributions ---------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_addresses_out_of_range_are_refused(name: str, value: object) -> None:
         Source(**address)
 
 
-@pytest.mark.parametrize(("reading", "per_call"), [("sequence", 4), ("signs", 128), ("normals", 4)])
+@pytest.mark.parametrize(("reading", "per_call"), [("sequence", 4), ("signs", 128), ("normals", 8)])
 def test_the_end_of_a_sequence(reading: str, per_call: int) -> None:
     draw, end = getattr(Source(0, 1), reading), per_call << 32
     assert draw(end - 5, end).shape == (5,)

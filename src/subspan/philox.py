@@ -176,18 +176,20 @@ class Source:
         self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> Tensor:  # fmt: skip
-        """Standard normals by Box and Muller: words (0, 1) and (2, 3) of a call give two each.
+        """Standard normals by Box and Muller, eight of a call: word k holds numbers 2k and 2k + 1.
 
-        z₀ = √(−2 ln u) cos 2πv, z₁ = √(−2 ln u) sin 2πv, u = (word₀ + 1) / 2³², v = word₁ / 2³².
-        Evaluated in float64 and rounded once, so that backends differ by the last bit at most.
+        z₂ₖ = ±√(−2 ln u) cos φ, z₂ₖ₊₁ = ±√(−2 ln u) sin φ. Of the word, the low 16 bits a make
+        u = (2a + 1) / 2¹⁷, the next 14 bits b the angle φ = π(2b + 1) / 2¹⁶ in the first quadrant,
+        bit 30 the sign of the cosine and bit 31 that of the sine (1 is minus). No normal exceeds
+        4.86; all are evaluated in float64 and rounded once.
         """
-        calls = self._calls(start, stop, 4, column, step, device)
-        pairs = []
-        for a, b in (calls[:2], calls[2:]):
-            radius = torch.sqrt(-2 * torch.log((a + 1).double() * 2.0**-32))
-            angle = b.double() * (2 * math.pi * 2.0**-32)
-            pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
-        return torch.stack(pairs, dim=1).flatten(0, 1)[start % 4 :][: stop - start].to(dtype)
+        calls = torch.stack(self._calls(start, stop, 8, column, step, device), dim=1).flatten(0, 1)
+        radius = torch.sqrt(-2 * torch.log((2 * (calls & 0xFFFF) + 1).double() * 2.0**-17))
+        angle = (2 * (calls >> 16 & 0x3FFF) + 1).double() * (math.pi * 2.0**-16)
+        cosine = radius * torch.cos(angle) * (1 - 2 * (calls >> 30 & 1))
+        sine = radius * torch.sin(angle) * (1 - 2 * (calls >> 31))
+        normals = torch.stack((cosine, sine), dim=1).flatten(0, 1)
+        return normals[start % 8 :][: stop - start].to(dtype)
 
     def integers(
         self, start: int, stop: int, bound: int, *, column: Tensor | int = 0,

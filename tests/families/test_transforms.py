@@ -9,16 +9,27 @@ import subspan
 from subspan import SubspanError
 from subspan.families.fastfood import walsh_hadamard
 from subspan.families.kronecker import Kronecker, ceil_sqrt
-from subspan.families.orthogonal import hartley
+from subspan.families.orthogonal import inverse, levels, transform
+from tests.reference import butterflies
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 17, 30, 97, 101, 256])
-def test_hartley_is_its_matrix_and_its_own_inverse(n: int) -> None:
-    angle = 2 * math.pi * torch.outer(torch.arange(n), torch.arange(n)).double() / n
-    matrix = (angle.cos() + angle.sin()) / math.sqrt(n)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 32, 33, 64, 96, 100, 161, 1000, 1023, 4097])
+def test_butterflies_are_orthogonal_and_those_of_the_format(n: int) -> None:
     x = torch.randn(n, dtype=torch.float64)
-    torch.testing.assert_close(hartley(x), matrix @ x, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(hartley(hartley(x)), x, rtol=1e-12, atol=1e-12)
+    y = transform(x)
+    expected = torch.tensor(butterflies(x.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inverse(y), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y.norm(), x.norm(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [64, 96, 1000, 1023])
+def test_butterflies_mix_everything_with_everything(n: int) -> None:
+    # Of ±1/√n alone, the mean of n² T⁴ is 1; of normal entries it is 3. A level that is missing or
+    # meets the wrong partners leaves half of the entries empty: 2 or more.
+    T = torch.stack([transform(e) for e in torch.eye(n, dtype=torch.float64)], dim=1)
+    assert float((T**4).mean()) * n**2 < 1.5
+    assert levels(n) == math.ceil(math.log2(math.ceil(n / 32))) + 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64])

@@ -23,7 +23,7 @@ PATH = Path(__file__).with_name("entries.json")
 SMALL = (20, 5, 0, 20, 0, 0, 0)
 CUT = (101, 11, 90, 11, 2**32 + 1, 2, 3)
 FAR = (2**33 + 7, 6, 2**32 + 5, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
-# The transforms of these two make a reference of so many rows slow; their blocks and frequencies
+# The transforms of these two make a reference of so many rows slow; their blocks and butterflies
 # are reached by a moderate D.
 MIDDLE = (10_007, 6, 9_990, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
 OPTIONS: dict[str, list[dict[str, Any]]] = {
