@@ -211,11 +211,16 @@ class Source:
         Their number is 8, or 32 for a size of at most 32. Of a size that is a power of 2, a vector
         of columns gives as many permutations at once, which map (n, 1) to (n, len(column)).
         """
-        rounds = FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
         if isinstance(column, Tensor):
-            keys = self.sequence(0, rounds, column=column, step=step, device=column.device)
+            keys = self.sequence(0, rounds(size), column=column, step=step, device=column.device)
             return Permutation(size, keys.unbind())
-        return Permutation(size, tuple(self.sequence(0, rounds, column=column, step=step).tolist()))
+        keys = self.sequence(0, rounds(size), column=column, step=step)
+        return Permutation(size, tuple(keys.tolist()))
+
+
+def rounds(size: int) -> int:
+    """The number of rounds, hence of keys, of a permutation of [0, size)."""
+    return FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
 
 
 @dataclass(frozen=True)

@@ -42,27 +42,39 @@ class Kronecker(Projection, family="kronecker"):
         b, q = ceil_sqrt(self.out_dim), ceil_sqrt(self.in_dim)
         return -(-self.out_dim // b), b, -(-self.in_dim // q), q
 
+    def covering(self, start: int, stop: int) -> tuple[int, int, slice]:
+        """Rows first … last−1 of A that cover the rows of P, and where those are in them."""
+        b = self.tile[1]
+        first, last = start // b, -(-stop // b)
+        return first, last, slice(start - first * b, stop - first * b)
+
+    def forward(self, A: Tensor, B: Tensor, part: slice, w: Tensor) -> Tensor:
+        """Rows ``part`` of (A ⊗ B) w / √D."""
+        _, _, p, q = self.tile
+        W = pad(w, (0, p * q - self.in_dim)).view(p, q)
+        return (A @ W @ B.T).flatten()[part] / math.sqrt(self.out_dim)
+
+    def backward(self, A: Tensor, B: Tensor, part: slice, g: Tensor) -> Tensor:
+        """The adjoint of :meth:`forward`."""
+        full = g.new_zeros(len(A) * len(B))
+        full[part] = g
+        W = A.T @ full.view(len(A), len(B)) @ B
+        return W.flatten()[: self.in_dim] / math.sqrt(self.out_dim)
+
     def _factors(
         self, x: Tensor, step: Tensor, start: int, stop: int
     ) -> tuple[Tensor, Tensor, slice]:
         """The rows of A that cover rows start … stop−1 of P, all of B, where the rows are."""
         _, b, p, q = self.tile
-        first, last = start // b, -(-stop // b)
+        first, last, part = self.covering(start, stop)
         options: dict[str, Any] = {"step": step, "device": x.device, "dtype": x.dtype}
         columns = torch.arange(max(p, q), device=x.device)
         A = self.source.signs(first, last, column=columns[:p], **options)
         B = self.source.signs(0, b, column=columns[:q] + (1 << 31), **options)
-        return A, B, slice(start - first * b, stop - first * b)
+        return A, B, part
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        _, _, p, q = self.tile
-        A, B, part = self._factors(w, step, start, stop)
-        W = pad(w, (0, p * q - self.in_dim)).view(p, q)
-        return (A @ W @ B.T).flatten()[part] / math.sqrt(self.out_dim)
+        return self.forward(*self._factors(w, step, start, stop), w)
 
     def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        A, B, part = self._factors(g, step, start, stop)
-        full = g.new_zeros(len(A) * len(B))
-        full[part] = g
-        W = A.T @ full.view(len(A), len(B)) @ B
-        return W.flatten()[: self.in_dim] / math.sqrt(self.out_dim)
+        return self.backward(*self._factors(g, step, start, stop), g)

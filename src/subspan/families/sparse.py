@@ -115,6 +115,11 @@ class SparseOriginal(DenseProjection, family="sparse-original"):
     domain = 8
     norm = "expected"
 
+    @property
+    def threshold(self) -> int:
+        """⌊2³²/√d⌋: words below it are nonzeros."""
+        return math.isqrt((1 << 64) // self.in_dim)
+
     def _signs(self, word: Tensor) -> Tensor:
         return 1 - 2 * (word & 1)
 
@@ -123,9 +128,8 @@ class SparseOriginal(DenseProjection, family="sparse-original"):
     ) -> Tensor:
         columns = torch.arange(self.in_dim, device=device)
         word = self.source.sequence(start, stop, column=columns, step=step, device=device)
-        threshold = math.isqrt((1 << 64) // self.in_dim)
-        nonzero = (word < threshold) * self._signs(word)
-        return nonzero.to(dtype) / math.sqrt(self.out_dim * threshold / 2.0**32)
+        nonzero = (word < self.threshold) * self._signs(word)
+        return nonzero.to(dtype) / math.sqrt(self.out_dim * self.threshold / 2.0**32)
 
 
 @dataclass(frozen=True)

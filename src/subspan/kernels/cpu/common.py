@@ -1,0 +1,236 @@
+"""What the Numba kernels share: compilation, the generator, permutations, threads.
+
+The integers are those of :mod:`subspan.philox`. Lanes of the vector registers are columns or rows,
+whatever makes the inner loop of a kernel a loop over contiguous memory without a branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types, uint32, uint64
+from numba.extending import intrinsic
+from torch import Tensor
+
+from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, rounds
+
+LANES = 64  # columns generated together
+CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
+GRAIN = 1 << 15  # operations that are worth a thread
+SIGN = np.uint32(1 << 31)
+LOW = np.uint64(MASK)
+M0, M1 = (np.uint64(m) for m in MULTIPLIERS)
+W0, W1 = (np.uint32(w) for w in WEYL)
+
+# ---- compilation ---------------------------------------------------------------------------------
+
+
+def _folder() -> str | None:
+    """Where compiled kernels are kept between processes; None where nothing can be written.
+
+    Numba looks for changes in the file of a function, but not in the functions that it calls: a
+    folder named by all of our sources does.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    chosen = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    bases = [Path(chosen)] if chosen else [Path(__file__).parent / "__pycache__"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        bases.append(Path.home() / ".cache" / "subspan")
+    for base in bases:
+        folder = base / f"kernels-{digest}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return str(folder)
+    return None
+
+
+@functools.cache
+def _cached() -> str | None:
+    return _folder()
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, folder
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def kernel(function: Any) -> Any:
+    """Compile for many threads at the first call, and keep the code for the next process."""
+    folder = _cached()
+    if folder is None:
+        return njit(parallel=True, **OPTIONS)(function)
+    with _cache_in(folder):
+        return njit(parallel=True, cache=True, **OPTIONS)(function)
+
+
+OPTIONS: dict[str, Any] = {
+    "nogil": True, "boundscheck": False, "error_model": "numpy",
+    "fastmath": {"contract"},  # a·b + c in one instruction; sums keep their order
+}  # fmt: skip
+inline = njit(inline="always")
+function = njit(**OPTIONS)
+
+# ---- bits ----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def as_float(context: Any, bits: Any) -> Any:
+    """Reinterpret 32 bits as a float."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def as_bits(context: Any, value: Any) -> Any:
+    """Reinterpret a float as 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@inline
+def flip(bits, word, shift):
+    """The float with these bits, negated if bit 31 − ``shift`` of ``word`` is set."""
+    return as_float(bits ^ ((word << shift) & SIGN))
+
+
+# ---- the generator -------------------------------------------------------------------------------
+
+
+@inline
+def philox(index, column, address):
+    """The four words of a call.
+
+    Words live in the low halves of 64-bit registers, where the product's instruction looks for
+    them; what is in the high halves never matters, so that a round is six instructions.
+    """
+    step, tag, k0, k1 = address
+    c0, c1, c2, c3 = uint64(index), uint64(column), uint64(step), uint64(tag)
+    for _ in range(ROUNDS):
+        p0, p1 = M0 * (c0 & LOW), M1 * (c2 & LOW)
+        c0, c1, c2, c3 = (
+            (p1 >> uint64(32)) ^ c1 ^ uint64(k0),
+            p1,
+            (p0 >> uint64(32)) ^ c3 ^ uint64(k1),
+            p0,
+        )
+        k0, k1 = uint32(k0 + W0), uint32(k1 + W1)
+    return uint32(c0), uint32(c1), uint32(c2), uint32(c3)
+
+
+@inline
+def columns(out, index, column, address):
+    """The words of call ``index`` for LANES columns from ``column``, into (4, LANES)."""
+    for lane in range(LANES):
+        a, b, c, d = philox(index, column + lane, address)
+        out[0, lane], out[1, lane], out[2, lane], out[3, lane] = a, b, c, d
+
+
+@inline
+def sequence(out, first, count, column, address):
+    """The words of ``count`` calls from ``first`` on in one column, into (count, 4)."""
+    for call in range(count):
+        a, b, c, d = philox(first + call, column, address)
+        out[call, 0], out[call, 1], out[call, 2], out[call, 3] = a, b, c, d
+
+
+@inline
+def round_keys(rounds, column, address):
+    """The keys of a permutation: the first words of a sequence."""
+    keys = np.empty((rounds // 4, 4), np.uint32)
+    sequence(keys, 0, rounds // 4, column, address)
+    return keys.ravel()
+
+
+@inline
+def mix(x):
+    """The round function of a permutation."""
+    x = uint32((x ^ (x >> uint32(16))) * uint32(0x85EBCA6B))
+    x = uint32((x ^ (x >> uint32(13))) * uint32(0xC2B2AE35))
+    return uint32(x ^ (x >> uint32(16)))
+
+
+@inline
+def feistel(high, low, count, keys, high_bits, low_bits):
+    """All rounds of a permutation on the halves of ``count`` indices, in place."""
+    high_mask, low_mask = uint32((1 << high_bits) - 1), uint32((1 << low_bits) - 1)
+    for r in range(0, keys.size, 2):
+        even, odd = keys[r], keys[r + 1]
+        for i in range(count):
+            high[i] ^= mix(low[i] ^ even) & high_mask
+            low[i] ^= mix(high[i] ^ odd) & low_mask
+
+
+def widths(size: int) -> tuple[int, int, int, int]:
+    """Of a permutation of [0, size) its rounds and the bits of the high and the low half; and 32.
+
+    The bits of a word are an argument because the compiler must not know them: it would unroll a
+    loop over them and vectorise the one around it, with gathers, at seven times the cost.
+    """
+    return rounds(size), *Permutation(size, ()).bits, 32
+
+
+# ---- from Python ---------------------------------------------------------------------------------
+
+
+def threads(work: float) -> None:
+    """As many threads as torch uses, but one for each GRAIN of ``work`` operations at most.
+
+    A worker that was given one core takes one, and a bias does not wait for a second.
+    """
+    wanted = torch.get_num_threads()
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(wanted, most, int(work / GRAIN))))
+    if torch.get_num_threads() != wanted:  # Numba's pool started, and reset the OpenMP they share
+        torch.set_num_threads(wanted)
+
+
+def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
+    """Where the numbers of a projection are: Philox's step, tag and key."""
+    source = p.source
+    return tuple(np.uint32(word) for word in (int(step), source.tag, *source.key))
+
+
+def padded(w: Tensor, divisor: float = 1.0) -> Any:
+    """``w`` divided as a NumPy array, with zeros up to a multiple of LANES."""
+    out = np.zeros(-(-w.numel() // LANES) * LANES, np.float32)
+    np.divide(w.numpy(), np.float32(divisor), out=out[: w.numel()])
+    return out
+
+
+def partials(blocks: int, rows: int, columns: int) -> tuple[int, Any]:
+    """Blocks of ``rows`` rows to a task, and room for the sums of tasks (tasks, whole LANES).
+
+    Tasks grow with the columns, so that the sums together stay below a sixteenth of the rows; their
+    number depends on sizes alone, and so does the order in which sums are added.
+    """
+    width = -(-columns // LANES) * LANES
+    chunk = max(1, max(CHUNK, 16 * width) // rows)
+    return chunk, np.empty((max(1, -(-blocks // chunk)), width), np.float32)
+
+
+def total(partial: Any, columns: int) -> Tensor:
+    """The sums of all tasks, in order."""
+    return torch.from_numpy(partial[0] if len(partial) == 1 else partial.sum(axis=0))[:columns]
