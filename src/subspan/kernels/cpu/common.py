@@ -22,7 +22,7 @@ from numba import njit, types, uint32, uint64
 from numba.extending import intrinsic
 from torch import Tensor
 
-from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, rounds
+from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, Source, rounds
 
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
@@ -209,8 +209,13 @@ def threads(work: float) -> None:
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Where the numbers of a projection are: Philox's step, tag and key."""
-    source = p.source
-    return tuple(np.uint32(word) for word in (int(step), source.tag, *source.key))
+    return np.uint32(int(step)), *_place(p.seed, p.domain, p.stream)
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
+    source = Source(seed, domain, stream)
+    return tuple(np.uint32(word) for word in (source.tag, *source.key))
 
 
 def padded(w: Tensor, divisor: float = 1.0) -> Any:

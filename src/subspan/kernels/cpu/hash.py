@@ -104,10 +104,22 @@ def _fill(out, start, buckets, size, widths, address):
                 out[first - start : last - start] = index[first - tile * TILE : last - tile * TILE]
 
 
+@inline
+def _scale(out, x, size):
+    """out_b = x_b/√n_b: the root and the quotient in float64, then float32 (docs/format.md)."""
+    more = size % x.size  # the first so many buckets hold one row more
+    large = np.float32(1.0 / np.sqrt(float(size // x.size + 1)))
+    small = np.float32(1.0 / np.sqrt(float(size // x.size)))
+    for bucket in range(x.size):
+        out[bucket] = x[bucket] * (large if bucket < more else small)
+
+
 @common.kernel
-def _matvec(table, start, out, kept, size, widths, address):
-    """out_i = ±table[bucket of i], by the index that is kept or, if that is empty, is made."""
+def _matvec(w, start, out, kept, size, widths, address):
+    """out_i = ±w_b/√n_b, by the index that is kept or, if that is empty, is made."""
     keys, stop = round_keys(widths[0], 1, address), start + out.size
+    table = np.empty(w.size, np.float32)
+    _scale(table, w, size)
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
         index = np.empty(TILE, np.uint32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
@@ -125,10 +137,10 @@ def _matvec(table, start, out, kept, size, widths, address):
 
 
 @common.kernel
-def _rmatvec(g, start, partial, chunk, buckets, kept, size, widths, address):
-    """partial[task, bucket of i] += ±g_i over the rows of the task."""
+def _rmatvec(g, start, total, partial, chunk, kept, size, widths, address):
+    """total[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task]."""
     keys, stop = round_keys(widths[0], 1, address), start + g.size
-    begin, end = start // TILE, (stop + TILE - 1) // TILE
+    begin, end, buckets = start // TILE, (stop + TILE - 1) // TILE, total.size
     for task in prange(len(partial)):
         sums = partial[task]
         sums[:] = 0
@@ -144,6 +156,11 @@ def _rmatvec(g, start, partial, chunk, buckets, kept, size, widths, address):
             for i in range(rows.size):
                 word = words[i]
                 sums[word & ~SIGN] += as_float(as_bits(rows[i]) ^ (word & SIGN))
+    total[:] = 0
+    for task in range(len(partial)):
+        for bucket in range(buckets):
+            total[bucket] += partial[task, bucket]
+    _scale(total, total, size)
 
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
@@ -166,10 +183,10 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     if p.out_dim > 1 << 32:  # kernels count rows in 32 bits
         return p._matvec(w, step, start, stop)
-    table, out = (w * p.scale(w)).numpy(), np.empty(stop - start, np.float32)
+    out = np.empty(stop - start, np.float32)
     arguments = _arguments(p, step, start, stop)
     common.threads(2 * out.size)
-    _matvec(table, start, out, *arguments)
+    _matvec(w.numpy(), start, out, *arguments)
     return torch.from_numpy(out)
 
 
@@ -182,7 +199,8 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     tasks = min(TASKS, max(1, (stop - start) // (16 * p.in_dim)), tiles)
     chunk = -(-tiles // tasks)
     partial = np.empty((-(-tiles // chunk), p.in_dim), np.float32)
+    total = np.empty(p.in_dim, np.float32)
     arguments = _arguments(p, step, start, stop)
     common.threads(2 * (stop - start))
-    _rmatvec(g.numpy(), start, partial, chunk, p.in_dim, *arguments)
-    return common.total(partial, p.in_dim) * p.scale(g)
+    _rmatvec(g.numpy(), start, total, partial, chunk, *arguments)
+    return torch.from_numpy(total)
