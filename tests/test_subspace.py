@@ -107,6 +107,28 @@ def test_two_routes_make_one_trajectory(name):
     torch.testing.assert_close(flat(model), w.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("compartments", ["global", "uniform:3"])
+def test_second_derivatives_are_those_of_the_dense_map(compartments):
+    x, plain = batch("mlp", torch.float64), build("mlp", torch.float64)
+    model = scatter(wrap("mlp", compartments, torch.float64, projection="gaussian"))
+    dense, w = dense_map(model), flat(model).requires_grad_()
+    theta = {k: p.detach() + (dense[k] @ w).view(p.shape) for k, p in plain.named_parameters()}
+    expected = functional_call(plain, theta, x).square().mean()
+    first = torch.autograd.grad(expected, w, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), w)[0]
+
+    coordinates = list(model.coordinates.values())
+    ours = torch.autograd.grad(model(x).square().mean(), coordinates, create_graph=True)
+    twice = torch.autograd.grad(sum(g.square().sum() for g in ours), coordinates)
+    torch.testing.assert_close(torch.cat(ours), first, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat(twice), second, rtol=1e-9, atol=1e-12)
+
+
+def test_shapes_on_the_meta_device():
+    model = wrap("mlp").to("meta")
+    assert model(torch.ones(3, 8, device="meta")).shape == (3, 4)
+
+
 def test_compartments_do_not_share_directions():
     """Each compartment has its own stream: equal layers get different rows."""
     net = nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,29 +19,27 @@ class Cache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.held = 0  # bytes
-        self._items: dict[Any, tuple[Tensor, ...]] = {}
+        self._items: OrderedDict[Any, tuple[Tensor, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Any, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The tensors under ``key``, built at the first call and after they were dropped."""
         with self._lock:
-            found = self._drop(key)
-        if found is None:
-            found = build()  # outside the lock: two threads may both build, to the same effect
+            if key in self._items:
+                self._items.move_to_end(key)  # newest last
+                return self._items[key]
+        found = build()  # outside the lock: two threads may both build, to the same effect
         with self._lock:
             self._drop(key)
             if self._bytes(found) <= self.budget:
-                self._items[key] = found  # newest last
+                self._items[key] = found
                 self.held += self._bytes(found)
             while self.held > self.budget:
                 self._drop(next(iter(self._items)))
         return found
 
-    def _drop(self, key: Any) -> tuple[Tensor, ...] | None:
-        found = self._items.pop(key, None)
-        if found is not None:
-            self.held -= self._bytes(found)
-        return found
+    def _drop(self, key: Any) -> None:
+        self.held -= self._bytes(self._items.pop(key, ()))
 
     @staticmethod
     def _bytes(tensors: tuple[Tensor, ...]) -> int:

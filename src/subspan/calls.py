@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.compartments import Compartment, Piece
 from subspan.errors import SubspanError
-from subspan.families.base import Projection
+from subspan.families.base import Projection, compute, project
 
 GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
 
@@ -48,6 +49,63 @@ def plan(
     return tuple(calls)
 
 
+def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Sequence[Tensor]:
+    """θ₀ + P w of a call's pieces.
+
+    Args:
+        w: (d,) coordinates.
+        step: which redraw of P, 0-D int64.
+        call: which rows.
+        bases: θ₀ of every piece, in any shape, on any device.
+
+    Returns:
+        Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
+    """
+    if traced(w):
+        return _theta(project, w, step, call, bases)
+    return _Theta.apply(w, step, call, *bases)
+
+
+def traced(x: Tensor) -> bool:
+    """Whether something follows the operators that are called, and must meet ours among them."""
+    stand_in = x.is_meta or type(x) not in (Tensor, nn.Parameter)
+    return stand_in or torch.compiler.is_compiling()
+
+
+def _theta(
+    product: Callable[..., Tensor], w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]
+) -> list[Tensor]:
+    rows = product(w, step, call.recipe, call.start, call.stop, False)
+    parts = rows.split([len(piece) for piece in call.pieces]) if len(bases) > 1 else [rows]
+    return [
+        (base + part.view(base.shape).to(base.device)).to(base.dtype)
+        for base, part in zip(bases, parts, strict=True)
+    ]
+
+
+class _Theta(torch.autograd.Function):
+    """The same with its adjoint as one node, without dispatch: small networks notice both.
+
+    A tensor that has a call to itself is projected as soon as its gradient is there, which is then
+    free: the peak is one tensor's gradient, or GROUP weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, step: Tensor, call: Call, *bases: Tensor) -> Any:
+        ctx.call, ctx.device, ctx.dtype = call, w.device, w.dtype
+        ctx.save_for_backward(step)
+        return tuple(_theta(compute, w, step, call, bases))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (step,), call = ctx.saved_tensors, ctx.call
+        parts = [grad.to(ctx.device, ctx.dtype).reshape(-1) for grad in grads]
+        g = parts[0] if len(parts) == 1 else torch.cat(parts)
+        product = project if torch.is_grad_enabled() else compute  # a second derivative follows
+        w_grad = product(g, step, call.recipe, call.start, call.stop, True)
+        return w_grad, None, None, *(None for _ in grads)
+
+
 def key(compartment: str) -> str:
     """A compartment's name as a parameter's: dots would be read as submodules."""
     name = compartment.replace("%", "%25").replace("/", "%2F").replace(".", "/")
@@ -61,20 +119,6 @@ def layout(
     rows = [[part.dim, [astuple(piece) for piece in part.pieces]] for part in compartments]
     text = json.dumps([projection, seed, options, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-class Method(nn.Module):
-    """Any method of a module as a ``forward``, which is what ``functional_call`` calls."""
-
-    def __init__(self, body: nn.Module, name: str) -> None:
-        super().__init__()
-        self.body, self.name = body, name
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The method's result."""
-        if self.name == "forward":
-            return self.body(*args, **kwargs)  # runs hooks
-        return getattr(self.body, self.name)(*args, **kwargs)
 
 
 def refuse_reentrant_checkpoints(arguments: Any, out: Any) -> None:

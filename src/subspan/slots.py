@@ -9,6 +9,7 @@ hollow network still moves between devices, copies and answers ``net.fc.weight``
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,18 @@ class Slot:
     path: str
     tensor: str
 
+    @functools.cached_property
+    def names(self) -> tuple[tuple[str, ...], str]:
+        """Names of the modules on the way, and of the attribute."""
+        *modules, attribute = self.path.split(".")
+        return tuple(modules), attribute
+
     def find(self, net: nn.Module) -> tuple[nn.Module, str]:
-        """The module and its attribute."""
-        module, _, attribute = self.path.rpartition(".")
-        return net.get_submodule(module), attribute
+        """The module and its attribute; ``get_submodule`` would take a tenth of a small step."""
+        modules, attribute = self.names
+        for name in modules:
+            net = net._modules[name]  # type: ignore[assignment]
+        return net, attribute
 
 
 def slots(net: nn.Module) -> list[Slot]:
@@ -102,6 +111,23 @@ def hollow(net: nn.Module, places: Iterable[Slot]) -> None:
         first = slot.path == slot.tensor
         module.register_buffer(attribute, tensor.detach() if first else None, persistent=False)
     forget_flat_weights(net)
+
+
+def swap(net: nn.Module, places: Iterable[Slot], tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors where :func:`hollow` left buffers."""
+    for slot in places:
+        module, attribute = slot.find(net)
+        module._buffers[attribute] = tensors[slot.tensor]
+
+
+def base(net: nn.Module, places: Iterable[Slot]) -> dict[str, Tensor]:
+    """What lies in the slots of a hollow network, by tensor."""
+    found = {}
+    for slot in places:
+        if slot.path == slot.tensor:
+            module, attribute = slot.find(net)
+            found[slot.tensor] = module._buffers[attribute]
+    return found  # type: ignore[return-value]
 
 
 def fill(net: nn.Module, places: Iterable[Slot], tensors: Mapping[str, nn.Parameter]) -> None:

@@ -20,12 +20,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from subspan import calls, families, init, slots
 from subspan.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.errors import SubspanError
-from subspan.families.base import project
 from subspan.summary import Row, Summary
 
 
@@ -157,20 +155,25 @@ class SubspaceModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """θ of every tensor that is not trained fully, by name; differentiable in w."""
         thetas = self._base()
-        deltas: list[Tensor] = []
+        begun: list[Tensor] = []
         for call in self._calls:
             w = self.coordinates[call.coordinates]
-            rows = project(w, self._step, call.recipe, call.start, call.stop, False)
-            parts = rows.split([len(piece) for piece in call.pieces])
-            for piece, part in zip(call.pieces, parts, strict=True):
-                deltas.append(part)
-                base = thetas[piece.tensor]
-                if piece.stop == base.numel():  # its last piece: finished, before others begin
-                    delta = torch.cat(deltas) if len(deltas) > 1 else part
-                    deltas.clear()
-                    # Low precisions are added up in the coordinates' own, and rounded once.
-                    theta = base + delta.view(base.shape).to(base.device)
-                    thetas[piece.tensor] = theta.to(base.dtype)
+            bases = [
+                base if len(piece) == base.numel() else base.reshape(-1)[piece.start : piece.stop]
+                for piece in call.pieces
+                for base in (thetas[piece.tensor],)
+            ]
+            for piece, part in zip(
+                call.pieces, calls.theta(w, self._step, call, bases), strict=True
+            ):
+                whole = thetas[piece.tensor]
+                if len(piece) == whole.numel():
+                    thetas[piece.tensor] = part
+                    continue
+                begun.append(part)  # compartments share this tensor
+                if piece.stop == whole.numel():
+                    thetas[piece.tensor] = torch.cat(begun).view(whole.shape)
+                    begun.clear()
         return thetas
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,12 +185,14 @@ class SubspaceModel(nn.Module):
         eager = not torch.compiler.is_compiling()
         if eager and not self._ranks_checked:
             self._check_ranks()
-        theta = self.weights()
-        in_slots = {f"body.{slot.path}": theta[slot.tensor] for slot in self._places}
-        body = calls.Method(self.body, method)
+        base = self._base()
+        slots.swap(self.body, self._places, self.weights())
         try:
-            out = functional_call(body, in_slots, args, kwargs, tie_weights=False)
+            # The network itself and not its ``forward``, which would pass its hooks by.
+            run = self.body if method == "forward" else getattr(self.body, method)
+            out = run(*args, **kwargs)
         finally:
+            slots.swap(self.body, self._places, base)
             if self._recurrent:
                 slots.forget_flat_weights(self.body)
         if eager and not self._graph_checked and torch.is_grad_enabled():
@@ -237,7 +242,7 @@ class SubspaceModel(nn.Module):
 
     def _base(self) -> dict[str, Tensor]:
         """θ₀ of every tensor that is not trained fully, by name."""
-        return {name: self.body.get_buffer(name) for name in slots.aliases(self._places)}
+        return slots.base(self.body, self._places)
 
     def _filled(self, net: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         for name in self._fully:

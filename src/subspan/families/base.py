@@ -225,13 +225,18 @@ def projection(
     return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
 
 
+def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """What :func:`project` computes, unseen by autograd and compilers."""
+    return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+
+
 # ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
 
 
 @torch.library.custom_op("subspan::project", mutates_args=())
 def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
     """P x or Pᵀ x for rows start … stop−1, without the checks of the public methods."""
-    out = from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+    out = compute(x, step, recipe, start, stop, adjoint)
     return out.clone() if out is x else out  # an operator must not return its argument
 
 

@@ -27,6 +27,7 @@ from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, Source,
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
 GRAIN = 1 << 15  # operations that are worth a thread
+MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 SIGN = np.uint32(1 << 31)
 LOW = np.uint64(MASK)
 M0, M1 = (np.uint64(m) for m in MULTIPLIERS)
@@ -183,6 +184,7 @@ def feistel(high, low, count, keys, high_bits, low_bits):
             low[i] ^= mix(high[i] ^ odd) & low_mask
 
 
+@functools.lru_cache(maxsize=4096)
 def widths(size: int) -> tuple[int, int, int, int]:
     """Of a permutation of [0, size) its rounds and the bits of the high and the low half; and 32.
 
@@ -201,8 +203,9 @@ def threads(work: float) -> None:
     A worker that was given one core takes one, and a bias does not wait for a second.
     """
     wanted = torch.get_num_threads()
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(max(1, min(wanted, most, int(work / GRAIN))))
+    number = max(1, min(wanted, MOST, int(work / GRAIN)))
+    if numba.get_num_threads() != number:
+        numba.set_num_threads(number)
     if torch.get_num_threads() != wanted:  # Numba's pool started, and reset the OpenMP they share
         torch.set_num_threads(wanted)
 
