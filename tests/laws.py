@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subspan import Projection, SubspanError
+from subspan.families import base
 from subspan.families.base import from_recipe, project
 
 Law = Callable[[Projection], None]
@@ -178,6 +179,26 @@ def low_precisions_are_computed_in_float32(p: Projection) -> None:
 
 
 @law
+def updates_in_place_are_the_products_added(p: Projection) -> None:
+    """θ + α P w and w + α Pᵀ g, in every precision of θ and g, whatever the blocks of rows."""
+    rows = range(p.out_dim // 4, p.out_dim)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "BLOCK", max(1, p.out_dim // 3))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            exact = torch.float64 if dtype == torch.float64 else torch.float32
+            w, g = vector(p.in_dim, exact), vector(len(rows), seed=1).to(dtype)
+            step = torch.tensor(2)
+            theta, c = g.clone(), w.clone()
+            assert p.addmv_(theta, w, alpha=-0.5, step=step, rows=rows) is theta
+            assert p.addrmv_(c, g, alpha=-0.5, step=step, rows=rows) is c
+            forward = g.to(exact) - 0.5 * p.matvec(w, step=step, rows=rows)
+            backward = w - 0.5 * p.rmatvec(g.to(exact), step=step, rows=rows)
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(theta, forward.to(dtype), rtol=2 * eps, atol=4 * eps)
+            torch.testing.assert_close(c, backward, rtol=1e-5, atol=1e-5)
+
+
+@law
 def strides_do_not_matter(p: Projection) -> None:
     """A slice of something larger is as good as a copy, and neither is changed."""
     for dtype in DTYPES:
@@ -300,6 +321,19 @@ def what_does_not_fit_is_refused(p: Projection) -> None:
                 product(x, step=step)
     with pytest.raises(SubspanError, match="shape"):
         p.rmatvec(torch.ones(2), rows=range(1))
+    for update, x, y in ((p.addmv_, g, w), (p.addrmv_, w, g)):
+        before = x.clone()
+        for bad in (
+            (x, torch.ones(len(y) + 1)),
+            (x, y.long()),
+            (x, y.to("meta")),
+            (w.half(), g) if x is w else (g, w.half()),
+        ):
+            with pytest.raises(SubspanError, match=r"must be|is on"):
+                update(*bad)
+        with pytest.raises(SubspanError, match=r"^step must be"):
+            update(x, y, step=-1)
+        assert torch.equal(x, before)
 
 
 # ---- the operator --------------------------------------------------------------------------------

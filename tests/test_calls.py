@@ -70,17 +70,21 @@ class Live(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.see((args, kwargs), made=False)  # what was there before: an output may be its view
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        self.see(out, made=True)
+        return out
+
+    def see(self, tree, made):
+        for tensor in tree_leaves(tree):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
+                key, size = storage._cdata, storage.nbytes() if made else 0
                 if key not in self.seen:
                     self.seen.add(key)
                     self.now += size
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self.free, key, size)
-        return out
 
     def free(self, key, size):
         self.seen.discard(key)

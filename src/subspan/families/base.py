@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,8 @@ from subspan.errors import SubspanError, unknown
 from subspan.philox import Source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+BLOCK = 1 << 20  # rows that an update in place computes at once
 
 _families: dict[str, type[Projection]] = {}
 
@@ -126,6 +129,86 @@ class Projection(ABC):
         """
         rows = self._check(g, "g", step, rows, length=None)
         return project(g, as_step(step), self.recipe, rows.start, rows.stop, True)
+
+    @torch.no_grad()
+    def addmv_(
+        self, theta: Tensor, w: Tensor, *, alpha: float = 1.0, step: int | Tensor = 0,
+        rows: range | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Add to weights in place: θ ← θ + α P w for the given rows, as ``Tensor.addmv_`` would.
+
+        Rows of P w exist BLOCK at a time (all of them for a family that is not ``local``), so that
+        the update of a re-drawn basis needs no second vector of weights. No gradient is recorded.
+
+        Args:
+            theta: (len(rows),) contiguous, of a floating dtype; 16-bit weights are added up in the
+                precision of ``w``, and rounded once.
+            w: (d,) coordinates of float32 or float64, on the device of ``theta``.
+            alpha: a factor.
+            step: as in :meth:`matvec`.
+            rows: as in :meth:`matvec`.
+
+        Returns:
+            ``theta``.
+
+        Raises:
+            SubspanError: for a vector, range or step that does not fit; nothing is changed then.
+        """
+        rows = self._check_update(w, theta, "theta", step, rows)
+        for block in self._blocks_of(rows):
+            part = theta[block.start - rows.start : block.stop - rows.start]
+            product = project(w, as_step(step), self.recipe, block.start, block.stop, False)
+            part.add_(product, alpha=alpha)
+        return theta
+
+    @torch.no_grad()
+    def addrmv_(
+        self, w: Tensor, g: Tensor, *, alpha: float = 1.0, step: int | Tensor = 0,
+        rows: range | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Add to coordinates in place: w ← w + α Pᵀ g for the given rows, BLOCK of them at a time.
+
+        So the gradients of several tensors are gathered one by one, and a 16-bit gradient is
+        never copied whole. No gradient is recorded.
+
+        Args:
+            w: (d,) coordinates of float32 or float64, contiguous.
+            g: (len(rows),) contiguous, of a floating dtype, on the device of ``w``.
+            alpha: a factor.
+            step: as in :meth:`matvec`.
+            rows: as in :meth:`matvec`.
+
+        Returns:
+            ``w``.
+
+        Raises:
+            SubspanError: for a vector, range or step that does not fit; nothing is changed then.
+        """
+        rows = self._check_update(w, g, "g", step, rows)
+        for block in self._blocks_of(rows):
+            part = g[block.start - rows.start : block.stop - rows.start].to(w.dtype)
+            product = project(part, as_step(step), self.recipe, block.start, block.stop, True)
+            w.add_(product, alpha=alpha)
+        return w
+
+    def _blocks_of(self, rows: range) -> Iterator[range]:
+        size = BLOCK if self.local else max(1, len(rows))
+        for start in range(rows.start, rows.stop, size):
+            yield range(start, min(start + size, rows.stop))
+
+    def _check_update(
+        self, w: Tensor, x: Tensor, name: str, step: int | Tensor, rows: range | None
+    ) -> range:
+        rows = self._check(x, name, step, rows, length=None)
+        self._check(w, "w", step, rows, length=self.in_dim)
+        if w.dtype not in (torch.float32, torch.float64):
+            raise SubspanError(f"w must be float32 or float64 in an update, got {w.dtype}")
+        for vector, of in ((w, "w"), (x, name)):
+            if not vector.is_contiguous():
+                raise SubspanError(f"{of} must be contiguous in an update: use .contiguous()")
+        if w.device != x.device:
+            raise SubspanError(f"w is on {w.device} and {name} on {x.device}: move one of them")
+        return rows
 
     def dense(
         self, *, step: int | Tensor = 0, rows: range | None = None,

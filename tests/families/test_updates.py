@@ -1,0 +1,61 @@
+"""Updates in place beyond the laws: their memory, and what they refuse."""
+
+import pytest
+import torch
+
+import subspan
+from subspan import SubspanError
+from subspan.families import base
+from tests.test_calls import Live
+
+LOCAL = ["gaussian", "rademacher", "sparse", "hash", "fastfood", "kronecker"]
+
+
+@pytest.mark.parametrize("family", LOCAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_of_the_size_of_the_weights_exists_beside_them(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "BLOCK", 1 << 12)
+    p = subspan.projection(family, out_dim=1 << 18, in_dim=5)
+    theta, g, w = torch.zeros(1 << 18, dtype=dtype), torch.ones(1 << 18, dtype=dtype), torch.ones(5)
+    with Live() as live:
+        p.addmv_(theta, w)
+        p.addrmv_(w, g)
+    assert 0 < live.peak <= 4 * (1 << 12) * 4  # of the 1 MiB that the weights are in float32
+    assert theta.any()
+
+
+def test_gradients_are_not_recorded() -> None:
+    p = subspan.projection("hash", out_dim=10, in_dim=3)
+    theta, w = torch.nn.Parameter(torch.zeros(10)), torch.nn.Parameter(torch.ones(3))
+    assert p.addmv_(theta, w).is_leaf
+    assert theta.detach().any()
+
+
+def test_strided_vectors_are_refused() -> None:
+    p = subspan.projection("hash", out_dim=10, in_dim=3)
+    theta, w = torch.zeros(10), torch.zeros(3)
+    strided_theta, strided_w = torch.zeros(20)[::2], torch.zeros(6)[::2]
+    for update, arguments, name in (
+        (p.addmv_, (strided_theta, w), "theta"), (p.addmv_, (theta, strided_w), "w"),
+        (p.addrmv_, (strided_w, theta), "w"), (p.addrmv_, (w, strided_theta), "g"),
+    ):  # fmt: skip
+        with pytest.raises(SubspanError, match=f"^{name} must be contiguous in an update"):
+            update(*arguments)
+
+
+def test_a_step_that_changes_in_a_compiled_update_does_not_recompile() -> None:
+    p = subspan.projection("rademacher", out_dim=50, in_dim=4)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def update(theta: torch.Tensor, g: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        c = p.addrmv_(torch.zeros(4), g, step=step)
+        return p.addmv_(theta, c, alpha=-0.1, step=step)
+
+    theta, expected, g = torch.zeros(50), torch.zeros(50), torch.arange(50.0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            update(theta, g, torch.tensor(step))
+            expected -= 0.1 * p.matvec(p.rmatvec(g, step=step), step=step)
+    torch.testing.assert_close(theta, expected)
