@@ -38,6 +38,12 @@ class Cache:
                 self._drop(next(iter(self._items)))
         return found
 
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._items.clear()
+            self.held = 0
+
     def _drop(self, key: Any) -> None:
         self.held -= self._bytes(self._items.pop(key, ()))
 

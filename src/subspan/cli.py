@@ -192,6 +192,73 @@ def reproduce(argv: Arguments) -> None:
     _swept(result, [*sorted(out.glob("curve.*")), out / "report.html"])
 
 
+def bench(argv: Arguments) -> None:
+    """What generating P costs on this machine: products, training steps, peak memory.
+
+    Everything is measured in turns, and given as a ratio: products against a matrix that is
+    stored, steps and memory against plain Adam on all weights.
+    """
+    import json
+
+    from subspan.lab import bench as lab_bench
+    from subspan.lab import console
+    from subspan.lab.bench import candidates, picture
+    from subspan.lab.config import split
+
+    lists = "separated by commas, or a YAML list"
+    names = "\n".join(f"  {name}" for name in candidates.names())
+    parser = _parser("bench", bench.__doc__, f"projections:\n{names}")
+    defaults = lab_bench.Bench()
+    words = list[str] | str
+    parser.add_argument(
+        "--parts", type=words, default=",".join(defaults.parts), help=f"what to measure, {lists}"
+    )
+    parser.add_argument(
+        "--methods", type=words | None, default=None, help=f"as below, {lists}; null: all"
+    )
+    parser.add_argument(
+        "--sizes", type=words, default=",".join(defaults.sizes),
+        help=f"D by d for products and memory, {lists}: 61706x1000,472610x4500",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nets", type=words, default=",".join(defaults.nets),
+        help=f"networks whose training steps are timed, {lists}",
+    )  # fmt: skip
+    parser.add_argument("--dim", type=int, default=defaults.dim, help="d of the training steps")
+    parser.add_argument(
+        "--batch_size", type=int, default=defaults.batch_size, help="images in a step"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=defaults.seconds,
+        help="to spend on each timing; never fewer than five rounds",
+    )  # fmt: skip
+    parser.add_argument("--device", type=str, default=defaults.device, help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print the record and no tables")
+    _add_out(parser, "runs/bench")
+    given = _parse(parser, argv)
+
+    settings = lab_bench.Bench(
+        parts=split(given.parts, "parts"),
+        methods=() if given.methods is None else split(given.methods, "methods"),
+        sizes=split(given.sizes, "sizes"),
+        nets=split(given.nets, "nets"),
+        dim=given.dim,
+        batch_size=given.batch_size,
+        seconds=given.seconds,
+        device=given.device,
+    )
+    out = Path(given.out)
+    if given.json:
+        record = lab_bench.bench(settings, out, overwrite=given.overwrite)
+        picture.write(record, out)
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+        return
+    with console.measuring(lab_bench.total(settings)) as done:
+        record = lab_bench.bench(settings, out, overwrite=given.overwrite, done=done)
+    files = [file for file in picture.write(record, out) if file.suffix == ".png"]
+    console.benched(record, [out / lab_bench.FILE, *files])
+
+
 # ---- one checkpoint, one folder, this machine ----------------------------------------------------
 
 
@@ -260,6 +327,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "export": (export, "merged weights of a checkpoint as a plain safetensors file"),
     "report": (report, "pictures and a page of what train or sweep wrote"),
     "reproduce": (reproduce, "run a published experiment, published and measured side by side"),
+    "bench": (bench, "time and memory of generated projections, against stored ones and Adam"),
     "doctor": (doctor, "kernels, devices, the generator's known answers, versions"),
 }
 

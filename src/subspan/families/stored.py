@@ -66,7 +66,7 @@ class Stored(Projection, family="stored"):
         return self._rows(g, step, start, stop, adjoint=True) @ g
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)  # as many layers; see `forget`
 def _matrix(stored: Stored, step: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     matrix = stored.inner.dense(step=step, dtype=dtype).to(device)
     if stored.qr:
@@ -74,6 +74,25 @@ def _matrix(stored: Stored, step: int, device: torch.device, dtype: torch.dtype)
         q, r = torch.linalg.qr(matrix)
         matrix = q * r.diagonal().sign()
     return _layout(matrix, stored.layout)
+
+
+def forget() -> None:
+    """Drop all matrices."""
+    _matrix.cache_clear()
+
+
+def stored_bytes(stored: Stored, device: torch.device) -> int:
+    """Bytes of the float32 matrix on a device: values and indices."""
+    matrix = _matrix(stored, 0, device, torch.float32)
+    if stored.layout == "dense":
+        parts = [matrix]
+    elif stored.layout == "coo":
+        parts = [matrix.indices(), matrix.values()]
+    elif stored.layout == "csr":
+        parts = [matrix.crow_indices(), matrix.col_indices(), matrix.values()]
+    else:
+        parts = [matrix.ccol_indices(), matrix.row_indices(), matrix.values()]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _layout(matrix: Tensor, layout: str) -> Tensor:

@@ -125,10 +125,7 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
     Accuracies are means over seeds ± their standard deviation.
     """
     columns = ("method", "d", "lr", "test accuracy %", "seeds", "stored", "bytes", "s / run")
-    table = Table(
-        *(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD, show_edge=False,
-        pad_edge=False,
-    )  # fmt: skip
+    table = _table(*columns)
     baseline = result["baseline"]
     for row in ([baseline] if baseline else []) + result["rows"]:
         accuracies = [100 * a for a in row["test_accuracy"]]
@@ -153,6 +150,87 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
         if path.name in ("curve.png", "report.html"):
             kind = "picture" if path.suffix == ".png" else "report"
             say(f"{kind}: {path}")
+
+
+@contextmanager
+def measuring(total: int) -> Iterator[Any]:
+    """Progress of a benchmark: a bar, and a line for everything that is measured."""
+    with _progress("measured") as bar:
+        task = bar.add_task("bench", total=total)
+
+        def done(what: str) -> None:
+            say(f"measured: {what}")
+            bar.advance(task)
+
+        yield done
+
+
+def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
+    """The tables of a benchmark, and where its picture is.
+
+    Times are medians ± half their interquartile range.
+    """
+    copy = record["machine"]["copy_bytes_per_second"]
+    say(f"{record['machine']['device']}; a copy moves {copy / 1e9:.1f} GB/s")
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in record.get("products", ()):
+        groups.setdefault((row["out_dim"], row["in_dim"]), []).append(row)
+    for (out_dim, in_dim), rows in groups.items():
+        say(f"\nproducts at D = {out_dim:,}, d = {in_dim:,}")
+        base = next((row for row in rows if row["projection"] == "stored-dense"), {})
+        table = _table("projection", "bytes of P", "P w ms", "× stored", "Pᵀ g ms", "× stored")
+        for row in rows:
+            cells = [f"{row['bytes_of_p']:,}"] if "bytes_of_p" in row else [row["skipped"]]
+            for key in ("forward", "backward") if "forward" in row else ():
+                whole = base.get(key)
+                cells += [_milliseconds(row[key]), _ratio(row[key], whole) if whole else ""]
+            table.add_row(row["projection"], *cells)
+        console.print(table)
+    nets: dict[str, list[dict[str, Any]]] = {}
+    for row in record.get("steps", ()):
+        nets.setdefault(row["net"], []).append(row)
+    for net, rows in nets.items():
+        first = rows[0]
+        say(
+            f"\ntraining step of {net}, {first['weights']:,} weights, d = {first['dim']:,}, "
+            f"batch of {first['batch_size']}"
+        )
+        table = _table("trained by", "step ms", "× adam")
+        for row in rows:
+            known = "step" in row
+            cells = [_milliseconds(row["step"]), _ratio(row["step"], first["step"])] if known else [
+                row["skipped"]
+            ]  # fmt: skip
+            table.add_row(row["projection"], *cells)
+        console.print(table)
+    if record.get("memory"):
+        say("\npeak memory of two steps: θ₀, θ, gradient, optimizer, P and all temporaries")
+        table = _table("D", "d", "trained by", "bytes", "× 4·D")
+        for row in record["memory"]:
+            peak = row.get("peak_bytes")
+            cells = [row["skipped"]] if peak is None else [
+                f"{peak:,}", f"{peak / (4 * row['out_dim']):.2f}"
+            ]  # fmt: skip
+            table.add_row(f"{row['out_dim']:,}", f"{row['in_dim']:,}", row["projection"], *cells)
+        console.print(table)
+    for path in files:
+        say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
+
+
+def _table(*names: str) -> Table:
+    return Table(
+        *(Column(name, no_wrap=True) for name in names), box=SIMPLE_HEAD, show_edge=False,
+        pad_edge=False,
+    )  # fmt: skip
+
+
+def _milliseconds(timing: dict[str, float]) -> str:
+    spread = (timing["high"] - timing["low"]) / 2
+    return f"{1e3 * timing['median']:.3f} ± {1e3 * spread:.3f}"
+
+
+def _ratio(timing: dict[str, float], base: dict[str, float]) -> str:
+    return f"{timing['median'] / base['median']:.3g}"
 
 
 def listing(rows: Iterable[tuple[str, str, str]]) -> None:

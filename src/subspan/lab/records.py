@@ -67,7 +67,7 @@ def claim(
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise SubspanError(f"--out {folder}: {path} is a file: give a folder")
-    for other in {"record.json", "sweep.json"} - {file}:
+    for other in {"record.json", "sweep.json", "bench.json"} - {file}:
         if (folder / other).exists():
             raise SubspanError(f"{folder} has a {other} of something else: give another --out")
     try:

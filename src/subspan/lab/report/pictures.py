@@ -1,6 +1,6 @@
 """The pictures of a report, drawn to be read at a paper's column width (3.5 in) and on a screen.
 
-They are drawn with matplotlib's defaults and `_STYLE`, whatever the user's own settings are, and
+They are drawn with matplotlib's defaults and `STYLE`, whatever the user's own settings are, and
 through its object interface: no window system, no global figure.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from subspan.lab.report.curves import Curve, measured_curves, number, published_curves, title
 from subspan.lab.report.records import Row, Run, Sweep
 
-_STYLE = {
+STYLE = {
     "font.size": 7,
     "axes.titlesize": 7.5,
     "axes.linewidth": 0.6,
@@ -42,7 +42,7 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text, set in the reader's font
     "svg.hashsalt": "subspan",  # the same data gives the same file
 }
-_styled = style.context(["default", _STYLE])
+styled = style.context(["default", STYLE])
 
 # Okabe and Ito's colours, told apart by the colour-blind, with wine and olive for their black and
 # yellow; seven markers, so that a pair repeats only after 56 methods.
@@ -57,7 +57,7 @@ _WIDTH = 3.5  # inches
 _TITLE_COLUMN, _LEGEND_COLUMN = 46, 60  # characters that fit into the width
 
 
-@_styled
+@styled
 def sweep_figure(sweep: Sweep) -> Figure:
     """Test accuracy against d, one line per method, with the intrinsic dimensions marked.
 
@@ -176,7 +176,7 @@ def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
         figure.legend(entries, labels, loc="outside lower center", ncols=columns, columnspacing=1)
 
 
-@_styled
+@styled
 def run_figure(run: Run) -> Figure:
     """Losses and validation accuracy of one run, by epoch."""
     figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
@@ -204,7 +204,7 @@ def run_figure(run: Run) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def png(figure: Figure) -> bytes:
     """The figure as a picture of 300 dots per inch."""
     buffer = io.BytesIO()
@@ -212,7 +212,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def svg(figure: Figure) -> bytes:
     """The figure as vectors; the same figure gives the same bytes."""
     buffer = io.BytesIO()

@@ -1,0 +1,141 @@
+"""What generating P costs: products, training steps and memory, against stored matrices and Adam.
+
+Every number is measured in one run of one machine, in turns with what it is compared with, so that
+the ratios mean something where the times do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subspan.errors import SubspanError, unknown
+from subspan.lab import records
+from subspan.lab.bench import candidates, memory, products, steps
+from subspan.lab.bench.timing import copy_bandwidth
+
+FILE = "bench.json"
+PARTS = ("products", "steps", "memory")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure.
+
+    Args:
+        parts: of "products" (P w and Pᵀ g), "steps" (of training) and "memory" (peaks).
+        methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
+        sizes: D by d for products and memory, "61706x1000".
+        nets: networks whose training steps are timed.
+        dim: d of the training steps.
+        batch_size: images in a step.
+        seconds: to spend on each timing; at least five rounds are made.
+        device: "cpu", "cuda"; "auto" for the GPU where there is one.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    methods: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ("61706x1000",)
+    nets: tuple[str, ...] = ("lenet", "mlp")
+    dim: int = 1000
+    batch_size: int = 128
+    seconds: float = 1.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise unknown("part", part, PARTS)
+        for name in ("dim", "batch_size", "seconds"):
+            if getattr(self, name) <= 0:
+                raise SubspanError(f"{name} must be positive, got {getattr(self, name)}")
+        candidates.chosen(self.methods)
+        for out_dim, in_dim in self.pairs():
+            candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
+        for net in self.nets if "steps" in self.parts else ():
+            candidates.make("hash", steps.weights_of(net), self.dim)
+        _ = self.place
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Sizes as numbers."""
+        found = []
+        for size in self.sizes:
+            out_dim, times, in_dim = size.replace("_", "").partition("x")
+            if not (times and out_dim.isdecimal() and in_dim.isdecimal()):
+                raise SubspanError(f"a size is D by d, as in 61706x1000, got {size!r}")
+            found.append((int(out_dim), int(in_dim)))
+        return found
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device not in ("cpu", "cuda"):
+            raise unknown("device", self.device, ("auto", "cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SubspanError("there is no CUDA device here: use --device cpu")
+        return torch.device(self.device)
+
+
+def bench(
+    settings: Bench, out: Path, *, overwrite: bool = False,
+    done: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, and write ``bench.json`` after every part.
+
+    Parts that a run of the same configuration has finished before are not repeated.
+
+    Args:
+        settings: what to measure.
+        out: a folder.
+        overwrite: replace what another configuration left there.
+        done: is told what is done.
+
+    Returns:
+        The content of ``bench.json``.
+
+    Raises:
+        SubspanError: for a folder of something else, or a measurement that fails.
+    """
+    config = asdict(settings)
+    record = records.claim(out, FILE, config, overwrite=overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    device, methods = settings.place, candidates.chosen(settings.methods or candidates.names())
+    if record is None:
+        record = {
+            "format": records.FORMAT, "status": "running", "config": config,
+            "machine": {
+                "device": records.device_name(device), "versions": records.versions(),
+                "copy_bytes_per_second": copy_bandwidth(device, settings.seconds),
+            },
+        }  # fmt: skip
+        done("copy bandwidth")
+    measures: dict[str, Callable[[], Sequence[Any]]] = {
+        "products": lambda: products.measure(
+            methods, settings.pairs(), settings.seconds, device, done
+        ),
+        "steps": lambda: steps.measure(
+            methods, settings.nets, settings.dim, settings.batch_size, settings.seconds, device,
+            done,
+        ),
+        "memory": lambda: memory.measure(methods, settings.pairs(), device, done),
+    }  # fmt: skip
+    for part in PARTS:
+        if part in settings.parts and part not in record:
+            record[part] = measures[part]()
+            records.write_json(out / FILE, record)
+    record["status"] = "complete"
+    records.write_json(out / FILE, record)
+    return record
+
+
+def total(settings: Bench) -> int:
+    """How often ``done`` will be told something, if nothing was measured before."""
+    sizes, nets = len(settings.sizes), len(settings.nets)
+    counts = {"products": sizes, "steps": nets, "memory": sizes}
+    return 1 + sum(counts[part] for part in settings.parts)

@@ -1,0 +1,89 @@
+"""The peak memory of a forward and a backward pass over D weights, each in a process of its own.
+
+    python -m subspan.lab.bench.memory PROJECTION D d DEVICE
+
+prints it as JSON. What counts begins before the weights exist: θ₀, θ, its gradient, the optimizer's
+state, whatever exists of P, and every temporary.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.lab.bench import candidates
+from subspan.lab.records import PeakMemory
+from subspan.subspace import SubspaceModel
+
+
+class Weights(nn.Module):
+    """A network that is one vector of weights, and gives it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(number))
+
+    def forward(self) -> Tensor:
+        """The weights."""
+        return self.weight.view_as(self.weight)
+
+
+def peak(method: str, out_dim: int, in_dim: int, device: torch.device) -> int:
+    """Bytes that two steps of Adam need at once, beyond what the libraries need anyway."""
+
+    def two_steps(out_dim: int, in_dim: int) -> None:
+        net: nn.Module = Weights(out_dim).to(device)
+        if method != candidates.PLAIN:
+            net = SubspaceModel(net, in_dim, **candidates.options(method))
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, foreach=False)
+        for _ in range(2):
+            optimizer.zero_grad()
+            theta = net()
+            theta.backward(torch.ones(out_dim, device=device))
+            del theta
+            optimizer.step()
+
+    two_steps(5000, 50)  # compiles kernels, starts threads
+    before = PeakMemory(device).read()
+    memory = PeakMemory(device)
+    two_steps(out_dim, in_dim)
+    return memory.read() - before
+
+
+def measure(
+    methods: Sequence[str], sizes: Sequence[tuple[int, int]], device: torch.device,
+    done: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every size and projection, and one for plain Adam.
+
+    Returns:
+        Rows with the projection's name, ``out_dim``, ``in_dim`` and ``peak_bytes``, or ``skipped``.
+    """
+    rows = []
+    for out_dim, in_dim in sizes:
+        for method in (candidates.PLAIN, *methods):
+            row: dict[str, Any] = {"projection": method, "out_dim": out_dim, "in_dim": in_dim}
+            rows.append(row)
+            if reason := candidates.too_large(method, out_dim, in_dim, device):
+                row["skipped"] = reason
+                continue
+            command = [sys.executable, "-m", __name__, method, str(out_dim), str(in_dim)]
+            result = subprocess.run([*command, str(device)], capture_output=True, text=True)
+            if result.returncode != 0:
+                last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
+                raise SubspanError(f"the memory of {method} could not be measured: {last[0]}")
+            row["peak_bytes"] = json.loads(result.stdout)
+        done(f"memory at D={out_dim:,}, d={in_dim:,}")
+    return rows
+
+
+if __name__ == "__main__":
+    name, rows, columns, where = sys.argv[1:]
+    print(json.dumps(peak(name, int(rows), int(columns), torch.device(where))))

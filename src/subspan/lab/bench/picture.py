@@ -1,0 +1,116 @@
+"""The picture of a benchmark: bars of ratios, one panel for each table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from subspan.files import write_atomically
+from subspan.lab.bench import candidates
+from subspan.lab.report import pictures
+
+_FORWARD, _BACKWARD, _ONE = "#0072B2", "#E69F00", "#009E73"
+
+
+def write(record: dict[str, Any], out: Path) -> list[Path]:
+    """Write ``bench.png`` and ``bench.svg`` beside the record; returns the files."""
+    figure = draw(record)
+    files = {"bench.png": pictures.png(figure), "bench.svg": pictures.svg(figure)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]
+
+
+@pictures.styled
+def draw(record: dict[str, Any]) -> Figure:
+    """Products as multiples of the stored matrix, steps and memory as multiples of plain Adam."""
+    panels: list[tuple[Callable[..., None], str, list[dict[str, Any]]]] = []
+    for (out_dim, in_dim), rows in _grouped(record.get("products", ()), "out_dim", "in_dim"):
+        panels.append((_products, f"P w and Pᵀ g, D = {out_dim:,}, d = {in_dim:,}", rows))
+    for (net, weights), rows in _grouped(record.get("steps", ()), "net", "weights"):
+        title = f"training step, {net} ({weights:,} weights), d = {rows[0]['dim']:,}"
+        panels.append((_steps, title, rows))
+    for (out_dim, in_dim), rows in _grouped(record.get("memory", ()), "out_dim", "in_dim"):
+        panels.append((_memory, f"peak memory, D = {out_dim:,}, d = {in_dim:,}", rows))
+    columns = min(2, max(1, len(panels)))
+    lines = -(-max(1, len(panels)) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
+    for number, (function, title, rows) in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        axes.set_title(title)
+        function(axes, rows)
+    figure.suptitle(record["machine"]["device"], fontsize=6.5, color="0.4")
+    return figure
+
+
+def _grouped(
+    rows: Iterable[dict[str, Any]], *keys: str
+) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.items())
+
+
+def _products(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    base = next((row for row in rows if row["projection"] == candidates.DENSE), {})
+    bars = []
+    for key, colour, label in (("forward", _FORWARD, "P w"), ("backward", _BACKWARD, "Pᵀ g")):
+        whole = base[key]["median"] if key in base else 1e-3
+        bars.append(([row[key]["median"] / whole if key in row else None for row in rows],
+                     colour, label))  # fmt: skip
+    _bars(axes, rows, bars)
+    unit = "times the product with a stored matrix" if "forward" in base else "milliseconds"
+    axes.set_xlabel(unit)
+    axes.legend(loc="lower right")
+
+
+def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    whole = rows[0]["step"]["median"]
+    values = [row["step"]["median"] / whole if "step" in row else None for row in rows]
+    _bars(axes, rows, [(values, _ONE, "")])
+    axes.set_xlabel("times the step of plain Adam")
+
+
+def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    values = [
+        row["peak_bytes"] / (4 * row["out_dim"]) if "peak_bytes" in row else None for row in rows
+    ]
+    _bars(axes, rows, [(values, _ONE, "")])
+    axes.set_xlabel("times the weights in float32")
+
+
+def _bars(
+    axes: Axes, rows: list[dict[str, Any]], bars: list[tuple[list[float | None], str, str]]
+) -> None:
+    """Horizontal bars around 1, on a logarithmic axis, each with its number."""
+    height = 0.8 / len(bars)
+    for n, (values, colour, label) in enumerate(bars):
+        places = [line + n * height for line in range(len(rows))]
+        known = [(place, value) for place, value in zip(places, values, strict=True) if value]
+        axes.barh(
+            [place for place, _ in known], [value - 1 for _, value in known], height, left=1,
+            color=colour, label=label,
+        )  # fmt: skip
+        for place, value in known:
+            axes.annotate(
+                f"{value:.3g}", (value, place), xytext=(2 if value >= 1 else -2, 0),
+                textcoords="offset points", va="center", ha="left" if value >= 1 else "right",
+                fontsize=5,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 2, high * 2)
+    axes.axvline(1, color="0.3", linewidth=0.8)
+    middles = [line + 0.4 - height / 2 for line in range(len(rows))]
+    names = [row["projection"] + (" (skipped)" if "skipped" in row else "") for row in rows]
+    axes.set_yticks(middles, names)
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()

@@ -1,0 +1,71 @@
+"""Times that can be compared on a noisy machine: interleaved, warmed up, medians with their spread.
+
+Candidates take turns, so that whatever else the machine does meets all of them alike: a ratio of
+medians of one set of rounds is worth far more than either median. A turn is a few calls in a row,
+as in a training loop, of which the first does not count: it finds in the caches what the candidate
+before left there. The order changes from round to round.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+ROUNDS = (5, 100)  # at least, at most
+CALLS = 4  # in a turn, the first of which warms up
+
+Timing = dict[str, float]  # median, low, high (quartiles) in seconds; calls
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
+) -> dict[str, Timing]:
+    """Time functions in turns.
+
+    Args:
+        candidates: what to call, by name.
+        seconds: to spend on each of them, more or less: never fewer than 5 rounds, nor more
+            than 100.
+        device: what they run on; an accelerator is waited for after each call.
+
+    Returns:
+        For every name the median and the quartiles of its calls in seconds.
+    """
+
+    def once(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for function in candidates.values():  # compiles, fills caches
+        once(function)
+    a_round = CALLS * sum(once(function) for function in candidates.values())
+    least, most = ROUNDS
+    rounds = max(least, min(most, int(seconds * len(candidates) / max(a_round, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            times[name] += [once(candidates[name]) for _ in range(CALLS)][1:]
+    return {name: _timing(measured) for name, measured in times.items()}
+
+
+def _timing(seconds: list[float]) -> Timing:
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "low": low, "high": high, "calls": len(seconds)}
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes per second that this machine reads and writes in a plain copy of 256 MiB."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, seconds, device)["copy"]
+    return 2 * source.numel() * source.element_size() / timing["median"]
