@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from subspan import kernels
 from subspan.families import projections
 from subspan.lab import doctor, records
 from subspan.lab.doctor import examine
@@ -17,7 +18,7 @@ def test_all_is_well(cli):
     assert {f"projection {name}" for name in projections()} <= set(subjects)
     seen = {f.subject: f.seen for f in found}
     assert seen["projection hash"].startswith("numba: ")
-    assert seen["projection gaussian"].startswith("torch: ")
+    assert seen["projection stored"].startswith("torch: ")
     versions = [f.seen for f in found if f.subject == "version"]
     assert f"torch {torch.__version__}" in versions
     said = cli("doctor")
@@ -30,17 +31,14 @@ def test_a_wrong_answer_is_found(monkeypatch, cli):
     """Of the generator; and of a product, whatever it raises or returns."""
     counter, key, result = doctor.KNOWN_ANSWERS[0]
     monkeypatch.setattr(doctor, "KNOWN_ANSWERS", ((counter, key, (1, *result[1:])),))
-    fastfood, sparse = projections()["fastfood"], projections()["sparse"]
-    right = fastfood._matvec
-
-    def imprecise(self, w, *other):
-        return right(self, w, *other) * (1 if w.dtype == torch.float64 else 1.001)
+    right = kernels.available("cpu")["fastfood"]
 
     def broken(*_):
         raise RuntimeError("[no] kernel")
 
-    monkeypatch.setattr(fastfood, "_matvec", imprecise)
-    monkeypatch.setattr(sparse, "_matvec", broken)
+    imprecise = right._replace(matvec=lambda *arguments: 1.001 * right.matvec(*arguments))
+    monkeypatch.setitem(kernels.available("cpu"), "fastfood", imprecise)
+    monkeypatch.setitem(kernels.available("cpu"), "sparse", right._replace(matvec=broken))
     ill = {f.subject: f.seen for f in examine() if not f.well}
     assert {"Philox4x32-10 known answer", "projection fastfood", "projection sparse"} <= set(ill)
     assert "projection gaussian" not in ill
@@ -48,7 +46,7 @@ def test_a_wrong_answer_is_found(monkeypatch, cli):
     said = cli("doctor")
     assert said.code == 2
     assert "not well: Philox4x32-10 known answer, projection fastfood, " in said.err
-    assert "ILL projection sparse: torch: RuntimeError('[no] kernel')" in said.out
+    assert "ILL projection sparse: numba: RuntimeError('[no] kernel')" in said.out
 
 
 def test_versions_and_device():

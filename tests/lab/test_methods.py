@@ -15,6 +15,7 @@ from subspan.families import projections
 from subspan.lab import methods as registry
 from subspan.lab.evaluate import evaluate_checkpoint
 from subspan.lab.methods import Method, method, methods
+from subspan.lab.methods.subspace import STORED
 from subspan.lab.train import train
 from tests.lab.runs import WEIGHTS, a_run, record_of
 
@@ -50,7 +51,7 @@ def test_laws(name, tmp_path):
 
 
 def test_there_is_one_for_every_family():
-    assert set(methods()) == {"full", *projections()}
+    assert set(methods()) == {"full", *projections(), *STORED}
     assert all(how.name == name and how.help for name, how in methods().items())
     assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())
 

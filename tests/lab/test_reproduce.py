@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -40,8 +41,8 @@ def tiny(monkeypatch):
 
 
 def test_the_published_ones():
-    assert list(experiments()) == ["li-mnist-lenet", "minut-mnist-mlp"]
-    li, minut = experiments().values()
+    assert list(experiments()) == ["li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark"]
+    li, minut, kinds = experiments().values()
     assert (li.published[0].d_int, li.published[0].baseline) == (290, 0.991)
     assert dict(zip(li.published[0].dims, li.published[0].accuracy, strict=True)) == {
         100: 0.763, 200: 0.864, 500: 0.939, 1000: 0.963, 5000: 0.983
@@ -50,18 +51,38 @@ def test_the_published_ones():
         850: 0.901, 1500: 0.925, 2500: 0.941, 5000: 0.955
     }  # fmt: skip
     assert minut.published[0].baseline == 0.976
+    assert kinds.timed
+    assert [e.timed for e in (li, minut)] == [False, False]
+    assert kinds.sweeps["quick"].dims == kinds.sweeps["full"].dims == ("4000+500",)
+    assert {"stored-dense", "stored-coo", "stored-csr", "stored-csc"} <= set(
+        kinds.sweeps["quick"].methods
+    )
+
+
+def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
+    timed = replace(tiny, timed=True)
+    monkeypatch.setitem(experiments(), "tiny", timed)
+    with pytest.raises(SubspanError, match="times its runs: one at a time, not --jobs 2"):
+        reproduce("tiny", tmp_path / "out", jobs=2)
+    told = []
+    monkeypatch.setattr(module, "sweep", lambda *args, jobs, **more: told.append(jobs) or {})
+    monkeypatch.setattr(module.report, "write", lambda out: [])
+    reproduce("tiny", tmp_path / "out")
+    assert told == [1]
 
 
 @pytest.mark.parametrize("name", sorted(experiments()))
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
-    """On images of MNIST's size; and it has a point at every published d."""
+    """On images of the right size; and it has a point at every published d."""
     monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
     monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
     for part, label, i in product(("train", "test"), range(10), range(3)):
-        folder = tmp_path / "mnist" / part / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.png").write_bytes(encoded(20 * label + i, size=(28, 28)))
+        for data, mode, side in (("mnist", "L", 28), ("cifar10", "RGB", 32)):
+            folder = tmp_path / data / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            value = 20 * label + i if mode == "L" else (20 * label, i, 0)
+            (folder / f"{i}.png").write_bytes(encoded(value, mode, size=(side, side)))
     experiment = experiments()[name]
     assert experiment.name == name
     config = experiment.sweeps[budget]
@@ -80,7 +101,11 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
 def test_the_networks_have_the_published_size(name, real_data):
     config = experiments()[name].sweeps["quick"]
     ready = prepare(_points(config)[1].job(config, 0.1, 0).run)
-    published = {"li-mnist-lenet": 44_426, "minut-mnist-mlp": 159_010}
+    published = {
+        "li-mnist-lenet": 44_426,
+        "minut-mnist-mlp": 159_010,
+        "minut-sparse-benchmark": 472_610,
+    }
     assert ready.method.counts(ready.model)["weights"] == published[name]
 
 

@@ -28,8 +28,11 @@ class DenseProjection(Projection):
             yield self._entries(step, first, min(first + rows, stop), x.device, x.dtype)
 
     def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        blocks = self._blocks(like, step, start, stop)
-        return torch.cat([like.new_empty(0, self.in_dim), *blocks])
+        out, done = like.new_empty(stop - start, self.in_dim), 0
+        for block in self._blocks(like, step, start, stop):
+            out[done : done + len(block)] = block
+            done += len(block)
+        return out
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         blocks = self._blocks(w, step, start, stop)

@@ -84,6 +84,15 @@ class Sparse(Projection, family="sparse"):
             sign = (1 - 2 * (word & 1)).to(x.dtype)
             yield row[inside], columns.expand_as(row)[inside], sign[inside]
 
+    def coo(self, like: Tensor, step: Tensor) -> Tensor:
+        """All of P by coordinates, on the device and of the dtype of ``like``."""
+        parts = list(self._nonzeros(like, step, 0, self.out_dim))
+        rows, columns, signs = (torch.cat(part) for part in zip(*parts, strict=True))
+        size = (self.out_dim, self.in_dim)
+        indices = torch.stack((rows, columns))
+        values = signs * self.magnitude
+        return torch.sparse_coo_tensor(indices, values, size, check_invariants=False).coalesce()
+
     def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         out = like.new_zeros(stop - start, self.in_dim)
         for row, column, sign in self._nonzeros(like, step, start, stop):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subspan.errors import SubspanError, unknown
 from subspan.families.base import Projection, projection
+from subspan.families.sparse import Sparse
 
 LAYOUTS = ("dense", "coo", "csr", "csc")
 
@@ -68,6 +69,9 @@ class Stored(Projection, family="stored"):
 
 @functools.lru_cache(maxsize=64)  # as many layers; see `forget`
 def _matrix(stored: Stored, step: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if stored.layout != "dense" and isinstance(stored.inner, Sparse):
+        like = torch.empty(0, device=device, dtype=dtype)
+        return _layout(stored.inner.coo(like, torch.tensor(step)), stored.layout)
     matrix = stored.inner.dense(step=step, dtype=dtype).to(device)
     if stored.qr:
         # Signs of R's diagonal made positive: the factor is then unique.
@@ -99,7 +103,7 @@ def _layout(matrix: Tensor, layout: str) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
         if layout == "coo":
-            return matrix.to_sparse_coo()
+            return matrix.to_sparse_coo().coalesce()
         if layout == "csr":
             return matrix.to_sparse_csr()
         return matrix.to_sparse_csc() if layout == "csc" else matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,10 @@ import torch
 from subspan.cache import cache
 from subspan.errors import unknown
 from subspan.families import Projection, projection, projections, stored
+from subspan.lab.methods.subspace import STORED
 
 PLAIN = "adam"  # the ordinary training of all weights
 DENSE = "stored-dense"  # what products are held against
-# Matrices that are kept: full ones of signs, sparse ones with ⌈D/√d⌉ nonzeros in every column.
-STORED = {
-    DENSE: {"of": "rademacher", "layout": "dense"},
-    "stored-coo": {"of": "sparse2full", "layout": "coo"},
-    "stored-csr": {"of": "sparse2full", "layout": "csr"},
-    "stored-csc": {"of": "sparse2full", "layout": "csc"},
-}
 
 
 def names() -> list[str]:
@@ -54,7 +49,11 @@ def make(name: str, out_dim: int, in_dim: int) -> Projection:
 
 def needed(name: str, out_dim: int, in_dim: int) -> int:
     """Bytes that exist at the same time while a stored matrix is made; 0 for others."""
-    return 3 * 4 * out_dim * in_dim if name in STORED else 0
+    if name not in STORED:
+        return 0
+    if STORED[name]["layout"] == "dense":
+        return 5 * out_dim * in_dim
+    return 100 * out_dim * math.isqrt(in_dim)  # while coordinates are sorted
 
 
 def too_large(name: str, out_dim: int, in_dim: int, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.files import write_atomically
 from subspan.lab.bench import candidates
@@ -67,7 +67,7 @@ def _products(axes: Axes, rows: list[dict[str, Any]]) -> None:
     _bars(axes, rows, bars)
     unit = "times the product with a stored matrix" if "forward" in base else "milliseconds"
     axes.set_xlabel(unit)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
 
 
 def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -99,12 +99,13 @@ def _bars(
         )  # fmt: skip
         for place, value in known:
             axes.annotate(
-                f"{value:.3g}", (value, place), xytext=(2 if value >= 1 else -2, 0),
+                _number(value), (value, place), xytext=(2 if value >= 1 else -2, 0),
                 textcoords="offset points", va="center", ha="left" if value >= 1 else "right",
                 fontsize=5,
             )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _number(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     axes.set_xlim(low / 2, high * 2)
@@ -114,3 +115,7 @@ def _bars(
     axes.set_yticks(middles, names)
     axes.grid(False, axis="y")
     axes.invert_yaxis()
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -36,23 +36,36 @@ FAMILY = {
 }
 
 
+# Minut's matrices that are kept, as methods of their own, so that a sweep may hold several of them
+# against what is generated: a full one of signs, sparse ones of ⌈D/√d⌉ nonzeros in every column.
+STORED = {
+    "stored-dense": {"of": "rademacher", "layout": "dense"},
+    "stored-coo": {"of": "sparse2full", "layout": "coo"},
+    "stored-csr": {"of": "sparse2full", "layout": "csr"},
+    "stored-csc": {"of": "sparse2full", "layout": "csc"},
+}
+
+
 class Subspace(Method):
-    """A :class:`SubspaceModel` with one family of projections."""
+    """A :class:`SubspaceModel` with one family of projections, some of whose options may be set."""
 
     axis = "dim"
 
-    def __init__(self, family: type[Projection]) -> None:
+    def __init__(self, family: type[Projection], name: str = "", **preset: Any) -> None:
         first_line = (family.__doc__ or "").partition("\n")[0]
         plain = re.sub(r":\w+:|`", "", first_line)  # a terminal shows no markup
-        super().__init__(family.family, f"θ₀ + P w: {plain}")
-        own = {f.name for f in fields(family)} - {f.name for f in fields(Projection)}
+        if preset:
+            plain = ", ".join(f"{key} {value}" for key, value in preset.items())
+        super().__init__(name or family.family, f"θ₀ + P w: {plain}")
+        self.preset = {"projection": family.family} | preset
+        own = {f.name for f in fields(family)} - {f.name for f in fields(Projection)} - set(preset)
         self.options = COMMON + tuple(option for name, option in FAMILY.items() if name in own)
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> SubspaceModel:
         """Put the network into the subspace."""
         dims = parse_dims(self.name, options)
         given = {key: value for key, value in options.items() if key != "dim"}
-        return SubspaceModel(net, dims, projection=self.name, seed=seed, **given)
+        return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Around 3/√d, so that steps have one length at every d.
@@ -100,3 +113,5 @@ def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
 
 for _family in projections().values():
     Subspace(_family)
+for _name, _preset in STORED.items():
+    Subspace(projections()["stored"], _name, **_preset)

@@ -54,6 +54,7 @@ class Experiment:
         published: the numbers to hold ours against.
         sweeps: the configuration by budget; "quick" ends within ten minutes on two cores, "full"
             uses the published recipe.
+        timed: whether the runs' times are a result: they run one at a time then.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Experiment:
     differences: str
     published: tuple[Published, ...]
     sweeps: Mapping[Budget, Sweep]
+    timed: bool = False
 
     def __post_init__(self) -> None:
         _registry[self.name] = self
@@ -101,6 +103,10 @@ def reproduce(
     chosen = experiment(name)
     if budget not in chosen.sweeps:
         raise SubspanError(f"budget must be quick or full, got {budget!r}")
+    if chosen.timed:
+        if jobs > 1:
+            raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
+        jobs = 1
     extra = {
         "experiment": {
             "name": name, "budget": budget, "title": chosen.title,
