@@ -53,8 +53,11 @@ def _swap(a, b, MASK: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _look(table, words, shift):
-    return tl.load(table + ((words >> shift) & 15).to(tl.int32))
+def _look(table, words, shift, entry):
+    """Sums by four bits, in the table of 64 bytes that begins ``entry`` floats from ``table``."""
+    # A table is aligned, so that its address is joined with an offset by one instruction.
+    offset = (((words >> shift) & 15) << 2).to(tl.int64)
+    return tl.load((table.to(tl.int64) | offset).to(tl.pointer_type(tl.float32)) + entry)
 
 
 @triton.jit
@@ -64,8 +67,8 @@ def _add(table, shift, x0, x1, x2, x3, s0, s1, s2, s3):
     x2, x3 = _swap(x2, x3, 0x55555555, 1)
     x0, x2 = _swap(x0, x2, 0x33333333, 2)
     x1, x3 = _swap(x1, x3, 0x33333333, 2)
-    s0, s1 = s0 + _look(table, x0, shift), s1 + _look(table, x1, shift)
-    s2, s3 = s2 + _look(table, x2, shift), s3 + _look(table, x3, shift)
+    s0, s1 = s0 + _look(table, x0, shift, 0), s1 + _look(table, x1, shift, 0)
+    s2, s3 = s2 + _look(table, x2, shift, 0), s3 + _look(table, x3, shift, 0)
     return s0, s1, s2, s3
 
 
@@ -122,9 +125,9 @@ def _rmatvec(table, out, d, first, trips, blocks, step, tag, k0, k1, COLUMNS: tl
     sums = tl.zeros((8, COLUMNS), tl.float32)
     for _ in range(tl.minimum(blocks - block, trips)):
         a, b, c, e = philox(first.to(tl.uint32) + block.to(tl.uint32), column[None, :], step, tag, k0, k1)
-        here = table + block * 512 + entry
-        s = _look(here, a, shift) + _look(here + 128, b, shift)
-        t = _look(here + 256, c, shift) + _look(here + 384, e, shift)
+        here = table + block * 512
+        s = _look(here, a, shift, entry) + _look(here, b, shift, entry + 128)
+        t = _look(here, c, shift, entry + 256) + _look(here, e, shift, entry + 384)
         sums += s + t
         block += 1
     tl.store(out + chunk * d + column, tl.sum(sums, axis=0), mask=column < d.to(tl.uint32))
