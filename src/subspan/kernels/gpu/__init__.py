@@ -1,5 +1,13 @@
 """Triton kernels of all generated families, for vectors on a CUDA device."""
 
-from subspan.kernels.gpu import dense, rademacher
+from subspan.kernels.gpu import dense, kronecker, orthogonal, rademacher, sparse
+from subspan.kernels.gpu import hash as hash_
 
-KERNELS = dense.KERNELS | rademacher.KERNELS
+KERNELS = (
+    dense.KERNELS
+    | rademacher.KERNELS
+    | sparse.KERNELS
+    | hash_.KERNELS
+    | orthogonal.KERNELS
+    | kronecker.KERNELS
+)

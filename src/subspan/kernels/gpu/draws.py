@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subspan.philox import MULTIPLIERS, ROUNDS, WEYL
+from subspan.philox import FEISTEL_ROUNDS, FEISTEL_ROUNDS_SMALL, MULTIPLIERS, ROUNDS, WEYL
 
 _ROUNDS = tl.constexpr(ROUNDS)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
@@ -32,10 +32,10 @@ def philox(call, column, step, tag, k0, k1):
 
 
 @triton.jit
-def pick(words0, words1, words2, words3, index):
-    """Word number ``index`` mod 4."""
-    low = tl.where(index & 1 == 0, words0, words1)
-    high = tl.where(index & 1 == 0, words2, words3)
+def pick(a, b, c, d, index):
+    """Number ``index`` mod 4 of four."""
+    low = tl.where(index & 1 == 0, a, b)
+    high = tl.where(index & 1 == 0, c, d)
     return tl.where(index & 2 == 0, low, high)
 
 
@@ -45,6 +45,14 @@ def sign_bit(index, column, step, tag, k0, k1):
     a, b, c, d = philox(index >> 7, column, step, tag, k0, k1)
     word = pick(a, b, c, d, index >> 5)
     return (word >> (index & 31).to(tl.uint32)) << 31
+
+
+@triton.jit
+def block_signs(block, column, step, tag, k0, k1):
+    """The 128 sign bits of one call, (4, 32), at the place of a float's sign."""
+    a, b, c, d = philox(block, column, step, tag, k0, k1)
+    word = pick(a, b, c, d, tl.arange(0, 4)[:, None])
+    return (word >> tl.arange(0, 32).to(tl.uint32)[None, :]) << 31
 
 
 @triton.jit
@@ -59,6 +67,11 @@ def mix(x):
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
+
+
+def rounds(size: int) -> tuple[int, int]:
+    """Bits and rounds of a permutation of [0, size), as constants of :func:`encrypt`."""
+    return (size - 1).bit_length(), FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
 
 
 @triton.jit
@@ -79,14 +92,14 @@ def encrypt(x, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, 
 
 
 @triton.jit
-def permute(x, size, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, k1):
-    """Images of ``x`` in [0, size) under the permutation of ``column``; x is one-dimensional."""
-    bound = size.to(x.dtype)
+def permute(x, last, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, k1):
+    """Images of ``x`` in [0, last] under the permutation of ``column``."""
+    last = last.to(x.dtype)
     x = encrypt(x, BITS, ROUNDS, column, step, tag, k0, k1)
-    outside = x >= bound
-    while tl.max(outside.to(tl.int32), axis=0) > 0:
+    outside = x > last
+    while tl.max(outside.to(tl.int32)) > 0:
         x = tl.where(outside, encrypt(x, BITS, ROUNDS, column, step, tag, k0, k1), x)
-        outside = x >= bound
+        outside = x > last
     return x
 
 
