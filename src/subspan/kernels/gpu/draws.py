@@ -129,3 +129,11 @@ def normal_pair(word):
     cosine = flip(radius * (even - odd), doubled & 0x80000000)
     sine = flip(radius * (even + odd), word & 0x80000000)
     return cosine, sine
+
+
+@triton.jit
+def normal(index, column, step, tag, k0, k1):
+    """Normal number ``index`` of a column, alone."""
+    a, b, c, d = philox(index >> 3, column, step, tag, k0, k1)
+    cosine, sine = normal_pair(pick(a, b, c, d, index >> 1))
+    return tl.where(index & 1 == 0, cosine, sine)
