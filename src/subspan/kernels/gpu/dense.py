@@ -134,7 +134,7 @@ def _rmatvec(
 
 
 def products(entries: Any, parameters: Any) -> Kernel:
-    """Both products of a family from its octets and a function to (largest word of a nonzero, scale)."""
+    """Both products of a family from its octets, and from (``most``, scale) of a projection."""
 
     @on_device
     def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:

@@ -21,9 +21,7 @@ SPREAD = 1 << 14  # sums of Pᵀ g: few buckets are summed in copies, or all row
 
 
 @triton.jit
-def _buckets(
-    n, d, first, lead, last, step, tag, k0, k1, BITS: tl.constexpr, ROUNDS: tl.constexpr
-):
+def _buckets(n, d, first, lead, last, step, tag, k0, k1, BITS: tl.constexpr, ROUNDS: tl.constexpr):
     """Place in the range, bucket and sign bit of the rows of one call; which are in the range."""
     block = first.to(tl.int64) + tl.program_id(0)
     inside = tl.arange(0, 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -42,9 +40,7 @@ def _matvec(
     table, out, n, d, first, lead, last, step, tag, k0, k1,
     BITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    place, bucket, sign, mask = _buckets(
-        n, d, first, lead, last, step, tag, k0, k1, BITS, ROUNDS
-    )
+    place, bucket, sign, mask = _buckets(n, d, first, lead, last, step, tag, k0, k1, BITS, ROUNDS)
     tl.store(out + place, flip(tl.load(table + bucket), sign), mask=mask)
 
 
@@ -53,9 +49,7 @@ def _rmatvec(
     g, sums, marks, scale, copies, n, d, first, lead, last, step, tag, k0, k1,
     BITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    place, bucket, sign, mask = _buckets(
-        n, d, first, lead, last, step, tag, k0, k1, BITS, ROUNDS
-    )
+    place, bucket, sign, mask = _buckets(n, d, first, lead, last, step, tag, k0, k1, BITS, ROUNDS)
     copy = (tl.program_id(0) % copies).to(tl.int64) * d
     value = flip(tl.load(g + place, mask=mask, other=0), sign)
     deposit(sums + copy, marks, bucket, value, tl.load(scale), mask)

@@ -16,8 +16,8 @@ from subspan.kernels import Product
 # does by default for 1 and for multiples of 16.
 kernel = triton.jit(
     do_not_specialize=[
-        "n", "d", "first", "lead", "start", "trips", "most", "scale", "depth", "count", "stride",
-        "column", "blocks", "last", "copies", "rows", "begin", "end", "limit", "size", "s", "step", "tag", "k0", "k1",
+        "n", "d", "size", "start", "begin", "end", "first", "last", "lead", "rows", "blocks", "s",
+        "column", "copies", "depth", "stride", "trips", "most", "scale", "step", "tag", "k0", "k1",
     ]
 )  # fmt: skip
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,9 +29,8 @@ def _inner(x, n, ROWS: tl.constexpr, INVERSE: tl.constexpr):
     place = row[:, None] * 32 + tl.arange(0, 32)[None, :]
     value = tl.load(x + place, mask=place < n, other=0)
     for number in tl.static_range(5):
-        H: tl.constexpr = 16 >> number if INVERSE else 1 << number
-        a, b = halves(value, H)
-        _, partner = halves(place, H)
+        a, b = halves(value, 16 >> number if INVERSE else 1 << number)
+        _, partner = halves(place, 16 >> number if INVERSE else 1 << number)
         meets = partner < n
         a, b = tl.where(meets, (a + b) * HALF, a), tl.where(meets, (a - b) * HALF, b)
         value = merge(a, b, value.shape)

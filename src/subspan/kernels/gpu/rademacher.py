@@ -124,7 +124,9 @@ def _rmatvec(table, out, d, first, trips, blocks, step, tag, k0, k1, COLUMNS: tl
     block = chunk * trips
     sums = tl.zeros((8, COLUMNS), tl.float32)
     for _ in range(tl.minimum(blocks - block, trips)):
-        a, b, c, e = philox(first.to(tl.uint32) + block.to(tl.uint32), column[None, :], step, tag, k0, k1)
+        a, b, c, e = philox(
+            first.to(tl.uint32) + block.to(tl.uint32), column[None, :], step, tag, k0, k1
+        )
         here = table + block * 512
         s = _look(here, a, shift, entry) + _look(here, b, shift, entry + 128)
         t = _look(here, c, shift, entry + 256) + _look(here, e, shift, entry + 384)

@@ -80,10 +80,15 @@ def _narrow(
 
 
 @triton.jit
+def _row(word, block, s, size, start):
+    """The nonzero's row, counted from ``start``; of blocks behind the last, one behind the last."""
+    return block * s - start + _place(word, _length(block, s, size)).to(tl.int64)
+
+
+@triton.jit
 def _scatter(sums, marks, x, word, block, s, size, start, n, scale, mask):
-    row = block * s - start + _place(word, _length(block, s, size)).to(tl.int64)
-    inside = mask & (row >= 0) & (row < n) & (block * s < size)
-    deposit(sums, marks, row, flip(x, word << 31), scale, inside)
+    row = _row(word, block, s, size, start)
+    deposit(sums, marks, row, flip(x, word << 31), scale, mask & (row >= 0) & (row < n))
 
 
 @kernel
@@ -105,15 +110,12 @@ def _wide(
 
 @triton.jit
 def _gather(g, word, block, s, size, start, n):
-    row = block * s - start + _place(word, _length(block, s, size)).to(tl.int64)
-    inside = (row >= 0) & (row < n)  # blocks behind the last one have their row there or later
-    return flip(tl.load(g + row, mask=inside, other=0), word << 31)
+    row = _row(word, block, s, size, start)
+    return flip(tl.load(g + row, mask=(row >= 0) & (row < n), other=0), word << 31)
 
 
 @kernel
-def _rmatvec(
-    g, out, n, d, first, start, trips, s, size, step, tag, k0, k1, COLUMNS: tl.constexpr
-):
+def _rmatvec(g, out, n, d, first, start, trips, s, size, step, tag, k0, k1, COLUMNS: tl.constexpr):
     """Pᵀ g: a column per lane, one chunk of calls: sums of chunk c in row c of ``out``."""
     column = tl.program_id(0).to(tl.uint32) * COLUMNS + tl.arange(0, COLUMNS).to(tl.uint32)
     chunk = tl.program_id(1).to(tl.int64)
