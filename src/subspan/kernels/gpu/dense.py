@@ -102,8 +102,29 @@ def _store(out, row, sums, n):
 
 
 @triton.jit
-def _row(g, row, n):
-    return tl.load(g + row, mask=(row >= 0) & (row < n), other=0)
+def _row(g, K: tl.constexpr, row, n, CUT: tl.constexpr):
+    return tl.load(g + K, mask=(row + K >= 0) & (row + K < n), other=0) if CUT else tl.load(g + K)
+
+
+@triton.jit
+def _run(
+    g, row, n, count, octet, column, most, step, tag, k0, k1,
+    ENTRIES: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """Sums over ``count`` octets, the first of which begins at ``row`` of the range."""
+    g += row
+    a = tl.zeros(column.shape, tl.float32)
+    b = a
+    for _ in range(count):
+        z0, z1, z2, z3, z4, z5, z6, z7 = ENTRIES(octet, column, most, step, tag, k0, k1)
+        a, b = a + z0 * _row(g, 0, row, n, CUT), b + z1 * _row(g, 1, row, n, CUT)
+        a, b = a + z2 * _row(g, 2, row, n, CUT), b + z3 * _row(g, 3, row, n, CUT)
+        a, b = a + z4 * _row(g, 4, row, n, CUT), b + z5 * _row(g, 5, row, n, CUT)
+        a, b = a + z6 * _row(g, 6, row, n, CUT), b + z7 * _row(g, 7, row, n, CUT)
+        octet += 1
+        row += 8
+        g += 8
+    return a + b
 
 
 @kernel
@@ -117,19 +138,19 @@ def _rmatvec(
     most = most.to(tl.uint32)
     octet = first.to(tl.uint32) + (chunk * trips).to(tl.uint32)
     row = chunk * trips * 8 - lead
-    zero = tl.zeros((COLUMNS,), tl.float32)
-    total = zero
+    total = tl.zeros((COLUMNS,), tl.float32)
     for done in range(0, trips, RUN):
-        a, b = zero, zero
-        for _ in range(tl.minimum(trips - done, RUN)):
-            z0, z1, z2, z3, z4, z5, z6, z7 = ENTRIES(octet, column, most, step, tag, k0, k1)
-            a, b = a + z0 * _row(g, row, n), b + z1 * _row(g, row + 1, n)
-            a, b = a + z2 * _row(g, row + 2, n), b + z3 * _row(g, row + 3, n)
-            a, b = a + z4 * _row(g, row + 4, n), b + z5 * _row(g, row + 5, n)
-            a, b = a + z6 * _row(g, row + 6, n), b + z7 * _row(g, row + 7, n)
-            octet += 1
-            row += 8
-        total += a + b
+        count = tl.minimum(trips - done, RUN)
+        if (row >= 0) & (row + count * 8 <= n):
+            total += _run(
+                g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, False
+            )  # fmt: skip
+        else:  # at the ends of the range: each row has to be looked at
+            total += _run(
+                g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, True
+            )  # fmt: skip
+        octet += RUN
+        row += 8 * RUN
     tl.store(out + chunk * d + column, total, mask=column < d.to(tl.uint32))
 
 

@@ -23,10 +23,9 @@ def philox(call, column, step, tag, k0, k1):
     c2, c3 = step.to(tl.uint32), tag.to(tl.uint32)
     k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
-        # High and low half stand side by side: the compiler makes one wide product of them.
-        h0, l0 = tl.umulhi(c0, _M0), c0 * _M0
-        h1, l1 = tl.umulhi(c2, _M1), c2 * _M1
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        p0, p1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
         k0, k1 = k0 + _W0, k1 + _W1
     return c0, c1, c2, c3
 
@@ -111,10 +110,10 @@ def normal_pair(word):
     where u is near 1 and the radius small, t is 0 and nothing cancels. The angle is π/4 + πx/2 with
     x in (−½, ½), and cosine and sine of it are √½ (C ∓ S) for even C and odd S.
     """
-    doubled = word << 1
-    u = ((doubled & 0x1FFFE) | 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True) - 0x8800000
-    t = (u - 0x3F2AAAAB) & -0x800000  # 0x3F2AAAAB is 2/3
-    f = (u - t).to(tl.float32, bitcast=True) - 1.0
+    u = (word & 0xFFFF).to(tl.int32).to(tl.float32) * 2.0**-16 + 2.0**-17
+    bits = u.to(tl.int32, bitcast=True)
+    t = (bits - 0x3F2AAAAB) & -0x800000  # 0x3F2AAAAB is 2/3
+    f = (bits - t).to(tl.float32, bitcast=True) - 1.0
     p = f * -0.35024222 + 0.38816016
     p = p * f - 0.39456437
     p = p * f + 0.49683229
@@ -122,11 +121,11 @@ def normal_pair(word):
     p = p * f + 1.0000449
     p = p * f - 1.9999993
     radius = tl.sqrt(f * p + t.to(tl.float32) * -1.6525917e-07)  # 2 ln 2 / 2²³
-    x = (((word >> 7) & 0x7FFE00) | 0x3F800100).to(tl.float32, bitcast=True) - 1.5
+    x = (word & 0x3FFF0000).to(tl.int32).to(tl.float32) * 2.0**-30 + (2.0**-15 - 0.5)
     y = x * x
     odd = x * ((y * 0.054919131 - 0.45658732) * y + 1.1107152)
     even = ((y * -0.014430883 + 0.17932131) * y - 0.87235552) * y + 0.70710676
-    cosine = flip(radius * (even - odd), doubled & 0x80000000)
+    cosine = flip(radius * (even - odd), (word << 1) & 0x80000000)
     sine = flip(radius * (even + odd), word & 0x80000000)
     return cosine, sine
 
