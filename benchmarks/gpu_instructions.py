@@ -25,8 +25,8 @@ SMS, CLOCK = 132, 1.7e9
 STORED = 3e12 / 4  # entries per second of a float32 matrix that is read at 3 TB/s
 
 # Operations per clock and multiprocessor, and the instructions of each kind by their first letters.
-# IMAD.WIDE makes 64 bits; it is counted as two multiplications. Instructions of the uniform data
-# path (U...) take an issue slot and nothing else.
+# IMAD.WIDE and IMAD.HI make 64 bits and count as two multiplications. Instructions of the uniform
+# data path (U...) take an issue slot and nothing else.
 KINDS = {
     "float": (128, ("FADD", "FMUL", "FFMA", "HFMA2")),
     "multiply": (64, ("IMAD",)),
@@ -71,7 +71,7 @@ def count(instructions: list[str]) -> dict[str, Counter[str]]:
     for instruction in instructions:
         name = instruction.split(".")[0]
         kind = next((kind for kind, (_, names) in KINDS.items() if name in names), "other")
-        wide = instruction.startswith("IMAD.WIDE")
+        wide = instruction.startswith(("IMAD.WIDE", "IMAD.HI"))
         found[kind]["IMAD.WIDE" if wide else name] += 1
     return found
 

@@ -27,6 +27,7 @@ from subspan.kernels.gpu import (  # noqa: E402
     fastfood,
     fastfood_passes,
     fixed,
+    kronecker,
     rademacher,
     sparse,
 )
@@ -141,6 +142,8 @@ def test_slabs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "SLAB", 50)
     monkeypatch.setattr(sparse, "PROGRAMS", programs)
     check(subspan.projection("sparse", out_dim=500, in_dim=30, s=23), 1, range(100, 210))
+    monkeypatch.setattr(kronecker, "PART", 60)
+    check(subspan.projection("kronecker", out_dim=500, in_dim=30), 1, range(100, 450))
     monkeypatch.setattr(dense, "LEAST", 2)
     monkeypatch.setattr(dense, "PROGRAMS", programs)
     check(subspan.projection("gaussian", out_dim=500, in_dim=30), 1, range(100, 160))
