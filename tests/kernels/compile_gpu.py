@@ -56,9 +56,9 @@ CASES: list[Case] = [
         for b, s in ((19, False), (34, True))
     ),
     *(
-        (f, 4, {"scale": "fp32"}, {"LOG": log, "ROUNDS": r, "BLOCKS": b})
+        (f, n, {"scale": "fp32"}, {"LOG": log, "ROUNDS": r, "BLOCKS": b})
         for f in (fastfood._matvec, fastfood._rmatvec)
-        for log, r, b in ((0, 32, 1024), (4, 32, 64), (9, 8, 2), (12, 8, 1))
+        for log, r, b, n in ((0, 32, 1024, 4), (4, 32, 64, 4), (9, 8, 2, 4), (12, 8, 1, 16))
     ),
     (fastfood_passes._near, 8, {}, {"LOG": 12}),
     (fastfood_passes._far, 4, {}, {"LEVELS": 6, "BESIDE": 64}),
@@ -74,7 +74,7 @@ CASES: list[Case] = [
         for i in (False, True)
     ),
     (fastfood_passes._gather, 4, {}, {"LOG": 14, "TILE": 1024}),
-    (kronecker._fill, 1, {}, {"COLUMNS": 32}),
+    (kronecker._fill, 4, {}, {"COLUMNS": 32}),
 ]
 
 

@@ -85,31 +85,32 @@ def _scale(p: Any) -> float:
     return math.sqrt(p.block / p.out_dim) / p.block
 
 
-def _shape(p: Any) -> tuple[int, int, int]:
-    """log₂ n, rounds of the permutation, and blocks of a program."""
+def _shape(p: Any) -> tuple[int, int, int, int]:
+    """log₂ n, rounds of the permutation, blocks of a program, and its warps."""
     log, turns = rounds(p.block)
-    return log, turns, 1 << max(0, TILE - log)
+    return log, turns, 1 << max(0, TILE - log), 4 if log <= TILE else 16  # or registers run out
 
 
 @on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    log, turns, beside = _shape(p)
+    log, turns, beside, warps = _shape(p)
     if log > LARGEST:
         return fastfood_passes.matvec(p, w, step, start, stop) * _scale(p)
     first = start >> log
     blocks = -(-stop // p.block) - first
     out = w.new_empty(blocks << log)
     _matvec[(-(-blocks // beside),)](
-        w, out, p.in_dim, blocks, first, _scale(p), *counter(p, step), log, turns, beside
-    )
+        w, out, p.in_dim, blocks, first, _scale(p), *counter(p, step), log, turns, beside,
+        num_warps=warps,
+    )  # fmt: skip
     return out[start - (first << log) : stop - (first << log)]
 
 
 @on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
-    log, turns, beside = _shape(p)
+    log, turns, beside, warps = _shape(p)
     if log > LARGEST:
         return fastfood_passes.rmatvec(p, g, step, start, stop) * _scale(p)
     first = start >> log
@@ -119,7 +120,7 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     partial = g.new_empty(chunks * beside, p.block)
     _rmatvec[(chunks,)](
         g, partial, stop - start, first, start - (first << log), trips, *counter(p, step),
-        log, turns, beside,
+        log, turns, beside, num_warps=warps,
     )  # fmt: skip
     return partial.sum(dim=0)[: p.in_dim] * _scale(p)
 

@@ -51,7 +51,6 @@ def _signs(x: Tensor, start: int, stop: int, columns: int, first: int, counter: 
     block = start // 128
     _fill[(-(-columns // COLUMNS), -(-stop // 128) - block)](
         out, stop - start, columns, block, start % 128, word(first), *counter, COLUMNS,
-        num_warps=1,
     )  # fmt: skip
     return out
 
