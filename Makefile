@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/subspan sweep --net mlp --data digits --methods hash --dims 10,30,100,200,400,1000 \
 		--seeds 3 --epochs 20 --batch-size 64 --baseline-lrs 0.003 --out $(DEMO)
 
-test: .venv/installed
+test: .venv/installed .venv/triton
 	$(BIN)/python -m pytest -n 2
 
 slow: .venv/installed
@@ -33,6 +33,11 @@ format: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# What only the tests want: the kernels for GPUs run in Triton's interpreter where there is no GPU.
+.venv/triton: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gpu]'
 	touch $@
 
 clean:

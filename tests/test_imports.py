@@ -24,7 +24,8 @@ LAYERS = [
     ("cli",),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-CORE_NEEDS = {"numpy", "safetensors", "torch"}  # and numba, for its kernels alone
+CORE_NEEDS = {"numpy", "safetensors", "torch"}
+KERNELS_NEED = {"subspan.kernels.cpu": {"numba", "llvmlite"}, "subspan.kernels.gpu": {"triton"}}
 
 
 def modules() -> dict[str, Path]:
@@ -99,8 +100,7 @@ def test_no_import_comes_back() -> None:
 def test_the_core_needs_four_packages(module: str) -> None:
     outside = {name.split(".")[0] for name in imports(TREES[module])}
     others = outside - set(sys.stdlib_module_names) - CORE_NEEDS - {"subspan"}
-    numba = module.startswith("subspan.kernels.cpu")
-    assert others <= ({"numba", "llvmlite"} if numba else set())
+    assert others <= KERNELS_NEED.get(".".join(module.split(".")[:3]), set())
 
 
 def run(code: str) -> None:
@@ -132,12 +132,13 @@ for name in subspan.__all__:
 from subspan import families, subspace, checkpoint
 after = {{name.split(".")[0] for name in sys.modules}}
 assert after - before - set(sys.stdlib_module_names) == {{"subspan"}}, after - before
-assert not {{"numba", "llvmlite"}} & after
+assert not {{"numba", "llvmlite", "triton"}} & after
 assert not [name for name in sys.modules if name.startswith("subspan.lab")]
 p = subspan.projection("hash", out_dim=70_000, in_dim=10)
 assert "numba" not in sys.modules
 p.matvec(torch.ones(10))
 assert "numba" in sys.modules
+assert "subspan.kernels.gpu" not in sys.modules
 # Numba's threads are OpenMP's, as torch's are: starting them must leave torch's number alone.
 assert torch.get_num_threads() == threads, torch.get_num_threads()
 import numba

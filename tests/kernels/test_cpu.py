@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -161,17 +162,32 @@ def test_kernels_take_float32_and_16_bits_and_nothing_else(monkeypatch: pytest.M
     assert len(calls) == 3
 
 
-def test_without_numba_torch_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "subspan.kernels.cpu", None)
-    monkeypatch.delattr(kernels, "cpu")
-    with pytest.warns(UserWarning, match="Numba kernels are not available .* using plain torch"):
-        assert kernels.available.__wrapped__("cpu") == {}
+@pytest.mark.parametrize(
+    ("device", "module", "said"),
+    [
+        ("cpu", "cpu", "^Numba kernels are not available"),
+        ("cuda", "gpu", r"^Triton \(pip install 'subspan\[gpu\]'\) kernels are not available"),
+    ],
+)
+def test_a_missing_package_is_said_and_torch_computes(
+    device: str, module: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, f"subspan.kernels.{module}", None)
+    monkeypatch.delattr(kernels, module, raising=False)
+    with pytest.warns(UserWarning, match=said + r" .*; products there run in plain torch$"):
+        assert kernels.available.__wrapped__(device) == {}
 
 
-def test_other_devices_have_no_kernels_and_no_warning() -> None:
+def test_a_device_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = functools.cache(kernels.available.__wrapped__)
+    with pytest.warns(UserWarning, match="no kernels for 'mps' devices; .* plain torch") as said:
+        assert fresh("mps") == fresh("mps") == {}
+    assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.available("cuda") == {}
+        assert fresh("meta") == {}
+        monkeypatch.setenv("SUBSPAN_KERNELS", "reference")
+        assert all(fresh(device) == {} for device in ("xpu", "cpu", "cuda"))
 
 
 REFERENCE = """

@@ -28,15 +28,24 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def available(device_type: str) -> dict[str, Kernel]:
-    """The kernels for a device type ("cpu", "cuda") by family; loaded on first use."""
-    if os.environ.get("SUBSPAN_KERNELS") == "reference" or device_type != "cpu":
+    """The kernels for a device type by family, loaded on first use; a lack of them is said once."""
+    if os.environ.get("SUBSPAN_KERNELS") == "reference" or device_type == "meta":
         return {}
     try:
-        from subspan.kernels import cpu
-    except ImportError as error:  # a machine without Numba still computes everything
-        warnings.warn(f"Numba kernels are not available ({error}); using plain torch", stacklevel=2)
-        return {}
-    return cpu.KERNELS
+        if device_type == "cpu":
+            from subspan.kernels import cpu
+
+            return cpu.KERNELS
+        if device_type == "cuda":
+            from subspan.kernels import gpu
+
+            return gpu.KERNELS
+        lack = f"there are no kernels for {device_type!r} devices"
+    except ImportError as error:  # a machine without them still computes everything
+        needed = "Numba" if device_type == "cpu" else "Triton (pip install 'subspan[gpu]')"
+        lack = f"{needed} kernels are not available ({error})"
+    warnings.warn(f"{lack}; products there run in plain torch", stacklevel=2)
+    return {}
 
 
 def find(family: str, x: Tensor) -> Kernel | None:

@@ -1,0 +1,45 @@
+"""What every launch shares: how integers are handed over, and on which device a kernel runs."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from subspan.kernels import Product
+
+# Numbers that change from call to call: a kernel must not be compiled again for each, as Triton
+# does by default for 1 and for multiples of 16.
+kernel = triton.jit(
+    do_not_specialize=[
+        "n", "d", "size", "start", "begin", "end", "first", "last", "lead", "rows", "blocks", "s",
+        "column", "copies", "depth", "stride", "trips", "most", "scale", "step", "tag", "k0", "k1",
+    ]
+)  # fmt: skip
+
+
+def on_device(product: Product) -> Product:
+    """The product with the device of its vector as the current one, on which Triton launches."""
+
+    @functools.wraps(product)
+    def guarded(p: Any, x: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
+            return product(p, x, step, start, stop)
+
+    return guarded
+
+
+def word(value: int) -> int:
+    """An integer in [0, 2³²) as the signed one with its bits: so its type is int32, always."""
+    return value - (1 << 32) if value >> 31 else value
+
+
+def counter(p: Any, step: Tensor) -> tuple[int, int, int, int]:
+    """What Philox takes beside the call and the column: step, tag and key."""
+    source = p.source
+    step_, tag, k0, k1 = (word(value) for value in (int(step), source.tag, *source.key))
+    return step_, tag, k0, k1

@@ -1,0 +1,300 @@
+"""The Triton kernels against the families' own torch code, which defines them.
+
+Without a CUDA device they are interpreted, a program after the other, in NumPy: sizes are small.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import subspan
+from subspan import Projection
+from subspan.philox import Source
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from subspan.kernels.gpu import (  # noqa: E402
+    KERNELS,
+    dense,
+    draws,
+    fastfood,
+    fastfood_passes,
+    fixed,
+    kronecker,
+    rademacher,
+    sparse,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERYTHING = {"stream": (1 << 24) - 1, "seed": (1 << 64) - (1 << 33) + 5}
+LAST_STEP = (1 << 32) - 1
+NORMAL = {"gaussian", "fastfood"}  # entries to about 1e-6
+TRANSFORMS = {"fastfood", "orthogonal"}  # entries are sums
+NONLOCAL = {"orthogonal"}
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in sorted(KERNELS)]
+OPTIONS += [("sparse", {"s": s}) for s in (1, 17, 1 << 31)]
+
+
+def project(
+    p: Projection, x: Tensor, step: int, rows: range, adjoint: bool, kernel: bool = True
+) -> Tensor:
+    """A product by the kernels on the device, or by the family's own hooks on the CPU."""
+    arguments = (torch.tensor(step), rows.start, rows.stop)
+    if kernel:
+        product = KERNELS[p.family].rmatvec if adjoint else KERNELS[p.family].matvec
+        out = product(p, x.to(DEVICE), *arguments)
+        assert out.dtype == torch.float32
+        assert out.device.type == DEVICE
+        assert out.shape == (p.in_dim if adjoint else len(rows),)
+        return out.cpu()
+    return (p._rmatvec if adjoint else p._matvec)(x, *arguments)
+
+
+def vector(length: int, seed: int = 0) -> Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(seed))
+
+
+def check(p: Projection, step: int, rows: range) -> None:
+    """Both products are about as exact as torch's, by the norm: a wrong entry is 1e4 times that."""
+    for adjoint in (False, True):
+        x = vector(len(rows) if adjoint else p.in_dim)
+        ours = project(p, x, step, rows, adjoint)
+        truth = project(p, x.double(), step, rows, adjoint, kernel=False)
+        torchs = project(p, x, step, rows, adjoint, kernel=False)
+        own = (torchs - truth).norm()
+        normals = 1.5e-6 if p.family in NORMAL else 2e-7
+        assert (ours - truth).norm() <= 3 * own + normals * truth.norm(), (p, adjoint)
+
+
+def test_every_family_has_kernels() -> None:
+    assert set(KERNELS) == set(subspan.projections()) - {"stored"}
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+@pytest.mark.parametrize(
+    ("D", "d", "step", "rows"),
+    [
+        (1, 1, 0, range(1)),
+        (33, 33, 7, range(3, 30)),
+        (137, 20, 0, range(137)),
+        (517, 70, LAST_STEP, range(130, 300)),
+    ],
+)
+def test_products(
+    family: str, options: dict[str, Any], D: int, d: int, step: int, rows: range
+) -> None:
+    check(subspan.projection(family, out_dim=D, in_dim=d, **EVERYTHING, **options), step, rows)
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_entries(family: str, options: dict[str, Any]) -> None:
+    p = subspan.projection(family, out_dim=300, in_dim=37, **EVERYTHING, **options)
+    rows = range(101, 190)
+    P = torch.stack([project(p, e, 3, rows, False, kernel=False) for e in torch.eye(37)], dim=1)
+    tolerance = 2e-6 * P.abs().max() if family in NORMAL | TRANSFORMS else 0.0
+    for j in (0, 35):
+        ours = project(p, torch.eye(37)[j], 3, rows, adjoint=False)
+        assert (ours - P[:, j]).abs().max() <= tolerance
+    for i in (0, 67):
+        ours = project(p, torch.eye(89)[i], 3, rows, adjoint=True)
+        assert (ours - P[i]).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_far_rows(family: str, options: dict[str, Any]) -> None:
+    # The last calls of the generator, places beyond 2³³; D with all bits set, and a power of two.
+    if family in NONLOCAL | {"kronecker"}:  # Kronecker's factor B alone would take 20 seconds
+        pytest.skip("works on all rows at once")
+    for D, d in (((1 << 34) - 3, 70), (1 << 34, 9)):
+        p = subspan.projection(family, out_dim=D, in_dim=d, **EVERYTHING, **options)
+        check(p, 1, range(D - 40, D - 2))
+
+
+def test_the_place_of_a_nonzero_in_a_long_block() -> None:
+    """31 bits of a word times the length: the word's last bit, the sign, must not take part."""
+    s = 3 << 29
+    p = subspan.projection("sparse", out_dim=1 << 34, in_dim=8, s=s, **EVERYTHING)
+    words = p.source.sequence(5, 6, column=torch.arange(8))[0]
+    for j, word in enumerate(words.tolist()):
+        row = 5 * s + ((word >> 1) * s >> 31)
+        rows, entry = range(row - 1, row + 2), (1 - 2 * (word & 1)) * p.magnitude
+        ours = project(p, torch.ones(8), 0, rows, adjoint=False)
+        assert torch.equal(ours, torch.tensor([0, entry, 0]))
+        ours = project(p, torch.tensor([9.0, 1.0, 9.0]), 0, rows, adjoint=True)
+        assert torch.equal(ours[j], torch.tensor(entry))
+
+
+@pytest.mark.parametrize("D", [(1 << 32) - 1, 1 << 32, (1 << 32) + 1])
+def test_permutations_about_32_bits(D: int) -> None:
+    p = subspan.projection("hash", out_dim=D, in_dim=1000, **EVERYTHING)
+    check(p, 5, range(D - 130, D))
+
+
+@pytest.mark.parametrize("family", ["hash", "kronecker", "orthogonal", "gaussian", "sparse"])
+def test_many_columns(family: str) -> None:
+    check(subspan.projection(family, out_dim=900, in_dim=300, seed=1), 1, range(830, 890))
+
+
+def test_the_largest_block_of_one_program() -> None:
+    check(subspan.projection("fastfood", out_dim=5000, in_dim=2100), 1, range(4400, 4490))
+
+
+@pytest.mark.parametrize("programs", [1, 1 << 10])
+def test_slabs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exists at once is bounded: longer vectors go through in parts."""
+    monkeypatch.setattr(rademacher, "SLAB", 128)
+    monkeypatch.setattr(rademacher, "PROGRAMS", programs)
+    check(subspan.projection("rademacher", out_dim=500, in_dim=140, seed=1), 1, range(100, 400))
+    monkeypatch.setattr(sparse, "SLAB", 50)
+    monkeypatch.setattr(sparse, "PROGRAMS", programs)
+    check(subspan.projection("sparse", out_dim=500, in_dim=30, s=23), 1, range(100, 210))
+    monkeypatch.setattr(kronecker, "PART", 60)
+    check(subspan.projection("kronecker", out_dim=500, in_dim=30), 1, range(100, 450))
+    monkeypatch.setattr(dense, "LEAST", 2)
+    monkeypatch.setattr(dense, "PROGRAMS", programs)
+    check(subspan.projection("gaussian", out_dim=500, in_dim=5), 1, range(100, 390))
+
+
+@pytest.mark.parametrize("family", sorted(KERNELS))
+def test_the_same_bits_twice_wherever_a_vector_begins(family: str) -> None:
+    p = subspan.projection(family, out_dim=150, in_dim=12)
+    rows, whole = range(40, 70), vector(31)
+    there = whole.to(DEVICE)[1:]
+    ours = project(p, whole[1:].clone(), 0, rows, True)
+    assert torch.equal(project(p, there, 0, rows, True), ours)
+    assert torch.equal(
+        project(p, there[:12], 0, rows, False), project(p, whole[1:13], 0, rows, False)
+    )
+
+
+@pytest.mark.parametrize(("levels", "group"), [(1, 256), (2, 1 << 20)])
+def test_blocks_of_several_passes(levels: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastfood, "LARGEST", 3)
+    for name, value in {
+        "ROW": 5,
+        "LEVELS": levels,
+        "BESIDE": 8,
+        "TILE": 64,
+        "GROUP": group,
+    }.items():
+        monkeypatch.setattr(fastfood_passes, name, value)
+    check(subspan.projection("fastfood", out_dim=900, in_dim=100, **EVERYTHING), 9, range(100, 390))
+    check(subspan.projection("fastfood", out_dim=400, in_dim=65, **EVERYTHING), 9, range(129, 256))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_is_not_finite_stays_so(family: str, options: dict[str, Any], value: float) -> None:
+    p = subspan.projection(family, out_dim=90, in_dim=20, seed=3, **options)
+    for adjoint, size in ((False, 20), (True, 60)):
+        x = vector(size)
+        x[size // 2] = value
+        ours = project(p, x, 0, range(20, 80), adjoint)
+        torchs = project(p, x, 0, range(20, 80), adjoint, kernel=False)
+        assert not ours[~torchs.isfinite()].isfinite().any()
+        if family == "hash" or (family.startswith("sparse") and "s" in vars(p)):
+            # Sums of few elements: the others do not notice.
+            torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+def test_both_infinities_are_nan() -> None:
+    p = subspan.projection("hash", out_dim=40, in_dim=1)
+    g = p.matvec(torch.full((1,), math.inf))
+    assert project(p, g, 0, range(40), True) == math.inf
+    assert project(p, -g, 0, range(40), True) == -math.inf
+    assert project(p, g.abs(), 0, range(40), True).isnan()
+
+
+@pytest.mark.parametrize("size", [2.0**-140, 1.0, 2.0**120])
+def test_fixed_point_has_room_for_every_size(size: float) -> None:
+    p = subspan.projection("hash", out_dim=130, in_dim=3)
+    x = vector(130) * size
+    x[::2] *= 2.0**-9
+    ours = project(p, x, 0, range(130), True)
+    truth = project(p, x.double(), 0, range(130), True, kernel=False)
+    torch.testing.assert_close(ours, truth.float(), rtol=3e-7, atol=2.0**-148)
+    # All of one sign, the largest sum that there can be; and one that float32 cannot hold.
+    equal = torch.full((130,), 1.99).copysign(p.matvec(torch.ones(3))) * size
+    truth = project(p, equal.double(), 0, range(130), True, kernel=False)
+    torch.testing.assert_close(
+        project(p, equal, 0, range(130), True), truth.float(), rtol=3e-7, atol=2.0**-148
+    )
+    equal *= torch.finfo(torch.float32).max / equal.abs()
+    assert project(p, equal, 0, range(130), True).isinf().all()
+    assert not project(p, torch.zeros(130), 0, range(130), True).any()
+
+
+@triton.jit
+def _normals(words, out, TILE: tl.constexpr):
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    cosine, sine = draws.normal_pair(tl.load(words + place).to(tl.uint32))
+    tl.store(out + place * 2, cosine)
+    tl.store(out + place * 2 + 1, sine)
+
+
+def test_normals_of_every_radius_and_angle() -> None:
+    """To 3e-6, all 2¹⁶ radii and all 2¹⁴ angles, signs included; as the definition has them."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1 << 32, (1 << 17,), generator=generator)
+    words[: 1 << 16] = words[: 1 << 16] & 0xFFFF0000 | torch.arange(1 << 16)
+    angles = torch.arange(1 << 14).repeat(4) << 16
+    words[1 << 16 :] = words[1 << 16 :] & 0xC000FFFF | angles
+
+    class Words(Source):
+        def _calls(self, *arguments: Any) -> Any:
+            return words.view(-1, 4).unbind(dim=1)
+
+    truth = Words(0, 1).normals(0, 2 * words.numel(), dtype=torch.float64)
+    signed = (words - (words >> 31 << 32)).to(torch.int32).to(DEVICE)
+    ours = torch.empty(2 * words.numel(), device=DEVICE)
+    _normals[(1 << 5,)](signed, ours, 1 << 12)
+    assert (ours.cpu() - truth).abs().max() < 3e-6
+
+
+def test_largest_finite_element() -> None:
+    x = torch.tensor([1.0, -7.0, math.nan, -math.inf, 3.0], device=DEVICE)
+    sums = fixed.Sums.of(x, 4, 5)
+    assert sums.scale == 2.0 ** (62 - 3 - 3)
+    assert sums.scale * sums.inverse == 1
+
+
+# ---- on a device -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+@pytest.mark.parametrize(("D", "d"), [(61_706, 290), (472_610, 75), (20_000, 6_000)])
+def test_public_products_on_a_device(family: str, options: dict[str, Any], D: int, d: int) -> None:
+    p = subspan.projection(family, out_dim=D, in_dim=d, **EVERYTHING, **options)
+    rows = range(D // 3, D - 7)
+    for product, x in ((p.matvec, vector(d)), (p.rmatvec, vector(len(rows)))):
+        truth = product(x.double(), step=LAST_STEP, rows=rows)
+        ours = product(x.cuda(), step=LAST_STEP, rows=rows)
+        assert ours.is_cuda
+        assert torch.equal(product(x.cuda(), step=LAST_STEP, rows=rows), ours)
+        own = (product(x, step=LAST_STEP, rows=rows) - truth).norm()
+        assert (ours.cpu() - truth).norm() <= 4 * own + 2e-6 * truth.norm()
+    if p.bitwise:
+        w = vector(d)
+        assert torch.equal(p.matvec(w.cuda(), rows=rows).cpu(), p.matvec(w, rows=rows))
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    p = subspan.projection("rademacher", out_dim=1000, in_dim=70)
+    w = vector(70)
+    with torch.cuda.device(0):
+        there = p.matvec(w.to("cuda:1"))
+        assert there.device == torch.device("cuda:1")
+        assert torch.equal(there.cpu(), p.matvec(w.to("cuda:0")).cpu())
