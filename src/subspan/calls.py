@@ -77,10 +77,13 @@ def _theta(
 ) -> list[Tensor]:
     rows = product(w, step, call.recipe, call.start, call.stop, False)
     parts = rows.split([len(piece) for piece in call.pieces]) if len(bases) > 1 else [rows]
-    return [
-        (base + part.view(base.shape).to(base.device)).to(base.dtype)
-        for base, part in zip(bases, parts, strict=True)
-    ]
+    return [_added(base, part.view(base.shape)) for base, part in zip(bases, parts, strict=True)]
+
+
+def _added(base: Tensor, part: Tensor) -> Tensor:
+    if part.requires_grad or base.dtype != part.dtype or base.device != part.device:
+        return (base + part.to(base.device)).to(base.dtype)
+    return part.add_(base)  # rows of P w that nobody else has
 
 
 class _Theta(torch.autograd.Function):

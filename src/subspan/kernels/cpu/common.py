@@ -26,6 +26,7 @@ from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, Source,
 
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
+KEPT = 1 << 25  # bytes up to which what is derived from a seed is kept between calls
 GRAIN = 1 << 15  # operations that are worth a thread
 MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 SIGN = np.uint32(1 << 31)
@@ -192,6 +193,17 @@ def widths(size: int) -> tuple[int, int, int, int]:
     loop over them and vectorise the one around it, with gathers, at seven times the cost.
     """
     return rounds(size), *Permutation(size, ()).bits, 32
+
+
+# ---- butterflies ---------------------------------------------------------------------------------
+
+
+@inline
+def eight(a, b, c, d, e, f, g, h):
+    """Three levels of (a, b) → (a + b, a − b) on eight elements, at distances 1, 2, 4."""
+    a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
+    a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
+    return a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h
 
 
 # ---- from Python ---------------------------------------------------------------------------------

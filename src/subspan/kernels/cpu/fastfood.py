@@ -1,6 +1,7 @@
-"""``fastfood``: signs, permutation and normals of a block are made anew, beside its transforms.
+"""``fastfood``: two Walsh–Hadamard transforms of a block, by its signs, permutation and normals.
 
-They cost less than the two Walsh–Hadamard transforms of the block, and nothing of P is kept.
+To make these costs as much as the transforms: those of a small matrix are kept between calls, at
+8 bytes a weight. Those of a large one are made block by block, and used at once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,22 @@ import torch
 from numba import prange, uint32
 from torch import Tensor
 
+from subspan.cache import cache
 from subspan.kernels.cpu import common
-from subspan.kernels.cpu.common import as_bits, as_float, feistel, inline, round_keys, sequence
+from subspan.kernels.cpu.common import (
+    SIGN,
+    as_bits,
+    as_float,
+    feistel,
+    inline,
+    round_keys,
+    sequence,
+)
 from subspan.kernels.cpu.dense import normals
 
 f32 = np.float32
+TASK = 1 << 13  # rows of P w that one task writes
+NOTHING = np.empty((0, 0), np.uint32), np.empty((0, 0), f32)
 
 
 @inline
@@ -38,81 +50,120 @@ def walsh_hadamard(x, y):
 
 
 @common.function
-def _draws(n, block, widths, address):
-    """Signs as bit 31 of words, images of the permutation, and scaled normals of one block."""
-    calls = max(1, n // 128)
-    words, signs = np.empty((calls, 4), np.uint32), np.empty(128 * calls, np.uint32)
-    sequence(words, 0, calls, 3 * block, address)
-    flat = words.ravel()
-    for k in range(flat.size):
-        for bit in range(widths[3]):
-            signs[k * 32 + bit] = (flat[k] << uint32(31 - bit)) & common.SIGN
-
-    halves, order = np.empty((2, n), np.uint32), np.empty(n, np.uint32)
+def _draws(words, z, block, widths, address):
+    """Of one block the images of the permutation, with signs as bit 31, and the scaled normals."""
+    n = words.size
+    room = np.empty((2, n), np.uint32)
+    high, low = room
     high_bits, low_bits = uint32(widths[1]), uint32(widths[2])
     for i in range(n):
-        halves[0, i] = uint32(i) >> low_bits
-        halves[1, i] = uint32(i) & uint32((1 << low_bits) - 1)
+        high[i], low[i] = uint32(i) >> low_bits, uint32(i) & uint32((1 << low_bits) - 1)
     keys = round_keys(widths[0], 3 * block + 1, address)
-    feistel(halves[0], halves[1], n, keys, high_bits, low_bits)
+    feistel(high, low, n, keys, high_bits, low_bits)
     for i in range(n):
-        order[i] = (halves[0, i] << low_bits) | halves[1, i]
+        words[i] = (high[i] << low_bits) | low[i]
+
+    calls = max(1, n // 128)
+    drawn = np.empty((calls, 4), np.uint32)
+    sequence(drawn, 0, calls, 3 * block, address)
+    flat = drawn.ravel()
+    bits = min(n, widths[3])
+    for k in range(max(1, n // 32)):
+        for bit in range(bits):
+            words[k * 32 + bit] |= (flat[k] << uint32(31 - bit)) & SIGN
 
     calls = max(1, n // 8)
-    z, words = np.empty(8 * calls, f32), np.empty((calls, 4), np.uint32)
-    sequence(words, 0, calls, 3 * block + 2, address)
-    flat = words.ravel()
+    drawn, normal = np.empty((calls, 4), np.uint32), np.empty(8 * calls, f32)
+    sequence(drawn, 0, calls, 3 * block + 2, address)
+    flat = drawn.ravel()
     for k in range(flat.size):
-        z[2 * k], z[2 * k + 1] = normals(flat[k])
-    z[n:] = 0
+        normal[2 * k], normal[2 * k + 1] = normals(flat[k])
+    normal[n:] = 0
     squares = np.zeros(8)  # eight sums side by side: none waits for the one before it
-    for i in range(0, z.size, 8):
+    for i in range(0, normal.size, 8):
         for k in range(8):
-            squares[k] += float(z[i + k]) * float(z[i + k])
+            squares[k] += float(normal[i + k]) * float(normal[i + k])
     scale = f32(math.sqrt(n / squares.sum()))
     for i in range(n):
-        z[i] *= scale
-    return signs, order, z
+        z[i] = normal[i] * scale
 
 
 @common.kernel
-def _matvec(w, start, out, n, factor, widths, address):
-    """Rows of factor · (H G Π H B w), block by block; w is padded by zeros to n."""
-    stop = start + out.size
-    for block in prange(start // n, (stop + n - 1) // n):
-        signs, order, z = _draws(n, np.int64(block), widths, address)
+def _fill(words, z, first, widths, address):
+    """The draws of the blocks from ``first`` on, (blocks, n) each."""
+    for block in prange(len(words)):
+        _draws(words[block], z[block], first + block, widths, address)
+
+
+@common.kernel
+def _matvec(w, start, out, chunk, factor, words, z, widths, address):
+    """Rows of factor · (H G Π H B w), block by block; w is padded by zeros to n.
+
+    The draws are those that are kept or, if there are none, are made.
+    """
+    n, stop = w.size, start + out.size
+    begin, end = start // n, (stop + n - 1) // n
+    for task in prange((end - begin + chunk - 1) // chunk):
         x, y, mixed = np.empty(n, f32), np.empty(n, f32), np.empty(n, f32)
-        for i in range(n):
-            x[i] = as_float(as_bits(w[i]) ^ signs[i])
-        x = walsh_hadamard(x, y)
-        for i in range(n):
-            mixed[i] = x[order[i]] * z[i]
-        x = walsh_hadamard(mixed, y)
-        first = np.int64(block) * n
-        for row in range(max(start, first), min(stop, first + n)):
-            out[row - start] = x[row - first] * factor
+        word, normal = np.empty(n, np.uint32), np.empty(n, f32)
+        for block in range(begin + task * chunk, min(end, begin + (task + 1) * chunk)):
+            if words.size:
+                word, normal = words[block - begin], z[block - begin]
+            else:
+                _draws(word, normal, block, widths, address)
+            for i in range(n):
+                x[i] = as_float(as_bits(w[i]) ^ (word[i] & SIGN))
+            found = walsh_hadamard(x, y)
+            for i in range(n):
+                mixed[i] = found[word[i] & ~SIGN] * normal[i]
+            found = walsh_hadamard(mixed, y)
+            first, last = max(start, block * n), min(stop, (block + 1) * n)
+            rows, found = out[first - start : last - start], found[first - block * n :]
+            for i in range(rows.size):
+                rows[i] = found[i] * factor
 
 
 @common.kernel
-def _rmatvec(g, start, partial, chunk, n, widths, address):
+def _rmatvec(g, start, partial, chunk, words, z, widths, address):
     """partial[task] = Σ B H Πᵀ G H g over the blocks of the task, without factors."""
-    stop = start + g.size
+    n, stop = partial.shape[1], start + g.size
     begin, end = start // n, (stop + n - 1) // n
     for task in prange(len(partial)):
+        x, y, mixed = np.empty(n, f32), np.empty(n, f32), np.empty(n, f32)
+        word, normal = np.empty(n, np.uint32), np.empty(n, f32)
         sums = partial[task]
         sums[:] = 0
         for block in range(begin + task * chunk, min(end, begin + (task + 1) * chunk)):
-            signs, order, z = _draws(n, block, widths, address)
-            x, y, mixed = np.zeros(n, f32), np.empty(n, f32), np.empty(n, f32)
-            first = block * n
-            for row in range(max(start, first), min(stop, first + n)):
-                x[row - first] = g[row - start]
-            x = walsh_hadamard(x, y)
+            if words.size:
+                word, normal = words[block - begin], z[block - begin]
+            else:
+                _draws(word, normal, block, widths, address)
+            first, last = max(start, block * n), min(stop, (block + 1) * n)
+            x[:] = 0
+            x[first - block * n : last - block * n] = g[first - start : last - start]
+            found = walsh_hadamard(x, y)
             for i in range(n):
-                mixed[order[i]] = x[i] * z[i]
-            x = walsh_hadamard(mixed, y)
+                mixed[word[i] & ~SIGN] = found[i] * normal[i]
+            found = walsh_hadamard(mixed, y)
             for i in range(n):
-                sums[i] += as_float(as_bits(x[i]) ^ signs[i])
+                sums[i] += as_float(as_bits(found[i]) ^ (word[i] & SIGN))
+
+
+def _kept(p: Any, step: Tensor, first: int, last: int) -> tuple[Any, ...]:
+    """The draws of blocks first … last−1 if they are worth keeping, and from what they are made."""
+    made_of = common.widths(p.block), common.address(p, step)
+    shape = last - first, p.block
+
+    def build() -> tuple[Tensor, Tensor]:
+        words, z = np.empty(shape, np.uint32), np.empty(shape, f32)
+        common.threads(16 * words.size)
+        _fill(words, z, first, *made_of)
+        return torch.from_numpy(words), torch.from_numpy(z)
+
+    if 8 * p.out_dim > common.KEPT:
+        return *NOTHING, *made_of
+    words, z = cache.get(("fastfood", p, int(step), first, last, "numba"), build)
+    return words.numpy(), z.numpy(), *made_of
 
 
 def _factor(p: Any) -> np.float32:
@@ -125,17 +176,19 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     n, out = p.block, np.empty(stop - start, f32)
     padded = np.zeros(n, f32)
     padded[: p.in_dim] = w.numpy()
+    draws = _kept(p, step, start // n, -(-stop // n))
     common.threads(8 * max(n, stop - start))
-    _matvec(padded, start, out, n, _factor(p), common.widths(n), common.address(p, step))
+    _matvec(padded, start, out, max(1, TASK // n), _factor(p), *draws)
     return torch.from_numpy(out)
 
 
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
-    n = p.block
-    blocks = -(-stop // n) - start // n
+    n, first, last = p.block, start // p.block, -(-stop // p.block)
+    blocks = last - first
     chunk = -(-blocks // min(64, max(1, blocks // 8)))  # sums of tasks: an eighth of g at most
     partial = np.empty((-(-blocks // chunk), n), f32)
+    draws = _kept(p, step, first, last)
     common.threads(8 * max(n, stop - start))
-    _rmatvec(g.numpy(), start, partial, chunk, n, common.widths(n), common.address(p, step))
+    _rmatvec(g.numpy(), start, partial, chunk, *draws)
     return common.total(partial, p.in_dim) * float(_factor(p))

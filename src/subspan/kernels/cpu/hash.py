@@ -30,7 +30,6 @@ from subspan.kernels.cpu.common import (
 TILE = 1024  # rows whose index is made together, in the first cache level
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
-KEPT = 1 << 23  # rows of a matrix whose index is kept: 32 MiB
 NOTHING = np.empty(0, np.uint32)
 
 
@@ -173,7 +172,7 @@ def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
         _fill(index, start, p.in_dim, *made_of)
         return (torch.from_numpy(index),)
 
-    if p.out_dim > KEPT:
+    if 4 * p.out_dim > common.KEPT:
         return NOTHING, *made_of
     (index,) = cache.get(("hash", p, int(step), start, stop, "numba"), build)
     return index.numpy(), *made_of
@@ -194,10 +193,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     if p.out_dim > 1 << 32:
         return p._rmatvec(g, step, start, stop)
-    # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g.
+    # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
+    # a power of 2, as the number of threads mostly is.
     tiles = -(-stop // TILE) - start // TILE
     tasks = min(TASKS, max(1, (stop - start) // (16 * p.in_dim)), tiles)
-    chunk = -(-tiles // tasks)
+    chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
     partial = np.empty((-(-tiles // chunk), p.in_dim), np.float32)
     total = np.empty(p.in_dim, np.float32)
     arguments = _arguments(p, step, start, stop)

@@ -7,6 +7,7 @@ one thread does all of their levels at once.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,16 @@ from numba import int64, prange, uint32
 from torch import Tensor
 
 from subspan.kernels.cpu import common
-from subspan.kernels.cpu.common import SIGN, as_bits, as_float, inline, round_keys, sequence
-from subspan.kernels.cpu.hash import TILE, permuted
+from subspan.kernels.cpu.common import (
+    SIGN,
+    as_bits,
+    as_float,
+    eight,
+    inline,
+    round_keys,
+    sequence,
+)
+from subspan.kernels.cpu.hash import TASK, TILE, permuted
 
 ROW = 32
 SHORT = 256  # rows
@@ -38,9 +47,9 @@ def _butterfly(x, i, k, count):
 
 
 @common.function
-def _rows_of_tile(x, forward):
-    """The five levels inside the rows of a tile, in place."""
-    if x.size < ROW * ROW:  # the last tile: elements may have no partner
+def _rows_of_tile(x, y, z, forward):
+    """The five levels inside the rows of a tile, in place; ``y`` and ``z`` are room for a tile."""
+    if x.size < TILE:  # the last one: elements may have no partner
         for level in range(5):
             stride = 1 << (level if forward else 4 - level)
             for i in range(x.size - stride):
@@ -48,19 +57,27 @@ def _rows_of_tile(x, forward):
                     a, b = x[i], x[i + stride]
                     x[i], x[i + stride] = (a + b) * C, (a - b) * C
         return
-    one, two, half = np.empty(ROW * ROW, f32), np.empty(ROW * ROW, f32), ROW * ROW // 2
-    one[:] = x
-    for _ in range(5):  # as in fastfood: the lowest bit of the place becomes the highest
-        for i in range(half):
-            a, b = one[2 * i], one[2 * i + 1]
-            two[i], two[half + i] = a + b, a - b
-        one, two = two, one
-    for _ in range(4):  # five more turns and every element is back
-        for i in range(half):
-            two[i], two[half + i] = one[2 * i], one[2 * i + 1]
-        one, two = two, one
-    for i in range(half):
-        x[i], x[half + i] = one[2 * i] * f32(2**-2.5), one[2 * i + 1] * f32(2**-2.5)
+    # They act on different bits of the place, so that their order does not matter. Levels 0, 1, 2
+    # read neighbours by eight and write to eighths, where levels 3, 4 find neighbours by four.
+    m = TILE // 8
+    for i in range(m):
+        k = 8 * i
+        a, b, c, d = x[k], x[k + 1], x[k + 2], x[k + 3]
+        e, f, g, h = x[k + 4], x[k + 5], x[k + 6], x[k + 7]
+        a, b, c, d, e, f, g, h = eight(a, b, c, d, e, f, g, h)
+        y[i], y[i + m], y[i + 2 * m], y[i + 3 * m] = a, b, c, d
+        y[i + 4 * m], y[i + 5 * m], y[i + 6 * m], y[i + 7 * m] = e, f, g, h
+    for i in range(TILE // 4):
+        k = 4 * i
+        a, b, c, d = y[k], y[k + 1], y[k + 2], y[k + 3]
+        a, b, c, d = a + b, a - b, c + d, c - d
+        z[k], z[k + 1] = (a + c) * f32(2**-2.5), (b + d) * f32(2**-2.5)
+        z[k + 2], z[k + 3] = (a - c) * f32(2**-2.5), (b - d) * f32(2**-2.5)
+    for i in range(m):
+        k = 8 * i
+        x[k], x[k + 1], x[k + 2], x[k + 3] = z[i], z[i + m], z[i + 2 * m], z[i + 3 * m]
+        x[k + 4], x[k + 5] = z[i + 4 * m], z[i + 5 * m]
+        x[k + 6], x[k + 7] = z[i + 6 * m], z[i + 7 * m]
 
 
 @inline
@@ -95,14 +112,16 @@ def _short(x, begin, rows, levels, forward):
 
 @common.kernel
 def _inside(x, forward):
-    for tile in prange((x.size + ROW * ROW - 1) // (ROW * ROW)):
-        _rows_of_tile(x[tile * ROW * ROW : (tile + 1) * ROW * ROW], forward)
+    for task in prange((x.size + TASK - 1) // TASK):
+        y, z = np.empty(TILE, f32), np.empty(TILE, f32)
+        for start in range(task * TASK, min(x.size, (task + 1) * TASK), TILE):
+            _rows_of_tile(x[start : start + TILE], y, z, forward)
 
 
 @common.kernel
-def _long(x, first, size, count):
-    """One level of ``count`` segments."""
-    for task in prange(count * PIECES):
+def _long(x, first, size):
+    """One level of segments."""
+    for task in prange(first.size * PIECES):
         begin, rows = first[task // PIECES], size[task // PIECES]
         pairs = rows // 2 * ROW
         share = (pairs + PIECES - 1) // PIECES
@@ -118,21 +137,28 @@ def _all_short(x, first, size, levels, forward):
         _short(x, first[n], size[n], levels, forward)
 
 
-def transform(x: Any, forward: bool) -> None:
-    """T x, or Tᵀ x, in place."""
-    rows = -(-x.size // ROW)
+@functools.lru_cache(maxsize=64)
+def _segments(rows: int) -> tuple[list[tuple[Any, Any]], int]:
+    """First row and rows of the segments of each long level, and of those below; their levels."""
     levels = (rows - 1).bit_length()
     long = max(0, levels - (SHORT - 1).bit_length())
-    first, size = np.zeros(1 << long, np.int64), np.zeros(1 << long, np.int64)
-    size[0] = rows
-    segments = []
-    for level in range(long):
-        segments.append((first.copy(), size.copy(), 1 << level))
-        _halve.py_func(first, size, 1 << level)
+    first, size = np.zeros(1, np.int64), np.array([rows])
+    found = [(first, size)]
+    for _ in range(long):
+        lower = size - size // 2
+        first = np.stack((first, first + lower), 1).ravel()
+        size = np.stack((lower, size // 2), 1).ravel()
+        found.append((first, size))
+    return found, levels - long
+
+
+def transform(x: Any, forward: bool) -> None:
+    """T x, or Tᵀ x, in place."""
+    (*long, short), levels = _segments(-(-x.size // ROW))
     steps = [
         (_inside, (x, forward)),
-        *((_long, (x, *level)) for level in segments),
-        (_all_short, (x, first, size, levels - long, forward)),
+        *((_long, (x, *segments)) for segments in long),
+        (_all_short, (x, *short, levels, forward)),
     ]
     for step, arguments in steps if forward else reversed(steps):
         step(*arguments)
@@ -154,16 +180,18 @@ def _places(out, size, widths, address):
 def _sign(x, first, out, widths, address):
     """out_i = ±x_i, with the signs of the rows from ``first`` on."""
     stop = first + x.size
-    for tile in prange(first // TILE, (stop + TILE - 1) // TILE):
-        words, signs = np.empty((TILE // 128, 4), np.uint32), np.empty(TILE, np.uint32)
-        base = int64(tile) * TILE
-        sequence(words, base // 128, TILE // 128, 0, address)
+    for task in prange(first // TASK, (stop + TASK - 1) // TASK):
+        words, base = np.empty((TASK // 128, 4), np.uint32), int64(task) * TASK
+        sequence(words, base // 128, TASK // 128, 0, address)
         flat = words.ravel()
         for k in range(flat.size):
-            for bit in range(widths[3]):
-                signs[k * 32 + bit] = (flat[k] << uint32(31 - bit)) & SIGN
-        for i in range(max(first, base), min(stop, base + TILE)):
-            out[i - first] = as_float(as_bits(x[i - first]) ^ signs[i - base])
+            begin, end = max(first, base + 32 * k), min(stop, base + 32 * k + 32)
+            if begin < end:
+                word = flat[k] >> uint32(begin & 31)
+                # Slices, because an index that might be negative keeps the compiler from vectors.
+                here, there = x[begin - first : end - first], out[begin - first : end - first]
+                for i in range(here.size):
+                    there[i] = as_float(as_bits(here[i]) ^ ((word << uint32(31 - i)) & SIGN))
 
 
 def _chosen(p: Any, step: Tensor) -> Any:
