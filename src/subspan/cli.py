@@ -234,7 +234,7 @@ def bench(argv: Arguments) -> None:
     )  # fmt: skip
     parser.add_argument("--device", type=str, default=defaults.device, help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print the record and no tables")
-    _add_out(parser, "runs/bench")
+    _add_out(parser, "runs/bench", overwrite="measure again, and replace what is there")
     given = _parse(parser, argv)
 
     settings = lab_bench.Bench(
@@ -435,12 +435,13 @@ def _swept(result: dict[str, Any], files: Sequence[Path]) -> None:
         raise SubspanError(f"all runs failed, {len(result['failed'])} of them: see above")
 
 
-def _add_out(parser: ArgumentParser, default: str | None) -> None:
+def _add_out(
+    parser: ArgumentParser, default: str | None, *,
+    overwrite: str = "replace what another configuration left there",
+) -> None:  # fmt: skip
     kind = str if default else str | None
     parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what another configuration left there"
-    )
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
 
 
 def _add_jobs(parser: ArgumentParser) -> None:

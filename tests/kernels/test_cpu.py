@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import prange
 from torch import Tensor
 
 import subspan
 from subspan import Projection, kernels
 from subspan.cache import cache
 from subspan.kernels import Kernel
+from subspan.kernels.cpu import common
 from tests.laws import vector
 
 FAMILIES = sorted(kernels.available("cpu"))
@@ -142,6 +147,22 @@ def test_threads_do_not_change_a_bit(family: str) -> None:
         assert torch.equal(backward, products[0][1])
 
 
+@pytest.mark.parametrize("family", ["fastfood", "hash"])
+def test_what_is_kept_is_what_would_be_made(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = subspan.projection(family, out_dim=70_001, in_dim=300, seed=5)
+    w, g = vector(300, torch.float32), vector(50_000, torch.float32)
+    rows = range(20_000, 70_000)
+    cache.clear()
+    kept = p.matvec(w, step=3, rows=rows), p.rmatvec(g, step=3, rows=rows)
+    assert cache.held > 0
+    cache.clear()
+    monkeypatch.setattr(common, "KEPT", 0)
+    made = p.matvec(w, step=3, rows=rows), p.rmatvec(g, step=3, rows=rows)
+    assert cache.held == 0
+    assert torch.equal(kept[0], made[0])
+    assert torch.equal(kept[1], made[1])
+
+
 def test_kernels_take_float32_and_16_bits_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -217,3 +238,67 @@ def test_reference_by_the_environment() -> None:
         if p.bitwise:
             assert torch.equal(ours, weights)
         torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
+
+
+# ---- compiled code between processes -------------------------------------------------------------
+
+FIRST = """
+import torch, subspan
+p = subspan.projection("rademacher", out_dim=500, in_dim=20)
+print(p.matvec(torch.ones(20)).sum().item())
+from subspan.kernels.cpu import rademacher
+print(sum(rademacher._matvec.stats.cache_hits.values()))
+"""
+
+
+def first_product(**env: str) -> tuple[str, int]:
+    """The result of a product in a new process, and how often compiled code was found."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FIRST],
+        env=os.environ | env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stderr == ""  # the first call says nothing
+    value, hits = result.stdout.split()
+    return value, int(hits)
+
+
+def test_compiled_code_is_kept_between_processes(tmp_path: Path) -> None:
+    value, hits = first_product(NUMBA_CACHE_DIR=str(tmp_path))
+    assert hits == 0
+    [folder] = tmp_path.iterdir()
+    assert folder.name.startswith("kernels-")
+    assert list(folder.rglob("*.nbc"))
+    assert first_product(NUMBA_CACHE_DIR=str(tmp_path)) == (value, 1)
+
+
+def test_nothing_is_kept_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setattr(common.numba.config, "CACHE_DIR", str(file))
+    monkeypatch.setenv("HOME", str(file))
+    assert common._folder() is None
+    monkeypatch.setattr(common, "_cached", lambda: None)
+
+    def double(x):
+        for i in prange(x.size):
+            x[i] *= 2
+
+    x = np.ones(5)
+    common.kernel(double)(x)
+    assert x.sum() == 10
+
+
+def test_an_edit_anywhere_in_the_kernels_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(Path(common.__file__).parent, sources, ignore=shutil.ignore_patterns("__*"))
+    monkeypatch.setattr(common, "__file__", str(sources / "common.py"))
+    monkeypatch.setattr(common.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    before = common._folder()
+    assert common._folder() == before
+    with (sources / "hash.py").open("a") as file:
+        file.write("# an edit")
+    assert common._folder() != before

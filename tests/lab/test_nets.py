@@ -14,6 +14,7 @@ MNIST, CIFAR, CIFAR_CROPPED = (1, 28, 28), (3, 32, 32), (3, 28, 28)
 WEIGHTS = [
     ("mlp", MNIST, 159_010),  # Minut 2023
     ("mlp", CIFAR_CROPPED, 472_610),  # Minut 2023
+    ("minut-mlp", CIFAR, 472_610),  # Minut 2023, who crops
     ("mlp-200", MNIST, 159_010),
     ("mlp-200-200", MNIST, 199_210),  # Li 2018
     ("mlp-200-200", CIFAR, 656_810),  # Li 2018
@@ -91,6 +92,14 @@ def test_no_smaller_image_would_do(name):
 def test_one_short_side_is_too_small():
     with pytest.raises(SubspanError, match="at least 12x12 pixels, got 40x8: use larger"):
         nets.build("lenet", (1, 40, 8))
+
+
+def test_minuts_network_sees_the_centre_of_an_image():
+    x = torch.rand(1, *CIFAR, requires_grad=True)
+    nets.build("minut-mlp", CIFAR)(x).sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 1)) > 0
+    assert seen[2:30, 2:30].all()
+    assert seen.sum() == 28 * 28
 
 
 def test_residual_block_adds_its_input():

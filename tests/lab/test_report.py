@@ -15,7 +15,7 @@ import matplotlib
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.report import page, pictures, records, write
+from subspan.lab.report import bars, page, pictures, records, write
 from subspan.lab.report.curves import measured_curves, number, published_curves
 
 EIGHT = [
@@ -302,6 +302,32 @@ def test_page_of_a_sweep_holds_the_tables(tmp_path):
     ]
 
 
+def test_at_a_single_d_methods_are_compared_by_bars(tmp_path):
+    raw = a_sweep(["hash", "fastfood"])
+    assert not bars.suits(read_sweep(tmp_path, raw))
+    raw["rows"] = [
+        row("hash", 300, [0.80, 0.90], seconds_per_step=[0.004, 0.006]),
+        row("fastfood", 300, [0.70], peak_memory_bytes=[]),
+    ]
+    sweep = read_sweep(tmp_path, raw)
+    assert bars.suits(sweep)
+    accuracy, memory, step, total = bars.figure(sweep).axes
+    widths = [[bar.get_width() for bar in axes.patches] for axes in (accuracy, memory, step, total)]
+    assert widths[0] == pytest.approx([99, 85, 70])  # the baseline first
+    assert widths[1] == pytest.approx([500, 500])  # not recorded: no bar
+    assert widths[2] == pytest.approx([3, 5, 3])
+    assert widths[3] == pytest.approx([31, 31, 31])
+    assert [axes.get_xscale() for axes in (accuracy, step)] == ["linear", "log"]
+    names = [label.get_text() for label in accuracy.get_yticklabels()]
+    assert names == ["full", "hash", "fastfood"]
+    assert accuracy.get_ylim()[0] > accuracy.get_ylim()[1]  # from above to below
+    files = write(tmp_path)
+    assert "What each method reaches" in files[2].read_text()
+    assert "d = 300" in " ".join(svg_texts(files[1].read_bytes()))
+    raw["rows"].pop()  # one method: a curve of one point
+    assert not bars.suits(read_sweep(tmp_path, raw))
+
+
 def test_write_a_run(tmp_path):
     files = write(save(tmp_path, a_run(), "record.json"))
     texts = svg_texts(files[1].read_bytes())
@@ -462,7 +488,7 @@ def test_any_damage_is_read_as_an_error_or_shown(tmp_path, value):
     """No damage gets past reading to break the page."""
     sweep = a_sweep(["hash"]) | {"published": [LI]}
     for name, raw, show in (
-        ("sweep.json", sweep, page.of_sweep),
+        ("sweep.json", sweep, lambda found: page.of_sweep(found, pictures.CAPTION)),
         ("record.json", a_run(), page.of_run),
     ):
         for path in everywhere(raw):

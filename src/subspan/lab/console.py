@@ -163,12 +163,15 @@ def measuring(total: int) -> Iterator[Any]:
             bar.advance(task)
 
         yield done
+        if not bar.tasks[task].completed:
+            say("complete already, not repeated: --overwrite measures again")
 
 
 def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
     """The tables of a benchmark, and where its picture is.
 
-    Times are medians ± half their interquartile range.
+    Times are medians ± half their interquartile range. No product can be faster than the bytes move
+    that it must touch: those of P that exist, and both vectors.
     """
     copy = record["machine"]["copy_bytes_per_second"]
     say(f"{record['machine']['device']}; a copy moves {copy / 1e9:.1f} GB/s")
@@ -178,12 +181,17 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
     for (out_dim, in_dim), rows in groups.items():
         say(f"\nproducts at D = {out_dim:,}, d = {in_dim:,}")
         base = next((row for row in rows if row["projection"] == "stored-dense"), {})
-        table = _table("projection", "bytes of P", "P w ms", "× stored", "Pᵀ g ms", "× stored")
+        table = _table(
+            "projection", "bytes of P",
+            "P w ms", "× stored", "× its bytes", "Pᵀ g ms", "× stored", "× its bytes",
+        )  # fmt: skip
         for row in rows:
             cells = [f"{row['bytes_of_p']:,}"] if "bytes_of_p" in row else [row["skipped"]]
             for key in ("forward", "backward") if "forward" in row else ():
                 whole = base.get(key)
+                limit = (row["bytes_of_p"] + 4 * (out_dim + in_dim)) / copy
                 cells += [_milliseconds(row[key]), _ratio(row[key], whole) if whole else ""]
+                cells.append(f"{row[key]['median'] / limit:.3g}")
             table.add_row(row["projection"], *cells)
         console.print(table)
     nets: dict[str, list[dict[str, Any]]] = {}

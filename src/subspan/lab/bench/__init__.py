@@ -93,7 +93,7 @@ def bench(
     Args:
         settings: what to measure.
         out: a folder.
-        overwrite: replace what another configuration left there.
+        overwrite: measure again, and replace what is there.
         done: is told what is done.
 
     Returns:
@@ -104,6 +104,8 @@ def bench(
     """
     config = asdict(settings)
     record = records.claim(out, FILE, config, overwrite=overwrite)
+    if overwrite:
+        record = None
     out.mkdir(parents=True, exist_ok=True)
     device, methods = settings.place, candidates.chosen(settings.methods or candidates.names())
     if record is None:

@@ -1,9 +1,9 @@
 """Times that can be compared on a noisy machine: interleaved, warmed up, medians with their spread.
 
 Candidates take turns, so that whatever else the machine does meets all of them alike: a ratio of
-medians of one set of rounds is worth far more than either median. A turn is a few calls in a row,
-as in a training loop, of which the first does not count: it finds in the caches what the candidate
-before left there. The order changes from round to round.
+medians of one set of rounds is worth far more than either median. A turn is a series of calls, as
+in a training loop, of which the first quarter does not count: it finds in the caches what the
+candidate before left there, and threads asleep. The order changes from round to round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 ROUNDS = (5, 100)  # at least, at most
-CALLS = 4  # in a turn, the first of which warms up
+CALLS = 4  # in a turn, or as many as fill
+TURN = 0.02  # seconds
 
 Timing = dict[str, float]  # median, low, high (quartiles) in seconds; calls
 
@@ -45,7 +46,9 @@ def interleaved(
 
     for function in candidates.values():  # compiles, fills caches
         once(function)
-    a_round = CALLS * sum(once(function) for function in candidates.values())
+    lasts = {name: max(once(function), 1e-6) for name, function in candidates.items()}
+    calls = {name: max(CALLS, round(TURN / last)) for name, last in lasts.items()}
+    a_round = sum(calls[name] * lasts[name] for name in candidates)
     least, most = ROUNDS
     rounds = max(least, min(most, int(seconds * len(candidates) / max(a_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -54,7 +57,8 @@ def interleaved(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            times[name] += [once(candidates[name]) for _ in range(CALLS)][1:]
+            turn = [once(candidates[name]) for _ in range(calls[name])]
+            times[name] += turn[len(turn) // 4 :]
     return {name: _timing(measured) for name, measured in times.items()}
 
 

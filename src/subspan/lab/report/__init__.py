@@ -11,8 +11,9 @@ from subspan.lab.report.records import Sweep, read
 def write(folder: Path) -> list[Path]:
     """Write ``curve.png``, ``curve.svg`` and ``report.html`` beside the record they show.
 
-    A sweep (``sweep.json``) gives accuracy against d with the intrinsic dimensions marked; a
-    single run (``record.json``), where there is no sweep, its losses and accuracy by epoch.
+    A sweep (``sweep.json``) gives accuracy against d with the intrinsic dimensions marked, or at a
+    single d what its methods reach and cost; a single run (``record.json``), where there is no
+    sweep, its losses and accuracy by epoch.
     The page is self-contained: it loads nothing from anywhere.
 
     Args:
@@ -26,10 +27,11 @@ def write(folder: Path) -> list[Path]:
             format; nothing is written then.
     """
     found = read(folder)
-    from subspan.lab.report import page, pictures  # matplotlib takes a second to import
+    from subspan.lab.report import bars, page, pictures  # matplotlib takes a second to import
 
     if isinstance(found, Sweep):
-        figure, contents = pictures.sweep_figure(found), page.of_sweep(found)
+        figure = bars.figure(found) if bars.suits(found) else pictures.sweep_figure(found)
+        contents = page.of_sweep(found, bars.CAPTION if bars.suits(found) else pictures.CAPTION)
     else:
         figure, contents = pictures.run_figure(found), page.of_run(found)
     svg = pictures.svg(figure)

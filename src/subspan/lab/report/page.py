@@ -53,13 +53,8 @@ def render(page: Page, svg: bytes) -> str:
     return environment.from_string(template).render(page=page, picture=picture)
 
 
-def of_sweep(sweep: Sweep) -> Page:
-    """The page of a sweep."""
-    caption = (
-        "Test accuracy against d. Lines join the means over seeds, dots are the seeds and bands "
-        "their range. A vertical line marks an intrinsic dimension, the bar at its top the "
-        "interval."
-    )
+def of_sweep(sweep: Sweep, caption: str) -> Page:
+    """The page of a sweep, with the caption of its picture."""
     if sweep.published:
         caption += " Dashed, with open markers: published."
     protocol = (

@@ -56,6 +56,11 @@ _INK = "0.2"
 _WIDTH = 3.5  # inches
 _TITLE_COLUMN, _LEGEND_COLUMN = 46, 60  # characters that fit into the width
 
+CAPTION = (
+    "Test accuracy against d. Lines join the means over seeds, dots are the seeds and bands "
+    "their range. A vertical line marks an intrinsic dimension, the bar at its top the interval."
+)
+
 
 @styled
 def sweep_figure(sweep: Sweep) -> Figure:

@@ -1,0 +1,67 @@
+"""The picture of a sweep with one d: what each method reaches and costs there, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from subspan.lab.report.curves import title
+from subspan.lab.report.pictures import styled
+from subspan.lab.report.records import Row, Sweep
+
+CAPTION = (
+    "What each method reaches and costs at this d: means over seeds, dots are the seeds. The costs "
+    "stand on logarithmic axes; training on all weights is grey."
+)
+_MEASURED, _BASELINE = "#0072B2", "0.55"
+_PANELS = (  # field of a row, what is written under its panel, and its unit
+    ("test_accuracy", "test accuracy (%)", 100.0),
+    ("peak_memory_bytes", "peak memory (MB)", 1e-6),
+    ("seconds_per_step", "time of a step (ms)", 1e3),
+    ("seconds_total", "total time (s)", 1.0),
+)
+
+
+def suits(sweep: Sweep) -> bool:
+    """Whether there is nothing to draw a curve through, and more than one method to compare."""
+    return len({row.dim for row in sweep.rows}) == 1 and len(sweep.methods) > 1
+
+
+@styled
+def figure(sweep: Sweep) -> Figure:
+    """Bars of accuracy, memory, step time and total time: see `CAPTION`."""
+    rows = [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
+    figure = Figure(figsize=(7.2, 0.9 + 0.17 * len(rows)), layout="constrained")
+    dims = sweep.rows[0].label
+    figure.suptitle(textwrap.fill(f"{title(sweep)}, d = {dims}", 100), fontsize=7.5)
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    for axes, (name, words, unit) in zip(panels, _PANELS, strict=True):
+        _panel(axes, rows, [[unit * value for value in getattr(row, name)] for row in rows])
+        axes.set_xlabel(words)
+        if name != "test_accuracy" and axes.patches:
+            axes.set_xscale("log")
+    names = [row.method for row in rows]
+    panels[0].set_yticks(range(len(rows)), names)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _panel(axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]]) -> None:
+    """A bar for every row with values, and its number at its end."""
+    for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
+        if not seeds or min(seeds) <= 0:
+            continue
+        colour = _MEASURED if row.dim else _BASELINE
+        axes.barh(place, mean(seeds), 0.7, color=colour)
+        axes.annotate(
+            f"{mean(seeds):.3g}", (mean(seeds), place), xytext=(2, 0),
+            textcoords="offset points", va="center", fontsize=5.5,
+        )  # fmt: skip
+        if len(seeds) > 1:
+            axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)
+    axes.margins(x=0.22)
+    axes.grid(False, axis="y")

@@ -1,0 +1,267 @@
+"""The benchmark: fair turns, what is compared, bytes that are there, resume, and refusals."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from subspan.cache import cache
+from subspan.errors import SubspanError
+from subspan.lab import bench as module
+from subspan.lab.bench import Bench, bench, candidates, memory, picture, products, steps, timing
+from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
+from tests.lab.runs import contents
+
+CPU = torch.device("cpu")
+QUICK = {"sizes": ("2000x20",), "nets": ("mlp-8",), "dim": 10, "batch_size": 4, "seconds": 1e-3}
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when it is told to, and the calls that were made."""
+    state = SimpleNamespace(now=0.0, calls=[])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: state.now)
+
+    def takes(name, *seconds):
+        def function():
+            turn = [n for n, last in reversed(list(enumerate(state.calls))) if last != name]
+            in_turn = len(state.calls) - (turn[0] + 1 if turn else 0)
+            state.calls.append(name)
+            state.now += seconds[min(in_turn, len(seconds) - 1)]
+
+        return function
+
+    state.takes = takes
+    return state
+
+
+def test_times_are_medians_of_calls_that_follow_a_first_one(clock):
+    """A first call in a turn is slow and does not count."""
+    found = interleaved(
+        {"slow": clock.takes("slow", 9.0, 3.0), "fast": clock.takes("fast", 5.0, 1.0)}, 1.0, CPU
+    )
+    assert found["slow"] == {"median": 3.0, "low": 3.0, "high": 3.0, "calls": ROUNDS[0] * 3}
+    assert found["fast"]["median"] == 1.0
+
+
+def test_candidates_take_turns_in_a_changing_order(clock):
+    names = ["a", "b", "c"]
+    interleaved({name: clock.takes(name, TURN / 10) for name in names}, 1e9, CPU)
+    turns = clock.calls[2 * len(names) :]  # compiled, and counted
+    assert len(turns) == ROUNDS[1] * 10 * len(names)
+    blocks = [turns[i : i + 10] for i in range(0, len(turns), 10)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    orders = {tuple(block[0] for block in blocks[i : i + 3]) for i in range(0, len(blocks), 3)}
+    assert all(sorted(order) == names for order in orders)
+    assert len(orders) > 1
+
+
+def test_rounds_follow_the_time_to_spend(clock):
+    interleaved({"a": clock.takes("a", TURN)}, 40 * TURN, CPU)
+    assert len(clock.calls) == 2 + 10 * CALLS
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(timing, "interleaved", lambda *_: {"copy": {"median": 0.5}})
+    assert copy_bandwidth(CPU, 1.0) == 2 * 256 * 2**20 / 0.5
+
+
+# ---- candidates ----------------------------------------------------------------------------------
+
+
+def test_every_family_is_measured_beside_four_stored_matrices():
+    assert candidates.names()[-4:] == ["stored-dense", "stored-coo", "stored-csr", "stored-csc"]
+    assert {"hash", "rademacher", "gaussian", "kronecker"} < set(candidates.names())
+    assert candidates.chosen(["rademacher", "hash"]) == ["hash", "rademacher", "stored-dense"]
+    with pytest.raises(SubspanError, match=r"'hush'.*hash"):
+        candidates.chosen(["hush"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rademacher", 0), ("gaussian", 0), ("hash", 4 * 3000), ("fastfood", 8 * 24 * 128),
+        ("stored-dense", 4 * 3000 * 100),
+        ("stored-coo", 300 * 100 * (8 + 8 + 4)),
+        ("stored-csr", 300 * 100 * (8 + 4) + 8 * 3001),
+        ("stored-csc", 300 * 100 * (8 + 4) + 8 * 101),
+    ],
+)  # fmt: skip
+def test_bytes_of_p_are_those_that_exist(name, expected):
+    cache.clear()
+    assert candidates.bytes_of(candidates.make(name, 3000, 100), CPU) == expected
+
+
+def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch):
+    free = SimpleNamespace(available=10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    [hashed, dense] = products.measure(["hash", "stored-dense"], [(10**6, 600)], 1e-3, CPU, print)
+    assert "forward" in hashed
+    assert dense["skipped"] == "needs 3 of 1 GB"
+    assert not {"forward", "backward", "bytes_of_p"} & set(dense)
+    told, free.available = [], 10**6
+    rows = steps.measure(["stored-dense"], ["mlp-8"], 50, 4, 1e-3, CPU, told.append)
+    assert ["step" in row for row in rows] == [True, False]
+    assert told == ["training steps of mlp-8"]
+
+
+# ---- a whole benchmark ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out, told = tmp_path_factory.mktemp("bench") / "out", []
+    settings = Bench(methods=("hash", "rademacher"), **QUICK)
+    return SimpleNamespace(
+        out=out, told=told, settings=settings, record=bench(settings, out, done=told.append)
+    )
+
+
+def test_the_record(measured):
+    record = measured.record
+    assert json.loads((measured.out / "bench.json").read_text()) == json.loads(json.dumps(record))
+    assert record["status"] == "complete"
+    assert record["machine"]["copy_bytes_per_second"] > 1e8
+    assert {"device", "versions"} < set(record["machine"])
+    names = ["hash", "rademacher", "stored-dense"]
+    assert [row["projection"] for row in record["products"]] == names
+    assert [row["bytes_of_p"] for row in record["products"]] == [8000, 0, 160_000]
+    for row in record["products"]:
+        assert (row["out_dim"], row["in_dim"]) == (2000, 20)
+        for key in ("forward", "backward"):
+            assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"] < 10
+    assert [row["projection"] for row in record["steps"]] == ["adam", *names]
+    assert {row["weights"] for row in record["steps"]} == {28 * 28 * 8 + 8 + 8 * 10 + 10}
+    assert [row["projection"] for row in record["memory"]] == ["adam", *names]
+    assert len(measured.told) == module.total(measured.settings) == 4
+
+
+def test_the_picture_shows_the_ratios(measured):
+    first, second, third = picture.draw(measured.record).axes
+    whole = measured.record["products"][-1]["forward"]["median"]
+    ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
+    times = [row["forward"]["median"] / whole for row in measured.record["products"]]
+    assert ends == pytest.approx(times)
+    assert second.get_xlabel() == "times the step of plain Adam"
+    names = [label.get_text() for label in third.get_yticklabels()]
+    assert names == ["adam", "hash", "rademacher", "stored-dense"]
+    files = picture.write(measured.record, measured.out)
+    assert [file.name for file in files] == ["bench.png", "bench.svg"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_measured_again(measured, monkeypatch):
+    def never(*_):
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        for part in (products, steps, memory):
+            patch.setattr(part, "measure", never)
+        assert bench(measured.settings, measured.out) == json.loads(json.dumps(measured.record))
+        with pytest.raises(AssertionError):
+            bench(measured.settings, measured.out, overwrite=True)
+    other = Bench(methods=("hash",), **QUICK)
+    before = contents(measured.out)
+    with pytest.raises(SubspanError, match="another configuration"):
+        bench(other, measured.out)
+    assert contents(measured.out) == before
+
+
+def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypatch):
+    settings = Bench(parts=("products", "steps"), methods=("hash",), **QUICK)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench(settings, tmp_path)
+    left = json.loads((tmp_path / "bench.json").read_text())
+    assert left["status"] == "running"
+    told = []
+    record = bench(settings, tmp_path, done=told.append)
+    assert record["products"] == left["products"]
+    assert told == ["training steps of mlp-8"]
+
+
+def test_peak_memory_is_of_what_a_step_needs():
+    """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
+    D = 16_000_000  # vectors that go back to the system when they are freed
+    adam, hashed = memory.measure(["hash"], [(D, 1000)], CPU, lambda _: None)
+    assert 5.9 < adam["peak_bytes"] / (4 * D) < 6.3
+    assert 2.9 < hashed["peak_bytes"] / (4 * D) < 3.2
+
+
+def test_a_measurement_that_fails_is_an_error():
+    with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: .*Error"):
+        memory.measure(["nobody"], [(100, 10)], CPU, print)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": ("products", "stepps")}, "'stepps'.*steps"),
+        ({"methods": ("hush",)}, "'hush'.*hash"),
+        ({"sizes": ("61706",)}, "a size is D by d, as in 61706x1000, got '61706'"),
+        ({"sizes": ("10x20",)}, "d=20 does not fit in D=10"),
+        ({"sizes": ("10x-2",)}, "a size is D by d"),
+        ({"nets": ("lenett",)}, "'lenett'.*lenet"),
+        ({"nets": ("mlp-8",), "dim": 10**6}, "d=1000000 does not fit"),
+        ({"dim": 0}, "dim must be positive, got 0"),
+        ({"seconds": -1.0}, "seconds must be positive"),
+        ({"device": "gpu"}, "'gpu'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_measured(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        Bench(**QUICK | settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(cli, in_tmp_path):
+    said = cli("bench", "--device", "cuda")
+    assert said.code == 2
+    assert said.err == "subspan bench: error: there is no CUDA device here: use --device cpu\n"
+    assert not list(in_tmp_path.iterdir())
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+WORDS = ["bench", "--methods", "hash", "--sizes", "2000x20", "--seconds", "0.001", "--out", "b"]
+
+
+def test_the_command_prints_tables_and_names_the_picture(in_tmp_path, cli):
+    words = [*WORDS, "--parts", "products,steps", "--nets", "mlp-8", "--dim", "10"]
+    said = cli(*words)
+    assert (said.code, said.err) == (0, "")
+    for words_of in ("products at D = 2,000, d = 20", "× stored", "× its bytes", "× adam"):
+        assert words_of in said.out
+    assert said.out.splitlines()[-2:] == ["record: b/bench.json", "picture: b/bench.png"]
+    again = cli(*words).out.splitlines()
+    assert again[0] == "complete already, not repeated: --overwrite measures again"
+    assert again[1:] == said.out.splitlines()[-len(again) + 1 :]
+
+
+def test_json_is_all_that_is_printed(in_tmp_path, cli):
+    said = cli(*WORDS, "--parts", "products", "--json")
+    assert json.loads(said.out) == json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    assert (in_tmp_path / "b" / "bench.png").is_file()
+
+
+def test_turns_do_not_begin_where_they_began():
+    """Pairs of turns in real time, too: no candidate always runs after the same one."""
+    order = []
+    interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 1e-3, CPU)
+    followed = {(a, b) for a, b in pairwise(order[6:]) if a != b}
+    assert len(followed) == 6
