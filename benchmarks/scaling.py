@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 import subspan
 from subspan.files import write_atomically
@@ -71,7 +72,10 @@ def exponents(points: list[dict[str, Any]]) -> tuple[float, float] | None:
 @pictures.styled
 def draw(points: list[dict[str, Any]], device: str) -> Figure:
     """Two panels: time against D and against d."""
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    plain = FuncFormatter(
+        lambda x, _: f"{x:g}" if 1e-3 <= x < 1e4 else f"{x:.0e}".replace("e+0", "e")
+    )
     panels = (("out_dim", "D", "in_dim", AT_DIM), ("in_dim", "d", "out_dim", AT_WEIGHTS))
     for number, (axis, name, fixed, value) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
@@ -86,12 +90,15 @@ def draw(points: list[dict[str, Any]], device: str) -> Figure:
             ) if line else None  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis_of in (axes.xaxis, axes.yaxis):
+            axis_of.set_major_formatter(plain)
+            axis_of.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
         axes.set_ylabel("seconds for P w and Pᵀ g")
         other = "d" if name == "D" else "D"
         axes.set_title(f"{other} = {value:,}")
         if number == 1:
-            axes.legend()
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(device, fontsize=6.5, color="0.4")
     return figure
 
