@@ -19,6 +19,8 @@ LAYERS = [
     ("kernels",),
     ("families",),
     ("compartments", "slots", "init", "calls", "summary", "subspace"),
+    ("distributed",),
+    ("optim",),
     ("checkpoint",),
     ("lab",),
     ("cli",),

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from subspan import optim as optim
     from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
     from subspan.errors import SubspanError as SubspanError
@@ -30,10 +31,14 @@ _HOME = {
     "save": "subspan.checkpoint",
 }
 
-__all__ = ["__version__", *_HOME]
+_PACKAGES = ("optim",)
+
+__all__ = ["__version__", *_HOME, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"subspan.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'subspan' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

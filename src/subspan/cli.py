@@ -182,18 +182,27 @@ def reproduce(argv: Arguments) -> None:
     if given.list or given.name is None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
-    settings = experiment(given.name).sweeps[given.budget]
+    parts = experiment(given.name).parts(given.budget)
     out = Path(given.out or f"runs/{given.name}-{given.budget}")
-    with console.runs(total_runs(settings)) as progress:
-        result = run_experiment(
+    with console.runs(sum(map(total_runs, parts.values()))) as progress:
+        results = run_experiment(
             given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,
             on_run=progress,
         )  # fmt: skip
-    _swept(result, [*sorted(out.glob("curve.*")), out / "report.html"])
+    for part, result in results.items():
+        if part:
+            console.say(f"\n{part}")
+        folder = out / part
+        _swept(result, [*sorted(folder.glob("curve.*")), folder / "report.html"])
+    if len(results) > 1:
+        console.say(f"\npicture of all: {out / 'summary.png'}")
 
 
 def bench(argv: Arguments) -> None:
-    """What generating P costs on this machine: products, training steps, peak memory.
+    """What generating P costs on this machine.
+
+    ``products``: P w and Pᵀ g; ``steps``: training in a fixed subspace; ``memory``: the peaks of
+    that; ``optimizers``: training in bases that are redrawn at every step.
 
     Everything is measured in turns, and given as a ratio: products against a matrix that is
     stored, steps and memory against plain Adam on all weights.
@@ -211,8 +220,9 @@ def bench(argv: Arguments) -> None:
     defaults = lab_bench.Bench()
     words = list[str] | str
     parser.add_argument(
-        "--parts", type=words, default=",".join(defaults.parts), help=f"what to measure, {lists}"
-    )
+        "--parts", type=words, default=",".join(defaults.parts),
+        help=f"what to measure, see above, {lists}",
+    )  # fmt: skip
     parser.add_argument(
         "--methods", type=words | None, default=None, help=f"as below, {lists}; null: all"
     )
@@ -297,6 +307,28 @@ def export(argv: Arguments) -> None:
     print(f"{given.out}: {write_weights(given.checkpoint, given.out):,} bytes")
 
 
+def replay(argv: Arguments) -> None:
+    """Rebuild the weights of any step from the journal of a training in random bases.
+
+    ``subspan train --method rbd --journal true`` writes one beside its record.
+    """
+    from subspan.lab.replay import replay as rebuild_weights
+
+    parser = _parser("replay", replay.__doc__)
+    parser.add_argument("journal", type=str, help="the file")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="how many steps to make; null: all"
+    )
+    parser.add_argument("--out", type=str, default="weights.safetensors", help="the file to write")
+    parser.add_argument(
+        "--base", type=str | None, default=None,
+        help="a safetensors file of the initial weights, for a journal of your own training",
+    )  # fmt: skip
+    given = _parse(parser, argv)
+    steps, size = rebuild_weights(given.journal, given.out, step=given.step, base=given.base)
+    print(f"{given.out}: the weights after {steps:,} steps, {size:,} bytes")
+
+
 def report(argv: Arguments) -> None:
     """Draw the pictures and the page of a folder that train or sweep wrote."""
     from subspan.lab.report import write
@@ -325,6 +357,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "eval": (evaluate, "test accuracy of a checkpoint"),
     "inspect": (inspect, "what a checkpoint says of itself"),
     "export": (export, "merged weights of a checkpoint as a plain safetensors file"),
+    "replay": (replay, "the weights of any step, from the journal of a training"),
     "report": (report, "pictures and a page of what train or sweep wrote"),
     "reproduce": (reproduce, "run a published experiment, published and measured side by side"),
     "bench": (bench, "time and memory of generated projections, against stored ones and Adam"),

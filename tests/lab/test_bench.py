@@ -13,7 +13,17 @@ import torch
 from subspan.cache import cache
 from subspan.errors import SubspanError
 from subspan.lab import bench as module
-from subspan.lab.bench import Bench, bench, candidates, memory, picture, products, steps, timing
+from subspan.lab.bench import (
+    Bench,
+    bench,
+    candidates,
+    memory,
+    optimizers,
+    picture,
+    products,
+    steps,
+    timing,
+)
 from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from tests.lab.runs import contents
 
@@ -140,16 +150,18 @@ def test_the_record(measured):
     assert [row["projection"] for row in record["steps"]] == ["adam", *names]
     assert {row["weights"] for row in record["steps"]} == {28 * 28 * 8 + 8 + 8 * 10 + 10}
     assert [row["projection"] for row in record["memory"]] == ["adam", *names]
-    assert len(measured.told) == module.total(measured.settings) == 4
+    assert [row["projection"] for row in record["optimizers"]] == ["sgd", *names[:2]]
+    assert len(measured.told) == module.total(measured.settings) == 5
 
 
 def test_the_picture_shows_the_ratios(measured):
-    first, second, third = picture.draw(measured.record).axes
+    first, second, fourth, third = picture.draw(measured.record).axes
     whole = measured.record["products"][-1]["forward"]["median"]
     ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
     times = [row["forward"]["median"] / whole for row in measured.record["products"]]
     assert ends == pytest.approx(times)
-    assert second.get_xlabel() == "times the step of plain Adam"
+    assert second.get_xlabel() == "times the step of plain adam"
+    assert fourth.get_xlabel() == "times the step of plain sgd"
     names = [label.get_text() for label in third.get_yticklabels()]
     assert names == ["adam", "hash", "rademacher", "stored-dense"]
     files = picture.write(measured.record, measured.out)
@@ -162,7 +174,7 @@ def test_what_is_done_is_not_measured_again(measured, monkeypatch):
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        for part in (products, steps, memory):
+        for part in (products, steps, memory, optimizers):
             patch.setattr(part, "measure", never)
         assert bench(measured.settings, measured.out) == json.loads(json.dumps(measured.record))
         with pytest.raises(AssertionError):

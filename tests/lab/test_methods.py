@@ -51,7 +51,7 @@ def test_laws(name, tmp_path):
 
 
 def test_there_is_one_for_every_family():
-    assert set(methods()) == {"full", *projections(), *STORED}
+    assert set(methods()) == {"full", *projections(), *STORED, "rbd", "fpd", "nes"}
     assert all(how.name == name and how.help for name, how in methods().items())
     assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())
 
@@ -126,11 +126,15 @@ def test_rates_keep_the_length_of_a_step():
     assert sums == method("hash").rates({"compartments": {"0": 60, "2": 40}})
 
 
-def test_optimizers():
+def test_optimizers(tmp_path):
     net = a_net()
     net[0].requires_grad_(False)
-    adam = method("full").optimizer(net, "adam", 0.1, 0.2)
-    sgd = method("full").optimizer(net, "sgd", 0.1, 0.2)
+    adam, sgd = (
+        method("full").optimizer(
+            net, a_run("full", lr=0.1, optimizer=name, weight_decay=0.2), tmp_path, {}, resume=False
+        )
+        for name in ("adam", "sgd")
+    )
     assert isinstance(adam, torch.optim.Adam)
     assert isinstance(sgd, torch.optim.SGD)
     for optimizer in (adam, sgd):
@@ -140,10 +144,10 @@ def test_optimizers():
     assert sgd.param_groups[0]["momentum"] == 0.9
 
 
-def test_nothing_to_train():
+def test_nothing_to_train(tmp_path):
     net = a_net().requires_grad_(False)
     with pytest.raises(SubspanError, match="method 'full' leaves nothing to train"):
-        method("full").optimizer(net, "adam", 0.1, 0.0)
+        method("full").optimizer(net, a_run("full"), tmp_path, {}, resume=False)
 
 
 def test_counts_of_all_weights():

@@ -6,12 +6,14 @@ import json
 import os
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 import subspan.lab.reproduce as module
 from subspan.errors import SubspanError
 from subspan.lab.config import Sweep, Training
+from subspan.lab.report import bars, records
 from subspan.lab.reproduce import Experiment, Published, experiments, reproduce
 from subspan.lab.sweep import _check, _points, total_runs
 from subspan.lab.train import prepare
@@ -41,8 +43,18 @@ def tiny(monkeypatch):
 
 
 def test_the_published_ones():
-    assert list(experiments()) == ["li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark"]
-    li, minut, kinds = experiments().values()
+    assert list(experiments()) == [
+        "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
+        "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark",
+    ]  # fmt: skip
+    _, distributed, table, li, minut, kinds = experiments().values()
+    assert {part: rows[-1].baseline for part, rows in table.published.items()} == {
+        "fc-mnist": 0.9827, "fc-cifar10": 0.5209, "cnn-mnist": 0.9941, "cnn-cifar10": 0.814
+    }  # fmt: skip
+    assert [(p.method, p.accuracy) for p in table.published["cnn-mnist"]] == [
+        ("nes", (0.51,)), ("fpd", (0.889,)), ("rbd", (0.9717,))
+    ]  # fmt: skip
+    assert [s.processes for s in distributed.parts("quick").values()] == [1, 2, 2, 4, 4]
     assert (li.published[0].d_int, li.published[0].baseline) == (290, 0.991)
     assert dict(zip(li.published[0].dims, li.published[0].accuracy, strict=True)) == {
         100: 0.763, 200: 0.864, 500: 0.939, 1000: 0.963, 5000: 0.983
@@ -85,42 +97,46 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
             (folder / f"{i}.png").write_bytes(encoded(value, mode, size=(side, side)))
     experiment = experiments()[name]
     assert experiment.name == name
-    config = experiment.sweeps[budget]
-    _check(config, _points(config))
-    dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
-    for published in experiment.published:
-        assert len(published.dims) == len(published.accuracy)
-        assert set(published.dims) <= dims
-        assert 0 < min(published.accuracy) <= max(published.accuracy) < published.baseline
-    assert (config.seeds == 1) == (budget == "quick")
-    assert total_runs(config) < 100
+    parts = experiment.parts(budget)
+    for part, config in parts.items():
+        _check(config, _points(config))
+        dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
+        for published in experiment.published_of(part):
+            assert len(published.dims) == len(published.accuracy)
+            assert set(published.dims) <= dims
+            assert 0 < min(published.accuracy) <= max(published.accuracy) < published.baseline
+        assert (config.seeds == 1) == (budget == "quick")
+    assert sum(map(total_runs, parts.values())) < 120
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_the_networks_have_the_published_size(name, real_data):
-    config = experiments()[name].sweeps["quick"]
+    config = next(iter(experiments()[name].parts("quick").values()))
     ready = prepare(_points(config)[1].job(config, 0.1, 0).run)
     published = {
         "li-mnist-lenet": 44_426,
         "minut-mnist-mlp": 159_010,
         "minut-sparse-benchmark": 472_610,
+        "gressmann-table1": 101_770,
+        "gressmann-distributed": 101_770,
+        "gressmann-compartments": 93_322,
     }
     assert ready.method.counts(ready.model)["weights"] == published[name]
 
 
 def test_published_and_measured_side_by_side(tiny, tmp_path):
     out = tmp_path / "tiny"
-    result = reproduce("tiny", out, jobs=1)
+    [result] = reproduce("tiny", out, jobs=1).values()
     assert json.loads((out / "sweep.json").read_text()) == result
     assert result["experiment"] == {
         "name": "tiny", "budget": "quick", "title": "Digits", "source": "Nobody 2026",
-        "differences": "all of it",
+        "differences": "all of it", "part": "",
     }  # fmt: skip
     assert result["published"] == [
         {
             "label": "Nobody 2026", "dims": [5, 30], "accuracy": [0.25, 0.5], "baseline": 0.75,
-            "d_int": 17,
+            "d_int": 17, "method": None,
         }
     ]  # fmt: skip
     assert [row["dim"] for row in result["rows"]] == [5, 30]
@@ -131,10 +147,33 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
     assert f"{measured:.1f} ({measured - 50:+.1f})" in page
     # Again: nothing is repeated, and another budget is another configuration.
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
-    assert reproduce("tiny", out, jobs=1) == result
+    assert reproduce("tiny", out, jobs=1) == {"": result}
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == runs
     with pytest.raises(SubspanError, match=r"belongs to another configuration \(epochs 1 → 2\)"):
         reproduce("tiny", out, budget="full", jobs=1)
+
+
+def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
+    settings = tiny.sweeps["quick"]
+    parts = {"one": settings, "two": replace(settings, baseline=None, dims=("7",))}
+    published = {"one": tiny.published, "two": (Published("Else 2026", (7,), (0.4,), 0.9),)}
+    several = replace(tiny, sweeps={"quick": parts}, published=published)
+    monkeypatch.setitem(experiments(), "tiny", several)
+    said = cli("reproduce", "tiny", "--jobs", 1, "--out", "out")
+    assert (said.code, said.err) == (0, "")
+    for words in ("\none\n", "\ntwo\n", "picture: out/two/curve.png", "out/summary.png"):
+        assert words in said.out
+    assert Path("out/summary.png").read_bytes().startswith(b"\x89PNG")
+    results = {part: json.loads(Path(f"out/{part}/sweep.json").read_text()) for part in parts}
+    assert [row["dim"] for row in results["two"]["rows"]] == [7]
+    found = {part: records.read(Path("out") / part) for part in parts}
+    axes = bars.summary(found, "All of it").axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["one: full", "one: hash, d = 5", "one: hash, d = 30", "two: hash, d = 7"]
+    diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert diamonds == pytest.approx([75, 25, 50, 40])
+    with pytest.raises(SubspanError, match="budget must be quick or full, got 'full'"):
+        reproduce("tiny", Path("out"), budget="full")
 
 
 def test_what_is_unknown(tmp_path):

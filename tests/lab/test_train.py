@@ -24,7 +24,15 @@ from tests.lab.runs import STEPS, WEIGHTS, a_run, contents, copied, record_of
 KEYS = {
     *("format", "status", "config", "test_accuracy", "val_accuracy", "best_epoch"),
     *("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"),
-    *("seconds_total", "seconds_per_step", "peak_memory_bytes", "history", "processes", "device"),
+    *(
+        "seconds_total",
+        "seconds_per_step",
+        "peak_memory_bytes",
+        "bytes_sent_per_step",
+        "history",
+        "processes",
+        "device",
+    ),
     *("versions", "notes", "error"),
 }
 

@@ -110,6 +110,7 @@ class Sweep:
         threshold: share of the baseline's accuracy at which the intrinsic dimension is read off.
         baseline: the method that the others are held against; null for none.
         baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
+        processes: of each run, started by torchrun on this machine.
     """
 
     training: Training
@@ -121,6 +122,7 @@ class Sweep:
     threshold: float = 0.9
     baseline: str | None = "full"
     baseline_lrs: tuple[float, ...] = ()
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -134,14 +136,17 @@ class Sweep:
             values = [v if isinstance(v, str) else f"{v:g}" for v in getattr(self, name)]
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
-        if self.seeds < 1:
-            raise SubspanError(f"seeds must be at least 1, got {self.seeds}")
+        for name in ("seeds", "processes"):
+            if getattr(self, name) < 1:
+                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``sweep.json``."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
+        if self.processes == 1:  # records of sweeps that knew no other stay the same
+            del own["processes"]
         lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
         return asdict(self.training) | own | lists
 

@@ -194,23 +194,26 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
                 cells.append(f"{row[key]['median'] / limit:.3g}")
             table.add_row(row["projection"], *cells)
         console.print(table)
-    nets: dict[str, list[dict[str, Any]]] = {}
-    for row in record.get("steps", ()):
-        nets.setdefault(row["net"], []).append(row)
-    for net, rows in nets.items():
-        first = rows[0]
-        say(
-            f"\ntraining step of {net}, {first['weights']:,} weights, d = {first['dim']:,}, "
-            f"batch of {first['batch_size']}"
-        )
-        table = _table("trained by", "step ms", "× adam")
-        for row in rows:
-            known = "step" in row
-            cells = [_milliseconds(row["step"]), _ratio(row["step"], first["step"])] if known else [
-                row["skipped"]
-            ]  # fmt: skip
-            table.add_row(row["projection"], *cells)
-        console.print(table)
+    for part, title, against in (
+        ("steps", "training step", "adam"), ("optimizers", "step in redrawn bases", "sgd")
+    ):  # fmt: skip
+        nets: dict[str, list[dict[str, Any]]] = {}
+        for row in record.get(part, ()):
+            nets.setdefault(row["net"], []).append(row)
+        for net, rows in nets.items():
+            first = rows[0]
+            say(
+                f"\n{title} of {net}, {first['weights']:,} weights, d = {first['dim']:,}, "
+                f"batch of {first['batch_size']}"
+            )
+            table = _table("trained by", "step ms", f"× {against}")
+            for row in rows:
+                if "step" in row:
+                    cells = [_milliseconds(row["step"]), _ratio(row["step"], first["step"])]
+                else:
+                    cells = [row["skipped"]]
+                table.add_row(row["projection"], *cells)
+            console.print(table)
     if record.get("memory"):
         say("\npeak memory of two steps: θ₀, θ, gradient, optimizer, P and all temporaries")
         table = _table("D", "d", "trained by", "bytes", "× 4·D")

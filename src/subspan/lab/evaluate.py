@@ -14,14 +14,20 @@ from torch.nn.functional import cross_entropy
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.lab import data, nets
+from subspan.subspace import SubspaceModel
 
 BATCH = 1000
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: data.ImageData, split: data.Split) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (a fraction) on a split; the network stays in eval mode."""
+    """Mean cross entropy and accuracy (a fraction) on a split; the network stays in eval mode.
+
+    Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
+    """
     model.eval()
+    if isinstance(model, SubspaceModel):
+        model = model.merge()
     loss = correct = 0.0
     for batch, labels in data.batches(split, BATCH, seed=0, epoch=0, shuffle=False):
         scores = model(images.normalize(batch)).float()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import safetensors.torch
+from torch import nn
 
 from subspan import slots
 from subspan.errors import SubspanError
@@ -30,7 +31,11 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     if Path(out).exists() and Path(out).samefile(path):
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
     model, _ = rebuild(path)
-    net = model.merge() if isinstance(model, SubspaceModel) else model
+    return write_weights(model.merge() if isinstance(model, SubspaceModel) else model, out)
+
+
+def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:
+    """Write a network's weights and buffers, tied ones once; returns the size in bytes."""
     tensors = {slot.tensor: net.get_parameter(slot.tensor) for slot in slots.slots(net)}
     state = {name: t.detach().contiguous() for name, t in tensors.items()}
     state |= {name: b.contiguous() for name, b in slots.saved_buffers(net).items()}

@@ -120,6 +120,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def bytes_sent() -> int:
+    """What this machine has sent over all of its network devices, to itself, too."""
+    return int(psutil.net_io_counters().bytes_sent)
+
+
 class PeakMemory:
     """Peak memory of this process since it was made, in bytes: of the GPU where there is one."""
 

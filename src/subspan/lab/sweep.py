@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +21,9 @@ from typing import Any
 
 import joblib
 
+from subspan.cache import cache
 from subspan.errors import SubspanError
+from subspan.families import stored
 from subspan.files import remove_unfinished
 from subspan.lab import records
 from subspan.lab.config import Run, Sweep
@@ -115,7 +120,7 @@ def sweep(
                 point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage
             }
             tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
-            for job, outcome in _execute(tasks, out / "runs", jobs, overwrite):
+            for job, outcome in _execute(tasks, out / "runs", jobs, overwrite, config.processes):
                 left -= 1
                 point, lr, seed = by_name[job.name]
                 if isinstance(outcome, dict):
@@ -177,7 +182,9 @@ def _check(config: Sweep, points: list[Point]) -> None:
         labels[at] = point.label
 
 
-def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterator[Outcome]:
+def _execute(
+    tasks: list[Job], runs: Path, jobs: int, overwrite: bool, processes: int
+) -> Iterator[Outcome]:
     """The outcomes as they come: a record, or a sentence on what went wrong."""
     left = []
     for task in tasks:  # what is complete needs no process
@@ -193,7 +200,7 @@ def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterat
     # joblib divides the cores' threads between its processes.
     workers = max(1, min(jobs, len(left)))
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
-    outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite) for task in left)
+    outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite, processes) for task in left)
     try:
         for outcome in outcomes:  # noqa: UP028 (closed below, not by ``yield from``)
             yield outcome
@@ -208,16 +215,40 @@ def _execute(tasks: list[Job], runs: Path, jobs: int, overwrite: bool) -> Iterat
             outcomes.close()
 
 
-def _one(job: Job, runs: Path, overwrite: bool) -> Outcome:
+def _one(job: Job, runs: Path, overwrite: bool, processes: int) -> Outcome:
     """One run in a worker; nothing that it raises may stop the others."""
     folder = runs / job.name
     try:
         try:
+            if processes > 1:
+                return job, _together(job.run, folder, overwrite, processes)
             return job, train(job.run, folder, overwrite=overwrite)
         except SubspanError as error:
             return job, str(error)
     except Exception as error:
         return job, f"{type(error).__name__}: {error}"
+    finally:  # or the next run in this process would count it as its own
+        stored.forget()
+        cache.clear()
+
+
+def _together(run: Run, folder: Path, overwrite: bool, processes: int) -> dict[str, Any]:
+    """One run in several processes, as a person would start it."""
+    settings = run.as_dict()
+    settings |= settings.pop("options")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(settings, file)
+        file.flush()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [f"--nproc-per-node={processes}", "-m", "subspan.cli", "train"]
+        options = ["--config", file.name, "--out", str(folder)] + ["--overwrite"] * overwrite
+        said = subprocess.run([*launch, *command, *options], capture_output=True, text=True)
+    record = completed(run, folder)
+    if record is None:
+        reasons = [line for line in said.stderr.splitlines() if line.startswith("subspan train:")]
+        last = said.stderr.strip().splitlines()[-1:] or ["no word of why"]
+        raise SubspanError((reasons or last)[0])
+    return record
 
 
 def _result(
@@ -260,6 +291,7 @@ def _row(point: Point) -> dict[str, Any] | None:
         row[key] = [record[key] for record in done]
     for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
         row[key] = first[key]
+    row["bytes_sent_per_step"] = [record.get("bytes_sent_per_step") for record in done]
     row["mean_test_accuracy"] = statistics.fmean(row["test_accuracy"])
     row["tried_lrs"] = {
         f"{r:g}": rec["val_accuracy"] for (r, s), rec in sorted(point.done.items()) if s == 0

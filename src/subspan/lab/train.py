@@ -11,6 +11,7 @@ import contextlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Prepared:
     data: data.ImageData
     method: Method
     model: nn.Module
+    init_seed: int | None
 
 
 def prepare(run: Run) -> Prepared:
@@ -72,7 +74,7 @@ def prepare(run: Run) -> Prepared:
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
-    return Prepared(run, images, how, model)
+    return Prepared(run, images, how, model, init_seed)
 
 
 def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
@@ -116,7 +118,8 @@ def train(
     """
     if found := completed(run, out, overwrite=overwrite):
         return found
-    loop = _Loop(prepare(run), _accelerator(run.training), out, report, on_step)
+    before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
+    loop = _Loop(prepare(run), _accelerator(run.training), out, before, report, on_step)
     loop.open()
     if on_start:
         on_start(loop.steps * run.training.epochs)
@@ -136,7 +139,7 @@ class _Loop:
 
     def __init__(
         self, ready: Prepared, accelerator: Accelerator, out: Path,
-        report: Report | None, on_step: Callable[[], None] | None,
+        before: dict[str, Any] | None, report: Report | None, on_step: Callable[[], None] | None,
     ) -> None:  # fmt: skip
         self.ready, self.accelerator, self.out = ready, accelerator, out
         self.report, self.on_step = report, on_step
@@ -156,13 +159,29 @@ class _Loop:
             self.images.train, self.training.batch_size, drop_last=self.drop_last
         )
         self.model = ready.model.to(device)
-        optimizer = ready.method.optimizer(
-            self.model, self.training.optimizer, ready.run.lr, self.training.weight_decay
+        begun_with = self.extra() | {"init_seed": ready.init_seed}
+        optimizer = self.bare = ready.method.optimizer(
+            self.model, ready.run, out, begun_with, resume=before is not None
         )
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        # Of an optimizer that goes on from a file of its own; else a run begins anew.
+        self.done = int(getattr(optimizer, "steps", 0))
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        # "Evaluation" is accelerate's word for all but DDP.
+        self.wrapped = accelerator.prepare_model(
+            self.model, evaluation_mode=not ready.method.averages_gradients
+        )
         total = self.steps * self.training.epochs
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
-        self.best_accuracy, self.best_epoch = -1.0, 0
+        with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(self.done):
+                self.schedule.step()
+        rows = before["history"][: self.done // self.steps] if before else []
+        [rows] = broadcast_object_list([rows])
+        best = max(rows, key=lambda row: (row["val_accuracy"], -row["epoch"]), default=None)
+        self.best_accuracy = best["val_accuracy"] if best else -1.0
+        self.best_epoch = best["epoch"] if best else 0
+        self.sent: list[float] = []  # bytes per step and process, epoch by epoch
         self.record: dict[str, Any] = {
             "format": records.FORMAT,
             "status": "running",
@@ -175,7 +194,8 @@ class _Loop:
             "seconds_total": 0.0,
             "seconds_per_step": None,
             "peak_memory_bytes": None,
-            "history": [],
+            "bytes_sent_per_step": None,
+            "history": rows,
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
@@ -190,14 +210,15 @@ class _Loop:
             remove_unfinished(self.out / "record.json")
         self.write("running")
         if self.accelerator.is_main_process:
-            for name in ("best", "last", "model"):
+            kept = ("best", "last") if self.record["history"] else ()
+            for name in {"best", "last", "model"} - set(kept):
                 (self.out / f"{name}.safetensors").unlink(missing_ok=True)
                 remove_unfinished(self.out / f"{name}.safetensors")
 
     def fit(self) -> None:
         """All epochs, or as many as patience allows."""
         set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
-        for epoch in range(1, self.training.epochs + 1):
+        for epoch in range(len(self.record["history"]) + 1, self.training.epochs + 1):
             # Choices are the first process's, so that all stop together.
             [row] = broadcast_object_list([self.epoch(epoch)])
             self.record["history"].append(row)
@@ -218,12 +239,16 @@ class _Loop:
         self.wrapped.train()
         lr = self.schedule.get_last_lr()[0]
         started, total, seen = time.perf_counter(), torch.zeros((), device=accelerator.device), 0
+        sent = records.bytes_sent()
         batches = data.batches(
             self.images.train, training.batch_size, seed=self.ready.run.seed, epoch=epoch,
             rank=accelerator.process_index, world=accelerator.num_processes,
             drop_last=self.drop_last,
         )  # fmt: skip
+        train_loss = None  # of an epoch whose steps were all made before
         for step, (images, labels) in enumerate(batches, start=1):
+            if (epoch - 1) * self.steps + step <= self.done:
+                continue
             loss = self.step(images, labels)
             total, seen = total + loss.detach() * len(labels), seen + len(labels)
             if step % CHECK_EVERY == 0 or step == self.steps:
@@ -231,7 +256,9 @@ class _Loop:
             if self.on_step:
                 self.on_step()
         seconds = time.perf_counter() - started
-        val_loss, val_accuracy = evaluate(self.wrapped, self.images, self.images.validation)
+        self.sent.append((records.bytes_sent() - sent) / self.steps / accelerator.num_processes)
+        more = self.ready.method.diagnose(self.bare) if train_loss is not None else {}
+        val_loss, val_accuracy = evaluate(self.model, self.images, self.images.validation)
         return {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -239,17 +266,19 @@ class _Loop:
             "val_accuracy": val_accuracy,
             "learning_rate": lr,
             "seconds": seconds,
+            **more,
         }
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step of the optimizer and of the schedule."""
-        self.optimizer.zero_grad()
-        with self.accelerator.autocast():
-            loss = cross_entropy(self.wrapped(self.images.normalize(images)), labels)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
+
+        def loss() -> Tensor:
+            with self.accelerator.autocast():
+                return cross_entropy(self.wrapped(self.images.normalize(images)), labels)
+
+        value = self.ready.method.step(self.optimizer, loss, self.accelerator.backward)
         self.schedule.step()
-        return loss
+        return value
 
     def finite(self, loss: Tensor, epoch: int) -> float:
         """The mean of a loss over the processes; an error if it is not a number."""
@@ -316,6 +345,8 @@ class _Loop:
             "seconds_per_step": statistics.median(steps) if steps else None,
             "peak_memory_bytes": self.memory.read(),
         }
+        if self.accelerator.num_processes > 1 and self.sent:
+            self.record["bytes_sent_per_step"] = statistics.median(self.sent)
         if self.accelerator.is_main_process:
             records.write_json(self.out / "record.json", self.record)
 

@@ -15,11 +15,11 @@ import torch
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab import records
-from subspan.lab.bench import candidates, memory, products, steps
+from subspan.lab.bench import candidates, memory, optimizers, products, steps
 from subspan.lab.bench.timing import copy_bandwidth
 
 FILE = "bench.json"
-PARTS = ("products", "steps", "memory")
+PARTS = ("products", "steps", "memory", "optimizers")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Bench:
     """What to measure.
 
     Args:
-        parts: of "products" (P w and Pᵀ g), "steps" (of training) and "memory" (peaks).
+        parts: of "products" (P w and Pᵀ g), "steps" (of training in a fixed subspace), "memory"
+            (their peaks) and "optimizers" (steps in bases that are redrawn).
         methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
         sizes: D by d for products and memory, "61706x1000".
         nets: networks whose training steps are timed.
@@ -56,7 +57,7 @@ class Bench:
         candidates.chosen(self.methods)
         for out_dim, in_dim in self.pairs():
             candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
-        for net in self.nets if "steps" in self.parts else ():
+        for net in self.nets if {"steps", "optimizers"} & set(self.parts) else ():
             candidates.make("hash", steps.weights_of(net), self.dim)
         _ = self.place
 
@@ -126,6 +127,10 @@ def bench(
             done,
         ),
         "memory": lambda: memory.measure(methods, settings.pairs(), device, done),
+        "optimizers": lambda: optimizers.measure(
+            methods, settings.nets, settings.dim, settings.batch_size, settings.seconds, device,
+            done,
+        ),
     }  # fmt: skip
     for part in PARTS:
         if part in settings.parts and part not in record:
@@ -139,5 +144,5 @@ def bench(
 def total(settings: Bench) -> int:
     """How often ``done`` will be told something, if nothing was measured before."""
     sizes, nets = len(settings.sizes), len(settings.nets)
-    counts = {"products": sizes, "steps": nets, "memory": sizes}
+    counts = {"products": sizes, "steps": nets, "memory": sizes, "optimizers": nets}
     return 1 + sum(counts[part] for part in settings.parts)

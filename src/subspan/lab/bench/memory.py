@@ -1,8 +1,6 @@
 """The peak memory of a forward and a backward pass over D weights, each in a process of its own.
 
-    python -m subspan.lab.bench.memory PROJECTION D d DEVICE
-
-prints it as JSON. What counts begins before the weights exist: θ₀, θ, its gradient, the optimizer's
+What counts begins before the weights exist: θ₀, θ, its gradient, the optimizer's
 state, whatever exists of P, and every temporary.
 """
 
@@ -76,8 +74,9 @@ def measure(
             if reason := candidates.too_large(method, out_dim, in_dim, device):
                 row["skipped"] = reason
                 continue
-            command = [sys.executable, "-m", __name__, method, str(out_dim), str(in_dim)]
-            result = subprocess.run([*command, str(device)], capture_output=True, text=True)
+            code = f"from {__name__} import main; main()"
+            command = [sys.executable, "-c", code, method, str(out_dim), str(in_dim), str(device)]
+            result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
                 raise SubspanError(f"the memory of {method} could not be measured: {last[0]}")
@@ -86,6 +85,7 @@ def measure(
     return rows
 
 
-if __name__ == "__main__":
-    name, rows, columns, where = sys.argv[1:]
-    print(json.dumps(peak(name, int(rows), int(columns), torch.device(where))))
+def main() -> None:
+    """Print the peak of PROJECTION, D, d and DEVICE, the arguments of this process, as JSON."""
+    name, out_dim, in_dim, device = sys.argv[1:]
+    print(json.dumps(peak(name, int(out_dim), int(in_dim), torch.device(device))))

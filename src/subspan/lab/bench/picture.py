@@ -35,6 +35,9 @@ def draw(record: dict[str, Any]) -> Figure:
     for (net, weights), rows in _grouped(record.get("steps", ()), "net", "weights"):
         title = f"training step, {net} ({weights:,} weights), d = {rows[0]['dim']:,}"
         panels.append((_steps, title, rows))
+    for (net, weights), rows in _grouped(record.get("optimizers", ()), "net", "weights"):
+        title = f"step in redrawn bases, {net} ({weights:,} weights), d = {rows[0]['dim']:,}"
+        panels.append((_steps, title, rows))
     for (out_dim, in_dim), rows in _grouped(record.get("memory", ()), "out_dim", "in_dim"):
         panels.append((_memory, f"peak memory, D = {out_dim:,}, d = {in_dim:,}", rows))
     columns = min(2, max(1, len(panels)))
@@ -74,7 +77,7 @@ def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     whole = rows[0]["step"]["median"]
     values = [row["step"]["median"] / whole if "step" in row else None for row in rows]
     _bars(axes, rows, [(values, _ONE, "")])
-    axes.set_xlabel("times the step of plain Adam")
+    axes.set_xlabel(f"times the step of plain {rows[0]['projection']}")
 
 
 def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
 from subspan.families import stored
 from subspan.lab import nets
@@ -23,9 +24,11 @@ def weights_of(net: str) -> int:
     return sum(p.numel() for p in nets.build(net, SHAPE).parameters())
 
 
-def training_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
-    """One step of Adam, forward and backward pass included."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+def training_step(
+    net: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: Optimizer | None = None
+) -> Callable[[], object]:
+    """One step of Adam (or another optimizer), forward and backward pass included."""
+    optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -11,15 +11,17 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from subspan import slots
 from subspan.errors import SubspanError, unknown
+from subspan.lab.config import Run
 
 _registry: dict[str, Method] = {}
 
@@ -45,6 +47,8 @@ class Method(ABC):
     """Beyond the network, the data and the training."""
     axis: str | None = None
     """The option that a sweep varies: how many numbers are trained; None if it cannot."""
+    averages_gradients = True
+    """Whether processes share work by averaging gradients (DDP); else the optimizer sees to it."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help
@@ -70,14 +74,49 @@ class Method(ABC):
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Learning rates worth trying with Adam and these options; the middle is the default."""
 
-    def optimizer(self, model: nn.Module, name: str, lr: float, weight_decay: float) -> Optimizer:
-        """The optimizer of what requires a gradient."""
+    def optimizer(
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *, resume: bool
+    ) -> Optimizer:
+        """The optimizer of what requires a gradient.
+
+        Args:
+            model: of :meth:`wrap`.
+            run: with the name of the optimizer, its rate and weight decay.
+            out: the run's folder, for methods that keep files of their own.
+            extra: what such files should say of the run.
+            resume: whether such files are this run's own, and it may go on from them: an optimizer
+                that does has made ``steps`` already.
+        """
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise SubspanError(f"method {self.name!r} leaves nothing to train in this network")
-        if name == "sgd":
-            return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
-        return Adam(parameters, lr, weight_decay=weight_decay)
+        decay = run.training.weight_decay
+        if run.training.optimizer == "sgd":
+            return SGD(parameters, run.lr, momentum=0.9, weight_decay=decay)
+        return Adam(parameters, run.lr, weight_decay=decay)
+
+    def step(
+        self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """One step: by default forward, backward, and the optimizer's.
+
+        Args:
+            optimizer: of :meth:`optimizer`.
+            loss: evaluates the loss of a batch.
+            backward: in place of ``loss.backward()``: mixed precision has a say in it.
+
+        Returns:
+            The loss.
+        """
+        optimizer.zero_grad()
+        value = loss()
+        backward(value)
+        optimizer.step()
+        return value
+
+    def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What else an epoch's row should say, after its last step: JSON values by name."""
+        return {}
 
     def counts(self, model: nn.Module) -> dict[str, int]:
         """The true counts of a trained model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from subspan.files import write_atomically
@@ -43,3 +44,24 @@ def write(folder: Path) -> list[Path]:
     for path, content in files.items():
         write_atomically(path, content)
     return list(files)
+
+
+def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path]:
+    """Write ``summary.png`` and ``summary.svg``: what all parts of an experiment reached.
+
+    Args:
+        out: a folder.
+        parts: folders of sweeps by name.
+        title: one line.
+
+    Returns:
+        The files written.
+    """
+    from subspan.lab.report import bars, pictures
+
+    found = {name: read(folder) for name, folder in parts.items()}
+    figure = bars.summary({n: s for n, s in found.items() if isinstance(s, Sweep)}, title)
+    files = {"summary.png": pictures.png(figure), "summary.svg": pictures.svg(figure)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.lab.report.curves import title
 from subspan.lab.report.pictures import styled
@@ -44,9 +45,43 @@ def figure(sweep: Sweep) -> Figure:
         axes.set_xlabel(words)
         if name != "test_accuracy" and axes.patches:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     names = [row.method for row in rows]
     panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()
+    return figure
+
+
+@styled
+def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
+    """Test accuracies of several sweeps: bars are means over seeds, dots seeds, diamonds published.
+
+    Training on all weights is grey.
+    """
+    lines = [
+        (part, sweep, row)
+        for part, sweep in parts.items()
+        for row in [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
+    ]
+    figure = Figure(figsize=(5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(textwrap.fill(title, 80))
+    accuracies = [[100 * a for a in row.test_accuracy] for *_, row in lines]
+    _panel(axes, [row for *_, row in lines], accuracies)
+    labels = []
+    for place, (part, sweep, row) in enumerate(lines):
+        name = row.method if row.dim == 0 else f"{row.method}, d = {row.label}"
+        labels.append(f"{part}: {name}")
+        for source in sweep.published:
+            at = dict(zip(source.dims, source.accuracy, strict=True)).get(row.dim)
+            found = source.baseline if row.dim == 0 else at
+            if found is not None and (row.dim == 0 or source.method in (None, row.method)):
+                axes.plot(100 * found, place, "D", color="#D55E00", markersize=3)
+    axes.set_yticks(range(len(lines)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy (%); diamonds: published")
     return figure
 
 
@@ -58,10 +93,14 @@ def _panel(axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]]) -
         colour = _MEASURED if row.dim else _BASELINE
         axes.barh(place, mean(seeds), 0.7, color=colour)
         axes.annotate(
-            f"{mean(seeds):.3g}", (mean(seeds), place), xytext=(2, 0),
+            _plain(mean(seeds)), (mean(seeds), place), xytext=(2, 0),
             textcoords="offset points", va="center", fontsize=5.5,
         )  # fmt: skip
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)
     axes.margins(x=0.22)
     axes.grid(False, axis="y")
+
+
+def _plain(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

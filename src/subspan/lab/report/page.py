@@ -157,11 +157,12 @@ def _cost(rows: Sequence[Row]) -> Section:
         "the checkpoint, with its names and shapes."
     )
     costs = "Time and memory are those of training on the device named below, means over seeds."
+    sent = any(row.bytes_sent_per_step for row in rows)
     return Section(
         "Size and cost",
         [
             *("method", "d", "trained", "stored", "weights D", "file, bytes"),
-            *("ms per step", "seconds", "memory, MB"),
+            *("ms per step", "seconds", "memory, MB", *["bytes sent per step"] * sent),
         ],
         [
             [
@@ -179,6 +180,7 @@ def _cost(rows: Sequence[Row]) -> Section:
                 _mean(row.seconds_per_step, 1e3),
                 _mean(row.seconds_total),
                 _mean(row.peak_memory_bytes, 1e-6),
+                *[_mean(row.bytes_sent_per_step)] * sent,
             ]
             for row in rows
         ],
@@ -195,20 +197,21 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
         return [name, f"{100 * published:.1f}", *cells]
 
     accuracy = {(row.method, row.dim): row.test_accuracy for row in sweep.rows}
+    methods = [method for method in sweep.methods if source.method in (None, method)]
     rows = [
-        line(number(d), published, [accuracy.get((method, d), ()) for method in sweep.methods])
+        line(number(d), published, [accuracy.get((method, d), ()) for method in methods])
         for d, published in sorted(zip(source.dims, source.accuracy, strict=True))
     ]
     if source.baseline is not None:
         all_weights = sweep.baseline.test_accuracy if sweep.baseline else ()
-        rows.append(line("all weights", source.baseline, [all_weights] * len(sweep.methods)))
+        rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))
     if source.d_int is not None:
-        found = [sweep.d_int.get(method) for method in sweep.methods]
+        found = [sweep.d_int.get(method) for method in methods]
         bounds = [d_int_bound(f).removeprefix("= ") if f else _DASH for f in found]
         rows.append([d_int_name(sweep.threshold), number(source.d_int), *bounds])
     return Section(
         f"Published and measured side by side: {source.label}",
-        ["d", "published", *sweep.methods],
+        ["d", "published", *methods],
         rows,
         text=["Test accuracy in %, in brackets the difference from the published one in points."],
     )

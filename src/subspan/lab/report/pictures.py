@@ -183,9 +183,10 @@ def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
 
 @styled
 def run_figure(run: Run) -> Figure:
-    """Losses and validation accuracy of one run, by epoch."""
-    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
-    losses, accuracy = figure.subplots(2, sharex=True)
+    """Losses and validation accuracy of one run, by epoch; of random bases, what they catch."""
+    bases = any(line.alignment for line in run.history)
+    figure = Figure(figsize=(_WIDTH, 4.8 if bases else 3.2), layout="constrained")
+    losses, accuracy, *rest = figure.subplots(3 if bases else 2, sharex=True)
     epochs = [line.epoch for line in run.history]
     losses.set_title(textwrap.fill(title(run), _TITLE_COLUMN))
     train = [line.train_loss for line in run.history]
@@ -199,14 +200,33 @@ def run_figure(run: Run) -> Figure:
         label = f"test, at the end: {100 * score:.1f} %"
         accuracy.axhline(100 * score, color=_INK, linewidth=0.9, linestyle=":", label=label)
     accuracy.set_ylabel("accuracy (%)")
-    accuracy.set_xlabel("epoch")
-    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in rest:
+        _draw_alignment(axes, run)
+    lowest = rest[0] if rest else accuracy
+    lowest.set_xlabel("epoch")
+    lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not epochs:
         losses.text(0.5, 0.5, "no epoch was finished", transform=losses.transAxes, ha="center")
     figure.align_ylabels()
-    for axes in (losses, accuracy):
+    for axes in (losses, accuracy, *rest):
         axes.legend()
     return figure
+
+
+def _draw_alignment(axes: Axes, run: Run) -> None:
+    """How much of the gradient the bases catch, by compartment: at most as many as have colours."""
+    names = list(dict.fromkeys(name for line in run.history for name in line.alignment))
+    shown = [name for name in names if name != "all"][: len(_COLOURS) - 1]
+    if len(shown) < 2:
+        shown = []  # it is all there is
+    for name, colour in zip(["all", *shown], [_INK, *_COLOURS], strict=False):
+        points = [(r.epoch, *r.alignment[name]) for r in run.history if name in r.alignment]
+        epochs, cosine, share = zip(*points, strict=True)
+        axes.plot(epochs, cosine, color=colour, marker="o", label=f"{name}: cosine")
+        if name == "all":
+            axes.plot(epochs, share, color=colour, linestyle=":", label="all: share of its norm")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("gradient in the basis")
 
 
 @styled

@@ -36,6 +36,8 @@ class Row:
     seconds_total: tuple[float, ...]
     seconds_per_step: tuple[float, ...]
     peak_memory_bytes: tuple[float, ...]
+    bytes_sent_per_step: tuple[float, ...]
+    """By each of the processes; of one alone nothing is recorded."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Published:
     accuracy: tuple[float, ...]
     baseline: float | None
     d_int: float | None
+    method: str | None
+    """The one method that it is compared with; None for all."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Epoch:
     val_accuracy: float
     learning_rate: float
     seconds: float
+    alignment: dict[str, tuple[float, float]]
+    """Of random bases, by compartment: cosine to the gradient, and share of its norm."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def _sweep(raw: Mapping[str, Any]) -> Sweep:
 def _run(raw: Mapping[str, Any]) -> Run:
     config = dict(raw["config"])
     per_seed = ("test_accuracy", "val_accuracy")
-    costs = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
+    costs = ("seconds_total", "seconds_per_step", "peak_memory_bytes", "bytes_sent_per_step")
     lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in per_seed + costs}
     dim = config.get("dim")
     return Run(
@@ -197,6 +203,10 @@ def _run(raw: Mapping[str, Any]) -> Run:
                 val_accuracy=_or_nan(epoch.get("val_accuracy")),
                 learning_rate=_or_nan(epoch.get("learning_rate")),
                 seconds=_or_nan(epoch.get("seconds")),
+                alignment={
+                    str(name): (float(found["cosine"]), float(found["share"]))
+                    for name, found in (epoch.get("alignment") or {}).items()
+                },
             )
             for epoch in raw.get("history") or []
         ),
@@ -222,6 +232,7 @@ def _row(raw: Mapping[str, Any], *, dim: int, label: Any) -> Row:
         seconds_total=_numbers(raw.get("seconds_total") or []),
         seconds_per_step=_numbers(raw.get("seconds_per_step") or []),
         peak_memory_bytes=_numbers(raw.get("peak_memory_bytes") or []),
+        bytes_sent_per_step=_numbers(raw.get("bytes_sent_per_step") or []),
     )
 
 
@@ -236,6 +247,7 @@ def _published(raw: Mapping[str, Any]) -> Published:
         accuracy=accuracy,
         baseline=None if baseline is None else _fractions([baseline])[0],
         d_int=_number(raw.get("d_int")),
+        method=None if raw.get("method") is None else str(raw["method"]),
     )
 
 

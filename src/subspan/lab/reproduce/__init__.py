@@ -17,7 +17,7 @@ from typing import Any, Literal
 from subspan.errors import SubspanError, unknown
 from subspan.lab import report
 from subspan.lab.config import Sweep
-from subspan.lab.sweep import Outcome, sweep
+from subspan.lab.sweep import Outcome, sweep, total_runs
 
 Budget = Literal["quick", "full"]
 
@@ -33,12 +33,14 @@ class Published:
     accuracy: tuple[float, ...]
     baseline: float | None = None
     d_int: float | None = None
+    method: str | None = None
+    """The one method that it is to be compared with; None for all."""
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in ``sweep.json``."""
         return {
             "label": self.label, "dims": list(self.dims), "accuracy": list(self.accuracy),
-            "baseline": self.baseline, "d_int": self.d_int,
+            "baseline": self.baseline, "d_int": self.d_int, "method": self.method,
         }  # fmt: skip
 
 
@@ -51,9 +53,9 @@ class Experiment:
         title: one line.
         source: the paper.
         differences: what is not as published, and why.
-        published: the numbers to hold ours against.
+        published: the numbers to hold ours against; by part, if there are parts.
         sweeps: the configuration by budget; "quick" ends within ten minutes on two cores, "full"
-            uses the published recipe.
+            uses the published recipe. An experiment of several parts has a sweep for each by name.
         timed: whether the runs' times are a result: they run one at a time then.
     """
 
@@ -61,12 +63,28 @@ class Experiment:
     title: str
     source: str
     differences: str
-    published: tuple[Published, ...]
-    sweeps: Mapping[Budget, Sweep]
+    published: tuple[Published, ...] | Mapping[str, tuple[Published, ...]]
+    sweeps: Mapping[Budget, Sweep | Mapping[str, Sweep]]
     timed: bool = False
 
     def __post_init__(self) -> None:
         _registry[self.name] = self
+
+    def parts(self, budget: Budget) -> dict[str, Sweep]:
+        """The sweeps by the name of their part; a single one has none.
+
+        Raises:
+            SubspanError: for a budget that is none.
+        """
+        if budget not in self.sweeps:
+            raise SubspanError(f"budget must be quick or full, got {budget!r}")
+        found = self.sweeps[budget]
+        return {"": found} if isinstance(found, Sweep) else dict(found)
+
+    def published_of(self, part: str) -> tuple[Published, ...]:
+        """What a part is held against."""
+        found = self.published
+        return found.get(part, ()) if isinstance(found, Mapping) else found
 
 
 @functools.cache
@@ -94,28 +112,40 @@ def reproduce(
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
+    An experiment of several parts has a folder for each, and ``summary.png`` over them.
+
     Returns:
-        The content of ``sweep.json``.
+        The content of ``sweep.json`` of each part by its name; a single part has none.
 
     Raises:
         SubspanError: for an unknown name or budget.
     """
     chosen = experiment(name)
-    if budget not in chosen.sweeps:
-        raise SubspanError(f"budget must be quick or full, got {budget!r}")
+    parts = chosen.parts(budget)
     if chosen.timed:
         if jobs > 1:
             raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
         jobs = 1
-    extra = {
-        "experiment": {
-            "name": name, "budget": budget, "title": chosen.title,
-            "source": chosen.source, "differences": chosen.differences,
-        },
-        "published": [curve.as_dict() for curve in chosen.published],
-    }  # fmt: skip
-    result = sweep(
-        chosen.sweeps[budget], out, jobs=jobs, overwrite=overwrite, on_run=on_run, extra=extra
-    )
-    report.write(out)
-    return result
+    results = {}
+    left = sum(map(total_runs, parts.values()))
+    for part, config in parts.items():
+        left -= total_runs(config)
+
+        def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
+            if on_run:
+                on_run(outcome, left_in_part + later)
+
+        extra = {
+            "experiment": {
+                "name": name, "budget": budget, "title": chosen.title, "source": chosen.source,
+                "differences": chosen.differences, "part": part,
+            },
+            "published": [curve.as_dict() for curve in chosen.published_of(part)],
+        }  # fmt: skip
+        results[part] = sweep(
+            config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra
+        )
+        report.write(out / part)
+    if len(parts) > 1:
+        report.write_summary(out, {part: out / part for part in parts}, chosen.title)
+    return results

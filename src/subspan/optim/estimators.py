@@ -1,0 +1,91 @@
+"""Three ways to the same coordinates: how fast the loss changes along each vector of a basis.
+
+gradient    backpropagation, then Pᵀ g (Gressmann 2020)
+forward     a forward-mode derivative along each vector: no backward pass (Baydin 2022)
+evolution   (L(θ + σ p) − L(θ − σ p))/2σ for each vector p: no derivative at all. With many vectors
+            the antithetic evolution strategy that Gressmann compares with ("NES"), with one MeZO
+            (Malladi 2023)
+
+The last two evaluate the closure once or twice for every coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from subspan.errors import SubspanError
+from subspan.optim.parts import Part
+
+Closure = Callable[[], Tensor]
+
+
+def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int) -> None:
+    """Coordinates of the gradients that are there, added to ``out``.
+
+    Raises:
+        SubspanError: if no tensor has a gradient.
+    """
+    if all(t.grad is None for part in parts for t in part.tensors.values()):
+        raise SubspanError("no parameter has a gradient: call backward() before step()")
+    for part in parts:
+        grads = {name: tensor.grad for name, tensor in part.tensors.items()}
+        part.add_projected(out, grads, basis=basis, step=step)
+
+
+def forward(parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: Closure) -> Tensor:
+    """Derivatives along each vector, added to ``out``; returns the loss."""
+    loss = out.new_zeros(())
+    for part in parts:
+        for j in range(part.place.start, part.place.stop):
+            along = part.vectors(_unit(out, j), basis=basis, step=step)
+            with forward_ad.dual_level():
+                for name, tangent in along.items():
+                    # Subtracting zero changes no bit (adding would, of −0), and brings the tangent.
+                    zero = torch.zeros_like(tangent)
+                    part.tensors[name].sub_(forward_ad.make_dual(zero, -tangent))
+                loss, slope = forward_ad.unpack_dual(_value(closure))
+                if slope is not None:
+                    out[j] += slope
+    return loss.detach()
+
+
+def evolution(
+    parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: Closure, sigma: float
+) -> Tensor:
+    """Central differences of length σ along each vector, added to ``out``; returns the mean loss.
+
+    The weights come back to the last bit: a copy takes the memory that gradients would.
+    """
+    total = out.new_zeros(())
+    copies = {id(t): t.detach().clone() for part in parts for t in part.tensors.values()}
+    for part in parts:
+        for j in range(part.place.start, part.place.stop):
+            unit = _unit(out, j)
+            ends = []
+            for sign in (1.0, -1.0):
+                part.add_weights(unit, basis=basis, step=step, alpha=sign * sigma)
+                try:
+                    ends.append(_value(closure).detach().to(out))
+                finally:
+                    for tensor in part.tensors.values():
+                        tensor.detach().copy_(copies[id(tensor)])
+            out[j] += (ends[0] - ends[1]) / (2 * sigma)
+            total += ends[0] + ends[1]
+    return total / (2 * out.numel())
+
+
+def _unit(like: Tensor, j: int) -> Tensor:
+    unit = torch.zeros_like(like)
+    unit[j] = 1
+    return unit
+
+
+def _value(closure: Closure) -> Tensor:
+    loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise SubspanError(f"the closure must return the loss, a tensor of one value, got {loss!r}")
+    return loss.reshape(())

@@ -1,0 +1,217 @@
+"""The journal of an optimizer: θ₀ and a few numbers a step rebuild the weights at every step.
+
+A file, all little-endian (``docs/format.md``):
+
+    "SUBSPANJ"   length: u32   header: JSON of that length   crc32 of the header: u32
+    step: u64    rates: f64 each   coordinates: f32 or f64 each   crc32 of the record: u32     …
+
+Records have one length, so that a tail that was cut off is noticed and costs the last step alone.
+A step without a record was skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from subspan import slots
+from subspan.errors import SubspanError
+from subspan.files import refuse_what_is_no_file, write_atomically
+from subspan.optim import parts as parts_
+from subspan.optim.parts import Part
+
+MAGIC, FORMAT = b"SUBSPANJ", 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step: the rate of each group, and (bases, d) coordinates before the rate."""
+
+    step: int
+    rates: tuple[float, ...]
+    coordinates: Tensor
+
+
+class Journal:
+    """A journal that is read, or written one step after another.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        header: what the file says before its records.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            raw = self.path.read_bytes()
+        except OSError as error:
+            raise SubspanError(f"{path} cannot be read: {error.strerror}") from None
+        if raw[: len(MAGIC)] != MAGIC:
+            raise SubspanError(f"{path} is no journal of subspan")
+        try:
+            (length,) = struct.unpack_from("<I", raw, len(MAGIC))
+            begin = len(MAGIC) + 4
+            text = raw[begin : begin + length]
+            (crc,) = struct.unpack_from("<I", raw, begin + length)
+            whole = zlib.crc32(text) == crc
+            self.header: dict[str, Any] = json.loads(text) if whole else {}
+        except (struct.error, ValueError):
+            whole = False
+        if not whole:
+            raise SubspanError(f"{path} is damaged: its header is cut short or edited")
+        if self.header["format"] > FORMAT:
+            raise SubspanError(
+                f"{path} has format {self.header['format']}, this version of subspan reads up to "
+                f"{FORMAT}: upgrade"
+            )
+        self._begin = begin + length + 4
+        self._rates = len(self.header["groups"])
+        self._shape = (self.header["bases"], sum(self.header["groups"]))
+        self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
+        self._length = 8 + 8 * self._rates + self._dtype.itemsize * math.prod(self._shape) + 4
+
+    @staticmethod
+    def create(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Journal:
+        """A new file without records, there as a whole or not at all."""
+        refuse_what_is_no_file(Path(path))
+        text = json.dumps({"format": FORMAT} | dict(header), sort_keys=True).encode()
+        crc = struct.pack("<I", zlib.crc32(text))
+        write_atomically(Path(path), MAGIC + struct.pack("<I", len(text)) + text + crc)
+        return Journal(path)
+
+    def records(self) -> Iterator[Record]:
+        """The records in order, up to a tail that was cut off.
+
+        Raises:
+            SubspanError: if a record is damaged that others follow.
+        """
+        raw = self.path.read_bytes()
+        last = -1
+        for begin in range(self._begin, len(raw) - self._length + 1, self._length):
+            record = raw[begin : begin + self._length]
+            (step,) = struct.unpack_from("<Q", record)
+            whole = struct.unpack_from("<I", record, self._length - 4)[0] == zlib.crc32(record[:-4])
+            if not whole or step <= last:
+                if len(raw) - begin < 2 * self._length:
+                    return  # the last one: written while the machine went down
+                raise SubspanError(
+                    f"{self.path} is damaged after step {last}: a record was edited, and others "
+                    "follow"
+                )
+            numbers = np.frombuffer(record[8 + 8 * self._rates : -4], self._dtype)
+            coordinates = torch.from_numpy(numbers.astype(self._dtype.newbyteorder("=")))
+            rates = struct.unpack_from(f"<{self._rates}d", record, 8)
+            yield Record(step, rates, coordinates.view(self._shape))
+            last = step
+
+    def cut(self) -> None:
+        """Remove a tail that is no whole record, so that others can follow."""
+        whole = sum(1 for _ in self.records())
+        with self.path.open("r+b") as file:
+            file.truncate(self._begin + whole * self._length)
+
+    def append(self, record: Record) -> None:
+        """Write one step behind the others; it is with the system when this returns."""
+        numbers = record.coordinates.detach().cpu().numpy().astype(self._dtype)
+        raw = struct.pack(f"<Q{self._rates}d", record.step, *record.rates) + numbers.tobytes()
+        with self.path.open("ab") as file:
+            file.write(raw + struct.pack("<I", zlib.crc32(raw)))
+
+
+def header_of(
+    found: Sequence[Part], groups: Sequence[int], bases: int, redraw_every: int | None,
+    dtype: torch.dtype, extra: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What a journal says of the optimizer that writes it."""
+    tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
+    return {
+        "parts": [part.described() for part in found],
+        "groups": list(groups),
+        "bases": bases,
+        "redraw_every": redraw_every,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensors": {n: [list(t.shape), str(t.dtype)] for n, t in tensors.items()},
+        "base": slots.digest(tensors),
+        "extra": dict(extra),
+    }
+
+
+def redraw(step: int, every: int | None) -> int:
+    """Which basis a step is made in."""
+    return 0 if every is None else step // every
+
+
+def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: int | None) -> None:
+    """Make a step: θ ← θ − η P v, for every basis and every group with its own rate."""
+    rates = torch.tensor(record.rates, dtype=torch.float64)
+    along = rates.repeat_interleave(torch.tensor(groups)).to(record.coordinates)
+    lengths = record.coordinates * along
+    for basis in range(len(lengths)):
+        for part in found:
+            part.add_weights(
+                lengths[basis], basis=basis, step=redraw(record.step, every), alpha=-1.0
+            )
+
+
+@torch.no_grad()
+def replay(
+    path: str | os.PathLike[str], weights: nn.Module | Mapping[str, Tensor], *,
+    steps: int | None = None,
+) -> int:  # fmt: skip
+    """Bring weights from where a journal began to where they were after some of its steps.
+
+    On the same kind of device the weights are those of the training to the last bit.
+
+    Args:
+        path: of the journal.
+        weights: a network, or tensors by name, with the values that the journal began with;
+            changed in place.
+        steps: how many steps of the training to make, skipped ones counted; all by default.
+
+    Returns:
+        The number of steps that the weights have made now.
+
+    Raises:
+        SubspanError: if the file is no journal or damaged, or the weights are others; or if it has
+            fewer steps. The weights are then untouched.
+    """
+    journal = Journal(path)
+    header = journal.header
+    tensors = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else dict(weights)
+    names = dict.fromkeys(p[0] for described in header["parts"] for p in described["pieces"])
+    for name in names:
+        shape = header["tensors"][name][0]
+        if name not in tensors or list(tensors[name].shape) != shape:
+            got = list(tensors[name].shape) if name in tensors else "none"
+            raise SubspanError(
+                f"{path} is the journal of another network: it has {name} of shape {shape}, "
+                f"this one {got}"
+            )
+    tensors = {name: tensors[name].detach() for name in names}
+    if slots.digest(tensors) != header["base"]:
+        raise SubspanError(
+            f"{path} began with other weights: give the network as it was before the first step"
+        )
+    every = header["redraw_every"]
+    records = list(journal.records())
+    there = records[-1].step + 1 if records else 0
+    if steps is not None and not 0 <= steps <= there:
+        raise SubspanError(f"{path} has {there} steps, not {steps}")
+    found = [parts_.from_description(described, tensors) for described in header["parts"]]
+    for record in records:
+        if steps is None or record.step < steps:
+            move(found, header["groups"], record, every)
+    return there if steps is None else steps

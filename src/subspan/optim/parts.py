@@ -1,0 +1,188 @@
+"""The weights of an optimizer as compartments, and both products on tensors where they lie.
+
+The same partition and streams as :class:`~subspan.subspace.SubspaceModel`'s: with a basis that is
+never redrawn both train the same subspace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan import calls, families
+from subspan.calls import Call
+from subspan.compartments import Compartment, Piece, Rules, partition
+from subspan.families import Projection
+from subspan.families.base import from_recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """One compartment of the weights, and where its coordinates are among all."""
+
+    compartment: Compartment
+    projections: tuple[Projection, ...]  # of every basis of a step
+    calls: tuple[Call, ...]
+    tensors: Mapping[str, Tensor]
+    begin: int
+
+    @property
+    def place(self) -> slice:
+        """Of its coordinates among all."""
+        return slice(self.begin, self.begin + self.compartment.dim)
+
+    def described(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        return {
+            "name": self.compartment.name,
+            "begin": self.begin,
+            "pieces": [list(astuple(piece)) for piece in self.compartment.pieces],
+            "projections": [projection.recipe for projection in self.projections],
+        }
+
+    # ---- the products ----------------------------------------------------------------------------
+
+    def add_projected(
+        self, coordinates: Tensor, vectors: Mapping[str, Tensor | None], *, basis: int, step: int,
+        alpha: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Coordinates += α Pᵀ v, in place.
+
+        Args:
+            coordinates: all of them; only this part's change.
+            vectors: for every tensor a gradient in its shape (None: zeros), or the tensor itself.
+            basis: which of the step's bases.
+            step: which redraw.
+            alpha: a factor.
+        """
+        own, projection = coordinates[self.place], self.projections[basis]
+        for call in self.calls:
+            found = [vectors[piece.tensor] for piece in call.pieces]
+            if all(vector is None for vector in found):
+                continue
+            flat = [
+                own.new_zeros(len(piece)) if vector is None else entries(vector, piece)
+                for piece, vector in zip(call.pieces, found, strict=True)
+            ]
+            if len(flat) > 1:
+                flat = [torch.cat([part.to(own.device, own.dtype) for part in flat])]
+            rows = range(call.start, call.stop)
+            projection.addrmv_(own, flat[0].to(own.device), alpha=alpha, step=step, rows=rows)
+
+    def add_weights(
+        self, coordinates: Tensor, *, basis: int, step: int, alpha: float = 1.0
+    ) -> None:
+        """Weights += α P c, in place; 16-bit weights are added up in float32 and rounded once.
+
+        Args:
+            coordinates: all of them; only this part's count.
+            basis: which of the step's bases.
+            step: which redraw.
+            alpha: a factor.
+        """
+        own, projection = coordinates[self.place], self.projections[basis]
+        for call in self.calls:
+            rows = range(call.start, call.stop)
+            if len(call.pieces) == 1:
+                with Flat(self.tensors[call.pieces[0].tensor], call.pieces[0]) as flat:
+                    projection.addmv_(flat, own.to(flat.device), alpha=alpha, step=step, rows=rows)
+                continue
+            product = projection.matvec(own, step=step, rows=rows)
+            parts = product.split([len(piece) for piece in call.pieces])
+            for piece, part in zip(call.pieces, parts, strict=True):
+                with Flat(self.tensors[piece.tensor], piece) as flat:
+                    flat.add_(part.to(flat.device), alpha=alpha)
+
+    def vectors(self, coordinates: Tensor, *, basis: int, step: int) -> dict[str, Tensor]:
+        """P c as tensors by name, in the tensors' shapes: zero outside of this compartment."""
+        found = {
+            piece.tensor: torch.zeros_like(self.tensors[piece.tensor])
+            for piece in self.compartment.pieces
+        }
+        inner = Part(self.compartment, self.projections, self.calls, found, self.begin)
+        inner.add_weights(coordinates, basis=basis, step=step)
+        return found
+
+
+class Flat:
+    """Entries of a tensor as a contiguous vector, that can be changed in place."""
+
+    def __init__(self, tensor: Tensor, piece: Piece) -> None:
+        self.tensor, self.piece = tensor.detach(), piece
+        self.whole = self.tensor.reshape(-1)  # a copy where memory is in another order
+        self.copied = not self.tensor.is_contiguous()
+
+    def __enter__(self) -> Tensor:
+        return self.whole[self.piece.start : self.piece.stop]
+
+    def __exit__(self, *_: object) -> None:
+        if self.copied:
+            self.tensor.copy_(self.whole.view(self.tensor.shape))
+
+
+def entries(tensor: Tensor, piece: Piece) -> Tensor:
+    """The entries of a piece, contiguous; of a sparse gradient, too."""
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return dense.reshape(-1)[piece.start : piece.stop]
+
+
+def divide(
+    tensors: Mapping[str, Tensor], dim: int | Sequence[int] | None, rules: Rules, allocation: str
+) -> tuple[Compartment, ...]:
+    """The compartments of some tensors.
+
+    Raises:
+        SubspanError: see :func:`subspan.compartments.partition`.
+    """
+    sizes = {name: tensor.numel() for name, tensor in tensors.items() if tensor.numel()}
+    return partition(sizes, {name: [name] for name in tensors}, dim, rules, allocation)
+
+
+def parts(
+    groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Compartment]]], family: str, seed: int,
+    bases: int, options: Mapping[str, Any],
+) -> tuple[Part, ...]:  # fmt: skip
+    """The parts of all groups, one after another.
+
+    Basis b of compartment k of K takes stream b·K + k: a single basis has those of a
+    :class:`~subspan.subspace.SubspaceModel`.
+    """
+    total = sum(len(compartments) for _, compartments in groups)
+    found: list[Part] = []
+    begin = 0
+    for tensors, compartments in groups:
+        for compartment in compartments:
+            projections = tuple(
+                families.projection(
+                    family, out_dim=compartment.weights, in_dim=compartment.dim, seed=seed,
+                    stream=basis * total + len(found), **options,
+                )
+                for basis in range(bases)
+            )  # fmt: skip
+            own = {piece.tensor: tensors[piece.tensor] for piece in compartment.pieces}
+            plan = calls.plan([compartment], projections[:1])
+            found.append(Part(compartment, projections, plan, own, begin))
+            begin += compartment.dim
+    return tuple(found)
+
+
+def layout(found: Sequence[Part]) -> str:
+    """Digest of what coordinates mean: the projections, and which weights their rows are."""
+    text = json.dumps([part.described() for part in found], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def from_description(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+    """The part of :meth:`Part.described`, over tensors by name."""
+    pieces = tuple(Piece(*piece) for piece in described["pieces"])
+    projections = tuple(from_recipe(recipe) for recipe in described["projections"])
+    compartment = Compartment(described["name"], projections[0].in_dim, pieces)
+    own = {piece.tensor: tensors[piece.tensor] for piece in pieces}
+    plan = calls.plan([compartment], projections[:1])
+    return Part(compartment, projections, plan, own, described["begin"])

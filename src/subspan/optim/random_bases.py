@@ -1,0 +1,404 @@
+"""RandomBases: gradient descent along a few random directions, drawn anew at every step.
+
+    θ_{t+1} = θ_t − η P_t P_tᵀ ∇L(θ_t)
+
+Source: Gressmann, Eaton-Rosen and Luschi, "Improving neural network training in low dimensional
+random bases", NeurIPS 2020 (RBD; FPD is the same with one basis for ever, as in Li 2018). The
+bases have unit columns (published: entries N(0, 1)/√D, the same in expectation), are generated
+from the seed and the step, and are never stored: beyond parameters and gradients an optimizer
+holds O(d) numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from subspan import distributed, slots
+from subspan.compartments import Rules
+from subspan.errors import SubspanError, unknown
+from subspan.families import projections
+from subspan.optim import estimators
+from subspan.optim.journal import Journal, Record, header_of, move, redraw
+from subspan.optim.parts import Part, divide, entries, layout, parts
+
+Estimator = Literal["gradient", "forward", "evolution"]
+Workers = Literal["shared", "independent"]
+
+
+class RandomBases(Optimizer):
+    r"""Gradient descent in random bases.
+
+    At step t the coordinates c = Pᵀ g of the gradient g are formed, and the weights move by
+    −η P u, where u is c, or with momentum its running sum.
+
+    - *Weight decay* λ adds λ θ to the gradient, as in :class:`torch.optim.SGD`, before it is
+      projected: the decay acts along the basis only, like everything else.
+    - *Momentum* μ sums coordinates, u ← μ u + c, and coordinates mean something in their own basis
+      only: the sum begins anew at each redraw. With ``redraw_every=1`` there is nothing to sum,
+      and momentum is refused.
+
+    Args:
+        params: a module, or what every optimizer takes: parameters, pairs of name and parameter,
+            or groups of these. A group may have its own ``lr``, ``momentum``, ``weight_decay``,
+            ``dim``, ``compartments`` and ``allocation``; compartments never reach across groups.
+        dim: d, the number of coordinates of a step in each group; or those of its compartments.
+        lr: η. With unit columns P Pᵀ shrinks a gradient d/D times on average, so that good rates
+            are far above those of SGD, about 1.
+        distribution: a family of :func:`subspan.projections`.
+        compartments: as for :class:`~subspan.subspace.SubspaceModel`.
+        allocation: likewise.
+        redraw_every: steps until the next basis; None keeps the first for ever (FPD).
+        momentum: μ.
+        weight_decay: λ.
+        estimator: how coordinates are found: "gradient" after ``loss.backward()``; or by a closure
+            given to :meth:`step` that returns the loss: "forward" (d forward-mode derivatives) or
+            "evolution" (2 d evaluations, antithetic: NES; d=1 is MeZO).
+        sigma: the distance in weight space of the evaluations of "evolution".
+        seed: of the bases, in [0, 2⁶⁴).
+        workers: in a process group of :mod:`torch.distributed`, "shared": all draw one basis and
+            average coordinates; "independent": each draws its own, and all coordinates are
+            gathered. No DDP is needed, and only coordinates travel. None: this process alone.
+        check_every: steps between comparisons of all workers' weights; 0: never.
+        nonfinite: what a step with a coordinate that is no number does: "skip" (and counts, see
+            :attr:`skipped`) or "error".
+        journal: a file that records every step (:mod:`subspan.optim.journal`). If it is there
+            already, its steps are made first: the parameters must be those that it began with.
+        extra: JSON values of the caller's for the journal's header.
+        options: what the family has beyond these (``s`` of ``sparse``).
+
+    Raises:
+        SubspanError: for anything that cannot be trained as asked.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        dim: int | Sequence[int] | None = None,
+        lr: float = 1.0,
+        *,
+        distribution: str = "rademacher",
+        compartments: Rules = "global",
+        allocation: str = "sqrt",
+        redraw_every: int | None = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        estimator: Estimator = "gradient",
+        sigma: float = 0.1,
+        seed: int = 0,
+        workers: Workers | None = None,
+        check_every: int = 100,
+        nonfinite: Literal["skip", "error"] = "skip",
+        journal: str | Path | None = None,
+        extra: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        for name, value, allowed in (
+            ("distribution", distribution, projections()),
+            ("estimator", estimator, get_args(Estimator)),
+            ("workers", workers, (None, *get_args(Workers))),
+            ("nonfinite", nonfinite, ("skip", "error")),
+        ):
+            if value not in allowed:
+                raise unknown(name, value, [a for a in allowed if a])
+        if redraw_every is not None and not _is_count(redraw_every, least=1):
+            raise SubspanError(
+                f"redraw_every must be a positive integer or None, got {redraw_every!r}"
+            )
+        if not _is_count(check_every, least=0):
+            raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
+        if not 0 < sigma < float("inf"):
+            raise SubspanError(f"sigma must be a positive number, got {sigma}")
+        if isinstance(params, nn.Module):
+            slots.slots(params)  # refuses parameters without values
+            params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dim": dim,
+            "compartments": compartments, "allocation": allocation,
+            "steps": 0, "skipped": 0, "velocity": None,
+        }  # fmt: skip
+        self.redraw_every, self.estimator, self.sigma = redraw_every, estimator, sigma
+        self.check_every, self.nonfinite = check_every, nonfinite
+        self._parts: tuple[Part, ...] = ()
+        try:
+            super().__init__(params, defaults)
+        except ValueError as error:  # of torch, on empty lists
+            raise SubspanError(f"nothing to train: {error}") from None
+        self._workers = distributed.Workers(workers) if workers else None
+        independent = self._workers is not None and workers == "independent"
+        self._bases = self._workers.world if self._workers and independent else 1
+        self._basis = self._workers.rank if self._workers and independent else 0
+        named = _named(self.param_groups)
+        divided = [
+            (tensors, divide(tensors, group["dim"], group["compartments"], group["allocation"]))
+            for tensors, group in zip(named, self.param_groups, strict=True)
+        ]
+        self._parts = parts(divided, distribution, seed, self._bases, options)
+        self._sizes = [sum(part.dim for part in compartments) for _, compartments in divided]
+        self._tensors = {name: tensor for group in named for name, tensor in group.items()}
+        self.layout = layout(self._parts)
+        for group in self.param_groups:
+            group["layout"] = int(self.layout[:15], 16)
+        some = list(self._tensors.values())
+        double = any(tensor.dtype == torch.float64 for tensor in some)
+        dtype = torch.float64 if double else torch.float32
+        self._own = torch.zeros(sum(self._sizes), dtype=dtype, device=some[0].device)
+        self._agreement = {
+            "the seed": seed, "the network or its compartments": self.layout,
+            "the settings": [redraw_every, estimator, sigma, nonfinite, workers, check_every],
+        }  # fmt: skip
+        self._agreed = self._workers is None
+        self._journal: Journal | None = None
+        if journal is not None:
+            self._open(Path(journal), extra or {})
+
+    # ---- counts ----------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Steps made, skipped ones too; the next is made in the basis of this number."""
+        return int(self.param_groups[0]["steps"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a coordinate that was no number made void."""
+        return int(self.param_groups[0]["skipped"])
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(d,) of the last step: how fast the loss changed along each vector of this process."""
+        return self._own
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether :meth:`step` must be given a closure that returns the loss, and no gradient."""
+        return self.estimator != "gradient"
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the weights once.
+
+        Args:
+            closure: gives the loss; with ``estimator="gradient"`` it also calls ``backward()``, as
+                with every optimizer, and may be left out.
+
+        Returns:
+            The loss, if there is a closure.
+
+        Raises:
+            SubspanError: if there is no gradient, or workers do not fit together or are lost.
+        """
+        if not self._agreed:
+            self._check_start()
+        loss = self._estimate(closure)
+        found = self._own.unsqueeze(0)
+        if self._workers:
+            found = self._workers.combine(self._own, self.steps)
+        if bool(torch.isfinite(found).all()):
+            rates = tuple(float(group["lr"]) for group in self.param_groups)
+            record = Record(self.steps, rates, self._with_momentum(found))
+            move(self._parts, self._sizes, record, self.redraw_every)
+            if self._journal and (self._workers is None or self._workers.rank == 0):
+                self._journal.append(record)
+        elif self.nonfinite == "error":
+            raise SubspanError(
+                f"step {self.steps} has a coordinate that is no number: lower the learning rate, "
+                "or nonfinite='skip'"
+            )
+        else:
+            self._count("skipped")
+        self._count("steps")
+        if self._workers and self.check_every and self.steps % self.check_every == 0:
+            self._workers.check_same(self._tensors, self.steps)
+        return loss
+
+    def _estimate(self, closure: Callable[[], Any] | None) -> Any:
+        """This process's coordinates of the step, into ``_own``."""
+        self._own.zero_()
+        basis, step = self._basis, redraw(self.steps, self.redraw_every)
+        loss = None
+        if not self.needs_closure:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            estimators.gradient(self._parts, self._own, basis, step)
+        elif closure is None:
+            raise SubspanError(
+                f"estimator {self.estimator!r} needs step(closure), with a closure that returns "
+                "the loss"
+            )
+        elif self.estimator == "forward":
+            loss = estimators.forward(self._parts, self._own, basis, step, closure)
+        else:
+            loss = estimators.evolution(self._parts, self._own, basis, step, closure, self.sigma)
+        for part in self._parts:
+            if decay := self._group_of(part)["weight_decay"]:
+                part.add_projected(self._own, part.tensors, basis=basis, step=step, alpha=decay)
+        return loss
+
+    def _with_momentum(self, found: Tensor) -> Tensor:
+        """(bases, d): the coordinates, or where there is momentum their running sums."""
+        fresh = self.redraw_every is not None and self.steps % self.redraw_every == 0
+        sums = []
+        for group, own in zip(self.param_groups, found.split(self._sizes, dim=1), strict=True):
+            if group["momentum"]:
+                before = group["velocity"]
+                if before is not None and not fresh:
+                    own = own + group["momentum"] * before.to(own)
+                group["velocity"] = own.clone()
+            sums.append(own)
+        return sums[0].clone() if len(sums) == 1 else torch.cat(sums, dim=1)
+
+    def _group_of(self, part: Part) -> dict[str, Any]:
+        end = 0
+        for group, size in zip(self.param_groups, self._sizes, strict=True):
+            end += size
+            if part.begin < end:
+                return group
+        raise AssertionError(part)
+
+    def _count(self, name: str) -> None:
+        for group in self.param_groups:
+            group[name] += 1
+
+    # ---- what the bases catch --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def alignment(self) -> dict[str, dict[str, float]]:
+        """How much of the gradient that is there the next step's basis catches (Gressmann, fig. 4).
+
+        Returns:
+            For every compartment, and for "all" of them: ``cosine`` between the gradient g and the
+            step's direction P Pᵀ g; and ``share``, |Pᵀ g|/|g|, of the norm. Both are √(d/D) on
+            average for a gradient that has nothing to do with the basis.
+
+        Raises:
+            SubspanError: if there is no gradient.
+        """
+        step, own = redraw(self.steps, self.redraw_every), torch.zeros_like(self._own)
+        estimators.gradient(self._parts, own, self._basis, step)
+        squares: dict[str, list[float]] = {}
+        for part in self._parts:
+            along = part.vectors(own, basis=self._basis, step=step)
+            g = v = 0.0
+            for piece in part.compartment.pieces:
+                grad = part.tensors[piece.tensor].grad
+                g += 0.0 if grad is None else float(entries(grad, piece).double().square().sum())
+                v += float(entries(along[piece.tensor], piece).double().square().sum())
+            squares[part.compartment.name] = [float(own[part.place].square().sum()), g, v]
+        squares["all"] = [sum(column) for column in zip(*squares.values(), strict=True)]
+        tiny = 1e-300  # of a gradient that is zero nothing is caught
+        return {
+            name: {"cosine": c / max(math.sqrt(g * v), tiny), "share": math.sqrt(c / max(g, tiny))}
+            for name, (c, g, v) in squares.items()
+        }
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Of the constructor's; afterwards the compartments are fixed, and no group can be added.
+
+        Raises:
+            SubspanError: for a group that is added later, or whose values make no sense.
+        """
+        if self._parts:
+            raise SubspanError(
+                "parameters cannot be added later: the bases are drawn for all of them together; "
+                "make a new optimizer"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, least in (("lr", 0.0), ("weight_decay", 0.0)):
+            if not least <= float(group[name]) < float("inf"):
+                raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
+        if not 0 <= group["momentum"] < 1:
+            raise SubspanError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if group["momentum"] and self.redraw_every == 1:
+            raise SubspanError(
+                "momentum needs a basis that stays: coordinates of different bases cannot be "
+                "added; use redraw_every=n or None"
+            )
+        for name, tensor in _named([group])[0].items():
+            if not tensor.is_floating_point():
+                raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer of the same parameters and settings was.
+
+        Raises:
+            SubspanError: if the state belongs to other bases.
+        """
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if theirs.get("layout") != group["layout"]:
+                raise SubspanError(
+                    "this state belongs to other bases: the seed, distribution, dimensions, "
+                    "compartments and parameters must be those it was saved with"
+                )
+        super().load_state_dict(state_dict)
+
+    # ---- workers ---------------------------------------------------------------------------------
+
+    def _check_start(self) -> None:
+        assert self._workers is not None
+        agreement = self._agreement | {
+            "the steps made": self.steps, "the weights": slots.digest(self._tensors)
+        }  # fmt: skip
+        self._workers.check_start(agreement, self._own.device)
+        self._agreed = True
+
+    # ---- the journal -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _open(self, path: Path, extra: Mapping[str, Any]) -> None:
+        header = header_of(
+            self._parts, self._sizes, self._bases, self.redraw_every, self._own.dtype, extra
+        )
+        writes = self._workers is None or self._workers.rank == 0
+        if not path.exists():
+            self._journal = Journal.create(path, header) if writes else None
+            return
+        journal = Journal(path)
+        for key in ("tensors", "parts", "groups", "bases", "redraw_every", "dtype", "base"):
+            if journal.header[key] != header[key]:
+                raise SubspanError(
+                    f"{path} is the journal of another training (its {key} differ): give the "
+                    "network as it was before the first step, with the same settings, or another "
+                    "file"
+                )
+        for record in journal.records():
+            move(self._parts, self._sizes, record, self.redraw_every)
+            for group, own in zip(
+                self.param_groups, record.coordinates.split(self._sizes, dim=1), strict=True
+            ):
+                group["skipped"] += record.step - group["steps"]
+                group["steps"] = record.step + 1
+                group["velocity"] = own.to(self._own) if group["momentum"] else None
+        if writes:
+            journal.cut()
+        self._journal = journal
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _named(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    """The parameters of every group by name; by running numbers where they have none."""
+    found: list[dict[str, Tensor]] = []
+    number = 0
+    for group in groups:
+        names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
+        number += len(names)
+        found.append(dict(zip(names, group["params"], strict=True)))
+    names = [name for group in found for name in group]
+    if len(set(names)) < len(names):  # of two networks
+        return [{f"{n}/{name}": t for name, t in g.items()} for n, g in enumerate(found)]
+    return found

@@ -1,0 +1,212 @@
+"""Training in random bases by the command line: journals, resume, many processes, what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from subspan import SubspanError
+from subspan.lab.report import pictures, records
+from subspan.lab.train import train
+from tests.lab.runs import NET, STEPS, a_run, record_of
+
+RBD = ["train", "--net", NET, "--method", "rbd", "--dim", "20", "--out", "run"]
+JOURNAL = "journal.subspan"
+
+
+def weights_of(path):
+    return safetensors.torch.load_file(path)
+
+
+def test_a_run_says_what_its_bases_catch(tmp_path):
+    record = train(a_run("rbd", lr=1.0, epochs=3, dim=20, compartments="layer"), tmp_path)
+    for row in record["history"]:
+        assert set(row["alignment"]) == {"fc1", "fc2", "all"}
+        for found in row["alignment"].values():
+            assert 0 < found["cosine"] < 1
+            assert 0 < found["share"] < 1
+    run = records.read(tmp_path)
+    axes = pictures.run_figure(run).axes
+    assert [a.get_ylabel() for a in axes][2] == "gradient in the basis"
+    labels = [line.get_label() for line in axes[2].lines]
+    assert labels == ["all: cosine", "all: share of its norm", "fc1: cosine", "fc2: cosine"]
+    assert record["trainable_parameters"] == 20
+    assert record["stored_parameters"] == 610
+
+
+def test_redrawn_bases_learn_more_than_one_that_stays(tmp_path):
+    losses = {}
+    for name in ("rbd", "fpd"):
+        run = a_run(name, lr=1.0, epochs=10, batch_size=64, dim=20, schedule="cosine")
+        losses[name] = train(run, tmp_path / name)["history"][-1]["train_loss"]
+    assert losses["rbd"] < losses["fpd"] - 0.1
+
+
+def test_evaluations_alone_train_too(tmp_path):
+    run = a_run("nes", lr=1.0, epochs=2, batch_size=256, dim=10)
+    history = train(run, tmp_path)["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert "alignment" not in history[0]
+
+
+def test_replay_by_command(in_tmp_path, cli):
+    assert cli(*RBD, "--epochs", 2, "--journal", "true").code == 0
+    journal = f"run/{JOURNAL}"
+    said = cli("replay", journal, "--out", "all.safetensors")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith(f"all.safetensors: the weights after {2 * STEPS} steps, ")
+    assert cli("replay", journal, "--step", STEPS, "--out", "half.safetensors").code == 0
+    assert cli("replay", journal, "--step", 0, "--out", "none.safetensors").code == 0
+    best = record_of(in_tmp_path / "run")["best_epoch"]
+    model = weights_of("run/model.safetensors")
+    same = weights_of({1: "half.safetensors", 2: "all.safetensors"}[best])
+    assert all(torch.equal(same[name], tensor) for name, tensor in model.items())
+    # From a file of the initial weights the same comes out.
+    words = ["replay", journal, "--base", "none.safetensors", "--out", "again.safetensors"]
+    assert cli(*words).code == 0
+    again, whole = weights_of("again.safetensors"), weights_of("all.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "100"], "has 11 steps, not 100"),
+        (["--base", "run/model.safetensors"], "began with other weights"),
+        (["--base", "run/record.json"], "is no safetensors file of weights"),
+        (["--out", f"run/{JOURNAL}"], "would be overwritten"),
+        (["--out", "no/where"], "give a file name in a folder that exists"),
+    ],
+)
+def test_replay_refuses(in_tmp_path, cli, words, message):
+    assert cli(*RBD, "--epochs", 1, "--journal", "true").code == 0
+    said = cli("replay", f"run/{JOURNAL}", *words)
+    assert said.code == 2
+    assert message in said.err
+    assert not Path("weights.safetensors").exists()
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [3, STEPS, STEPS + 4])
+def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
+    run = a_run("rbd", lr=1.0, epochs=3, dim=20, schedule="cosine", journal=True)
+    whole = train(run, tmp_path / "whole")
+    steps = []
+
+    def step():
+        steps.append(1)
+        if len(steps) == stop:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(run, tmp_path / "parts", on_step=step)
+    assert record_of(tmp_path / "parts")["status"] == "failed"
+    resumed = []
+    record = train(run, tmp_path / "parts", on_step=lambda: resumed.append(1))
+    assert len(resumed) == 3 * STEPS - stop
+    assert record["test_accuracy"] == whole["test_accuracy"]
+    for key in ("val_loss", "val_accuracy"):
+        assert [row[key] for row in record["history"]] == [row[key] for row in whole["history"]]
+    files = [tmp_path / name / JOURNAL for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    models = [weights_of(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
+
+
+def test_another_configuration_begins_a_journal_of_its_own(tmp_path):
+    train(a_run("rbd", lr=1.0, dim=20, journal=True), tmp_path)
+    first = (tmp_path / JOURNAL).read_bytes()
+    record = train(a_run("rbd", lr=0.5, dim=10, journal=True), tmp_path, overwrite=True)
+    assert record["status"] == "complete"
+    assert (tmp_path / JOURNAL).read_bytes() != first
+
+
+def test_bad_options(tmp_path):
+    for options, message in (
+        ({"workers": "all"}, "workers must be shared or independent, got 'all'"),
+        ({"distribution": "hush"}, "unknown distribution 'hush'"),
+        ({"momentum": 0.9}, "momentum needs a basis that stays"),
+        ({}, "needs --dim"),
+    ):
+        dim = {"dim": 20} if options else {}
+        with pytest.raises(SubspanError, match=message):
+            train(a_run("rbd", **dim | options), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- many processes ------------------------------------------------------------------------------
+
+DYING = """
+import os
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        if self.training and os.environ["RANK"] == "1" and "DIE" in os.environ:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os._exit(3)
+        return super().forward(x)
+
+def build(input_shape, classes):
+    torch.manual_seed(0)
+    return Net(nn.Flatten(), nn.Linear(64, classes))
+"""
+
+
+def torchrun(folder, *words, restarts=0, **env):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        f"--max-restarts={restarts}", "-m", "subspan.cli",
+    ]  # fmt: skip
+    return subprocess.run(
+        [*command, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", ["shared", "independent"])
+def test_torchrun(tmp_path, workers):
+    said = torchrun(tmp_path, *RBD, "--workers", workers, "--epochs", "2", "--journal", "true")
+    assert said.returncode == 0, said.stderr
+    record = record_of(tmp_path / "run")
+    assert (record["status"], record["processes"]) == ("complete", 2)
+    steps = json.loads((tmp_path / "run" / "record.json").read_text())["history"]
+    assert len(steps) == 2
+    assert record["bytes_sent_per_step"] < 4000  # of 610 weights' gradients 2,440 would be sent
+    if workers == "shared":
+        alone = train(a_run("rbd", lr=1.0, epochs=2, dim=20, batch_size=128), tmp_path / "alone")
+        # One process takes the smaller last batch, too: close, not equal.
+        assert record["history"][0]["train_loss"] == pytest.approx(
+            alone["history"][0]["train_loss"], rel=0.05
+        )
+
+
+def test_a_worker_dies_and_the_job_goes_on(tmp_path):
+    (tmp_path / "mine.py").write_text(DYING)
+    words = ["train", "--net", "mine:build", "--method", "rbd", "--dim", "20", "--epochs", "2",
+             "--journal", "true"]  # fmt: skip
+    said = torchrun(tmp_path, *words, "--out", "run", restarts=1, DIE="1")
+    assert said.returncode == 0, said.stderr
+    # Whoever is first says it: torchrun, which then ends the others, or they themselves.
+    assert "local_rank: 1 " in said.stderr or "rank 1 is lost" in said.stderr
+    assert torchrun(tmp_path, *words, "--out", "whole").returncode == 0
+    ours, whole = record_of(tmp_path / "run"), record_of(tmp_path / "whole")
+    assert ours["status"] == "complete"
+    assert ours["test_accuracy"] == whole["test_accuracy"]
+    journals = [(tmp_path / name / JOURNAL).read_bytes() for name in ("run", "whole")]
+    assert journals[0] == journals[1]
+    again = torchrun(tmp_path, *words, "--out", "other", DIE="1")
+    assert again.returncode != 0
+    assert record_of(tmp_path / "other")["status"] != "complete"
