@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 import time
 import weakref
@@ -19,11 +20,30 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from subspan.errors import SubspanError
 
 BEAT = 1.0  # seconds
 VERDICT = "subspan/lost"  # in the store
+
+
+def meet_again(backend: str | None) -> None:
+    """Start the process group of a job that torchrun has restarted; of any other, do nothing.
+
+    torchrun keeps one store for all attempts (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), and
+    Gloo would look there for a rank and find the address of the one that died: refused, or a hang.
+
+    Args:
+        backend: as of ``init_process_group``; None for PyTorch's choice.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or dist.is_initialized():
+        return
+    store, rank, world = next(rendezvous("env://"))
+    own = PrefixStore(f"subspan/attempt-{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
 class Workers:

@@ -171,7 +171,7 @@ def torchrun(folder, *words, restarts=0, **env):
         f"--max-restarts={restarts}", "-m", "subspan.cli",
     ]  # fmt: skip
     return subprocess.run(
-        [*command, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        [*command, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
 

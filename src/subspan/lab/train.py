@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-from subspan import checkpoint, init
+from subspan import checkpoint, distributed, init
 from subspan.errors import SubspanError
 from subspan.files import remove_unfinished
 from subspan.lab import data, nets, records
@@ -368,6 +368,7 @@ def on_cpu(training: Training) -> bool:
 def _accelerator(training: Training) -> Accelerator:
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
+    distributed.meet_again("gloo" if on_cpu(training) else None)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
     return Accelerator(cpu=on_cpu(training), mixed_precision=training.mixed_precision)
 
