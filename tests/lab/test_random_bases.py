@@ -184,7 +184,8 @@ def test_torchrun(tmp_path, workers):
     assert (record["status"], record["processes"]) == ("complete", 2)
     steps = json.loads((tmp_path / "run" / "record.json").read_text())["history"]
     assert len(steps) == 2
-    assert record["bytes_sent_per_step"] < 4000  # of 610 weights' gradients 2,440 would be sent
+    # 20 numbers with what frames them, and a journal's record; 610 weights' would be 2,440 bytes.
+    assert 80 < record["bytes_sent_per_step"] < 1500
     if workers == "shared":
         alone = train(a_run("rbd", lr=1.0, epochs=2, dim=20, batch_size=128), tmp_path / "alone")
         # One process takes the smaller last batch, too: close, not equal.

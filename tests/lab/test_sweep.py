@@ -152,3 +152,23 @@ def test_runs_and_sweeps_agree_on_a_run(swept):
     """A run of a sweep is what ``train`` would have made of it."""
     record = record_of(swept[0] / "runs" / "hash-dim40-lr0.3-seed1")
     assert record["config"] == a_run(dim="40", seed=1).as_dict()
+
+
+def test_runs_of_several_processes(tmp_path):
+    """Started by torchrun; what one of them cannot do is said."""
+    config = a_sweep(methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2)
+    result = sweep(config, tmp_path / "out", jobs=1)
+    assert result["failed"] == []
+    [row] = result["rows"]
+    [run] = (tmp_path / "out" / "runs").iterdir()
+    record = record_of(run)
+    assert (record["processes"], record["config"]["options"]) == (2, {"dim": 20})
+    assert row["bytes_sent_per_step"] == [record["bytes_sent_per_step"]]
+    before = contents(run)
+    assert sweep(config, tmp_path / "out", jobs=1)["rows"] == [row]
+    assert contents(run) == before
+    odd = a_sweep(
+        methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2, batch_size=127
+    )
+    failed = sweep(odd, tmp_path / "odd", jobs=1)["failed"]
+    assert "batch_size must be a multiple of the 2 processes" in failed[0]["error"]

@@ -121,8 +121,11 @@ def processor() -> str:
 
 
 def bytes_sent() -> int:
-    """What this machine has sent over all of its network devices, to itself, too."""
-    return int(psutil.net_io_counters().bytes_sent)
+    """What this process has written so far, to sockets and to files; where Linux counts it."""
+    file = Path("/proc/self/io")
+    if not file.is_file():
+        return 0
+    return int(file.read_text().partition("wchar: ")[2].split()[0])
 
 
 class PeakMemory:

@@ -56,7 +56,10 @@ class Point:
         """The run with this learning rate and seed."""
         at = f"-{self.label}" if self.label else ""
         name = f"{self.method}{at}-lr{lr:g}-seed{seed}"
-        return Job(name, Run(sweep.training, self.method, self.options, lr, seed))
+        options = self.options
+        if sweep.processes > 1:  # as the command line of each of them will read it
+            options = {k: int(v) if str(v).isdecimal() else v for k, v in options.items()}
+        return Job(name, Run(sweep.training, self.method, options, lr, seed))
 
     def best_lr(self) -> float | None:
         """The learning rate with the best validation accuracy of seed 0, the first of equals.

@@ -256,7 +256,9 @@ class _Loop:
             if self.on_step:
                 self.on_step()
         seconds = time.perf_counter() - started
-        self.sent.append((records.bytes_sent() - sent) / self.steps / accelerator.num_processes)
+        if accelerator.num_processes > 1:
+            own = torch.tensor((records.bytes_sent() - sent) / self.steps)
+            self.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         more = self.ready.method.diagnose(self.bare) if train_loss is not None else {}
         val_loss, val_accuracy = evaluate(self.model, self.images, self.images.validation)
         return {
@@ -345,7 +347,7 @@ class _Loop:
             "seconds_per_step": statistics.median(steps) if steps else None,
             "peak_memory_bytes": self.memory.read(),
         }
-        if self.accelerator.num_processes > 1 and self.sent:
+        if self.sent:
             self.record["bytes_sent_per_step"] = statistics.median(self.sent)
         if self.accelerator.is_main_process:
             records.write_json(self.out / "record.json", self.record)

@@ -37,7 +37,7 @@ class Row:
     seconds_per_step: tuple[float, ...]
     peak_memory_bytes: tuple[float, ...]
     bytes_sent_per_step: tuple[float, ...]
-    """By each of the processes; of one alone nothing is recorded."""
+    """By each process on average, a journal included; of one alone nothing is recorded."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ Experiment(
     source="Gressmann, Eaton-Rosen and Luschi, NeurIPS 2020, on distributed training",
     differences=(
         "Processes of one machine over Gloo (published: IPUs); every worker has batches of 32, so "
-        "that n of them make n times fewer steps; bytes are counted at the network devices. The "
+        "that n of them make n times fewer steps; bytes are those that a process writes. The "
         "baseline is SGD on all weights, averaged by DDP. quick: one epoch; full: thirty, three "
         "seeds."
     ),
