@@ -67,7 +67,7 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     ]
     figure = Figure(figsize=(5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(textwrap.fill(title, 80))
+    figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
     accuracies = [[100 * a for a in row.test_accuracy] for *_, row in lines]
     _panel(axes, [row for *_, row in lines], accuracies)
     labels = []
@@ -81,7 +81,7 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
                 axes.plot(100 * found, place, "D", color="#D55E00", markersize=3)
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy (%); diamonds: published")
+    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if axes.lines else ""))
     return figure
 
 
