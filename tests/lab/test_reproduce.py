@@ -113,7 +113,7 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
-    ready = prepare(_points(config)[1].job(config, 0.1, 0).run)
+    ready = prepare(_points(config)[-1].job(config, 0.1, 0).run)
     published = {
         "li-mnist-lenet": 44_426,
         "minut-mnist-mlp": 159_010,

@@ -70,6 +70,7 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
     accuracies = [[100 * a for a in row.test_accuracy] for *_, row in lines]
     _panel(axes, [row for *_, row in lines], accuracies)
+    published = any(sweep.published for sweep in parts.values())
     labels = []
     for place, (part, sweep, row) in enumerate(lines):
         name = row.method if row.dim == 0 else f"{row.method}, d = {row.label}"
@@ -81,7 +82,7 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
                 axes.plot(100 * found, place, "D", color="#D55E00", markersize=3)
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if axes.lines else ""))
+    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if published else ""))
     return figure
 
 
