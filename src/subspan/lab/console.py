@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from subspan.lab.records import grouped
+
 if TYPE_CHECKING:
     from subspan.lab.config import Run
     from subspan.lab.doctor import Finding
@@ -175,10 +177,7 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
     """
     copy = record["machine"]["copy_bytes_per_second"]
     say(f"{record['machine']['device']}; a copy moves {copy / 1e9:.1f} GB/s")
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in record.get("products", ()):
-        groups.setdefault((row["out_dim"], row["in_dim"]), []).append(row)
-    for (out_dim, in_dim), rows in groups.items():
+    for (out_dim, in_dim), rows in grouped(record.get("products", ()), "out_dim", "in_dim"):
         say(f"\nproducts at D = {out_dim:,}, d = {in_dim:,}")
         base = next((row for row in rows if row["projection"] == "stored-dense"), {})
         table = _table(
@@ -197,10 +196,7 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
     for part, title, against in (
         ("steps", "training step", "adam"), ("optimizers", "step in redrawn bases", "sgd")
     ):  # fmt: skip
-        nets: dict[str, list[dict[str, Any]]] = {}
-        for row in record.get(part, ()):
-            nets.setdefault(row["net"], []).append(row)
-        for net, rows in nets.items():
+        for (net,), rows in grouped(record.get(part, ()), "net"):
             first = rows[0]
             say(
                 f"\n{title} of {net}, {first['weights']:,} weights, d = {first['dim']:,}, "

@@ -20,8 +20,8 @@ from subspan.kernels.cpu.common import (
     SIGN,
     as_bits,
     as_float,
-    feistel,
     inline,
+    permuted,
     round_keys,
     sequence,
 )
@@ -53,15 +53,8 @@ def walsh_hadamard(x, y):
 def _draws(words, z, block, widths, address):
     """Of one block the images of the permutation, with signs as bit 31, and the scaled normals."""
     n = words.size
-    room = np.empty((2, n), np.uint32)
-    high, low = room
-    high_bits, low_bits = uint32(widths[1]), uint32(widths[2])
-    for i in range(n):
-        high[i], low[i] = uint32(i) >> low_bits, uint32(i) & uint32((1 << low_bits) - 1)
     keys = round_keys(widths[0], 3 * block + 1, address)
-    feistel(high, low, n, keys, high_bits, low_bits)
-    for i in range(n):
-        words[i] = (high[i] << low_bits) | low[i]
+    permuted(words, np.empty((3, n), np.uint32), 0, n, uint32(n - 1), keys, widths)
 
     calls = max(1, n // 128)
     drawn = np.empty((calls, 4), np.uint32)

@@ -21,8 +21,8 @@ from subspan.kernels.cpu.common import (
     SIGN,
     as_bits,
     as_float,
-    feistel,
     inline,
+    permuted,
     round_keys,
     sequence,
 )
@@ -31,39 +31,6 @@ TILE = 1024  # rows whose index is made together, in the first cache level
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
 NOTHING = np.empty(0, np.uint32)
-
-
-@inline
-def permuted(out, room, first, count, last, keys, widths):
-    """Images of first … first + count − 1 under a permutation of [0, last], last < 2³².
-
-    ``out`` is (count,), ``room`` (3, count), both of 32-bit words.
-    """
-    high, low, places = room
-    high_bits, low_bits = uint32(widths[1]), uint32(widths[2])
-    low_mask = uint32((1 << low_bits) - 1)
-    for i in range(count):
-        x = uint32(first + i)
-        high[i], low[i] = x >> low_bits, x & low_mask
-    feistel(high, low, count, keys, high_bits, low_bits)
-    for i in range(count):
-        out[i] = (high[i] << low_bits) | low[i]
-    outside = 0
-    for i in range(count):  # without a branch: whether one is outside nobody can predict
-        places[outside] = i
-        outside += out[i] > last
-    while outside > 0:
-        for n in range(outside):
-            x = out[places[n]]
-            high[n], low[n] = x >> low_bits, x & low_mask
-        feistel(high, low, outside, keys, high_bits, low_bits)
-        left = 0
-        for n in range(outside):
-            place, x = places[n], (high[n] << low_bits) | low[n]
-            out[place] = x
-            places[left] = place
-            left += x > last
-        outside = left
 
 
 @common.function

@@ -23,10 +23,11 @@ from subspan.kernels.cpu.common import (
     as_float,
     eight,
     inline,
+    permuted,
     round_keys,
     sequence,
 )
-from subspan.kernels.cpu.hash import TASK, TILE, permuted
+from subspan.kernels.cpu.hash import TASK, TILE
 
 ROW = 32
 SHORT = 256  # rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.files import write_atomically
 from subspan.lab.bench import candidates
+from subspan.lab.records import grouped
 from subspan.lab.report import pictures
 
 _FORWARD, _BACKWARD, _ONE = "#0072B2", "#E69F00", "#009E73"
@@ -30,15 +31,15 @@ def write(record: dict[str, Any], out: Path) -> list[Path]:
 def draw(record: dict[str, Any]) -> Figure:
     """Products as multiples of the stored matrix, steps and memory as multiples of plain Adam."""
     panels: list[tuple[Callable[..., None], str, list[dict[str, Any]]]] = []
-    for (out_dim, in_dim), rows in _grouped(record.get("products", ()), "out_dim", "in_dim"):
+    for (out_dim, in_dim), rows in grouped(record.get("products", ()), "out_dim", "in_dim"):
         panels.append((_products, f"P w and Pᵀ g, D = {out_dim:,}, d = {in_dim:,}", rows))
-    for (net, weights), rows in _grouped(record.get("steps", ()), "net", "weights"):
+    for (net, weights), rows in grouped(record.get("steps", ()), "net", "weights"):
         title = f"training step, {net} ({weights:,} weights), d = {rows[0]['dim']:,}"
         panels.append((_steps, title, rows))
-    for (net, weights), rows in _grouped(record.get("optimizers", ()), "net", "weights"):
+    for (net, weights), rows in grouped(record.get("optimizers", ()), "net", "weights"):
         title = f"step in redrawn bases, {net} ({weights:,} weights), d = {rows[0]['dim']:,}"
         panels.append((_steps, title, rows))
-    for (out_dim, in_dim), rows in _grouped(record.get("memory", ()), "out_dim", "in_dim"):
+    for (out_dim, in_dim), rows in grouped(record.get("memory", ()), "out_dim", "in_dim"):
         panels.append((_memory, f"peak memory, D = {out_dim:,}, d = {in_dim:,}", rows))
     columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
@@ -49,15 +50,6 @@ def draw(record: dict[str, Any]) -> Figure:
         function(axes, rows)
     figure.suptitle(record["machine"]["device"], fontsize=6.5, color="0.4")
     return figure
-
-
-def _grouped(
-    rows: Iterable[dict[str, Any]], *keys: str
-) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.items())
 
 
 def _products(axes: Axes, rows: list[dict[str, Any]]) -> None:
