@@ -1,9 +1,6 @@
 """Plain DistributedDataParallel: d numbers on the wire, the same model on every rank."""
 
 import copy
-import datetime
-import multiprocessing
-import os
 import time
 
 import pytest
@@ -15,10 +12,10 @@ from torch.optim import SGD
 
 from subspan import SubspaceModel, SubspanError, slots
 from tests.nets import batch, build
+from tests.ranks import go_through
 
 DIM = 12
 STEPS = 3
-LIMIT = 400  # seconds for all ranks together
 
 
 def rows(x, rank, world):
@@ -118,34 +115,10 @@ SCENARIOS = {
 }
 
 
-def work(rank, world, folder):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    results = {name: scenario(rank, world) for name, scenario in SCENARIOS.items()}
-    torch.save(results, f"{folder}/{rank}.pt")
-    os._exit(0)  # no farewell: its peers may be waiting
-
-
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What every rank of a world of processes saw."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
-    processes = torch.multiprocessing.start_processes(
-        work, (world, str(folder)), nprocs=world, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + LIMIT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return go_through(__name__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def test_gradients_are_those_of_the_joint_batch(ranks):

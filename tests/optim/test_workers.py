@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -18,8 +15,8 @@ from torch.optim import SGD
 from subspan import SubspanError
 from subspan.optim import RandomBases, replay
 from tests.optim.test_random_bases import X, dense, flat, gradient, loss_of, mlp, run
+from tests.ranks import go_through
 
-LIMIT = 400  # seconds for all ranks together
 STEPS = 4
 
 
@@ -129,13 +126,13 @@ def bytes_sent(rank, world):
     return found
 
 
-def late(rank, world, folder):
+def late(rank, world):
     """A journal that all ranks go on from: one training, cut in two."""
     found = []
     for name, cuts in (("whole", [6]), ("parts", [3, 3])):
         for steps in cuts:
             net = mlp(torch.float32)
-            options = {"workers": "independent", "journal": f"{folder}/{name}"}
+            options = {"workers": "independent", "journal": name}
             optimizer = RandomBases(net, 12, 0.5, **options)
             made = optimizer.steps
             run(net, optimizer, steps)
@@ -173,39 +170,16 @@ SCENARIOS = {
     "diverged": diverged,
     "void": void,
     "bytes": bytes_sent,
+    "late": late,
+    "left alone": left_alone,  # last: a rank ends inside
 }
-
-
-def work(rank, world, folder):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    results = {name: scenario(rank, world) for name, scenario in SCENARIOS.items()}
-    results["late"] = late(rank, world, folder)
-    results["left alone"] = left_alone(rank, world)  # last: a rank ends inside
-    torch.save(results, f"{folder}/{rank}.pt")
-    os._exit(0)  # no farewell: its peers may be waiting
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def ranks(request, tmp_path_factory):
     """What every rank of a world of processes saw, and where."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
-    processes = torch.multiprocessing.start_processes(
-        work, (world, str(folder)), nprocs=world, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + LIMIT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    folder = tmp_path_factory.mktemp("ranks")
+    found = go_through(__name__, request.param, folder)
     return type("Ranks", (list,), {"folder": folder})(found)
 
 

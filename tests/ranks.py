@@ -1,0 +1,49 @@
+"""Processes of one group go through a module's ``SCENARIOS``; each tells what it saw."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LIMIT = 400  # seconds for all ranks together
+
+
+def _work(rank: int, world: int, module: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    scenarios = importlib.import_module(module).SCENARIOS
+    torch.save({name: run(rank, world) for name, run in scenarios.items()}, f"{rank}.pt")
+    os._exit(0)  # no farewell: its peers may be waiting
+
+
+def go_through(module: str, world: int, folder: Path) -> list[dict[str, Any]]:
+    """What every rank saw, by scenario.
+
+    Scenarios are called with the rank and the number of ranks, in a folder that all share; one in
+    which a rank ends must be the last.
+    """
+    multiprocessing.set_forkserver_preload([module])  # torch is imported once for all
+    processes = torch.multiprocessing.start_processes(
+        _work, (world, module, str(folder)), nprocs=world, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
