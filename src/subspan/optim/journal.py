@@ -56,28 +56,25 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            raw = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                magic, raw = file.read(len(MAGIC)), file.read(4)
+                (length,) = struct.unpack("<I", raw) if len(raw) == 4 else (0,)
+                # A length that was edited may be any: no memory for more than there is.
+                text = file.read(min(length, self.path.stat().st_size))
+                crc = file.read(4)
+                self._begin = file.tell()
         except OSError as error:
             raise SubspanError(f"{path} cannot be read: {error.strerror}") from None
-        if raw[: len(MAGIC)] != MAGIC:
+        if magic != MAGIC:
             raise SubspanError(f"{path} is no journal of subspan")
-        try:
-            (length,) = struct.unpack_from("<I", raw, len(MAGIC))
-            begin = len(MAGIC) + 4
-            text = raw[begin : begin + length]
-            (crc,) = struct.unpack_from("<I", raw, begin + length)
-            whole = zlib.crc32(text) == crc
-            self.header: dict[str, Any] = json.loads(text) if whole else {}
-        except (struct.error, ValueError):
-            whole = False
-        if not whole:
+        if crc != struct.pack("<I", zlib.crc32(text)):
             raise SubspanError(f"{path} is damaged: its header is cut short or edited")
+        self.header: dict[str, Any] = json.loads(text)
         if self.header["format"] > FORMAT:
             raise SubspanError(
                 f"{path} has format {self.header['format']}, this version of subspan reads up to "
                 f"{FORMAT}: upgrade"
             )
-        self._begin = begin + length + 4
         self._rates = len(self.header["groups"])
         self._shape = (self.header["bases"], sum(self.header["groups"]))
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
@@ -98,24 +95,24 @@ class Journal:
         Raises:
             SubspanError: if a record is damaged that others follow.
         """
-        raw = self.path.read_bytes()
-        last = -1
-        for begin in range(self._begin, len(raw) - self._length + 1, self._length):
-            record = raw[begin : begin + self._length]
-            (step,) = struct.unpack_from("<Q", record)
-            whole = struct.unpack_from("<I", record, self._length - 4)[0] == zlib.crc32(record[:-4])
-            if not whole or step <= last:
-                if len(raw) - begin < 2 * self._length:
-                    return  # the last one: written while the machine went down
-                raise SubspanError(
-                    f"{self.path} is damaged after step {last}: a record was edited, and others "
-                    "follow"
-                )
-            numbers = np.frombuffer(record[8 + 8 * self._rates : -4], self._dtype)
-            coordinates = torch.from_numpy(numbers.astype(self._dtype.newbyteorder("=")))
-            rates = struct.unpack_from(f"<{self._rates}d", record, 8)
-            yield Record(step, rates, coordinates.view(self._shape))
-            last = step
+        last, size = -1, self.path.stat().st_size
+        with self.path.open("rb") as file:
+            file.seek(self._begin)
+            while len(raw := file.read(self._length)) == self._length:
+                (step,) = struct.unpack_from("<Q", raw)
+                whole = raw[-4:] == struct.pack("<I", zlib.crc32(raw[:-4]))
+                if not whole or step <= last:
+                    if size - file.tell() < self._length:
+                        return  # the last one: written while the machine went down
+                    raise SubspanError(
+                        f"{self.path} is damaged after step {last}: a record was edited, and "
+                        "others follow"
+                    )
+                numbers = np.frombuffer(raw[8 + 8 * self._rates : -4], self._dtype)
+                coordinates = torch.from_numpy(numbers.astype(self._dtype.newbyteorder("=")))
+                rates = struct.unpack_from(f"<{self._rates}d", raw, 8)
+                yield Record(step, rates, coordinates.view(self._shape))
+                last = step
 
     def cut(self) -> None:
         """Remove a tail that is no whole record, so that others can follow."""
