@@ -120,9 +120,9 @@ def sweep(argv: Arguments) -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
     parser.add_argument(
-        "--lrs", type=list[str | float] | str | float | None, default=None,
-        help=f"learning rates to choose from at every d, on the validation part, {lists}; null: "
-        "the methods' own",
+        "--lrs", type=dict[str, Any] | list[str | float] | str | float | None, default=None,
+        help=f"learning rates to choose from at every d, on the validation part, {lists}; or "
+        "those of each method, {rbd: [1, 2], fpd: 4}; null: the methods' own",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", type=str | None, default="full", help="what the others are held against"
@@ -144,7 +144,7 @@ def sweep(argv: Arguments) -> None:
         methods=config.split(given.methods, "methods"),
         dims=config.split(given.dims, "dims"),
         seeds=given.seeds,
-        lrs=() if given.lrs is None else config.floats(given.lrs, "lrs"),
+        lrs=() if given.lrs is None else config.rates(given.lrs, "lrs"),
         options=_options(given),
         threshold=given.threshold,
         baseline=given.baseline,

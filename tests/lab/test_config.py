@@ -6,7 +6,7 @@ import math
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.config import Run, Sweep, Training, floats, split
+from subspan.lab.config import Run, Sweep, Training, floats, rates, split
 
 BAD_TRAINING = [
     ({"epochs": 0}, "epochs must be at least 1, got 0"),
@@ -54,6 +54,9 @@ def test_a_seed_is_not_negative():
         ({"methods": ("hash", "full", "hash")}, "methods names one value twice: hash, full, hash"),
         ({"dims": ("10", "10")}, "dims names one value twice"),
         ({"lrs": (0.1, 0.10000000001)}, "lrs names one value twice: 0.1, 0.1"),
+        ({"lrs": {"hash": (0.1, 0.1)}}, "lrs of hash names one value twice: 0.1, 0.1"),
+        ({"lrs": {"hash": (-0.1,)}}, "lrs of hash must be a positive number, got -0.1"),
+        ({"lrs": {"hsah": (0.1,)}}, "unknown method of lrs 'hsah'.*hash"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\], got 2.0"),
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
@@ -87,6 +90,18 @@ def test_configurations_are_flat_json():
     )
 
 
+def test_learning_rates_of_each_method():
+    config = Sweep(Training(), ("rbd", "fpd", "hash"), lrs={"rbd": (1.0,), "fpd": (2.0, 4.0)})
+    assert [config.lrs_of(m) for m in ("rbd", "fpd", "hash", "full")] == [
+        (1.0,),
+        (2.0, 4.0),
+        (),
+        (),
+    ]
+    assert Sweep(Training(), lrs=(0.1,), baseline_lrs=(0.2,)).lrs_of("full") == (0.2,)
+    assert json.loads(json.dumps(config.as_dict()))["lrs"] == {"rbd": [1.0], "fpd": [2.0, 4.0]}
+
+
 @pytest.mark.parametrize("values", ["10, 600+250,30", ["10", "600+250", "30"], [10, "600+250", 30]])
 def test_split(values):
     assert split(values, "dims") == ("10", "600+250", "30")
@@ -101,6 +116,13 @@ def test_split_one_value():
 def test_split_refuses_empty_entries(values):
     with pytest.raises(SubspanError, match="dims has an empty entry"):
         split(values, "dims")
+
+
+def test_rates():
+    assert rates("0.1,1e-3", "lrs") == (0.1, 0.001)
+    assert rates({"rbd": [1, 2], "fpd": 4}, "lrs") == {"rbd": (1.0, 2.0), "fpd": (4.0,)}
+    with pytest.raises(SubspanError, match="lrs of rbd must be numbers"):
+        rates({"rbd": "x"}, "lrs")
 
 
 def test_floats():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -104,8 +104,8 @@ class Sweep:
         dims: values of the methods' axis, the numbers that are trained: 10,30,100; a sum such as
             600+250 gives those of each compartment.
         seeds: how many seeds, 0, 1, …
-        lrs: learning rates to choose from at every point, by validation accuracy of seed 0; empty
-            takes each method's own.
+        lrs: learning rates to choose from at every point, by validation accuracy of seed 0; or by
+            method, {"rbd": (1.0, 2.0), "fpd": (4.0,)}. Where there are none, each method's own.
         options: the methods' own, common to all.
         threshold: share of the baseline's accuracy at which the intrinsic dimension is read off.
         baseline: the method that the others are held against; null for none.
@@ -117,7 +117,7 @@ class Sweep:
     methods: tuple[str, ...] = ("hash",)
     dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
     seeds: int = 1
-    lrs: tuple[float, ...] = ()
+    lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     options: dict[str, Any] = field(default_factory=dict)
     threshold: float = 0.9
     baseline: str | None = "full"
@@ -129,11 +129,19 @@ class Sweep:
             raise SubspanError("methods is empty: name at least one")
         if not self.dims:
             raise SubspanError("dims is empty: give at least one number of coordinates")
-        for name in ("lrs", "baseline_lrs"):
-            for lr in getattr(self, name):
+        rates = [("baseline_lrs", self.baseline_lrs)]
+        if isinstance(self.lrs, Mapping):
+            for name in self.lrs:
+                if name not in self.methods:
+                    raise unknown("method of lrs", name, self.methods)
+            rates += [(f"lrs of {name}", values) for name, values in self.lrs.items()]
+        else:
+            rates += [("lrs", self.lrs)]
+        for name, lrs in rates:
+            for lr in lrs:
                 _check_rate(name, lr)
-        for name in ("methods", "dims", "lrs", "baseline_lrs"):
-            values = [v if isinstance(v, str) else f"{v:g}" for v in getattr(self, name)]
+        named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
+        for name, values in [("methods", self.methods), ("dims", self.dims), *named]:
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
         for name in ("seeds", "processes"):
@@ -141,6 +149,12 @@ class Sweep:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    def lrs_of(self, method: str) -> tuple[float, ...]:
+        """The learning rates to choose from for a method; none leaves it to the method."""
+        if method == self.baseline:
+            return self.baseline_lrs
+        return self.lrs.get(method, ()) if isinstance(self.lrs, Mapping) else self.lrs
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``sweep.json``."""
@@ -168,6 +182,13 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
+
+
+def rates(values: Any, name: str) -> tuple[float, ...] | dict[str, tuple[float, ...]]:
+    """:func:`floats`, or those of each method."""
+    if isinstance(values, Mapping):
+        return {method: floats(own, f"{name} of {method}") for method, own in values.items()}
+    return floats(values, name)
 
 
 def _check_rate(name: str, lr: float) -> None:

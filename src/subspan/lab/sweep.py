@@ -154,10 +154,10 @@ def _points(config: Sweep) -> list[Point]:
         how = method(name)
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
-        lrs = config.baseline_lrs if name == config.baseline else config.lrs
         for value in [""] if how.axis is None else config.dims:
             there = options | how.at(value)
-            points.append(Point(name, f"{how.axis or ''}{value}", there, lrs or how.rates(there)))
+            lrs = config.lrs_of(name) or how.rates(there)
+            points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
     return points
 
 

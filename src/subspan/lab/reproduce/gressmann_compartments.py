@@ -17,7 +17,7 @@ def _sweep(rule: str, epochs: int, seeds: int) -> Sweep:
         ),
         methods=("rbd",),
         dims=("250",),
-        lrs=(2.0,),
+        lrs=(1.0,),
         seeds=seeds,
         options={"compartments": rule},
         baseline=None,
@@ -29,7 +29,7 @@ Experiment(
     title="Accuracy against compartments, CNN on MNIST, RBD, d = 250 in all",
     source="Gressmann, Eaton-Rosen and Luschi, NeurIPS 2020, on compartments",
     differences=(
-        "Unit columns of signs, rate 2 along a cosine. Layers share d by the square roots of their "
+        "Unit columns of signs, rate 1 along a cosine. Layers share d by the square roots of their "
         "sizes. quick: one epoch, one seed; full: ten epochs, three seeds."
     ),
     published={},

@@ -19,7 +19,7 @@ def _sweep(processes: int, workers: str, epochs: int, seeds: int, baseline: bool
         ),
         methods=("rbd",),
         dims=("250",),
-        lrs=(2.0,),
+        lrs=(1.0,),
         seeds=seeds,
         options={"workers": workers},
         baseline="full" if baseline else None,

@@ -24,14 +24,17 @@ def _published(part: str) -> tuple[Published, ...]:
     )
 
 
-def _sweep(part: str, epochs: int, **more: object) -> Sweep:
-    net, data = part.split("-")
+def _sweep(part: str, epochs: int, seeds: int, lrs: dict[str, tuple[float, ...]]) -> Sweep:
+    net, data, *_ = part.split("-")
     training = Training(
         net=f"gressmann-{net}", data=data, epochs=epochs, batch_size=32, optimizer="sgd",
         schedule="cosine",
     )  # fmt: skip
-    settings: dict = {"methods": ("fpd", "rbd"), "dims": (str(D),), "baseline_lrs": (0.01,)}
-    return Sweep(training, **settings | more)
+    baseline = None if "nes" in lrs else "full"
+    return Sweep(
+        training, methods=tuple(lrs), dims=(str(D),), seeds=seeds, lrs=lrs, baseline=baseline,
+        baseline_lrs=(0.01,),
+    )  # fmt: skip
 
 
 Experiment(
@@ -44,12 +47,21 @@ Experiment(
     differences=(
         "Unit columns of signs (published: normals/√D, another scale of the rate); the rate falls "
         "along a cosine; no augmentation; our initial weights from a seed; SGD of all weights "
-        "has momentum 0.9. NES, whose step takes 500 evaluations, in the full budget only. quick: "
-        "FC on MNIST, three epochs; full: thirty epochs, three seeds, both networks and both sets."
+        "has momentum 0.9. quick: FC on MNIST, three epochs; full: both networks and both sets, "
+        "three seeds, 20 epochs (CNN on CIFAR-10: 50), and one epoch of NES with one seed, whose "
+        "step takes 500 evaluations."
     ),
-    published={part: _published(part) for part in TABLE},
+    published={part: _published(part) for part in TABLE} | {"fc-mnist-nes": _published("fc-mnist")},
     sweeps={
-        "quick": {"fc-mnist": _sweep("fc-mnist", 3, lrs=(2.0,))},
-        "full": {part: _sweep(part, 30, seeds=3, methods=("nes", "fpd", "rbd")) for part in TABLE},
+        "quick": {"fc-mnist": _sweep("fc-mnist", 3, 1, {"fpd": (4.0,), "rbd": (1.0,)})},
+        "full": {
+            "fc-mnist": _sweep("fc-mnist", 20, 3, {"fpd": (4.0,), "rbd": (1.0,)}),
+            "fc-mnist-nes": _sweep("fc-mnist-nes", 1, 1, {"nes": (1.0,)}),
+            "fc-cifar10": _sweep(
+                "fc-cifar10", 20, 3, {"fpd": (1.0, 2.0, 4.0), "rbd": (0.25, 0.5, 1.0)}
+            ),
+            "cnn-mnist": _sweep("cnn-mnist", 20, 3, {"fpd": (4.0,), "rbd": (1.0,)}),
+            "cnn-cifar10": _sweep("cnn-cifar10", 50, 3, {"fpd": (4.0,), "rbd": (2.0,)}),
+        },
     },
 )
