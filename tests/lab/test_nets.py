@@ -44,6 +44,16 @@ def test_weights_are_the_published_count(name, shape, expected):
     assert weights(nets.build(name, shape)) == expected
 
 
+@pytest.mark.parametrize("name", ["gressmann-fc", "gressmann-cnn"])
+def test_gressmanns_networks_begin_as_keras_has_them(name):
+    for layer in nets.build(name).modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            fans = sum(layer.weight.shape[:2]) * layer.weight[0, 0].numel()
+            bound = (6 / fans) ** 0.5
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert not layer.bias.any()
+
+
 def test_lenet5_caffe_without_biases():
     net = nets.build("lenet5-caffe")
     assert sum(p.numel() for name, p in net.named_parameters() if "bias" not in name) == 430_500

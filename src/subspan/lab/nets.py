@@ -2,7 +2,8 @@
 
 A name is one string that says everything, so that a record can rebuild its network:
 ``build("lenet")``, ``build("mlp-1024-512")``, ``build("package.module:function")``. The weights
-are PyTorch's defaults; whoever needs a reproducible θ₀ overwrites them.
+are PyTorch's defaults (those of ``gressmann-…`` Keras's, as published); whoever needs a θ₀ that
+every version of PyTorch reproduces overwrites them.
 """
 
 from __future__ import annotations
@@ -137,15 +138,25 @@ def _lenet_tf(shape: Shape, classes: int) -> nn.Module:
     return _feedforward(shape, classes, (_Conv(32, 5, 2), _Conv(64, 5, 2)), (1024,))
 
 
+def _keras(net: nn.Module) -> nn.Module:
+    """The network with initial weights as Keras draws them: Glorot's, biases 0."""
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.xavier_uniform_(parameter)
+    return net
+
+
 def _gressmann_fc(shape: Shape, classes: int) -> nn.Module:
     """FC of Gressmann 2020: 101,770 weights at 28x28x1, 394,634 at 32x32x3."""
-    return _feedforward(shape, classes, dense=(128,))
+    return _keras(_feedforward(shape, classes, dense=(128,)))
 
 
 def _gressmann_cnn(shape: Shape, classes: int) -> nn.Module:
     """CNN of Gressmann 2020: 93,322 weights at 28x28x1, 122,570 at 32x32x3."""
     convs = (_Conv(32, 3), _Conv(64, 3), _Conv(64, 3, pool=False))
-    return _feedforward(shape, classes, convs, (64,))
+    return _keras(_feedforward(shape, classes, convs, (64,)))
 
 
 class _Crop(nn.Module):

@@ -13,7 +13,12 @@ RULES = ("global", "layer", "uniform:5", "uniform:25", "uniform:125")
 def _sweep(rule: str, epochs: int, seeds: int) -> Sweep:
     return Sweep(
         Training(
-            net="gressmann-cnn", data="mnist", epochs=epochs, batch_size=32, schedule="cosine"
+            net="gressmann-cnn",
+            data="mnist",
+            epochs=epochs,
+            batch_size=32,
+            schedule="cosine",
+            init="own",
         ),
         methods=("rbd",),
         dims=("250",),
