@@ -18,7 +18,6 @@ def _sweep(rule: str, epochs: int, seeds: int) -> Sweep:
             epochs=epochs,
             batch_size=32,
             schedule="cosine",
-            init="own",
         ),
         methods=("rbd",),
         dims=("250",),

@@ -15,7 +15,7 @@ def _sweep(processes: int, workers: str, epochs: int, seeds: int, baseline: bool
     return Sweep(
         Training(
             net="gressmann-fc", data="mnist", epochs=epochs, batch_size=32 * processes,
-            optimizer="sgd", schedule="cosine", init="own",
+            optimizer="sgd", schedule="cosine",
         ),
         methods=("rbd",),
         dims=("250",),
