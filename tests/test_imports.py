@@ -19,6 +19,8 @@ LAYERS = [
     ("kernels",),
     ("families",),
     ("compartments", "slots", "init", "calls", "summary", "subspace"),
+    ("linalg",),
+    ("layers",),
     ("distributed",),
     ("optim",),
     ("checkpoint",),

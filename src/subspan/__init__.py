@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from subspan import layers as layers
     from subspan import optim as optim
     from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
@@ -31,7 +32,7 @@ _HOME = {
     "save": "subspan.checkpoint",
 }
 
-_PACKAGES = ("optim",)
+_PACKAGES = ("layers", "optim")
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

@@ -66,13 +66,16 @@ def matches(pattern: str, name: str) -> bool:
         raise SubspanError(f"{pattern!r} is no regular expression: {error}") from None
 
 
-def select(aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str) -> set[str]:
+def select(
+    aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str, what: str = "parameter"
+) -> set[str]:
     """The tensors that any of the patterns selects; a tied tensor answers to all of its names.
 
     Args:
         aliases: for every tensor all names that it has.
         patterns: one pattern, several, or None for none.
         option: the argument's name, for the error.
+        what: is selected, for the error.
 
     Raises:
         SubspanError: for a pattern that matches nothing.
@@ -83,7 +86,7 @@ def select(aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str
         found = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
         if not found:
             every = [name for names in aliases.values() for name in names]
-            raise unknown(f"pattern in {option} (it matches no parameter)", pattern, every)
+            raise unknown(f"pattern in {option} (it matches no {what})", pattern, every)
         chosen |= found
     return chosen
 

@@ -46,6 +46,12 @@ def meet_again(backend: str | None) -> None:
     dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
+def world() -> int:
+    """How many processes there are; 1 without a process group."""
+    ready = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if ready else 1
+
+
 class Workers:
     """The processes of the default group.
 

@@ -1,6 +1,7 @@
 """Optimizers over the ordinary parameters of a network."""
 
+from subspan.optim.dlrt import DLRT
 from subspan.optim.journal import replay
 from subspan.optim.random_bases import RandomBases
 
-__all__ = ["RandomBases", "replay"]
+__all__ = ["DLRT", "RandomBases", "replay"]

@@ -1,0 +1,69 @@
+"""Orthonormal bases and truncation: what the low-rank manifold asks of linear algebra.
+
+All of it in float32 or float64 (a half-precision basis is orthonormal to two digits), on matrices
+that are tall (n × r, r ≪ n) or small (2r × 2r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthonormalize(a: Tensor) -> tuple[Tensor, Tensor]:
+    """QR decomposition of a tall matrix.
+
+    Args:
+        a: (n, r) with r ≤ n.
+
+    Returns:
+        Q (n, r) with orthonormal columns, and the upper triangular R (r, r), A = Q R.
+    """
+    return torch.linalg.qr(a)
+
+
+def complement(u: Tensor, a: Tensor) -> Tensor:
+    """New directions: an orthonormal basis of what A adds to the span of U.
+
+    Args:
+        u: (n, r) with orthonormal columns.
+        a: (n, k).
+
+    Returns:
+        (n, min(k, n − r)), orthonormal and orthogonal to U, with A in the span of both. Where A
+        adds fewer directions than that, the others are any.
+    """
+    n, r = u.shape
+    k = min(a.shape[1], n - r)
+    if k < a.shape[1]:  # all that is left
+        return torch.linalg.qr(u, mode="complete").Q[:, r:]
+    # Of a difference of nearly equal vectors one projection leaves rounding; two are enough.
+    q, _ = torch.linalg.qr(a - u @ (u.T @ a))
+    overlap = u.T @ q
+    if overlap.abs().max() <= 8 * torch.finfo(a.dtype).eps:
+        return q
+    q, _ = torch.linalg.qr(q - u @ overlap)
+    if (u.T @ q).abs().max() <= 64 * torch.finfo(a.dtype).eps:
+        return q
+    # A lies in the span of U up to rounding: QR of both gives directions outside it all the same.
+    return torch.linalg.qr(torch.cat([u, a], dim=1)).Q[:, r : r + k]
+
+
+def polish(u: Tensor) -> Tensor:
+    """U with its columns orthonormal again where rounding had moved them a little.
+
+    One Newton–Schulz step towards the polar factor, U (3 − UᵀU) / 2: an error ε becomes 3/4 ε².
+    """
+    gram = u.T @ u
+    return u @ (1.5 * torch.eye(len(gram), dtype=u.dtype, device=u.device) - 0.5 * gram)
+
+
+def rank_of(singular_values: Tensor, tolerance: float) -> int:
+    """The least rank at which truncation leaves out at most a share of the norm.
+
+    Args:
+        singular_values: in descending order.
+        tolerance: τ in ‖Σ_{>r}‖ ≤ τ ‖Σ‖, Frobenius.
+    """
+    tails = singular_values.double().square().flip(0).cumsum(0).flip(0).sqrt()  # ‖Σ_{≥i}‖
+    return int((tails > tolerance * tails[0]).sum()) if len(tails) else 0

@@ -1,0 +1,86 @@
+"""What a base optimizer makes of a gradient, and what becomes of its memory when bases turn.
+
+Running means of the gradients of K, S and L are those of one tangent vector at W,
+
+    B = k Vᵀ + U lᵀ − U (Uᵀ k) Vᵀ        k = B V,  l = Bᵀ U,  s = Uᵀ B V = Uᵀ k
+
+and move with W by projection to its new tangent space: k' = B V', l' = Bᵀ U', s' = U'ᵀ B V'. At
+full rank nothing is lost. A running mean of squares has no such rule; ours mixes columns with the
+weights (VᵀV')², exact for a permutation with signs, and gives new directions the mean of their row,
+since a zero there would be an enormous step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan.optim.integrators import Factors
+
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+
+
+def sgd(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """The gradient, or with momentum μ its running sum m ← μ m + g."""
+    if not group["momentum"]:
+        return gradient
+    before = state.get(FIRST)
+    state[FIRST] = gradient.clone() if before is None else before * group["momentum"] + gradient
+    return state[FIRST]
+
+
+def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """m̂ / (√v̂ + ε) of running means of g and g² (Kingma and Ba, ICLR 2015, algorithm 1)."""
+    first, second = group["betas"]
+    if FIRST not in state:
+        state[FIRST], state[SECOND] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    state[FIRST] = state[FIRST].lerp(gradient, 1 - first)
+    state[SECOND] = state[SECOND].lerp(gradient.square(), 1 - second)
+    t = group["steps"] + 1
+    v = state[SECOND] / (1 - second**t)
+    return state[FIRST] / (1 - first**t) / (v.sqrt() + group["eps"])
+
+
+BASES = {"sgd": sgd, "adam": adam}
+
+
+def turn_core(core: dict[str, Any], old: Factors, new: Factors) -> None:
+    """Bring the memory of S from old bases to new ones; what lies outside the new ones is gone."""
+    left, right = old.U.T @ new.U, old.V.T @ new.V
+    if FIRST in core:
+        core[FIRST] = left.T @ core[FIRST] @ right
+    if SECOND in core:
+        core[SECOND] = _mixed(_mixed(core[SECOND], right).T, left).T.contiguous()
+
+
+def transport(
+    states: tuple[dict[str, Any], dict[str, Any], dict[str, Any]], old: Factors, new: Factors
+) -> None:
+    """Bring the memories of K and L, and the mean of S with them, from old bases to new ones.
+
+    Args:
+        states: of K, S and L.
+        old: W before, of which the bases count.
+        new: W after, perhaps of another rank.
+    """
+    of_k, of_s, of_l = states
+    left, right = old.U.T @ new.U, old.V.T @ new.V
+    if FIRST in of_k:
+        k, l = of_k[FIRST], of_l[FIRST]  # noqa: E741
+        core = old.U.T @ k
+        of_k[FIRST] = k @ right + old.U @ (l.T @ new.V - core @ right)
+        of_l[FIRST] = l @ left + old.V @ (k.T @ new.U - core.T @ left)
+        of_s[FIRST] = new.U.T @ of_k[FIRST]
+    if SECOND in of_k:
+        of_k[SECOND] = _mixed(of_k[SECOND], right)
+        of_l[SECOND] = _mixed(of_l[SECOND], left)
+
+
+def _mixed(v: Tensor, turn: Tensor) -> Tensor:
+    """Running squares (n, r) in a basis V as those in V', with VᵀV' (r, r')."""
+    weights = turn.square()
+    missing = (1 - weights.sum(dim=0)).clamp(min=0)  # of each new column
+    return v @ weights + v.mean(dim=1, keepdim=True) * missing

@@ -1,0 +1,428 @@
+"""DLRT: laws of whole trainings, memory, state, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adam
+
+from subspan import SubspanError
+from subspan.layers import LowRank, factorize, merge
+from subspan.optim import DLRT
+from tests.nets import batch, build
+
+X = torch.randn(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(20) % 4
+INTEGRATORS = ["parallel", "kls", "kls-adaptive", "vanilla"]
+ROBUST = INTEGRATORS[:3]
+
+
+def mlp(rank=3, dtype=torch.float64, **options):
+    net = build("mlp", dtype)
+    return factorize(net, **({"rank": rank} | options))
+
+
+def loss_of(net):
+    out = net(X.to(next(net.parameters()).dtype))
+    return cross_entropy(out.float() if out.dtype == torch.bfloat16 else out, Y)
+
+
+def run(net, optimizer, steps=5, calls=None):
+    """The losses of some steps."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        if calls is not None:
+            calls.append(float(loss.detach()))
+        return loss
+
+    return [float(optimizer.step(closure).detach()) for _ in range(steps)]
+
+
+def dense(net):
+    """All weights of a network, factored layers expanded."""
+    plain = copy.deepcopy(net)
+    merge(plain)
+    return torch.cat([p.detach().reshape(-1) for p in plain.parameters()])
+
+
+def options(integrator, **more):
+    """What makes an integrator run, at a rank that nothing changes."""
+    return (
+        {"integrator": integrator} | ({"tolerance": 0.0} if "adaptive" in integrator else {}) | more
+    )
+
+
+# ---- laws ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("widths", [(8, 16, 4), (8, 8, 8)])
+def test_full_rank_is_sgd_on_the_dense_network(integrator, momentum, decay, widths):
+    if integrator == "kls" and widths != (8, 8, 8):
+        pytest.skip("the S-step sees the weight projected to U₁, which is the weight if square")
+    if integrator != "parallel" and momentum:
+        pytest.skip("the S-step of kls has a momentum of its own")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(*widths[:2]), nn.ReLU(), nn.Linear(*widths[1:])).double()
+    net = factorize(copy.deepcopy(plain), energy=1.0)
+    ours = DLRT(net, 0.3, momentum=momentum, weight_decay=decay, **options(integrator))
+    theirs = SGD(plain.parameters(), 0.3, momentum=momentum)
+    for _ in range(5):
+        with torch.no_grad():
+            scale = 1 - 0.3 * decay
+            before = [p.clone() for p in plain.parameters()]
+        theirs.zero_grad()
+        loss_of(plain).backward()
+        theirs.step()
+        with torch.no_grad():  # decoupled
+            for p, old in zip(plain.parameters(), before, strict=True):
+                p.add_(old, alpha=scale - 1)
+        run(net, ours, 1)
+        expected = torch.cat([p.detach().reshape(-1) for p in plain.parameters()])
+        torch.testing.assert_close(dense(net), expected)
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_bases_are_orthonormal_after_every_step(integrator, base):
+    net = mlp(dtype=torch.float32)
+    settings = options(integrator, **({"tolerance": 0.1} if integrator != "kls" else {}))
+    optimizer = DLRT(net, 0.05, base=base, **settings)
+    for _ in range(10):
+        run(net, optimizer, 1)
+        for layer in (m for m in net if isinstance(m, LowRank)):
+            for U in (layer.U.detach(), layer.V.detach()):
+                torch.testing.assert_close(U.T @ U, torch.eye(layer.rank), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+@pytest.mark.parametrize("tolerance", [None, 0.02])
+def test_the_loss_falls_with_small_steps(integrator, tolerance):
+    settings = options(integrator)
+    if tolerance is not None and integrator in ("parallel", "kls-adaptive"):
+        settings["tolerance"] = tolerance
+    net = mlp(4, init="random")
+    losses = run(net, DLRT(net, 0.05, **settings), 30)
+    for before, after in pairwise(losses):
+        assert after < before + (0.01 if tolerance else 0)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_adaptive_integrators_agree_to_first_order():
+    found = {}
+    for h in (1e-3, 5e-4):
+        for integrator in ("parallel", "kls-adaptive"):
+            net = mlp(3)
+            run(net, DLRT(net, h, max_rank=3, **options(integrator, tolerance=0.0)), 1)
+            found[integrator, h] = dense(net)
+    errors = [float((found["parallel", h] - found["kls-adaptive", h]).norm()) for h in (1e-3, 5e-4)]
+    assert errors[0] / errors[1] > 3.5
+
+
+def test_adam_on_all_of_a_vector_is_adam():
+    """A layer with one output has a basis U = ±1, and its K-gradient is the dense one turned."""
+    plain = nn.Sequential(nn.Linear(8, 4)).double()
+    net = copy.deepcopy(plain)
+    net.append(nn.Identity())
+    factorize(net, rank=4, exclude=None)
+    bias = Adam([plain[0].bias], 0.01)
+    ours = DLRT(net, 0.01, base="adam")
+    for _ in range(3):
+        loss_of(net).backward()
+        plain[0].bias.grad = net[0].bias.grad.clone()
+        bias.step()
+        ours.step()
+        ours.zero_grad()
+        torch.testing.assert_close(net[0].bias, plain[0].bias)
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_how_often_the_gradient_is_evaluated(integrator):
+    net, calls = mlp(), []
+    run(net, DLRT(net, 0.01, **options(integrator)), 4, calls)
+    assert len(calls) == (8 if "kls" in integrator else 4)
+
+
+@pytest.mark.parametrize("integrator", ["parallel", "vanilla"])
+def test_no_closure_is_needed(integrator):
+    nets = [mlp(), mlp()]
+    run(nets[0], DLRT(nets[0], 0.1, integrator=integrator), 3)
+    optimizer = DLRT(nets[1], 0.1, integrator=integrator)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(nets[1]).backward()
+        assert optimizer.step() is None
+    assert torch.equal(dense(nets[0]), dense(nets[1]))
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integrator", ["parallel", "kls-adaptive"])
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_ranks_follow_the_tolerance_and_memory_follows_the_ranks(integrator, base):
+    net = mlp(4)
+    optimizer = DLRT(
+        net, 0.05, tolerance=0.5, integrator=integrator, base=base, momentum=0.9 * (base == "sgd")
+    )
+    run(net, optimizer, 4)
+    assert max(optimizer.ranks.values()) < 4
+    for name, layer in ((n, m) for n, m in net.named_modules() if isinstance(m, LowRank)):
+        r, (n, m) = layer.rank, layer.shape
+        assert optimizer.ranks[name] == r
+        sizes = [p.untyped_storage().nbytes() // 8 for p in (layer.U, layer.S, layer.V)]
+        assert sizes == [n * r, r * r, m * r]
+        for p in (layer.U, layer.S, layer.V):
+            assert all(t.shape == p.shape for t in optimizer.state[p].values())
+
+
+def test_ranks_grow_where_the_loss_asks_for_it():
+    net = mlp(1)
+    optimizer = DLRT(net, 0.5, tolerance=1e-3)
+    run(net, optimizer, 3)
+    assert max(optimizer.ranks.values()) > 1
+
+
+def test_bounds_of_ranks():
+    net = mlp(2)
+    optimizer = DLRT(net, 0.5, tolerance=0.0, max_rank=3)
+    run(net, optimizer, 3)
+    assert set(optimizer.ranks.values()) == {3}
+    net = mlp(4)
+    optimizer = DLRT(net, 0.5, tolerance=0.99, min_rank=2)
+    run(net, optimizer, 3)
+    assert set(optimizer.ranks.values()) == {2}
+
+
+def test_ranks_change_every_so_often_and_until_they_freeze():
+    net = mlp(4)
+    optimizer = DLRT(net, 0.05, tolerance=0.3, rank_every=2, freeze_after=4)
+    may = []
+    seen = []
+    for _ in range(7):
+        may.append(optimizer.ranks_may_change)
+        run(net, optimizer, 1)
+        seen.append(tuple(optimizer.ranks.values()))
+    assert may == [True, False, True, False, False, False, False]
+    assert seen[0] == seen[1]
+    assert len(set(seen[2:])) == 1
+
+
+@pytest.mark.parametrize("rank_every", [1, 3])
+def test_a_target_is_reached_when_ranks_freeze(rank_every):
+    net = mlp(4)
+    optimizer = DLRT(net, 0.05, target_ratio=0.55, freeze_after=8, rank_every=rank_every)
+    numbers = []
+    for _ in range(8):
+        run(net, optimizer, 1)
+        layers = [m for m in net if isinstance(m, LowRank)]
+        numbers.append(sum(layer.rank * sum(layer.shape) for layer in layers))
+    assert numbers[-1] <= 0.45 * (8 * 16 + 16 * 4)
+    assert numbers[0] > numbers[-1]
+
+
+def test_a_target_below_the_least_ranks():
+    net = mlp(4)
+    optimizer = DLRT(net, 0.05, target_ratio=0.99, freeze_after=1)
+    loss_of(net).backward()
+    with pytest.raises(SubspanError, match="leaves 2 numbers, but min_rank 1 takes 44"):
+        optimizer.step()
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_training_goes_on_bit_for_bit(integrator, base):
+    settings = options(integrator, base=base, momentum=0.9 * (base == "sgd"))
+    if integrator != "kls":
+        settings["tolerance"] = 0.2
+    whole = mlp(4, torch.float32)
+    run(whole, DLRT(whole, 0.05, **settings), 6)
+    first = mlp(4, torch.float32)
+    optimizer = DLRT(first, 0.05, **settings)
+    run(first, optimizer, 3)
+    file = io.BytesIO()
+    torch.save({"net": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    second = mlp(2, torch.float32)
+    second.load_state_dict(state["net"])
+    optimizer = DLRT(second, 0.1, **settings)
+    optimizer.load_state_dict(state["optimizer"])
+    run(second, optimizer, 3)
+    assert optimizer.steps == 6
+    assert torch.equal(dense(second), dense(whole))
+
+
+def test_a_state_of_other_ranks():
+    net = mlp(4)
+    optimizer = DLRT(net, 0.05, momentum=0.9)
+    run(net, optimizer, 1)
+    other = DLRT(mlp(2), 0.05, momentum=0.9)
+    with pytest.raises(SubspanError, match="load the network's state first"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_schedules_clipping_accumulation_and_scaling():
+    net = mlp()
+    optimizer = DLRT(net, 0.1, tolerance=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        for _ in range(2):
+            scaler.scale(loss_of(net) / 2).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), 1e9)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+    other = mlp()
+    plain = DLRT(other, 0.1, tolerance=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 4)
+    for _ in range(4):
+        run(other, plain, 1)
+        schedule.step()
+    torch.testing.assert_close(dense(net), dense(other))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "encoder"])
+def test_every_kind_of_network(kind):
+    torch.manual_seed(0)
+    net = factorize(build(kind), ratio=0.8)
+    optimizer = DLRT(net, 0.05, tolerance=0.1)
+    x, losses = batch(kind), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = cross_entropy(net(x), torch.arange(len(x)) % 4)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_half_precision_factors():
+    net = mlp(3, torch.bfloat16)
+    run(net, DLRT(net, 0.1, tolerance=0.05), 3)
+    for layer in (m for m in net if isinstance(m, LowRank)):
+        assert layer.U.dtype == torch.bfloat16
+        gram = layer.U.detach().float().T @ layer.U.detach().float()
+        torch.testing.assert_close(gram, torch.eye(layer.rank), atol=0.02, rtol=0)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": 1.0}, r"tolerance must be in \[0, 1\), got 1.0"),
+        ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\), got -0.1"),
+        ({"tolerance": float("nan")}, r"tolerance must be in \[0, 1\), got nan"),
+        ({"tolerance": 0.1, "target_ratio": 0.5}, "give a tolerance or a target_ratio, not both"),
+        ({"target_ratio": 1.0}, r"target_ratio must be in \(0, 1\), got 1.0"),
+        ({"target_ratio": 0.5}, "target_ratio needs freeze_after"),
+        ({"integrator": "klsadaptive"}, "unknown integrator 'klsadaptive': did you mean kls-adapt"),
+        ({"integrator": "kls-adaptive"}, "'kls-adaptive' needs a tolerance or a target_ratio"),
+        ({"integrator": "kls", "tolerance": 0.1}, "integrator 'kls' keeps ranks as they are"),
+        ({"base": "adm"}, "unknown base 'adm': did you mean adam"),
+        ({"min_rank": 0}, "min_rank must be a positive integer, got 0"),
+        ({"min_rank": 5}, "layer '2' has no rank 5, at most 4"),
+        ({"max_rank": 1, "min_rank": 2}, "max_rank must be at least min_rank 2, got 1"),
+        ({"rank_every": 0}, "rank_every must be a positive integer, got 0"),
+        ({"freeze_after": 0}, "freeze_after must be at least 1 step, got 0"),
+        ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"workers": "independent"}, "unknown workers 'independent'"),
+        ({"workers": "shared"}, "workers='shared' needs a process group"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        DLRT(mlp(), **settings)
+
+
+def test_networks_without_factors():
+    with pytest.raises(SubspanError, match=r"no factored layer: call subspan.layers.factorize"):
+        DLRT(build("mlp"))
+    net = mlp()
+    net[0].S.requires_grad_(False)
+    with pytest.raises(SubspanError, match="factors of layer '0' are frozen"):
+        DLRT(net)
+
+
+def test_closures_that_are_none():
+    net = mlp()
+    optimizer = DLRT(net, 0.1, integrator="kls")
+    loss_of(net).backward()
+    with pytest.raises(SubspanError, match=r"needs step\(closure\); 'parallel' does without"):
+        optimizer.step()
+    with pytest.raises(SubspanError, match="the closure returned no loss"):
+        optimizer.step(lambda: None)
+    optimizer.zero_grad()
+    with pytest.raises(SubspanError, match="layer '0' has no gradient: the closure does not reach"):
+        optimizer.step(lambda: torch.zeros(()))
+    with pytest.raises(SubspanError, match=r"call loss.backward\(\) first"):
+        DLRT(net, 0.1).step()
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_nothing_is_lost_when_a_step_fails(integrator, evaluation):
+    """A gradient that is not finite, in the first evaluation or the second."""
+    settings = options(integrator, momentum=0.9)
+    net, twin = mlp(), mlp()
+    optimizer, other = DLRT(net, 0.1, **settings), DLRT(twin, 0.1, **settings)
+    run(net, optimizer, 2)
+    run(twin, other, 2)
+    calls = []
+
+    def closure():
+        calls.append(None)
+        optimizer.zero_grad()
+        loss = loss_of(net) * (float("nan") if len(calls) == evaluation else 1.0)
+        loss.backward()
+        return loss
+
+    if evaluation == 2 and "kls" not in integrator:
+        pytest.skip("evaluates once")
+    with pytest.raises(SubspanError, match="a gradient of step 2 is not finite"):
+        optimizer.step(closure)
+    assert torch.equal(dense(net), dense(twin))
+    assert run(net, optimizer, 3) == run(twin, other, 3)
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+def test_a_step_to_infinity_is_refused(integrator):
+    net = mlp(dtype=torch.float32)
+    before = dense(net)
+    optimizer = DLRT(net, 3e38, **options(integrator))
+    with pytest.raises(SubspanError, match="lower the learning rate"):
+        run(net, optimizer, 3)
+    if integrator != "kls":
+        assert torch.isfinite(dense(net)).all()
+    del before
+
+
+def test_a_weight_of_zeros_keeps_its_least_rank():
+    net = mlp(3)
+    with torch.no_grad():
+        for layer in (m for m in net if isinstance(m, LowRank)):
+            layer.S.zero_()
+    optimizer = DLRT(net, 0.0, tolerance=0.1, min_rank=2)
+    run(net, optimizer, 1)
+    assert set(optimizer.ranks.values()) == {2}

@@ -1,0 +1,70 @@
+"""Orthonormal bases: of random, of dependent and of vanishing columns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subspan.linalg import complement, orthonormalize, polish, rank_of
+
+TYPES = [torch.float32, torch.float64]
+
+
+def basis(n, r, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, r, dtype=dtype, generator=generator)).Q
+
+
+def off(u):
+    """How far columns are from orthonormal, in roundings."""
+    gram = u.T @ u - torch.eye(u.shape[1], dtype=u.dtype)
+    return float(gram.abs().max()) / torch.finfo(u.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("smallest", [1.0, 1e-4, 1e-12, 0.0])
+def test_orthonormalize(dtype, smallest):
+    a = basis(50, 6, dtype) @ torch.diag(torch.tensor([1, 1, 1, 1, 1, smallest], dtype=dtype))
+    a = a @ basis(6, 6, dtype, seed=1)
+    q, r = orthonormalize(a)
+    assert off(q) < 64
+    torch.testing.assert_close(q @ r, a)
+    assert torch.equal(r, r.triu())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 0.0])
+@pytest.mark.parametrize("n", [40, 9, 5])
+@pytest.mark.parametrize("axes", [False, True])
+def test_new_directions(dtype, scale, n, axes):
+    """However little of A lies outside the span of U, the columns are orthonormal and hold it."""
+    u = torch.eye(n, dtype=dtype)[:, :5] if axes else basis(n, 5, dtype)
+    a = u @ basis(5, 5, dtype, seed=2) + scale * basis(n, 5, dtype, seed=3)
+    new = complement(u, a)
+    assert new.shape == (n, min(5, n - 5))
+    both = torch.cat([u, new], dim=1)
+    assert off(both) < 256
+    torch.testing.assert_close(both @ (both.T @ a), a)
+
+
+def test_polish_squares_the_error():
+    u = basis(30, 4) + 1e-5 * basis(30, 4, seed=5)
+    before, after = off(u), off(polish(u))
+    eps = torch.finfo(torch.float64).eps
+    assert before * eps > 1e-6
+    assert after * eps < 2 * (before * eps) ** 2
+
+
+@pytest.mark.parametrize(
+    ("values", "tolerance", "expected"),
+    [
+        ([3.0, 4.0, 0.0], 0.0, 2),
+        ([4.0, 3.0], 0.6, 1),
+        ([4.0, 3.0], 0.59, 2),
+        ([1.0, 1.0, 1.0, 1.0], 0.5, 3),
+        ([0.0, 0.0], 0.5, 0),
+        ([1e-30, 1e-31], 0.0, 2),
+    ],
+)
+def test_rank_of(values, tolerance, expected):
+    assert rank_of(torch.tensor(values).sort(descending=True).values, tolerance) == expected
