@@ -21,6 +21,7 @@ LAYERS = [
     ("compartments", "slots", "init", "calls", "summary", "subspace"),
     ("linalg",),
     ("layers",),
+    ("counts",),
     ("distributed",),
     ("optim",),
     ("checkpoint",),

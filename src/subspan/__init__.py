@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from subspan import optim as optim
     from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
+    from subspan.counts import count as count
     from subspan.errors import SubspanError as SubspanError
     from subspan.families import Projection as Projection
     from subspan.families import projection as projection
@@ -26,6 +27,7 @@ _HOME = {
     "Projection": "subspan.families.base",
     "SubspaceModel": "subspan.subspace",
     "SubspanError": "subspan.errors",
+    "count": "subspan.counts",
     "load": "subspan.checkpoint",
     "projection": "subspan.families.base",
     "projections": "subspan.families.base",

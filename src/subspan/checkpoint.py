@@ -22,8 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan import init, slots
+from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
+from subspan.layers.factorize import factorize_like
+from subspan.layers.lowrank import LowRank
 from subspan.subspace import SubspaceModel
 
 FORMAT = 1
@@ -31,6 +34,7 @@ KEY = "subspan"
 COORDINATES = "coordinates"
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by kind
     "full": {"extra": dict, "weights": int},
+    "lowrank": {"extra": dict, "weights": int, "ranks": dict},
     "subspace": {
         "extra": dict, "weights": int, "recipe": dict, "init_seed": (int, NoneType),
         "fingerprint": str, "layout": str,
@@ -75,7 +79,10 @@ def save(
         }
     else:
         tensors = _stored(model)
-        header |= {"kind": "full", "weights": sum(p.numel() for p in model.parameters())}
+        ranks = {name: layer.rank for name, layer in _factored(model).items()}
+        header |= {"kind": "full", "weights": count(model).dense}
+        if ranks:
+            header |= {"kind": "lowrank", "ranks": ranks}
     try:
         header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
     except TypeError as error:
@@ -147,12 +154,15 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         network = net() if seed is None else init.build(net, seed)
     if not isinstance(network, nn.Module):
         raise SubspanError(f"expected a function that makes the network, got {network!r} from it")
-    weights = sum(network.get_parameter(n).numel() for n in slots.aliases(slots.slots(network)))
+    slots.slots(network)  # refuses parameters without values
+    weights = count(network).dense
     if weights != header["weights"]:
         raise SubspanError(
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
-    if header["kind"] == "full":
+    if header["kind"] != "subspace":
+        if header["kind"] == "lowrank":
+            network = factorize_like(network, header["ranks"])
         restore(network, tensors)
         return network
     drawn = network is net and seed is not None
@@ -179,6 +189,12 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         SubspanError: if they are another model's; this one is then untouched.
     """
     own = _stored(model)
+    ranks = {}
+    for name, layer in _factored(model).items():  # which may be of another rank by now
+        (n, m), core = layer.shape, tensors.get(_join(name, "S"), layer.S)
+        r = ranks[name] = core.shape[0]
+        for factor, shape in (("U", (n, r)), ("S", (r, r)), ("V", (m, r))):
+            own[_join(name, factor)] = torch.empty(shape, device="meta")
     may_lack: set[str] = set()
     if isinstance(model, SubspaceModel):
         own[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
@@ -192,6 +208,9 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"the checkpoint is of another network: {name} has shape {there} in the file and "
                 f"{here} in the network"
             )
+    if ranks:
+        factorize_like(model, ranks)
+        own |= _stored(model)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     if isinstance(model, SubspaceModel):
@@ -220,6 +239,17 @@ def _wrapped(
         )
     model.init_seed = header["init_seed"]
     return model
+
+
+def _factored(model: nn.Module) -> dict[str, LowRank]:
+    """Factored layers by name; those inside a SubspaceModel are its base and not stored."""
+    if isinstance(model, SubspaceModel):
+        return {}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRank)}
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

@@ -278,7 +278,7 @@ def test_a_rank_that_dies_is_named(ranks):
         assert seconds < 30
         assert said.startswith("step 1 cannot be finished: ")
         assert f"rank {world - 1} is lost" in said
-        assert "a journal lets the job go on from here" in said
+        assert "a journal lets a job of RandomBases go on from here" in said
 
 
 def test_only_coordinates_travel(ranks):

@@ -68,26 +68,46 @@ def factorize(
         )
 
     found = _candidates(net)
-    chosen = _chosen(net, found, targets, exclude)
-    new: dict[int, nn.Module] = {}
-    for name in chosen:
-        place = found[name]
-        W = place.layer.weight.detach().flatten(1)
+    factored = {}
+    for name in _chosen(net, found, targets, exclude):
+        layer = found[name].layer
+        W = layer.weight.detach().flatten(1)
         wide = W if W.dtype == torch.float64 else W.float()
         best = torch.linalg.svd(wide, full_matrices=False) if init == "svd" else None
-        r = _rank(name, W.shape, rank, ratio, energy, best)
-        factored = _factored(place.layer, r, best)
-        if place.attention is None:
-            new[id(place.layer)] = factored
-        else:
-            setattr(place.attention, place.projection, factored)
-            new[id(place.original)] = place.attention
-    for module in net.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            id(m) in new for m in module.modules()
-        ):
-            module.use_nested_tensor = False  # a fused path that reads weights around `forward`
-    return _replaced(net, new)
+        factored[name] = _factored(layer, _rank(name, W.shape, rank, ratio, energy, best), best)
+    return _put(net, found, factored)
+
+
+def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """Give exactly these layers these ranks, with any values: to be filled from a checkpoint.
+
+    Args:
+        net: changed in place; its layers are ordinary, or factored at any rank.
+        ranks: by the layers' full names.
+
+    Returns:
+        As :func:`factorize`.
+
+    Raises:
+        SubspanError: if the network is another one. It is then untouched.
+    """
+    found, factored = _candidates(net), {}
+    modules = dict(net.named_modules())
+    for name, r in ranks.items():
+        if isinstance(modules.get(name), LowRank):
+            continue
+        if name not in found:
+            raise SubspanError(f"the network has no layer {name!r} that could have factors")
+        factored[name] = _factored(found[name].layer, r, None)
+    net = _put(net, found, factored)
+    for name, r in ranks.items():
+        layer = net.get_submodule(name)
+        assert isinstance(layer, LowRank)
+        if layer.rank != r:
+            n, m = layer.shape
+            empty = layer.S.new_empty
+            layer.set_factors(empty(n, r), empty(r, r), empty(m, r))
+    return net
 
 
 def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
@@ -114,6 +134,24 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
     for module in net.modules():
         if id(module) in new:
             new[id(module)].train(module.training)
+    return _replaced(net, new)
+
+
+def _put(net: nn.Module, found: Mapping[str, _Place], factored: Mapping[str, LowRank]) -> nn.Module:
+    """The network with factored layers in their places."""
+    new: dict[int, nn.Module] = {}
+    for name, layer in factored.items():
+        place = found[name]
+        if place.attention is None:
+            new[id(place.layer)] = layer
+        else:
+            setattr(place.attention, place.projection, layer)
+            new[id(place.original)] = place.attention
+    for module in net.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            id(m) in new for m in module.modules()
+        ):
+            module.use_nested_tensor = False  # a fused path that reads weights around `forward`
     return _replaced(net, new)
 
 

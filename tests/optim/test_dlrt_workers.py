@@ -1,0 +1,142 @@
+"""DLRT over many processes: one training, the factors' gradients on the wire, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from subspan import SubspanError
+from subspan.layers import factorize
+from subspan.optim import DLRT
+from tests.nets import build
+from tests.optim.test_dlrt import X, Y, dense
+from tests.ranks import go_through
+
+STEPS = 6
+
+
+def trained(rank, world, *, ddp=False, **options):
+    """A few steps on this rank's part of the batch of 20."""
+    net = factorize(build("mlp", torch.float64), rank=4)
+    workers = None if ddp or world == 0 else "shared"
+    optimizer = DLRT(net, 0.5, workers=workers, check_every=2, **options)
+    model = DistributedDataParallel(net) if ddp else net
+    part = slice(rank * 20 // max(world, 1), (rank + 1) * 20 // max(world, 1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(X[part]), Y[part])
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    return {"weights": dense(net), "ranks": optimizer.ranks}
+
+
+def refused(rank, world, *, odd=False, ddp=False):
+    """Ranks that may change under DDP, and a last rank that is not like the others."""
+    net = factorize(build("mlp"), rank=4)
+    if odd and rank == world - 1:
+        net[0].U.data[0, 0] += 1
+    optimizer = DLRT(net, 0.1, tolerance=0.1, workers=None if ddp else "shared")
+    model = DistributedDataParallel(net) if ddp else net
+    model(X.float()).square().sum().backward()
+    try:
+        optimizer.step()
+    except SubspanError as error:
+        return str(error)
+    return None
+
+
+def bytes_sent(rank, world):
+    """That this process writes, per step."""
+    found = {}
+    for name in ("factors", "dense"):
+        torch.manual_seed(0)
+        net: nn.Module = nn.Linear(1000, 500)
+        if name == "factors":
+            net = factorize(net, rank=10)
+            optimizer = DLRT(net, 1e-6, workers="shared", check_every=0)
+        else:
+            net = DistributedDataParallel(net)
+            optimizer = SGD(net.parameters(), 1e-6)
+        for step in range(12):
+            if step == 2:
+                before = _written()
+            optimizer.zero_grad()
+            net(torch.ones(2, 1000)).square().sum().backward()
+            optimizer.step()
+        found[name] = (_written() - before) / 10
+    return found
+
+
+def _written():
+    dist.barrier()
+    return int(Path("/proc/self/io").read_text().partition("wchar: ")[2].split()[0])
+
+
+ADAPTIVE = {"tolerance": 0.2}
+SETTINGS = {
+    "parallel": ADAPTIVE,
+    "fixed": {"momentum": 0.9},
+    "kls-adaptive": {"integrator": "kls-adaptive"} | ADAPTIVE,
+    "adam": {"base": "adam"} | ADAPTIVE,
+}
+SCENARIOS = {
+    **{n: lambda *ranks, o=options: trained(*ranks, **o) for n, options in SETTINGS.items()},
+    "ddp": lambda *ranks: trained(*ranks, ddp=True, momentum=0.9),
+    "the same": refused,
+    "other factors": lambda *ranks: refused(*ranks, odd=True),
+    "ranks under ddp": lambda *ranks: refused(*ranks, ddp=True),
+    "bytes": bytes_sent,
+}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What every rank of a world of processes saw."""
+    return go_through(__name__, request.param, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("scenario", SETTINGS)
+def test_workers_are_one_process_on_the_joint_batch(ranks, scenario):
+    alone = trained(0, 0, **SETTINGS[scenario])
+    for rank in ranks:
+        assert rank[scenario]["ranks"] == alone["ranks"]
+        torch.testing.assert_close(rank[scenario]["weights"], alone["weights"])
+    if "tolerance" in SETTINGS[scenario]:
+        assert alone["ranks"] != {"0": 4, "2": 4}
+
+
+@pytest.mark.parametrize("scenario", [*SETTINGS, "ddp"])
+def test_the_factors_are_the_same_bits_everywhere(ranks, scenario):
+    for rank in ranks[1:]:
+        assert torch.equal(rank[scenario]["weights"], ranks[0][scenario]["weights"])
+
+
+def test_plain_ddp_serves_where_ranks_stay(ranks):
+    torch.testing.assert_close(ranks[0]["ddp"]["weights"], ranks[0]["fixed"]["weights"])
+
+
+def test_what_travels_are_the_gradients_of_the_factors(ranks):
+    numbers = 10 * (1000 + 500 + 10) + 500
+    for rank in ranks:
+        sent = rank["bytes"]
+        assert sent["factors"] < 1.1 * 2 * 4 * numbers
+        assert sent["factors"] < sent["dense"] / 20
+
+
+def test_refusals(ranks):
+    odd = len(ranks) - 1
+    for rank in ranks:
+        assert rank["the same"] is None
+        assert rank["other factors"].startswith(f"rank {odd} differs from rank 0 in the weights")
+        assert "ranks cannot change under DDP" in rank["ranks under ddp"]

@@ -1,0 +1,82 @@
+"""Checkpoints of factored networks: their ranks, their size, and networks they do not belong to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subspan import SubspanError, checkpoint, load, save
+from subspan.layers import LowRank, factorize
+from subspan.optim import DLRT
+from tests.nets import batch, build
+
+KINDS = ["mlp", "cnn", "encoder"]
+
+
+def trained(kind):
+    net = factorize(build(kind), ratio=0.8)
+    optimizer = DLRT(net, 0.05, tolerance=0.2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(batch(kind)).square().mean().backward()
+        optimizer.step()
+    return net
+
+
+def ranks(net):
+    return {name: m.rank for name, m in net.named_modules() if isinstance(m, LowRank)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", ["module", "function", "factored"])
+def test_a_factored_network_comes_back(kind, given, tmp_path):
+    net = trained(kind)
+    size = save(net, tmp_path / "net.safetensors")
+    other = build(kind)
+    if given == "factored":
+        other = factorize(other, rank=1)
+    back = load(tmp_path / "net.safetensors", (lambda: other) if given == "function" else other)
+    assert ranks(back) == ranks(net)
+    torch.testing.assert_close(back.eval()(batch(kind)), net.eval()(batch(kind)), rtol=0, atol=0)
+    numbers = sum(p.numel() for p in net.parameters()) + sum(b.numel() for b in net.buffers())
+    assert size < 4 * numbers + 8000
+    header = checkpoint.inspect(tmp_path / "net.safetensors")
+    assert header["kind"] == "lowrank"
+    assert header["ranks"] == ranks(net)
+
+
+def test_an_earlier_state_of_other_ranks_is_restored(tmp_path):
+    net = factorize(build("mlp"), rank=4)
+    expected = net(batch("mlp"))
+    save(net, tmp_path / "early.safetensors")
+    optimizer = DLRT(net, 0.05, tolerance=0.5)
+    net(batch("mlp")).square().mean().backward()
+    optimizer.step()
+    assert max(ranks(net).values()) < 4
+    checkpoint.restore(net, checkpoint.read(tmp_path / "early.safetensors")[1])
+    assert torch.equal(net(batch("mlp")), expected)
+    net(batch("mlp")).square().mean().backward()
+    optimizer.step()  # the parameters are still the same objects
+
+
+def test_another_network_is_refused_and_left_alone(tmp_path):
+    save(trained("mlp"), tmp_path / "net.safetensors")
+    other = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 9))
+    before = other.state_dict()
+    with pytest.raises(SubspanError, match="of a network of 212 weights, this one has 217"):
+        load(tmp_path / "net.safetensors", other)
+    shifted = torch.nn.Sequential(torch.nn.Identity(), *build("mlp"))
+    with pytest.raises(SubspanError, match="the network has no layer '0' that could have factors"):
+        load(tmp_path / "net.safetensors", shifted)
+    assert not ranks(shifted)
+    assert other.state_dict().keys() == before.keys()
+
+
+def test_tensors_of_another_network_change_nothing(tmp_path):
+    save(trained("mlp"), tmp_path / "net.safetensors")
+    _, tensors = checkpoint.read(tmp_path / "net.safetensors")
+    net = factorize(torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.Linear(16, 4)), rank=2)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    with pytest.raises(SubspanError, match="the checkpoint is of another network"):
+        checkpoint.restore(net, tensors)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
