@@ -44,10 +44,10 @@ def tiny(monkeypatch):
 
 def test_the_published_ones():
     assert list(experiments()) == [
-        "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
+        "dlrt-lenet5", "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
         "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark",
     ]  # fmt: skip
-    _, distributed, table, li, minut, kinds = experiments().values()
+    _, _, distributed, table, li, minut, kinds = experiments().values()
     assert {part: rows[-1].baseline for part, rows in table.published.items()} == {
         "fc-mnist": 0.9827, "fc-cifar10": 0.5209, "cnn-mnist": 0.9941, "cnn-cifar10": 0.814,
         "cnn-cifar10-fpd": 0.814,
@@ -102,10 +102,14 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
     parts = experiment.parts(budget)
     for part, config in parts.items():
         _check(config, _points(config))
-        dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
         for published in experiment.published_of(part):
             assert len(published.dims) == len(published.accuracy)
-            assert set(published.dims) <= dims
+            if published.labels:
+                assert len(published.labels) == len(published.dims)
+                assert set(config.dims) <= set(published.labels)
+            else:
+                dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
+                assert set(published.dims) <= dims
             assert 0 < min(published.accuracy) <= max(published.accuracy) < published.baseline
         assert config.seeds == (1 if budget == "quick" or "nes" in part else 3)
     assert sum(map(total_runs, parts.values())) < 120
@@ -117,6 +121,7 @@ def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
     ready = prepare(_points(config)[-1].job(config, 0.1, 0).run)
     published = {
+        "dlrt-lenet5": 431_080,
         "li-mnist-lenet": 44_426,
         "minut-mnist-mlp": 159_010,
         "minut-sparse-benchmark": 472_610,
@@ -138,7 +143,7 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
     assert result["published"] == [
         {
             "label": "Nobody 2026", "dims": [5, 30], "accuracy": [0.25, 0.5], "baseline": 0.75,
-            "d_int": 17, "method": None,
+            "d_int": 17, "method": None, "labels": [],
         }
     ]  # fmt: skip
     assert [row["dim"] for row in result["rows"]] == [5, 30]

@@ -177,7 +177,7 @@ def _check(config: Sweep, points: list[Point]) -> None:
     for point in points:
         ready = prepare(Run(config.training, point.method, point.options, point.lrs[0]))
         at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
-        if at in labels:
+        if at in labels and not ready.method.adapts:
             raise SubspanError(
                 f"{labels[at]} and {point.label} are one point of the curve of {point.method}, "
                 f"{at[1]} numbers trained: leave one out"
@@ -284,7 +284,7 @@ def _row(point: Point) -> dict[str, Any] | None:
     first = done[0]
     row: dict[str, Any] = {
         "method": point.method,
-        "dim": first["trainable_parameters"],
+        "dim": round(statistics.fmean(record["trainable_parameters"] for record in done)),
         "label": point.label.removeprefix(method(point.method).axis or "") or point.method,
         "lr": lr,
         "seeds": seeds,
@@ -294,6 +294,12 @@ def _row(point: Point) -> dict[str, Any] | None:
         row[key] = [record[key] for record in done]
     for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
         row[key] = first[key]
+    if "counts" in first:
+        row["counts"] = {
+            name: round(statistics.fmean(record["counts"][name] for record in done))
+            for name in first["counts"]
+        }
+        row["ranks"] = [record["ranks"] for record in done]
     row["bytes_sent_per_step"] = [record.get("bytes_sent_per_step") for record in done]
     row["mean_test_accuracy"] = statistics.fmean(row["test_accuracy"])
     row["tried_lrs"] = {
@@ -310,7 +316,8 @@ def _intrinsic(
         return {}
     found = {}
     for name in config.methods:
-        own = [row for row in rows if row["method"] == name and method(name).axis]
+        how = method(name)
+        own = [row for row in rows if row["method"] == name and how.axis and not how.adapts]
         if own:
             found[name] = intrinsic_dimension(
                 [row["dim"] for row in own],

@@ -159,9 +159,10 @@ class _Loop:
             self.images.train, self.training.batch_size, drop_last=self.drop_last
         )
         self.model = ready.model.to(device)
+        total = self.steps * self.training.epochs
         begun_with = self.extra() | {"init_seed": ready.init_seed}
         optimizer = self.bare = ready.method.optimizer(
-            self.model, ready.run, out, begun_with, resume=before is not None
+            self.model, ready.run, out, begun_with, steps=total, resume=before is not None
         )
         # Of an optimizer that goes on from a file of its own; else a run begins anew.
         self.done = int(getattr(optimizer, "steps", 0))
@@ -170,7 +171,6 @@ class _Loop:
         self.wrapped = accelerator.prepare_model(
             self.model, evaluation_mode=not ready.method.averages_gradients
         )
-        total = self.steps * self.training.epochs
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
         with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
             warnings.simplefilter("ignore", UserWarning)

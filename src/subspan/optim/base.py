@@ -7,7 +7,9 @@ Running means of the gradients of K, S and L are those of one tangent vector at 
 and move with W by projection to its new tangent space: k' = B V', l' = Bᵀ U', s' = U'ᵀ B V'. At
 full rank nothing is lost. A running mean of squares has no such rule; ours mixes columns with the
 weights (VᵀV')², exact for a permutation with signs, and gives new directions the mean of their row,
-since a zero there would be an enormous step.
+since a zero there would be an enormous step. For the same reason a mean that is divided by such
+squares must keep to its rows: it turns with its basis, k' = k VᵀV', and takes nothing from B's
+other part.
 """
 
 from __future__ import annotations
@@ -70,10 +72,12 @@ def transport(
     left, right = old.U.T @ new.U, old.V.T @ new.V
     if FIRST in of_k:
         k, l = of_k[FIRST], of_l[FIRST]  # noqa: E741
-        core = old.U.T @ k
-        of_k[FIRST] = k @ right + old.U @ (l.T @ new.V - core @ right)
-        of_l[FIRST] = l @ left + old.V @ (k.T @ new.U - core.T @ left)
-        of_s[FIRST] = new.U.T @ of_k[FIRST]
+        of_k[FIRST], of_l[FIRST] = k @ right, l @ left
+        if SECOND not in of_k:
+            core = old.U.T @ k
+            of_k[FIRST] += old.U @ (l.T @ new.V - core @ right)
+            of_l[FIRST] += old.V @ (k.T @ new.U - core.T @ left)
+            of_s[FIRST] = new.U.T @ of_k[FIRST]
     if SECOND in of_k:
         of_k[SECOND] = _mixed(of_k[SECOND], right)
         of_l[SECOND] = _mixed(of_l[SECOND], left)

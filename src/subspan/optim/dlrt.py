@@ -62,6 +62,8 @@ class DLRT(Optimizer):
         weight_decay: λ.
         min_rank: least rank.
         max_rank: greatest rank; None for no bound.
+        tolerance_warmup: steps over which τ rises from 0. The first spectra say little, and a
+            direction that was cut off returns only if one step makes it larger than τ ‖W‖.
         rank_every: steps between those at which ranks may change.
         freeze_after: steps after which they stay; None for never.
         workers: in a process group, "shared": gradients are averaged over all processes, those of
@@ -88,6 +90,7 @@ class DLRT(Optimizer):
         weight_decay: float = 0.0,
         min_rank: int = 1,
         max_rank: int | None = None,
+        tolerance_warmup: int = 0,
         rank_every: int = 1,
         freeze_after: int | None = None,
         workers: Literal["shared"] | None = None,
@@ -101,6 +104,10 @@ class DLRT(Optimizer):
         if workers not in (None, "shared"):
             raise unknown("workers", workers, ["shared"])
         _check_numbers(tolerance, target_ratio, min_rank, max_rank, rank_every, freeze_after)
+        if not isinstance(tolerance_warmup, int) or tolerance_warmup < 0:
+            raise SubspanError(
+                f"tolerance_warmup must be a number of steps >= 0, got {tolerance_warmup!r}"
+            )
         adapts = tolerance is not None or target_ratio is not None
         if integrator in FIXED_RANKS and adapts:
             raise SubspanError(
@@ -123,7 +130,11 @@ class DLRT(Optimizer):
         self.integrator, self._base = integrator, BASES[base]
         self.tolerance, self.target_ratio = tolerance, target_ratio
         self.min_rank, self.max_rank = min_rank, max_rank
-        self.rank_every, self.freeze_after = rank_every, freeze_after
+        self.tolerance_warmup, self.rank_every, self.freeze_after = (
+            tolerance_warmup,
+            rank_every,
+            freeze_after,
+        )
         self.check_every = check_every
         factors = {id(p) for layer in self._layers.values() for p in (layer.U, layer.S, layer.V)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
@@ -157,6 +168,11 @@ class DLRT(Optimizer):
     def ranks(self) -> dict[str, int]:
         """The rank of every factored layer."""
         return {name: layer.rank for name, layer in self._layers.items()}
+
+    @property
+    def cores(self) -> dict[str, Tensor]:
+        """S of every factored layer, with the singular values of its weight."""
+        return {name: layer.S for name, layer in self._layers.items()}
 
     @property
     def ranks_may_change(self) -> bool:
@@ -328,10 +344,13 @@ class DLRT(Optimizer):
                 f"step {self.steps} makes a factor singular or not finite: lower the learning "
                 f"rate ({error})"
             ) from None
-        ranks = self._within_target(cores) if self.target_ratio else {
-            name: self._bounded(name, rank_of(core.S, self.tolerance or 0.0), core)
-            for name, core in cores.items()
-        }  # fmt: skip
+        if self.target_ratio:
+            ranks = self._within_target(cores)
+        else:
+            tolerance = (self.tolerance or 0.0) * min(
+                1.0, (self.steps + 1) / (self.tolerance_warmup + 1)
+            )
+            ranks = {n: self._bounded(n, rank_of(c.S, tolerance), c) for n, c in cores.items()}
         return {n: integrators.truncated(wide[n], core, ranks[n]) for n, core in cores.items()}
 
     def _bounded(self, name: str, rank: int, core: Factors) -> int:
@@ -397,7 +416,8 @@ class DLRT(Optimizer):
         assert self._workers is not None
         settings = [
             self.integrator, self._base.__name__, self.tolerance, self.target_ratio, self.min_rank,
-            self.max_rank, self.rank_every, self.freeze_after, self.check_every,
+            self.max_rank, self.tolerance_warmup, self.rank_every, self.freeze_after,
+            self.check_every,
         ]  # fmt: skip
         agreement = {
             "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],

@@ -47,6 +47,8 @@ class Method(ABC):
     """Beyond the network, the data and the training."""
     axis: str | None = None
     """The option that a sweep varies: how many numbers are trained; None if it cannot."""
+    adapts = False
+    """Whether training finds out how many numbers there are, and the axis only steers it."""
     averages_gradients = True
     """Whether processes share work by averaging gradients (DDP); else the optimizer sees to it."""
 
@@ -75,8 +77,9 @@ class Method(ABC):
         """Learning rates worth trying with Adam and these options; the middle is the default."""
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *, resume: bool
-    ) -> Optimizer:
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
+        steps: int, resume: bool,
+    ) -> Optimizer:  # fmt: skip
         """The optimizer of what requires a gradient.
 
         Args:
@@ -84,6 +87,7 @@ class Method(ABC):
             run: with the name of the optimizer, its rate and weight decay.
             out: the run's folder, for methods that keep files of their own.
             extra: what such files should say of the run.
+            steps: of the whole training.
             resume: whether such files are this run's own, and it may go on from them: an optimizer
                 that does has made ``steps`` already.
         """
@@ -118,13 +122,13 @@ class Method(ABC):
         """What else an epoch's row should say, after its last step: JSON values by name."""
         return {}
 
-    def counts(self, model: nn.Module) -> dict[str, int]:
+    def counts(self, model: nn.Module) -> dict[str, Any]:
         """The true counts of a trained model.
 
         Returns:
             ``trainable_parameters``; ``stored_parameters``, every number that inference needs
             beyond seeds (buffers that training changed, too); ``weights``, all of the network, tied
-            ones once.
+            ones once. A method may add ``counts``, other numbers by what they are called.
         """
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = sum(p.numel() for p in model.parameters())

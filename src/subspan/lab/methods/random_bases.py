@@ -60,8 +60,9 @@ class Bases(Method):
         return (0.5, 1.0, 2.0)
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *, resume: bool
-    ) -> Optimizer:
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
+        steps: int, resume: bool,
+    ) -> Optimizer:  # fmt: skip
         """The bases' own; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         own: dict[str, Any] = {}

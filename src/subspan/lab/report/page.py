@@ -66,6 +66,7 @@ def of_sweep(sweep: Sweep, caption: str) -> Page:
     sections.append(_accuracy(rows, protocol))
     sections += [_side_by_side(source, sweep) for source in sweep.published]
     sections.append(_cost(rows))
+    sections += [_counts(rows)] if any(row.counts for row in rows) else []
     if sweep.failed:
         sections.append(Section("Failed runs", ["run", "reason"], sweep.failed, words=True))
     lead = _answer(sweep) + _unfinished(sweep)
@@ -77,7 +78,9 @@ def of_run(run: Run) -> Page:
     lead = [f"Test accuracy: {100 * score:.2f} %" for score in run.row.test_accuracy]
     lead += [*_unfinished(run), *([run.error] if run.error else [])]
     caption = "Losses and validation accuracy by epoch. The test set is read once, at the end."
-    sections = [_accuracy([run.row]), _cost([run.row]), _history(run)]
+    sections = [_accuracy([run.row]), _cost([run.row])]
+    sections += [_counts([run.row])] if run.row.counts else []
+    sections.append(_history(run))
     return Page(title(run), lead, caption, sections + _facts(run))
 
 
@@ -188,6 +191,28 @@ def _cost(rows: Sequence[Row]) -> Section:
     )
 
 
+def _counts(rows: Sequence[Row]) -> Section:
+    """What factored networks come to, counted in several ways."""
+    names = list(dict.fromkeys(name for row in rows for name in row.counts))
+    return Section(
+        "Ranks and counts",
+        ["method", "", "test, %", "ranks", *names, "of D, %"],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                _percent(row.test_accuracy),
+                "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
+                *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
+                f"{100 * row.counts[names[0]] / row.weights:.1f}" if row.weights else _DASH,
+            ]
+            for row in rows
+            if row.counts
+        ],
+        text=["Numbers, biases and dense layers included; ranks layer by layer, seed by seed."],
+    )
+
+
 def _side_by_side(source: Published, sweep: Sweep) -> Section:
     """Published and measured: in every cell the accuracy, and its lead over the published one."""
 
@@ -196,12 +221,18 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
         cells = [_or_dash(lambda m: f"{m:.1f} ({m - 100 * published:+.1f})", m) for m in means]
         return [name, f"{100 * published:.1f}", *cells]
 
-    accuracy = {(row.method, row.dim): row.test_accuracy for row in sweep.rows}
+    accuracy: dict[tuple[str, int | str], Sequence[float]] = {}
+    for row in sweep.rows:
+        accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_accuracy
     methods = [method for method in sweep.methods if source.method in (None, method)]
+    points: list[tuple[int | str, float]] = sorted(zip(source.dims, source.accuracy, strict=True))
+    if source.labels:
+        points = list(zip(source.labels, source.accuracy, strict=True))
     rows = [
-        line(number(d), published, [accuracy.get((method, d), ()) for method in methods])
-        for d, published in sorted(zip(source.dims, source.accuracy, strict=True))
-    ]
+        line(at if isinstance(at, str) else number(at), published,
+             [accuracy.get((method, at), ()) for method in methods])
+        for at, published in points
+    ]  # fmt: skip
     if source.baseline is not None:
         all_weights = sweep.baseline.test_accuracy if sweep.baseline else ()
         rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))
@@ -211,7 +242,7 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
         rows.append([d_int_name(sweep.threshold), number(source.d_int), *bounds])
     return Section(
         f"Published and measured side by side: {source.label}",
-        ["d", "published", *methods],
+        ["at" if source.labels else "d", "published", *methods],
         rows,
         text=["Test accuracy in %, in brackets the difference from the published one in points."],
     )

@@ -15,7 +15,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from subspan.lab.report.curves import Curve, measured_curves, number, published_curves, title
 from subspan.lab.report.records import Row, Run, Sweep
@@ -75,6 +75,8 @@ def sweep_figure(sweep: Sweep) -> Figure:
     axes.set_title(textwrap.fill(title(sweep), _TITLE_COLUMN))
     trained = all(row.trainable_parameters == row.dim for row in sweep.rows)
     axes.set_xlabel("subspace dimension d" + (" (numbers trained)" if trained else ""))
+    if any(row.ranks for row in sweep.rows):
+        axes.set_xlabel("numbers trained, on average over seeds")
     axes.set_ylabel("test accuracy (%)")
 
     lines = [
@@ -183,10 +185,20 @@ def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
 
 @styled
 def run_figure(run: Run) -> Figure:
-    """Losses and validation accuracy of one run, by epoch; of random bases, what they catch."""
+    """Losses and validation accuracy of one run, by epoch, and what its method tells besides.
+
+    Of random bases, what they catch of the gradient; of factored layers their ranks, and below the
+    singular values at the end.
+    """
     bases = any(line.alignment for line in run.history)
-    figure = Figure(figsize=(_WIDTH, 4.8 if bases else 3.2), layout="constrained")
-    losses, accuracy, *rest = figure.subplots(3 if bases else 2, sharex=True)
+    ranks = any(line.ranks for line in run.history)
+    more = [draw for there, draw in ((bases, _draw_alignment), (ranks, _draw_ranks)) if there]
+    panels = 2 + len(more)
+    figure = Figure(figsize=(_WIDTH, 1.6 * (panels + ranks)), layout="constrained")
+    by_epoch, *below = figure.subfigures(
+        1 + ranks, height_ratios=[panels, 1.1][: 1 + ranks], squeeze=False
+    )[:, 0]
+    losses, accuracy, *rest = by_epoch.subplots(panels, sharex=True)
     epochs = [line.epoch for line in run.history]
     losses.set_title(textwrap.fill(title(run), _TITLE_COLUMN))
     train = [line.train_loss for line in run.history]
@@ -200,9 +212,13 @@ def run_figure(run: Run) -> Figure:
         label = f"test, at the end: {100 * score:.1f} %"
         accuracy.axhline(100 * score, color=_INK, linewidth=0.9, linestyle=":", label=label)
     accuracy.set_ylabel("accuracy (%)")
-    for axes in rest:
-        _draw_alignment(axes, run)
-    lowest = rest[0] if rest else accuracy
+    for axes, draw in zip(rest, more, strict=True):
+        draw(axes, run)
+    if below:
+        spectra = below[0].subplots()
+        _draw_spectra(spectra, run)
+        spectra.legend(ncols=2)
+    lowest = rest[-1] if rest else accuracy
     lowest.set_xlabel("epoch")
     lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not epochs:
@@ -227,6 +243,30 @@ def _draw_alignment(axes: Axes, run: Run) -> None:
             axes.plot(epochs, share, color=colour, linestyle=":", label="all: share of its norm")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("gradient in the basis")
+
+
+def _draw_ranks(axes: Axes, run: Run) -> None:
+    """The rank of every factored layer, of as many as have colours."""
+    lines = [line for line in run.history if line.ranks]
+    for name, colour in zip(lines[0].ranks, _COLOURS, strict=False):
+        ranks = [line.ranks[name] for line in lines]
+        axes.plot([line.epoch for line in lines], ranks, color=colour, marker="o", label=name)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("rank")
+
+
+def _draw_spectra(axes: Axes, run: Run) -> None:
+    """The singular values of every factored layer after the last epoch, largest first."""
+    last = [line for line in run.history if line.singular_values][-1]
+    for (name, values), colour in zip(last.singular_values.items(), _COLOURS, strict=False):
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker=".", label=name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{s:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(f"number of the singular value, after epoch {last.epoch}")
+    axes.set_ylabel("singular value")
 
 
 @styled

@@ -38,6 +38,10 @@ class Row:
     peak_memory_bytes: tuple[float, ...]
     bytes_sent_per_step: tuple[float, ...]
     """By each process on average, a journal included; of one alone nothing is recorded."""
+    counts: dict[str, int]
+    """Other counts of the same network, by what they are called."""
+    ranks: tuple[dict[str, int], ...]
+    """Of factored layers, one per seed."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Published:
     d_int: float | None
     method: str | None
     """The one method that it is compared with; None for all."""
+    labels: tuple[str, ...]
+    """Values of the method's axis by which points are compared, where dims are an outcome."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class Epoch:
     seconds: float
     alignment: dict[str, tuple[float, float]]
     """Of random bases, by compartment: cosine to the gradient, and share of its norm."""
+    ranks: dict[str, int]
+    """Of factored layers."""
+    singular_values: dict[str, list[float]]
+    """Of the same, in descending order."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,8 @@ def _run(raw: Mapping[str, Any]) -> Run:
     config = dict(raw["config"])
     per_seed = ("test_accuracy", "val_accuracy")
     costs = ("seconds_total", "seconds_per_step", "peak_memory_bytes", "bytes_sent_per_step")
-    lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in per_seed + costs}
+    once = (*per_seed, *costs, "ranks")
+    lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in once}
     dim = config.get("dim")
     return Run(
         config=config,
@@ -206,6 +217,11 @@ def _run(raw: Mapping[str, Any]) -> Run:
                 alignment={
                     str(name): (float(found["cosine"]), float(found["share"]))
                     for name, found in (epoch.get("alignment") or {}).items()
+                },
+                ranks={str(name): int(r) for name, r in (epoch.get("ranks") or {}).items()},
+                singular_values={
+                    str(name): [float(s) for s in values]
+                    for name, values in (epoch.get("singular_values") or {}).items()
                 },
             )
             for epoch in raw.get("history") or []
@@ -233,6 +249,10 @@ def _row(raw: Mapping[str, Any], *, dim: int, label: Any) -> Row:
         seconds_per_step=_numbers(raw.get("seconds_per_step") or []),
         peak_memory_bytes=_numbers(raw.get("peak_memory_bytes") or []),
         bytes_sent_per_step=_numbers(raw.get("bytes_sent_per_step") or []),
+        counts={str(name): int(n) for name, n in (raw.get("counts") or {}).items()},
+        ranks=tuple(
+            {str(name): int(r) for name, r in seed.items()} for seed in raw.get("ranks") or []
+        ),
     )
 
 
@@ -248,6 +268,7 @@ def _published(raw: Mapping[str, Any]) -> Published:
         baseline=None if baseline is None else _fractions([baseline])[0],
         d_int=_number(raw.get("d_int")),
         method=None if raw.get("method") is None else str(raw["method"]),
+        labels=tuple(str(label) for label in raw.get("labels") or ()),
     )
 
 

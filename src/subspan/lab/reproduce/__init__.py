@@ -35,12 +35,15 @@ class Published:
     d_int: float | None = None
     method: str | None = None
     """The one method that it is to be compared with; None for all."""
+    labels: tuple[str, ...] = ()
+    """Values of the method's axis by which points are compared, where counts are an outcome."""
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in ``sweep.json``."""
         return {
             "label": self.label, "dims": list(self.dims), "accuracy": list(self.accuracy),
             "baseline": self.baseline, "d_int": self.d_int, "method": self.method,
+            "labels": list(self.labels),
         }  # fmt: skip
 
 
