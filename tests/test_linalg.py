@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from subspan.linalg import complement, orthonormalize, polish, rank_of
+from subspan.linalg import complement, orthonormalize, polish, rank_of, svd
 
 TYPES = [torch.float32, torch.float64]
 
@@ -68,3 +68,26 @@ def test_polish_squares_the_error():
 )
 def test_rank_of(values, tolerance, expected):
     assert rank_of(torch.tensor(values).sort(descending=True).values, tolerance) == expected
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_svd(shape, fails, monkeypatch):
+    """LAPACK's failure on a finite float32 matrix is made up for."""
+    a = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    lapack = torch.linalg.svd
+
+    def stubborn(matrix, **options):
+        if fails and matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return lapack(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    u, s, v = svd(a)
+    k = min(shape)
+    assert (u.shape, s.shape, v.shape) == ((shape[0], k), (k,), (shape[1], k))
+    torch.testing.assert_close(u @ s.diag() @ v.T, a)
+    torch.testing.assert_close(s, torch.linalg.svdvals(a))
+    if fails:
+        with pytest.raises(RuntimeError, match="failed to converge"):
+            svd(a * float("nan"))

@@ -202,15 +202,16 @@ def bench(argv: Arguments) -> None:
     """What generating P costs on this machine.
 
     ``products``: P w and Pᵀ g; ``steps``: training in a fixed subspace; ``memory``: the peaks of
-    that; ``optimizers``: training in bases that are redrawn at every step.
+    that; ``optimizers``: training in bases that are redrawn at every step; ``lowrank``: five
+    layers of low rank against dense ones.
 
     Everything is measured in turns, and given as a ratio: products against a matrix that is
-    stored, steps and memory against plain Adam on all weights.
+    stored, steps and memory against plain Adam (or SGD) on all weights.
     """
     import json
 
     from subspan.lab import bench as lab_bench
-    from subspan.lab import console
+    from subspan.lab import config, console
     from subspan.lab.bench import candidates, picture
     from subspan.lab.config import split
 
@@ -236,6 +237,14 @@ def bench(argv: Arguments) -> None:
     )  # fmt: skip
     parser.add_argument("--dim", type=int, default=defaults.dim, help="d of the training steps")
     parser.add_argument(
+        "--width", type=int, default=defaults.width,
+        help="units of the five hidden layers of lowrank",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", type=list[int] | str | int, default=",".join(map(str, defaults.ranks)),
+        help=f"of these layers, {lists}",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch_size", type=int, default=defaults.batch_size, help="images in a step"
     )
     parser.add_argument(
@@ -253,6 +262,8 @@ def bench(argv: Arguments) -> None:
         sizes=split(given.sizes, "sizes"),
         nets=split(given.nets, "nets"),
         dim=given.dim,
+        width=given.width,
+        ranks=tuple(int(rank) for rank in config.floats(given.ranks, "ranks")),
         batch_size=given.batch_size,
         seconds=given.seconds,
         device=given.device,

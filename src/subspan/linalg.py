@@ -58,6 +58,31 @@ def polish(u: Tensor) -> Tensor:
     return u @ (1.5 * torch.eye(len(gram), dtype=u.dtype, device=u.device) - 0.5 * gram)
 
 
+def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition A = U diag(σ) Vᵀ.
+
+    LAPACK's divide and conquer gives up on harmless matrices with many equal singular values
+    (seen in float32 once in some hundred cores at the start of a training). Other roundings then do.
+
+    Args:
+        a: (n, m), float32 or float64.
+
+    Returns:
+        U (n, k), σ (k,) in descending order and V (m, k), not its transpose; k = min(n, m).
+
+    Raises:
+        RuntimeError: of LAPACK, for what is not finite.
+    """
+    try:
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    except RuntimeError:
+        if not bool(torch.isfinite(a).all()):
+            raise
+        v, s, uh = torch.linalg.svd(a.double().mT, full_matrices=False)
+        u, vh = uh.mT, v.mT
+    return u.to(a), s.to(a), vh.mT.to(a)
+
+
 def rank_of(singular_values: Tensor, tolerance: float) -> int:
     """The least rank at which truncation leaves out at most a share of the norm.
 

@@ -220,6 +220,23 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
             ]  # fmt: skip
             table.add_row(f"{row['out_dim']:,}", f"{row['in_dim']:,}", row["projection"], *cells)
         console.print(table)
+    for (width,), rows in grouped(record.get("lowrank", ()), "width"):
+        dense = rows[0]
+        say(f"\nfive hidden layers of {width:,}, batch of {dense['batch_size']}, SGD inside")
+        table = _table(
+            "rank", "step ms", "× dense", "ranks may change ms", "× dense", "inference ms",
+            "× dense", "peak bytes", "× dense",
+        )  # fmt: skip
+        for row in rows:
+            cells = [f"{row['rank']:,}" if row["rank"] else "dense"]
+            for key, of in (("step", "step"), ("adaptive", "step"), ("inference", "inference")):
+                there = key in row
+                cells += (
+                    [_milliseconds(row[key]), _ratio(row[key], dense[of])] if there else ["", ""]
+                )
+            cells += [f"{row['peak_bytes']:,}", f"{row['peak_bytes'] / dense['peak_bytes']:.3g}"]
+            table.add_row(*cells)
+        console.print(table)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
 

@@ -14,7 +14,7 @@ from subspan.compartments import Patterns, matches, select
 from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
-from subspan.linalg import rank_of
+from subspan.linalg import rank_of, svd
 from subspan.slots import slots
 
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
@@ -73,7 +73,7 @@ def factorize(
         layer = found[name].layer
         W = layer.weight.detach().flatten(1)
         wide = W if W.dtype == torch.float64 else W.float()
-        best = torch.linalg.svd(wide, full_matrices=False) if init == "svd" else None
+        best = svd(wide) if init == "svd" else None
         factored[name] = _factored(layer, _rank(name, W.shape, rank, ratio, energy, best), best)
     return _put(net, found, factored)
 
@@ -261,8 +261,8 @@ def _factored(layer: nn.Linear | nn.Conv2d, r: int, best: tuple[Tensor, ...] | N
         new = LowRankLinear(layer.in_features, layer.out_features, r, **like)  # type: ignore[arg-type]
     with torch.no_grad():
         if best is not None:
-            U, sigma, Vh = best
-            new.set_factors(U[:, :r], sigma[:r].diag(), Vh[:r].T)
+            U, sigma, V = best
+            new.set_factors(U[:, :r], sigma[:r].diag(), V[:, :r])
         else:
             new.S.mul_(layer.weight.norm() / new.S.norm())
         if layer.bias is not None:

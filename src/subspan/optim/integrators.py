@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspan.linalg import complement, orthonormalize, polish
+from subspan.linalg import complement, orthonormalize, polish, svd
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def retracted(at: Factors, slope: Factors, h: float, first: Literal["U", "V"]) -
 
 def spectrum(at: Factors) -> Factors:
     """The SVD of the core: U, the diagonal of S, and V (not Vᴴ)."""
-    left, sigma, right = torch.linalg.svd(at.S, full_matrices=False)
-    # Its third is Vᴴ, whose ROWS are the right singular vectors (published codes take columns).
-    return Factors(left, sigma, right.T)
+    # `torch.linalg.svd` gives Vᴴ, whose ROWS are the right singular vectors, and published codes
+    # take its columns; ours gives V.
+    return Factors(*svd(at.S))
 
 
 def truncated(at: Factors, core: Factors, rank: int) -> Factors:

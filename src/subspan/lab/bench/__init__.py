@@ -15,11 +15,11 @@ import torch
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab import records
-from subspan.lab.bench import candidates, memory, optimizers, products, steps
+from subspan.lab.bench import candidates, lowrank, memory, optimizers, products, steps
 from subspan.lab.bench.timing import copy_bandwidth
 
 FILE = "bench.json"
-PARTS = ("products", "steps", "memory", "optimizers")
+PARTS = ("products", "steps", "memory", "optimizers", "lowrank")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,14 @@ class Bench:
 
     Args:
         parts: of "products" (P w and Pᵀ g), "steps" (of training in a fixed subspace), "memory"
-            (their peaks) and "optimizers" (steps in bases that are redrawn).
+            (their peaks), "optimizers" (steps in bases that are redrawn) and "lowrank" (layers
+            of low rank against dense ones: steps, inference, memory).
         methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
         sizes: D by d for products and memory, "61706x1000".
         nets: networks whose training steps are timed.
         dim: d of the training steps.
+        width: units of the five hidden layers of "lowrank".
+        ranks: of these layers.
         batch_size: images in a step.
         seconds: to spend on each timing; at least five rounds are made.
         device: "cpu", "cuda"; "auto" for the GPU where there is one.
@@ -43,6 +46,8 @@ class Bench:
     sizes: tuple[str, ...] = ("61706x1000",)
     nets: tuple[str, ...] = ("lenet", "mlp")
     dim: int = 1000
+    width: int = 1024
+    ranks: tuple[int, ...] = (8, 32, 128)
     batch_size: int = 128
     seconds: float = 1.0
     device: str = "auto"
@@ -51,7 +56,10 @@ class Bench:
         for part in self.parts:
             if part not in PARTS:
                 raise unknown("part", part, PARTS)
-        for name in ("dim", "batch_size", "seconds"):
+        for rank in self.ranks:
+            if not 1 <= rank <= self.width:
+                raise SubspanError(f"ranks must be in [1, {self.width}], the width, got {rank}")
+        for name in ("dim", "width", "batch_size", "seconds"):
             if getattr(self, name) <= 0:
                 raise SubspanError(f"{name} must be positive, got {getattr(self, name)}")
         candidates.chosen(self.methods)
@@ -131,6 +139,9 @@ def bench(
             methods, settings.nets, settings.dim, settings.batch_size, settings.seconds, device,
             done,
         ),
+        "lowrank": lambda: lowrank.measure(
+            settings.width, settings.ranks, settings.batch_size, settings.seconds, device, done
+        ),
     }  # fmt: skip
     for part in PARTS:
         if part in settings.parts and part not in record:
@@ -144,5 +155,7 @@ def bench(
 def total(settings: Bench) -> int:
     """How often ``done`` will be told something, if nothing was measured before."""
     sizes, nets = len(settings.sizes), len(settings.nets)
-    counts = {"products": sizes, "steps": nets, "memory": sizes, "optimizers": nets}
+    counts = {
+        "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1
+    }  # fmt: skip
     return 1 + sum(counts[part] for part in settings.parts)

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.files import write_atomically
 from subspan.lab.bench import candidates
+from subspan.lab.bench.lowrank import break_even
 from subspan.lab.records import grouped
 from subspan.lab.report import pictures
 
@@ -41,6 +42,9 @@ def draw(record: dict[str, Any]) -> Figure:
         panels.append((_steps, title, rows))
     for (out_dim, in_dim), rows in grouped(record.get("memory", ()), "out_dim", "in_dim"):
         panels.append((_memory, f"peak memory, D = {out_dim:,}, d = {in_dim:,}", rows))
+    for (width,), rows in grouped(record.get("lowrank", ()), "width"):
+        title = f"five layers of {width:,}, batch {rows[0]['batch_size']}: time by rank"
+        panels.append((_by_rank, title, rows))
     columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
@@ -78,6 +82,39 @@ def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ]
     _bars(axes, rows, [(values, _ONE, "")])
     axes.set_xlabel("times the weights in float32")
+
+
+def _by_rank(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Times and peak memory as shares of the dense network's, and where a step breaks even."""
+    dense, *factored = rows
+    ranks = [row["rank"] for row in factored]
+    for key, base, colour, label in (
+        ("step", "step", _ONE, "training step, ranks stay"),
+        ("adaptive", "step", _BACKWARD, "training step, ranks may change"),
+        ("inference", "inference", _FORWARD, "inference"),
+    ):
+        times = [row[key]["median"] / dense[base]["median"] for row in factored]
+        axes.plot(ranks, times, color=colour, marker="o", label=label)
+    memory = [row["peak_bytes"] / dense["peak_bytes"] for row in factored]
+    axes.plot(ranks, memory, color="0.5", marker="s", linestyle=":", label="peak training memory")
+    even = break_even(rows)
+    if even is not None:
+        known = even < max(ranks)
+        axes.axvline(even, color=_ONE, linewidth=0.8, linestyle="--")
+        word = f"a step breaks even at rank {even:,.0f}" if known else "no break-even up to here"
+        axes.annotate(
+            word, (even, 1), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=5.5
+        )
+    axes.axhline(1, color="0.3", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda x, _: _number(x)))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ranks)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("times the dense network's")
+    axes.legend(loc="lower right")
 
 
 def _bars(

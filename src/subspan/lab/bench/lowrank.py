@@ -1,0 +1,152 @@
+"""Low-rank layers against dense ones: a training step, inference and memory by rank.
+
+Source of the comparison: Schotthöfer et al., NeurIPS 2022, timings of a network of five hidden
+layers of 5,120 units, where low rank paid below 2.5 % of the width in training.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from subspan.errors import SubspanError
+from subspan.lab import nets
+from subspan.lab.bench.steps import SHAPE, training_step
+from subspan.lab.bench.timing import interleaved
+from subspan.lab.records import PeakMemory
+from subspan.layers import factorize
+from subspan.optim import DLRT
+
+DENSE, HIDDEN = 0, 5  # the rank that a dense row has; hidden layers
+
+
+def network(width: int, rank: int) -> nn.Module:
+    """Five hidden layers of a width; all but the last layer at a rank, or dense."""
+    net = nets.build("mlp" + f"-{width}" * HIDDEN, SHAPE)
+    if rank == DENSE:
+        return net
+    ranks = {"fc1": min(rank, 784), ".*": rank}  # an image has 784 pixels
+    return factorize(net, rank=ranks, exclude=f"fc{HIDDEN + 1}", init="random")
+
+
+def optimizer_of(net: nn.Module, rank: int, adapting: bool = False) -> torch.optim.Optimizer:
+    """SGD, or DLRT with SGD inside: at ranks that stay, or that may change at every step."""
+    if rank == DENSE:
+        return SGD(net.parameters(), lr=1e-3)
+    # A tolerance of 0 with a bound truncates at every step and comes back to the same rank.
+    return DLRT(net, 1e-3, tolerance=0.0 if adapting else None, max_rank=rank)
+
+
+def measure(
+    width: int, ranks: Sequence[int], batch_size: int, seconds: float, device: torch.device,
+    done: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for the dense network, and one for every rank.
+
+    Args:
+        width: of the hidden layers.
+        ranks: to be measured, below the width.
+        batch_size: images in a step.
+        seconds: to spend on each timing.
+        device: where.
+        done: is told when all is done.
+
+    Returns:
+        Rows with ``width``, ``rank`` (0: dense), ``batch_size``; the timings ``step`` (ranks stay),
+        ``adaptive`` (ranks may change at each step) and ``inference``; ``peak_bytes`` of two
+        training steps, in a process of its own.
+    """
+    x = torch.randn(batch_size, *SHAPE, device=device)
+    y = torch.randint(0, 10, (batch_size,), device=device)
+    rows = []
+    steps: dict[str, Callable[[], object]] = {}
+    for rank in (DENSE, *ranks):
+        row: dict[str, Any] = {"width": width, "rank": rank, "batch_size": batch_size}
+        rows.append(row | {"peak_bytes": _peak_apart(width, rank, batch_size, device)})
+        net = network(width, rank).to(device)
+        steps[f"step {rank}"] = training_step(net, x, y, optimizer_of(net, rank))
+        if rank != DENSE:
+            other = network(width, rank).to(device)
+            steps[f"adaptive {rank}"] = training_step(
+                other, x, y, optimizer_of(other, rank, adapting=True)
+            )
+        steps[f"inference {rank}"] = _inference(net, x)
+    timings = interleaved(steps, seconds, device)
+    for row in rows:
+        for what in ("step", "adaptive", "inference"):
+            if f"{what} {row['rank']}" in timings:
+                row[what] = timings[f"{what} {row['rank']}"]
+    done(f"low rank at width {width:,}")
+    return rows
+
+
+def _inference(net: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        with torch.no_grad():
+            net(x)
+
+    return run
+
+
+def peak(width: int, rank: int, batch_size: int, device: torch.device) -> int:
+    """Bytes that two training steps need at once, beyond what the libraries need anyway."""
+
+    def two_steps(width: int, rank: int) -> None:
+        net = network(width, rank).to(device)
+        x = torch.randn(batch_size, *SHAPE, device=device)
+        y = torch.randint(0, 10, (batch_size,), device=device)
+        step = training_step(net, x, y, optimizer_of(net, rank))
+        step()
+        step()
+
+    two_steps(32, min(rank, 8))  # starts threads, loads what is loaded on first use
+    before = PeakMemory(device).read()
+    memory = PeakMemory(device)
+    two_steps(width, rank)
+    return memory.read() - before
+
+
+def _peak_apart(width: int, rank: int, batch_size: int, device: torch.device) -> int:
+    code = f"from {__name__} import main; main()"
+    arguments = [str(width), str(rank), str(batch_size), str(device)]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+    )
+    if result.returncode != 0:
+        last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
+        raise SubspanError(f"the memory of rank {rank} could not be measured: {last[0]}")
+    return int(json.loads(result.stdout))
+
+
+def break_even(rows: Sequence[dict[str, Any]], what: str = "step") -> float | None:
+    """The rank at which a row's time crosses the dense one's, between measured ranks.
+
+    Returns:
+        A rank, interpolated linearly; the greatest measured one if even that is faster, or None if
+        none is.
+    """
+    dense = next(row[what]["median"] for row in rows if row["rank"] == DENSE)
+    found = None
+    before: tuple[float, float] | None = None
+    for row in sorted((r for r in rows if r["rank"] != DENSE), key=lambda r: r["rank"]):
+        rank, time = float(row["rank"]), row[what]["median"]
+        if time > dense:
+            if before is None:
+                return None
+            last, faster = before
+            return last + (rank - last) * (dense - faster) / (time - faster)
+        before, found = (rank, time), rank
+    return found
+
+
+def main() -> None:
+    """Print the peak of WIDTH, RANK, BATCH and DEVICE, the arguments of this process, as JSON."""
+    width, rank, batch_size, device = sys.argv[1:]
+    print(json.dumps(peak(int(width), int(rank), int(batch_size), torch.device(device))))
