@@ -163,7 +163,8 @@ def sweep(argv: Arguments) -> None:
 def reproduce(argv: Arguments) -> None:
     """Run a published experiment and show published and measured side by side."""
     from subspan.lab import console
-    from subspan.lab.reproduce import experiment, experiments
+    from subspan.lab.bench import total as bench_total
+    from subspan.lab.reproduce import Timing, experiment, experiments
     from subspan.lab.reproduce import reproduce as run_experiment
     from subspan.lab.sweep import total_runs
 
@@ -182,8 +183,17 @@ def reproduce(argv: Arguments) -> None:
     if given.list or given.name is None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
-    parts = experiment(given.name).parts(given.budget)
+    chosen = experiment(given.name)
     out = Path(given.out or f"runs/{given.name}-{given.budget}")
+    if isinstance(chosen, Timing):
+        with console.measuring(bench_total(chosen.bench(given.budget))) as done:
+            [record] = run_experiment(
+                given.name, out, budget=given.budget, overwrite=given.overwrite, done=done
+            ).values()
+        console.benched(record, [out / "bench.json", out / "bench.png"])
+        console.say(f"published: {chosen.source}")
+        return
+    parts = chosen.parts(given.budget)
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(
             given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,

@@ -62,7 +62,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin singular value decomposition A = U diag(σ) Vᵀ.
 
     LAPACK's divide and conquer gives up on harmless matrices with many equal singular values
-    (seen in float32 once in some hundred cores at the start of a training). Other roundings then do.
+    (seen in float32 once in some hundred cores at the start of a training). Others then do.
 
     Args:
         a: (n, m), float32 or float64.

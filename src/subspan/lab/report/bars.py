@@ -73,11 +73,13 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     published = any(sweep.published for sweep in parts.values())
     labels = []
     for place, (part, sweep, row) in enumerate(lines):
-        name = row.method if row.dim == 0 else f"{row.method}, d = {row.label}"
+        at = f" at {row.label}" if row.ranks else f", d = {row.label}"
+        name = row.method + (at if row.dim else "")
         labels.append(f"{part}: {name}")
         for source in sweep.published:
-            at = dict(zip(source.dims, source.accuracy, strict=True)).get(row.dim)
-            found = source.baseline if row.dim == 0 else at
+            here: int | str = row.label if source.labels else row.dim
+            points = dict(zip(source.labels or source.dims, source.accuracy, strict=True))
+            found = source.baseline if row.dim == 0 else points.get(here)
             if found is not None and (row.dim == 0 or source.method in (None, row.method)):
                 axes.plot(100 * found, place, "D", color="#D55E00", markersize=3)
     axes.set_yticks(range(len(lines)), labels)

@@ -64,6 +64,8 @@ def published_curves(sweep: Sweep) -> list[Curve]:
     """One curve for each publication that the sweep is held against."""
     curves = []
     for source in sweep.published:
+        if not source.dims:  # known by their labels only
+            continue
         points = sorted(zip(source.dims, source.accuracy, strict=True))
         name = source.label
         if source.d_int is not None:

@@ -225,9 +225,11 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
     for row in sweep.rows:
         accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_accuracy
     methods = [method for method in sweep.methods if source.method in (None, method)]
-    points: list[tuple[int | str, float]] = sorted(zip(source.dims, source.accuracy, strict=True))
-    if source.labels:
-        points = list(zip(source.labels, source.accuracy, strict=True))
+    points: list[tuple[int | str, float]] = (
+        list(zip(source.labels, source.accuracy, strict=True))
+        if source.labels
+        else sorted(zip(source.dims, source.accuracy, strict=True))
+    )
     rows = [
         line(at if isinstance(at, str) else number(at), published,
              [accuracy.get((method, at), ()) for method in methods])

@@ -258,8 +258,10 @@ def _row(raw: Mapping[str, Any], *, dim: int, label: Any) -> Row:
 
 def _published(raw: Mapping[str, Any]) -> Published:
     dims, accuracy = tuple(_dim(d) for d in raw["dims"]), _fractions(raw["accuracy"])
-    if len(dims) != len(accuracy):
-        raise ValueError(f"{len(dims)} published dims but {len(accuracy)} accuracies")
+    labels = tuple(str(label) for label in raw.get("labels") or ())
+    for name, points, other in (("dims", dims, labels), ("labels", labels, dims)):
+        if len(points) != len(accuracy) and (points or not other):
+            raise ValueError(f"{len(points)} published {name} but {len(accuracy)} accuracies")
     baseline = raw.get("baseline")
     return Published(
         label=str(raw["label"]),
@@ -268,7 +270,7 @@ def _published(raw: Mapping[str, Any]) -> Published:
         baseline=None if baseline is None else _fractions([baseline])[0],
         d_int=_number(raw.get("d_int")),
         method=None if raw.get("method") is None else str(raw["method"]),
-        labels=tuple(str(label) for label in raw.get("labels") or ()),
+        labels=labels,
     )
 
 

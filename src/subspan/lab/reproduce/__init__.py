@@ -12,16 +12,18 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab import report
+from subspan.lab.bench import Bench, bench, picture
 from subspan.lab.config import Sweep
 from subspan.lab.sweep import Outcome, sweep, total_runs
 
 Budget = Literal["quick", "full"]
+Choice = TypeVar("Choice")
 
-_registry: dict[str, Experiment] = {}
+_registry: dict[str, Experiment | Timing] = {}
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ class Experiment:
         Raises:
             SubspanError: for a budget that is none.
         """
-        if budget not in self.sweeps:
-            raise SubspanError(f"budget must be quick or full, got {budget!r}")
-        found = self.sweeps[budget]
+        found = _of_budget(self.sweeps, budget)
         return {"": found} if isinstance(found, Sweep) else dict(found)
 
     def published_of(self, part: str) -> tuple[Published, ...]:
@@ -90,15 +90,51 @@ class Experiment:
         return found.get(part, ()) if isinstance(found, Mapping) else found
 
 
+@dataclass(frozen=True)
+class Timing:
+    """A published measurement of times: an ordinary benchmark.
+
+    Args:
+        name: what people type.
+        title: one line.
+        source: the paper, and its numbers.
+        differences: what is not as published, and why.
+        benches: what to measure by budget.
+    """
+
+    name: str
+    title: str
+    source: str
+    differences: str
+    benches: Mapping[Budget, Bench]
+
+    def __post_init__(self) -> None:
+        _registry[self.name] = self
+
+    def bench(self, budget: Budget) -> Bench:
+        """What to measure.
+
+        Raises:
+            SubspanError: for a budget that is none.
+        """
+        return _of_budget(self.benches, budget)
+
+
+def _of_budget(choices: Mapping[Budget, Choice], budget: Budget) -> Choice:
+    if budget not in choices:
+        raise SubspanError(f"budget must be quick or full, got {budget!r}")
+    return choices[budget]
+
+
 @functools.cache
-def experiments() -> dict[str, Experiment]:
+def experiments() -> dict[str, Experiment | Timing]:
     """All experiments by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return dict(sorted(_registry.items()))
 
 
-def experiment(name: str) -> Experiment:
+def experiment(name: str) -> Experiment | Timing:
     """The experiment of that name.
 
     Raises:
@@ -112,18 +148,24 @@ def experiment(name: str) -> Experiment:
 def reproduce(
     name: str, out: Path, *, budget: Budget = "quick", jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None,
+    done: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
     An experiment of several parts has a folder for each, and ``summary.png`` over them.
 
     Returns:
-        The content of ``sweep.json`` of each part by its name; a single part has none.
+        The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
+        benchmark, of which it is the content of ``bench.json``.
 
     Raises:
         SubspanError: for an unknown name or budget.
     """
     chosen = experiment(name)
+    if isinstance(chosen, Timing):
+        record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
+        picture.write(record, out)
+        return {"": record}
     parts = chosen.parts(budget)
     if chosen.timed:
         if jobs > 1:
