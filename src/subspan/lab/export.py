@@ -12,6 +12,7 @@ from subspan import slots
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.lab.evaluate import rebuild
+from subspan.layers import LowRank, merge
 from subspan.subspace import SubspaceModel
 
 
@@ -31,7 +32,11 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     if Path(out).exists() and Path(out).samefile(path):
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
     model, _ = rebuild(path)
-    return write_weights(model.merge() if isinstance(model, SubspaceModel) else model, out)
+    if isinstance(model, SubspaceModel):
+        model = model.merge()
+    elif any(isinstance(module, LowRank) for module in model.modules()):
+        model = merge(model)
+    return write_weights(model, out)
 
 
 def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:

@@ -57,6 +57,27 @@ class Attention(nn.Module):
             self.add_module(name, layer)
         self.train(of.training)
 
+    @torch.no_grad()
+    def original(self) -> nn.MultiheadAttention:
+        """The ``nn.MultiheadAttention`` with these projections, which must be linear layers."""
+        layers = [getattr(self, name) for name in PROJECTIONS]
+        q, k, v, out = (layer.weight for layer in layers)
+        net = nn.MultiheadAttention(
+            self.embed_dim, self.num_heads, self.dropout, bias=layers[0].bias is not None,
+            kdim=k.shape[1], vdim=v.shape[1], batch_first=self.batch_first, device=q.device,
+            dtype=q.dtype,
+        )  # fmt: skip
+        if net._qkv_same_embed_dim:
+            net.in_proj_weight.copy_(torch.cat([q, k, v]))
+        else:
+            for name, weight in zip(PROJECTIONS, (q, k, v), strict=False):
+                getattr(net, f"{name}_weight").copy_(weight)
+        net.out_proj.weight.copy_(out)
+        if net.in_proj_bias is not None:
+            net.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers[:3]]))
+            net.out_proj.bias.copy_(layers[3].bias)
+        return net.train(self.training)
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
         need_weights: bool = True, attn_mask: Tensor | None = None,

@@ -111,7 +111,11 @@ def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
-    """Put ordinary layers in place of a network's factored ones, with nothing of subspan in them.
+    """Put ordinary layers in place of a network's factored ones.
+
+    Nothing of subspan is left in the network; but of an ``nn.MultiheadAttention`` whose projections
+    are to be two layers each, :class:`~subspan.layers.attention.Attention` stays. A program of
+    ``torch.export`` is free of that, too.
 
     Args:
         net: changed in place.
@@ -134,7 +138,14 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
     for module in net.modules():
         if id(module) in new:
             new[id(module)].train(module.training)
-    return _replaced(net, new)
+    net = _replaced(net, new)
+    whole = {
+        id(module): module.original()
+        for module in net.modules()
+        if isinstance(module, Attention)
+        and all(type(getattr(module, name)) is nn.Linear for name in PROJECTIONS)
+    }
+    return _replaced(net, whole)
 
 
 def _put(net: nn.Module, found: Mapping[str, _Place], factored: Mapping[str, LowRank]) -> nn.Module:

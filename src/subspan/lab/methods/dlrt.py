@@ -20,10 +20,10 @@ from subspan.layers import LowRank, factorize
 from subspan.optim import DLRT
 
 OPTIONS = (
-    Option("tolerance", float | str, "τ in [0, 1): share of ‖W‖ that truncation may leave out"),
+    Option("tolerance", float, "τ in [0, 1): share of ‖W‖ that truncation may leave out"),
     Option(
         "target_ratio",
-        float | str,
+        float,
         "in place of τ: share of the layers' numbers that shall be gone",
     ),
     Option("rank", int, "of all factored layers at first, as far as they have it (n m / (n + m))"),
@@ -64,6 +64,14 @@ class LowRankTraining(Method):
                 layer.set_factors(layer.U[:, :r], layer.S[:r, :r], layer.V[:, :r])
         self._make(net, 1.0, 2, "sgd", 0.0, options)  # refuses what does not fit
         return net
+
+    def at(self, value: str) -> dict[str, Any]:
+        """A point of a sweep: a number, and no number of coordinates."""
+        assert self.axis is not None
+        try:
+            return {self.axis: float(value)}
+        except ValueError:
+            raise SubspanError(f"{self.axis} must be a number, got {value!r} in dims") from None
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Around Adam's usual 1e-3, a little higher: the core's steps are shared by few numbers."""
@@ -135,14 +143,6 @@ class LowRankTraining(Method):
                 if not 0 <= share <= 1:
                     raise SubspanError(f"{name} must be a share in [0, 1], got {share}")
                 given[own] = round(share * steps)
-        for name in ("tolerance", "target_ratio"):
-            if name in given:
-                try:
-                    given[name] = float(given[name])
-                except ValueError:
-                    raise SubspanError(
-                        f"{name} must be a number in [0, 1), got {given[name]!r}"
-                    ) from None
         return DLRT(
             net, lr, base=base, momentum=0.9 if base == "sgd" else 0.0,  # type: ignore[arg-type]
             weight_decay=weight_decay, workers=workers, **given,
