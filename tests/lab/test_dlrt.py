@@ -81,6 +81,19 @@ def test_a_given_size_is_reached(tmp_path):
     assert r * (64 + 8) <= 0.4 * 512 < (r + 1) * (64 + 8)
 
 
+@pytest.mark.parametrize("adapt_at", [0.5, 1.0])
+def test_dense_training_and_then_truncation(adapt_at, tmp_path):
+    options = {"target_ratio": 0.6, "rank": "full", "adapt_at": adapt_at, "freeze_at": adapt_at}
+    record = train(a_run("dlrt-ratio", lr=0.01, epochs=4, **options), tmp_path)
+    ranks = [row["ranks"]["fc1"] for row in record["history"]]
+    r = 0.4 * 512 // (64 + 8)
+    assert ranks == ([8, 8, r, r] if adapt_at == 0.5 else [8, 8, 8, r])
+    # However much better it was before.
+    assert record["ranks"] == {"fc1": r}
+    assert record["best_epoch"] in ((3, 4) if adapt_at == 0.5 else (4,))
+    assert record["val_accuracy"] == record["history"][record["best_epoch"] - 1]["val_accuracy"]
+
+
 @pytest.mark.parametrize("integrator", ["parallel", "kls", "kls-adaptive", "vanilla"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_every_integrator_learns(integrator, optimizer, tmp_path):
@@ -125,7 +138,8 @@ def test_by_command(in_tmp_path, cli):
         (["--tolerance", "0.1", "--tolerance-warmup", "-1"], "tolerance_warmup must be a share in"),
         (["--tolerance", "0.1", "--integrator", "kls"], "integrator 'kls' keeps ranks as they are"),
         (["--integrator", "kls-adaptive"], "'kls-adaptive' needs a tolerance or a target_ratio"),
-        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--rank", "0"], "rank must be at least 1, or full, got 0"),
+        (["--rank", "ful"], "rank must be at least 1, or full, got 'ful'"),
         (["--target-ratio", "0.5", "--tolerance", "0.1"], "give a tolerance or a target_ratio"),
         (["--targets", "fc3"], "in targets (it matches no layer) 'fc3'"),
         (["--exclude", ".*"], "there is no layer to factorise"),

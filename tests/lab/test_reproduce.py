@@ -44,7 +44,7 @@ def tiny(monkeypatch):
 
 def test_the_published_ones():
     assert list(experiments()) == [
-        "dlrt-fc", "dlrt-lenet5", "dlrt-timing",
+        "dlrt-fc", "dlrt-lenet5", "dlrt-pruning", "dlrt-timing",
         "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
         "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark",
     ]  # fmt: skip
@@ -129,6 +129,7 @@ def test_the_networks_have_the_published_size(name, real_data):
     published = {
         "dlrt-fc": 1_149_010,
         "dlrt-lenet5": 431_080,
+        "dlrt-pruning": 431_080,
         "li-mnist-lenet": 44_426,
         "minut-mnist-mlp": 159_010,
         "minut-sparse-benchmark": 472_610,

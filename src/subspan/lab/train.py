@@ -223,14 +223,15 @@ class _Loop:
             [row] = broadcast_object_list([self.epoch(epoch)])
             self.record["history"].append(row)
             self.save("last.safetensors")
-            if row["val_accuracy"] > self.best_accuracy:
+            ready = self.ready.method.ready(self.bare)
+            if ready and row["val_accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = row["val_accuracy"], epoch
                 self.save("best.safetensors")
             self.write("running")
             if self.report:
                 self.report(row)
             patience = self.training.patience
-            if patience is not None and epoch - self.best_epoch >= patience:
+            if ready and patience is not None and epoch - self.best_epoch >= patience:
                 break
 
     def epoch(self, epoch: int) -> dict[str, Any]:
@@ -341,7 +342,7 @@ class _Loop:
         self.record |= {
             "status": status,
             "error": error,
-            "val_accuracy": self.best_accuracy if history else None,
+            "val_accuracy": self.best_accuracy if self.best_epoch else None,
             "best_epoch": self.best_epoch or None,
             "seconds_total": time.perf_counter() - self.started,
             "seconds_per_step": statistics.median(steps) if steps else None,

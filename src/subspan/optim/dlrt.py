@@ -64,6 +64,8 @@ class DLRT(Optimizer):
         max_rank: greatest rank; None for no bound.
         tolerance_warmup: steps over which τ rises from 0. The first spectra say little, and a
             direction that was cut off returns only if one step makes it larger than τ ‖W‖.
+        adapt_from: step from which ranks may change. At full rank until then, this is training all
+            weights and pruning them.
         rank_every: steps between those at which ranks may change.
         freeze_after: steps after which they stay; None for never.
         workers: in a process group, "shared": gradients are averaged over all processes, those of
@@ -91,6 +93,7 @@ class DLRT(Optimizer):
         min_rank: int = 1,
         max_rank: int | None = None,
         tolerance_warmup: int = 0,
+        adapt_from: int = 0,
         rank_every: int = 1,
         freeze_after: int | None = None,
         workers: Literal["shared"] | None = None,
@@ -104,9 +107,12 @@ class DLRT(Optimizer):
         if workers not in (None, "shared"):
             raise unknown("workers", workers, ["shared"])
         _check_numbers(tolerance, target_ratio, min_rank, max_rank, rank_every, freeze_after)
-        if not isinstance(tolerance_warmup, int) or tolerance_warmup < 0:
+        for name, steps in (("tolerance_warmup", tolerance_warmup), ("adapt_from", adapt_from)):
+            if not isinstance(steps, int) or steps < 0:
+                raise SubspanError(f"{name} must be a number of steps >= 0, got {steps!r}")
+        if freeze_after is not None and freeze_after <= adapt_from:
             raise SubspanError(
-                f"tolerance_warmup must be a number of steps >= 0, got {tolerance_warmup!r}"
+                f"freeze_after {freeze_after} must be later than adapt_from {adapt_from}"
             )
         adapts = tolerance is not None or target_ratio is not None
         if integrator in FIXED_RANKS and adapts:
@@ -135,7 +141,7 @@ class DLRT(Optimizer):
             rank_every,
             freeze_after,
         )
-        self.check_every = check_every
+        self.check_every, self.adapt_from = check_every, adapt_from
         factors = {id(p) for layer in self._layers.values() for p in (layer.U, layer.S, layer.V)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         self._tensors = dict(named)
@@ -179,7 +185,8 @@ class DLRT(Optimizer):
         """Whether they may in the next step."""
         adapts = self.tolerance is not None or self.target_ratio is not None
         frozen = self.freeze_after is not None and self.steps >= self.freeze_after
-        return adapts and not frozen and self.steps % self.rank_every == 0
+        since = self.steps - self.adapt_from
+        return adapts and not frozen and since >= 0 and since % self.rank_every == 0
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -370,8 +377,9 @@ class DLRT(Optimizer):
         dense = sum(math.prod(layer.shape) for layer in self._layers.values())
         target = (1 - self.target_ratio) * dense
         # The last of these steps is at the target itself.
-        last = (self.freeze_after - 1) // self.rank_every * self.rank_every
-        to_go = max(0.0, 1 - self.steps / last) if last else 0.0
+        span = self.freeze_after - 1 - self.adapt_from
+        last = span // self.rank_every * self.rank_every
+        to_go = max(0.0, 1 - (self.steps - self.adapt_from) / last) if last else 0.0
         budget = target + max(0.0, group["begun_with"] - target) * to_go**3
 
         def ranks(tolerance: float) -> dict[str, int]:
@@ -416,8 +424,8 @@ class DLRT(Optimizer):
         assert self._workers is not None
         settings = [
             self.integrator, self._base.__name__, self.tolerance, self.target_ratio, self.min_rank,
-            self.max_rank, self.tolerance_warmup, self.rank_every, self.freeze_after,
-            self.check_every,
+            self.max_rank, self.tolerance_warmup, self.adapt_from, self.rank_every,
+            self.freeze_after, self.check_every,
         ]  # fmt: skip
         agreement = {
             "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],

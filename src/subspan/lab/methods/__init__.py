@@ -122,6 +122,10 @@ class Method(ABC):
         """What else an epoch's row should say, after its last step: JSON values by name."""
         return {}
 
+    def ready(self, optimizer: Optimizer) -> bool:
+        """Whether what is trained so far may be the best epoch; the last one must."""
+        return True
+
     def counts(self, model: nn.Module) -> dict[str, Any]:
         """The true counts of a trained model.
 

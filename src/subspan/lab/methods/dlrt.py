@@ -26,10 +26,11 @@ OPTIONS = (
         float,
         "in place of τ: share of the layers' numbers that shall be gone",
     ),
-    Option("rank", int, "of all factored layers at first, as far as they have it (n m / (n + m))"),
+    Option("rank", int | str, "of all factored layers at first, as far as they have it; full"),
     Option("min_rank", int, "least rank (1)"),
     Option("max_rank", int, "greatest rank"),
     Option("rank_every", int, "steps between those at which ranks may change (1)"),
+    Option("adapt_at", float, "share of the training until which ranks stay as they are (0)"),
     Option("freeze_at", float, "share of the training after which ranks stay (target_ratio: 0.5)"),
     Option("tolerance_warmup", float, "share of the training over which τ rises from 0 (0.3)"),
     Option("integrator", str, "parallel, kls, kls-adaptive or vanilla"),
@@ -52,13 +53,18 @@ class LowRankTraining(Method):
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
         """Factor its layers by SVD of their initial weights."""
         rank = options.get("rank")
-        if rank is not None and rank < 1:
-            raise SubspanError(f"rank must be at least 1, got {rank}")
+        if rank not in (None, "full") and not (isinstance(rank, int) and rank >= 1):
+            raise SubspanError(f"rank must be at least 1, or full, got {rank!r}")
         exclude = options.get("exclude")
         if exclude is None and "targets" not in options:
             exclude = _last(net)
-        net = factorize(net, ratio=1.0, targets=options.get("targets"), exclude=exclude)
-        if rank is not None:
+        # By default as many numbers as the layer has: n m / (n + m).
+        full = rank == "full"
+        net = factorize(
+            net, ratio=None if full else 1.0, energy=1.0 if full else None,
+            targets=options.get("targets"), exclude=exclude,
+        )  # fmt: skip
+        if isinstance(rank, int):
             for layer in _factored(net).values():
                 r = min(rank, layer.rank)
                 layer.set_factors(layer.U[:, :r], layer.S[:r, :r], layer.V[:, :r])
@@ -105,6 +111,12 @@ class LowRankTraining(Method):
         optimizer.step(closure)  # type: ignore[arg-type]
         return seen[0]
 
+    def ready(self, optimizer: Optimizer) -> bool:
+        """An early network that is better because it is larger is not what was asked for."""
+        assert isinstance(optimizer, DLRT)
+        small_by = optimizer.freeze_after if optimizer.target_ratio else optimizer.tolerance_warmup
+        return optimizer.steps >= (small_by or 0)
+
     def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:
         """Ranks and singular values of every factored layer."""
         assert isinstance(optimizer, DLRT)
@@ -135,6 +147,7 @@ class LowRankTraining(Method):
     ) -> DLRT:  # fmt: skip
         given = {k: v for k, v in options.items() if k not in ("rank", "targets", "exclude")}
         for name, own, usual in (
+            ("adapt_at", "adapt_from", 0.0),
             ("freeze_at", "freeze_after", 0.5 if "target_ratio" in given else None),
             ("tolerance_warmup", "tolerance_warmup", 0.3),
         ):
@@ -143,6 +156,9 @@ class LowRankTraining(Method):
                 if not 0 <= share <= 1:
                     raise SubspanError(f"{name} must be a share in [0, 1], got {share}")
                 given[own] = round(share * steps)
+        given["adapt_from"] = min(given["adapt_from"], steps - 1)  # not never
+        if "freeze_after" in given:
+            given["freeze_after"] = max(given["freeze_after"], given["adapt_from"] + 1)
         return DLRT(
             net, lr, base=base, momentum=0.9 if base == "sgd" else 0.0,  # type: ignore[arg-type]
             weight_decay=weight_decay, workers=workers, **given,
