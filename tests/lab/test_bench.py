@@ -17,6 +17,7 @@ from subspan.lab.bench import (
     Bench,
     bench,
     candidates,
+    lowrank,
     memory,
     optimizers,
     picture,
@@ -28,7 +29,10 @@ from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interl
 from tests.lab.runs import contents
 
 CPU = torch.device("cpu")
-QUICK = {"sizes": ("2000x20",), "nets": ("mlp-8",), "dim": 10, "batch_size": 4, "seconds": 1e-3}
+QUICK = {
+    "sizes": ("2000x20",), "nets": ("mlp-8",), "dim": 10, "width": 16, "ranks": (2, 8),
+    "batch_size": 4, "seconds": 1e-3,
+}  # fmt: skip
 
 # ---- timing --------------------------------------------------------------------------------------
 
@@ -151,11 +155,12 @@ def test_the_record(measured):
     assert {row["weights"] for row in record["steps"]} == {28 * 28 * 8 + 8 + 8 * 10 + 10}
     assert [row["projection"] for row in record["memory"]] == ["adam", *names]
     assert [row["projection"] for row in record["optimizers"]] == ["sgd", *names[:2]]
-    assert len(measured.told) == module.total(measured.settings) == 5
+    assert len(measured.told) == module.total(measured.settings) == 6
 
 
 def test_the_picture_shows_the_ratios(measured):
-    first, second, fourth, third = picture.draw(measured.record).axes
+    first, second, fourth, third, fifth = picture.draw(measured.record).axes
+    assert fifth.get_xlabel() == "rank"
     whole = measured.record["products"][-1]["forward"]["median"]
     ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
     times = [row["forward"]["median"] / whole for row in measured.record["products"]]
@@ -277,3 +282,57 @@ def test_turns_do_not_begin_where_they_began():
     interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 1e-3, CPU)
     followed = {(a, b) for a, b in pairwise(order[6:]) if a != b}
     assert len(followed) == 6
+
+
+# ---- low rank ------------------------------------------------------------------------------------
+
+
+def test_low_rank_against_dense(tmp_path):
+    settings = Bench(parts=("lowrank",), width=16, ranks=(2, 8), batch_size=4, seconds=1e-3)
+    record = bench(settings, tmp_path)
+    assert module.total(settings) == 2
+    dense, *factored = record["lowrank"]
+    assert dense["rank"] == lowrank.DENSE
+    assert "adaptive" not in dense
+    assert [row["rank"] for row in factored] == [2, 8]
+    for row in factored:
+        assert all(row[key]["median"] > 0 for key in ("step", "adaptive", "inference"))
+    assert all("peak_bytes" in row for row in record["lowrank"])
+    labels = [line.get_label() for line in picture.draw(record).axes[0].lines]
+    assert labels[:2] == ["training step, ranks stay", "training step, ranks may change"]
+
+
+@pytest.mark.parametrize("rank", [2, 1000])
+def test_networks_of_the_low_rank_benchmark(rank):
+    net = lowrank.network(1100, rank)
+    ranks = [layer.rank for layer in net.modules() if hasattr(layer, "rank")]
+    assert ranks == [min(rank, 784), rank, rank, rank, rank]
+    optimizer = lowrank.optimizer_of(net, rank, adapting=True)
+    assert optimizer.ranks_may_change
+    assert not lowrank.optimizer_of(net, rank).ranks_may_change
+
+
+def test_memory_of_low_rank_follows_the_rank():
+    dense, low = (lowrank._peak_apart(1500, rank, 2, CPU) for rank in (lowrank.DENSE, 4))
+    weights = 784 * 1500 + 4 * 1500**2
+    assert dense > 0.95 * 2 * 4 * weights  # and their gradients
+    assert low < dense / 4
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({0: 1.0, 10: 0.5, 20: 1.5}, 15.0),
+        ({0: 1.0, 10: 0.5, 20: 0.9}, 20.0),
+        ({0: 1.0, 10: 1.5, 20: 0.9}, None),
+        ({0: 1.0, 20: 2.0, 10: 0.0, 40: 0.5}, 15.0),
+    ],
+)
+def test_break_even(times, expected):
+    rows = [{"rank": rank, "step": {"median": time}} for rank, time in times.items()]
+    assert lowrank.break_even(rows) == expected
+
+
+def test_ranks_that_no_layer_has():
+    with pytest.raises(SubspanError, match=r"ranks must be in \[1, 16\], the width, got 17"):
+        Bench(width=16, ranks=(2, 17))

@@ -114,7 +114,7 @@ def _by_rank(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(ranks)
     axes.set_xlabel("rank")
     axes.set_ylabel("times the dense network's")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _bars(
