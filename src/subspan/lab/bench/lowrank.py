@@ -7,6 +7,7 @@ layers of 5,120 units, where low rank paid below 2.5 % of the width in training.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,23 +18,28 @@ from torch import nn
 from torch.optim import SGD
 
 from subspan.errors import SubspanError
-from subspan.lab import nets
 from subspan.lab.bench.steps import SHAPE, training_step
 from subspan.lab.bench.timing import interleaved
 from subspan.lab.records import PeakMemory
-from subspan.layers import factorize
+from subspan.layers import LowRankLinear
 from subspan.optim import DLRT
 
 DENSE, HIDDEN = 0, 5  # the rank that a dense row has; hidden layers
 
 
 def network(width: int, rank: int) -> nn.Module:
-    """Five hidden layers of a width; all but the last layer at a rank, or dense."""
-    net = nets.build("mlp" + f"-{width}" * HIDDEN, SHAPE)
-    if rank == DENSE:
-        return net
-    ranks = {"fc1": min(rank, 784), ".*": rank}  # an image has 784 pixels
-    return factorize(net, rank=ranks, exclude=f"fc{HIDDEN + 1}", init="random")
+    """Five hidden layers of a width, dense or of a rank from the start, and ten classes."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = math.prod(SHAPE)
+    for _ in range(HIDDEN):
+        layers += [
+            nn.Linear(features, width)
+            if rank == DENSE
+            else LowRankLinear(features, width, min(rank, features)),
+            nn.ReLU(),
+        ]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 def optimizer_of(net: nn.Module, rank: int, adapting: bool = False) -> torch.optim.Optimizer:
