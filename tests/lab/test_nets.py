@@ -32,6 +32,8 @@ WEIGHTS = [
     ("gressmann-cnn", CIFAR, 122_570),
     ("resnet8", CIFAR, 77_850),
     ("resnet20", CIFAR, 272_282),
+    ("vgg11", CIFAR, 9_228_362),
+    ("vgg16", CIFAR, 14_724_042),
 ]
 
 

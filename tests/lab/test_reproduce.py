@@ -44,7 +44,8 @@ def tiny(monkeypatch):
 
 def test_the_published_ones():
     assert list(experiments()) == [
-        "dlrt-fc", "dlrt-lenet5", "dlrt-pruning", "dlrt-timing",
+        "dlrt-cifar-resnet", "dlrt-cifar-vgg", "dlrt-fc", "dlrt-lenet5", "dlrt-pruning",
+        "dlrt-timing",
         "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
         "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark",
     ]  # fmt: skip
@@ -127,6 +128,8 @@ def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
     ready = prepare(_points(config)[-1].job(config, 0.1, 0).run)
     published = {
+        "dlrt-cifar-resnet": 77_850,
+        "dlrt-cifar-vgg": 9_228_362,
         "dlrt-fc": 1_149_010,
         "dlrt-lenet5": 431_080,
         "dlrt-pruning": 431_080,

@@ -219,6 +219,33 @@ def _resnet(shape: Shape, classes: int, blocks: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
+# Channels of 3x3 convolutions; a list ends where the image is halved.
+_VGG = {
+    11: ([64], [128], [256] * 2, [512] * 2, [512] * 2),
+    16: ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3),
+}
+
+
+def _vgg(shape: Shape, classes: int, depth: int) -> nn.Module:
+    """VGG (Simonyan 2015) with batch normalisation and one dense layer, as is usual for CIFAR-10.
+
+    At 32x32x3: vgg11 has 9,228,362 weights, vgg16 14,724,042.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = shape[0]
+    for stage, widths in enumerate(_VGG[depth], start=1):
+        for i, out in enumerate(widths, start=1):
+            layers[f"conv{stage}_{i}"] = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+            layers[f"bn{stage}_{i}"] = nn.BatchNorm2d(out)
+            layers[f"relu{stage}_{i}"] = nn.ReLU()
+            channels = out
+        layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)  # of images of any size
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(channels, classes)
+    return nn.Sequential(layers)
+
+
 _NETS: dict[str, _Entry] = {
     "lenet": _Entry(_lenet, 12),
     "lenet-valid": _Entry(_lenet_valid, 16),
@@ -229,6 +256,8 @@ _NETS: dict[str, _Entry] = {
     "minut-mlp": _Entry(_minut_mlp, 28),
     "resnet8": _Entry(partial(_resnet, blocks=1), 1),
     "resnet20": _Entry(partial(_resnet, blocks=3), 1),
+    "vgg11": _Entry(partial(_vgg, depth=11), 1),
+    "vgg16": _Entry(partial(_vgg, depth=16), 1),
 }
 
 
