@@ -90,8 +90,16 @@ def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
 SWEEPS = sorted(name for name, found in experiments().items() if isinstance(found, Experiment))
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-@pytest.mark.parametrize("budget", ["quick", "full"])
+SLOW = {("dlrt-cifar-vgg", "full"), ("dlrt-fc", "full")}  # many large matrices to decompose
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW))
+        for case in product(SWEEPS, ("quick", "full"))
+    ],
+)
 def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
     """On images of the right size; and it has a point at every published d."""
     monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
