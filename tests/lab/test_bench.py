@@ -25,6 +25,7 @@ from subspan.lab.bench import (
     steps,
     timing,
 )
+from subspan.lab.bench.apart import apart
 from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from tests.lab.runs import contents
 
@@ -310,7 +311,7 @@ def test_networks_of_the_low_rank_benchmark(rank):
 
 
 def test_memory_of_low_rank_follows_the_rank():
-    dense, low = (lowrank._peak_apart(1500, rank, 2, CPU) for rank in (lowrank.DENSE, 4))
+    dense, low = (apart(lowrank.peak, 1500, rank, 2, "cpu", of="it") for rank in (lowrank.DENSE, 4))
     weights = 784 * 1500 + 4 * 1500**2
     assert dense > 0.95 * 2 * 4 * weights  # and their gradients
     assert low < dense / 4

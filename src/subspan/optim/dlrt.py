@@ -8,6 +8,7 @@ gradient a step: Schotthöfer et al., "GeoLoRA", 2024. The steps are those of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -19,10 +20,10 @@ from torch.optim import Optimizer
 from subspan import distributed, slots
 from subspan.errors import SubspanError, unknown
 from subspan.layers.lowrank import LowRank
-from subspan.linalg import rank_of
 from subspan.optim import integrators
 from subspan.optim.base import BASES, transport, turn_core
 from subspan.optim.integrators import Factors
+from subspan.optim.ranks import RankRule
 
 Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
 TWO_EVALUATIONS = ("kls", "kls-adaptive")
@@ -106,21 +107,16 @@ class DLRT(Optimizer):
                 raise unknown(name, value, allowed)
         if workers not in (None, "shared"):
             raise unknown("workers", workers, ["shared"])
-        _check_numbers(tolerance, target_ratio, min_rank, max_rank, rank_every, freeze_after)
-        for name, steps in (("tolerance_warmup", tolerance_warmup), ("adapt_from", adapt_from)):
-            if not isinstance(steps, int) or steps < 0:
-                raise SubspanError(f"{name} must be a number of steps >= 0, got {steps!r}")
-        if freeze_after is not None and freeze_after <= adapt_from:
-            raise SubspanError(
-                f"freeze_after {freeze_after} must be later than adapt_from {adapt_from}"
-            )
-        adapts = tolerance is not None or target_ratio is not None
-        if integrator in FIXED_RANKS and adapts:
+        self.rule = RankRule(
+            tolerance, target_ratio, min_rank, max_rank, tolerance_warmup, adapt_from, rank_every,
+            freeze_after,
+        )  # fmt: skip
+        if integrator in FIXED_RANKS and self.rule.adapts:
             raise SubspanError(
                 f"integrator {integrator!r} keeps ranks as they are: leave out tolerance and "
                 "target_ratio, or use parallel or kls-adaptive"
             )
-        if integrator == "kls-adaptive" and not adapts:
+        if integrator == "kls-adaptive" and not self.rule.adapts:
             raise SubspanError("integrator 'kls-adaptive' needs a tolerance or a target_ratio")
         self._layers = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
         if not self._layers:
@@ -134,14 +130,7 @@ class DLRT(Optimizer):
             if min_rank > least:
                 raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
         self.integrator, self._base = integrator, BASES[base]
-        self.tolerance, self.target_ratio = tolerance, target_ratio
-        self.min_rank, self.max_rank = min_rank, max_rank
-        self.tolerance_warmup, self.rank_every, self.freeze_after = (
-            tolerance_warmup,
-            rank_every,
-            freeze_after,
-        )
-        self.check_every, self.adapt_from = check_every, adapt_from
+        self.check_every = check_every
         factors = {id(p) for layer in self._layers.values() for p in (layer.U, layer.S, layer.V)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         self._tensors = dict(named)
@@ -183,10 +172,7 @@ class DLRT(Optimizer):
     @property
     def ranks_may_change(self) -> bool:
         """Whether they may in the next step."""
-        adapts = self.tolerance is not None or self.target_ratio is not None
-        frozen = self.freeze_after is not None and self.steps >= self.freeze_after
-        since = self.steps - self.adapt_from
-        return adapts and not frozen and since >= 0 and since % self.rank_every == 0
+        return self.rule.may_change(self.steps)
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -351,54 +337,15 @@ class DLRT(Optimizer):
                 f"step {self.steps} makes a factor singular or not finite: lower the learning "
                 f"rate ({error})"
             ) from None
-        if self.target_ratio:
-            ranks = self._within_target(cores)
-        else:
-            tolerance = (self.tolerance or 0.0) * min(
-                1.0, (self.steps + 1) / (self.tolerance_warmup + 1)
-            )
-            ranks = {n: self._bounded(n, rank_of(c.S, tolerance), c) for n, c in cores.items()}
-        return {n: integrators.truncated(wide[n], core, ranks[n]) for n, core in cores.items()}
-
-    def _bounded(self, name: str, rank: int, core: Factors) -> int:
-        most = min(len(core.S), *self._layers[name].shape)
-        if self.max_rank is not None:
-            most = min(most, self.max_rank)
-        return min(max(rank, self.min_rank), most)
-
-    def _within_target(self, cores: Mapping[str, Factors]) -> dict[str, int]:
-        """Ranks at the least common tolerance that the step's budget of numbers allows."""
-        assert self.target_ratio is not None
-        assert self.freeze_after is not None
-        sides = {name: sum(layer.shape) for name, layer in self._layers.items()}
+        shapes = {name: layer.shape for name, layer in self._layers.items()}
         group = self.param_groups[0]
         if group["begun_with"] is None:
-            group["begun_with"] = sum(layer.rank * sides[n] for n, layer in self._layers.items())
-        dense = sum(math.prod(layer.shape) for layer in self._layers.values())
-        target = (1 - self.target_ratio) * dense
-        # The last of these steps is at the target itself.
-        span = self.freeze_after - 1 - self.adapt_from
-        last = span // self.rank_every * self.rank_every
-        to_go = max(0.0, 1 - (self.steps - self.adapt_from) / last) if last else 0.0
-        budget = target + max(0.0, group["begun_with"] - target) * to_go**3
-
-        def ranks(tolerance: float) -> dict[str, int]:
-            return {n: self._bounded(n, rank_of(c.S, tolerance), c) for n, c in cores.items()}
-
-        def too_many(tolerance: float) -> bool:
-            return sum(r * sides[n] for n, r in ranks(tolerance).items()) > budget
-
-        if too_many(1.0):
-            least = sum(r * sides[n] for n, r in ranks(1.0).items())
-            raise SubspanError(
-                f"target_ratio {self.target_ratio} leaves {target:,.0f} numbers, but min_rank "
-                f"{self.min_rank} takes {least:,}: lower one of them"
+            group["begun_with"] = sum(
+                layer.rank * sum(layer.shape) for layer in self._layers.values()
             )
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if too_many(middle) else (low, middle)
-        return ranks(high)
+        values = {name: core.S for name, core in cores.items()}
+        ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
+        return {n: integrators.truncated(wide[n], core, ranks[n]) for n, core in cores.items()}
 
     def _move_others(self) -> None:
         """Biases, norms and layers that are not factored."""
@@ -423,9 +370,7 @@ class DLRT(Optimizer):
     def _check_start(self) -> None:
         assert self._workers is not None
         settings = [
-            self.integrator, self._base.__name__, self.tolerance, self.target_ratio, self.min_rank,
-            self.max_rank, self.tolerance_warmup, self.adapt_from, self.rank_every,
-            self.freeze_after, self.check_every,
+            self.integrator, self._base.__name__, *dataclasses.astuple(self.rule), self.check_every,
         ]  # fmt: skip
         agreement = {
             "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],
@@ -470,24 +415,3 @@ def _factors(layer: LowRank, copy: bool) -> Factors:
     """Of a layer, in a precision that bases can be orthonormal in."""
     wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
     return Factors(*(p.detach().to(wide, copy=copy) for p in (layer.U, layer.S, layer.V)))
-
-
-def _check_numbers(
-    tolerance: float | None, target_ratio: float | None, min_rank: int, max_rank: int | None,
-    rank_every: int, freeze_after: int | None,
-) -> None:  # fmt: skip
-    if tolerance is not None and target_ratio is not None:
-        raise SubspanError("give a tolerance or a target_ratio, not both")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise SubspanError(f"tolerance must be in [0, 1), got {tolerance}")
-    if target_ratio is not None and not 0 < target_ratio < 1:
-        raise SubspanError(f"target_ratio must be in (0, 1), got {target_ratio}")
-    if target_ratio is not None and not freeze_after:
-        raise SubspanError("target_ratio needs freeze_after, the steps until it is reached")
-    for name, value in (("min_rank", min_rank), ("rank_every", rank_every)):
-        if not isinstance(value, int) or value < 1:
-            raise SubspanError(f"{name} must be a positive integer, got {value!r}")
-    if max_rank is not None and max_rank < min_rank:
-        raise SubspanError(f"max_rank must be at least min_rank {min_rank}, got {max_rank}")
-    if freeze_after is not None and freeze_after < 1:
-        raise SubspanError(f"freeze_after must be at least 1 step, got {freeze_after}")

@@ -116,12 +116,11 @@ def retracted(at: Factors, slope: Factors, h: float, first: Literal["U", "V"]) -
         turned = retracted(_turned(at), _turned(slope), h, "U")
         return _turned(turned)
     S = at.S - h * slope.S
-    newK = -h * (slope.U - at.U @ (at.U.T @ slope.U))
-    newL = -h * (slope.V - at.V @ (at.V.T @ slope.V))
-    U, R = orthonormalize(at.U @ S + newK)
+    # Ŵ V and Ŵᵀ U₁ with the products by U, and those by V, put together.
+    U, R = orthonormalize(at.U @ (S + h * (at.U.T @ slope.U)) - h * slope.U)
     kept = at.U.T @ U
-    # newKᵀ U₁ = (Ŵ V − U S)ᵀ U₁ = Rᵀ − Sᵀ kept
-    V, core = orthonormalize(at.V @ R.T + newL @ kept)
+    # − h (G V)ᵀ (1 − U Uᵀ) U₁ = (Ŵ V − U S)ᵀ U₁ = Rᵀ − Sᵀ kept
+    V, core = orthonormalize(at.V @ (R.T + h * (at.V.T @ slope.V) @ kept) - h * slope.V @ kept)
     return Factors(U, core.T, V)
 
 

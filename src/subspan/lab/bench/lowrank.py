@@ -6,10 +6,7 @@ layers of 5,120 units, where low rank paid below 2.5 % of the width in training.
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from subspan.errors import SubspanError
-from subspan.lab.bench.steps import SHAPE, training_step
+from subspan.lab.bench.apart import apart
+from subspan.lab.bench.steps import SHAPE, a_batch, training_step
 from subspan.lab.bench.timing import interleaved
 from subspan.lab.records import PeakMemory
 from subspan.layers import LowRankLinear
@@ -69,13 +66,13 @@ def measure(
         ``adaptive`` (ranks may change at each step) and ``inference``; ``peak_bytes`` of two
         training steps, in a process of its own.
     """
-    x = torch.randn(batch_size, *SHAPE, device=device)
-    y = torch.randint(0, 10, (batch_size,), device=device)
+    x, y = a_batch(batch_size, device)
     rows = []
     steps: dict[str, Callable[[], object]] = {}
     for rank in (DENSE, *ranks):
         row: dict[str, Any] = {"width": width, "rank": rank, "batch_size": batch_size}
-        rows.append(row | {"peak_bytes": _peak_apart(width, rank, batch_size, device)})
+        arguments = (width, rank, batch_size, str(device))
+        rows.append(row | {"peak_bytes": apart(peak, *arguments, of=f"rank {rank}")})
         net = network(width, rank).to(device)
         steps[f"step {rank}"] = training_step(net, x, y, optimizer_of(net, rank))
         if rank != DENSE:
@@ -101,34 +98,22 @@ def _inference(net: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def peak(width: int, rank: int, batch_size: int, device: torch.device) -> int:
+def peak(width: int, rank: int, batch_size: int, device: str) -> int:
     """Bytes that two training steps need at once, beyond what the libraries need anyway."""
+    place = torch.device(device)
 
     def two_steps(width: int, rank: int) -> None:
-        net = network(width, rank).to(device)
-        x = torch.randn(batch_size, *SHAPE, device=device)
-        y = torch.randint(0, 10, (batch_size,), device=device)
+        net = network(width, rank).to(place)
+        x, y = a_batch(batch_size, place)
         step = training_step(net, x, y, optimizer_of(net, rank))
         step()
         step()
 
     two_steps(32, min(rank, 8))  # starts threads, loads what is loaded on first use
-    before = PeakMemory(device).read()
-    memory = PeakMemory(device)
+    before = PeakMemory(place).read()
+    memory = PeakMemory(place)
     two_steps(width, rank)
     return max(memory.read() - before, 1)  # a small one may fit into what is there
-
-
-def _peak_apart(width: int, rank: int, batch_size: int, device: torch.device) -> int:
-    code = f"from {__name__} import main; main()"
-    arguments = [str(width), str(rank), str(batch_size), str(device)]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-    )
-    if result.returncode != 0:
-        last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
-        raise SubspanError(f"the memory of rank {rank} could not be measured: {last[0]}")
-    return int(json.loads(result.stdout))
 
 
 def break_even(rows: Sequence[dict[str, Any]], what: str = "step") -> float | None:
@@ -150,9 +135,3 @@ def break_even(rows: Sequence[dict[str, Any]], what: str = "step") -> float | No
             return last + (rank - last) * (dense - faster) / (time - faster)
         before, found = (rank, time), rank
     return found
-
-
-def main() -> None:
-    """Print the peak of WIDTH, RANK, BATCH and DEVICE, the arguments of this process, as JSON."""
-    width, rank, batch_size, device = sys.argv[1:]
-    print(json.dumps(peak(int(width), int(rank), int(batch_size), torch.device(device))))

@@ -6,17 +6,14 @@ state, whatever exists of P, and every temporary.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError
 from subspan.lab.bench import candidates
+from subspan.lab.bench.apart import apart
 from subspan.lab.records import PeakMemory
 from subspan.subspace import SubspaceModel
 
@@ -33,26 +30,27 @@ class Weights(nn.Module):
         return self.weight.view_as(self.weight)
 
 
-def peak(method: str, out_dim: int, in_dim: int, device: torch.device) -> int:
+def peak(method: str, out_dim: int, in_dim: int, device: str) -> int:
     """Bytes that two steps of Adam need at once, beyond what the libraries need anyway."""
+    place = torch.device(device)
 
     def two_steps(out_dim: int, in_dim: int) -> None:
-        net: nn.Module = Weights(out_dim).to(device)
+        net: nn.Module = Weights(out_dim).to(place)
         if method != candidates.PLAIN:
             net = SubspaceModel(net, in_dim, **candidates.options(method))
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, foreach=False)
         for _ in range(2):
             optimizer.zero_grad()
             theta = net()
-            theta.backward(torch.ones(out_dim, device=device))
+            theta.backward(torch.ones(out_dim, device=place))
             del theta
             optimizer.step()
 
     two_steps(5000, 50)  # compiles kernels, starts threads
-    before = PeakMemory(device).read()
+    before = PeakMemory(place).read()
     if method != candidates.PLAIN:  # a stored matrix counts, what it takes to make it does not
-        candidates.make(method, out_dim, in_dim).rmatvec(torch.zeros(out_dim, device=device))
-    memory = PeakMemory(device)
+        candidates.make(method, out_dim, in_dim).rmatvec(torch.zeros(out_dim, device=place))
+    memory = PeakMemory(place)
     two_steps(out_dim, in_dim)
     return memory.read() - before
 
@@ -74,18 +72,7 @@ def measure(
             if reason := candidates.too_large(method, out_dim, in_dim, device):
                 row["skipped"] = reason
                 continue
-            code = f"from {__name__} import main; main()"
-            command = [sys.executable, "-c", code, method, str(out_dim), str(in_dim), str(device)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
-                raise SubspanError(f"the memory of {method} could not be measured: {last[0]}")
-            row["peak_bytes"] = json.loads(result.stdout)
+            arguments = (method, out_dim, in_dim, str(device))
+            row["peak_bytes"] = apart(peak, *arguments, of=method)
         done(f"memory at D={out_dim:,}, d={in_dim:,}")
     return rows
-
-
-def main() -> None:
-    """Print the peak of PROJECTION, D, d and DEVICE, the arguments of this process, as JSON."""
-    name, out_dim, in_dim, device = sys.argv[1:]
-    print(json.dumps(peak(name, int(out_dim), int(in_dim), torch.device(device))))

@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD
 
 from subspan.lab import nets
-from subspan.lab.bench.steps import SHAPE, training_step, weights_of
+from subspan.lab.bench.steps import SHAPE, a_batch, training_step, weights_of
 from subspan.lab.bench.timing import interleaved
 from subspan.lab.methods.subspace import STORED
 from subspan.optim import RandomBases
@@ -38,8 +38,7 @@ def measure(
     rows = []
     for name in net_names:
         weights = weights_of(name)
-        x = torch.randn(batch_size, *SHAPE, device=device)
-        y = torch.randint(0, 10, (batch_size,), device=device)
+        x, y = a_batch(batch_size, device)
         steps = {}
         for method in (PLAIN, *(m for m in methods if m not in STORED)):
             net = nets.build(name, SHAPE).to(device)

@@ -24,6 +24,12 @@ def weights_of(net: str) -> int:
     return sum(p.numel() for p in nets.build(net, SHAPE).parameters())
 
 
+def a_batch(batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images and classes."""
+    x = torch.randn(batch_size, *SHAPE, device=device)
+    return x, torch.randint(0, 10, (batch_size,), device=device)
+
+
 def training_step(
     net: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: Optimizer | None = None
 ) -> Callable[[], object]:
@@ -60,8 +66,7 @@ def measure(
     rows = []
     for name in net_names:
         weights = weights_of(name)
-        x = torch.randn(batch_size, *SHAPE, device=device)
-        y = torch.randint(0, 10, (batch_size,), device=device)
+        x, y = a_batch(batch_size, device)
         here, steps = {}, {}
         for method in (candidates.PLAIN, *methods):
             row: dict[str, Any] = {

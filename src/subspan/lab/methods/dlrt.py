@@ -114,7 +114,8 @@ class LowRankTraining(Method):
     def ready(self, optimizer: Optimizer) -> bool:
         """An early network that is better because it is larger is not what was asked for."""
         assert isinstance(optimizer, DLRT)
-        small_by = optimizer.freeze_after if optimizer.target_ratio else optimizer.tolerance_warmup
+        rule = optimizer.rule
+        small_by = rule.freeze_after if rule.target_ratio else rule.tolerance_warmup
         return optimizer.steps >= (small_by or 0)
 
     def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:

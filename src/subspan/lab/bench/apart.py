@@ -1,0 +1,33 @@
+"""Memory is measured in processes of their own: what another candidate left does not count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from subspan.errors import SubspanError
+
+CODE = "import json, sys, {m} as m; print(json.dumps(m.{f}(*json.loads(sys.argv[1]))))"
+
+
+def apart(function: Callable[..., Any], *arguments: Any, of: str) -> Any:
+    """What a function returns in a new process.
+
+    Args:
+        function: of a module's top level; arguments and result are such as JSON has.
+        arguments: its own.
+        of: whose memory, for the message if it fails.
+
+    Raises:
+        SubspanError: if it fails, with the last line that it said.
+    """
+    code = CODE.format(m=function.__module__, f=function.__name__)
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
+        raise SubspanError(f"the memory of {of} could not be measured: {last[0]}")
+    return json.loads(result.stdout)

@@ -1,0 +1,135 @@
+"""Which ranks a step of training leaves: by a tolerance, or by a target for the whole network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan.errors import SubspanError
+from subspan.linalg import rank_of
+
+Shapes = Mapping[str, tuple[int, int]]  # (n, m) of every layer
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """When ranks may change and what they become; the arguments are those of ``DLRT``.
+
+    Raises:
+        SubspanError: for a value that makes no sense.
+    """
+
+    tolerance: float | None = None
+    target_ratio: float | None = None
+    min_rank: int = 1
+    max_rank: int | None = None
+    tolerance_warmup: int = 0
+    adapt_from: int = 0
+    rank_every: int = 1
+    freeze_after: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and self.target_ratio is not None:
+            raise SubspanError("give a tolerance or a target_ratio, not both")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise SubspanError(f"tolerance must be in [0, 1), got {self.tolerance}")
+        if self.target_ratio is not None and not 0 < self.target_ratio < 1:
+            raise SubspanError(f"target_ratio must be in (0, 1), got {self.target_ratio}")
+        if self.target_ratio is not None and not self.freeze_after:
+            raise SubspanError("target_ratio needs freeze_after, the steps until it is reached")
+        for name, value in (("min_rank", self.min_rank), ("rank_every", self.rank_every)):
+            if not isinstance(value, int) or value < 1:
+                raise SubspanError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise SubspanError(
+                f"max_rank must be at least min_rank {self.min_rank}, got {self.max_rank}"
+            )
+        for name in ("tolerance_warmup", "adapt_from"):
+            steps = getattr(self, name)
+            if not isinstance(steps, int) or steps < 0:
+                raise SubspanError(f"{name} must be a number of steps >= 0, got {steps!r}")
+        if self.freeze_after is not None and self.freeze_after < 1:
+            raise SubspanError(f"freeze_after must be at least 1 step, got {self.freeze_after}")
+        if self.freeze_after is not None and self.freeze_after <= self.adapt_from:
+            raise SubspanError(
+                f"freeze_after {self.freeze_after} must be later than adapt_from {self.adapt_from}"
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether ranks ever change."""
+        return self.tolerance is not None or self.target_ratio is not None
+
+    def may_change(self, step: int) -> bool:
+        """Whether they may in a step, counted from 0."""
+        frozen = self.freeze_after is not None and step >= self.freeze_after
+        since = step - self.adapt_from
+        return self.adapts and not frozen and since >= 0 and since % self.rank_every == 0
+
+    def ranks(
+        self, step: int, singular_values: Mapping[str, Tensor], shapes: Shapes, begun_with: int
+    ) -> dict[str, int]:
+        """The ranks after a step.
+
+        Args:
+            step: counted from 0.
+            singular_values: of every layer, in descending order.
+            shapes: of every layer's weight.
+            begun_with: Σ r (n + m) before ranks first changed.
+
+        Raises:
+            SubspanError: if ``min_rank`` keeps the network above the target.
+        """
+
+        def by(tolerance: float) -> dict[str, int]:
+            return {
+                name: self._bounded(rank_of(values, tolerance), len(values), shapes[name])
+                for name, values in singular_values.items()
+            }
+
+        if self.target_ratio is None:
+            warmth = min(1.0, (step + 1) / (self.tolerance_warmup + 1))
+            return by((self.tolerance or 0.0) * warmth)
+        return self._within(self._budget(step, shapes, begun_with), by, shapes)
+
+    def _bounded(self, rank: int, known: int, shape: tuple[int, int]) -> int:
+        most = min(known, *shape)
+        if self.max_rank is not None:
+            most = min(most, self.max_rank)
+        return min(max(rank, self.min_rank), most)
+
+    def _budget(self, step: int, shapes: Shapes, begun_with: int) -> float:
+        """Numbers that all layers may have after a step: a cubic from the first to the target."""
+        assert self.freeze_after is not None
+        target = self._target(shapes)
+        # The last of these steps is at the target itself.
+        span = self.freeze_after - 1 - self.adapt_from
+        last = span // self.rank_every * self.rank_every
+        to_go = max(0.0, 1 - (step - self.adapt_from) / last) if last else 0.0
+        return target + max(0.0, begun_with - target) * to_go**3
+
+    def _target(self, shapes: Shapes) -> float:
+        assert self.target_ratio is not None
+        return (1 - self.target_ratio) * sum(math.prod(shape) for shape in shapes.values())
+
+    def _within(
+        self, budget: float, by: Callable[[float], dict[str, int]], shapes: Shapes
+    ) -> dict[str, int]:
+        """Ranks at the least common tolerance that a budget of numbers allows."""
+
+        def numbers(tolerance: float) -> int:
+            return sum(r * sum(shapes[name]) for name, r in by(tolerance).items())
+
+        if numbers(1.0) > budget:
+            raise SubspanError(
+                f"target_ratio {self.target_ratio} leaves {self._target(shapes):,.0f} numbers, but "
+                f"min_rank {self.min_rank} takes {numbers(1.0):,}: lower one of them"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if numbers(middle) > budget else (low, middle)
+        return by(high)
