@@ -50,7 +50,8 @@ Experiment(
     differences=(
         "The parallel integrator with Adam and a one-cycle rate; no epochs of fine-tuning; τ rises "
         "over the first 30 % of the training, and a given size is reached after half of it; biases "
-        "and cores count. quick: two epochs, three tolerances, one seed; full: ten, three seeds."
+        "and cores count. quick: two epochs, three tolerances, one seed; full: three seeds, five epochs at each "
+        "tolerance, ten at each size."
     ),
     published={"tolerance": (PUBLISHED,)},
     sweeps={
@@ -59,7 +60,7 @@ Experiment(
             "size": _sweep("dlrt-ratio", RATIOS, 2, 1, baseline=False),
         },
         "full": {
-            "tolerance": _sweep("dlrt", tuple(TABLE), 10, 3, baseline=True),
+            "tolerance": _sweep("dlrt", tuple(TABLE), 5, 3, baseline=True),
             "size": _sweep("dlrt-ratio", RATIOS, 10, 3, baseline=False),
         },
     },
