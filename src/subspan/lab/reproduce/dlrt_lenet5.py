@@ -50,8 +50,8 @@ Experiment(
     differences=(
         "The parallel integrator with Adam and a one-cycle rate; no epochs of fine-tuning; τ rises "
         "over the first 30 % of the training, and a given size is reached after half of it; biases "
-        "and cores count. quick: two epochs, three tolerances, one seed; full: three seeds, five epochs at each "
-        "tolerance, ten at each size."
+        "and cores count. quick: two epochs, three tolerances, one seed; full: three seeds, five "
+        "epochs at each tolerance, ten at each size."
     ),
     published={"tolerance": (PUBLISHED,)},
     sweeps={
