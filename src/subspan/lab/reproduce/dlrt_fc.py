@@ -33,7 +33,7 @@ Experiment(
         "[176, 170, 171, 174] at τ = 0.03 to [13, 21, 24, 20] at 0.17 (width 500)"
     ),
     differences=(
-        "The parallel integrator, Adam 0.002 and a one-cycle rate, τ from zero over the first 30 %, "
+        "The parallel integrator, Adam 0.002, a one-cycle rate, τ from zero over the first 30 %, "
         "ranks that may change at every tenth step; no τ = 0, which is full rank. Counts of the "
         "published points are not known, so that they stand in the table and not in the picture. "
         "quick: width 500, three epochs, three tolerances, one seed; full: both widths, five "
