@@ -37,6 +37,8 @@ def layers():
 
 
 CASES = list(layers())
+for _layer, _ in CASES:  # a core that is neither diagonal nor symmetric
+    torch.nn.init.normal_(_layer.S)
 EVERY = pytest.mark.parametrize("case", CASES, ids=[str(layer) for layer, _ in CASES])
 
 
