@@ -193,11 +193,17 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     results = {part: json.loads(Path(f"out/{part}/sweep.json").read_text()) for part in parts}
     assert [row["dim"] for row in results["two"]["rows"]] == [7]
     found = {part: records.read(Path("out") / part) for part in parts}
-    axes = bars.summary(found, "All of it").axes[0]
+    [axes] = bars.summary(found, "All of it").axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["one: full", "one: hash, d = 5", "one: hash, d = 30", "two: hash, d = 7"]
     diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert diamonds == pytest.approx([75, 25, 50, 40])
+    [row] = found["two"].rows
+    found["two"] = replace(found["two"], rows=(replace(row, bytes_sent_per_step=(900.0, 1100.0)),))
+    _, sent = bars.summary(found, "All of it").axes
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in sent.patches] == [
+        (3, 1000)
+    ]
     with pytest.raises(SubspanError, match="budget must be quick or full, got 'full'"):
         reproduce("tiny", Path("out"), budget="full")
 

@@ -43,11 +43,8 @@ def figure(sweep: Sweep) -> Figure:
     for axes, (name, words, unit) in zip(panels, _PANELS, strict=True):
         _panel(axes, rows, [[unit * value for value in getattr(row, name)] for row in rows])
         axes.set_xlabel(words)
-        if name != "test_accuracy" and axes.patches:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        if name != "test_accuracy":
+            _logarithmic(axes)
     names = [row.method for row in rows]
     panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()
@@ -58,18 +55,24 @@ def figure(sweep: Sweep) -> Figure:
 def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     """Test accuracies of several sweeps: bars are means over seeds, dots seeds, diamonds published.
 
-    Training on all weights is grey.
+    Training on all weights is grey. Where processes sent each other anything, a second panel shows
+    how much.
     """
     lines = [
         (part, sweep, row)
         for part, sweep in parts.items()
         for row in [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
     ]
-    figure = Figure(figsize=(5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
-    axes = figure.add_subplot()
+    rows = [row for *_, row in lines]
+    sent = any(any(row.bytes_sent_per_step) for row in rows)
+    figure = Figure(figsize=(7.2 if sent else 5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
+    axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
-    accuracies = [[100 * a for a in row.test_accuracy] for *_, row in lines]
-    _panel(axes, [row for *_, row in lines], accuracies)
+    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows])
+    for right in others:
+        _panel(right, rows, [row.bytes_sent_per_step for row in rows])
+        _logarithmic(right)
+        right.set_xlabel("bytes that a process sends per step")
     published = any(sweep.published for sweep in parts.values())
     labels = []
     for place, (part, sweep, row) in enumerate(lines):
@@ -103,6 +106,14 @@ def _panel(axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]]) -
             axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)
     axes.margins(x=0.22)
     axes.grid(False, axis="y")
+
+
+def _logarithmic(axes: Axes) -> None:
+    if axes.patches:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(x: float) -> str:
