@@ -1,6 +1,18 @@
 """Layers whose weights are made of fewer numbers, and how to put them into a network."""
 
+from subspan.layers import recipes
 from subspan.layers.factorize import factorize, merge
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
+from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsConv2d, ProductOfSumsLinear
 
-__all__ = ["LowRank", "LowRankConv2d", "LowRankLinear", "factorize", "merge"]
+__all__ = [
+    "LowRank",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "ProductOfSums",
+    "ProductOfSumsConv2d",
+    "ProductOfSumsLinear",
+    "factorize",
+    "merge",
+    "recipes",
+]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
 from subspan.errors import SubspanError
-
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+from subspan.layers.plain import Convolution, filled, linear
 
 
 class LowRank(nn.Module, ABC):
@@ -174,11 +173,11 @@ class LowRankLinear(LowRank):
 
     def dense(self) -> nn.Linear:
         """``nn.Linear`` with this weight."""
-        return _linear(self.weight, self.bias)
+        return linear(self.weight, self.bias)
 
     def two_factors(self) -> nn.Sequential:
         """(r, m) without a bias, then (n, r)."""
-        return nn.Sequential(_linear(self.V.T, None), _linear(self.U @ self.S, self.bias))
+        return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
 
     def extra_repr(self) -> str:
         """As in ``nn.Linear``."""
@@ -188,7 +187,7 @@ class LowRankLinear(LowRank):
         )
 
 
-class LowRankConv2d(LowRank):
+class LowRankConv2d(LowRank, Convolution):
     """``nn.Conv2d`` with the kernel U S Vᵀ, out × (in·k²): r filters, then a 1×1 convolution.
 
     Args:
@@ -214,32 +213,15 @@ class LowRankConv2d(LowRank):
         dilation: int | tuple[int, int] = 1, bias: bool = True, padding_mode: str = "zeros",
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        # PyTorch's own reading of these arguments, on a layer without values.
-        plain = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation,
-            bias=False, padding_mode=padding_mode, device="meta",  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = (
-            plain.kernel_size,
-            plain.stride,
-            plain.dilation,
-        )
-        self.padding, self.padding_mode = plain.padding, plain.padding_mode
-        # Whatever is not the same number of zeros on both sides is added before the convolution.
-        own = padding_mode != "zeros" or isinstance(plain.padding, str)
-        self._before = tuple(plain._reversed_padding_repeated_twice) if own else ()
+        nn.Module.__init__(self)
+        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
         m = in_channels * math.prod(self.kernel_size)
         super().__init__(out_channels, m, rank, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W')."""
         x, U, S, V, bias = self._inputs(x)
-        if self._before:
-            x = F.pad(
-                x, self._before, "constant" if self.padding_mode == "zeros" else self.padding_mode
-            )
-        padding = (0, 0) if self._before else self.padding
+        x, padding = self.padded(x)
         if self.gradients != "true" and torch.is_grad_enabled():
             how = (self.kernel_size, self.stride, padding, self.dilation)
             return _ConvTangent.apply(x, U, S, V, bias, self.gradients == "core", how)
@@ -257,23 +239,16 @@ class LowRankConv2d(LowRank):
 
     def dense(self) -> nn.Conv2d:
         """``nn.Conv2d`` with this kernel."""
-        return self._convolution(self.weight, self.bias)
+        return self.ordinary(self.weight, self.bias)
 
     def two_factors(self) -> nn.Sequential:
         """Vᵀ as r filters without a bias, then a 1×1 convolution."""
         K = self.U @ self.S
         last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
         return nn.Sequential(
-            self._convolution(self._filters(self.V), None),
-            _filled(last, K[..., None, None], self.bias),
+            self.ordinary(self._filters(self.V), None),
+            filled(last, K[..., None, None], self.bias),
         )
-
-    def _convolution(self, kernel: Tensor, bias: Tensor | None) -> nn.Conv2d:
-        plain = nn.Conv2d(
-            self.in_channels, len(kernel), self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
-            self.dilation, bias=bias is not None, padding_mode=self.padding_mode, device="meta",  # type: ignore[arg-type]
-        )  # fmt: skip
-        return _filled(plain, kernel, bias)
 
     def extra_repr(self) -> str:
         """As in ``nn.Conv2d``."""
@@ -282,20 +257,6 @@ class LowRankConv2d(LowRank):
             f"rank={self.rank}, stride={self.stride}, padding={self.padding}, "
             f"bias={self.bias is not None}"
         )
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    n, m = weight.shape
-    return _filled(nn.Linear(m, n, bias=bias is not None, device="meta"), weight, bias)
-
-
-def _filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
-    """A layer without values gets copies of these."""
-    contiguous = torch.contiguous_format
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=contiguous))
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
 
 
 class _LinearTangent(torch.autograd.Function):

@@ -1,0 +1,67 @@
+"""Ordinary layers with given weights, and how a convolution of ours lies on its input."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """A layer without values gets copies of these."""
+    contiguous = torch.contiguous_format
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=contiguous))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """``nn.Linear`` with copies of a weight (n, m) and a bias (n,)."""
+    n, m = weight.shape
+    return filled(nn.Linear(m, n, bias=bias is not None, device="meta"), weight, bias)
+
+
+class Convolution(nn.Module):
+    """What a layer with a kernel of its own making has of ``nn.Conv2d``: its arguments."""
+
+    def place(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int], padding: str | int | tuple[int, int],
+        dilation: int | tuple[int, int], padding_mode: str,
+    ) -> None:  # fmt: skip
+        """Take the arguments of ``nn.Conv2d``."""
+        # PyTorch's own reading of them, on a layer without values.
+        plain = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation,
+            bias=False, padding_mode=padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = (
+            plain.kernel_size,
+            plain.stride,
+            plain.dilation,
+        )
+        self.padding, self.padding_mode = plain.padding, plain.padding_mode
+        # Whatever is not the same number of zeros on both sides is added before the convolution.
+        own = padding_mode != "zeros" or isinstance(plain.padding, str)
+        self._before = tuple(plain._reversed_padding_repeated_twice) if own else ()
+
+    def padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+        """The input, and the padding that ``F.conv2d`` is still to add."""
+        if not self._before:
+            return x, self.padding
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._before, mode), (0, 0)
+
+    def ordinary(self, kernel: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        """``nn.Conv2d`` with copies of a kernel (out, in, k, k) and a bias."""
+        plain = nn.Conv2d(
+            self.in_channels, len(kernel), self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
+            self.dilation, bias=bias is not None, padding_mode=self.padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+        return filled(plain, kernel, bias)

@@ -1,0 +1,476 @@
+"""Layers whose weight is a product of sums of fixed matrices, W = Πᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ.
+
+Source: Wu, "ProdSumNet: reducing model parameters in deep neural networks via product-of-sums
+matrix decompositions", arXiv 1809.02209, 2018. Only the coefficients a are trained and stored; the
+fixed matrices come from the seed (:mod:`subspan.layers.atoms`).
+
+A product F₁ F₂ … F_k x can be formed in many orders: all factors first, then x; x through one after
+the other; or anything between. :func:`planned` finds the one with the fewest multiply-adds for the
+batch at hand, by dynamic programming over the chain.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from subspan.errors import SubspanError, unknown
+from subspan.families import projection
+from subspan.layers.atoms import Sum, atoms
+from subspan.layers.plain import Convolution, linear
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda a: a, "exp": torch.exp, "sin": torch.sin, "softplus": F.softplus,
+    "square": torch.square, "tanh": torch.tanh,
+}  # fmt: skip
+GAINS = {  # variance of an output over that of an input, of a weight n × m
+    "he": lambda n, m: 2.0,  # He 2015: 2/m for each entry
+    "glorot": lambda n, m: 2 * m / (n + m),  # Glorot 2010
+    "lecun": lambda n, m: 1.0,
+}
+STREAMS = 64  # of a layer: one for each factor, the last for its bias
+
+
+# ---- which order ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an interval of the chain F₁ … F_k x is formed.
+
+    Attributes:
+        cost: multiply-adds.
+        text: what is done, in parentheses; a factor with a dot acts without its matrix.
+        way: "matrix" of one factor, "vectors" (x itself), "product" of two intervals, "apply" one
+            factor to what stands on its right, "apply_t" to what stands on its left.
+        vectors: whether x is in the interval.
+        at: the factor, of those that act or are a matrix.
+        left: the plan of the left part.
+        right: of the right one.
+    """
+
+    cost: int
+    text: str
+    way: str
+    vectors: bool = False
+    at: int = -1
+    left: Plan | None = None
+    right: Plan | None = None
+
+
+def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
+    """The cheapest order for the product of all factors, and of a batch of vectors if there is one.
+
+    Args:
+        sums: F₁ … F_k.
+        batch: vectors on the right; None for the matrix W alone.
+        offset: of the first of them among the layer's factors.
+    """
+    k = len(sums)
+    sizes = [s.n for s in sums] + [sums[-1].m] + ([] if batch is None else [batch])
+    last = k - (batch is None)
+    best: dict[tuple[int, int], Plan] = {
+        (i, i): Plan(s.matrix_cost, s.kind, "matrix", at=i + offset) for i, s in enumerate(sums)
+    }
+    best[k, k] = Plan(0, "x", "vectors", vectors=True)
+    for length in range(1, last + 1):
+        for i in range(last + 1 - length):
+            j = i + length
+            ways = []
+            for cut in range(i, j):
+                left, right = best[i, cut], best[cut + 1, j]
+                cost = sizes[i] * sizes[cut + 1] * sizes[j + 1] + left.cost + right.cost
+                text = f"({left.text} {right.text})"
+                ways.append(Plan(cost, text, "product", right.vectors, left=left, right=right))
+            if (own := sums[i].apply_cost) is not None:
+                right = best[i + 1, j]
+                cost, text = own * sizes[j + 1] + right.cost, f"({sums[i].kind}· {right.text})"
+                ways.append(Plan(cost, text, "apply", right.vectors, i + offset, right=right))
+            if j < k and (own := sums[j].apply_cost) is not None:
+                left = best[i, j - 1]
+                cost, text = own * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
+                ways.append(Plan(cost, text, "apply_t", False, j + offset, left=left))
+            best[i, j] = min(ways, key=lambda plan: plan.cost)
+    return best[0, last]
+
+
+# ---- factors as people write them ----------------------------------------------------------------
+
+
+def described(factor: Any) -> dict[str, Any]:
+    """A factor as a mapping with its ``kind``, from a mapping, a name or a tensor.
+
+    Raises:
+        SubspanError: for anything else.
+    """
+    if isinstance(factor, str):
+        return {"kind": factor}
+    if isinstance(factor, Tensor):
+        return {"kind": "given", "tensor": factor if factor.dim() == 3 else factor.unsqueeze(0)}
+    if isinstance(factor, Mapping) and isinstance(factor.get("kind"), str):
+        return dict(factor)
+    raise SubspanError(
+        f"a factor is a kind of atoms, as 'circulant', or a mapping, as {{'kind': 'rank1', 'p': 8, "
+        f"'inner': 64}}, or a tensor; got {factor!r}"
+    )
+
+
+def chain(
+    n: int, m: int, factors: Sequence[Mapping[str, Any]], seed: int, stream: int
+) -> list[Sum]:
+    """The factors of an n × m weight.
+
+    ``inner`` of a factor is the number of its columns and of the next one's rows; without it a
+    factor is square, and the last one has m columns.
+
+    Raises:
+        SubspanError: for factors that do not chain, and for what a kind cannot be.
+    """
+    if not factors:
+        raise SubspanError("a product of sums needs one factor at least")
+    if len(factors) >= STREAMS:
+        raise SubspanError(f"a product has at most {STREAMS - 1} factors, got {len(factors)}")
+    sums = []
+    rows = n
+    for i, factor in enumerate(factors):
+        options = {k: v for k, v in factor.items() if k not in ("kind", "inner", "f", "fixed")}
+        last = i == len(factors) - 1
+        columns = factor.get("inner", m if last else rows)
+        if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+            raise SubspanError(f"inner of factor {i + 1} must be a size >= 1, got {columns!r}")
+        if last and columns != m:
+            raise SubspanError(
+                f"the factors of a {n} × {m} weight must end with {m} columns, got {columns}"
+            )
+        try:
+            sums.append(
+                atoms(factor["kind"], rows, columns, seed=seed, stream=stream + i, **options)
+            )
+        except SubspanError as error:
+            shape = f"factor {i + 1} of {len(factors)}, {rows} × {columns}, of a {n} × {m} weight"
+            raise SubspanError(f"{shape}: {error}") from None
+        rows = columns
+    return sums
+
+
+def function(name: str) -> Callable[[Tensor], Tensor]:
+    """A scalar function of coefficients: one of `FUNCTIONS`, or "package.module:name".
+
+    Raises:
+        SubspanError: if there is none.
+    """
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    module, colon, attribute = str(name).partition(":")
+    if not colon:
+        raise unknown("function f", name, FUNCTIONS)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SubspanError(f"no function {name!r}: {error}") from None
+    if not callable(found):
+        raise SubspanError(f"{name!r} is no function")
+    return found  # type: ignore[no-any-return]
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+class ProductOfSums(nn.Module, ABC):
+    """A layer with the weight Πᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ, n × m.
+
+    Each factor is a kind of :func:`subspan.layers.atoms.kinds` by name, or a mapping of its
+    ``kind`` and ``inner`` (its columns; see :func:`chain`), ``f`` (see :func:`function`), ``fixed``
+    (coefficients that are 1 and stay), and the kind's own options.
+
+    Attributes:
+        sums: the atoms of F₁ … F_k.
+        shape: n and m.
+        bias: (n,); or fewer numbers that a projection makes n of; or None.
+    """
+
+    def __init__(
+        self, n: int, m: int, factors: Sequence[Any], bias: bool | int, seed: int, stream: int,
+        init: str, device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if init not in GAINS:
+            raise unknown("init", init, GAINS)
+        if not 0 <= stream < 1 << 18:
+            raise SubspanError(f"stream must be in [0, 2^18), got {stream!r}")
+        self.shape, self.seed, self.stream, self.init = (n, m), seed, stream, init
+        self.factors = [described(factor) for factor in factors]
+        first = stream * STREAMS
+        self.sums = chain(n, m, self.factors, seed, first)
+        self._functions = [function(factor.get("f", "identity")) for factor in self.factors]
+        self._plans: dict[int | None, Any] = {}
+        self._constants: list[list[str]] = []
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        for i, (s, factor) in enumerate(zip(self.sums, self.factors, strict=True)):
+            if s.p and not factor.get("fixed"):
+                self.register_parameter(f"a{i}", nn.Parameter(torch.empty(s.p, **like)))
+            else:
+                self.register_buffer(f"a{i}", torch.ones(s.p, **like), persistent=False)
+            self._constants.append([])
+            for j, constant in enumerate(s.constants()):
+                real = constant.is_floating_point()
+                moved = constant.to(device=device, dtype=self._a(i).dtype if real else None)
+                # What a seed makes is in no file; what a user gives must be.
+                self.register_buffer(f"fixed{i}_{j}", moved, persistent=s.kind == "given")
+                self._constants[i].append(f"fixed{i}_{j}")
+        self._bias_of = None
+        if bias is False:
+            self.register_parameter("bias", None)
+        else:
+            if bias is not True:
+                self._bias_of = projection(
+                    "hash", out_dim=n, in_dim=bias, seed=seed, stream=first + STREAMS - 1
+                )
+            self.bias = nn.Parameter(torch.zeros(n if bias is True else bias, **like))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal coefficients at which W keeps variance as ``init`` says; a bias of zero.
+
+        Inner factors keep the variance of what comes in, ‖F‖² = n in expectation; the first with
+        coefficients brings in the gain, and makes up for fixed factors that do not keep it. Exact
+        where f is the identity.
+        """
+        gain = GAINS[self.init](*self.shape)
+        trained = [isinstance(self._a(i), nn.Parameter) for i in range(len(self.sums))]
+        for s, own in zip(self.sums, trained, strict=True):
+            if not own:
+                gain /= s.energy / s.n
+        for i, (s, own) in enumerate(zip(self.sums, trained, strict=True)):
+            if own:
+                self._a(i).normal_(0, math.sqrt(gain * s.n / s.energy))
+                gain = 1.0
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """JSON that, with the coefficients, says what the weight is."""
+        bias = self._bias_of.in_dim if self._bias_of else self.bias is not None
+        factors = []
+        for factor, s in zip(self.factors, self.sums, strict=True):
+            own = {key: value for key, value in factor.items() if key != "tensor"}
+            factors.append(own | ({"p": s.p} if s.kind == "given" else {}))
+        return {
+            "factors": factors, "bias": bias, "seed": self.seed, "stream": self.stream,
+            "init": self.init,
+        }  # fmt: skip
+
+    @property
+    def matrix(self) -> Tensor:
+        """W as a matrix, (n, m), made at each call."""
+        return self._formed(planned(self.sums, None), None)
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W in the shape of the ordinary layer's."""
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """The ordinary layer with this weight."""
+
+    def full_bias(self) -> Tensor | None:
+        """(n,), or None."""
+        return self.bias if self._bias_of is None else self._bias_of.matvec(self.bias)
+
+    def _a(self, i: int) -> Tensor:
+        found: Tensor = getattr(self, f"a{i}")
+        return found
+
+    def _formed(self, plan: Plan, x: Tensor | None) -> Tensor:
+        """An interval of the chain: a matrix; with x in it rows, (B, n) for n × B."""
+        if plan.way == "vectors":
+            assert x is not None
+            return x
+        if plan.way == "product":
+            assert plan.left
+            assert plan.right
+            left, right = self._formed(plan.left, x), self._formed(plan.right, x)
+            return F.linear(right, left) if plan.right.vectors else left @ right
+        s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
+        a = self._a(plan.at)
+        if isinstance(a, nn.Parameter):
+            a = self._functions[plan.at](a)
+        if plan.way == "matrix":
+            return s.matrix(a, *constants)
+        if plan.way == "apply_t":
+            assert plan.left
+            return s.apply_t(self._formed(plan.left, x), a, *constants)
+        assert plan.right
+        y = self._formed(plan.right, x)
+        return s.apply(y, a, *constants) if plan.right.vectors else s.apply(y.T, a, *constants).T
+
+
+class ProductOfSumsLinear(ProductOfSums):
+    """``nn.Linear`` with a product of sums for its weight.
+
+    Args:
+        in_features: m.
+        out_features: n.
+        factors: of W, the leftmost first; see :class:`ProductOfSums`.
+        bias: whether there is one; or how many numbers a projection makes one of.
+        seed: of the fixed matrices, in [0, 2⁶⁴).
+        stream: in [0, 2¹⁸); tells layers of one seed apart.
+        init: "he", "glorot" or "lecun".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        SubspanError: for factors that do not chain, or that cannot be.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, factors: Sequence[Any], bias: bool | int = True,
+        *, seed: int = 0, stream: int = 0, init: str = "he",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.in_features, self.out_features = in_features, out_features
+        super().__init__(
+            out_features, in_features, factors, bias, seed, stream, init, device, dtype
+        )
+
+    def cost(self, batch: int) -> Plan:
+        """How a batch is multiplied, and with how many multiply-adds; ``str(plan.text)`` shows."""
+        if batch not in self._plans:
+            self._plans[batch] = planned(self.sums, batch)
+        found: Plan = self._plans[batch]
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, m) → (…, n)."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._formed(self.cost(len(rows)), rows).view(*x.shape[:-1], self.out_features)
+        bias = self.full_bias()
+        return y if bias is None else y + bias
+
+    @property
+    def weight(self) -> Tensor:
+        """(n, m)."""
+        return self.matrix
+
+    def dense(self) -> nn.Linear:
+        """``nn.Linear`` with this weight."""
+        return linear(self.weight, self.full_bias())
+
+    def extra_repr(self) -> str:
+        """Sizes, and the factors."""
+        return f"{self.in_features}, {self.out_features}, {_factors(self)}"
+
+
+class ProductOfSumsConv2d(ProductOfSums, Convolution):
+    """``nn.Conv2d`` with a product of sums for its kernel, out × (in·k²).
+
+    The last factors make filters, and the first ones a 1×1 convolution of what these give, or all
+    of them one kernel, whatever is cheapest for the number of places.
+
+    Args:
+        in_channels: of the input.
+        out_channels: n.
+        kernel_size: of the filters.
+        factors: as of :class:`ProductOfSumsLinear`, with m = in_channels·k².
+        stride: as in ``nn.Conv2d``.
+        padding: as there.
+        dilation: as there.
+        bias: as of :class:`ProductOfSumsLinear`.
+        padding_mode: as in ``nn.Conv2d``.
+        seed: of the fixed matrices, in [0, 2⁶⁴).
+        stream: in [0, 2¹⁸).
+        init: "he", "glorot" or "lecun".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        SubspanError: for factors that do not chain, or that cannot be.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        factors: Sequence[Any], stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
+        bias: bool | int = True, padding_mode: str = "zeros",
+        *, seed: int = 0, stream: int = 0, init: str = "he",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
+        m = in_channels * math.prod(self.kernel_size)
+        super().__init__(out_channels, m, factors, bias, seed, stream, init, device, dtype)
+
+    def cost(self, places: int) -> tuple[Plan | None, Plan]:
+        """How many places (batch × height × width of the output) are computed.
+
+        Returns:
+            The plan of the 1×1 convolution, or None, and that of the filters.
+        """
+        if places not in self._plans:
+            m, ways = self.shape[1], []
+            for cut in range(len(self.sums)):
+                filters = planned(self.sums[cut:], None, cut)
+                cost = filters.cost + places * self.sums[cut].n * m
+                after = planned(self.sums[:cut], places) if cut else None
+                ways.append((cost + (after.cost if after else 0), cut, after, filters))
+            self._plans[places] = min(ways, key=lambda way: way[:2])[2:]
+        found: tuple[Plan | None, Plan] = self._plans[places]
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) → (B, out, H', W')."""
+        x, padding = self.padded(x)
+        if isinstance(padding, str):  # zeros that are as many on both sides
+            raise AssertionError(padding)
+        sides = (
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, p, d, k, s in zip(
+                x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        after, filters = self.cost(x.shape[0] * math.prod(sides))
+        kernel = self._kernel(self._formed(filters, None))
+        bias = self.full_bias()
+        h = F.conv2d(
+            x, kernel, bias if after is None else None, self.stride, padding, self.dilation
+        )
+        if after is None:
+            return h
+        rows = h.movedim(1, -1)
+        y = self._formed(after, rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], -1)
+        return (y if bias is None else y + bias).movedim(-1, 1)
+
+    def _kernel(self, flat: Tensor) -> Tensor:
+        return flat.reshape(-1, self.in_channels, *self.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in, k, k)."""
+        return self._kernel(self.matrix)
+
+    def dense(self) -> nn.Conv2d:
+        """``nn.Conv2d`` with this kernel."""
+        return self.ordinary(self.weight, self.full_bias())
+
+    def extra_repr(self) -> str:
+        """Sizes, and the factors."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, {_factors(self)}"
+        )
+
+
+def _factors(layer: ProductOfSums) -> str:
+    parts = [f"{s.kind} {s.n}×{s.m} of {s.p}" for s in layer.sums]
+    return f"W = {' · '.join(parts)}, bias={layer.recipe['bias']}"
