@@ -27,6 +27,7 @@ from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers.factorize import factorize_like
 from subspan.layers.lowrank import LowRank
+from subspan.layers.product_of_sums import ProductOfSums, product_of_sums_like
 from subspan.subspace import SubspaceModel
 
 FORMAT = 1
@@ -35,6 +36,7 @@ COORDINATES = "coordinates"
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by kind
     "full": {"extra": dict, "weights": int},
     "lowrank": {"extra": dict, "weights": int, "ranks": dict},
+    "product-of-sums": {"extra": dict, "weights": int, "ranks": dict, "sums": dict},
     "subspace": {
         "extra": dict, "weights": int, "recipe": dict, "init_seed": (int, NoneType),
         "fingerprint": str, "layout": str,
@@ -81,8 +83,11 @@ def save(
         tensors = _stored(model)
         ranks = {name: layer.rank for name, layer in _factored(model).items()}
         header |= {"kind": "full", "weights": count(model).dense}
+        sums = {n: m.recipe for n, m in model.named_modules() if isinstance(m, ProductOfSums)}
         if ranks:
             header |= {"kind": "lowrank", "ranks": ranks}
+        if sums:
+            header |= {"kind": "product-of-sums", "ranks": ranks, "sums": sums}
     try:
         header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
     except TypeError as error:
@@ -161,8 +166,8 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
     if header["kind"] != "subspace":
-        if header["kind"] == "lowrank":
-            network = factorize_like(network, header["ranks"])
+        network = factorize_like(network, header.get("ranks", {}))
+        network = product_of_sums_like(network, header.get("sums", {}))
         restore(network, tensors)
         return network
     drawn = network is net and seed is not None

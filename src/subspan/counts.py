@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from subspan import slots
 from subspan.layers.lowrank import LowRank
+from subspan.layers.product_of_sums import ProductOfSums
 from subspan.subspace import SubspaceModel
 
 
@@ -19,8 +21,10 @@ class Counts:
     Args:
         dense: parameters of the network with every layer dense.
         inference: parameters that are needed to run it: r (n + m) of a factored layer, as
-            ``layers.merge(net, factors=True)`` has them; coordinates of a SubspaceModel.
-        stored: in a checkpoint, with cores of factored layers and buffers that training changed.
+            ``layers.merge(net, factors=True)`` has them; coefficients of a product of sums;
+            coordinates of a SubspaceModel.
+        stored: in a checkpoint, with cores of factored layers and buffers that training changed, or
+            that a user gave.
         training: parameters, their gradients, and the optimizer's state between two steps.
         published: the same as certain papers count it, by name.
     """
@@ -73,6 +77,7 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
         stored = summary.trainable + sum(b.numel() for b in net.changed_buffers().values())
         return Counts(summary.weights, summary.trainable, stored, training + summary.weights)
     factored = [m for m in net.modules() if isinstance(m, LowRank)]
+    sums = [m for m in net.modules() if isinstance(m, ProductOfSums)]
     sizes = [(*layer.shape, layer.rank) for layer in factored]
     rest = numbers - sum(r * (n + m) + r * r for n, m, r in sizes)
     published = {}
@@ -88,8 +93,11 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
             )
             + 2 * matrices,
         }
+    # Their biases are as long as ever, and their coefficients are no weights.
+    whole = sum(math.prod(layer.shape) + layer.bias_length for layer in sums)
+    whole -= sum(p.numel() for layer in sums for p in layer.parameters())
     return Counts(
-        dense=rest + sum(n * m for n, m, _ in sizes),
+        dense=rest + whole + sum(n * m for n, m, _ in sizes),
         inference=rest + sum(r * (n + m) for n, m, r in sizes),
         stored=numbers + buffers,
         training=training,

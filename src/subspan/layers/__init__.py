@@ -3,7 +3,12 @@
 from subspan.layers import recipes
 from subspan.layers.factorize import factorize, merge
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
-from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsConv2d, ProductOfSumsLinear
+from subspan.layers.product_of_sums import (
+    ProductOfSums,
+    ProductOfSumsConv2d,
+    ProductOfSumsLinear,
+    product_of_sums,
+)
 
 __all__ = [
     "LowRank",
@@ -14,5 +19,6 @@ __all__ = [
     "ProductOfSumsLinear",
     "factorize",
     "merge",
+    "product_of_sums",
     "recipes",
 ]

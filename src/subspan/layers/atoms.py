@@ -199,10 +199,14 @@ class Free(Sum, kind="free"):
 
 
 class Given(Sum, kind="given"):
-    """Matrices of the user's, (p, n, m)."""
+    """Matrices of the user's, (p, n, m), which a file must hold."""
 
-    def setup(self, tensor: Tensor) -> None:  # type: ignore[override]
-        """``tensor`` holds them."""
+    def setup(
+        self, tensor: Tensor | None = None, shape: tuple[int, int, int] | None = None
+    ) -> None:
+        """``tensor`` holds them; or only their ``shape`` is known, and a file does."""
+        if tensor is None and shape is not None:
+            tensor = torch.zeros(*shape)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 3:
             raise SubspanError("given matrices must be one floating tensor (p, n, m)")
         if tensor.shape[1:] != (self.n, self.m):
@@ -211,11 +215,12 @@ class Given(Sum, kind="given"):
                 f"{tensor.shape[1]} × {tensor.shape[2]}"
             )
         self._count(tensor.shape[0])
-        self.energy = float(tensor.double().square().sum())
+        self.tensor = tensor
+        self.energy = float(tensor.double().square().sum()) or 1.0
         self.matrix_cost = self.n * self.m * self.p
 
     def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return (self.options["tensor"],)
+        return (self.tensor,)
 
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         return torch.tensordot(a, constants[0], dims=1)
@@ -240,7 +245,8 @@ class Diagonal(Sum, kind="diagonal"):
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         return x * a
 
-    apply_t = apply
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return self.apply(y, a)  # symmetric
 
 
 class Toeplitz(Sum, kind="toeplitz"):
@@ -578,7 +584,8 @@ class Hadamard(Fixed, kind="hadamard"):
             size *= 2
         return x.reshape(shape) / math.sqrt(self.n)
 
-    apply_t = apply  # symmetric
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return self.apply(y, a)  # symmetric
 
 
 class Cosines(Fixed, kind="dct"):
@@ -587,7 +594,7 @@ class Cosines(Fixed, kind="dct"):
     DCT-II; the image has m pixels, or ``channels`` of them: then every channel has n / channels.
     """
 
-    def setup(self, channels: int = 1) -> None:  # type: ignore[override]
+    def setup(self, channels: int = 1) -> None:
         """``channels`` of the image."""
         if not isinstance(channels, int) or channels < 1 or self.n % channels or self.m % channels:
             raise SubspanError(

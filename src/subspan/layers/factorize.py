@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from subspan.compartments import Patterns, matches, select
+from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
+from subspan.layers.places import chosen, places, put, replaced
+from subspan.layers.product_of_sums import ProductOfSums
 from subspan.linalg import rank_of, svd
-from subspan.slots import slots
 
-# The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
-LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 Init = Literal["svd", "random"]
 
 
@@ -67,15 +65,15 @@ def factorize(
             "energy is read off the weight, so it needs init='svd'; or give rank or ratio"
         )
 
-    found = _candidates(net)
+    found = places(net)
     factored = {}
-    for name in _chosen(net, found, targets, exclude):
+    for name in chosen(net, found, targets, exclude):
         layer = found[name].layer
         W = layer.weight.detach().flatten(1)
         wide = W if W.dtype == torch.float64 else W.float()
         best = svd(wide) if init == "svd" else None
         factored[name] = _factored(layer, _rank(name, W.shape, rank, ratio, energy, best), best)
-    return _put(net, found, factored)
+    return put(net, found, factored)
 
 
 def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
@@ -91,7 +89,7 @@ def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     Raises:
         SubspanError: if the network is another one. It is then untouched.
     """
-    found, factored = _candidates(net), {}
+    found, factored = places(net), {}
     modules = dict(net.named_modules())
     for name, r in ranks.items():
         if isinstance(modules.get(name), LowRank):
@@ -99,7 +97,7 @@ def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         if name not in found:
             raise SubspanError(f"the network has no layer {name!r} that could have factors")
         factored[name] = _factored(found[name].layer, r, None)
-    net = _put(net, found, factored)
+    net = put(net, found, factored)
     for name, r in ranks.items():
         layer = net.get_submodule(name)
         assert isinstance(layer, LowRank)
@@ -111,7 +109,7 @@ def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
-    """Put ordinary layers in place of a network's factored ones.
+    """Put ordinary layers in place of a network's factored ones, and of its products of sums.
 
     Nothing of subspan is left in the network; but of an ``nn.MultiheadAttention`` whose projections
     are to be two layers each, :class:`~subspan.layers.attention.Attention` stays. A program of
@@ -120,7 +118,7 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
     Args:
         net: changed in place.
         factors: whether a layer becomes two plain ones, of Vᵀ and of U S, which keeps r (n + m)
-            numbers and products; otherwise one with the dense weight.
+            numbers and products; otherwise one with the dense weight, as a product of sums does.
 
     Returns:
         ``net``; or the ordinary layer, if ``net`` itself is a factored one.
@@ -129,104 +127,23 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
         SubspanError: if there is no factored layer.
     """
     new = {
-        id(layer): layer.two_factors() if factors else layer.dense()
+        id(layer): layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
         for layer in net.modules()
-        if isinstance(layer, LowRank)
+        if isinstance(layer, LowRank | ProductOfSums)
     }
     if not new:
         raise SubspanError("the network has no factored layer to merge")
     for module in net.modules():
         if id(module) in new:
             new[id(module)].train(module.training)
-    net = _replaced(net, new)
+    net = replaced(net, new)
     whole = {
         id(module): module.original()
         for module in net.modules()
         if isinstance(module, Attention)
         and all(type(getattr(module, name)) is nn.Linear for name in PROJECTIONS)
     }
-    return _replaced(net, whole)
-
-
-def _put(net: nn.Module, found: Mapping[str, _Place], factored: Mapping[str, LowRank]) -> nn.Module:
-    """The network with factored layers in their places."""
-    new: dict[int, nn.Module] = {}
-    for name, layer in factored.items():
-        place = found[name]
-        if place.attention is None:
-            new[id(place.layer)] = layer
-        else:
-            setattr(place.attention, place.projection, layer)
-            new[id(place.original)] = place.attention
-    for module in net.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            id(m) in new for m in module.modules()
-        ):
-            module.use_nested_tensor = False  # a fused path that reads weights around `forward`
-    return _replaced(net, new)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A layer that can be factored, and the attention that it would be part of."""
-
-    layer: nn.Linear | nn.Conv2d
-    attention: Attention | None = None
-    projection: str = ""
-    original: nn.MultiheadAttention | None = None
-
-
-def _candidates(net: nn.Module) -> dict[str, _Place]:
-    """Every layer that can be factored, by its first name."""
-    found: dict[str, _Place] = {}
-    inside: set[int] = set()
-    for name, module in net.named_modules():
-        dot = f"{name}." if name else ""
-        if isinstance(module, nn.MultiheadAttention):
-            inside.add(id(module.out_proj))
-            if module.bias_k is None and not module.add_zero_attn:
-                split = Attention(module)
-                for part in PROJECTIONS:
-                    found[dot + part] = _Place(getattr(split, part), split, part, module)
-        elif id(module) not in inside and (
-            type(module) in LINEAR or (type(module) is nn.Conv2d and module.groups == 1)
-        ):
-            found[name] = _Place(module)
-    return found
-
-
-def _chosen(
-    net: nn.Module, found: Mapping[str, _Place], targets: Patterns, exclude: Patterns
-) -> list[str]:
-    """Names of the layers to factor."""
-    paths: dict[int, list[str]] = {}
-    for path, module in net.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    names = {name: paths.get(id(place.layer), [name]) for name, place in found.items()}
-    tied = _tied(net)
-    if targets is None:
-        chosen = {name for name, place in found.items() if id(place.layer.weight) not in tied}
-    else:
-        chosen = select(names, targets, "targets", "layer")
-        for name in sorted(chosen):
-            if id(found[name].layer.weight) in tied:
-                raise SubspanError(f"{name} shares its weight with another module: leave it out")
-    chosen -= select(names, exclude, "exclude", "layer")
-    if not chosen:
-        raise SubspanError(
-            "there is no layer to factorise: expected an nn.Linear, an nn.Conv2d without groups or "
-            f"an nn.MultiheadAttention, the network has {', '.join(found) or 'none'}"
-        )
-    return [name for name in found if name in chosen]
-
-
-def _tied(net: nn.Module) -> set[int]:
-    """Parameters that lie in more than one place."""
-    seen: dict[int, int] = {}
-    for slot in slots(net):
-        module, attribute = slot.find(net)
-        seen[id(module._parameters[attribute])] = seen.get(id(module._parameters[attribute]), 0) + 1
-    return {key for key, times in seen.items() if times > 1}
+    return replaced(net, whole)
 
 
 def _rank(
@@ -283,12 +200,3 @@ def _factored(layer: nn.Linear | nn.Conv2d, r: int, best: tuple[Tensor, ...] | N
     if layer.bias is not None:
         new.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
     return new.train(layer.training)
-
-
-def _replaced(net: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """The network with some modules exchanged, wherever they are used."""
-    for parent in list(net.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]
-    return new.get(id(net), net)

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from subspan.compartments import matches
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import Sum, atoms
+from subspan.layers.places import chosen, places, put
 from subspan.layers.plain import Convolution, linear
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -178,7 +180,7 @@ def function(name: str) -> Callable[[Tensor], Tensor]:
         raise SubspanError(f"no function {name!r}: {error}") from None
     if not callable(found):
         raise SubspanError(f"{name!r} is no function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -264,7 +266,8 @@ class ProductOfSums(nn.Module, ABC):
         factors = []
         for factor, s in zip(self.factors, self.sums, strict=True):
             own = {key: value for key, value in factor.items() if key != "tensor"}
-            factors.append(own | ({"p": s.p} if s.kind == "given" else {}))
+            given = {"shape": [s.p, s.n, s.m]} if s.kind == "given" else {}
+            factors.append(own | given)
         return {
             "factors": factors, "bias": bias, "seed": self.seed, "stream": self.stream,
             "init": self.init,
@@ -283,6 +286,11 @@ class ProductOfSums(nn.Module, ABC):
     @abstractmethod
     def dense(self) -> nn.Module:
         """The ordinary layer with this weight."""
+
+    @property
+    def bias_length(self) -> int:
+        """Of the ordinary layer's bias: n, or 0 without one."""
+        return 0 if self.bias is None else self.shape[0]
 
     def full_bias(self) -> Tensor | None:
         """(n,), or None."""
@@ -474,3 +482,85 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
 def _factors(layer: ProductOfSums) -> str:
     parts = [f"{s.kind} {s.n}×{s.m} of {s.p}" for s in layer.sums]
     return f"W = {' · '.join(parts)}, bias={layer.recipe['bias']}"
+
+
+def product_of_sums(
+    net: nn.Module, rules: Mapping[str, Any], *, bias: bool | int | None = None, seed: int = 0,
+    init: str = "he",
+) -> nn.Module:  # fmt: skip
+    """Put products of sums in place of a network's linear and convolutional layers.
+
+    Their weights begin anew, at random: what the layers had learnt is gone
+    (:func:`subspan.layers.fit` goes the other way).
+
+    Args:
+        net: changed in place.
+        rules: {pattern: factors}, patterns of layers as of :class:`~subspan.SubspaceModel`; the
+            first that fits a layer counts, and a layer that none fits stays. Factors are a list as
+            of :class:`ProductOfSums`, or a function of n and m that gives one.
+        bias: as of :class:`ProductOfSumsLinear`; None for what each layer has.
+        seed: of the fixed matrices; every layer draws its own.
+        init: "he", "glorot" or "lecun".
+
+    Returns:
+        ``net``; or the new layer, if ``net`` itself is one that was replaced.
+
+    Raises:
+        SubspanError: for factors that do not fit a layer, which it names. The network is then
+            untouched.
+    """
+    found = places(net)
+    names = chosen(net, found, list(rules), None)
+    new: dict[str, nn.Module] = {}
+    for stream, name in enumerate(names):
+        factors = next(value for pattern, value in rules.items() if matches(pattern, name))
+        layer = found[name].layer
+        n, m = layer.weight.flatten(1).shape
+        has_bias = layer.bias is not None if bias is None else bias
+        try:
+            factors = factors(n, m) if callable(factors) else factors
+            new[name] = _like(
+                layer, {"factors": factors, "bias": has_bias, "seed": seed, "stream": stream,
+                        "init": init},
+            )  # fmt: skip
+        except SubspanError as error:
+            raise SubspanError(f"layer {name!r}: {error}") from None
+    return put(net, found, new)
+
+
+def product_of_sums_like(net: nn.Module, recipes: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Give exactly these layers these recipes, with any values: to be filled from a checkpoint.
+
+    Args:
+        net: changed in place; its layers are ordinary, or have these recipes already.
+        recipes: of :attr:`ProductOfSums.recipe`, by the layers' full names.
+
+    Raises:
+        SubspanError: if the network is another one. It is then untouched.
+    """
+    found, modules, new = places(net), dict(net.named_modules()), {}
+    for name, recipe in recipes.items():
+        there = modules.get(name)
+        if isinstance(there, ProductOfSums) and there.recipe == recipe:
+            continue
+        if name not in found:
+            raise SubspanError(
+                f"the network has no layer {name!r} that could be this product of sums"
+            )
+        new[name] = _like(found[name].layer, recipe)
+    return put(net, found, new)
+
+
+def _like(layer: nn.Linear | nn.Conv2d, recipe: Mapping[str, Any]) -> ProductOfSums:
+    """A product of sums that lies on its input as a layer does."""
+    options = dict(recipe) | {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    new: ProductOfSums
+    if isinstance(layer, nn.Conv2d):
+        new = ProductOfSumsConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding, dilation=layer.dilation, padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+            **options,
+        )  # fmt: skip
+    else:
+        new = ProductOfSumsLinear(layer.in_features, layer.out_features, **options)
+    return new.train(layer.training)
