@@ -61,6 +61,7 @@ def test_there_is_one_for_every_family():
         "nes",
         "dlrt",
         "dlrt-ratio",
+        "prodsum",
     }
     assert all(how.name == name and how.help for name, how in methods().items())
     assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())

@@ -202,6 +202,7 @@ def test_the_cosines_are_those_of_an_image_in_zigzag_order():
         ("subsample", 5, 4, {}, "subsample picks from 4 coordinates, it cannot give 5"),
         ("permutation", 3, 4, {}, "permutation must be square, got 3 × 4"),
         ("given", 2, 3, {"tensor": torch.ones(1, 3, 2)}, "given matrices must be 2 × 3, got 3 × 2"),
+        ("given", 2, 3, {"tensor": torch.zeros(1, 2, 3)}, "must be finite, and not all zero"),
         ("given", 2, 3, {"tensor": torch.ones(2, 3)}, r"must be one floating tensor \(p, n, m\)"),
         ("convolution", 9, 9, {"height": 3, "width": 3, "kernel": 2}, "odd kernel, got 3 × 3 pix"),
         ("convolution", 9, 8, {"height": 3, "width": 3}, "needs images that divide 9 and 8"),

@@ -72,6 +72,9 @@ def test_the_weight_is_the_product_of_the_factors(name):
     for i, s in enumerate(layer.sums):
         a = getattr(layer, f"a{i}")
         a = a.tanh() if layer.factors[i].get("f") else a
+        if isinstance(a, nn.Parameter) or a.requires_grad:
+            a = layer.scales[i] * a
+        torch.testing.assert_close(layer.coefficients(i), a)
         constants = [getattr(layer, c) for c in layer._constants[i]]
         product = product @ s.matrix(a, *constants)
     torch.testing.assert_close(layer.weight, product)
@@ -200,10 +203,12 @@ def test_a_function_of_ones_own_and_matrices_too():
     layer = ProductOfSumsLinear(
         6, 4, [{"kind": "given", "tensor": given, "f": f"{__name__}:cube"}], dtype=torch.float64
     )
-    torch.testing.assert_close(layer.weight, torch.tensordot(layer.a0**3, given, dims=1))
+    torch.testing.assert_close(
+        layer.weight, layer.scales[0] * torch.tensordot(layer.a0**3, given, dims=1)
+    )
     assert "fixed0_0" in layer.state_dict()
     single = ProductOfSumsLinear(6, 4, [given[0]], dtype=torch.float64)
-    torch.testing.assert_close(single.weight, single.a0 * given[0])
+    torch.testing.assert_close(single.weight, single.coefficients(0) * given[0])
 
 
 class TestRecipes:
@@ -211,20 +216,20 @@ class TestRecipes:
 
     def test_low_rank(self):
         layer = ProductOfSumsLinear(9, 7, recipes.low_rank(2))
-        expected = layer.a0.view(7, 2) @ layer.a1.view(2, 9)
+        expected = layer.coefficients(0).view(7, 2) @ layer.coefficients(1).view(2, 9)
         torch.testing.assert_close(layer.weight, expected)
         assert torch.linalg.matrix_rank(layer.weight) == 2
 
     def test_random_projection(self):
         layer = ProductOfSumsLinear(9, 7, recipes.random_projection(4))
         R = atoms("gaussian", 4, 9, p=1, stream=1).matrix(torch.ones(1))
-        torch.testing.assert_close(layer.weight, layer.a0.view(7, 4) @ R)
+        torch.testing.assert_close(layer.weight, layer.coefficients(0).view(7, 4) @ R)
         assert [n for n, _ in layer.named_parameters()] == ["a0", "bias"]
 
     def test_hashed(self):
         layer = ProductOfSumsLinear(10, 8, recipes.hashed(5))
         assert sorted(layer.weight.abs().unique().tolist()) == pytest.approx(
-            sorted((layer.a0.abs() / math.sqrt(16)).tolist())
+            sorted((layer.coefficients(0).abs() / math.sqrt(16)).tolist())
         )
 
     @pytest.mark.parametrize("block", [None, 3])
@@ -240,7 +245,7 @@ class TestRecipes:
 
         layer = ProductOfSumsLinear(8, 8, recipes.adaptive_fastfood(8))
         H = torch.from_numpy(hadamard(8)).float() / math.sqrt(8)
-        S, G, B = (layer.get_parameter(f"a{i}").diag() for i in (0, 2, 5))
+        S, G, B = (layer.coefficients(i).diag() for i in (0, 2, 5))
         P = torch.eye(8)[layer.fixed3_0]
         torch.testing.assert_close(layer.weight, S @ H @ G @ P @ H @ B)
         inside = ProductOfSumsLinear(6, 5, recipes.adaptive_fastfood(5, 6))
@@ -250,15 +255,15 @@ class TestRecipes:
     @pytest.mark.parametrize("terms", [1, 3])
     def test_kronecker_fc(self, terms):
         layer = ProductOfSumsLinear(10, 6, recipes.kronecker_fc(6, 10, 2, 5, terms))
-        A = layer.a0.view(2, terms, 5).transpose(0, 1)
-        B = layer.a1.view(terms, 3, 2)
+        A = layer.coefficients(0).view(2, terms, 5).transpose(0, 1)
+        B = layer.coefficients(1).view(terms, 3, 2)
         expected = sum(torch.kron(a, b) for a, b in zip(A, B, strict=True))
         torch.testing.assert_close(layer.weight, expected)
 
     def test_convolution(self):
         layer = ProductOfSumsLinear(2 * 20, 3 * 20, recipes.convolution(5, 4))
         x = torch.randn(2, 2, 5, 4)
-        expected = nn.functional.conv2d(x, layer.a0.view(3, 2, 3, 3), padding=1)
+        expected = nn.functional.conv2d(x, layer.coefficients(0).view(3, 2, 3, 3), padding=1)
         torch.testing.assert_close(layer(x.flatten(1)), expected.flatten(1))
 
     def test_what_does_not_divide(self):

@@ -202,10 +202,12 @@ class Given(Sum, kind="given"):
     """Matrices of the user's, (p, n, m), which a file must hold."""
 
     def setup(
-        self, tensor: Tensor | None = None, shape: tuple[int, int, int] | None = None
-    ) -> None:
-        """``tensor`` holds them; or only their ``shape`` is known, and a file does."""
-        if tensor is None and shape is not None:
+        self, tensor: Tensor | None = None, shape: tuple[int, int, int] | None = None,
+        energy: float = 1.0,
+    ) -> None:  # fmt: skip
+        """``tensor`` holds them; or a file does, and only ``shape`` and ``energy`` are known."""
+        known = tensor is not None
+        if shape is not None and not known:
             tensor = torch.zeros(*shape)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 3:
             raise SubspanError("given matrices must be one floating tensor (p, n, m)")
@@ -216,7 +218,9 @@ class Given(Sum, kind="given"):
             )
         self._count(tensor.shape[0])
         self.tensor = tensor
-        self.energy = float(tensor.double().square().sum()) or 1.0
+        self.energy = float(tensor.double().square().sum()) if known else energy
+        if not 0 < self.energy < math.inf:
+            raise SubspanError("given matrices must be finite, and not all zero")
         self.matrix_cost = self.n * self.m * self.p
 
     def constants(self) -> tuple[Tensor, ...]:  # noqa: D102

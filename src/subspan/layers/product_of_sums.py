@@ -187,7 +187,10 @@ def function(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class ProductOfSums(nn.Module, ABC):
-    """A layer with the weight Πᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ, n × m.
+    """A layer with the weight Πᵢ cᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ, n × m.
+
+    The constants cᵢ follow from the shapes and ``init``: with them coefficients are standard normal
+    at first, whatever the atoms are, so that one learning rate suits all factors of all layers.
 
     Each factor is a kind of :func:`subspan.layers.atoms.kinds` by name, or a mapping of its
     ``kind`` and ``inner`` (its columns; see :func:`chain`), ``f`` (see :func:`function`), ``fixed``
@@ -196,6 +199,7 @@ class ProductOfSums(nn.Module, ABC):
     Attributes:
         sums: the atoms of F₁ … F_k.
         shape: n and m.
+        scales: c₁ … c_k; 1 of fixed factors.
         bias: (n,); or fewer numbers that a projection makes n of; or None.
     """
 
@@ -237,11 +241,11 @@ class ProductOfSums(nn.Module, ABC):
                     "hash", out_dim=n, in_dim=bias, seed=seed, stream=first + STREAMS - 1
                 )
             self.bias = nn.Parameter(torch.zeros(n if bias is True else bias, **like))
+        self.scales = self._scales()
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Normal coefficients at which W keeps variance as ``init`` says; a bias of zero.
+    def _scales(self) -> list[float]:
+        """The constant of each factor: with standard normal a, W keeps variance as ``init`` says.
 
         Inner factors keep the variance of what comes in, ‖F‖² = n in expectation; the first with
         coefficients brings in the gain, and makes up for fixed factors that do not keep it. Exact
@@ -252,12 +256,17 @@ class ProductOfSums(nn.Module, ABC):
         for s, own in zip(self.sums, trained, strict=True):
             if not own:
                 gain /= s.energy / s.n
-        for i, (s, own) in enumerate(zip(self.sums, trained, strict=True)):
-            if own:
-                self._a(i).normal_(0, math.sqrt(gain * s.n / s.energy))
-                gain = 1.0
-        if self.bias is not None:
-            self.bias.zero_()
+        scales = []
+        for s, own in zip(self.sums, trained, strict=True):
+            scales.append(math.sqrt(gain * s.n / s.energy) if own else 1.0)
+            gain = 1.0 if own else gain
+        return scales
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Standard normal coefficients, a bias of zero."""
+        for name, p in self.named_parameters(recurse=False):
+            nn.init.zeros_(p) if name == "bias" else nn.init.normal_(p)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -266,7 +275,7 @@ class ProductOfSums(nn.Module, ABC):
         factors = []
         for factor, s in zip(self.factors, self.sums, strict=True):
             own = {key: value for key, value in factor.items() if key != "tensor"}
-            given = {"shape": [s.p, s.n, s.m]} if s.kind == "given" else {}
+            given = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
             factors.append(own | given)
         return {
             "factors": factors, "bias": bias, "seed": self.seed, "stream": self.stream,
@@ -296,6 +305,11 @@ class ProductOfSums(nn.Module, ABC):
         """(n,), or None."""
         return self.bias if self._bias_of is None else self._bias_of.matvec(self.bias)
 
+    def coefficients(self, i: int) -> Tensor:
+        """What factor i has, c f(a), by which its atoms are multiplied; 1 of a fixed one."""
+        a = self._a(i)
+        return self.scales[i] * self._functions[i](a) if isinstance(a, nn.Parameter) else a
+
     def _a(self, i: int) -> Tensor:
         found: Tensor = getattr(self, f"a{i}")
         return found
@@ -311,9 +325,7 @@ class ProductOfSums(nn.Module, ABC):
             left, right = self._formed(plan.left, x), self._formed(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
         s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
-        a = self._a(plan.at)
-        if isinstance(a, nn.Parameter):
-            a = self._functions[plan.at](a)
+        a = self.coefficients(plan.at)
         if plan.way == "matrix":
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
