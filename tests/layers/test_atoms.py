@@ -181,6 +181,22 @@ def test_the_cosines_are_those_of_an_image_in_zigzag_order():
     torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
+def test_random_atoms_are_a_file_format():
+    """docs/format.md: these numbers never change."""
+    u, v = atoms("rank1", 4, 3, p=2, seed=11, stream=5).constants()
+    expected = [-0.2915760278701782, -0.005801324266940355, -0.38758477568626404]
+    assert (2 * u).flatten()[:3].tolist() == expected
+    assert (v * math.sqrt(3)).flatten()[:2].tolist() == pytest.approx(
+        [-1.0745301246643066, -0.6245308518409729], rel=1e-6
+    )
+    h, _ = atoms("displacement", 4, 4, rank=1, seed=11, stream=5).constants()
+    assert (2 * h).flatten()[:3].tolist() == expected
+    [order] = atoms("permutation", 9, 9, seed=11, stream=5).constants()
+    assert order.tolist() == [7, 0, 8, 6, 3, 4, 1, 5, 2]
+    [picked] = atoms("subsample", 4, 20, seed=11, stream=5).constants()
+    assert picked.tolist() == [1, 11, 15, 18]
+
+
 @pytest.mark.parametrize(
     ("kind", "n", "m", "options", "message"),
     [
