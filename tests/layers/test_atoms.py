@@ -185,8 +185,8 @@ def test_random_atoms_are_a_file_format():
     """docs/format.md: these numbers never change."""
     u, v = atoms("rank1", 4, 3, p=2, seed=11, stream=5).constants()
     expected = [-0.2915760278701782, -0.005801324266940355, -0.38758477568626404]
-    assert (2 * u).flatten()[:3].tolist() == expected
-    assert (v * math.sqrt(3)).flatten()[:2].tolist() == pytest.approx(
+    assert (2 * u)[:3, 0].tolist() == expected
+    assert (v * math.sqrt(3))[:2, 0].tolist() == pytest.approx(
         [-1.0745301246643066, -0.6245308518409729], rel=1e-6
     )
     h, _ = atoms("displacement", 4, 4, rank=1, seed=11, stream=5).constants()

@@ -2,6 +2,7 @@
 
 from subspan.layers import recipes
 from subspan.layers.factorize import factorize, merge
+from subspan.layers.fit import approximate, fit, grow
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
 from subspan.layers.product_of_sums import (
     ProductOfSums,
@@ -17,7 +18,10 @@ __all__ = [
     "ProductOfSums",
     "ProductOfSumsConv2d",
     "ProductOfSumsLinear",
+    "approximate",
     "factorize",
+    "fit",
+    "grow",
     "merge",
     "product_of_sums",
     "recipes",

@@ -168,9 +168,10 @@ class RankOne(Sum, kind="rank1"):
         self.apply_cost = (self.n + self.m) * p
 
     def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+        # Vector by vector: with more atoms the first ones stay what they are.
         return (
-            self._normals(self.n, self.p) / math.sqrt(self.n),
-            self._normals(self.m, self.p, column=1) / math.sqrt(self.m),
+            self._normals(self.p, self.n).T / math.sqrt(self.n),
+            self._normals(self.p, self.m, column=1).T / math.sqrt(self.m),
         )
 
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102

@@ -287,6 +287,10 @@ class ProductOfSums(nn.Module, ABC):
         """W as a matrix, (n, m), made at each call."""
         return self._formed(planned(self.sums, None), None)
 
+    def factor(self, i: int) -> Tensor:
+        """F of factor i as a matrix."""
+        return self._formed(planned(self.sums[i : i + 1], None, i), None)
+
     @property
     @abstractmethod
     def weight(self) -> Tensor:
