@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,12 +144,12 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
                 "stage before"
             )
     # Factor by factor first: each new one as near to the old one as it can be.
-    wide, old = copy.deepcopy(new).double(), copy.deepcopy(layer).double()
+    wide, twin = copy.deepcopy(new).double(), copy.deepcopy(layer).double()
     for i in range(len(new.sums)):
         a = wide._a(i)
         if isinstance(a, nn.Parameter):
             nn.init.zeros_(a)
-            _solve(a, functools.partial(wide.factor, i), old.factor(i).detach())
+            _solve(a, functools.partial(wide.factor, i), twin.factor(i).detach())
     with torch.no_grad():
         for name, p in new.named_parameters():
             if name != "bias":
@@ -182,7 +183,7 @@ def _remade(layer: ProductOfSums, factors: Sequence[Any]) -> ProductOfSums:
 
 def fit(
     matrices: Sequence[Tensor], candidates: Sequence[Sequence[Any]], *,
-    measure: Callable[[Tensor], Tensor] | str = "mean", seed: int = 0, sweeps: int = 20,
+    measure: Literal["mean", "maximum"] = "mean", seed: int = 0, sweeps: int = 20,
 ) -> tuple[list[ProductOfSumsLinear], dict[str, Any]]:  # fmt: skip
     """The inverse problem: which factors, with which coefficients, best cover trained matrices.
 
@@ -201,11 +202,9 @@ def fit(
     Raises:
         SubspanError: for matrices of different shapes, none at all, or an unknown measure.
     """
-    measures = {"mean": torch.mean, "maximum": torch.max}
-    if isinstance(measure, str):
-        if measure not in measures:
-            raise SubspanError(f"measure must be mean or maximum, got {measure!r}")
-        measure = measures[measure]
+    measures: dict[str, Callable[[list[float]], float]] = {"mean": statistics.fmean, "maximum": max}
+    if measure not in measures:
+        raise SubspanError(f"measure must be mean or maximum, got {measure!r}")
     if not matrices or not candidates:
         raise SubspanError("fit needs one matrix and one list of factors at least")
     shapes = {tuple(matrix.shape) for matrix in matrices}
@@ -220,7 +219,7 @@ def fit(
             layer = ProductOfSumsLinear(m, n, factors, bias=False, seed=seed, dtype=matrix.dtype)
             errors.append(approximate(layer, matrix, sweeps=sweeps))
             layers.append(layer)
-        value = float(measure(torch.tensor(errors)))
+        value = measures[measure](errors)
         tried.append(value)
         if best is None or value < best[0]:
             report = {"factors": layers[0].recipe["factors"], "errors": errors}
