@@ -103,8 +103,9 @@ def _by_rank(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.axvline(even, color=_ONE, linewidth=0.8, linestyle="--")
         word = f"a step breaks even at rank {even:,.0f}" if known else "no break-even up to here"
         axes.annotate(
-            word, (even, 1), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=5.5
-        )
+            word, (even, 0.03), xycoords=axes.get_xaxis_transform(), xytext=(-3, 0),
+            textcoords="offset points", ha="right", fontsize=5.5,
+        )  # fmt: skip
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
