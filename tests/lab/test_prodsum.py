@@ -30,14 +30,14 @@ def test_by_command(cli, in_tmp_path):
 def test_factors_from_a_file(cli, in_tmp_path):
     Path("run.yaml").write_text(
         "factors:\n"
-        "  fc1: [{kind: free, inner: 9}, {kind: dct}]\n"
+        "  fc1: [{kind: free, inner: p}, {kind: dct}]\n"
         "  fc2: [{kind: rank1, p: p}]\n"
         "bias: 4\n"
     )
     said = cli(*TRAIN, "--config", "run.yaml", "--p", 7)
     assert (said.code, said.err) == (0, "")
     record = json.loads(Path("run/record.json").read_text())
-    assert record["trainable_parameters"] == 16 * 9 + 7 + 2 * 4
+    assert record["trainable_parameters"] == 16 * 7 + 7 + 2 * 4
 
 
 def test_a_sweep_over_p(cli, in_tmp_path):
@@ -61,7 +61,7 @@ def test_a_sweep_over_p(cli, in_tmp_path):
         (["--p", "5", "--bias", "100"], "d=100 does not fit in D=16"),
         (["--p", "5", "--scale", "kaiming"], "unknown init 'kaiming'"),
         (["--factors", "{fc1: [circulant]}"], "layer 'fc1': factor 1 of 1.*must be square, got 16"),
-        (["--factors", "{fc1: [{kind: hash, p: p}]}"], "a factor says p: p, but no --p is given"),
+        (["--factors", "{fc1: [{kind: hash, p: p}]}"], "a factor says p, but no --p is given"),
         (["--factors", "{fc9: [free]}"], "unknown pattern in targets .*'fc9'"),
         (["--factors", "{fc1: [free]}", "--atoms", "hash"], "give --atoms, .* or --factors, not"),
     ],

@@ -48,9 +48,9 @@ def test_the_published_ones():
         "dlrt-timing",
         "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
         "gressmann-table1-fashion",
-        "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark",
+        "li-mnist-lenet", "minut-mnist-mlp", "minut-sparse-benchmark", "prodsumnet-linear",
     ]  # fmt: skip
-    *_, distributed, table, fashion, li, minut, kinds = experiments().values()
+    *_, distributed, table, fashion, li, minut, kinds, _ = experiments().values()
     assert {part: rows[-1].baseline for part, rows in table.published.items()} == {
         "fc-mnist": 0.9827, "fc-cifar10": 0.5209, "cnn-mnist": 0.9941, "cnn-cifar10": 0.814,
         "cnn-cifar10-fpd": 0.814,
@@ -150,6 +150,7 @@ def test_the_networks_have_the_published_size(name, real_data):
         "li-mnist-lenet": 44_426,
         "minut-mnist-mlp": 159_010,
         "minut-sparse-benchmark": 472_610,
+        "prodsumnet-linear": 7_850,
         "gressmann-table1": 101_770,
         "gressmann-distributed": 101_770,
         "gressmann-compartments": 93_322,

@@ -10,6 +10,7 @@ from subspan.layers.product_of_sums import (
     ProductOfSumsLinear,
     product_of_sums,
 )
+from subspan.layers.spectral import SpectralFilters
 
 __all__ = [
     "LowRank",
@@ -18,6 +19,7 @@ __all__ = [
     "ProductOfSums",
     "ProductOfSumsConv2d",
     "ProductOfSumsLinear",
+    "SpectralFilters",
     "approximate",
     "factorize",
     "fit",

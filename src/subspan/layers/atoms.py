@@ -620,9 +620,7 @@ class Cosines(Fixed, kind="dct"):
         self.matrix_cost = self.n * self.m
 
     def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
-        k = torch.arange(self.side, dtype=torch.float64)
-        one = torch.cos(math.pi / self.side * k[:, None] * (k + 0.5)) * math.sqrt(2 / self.side)
-        one[0] /= math.sqrt(2)
+        one = cosines(self.side)
         order = zigzag(self.side)[: self.n // self.channels]
         rows = [(one[i][:, None] * one[j]).flatten() for i, j in order]
         return (torch.stack(rows).float(),)
@@ -632,6 +630,14 @@ class Cosines(Fixed, kind="dct"):
 
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         return (y.unflatten(-1, (self.channels, -1)) @ constants[0]).flatten(-2)
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal DCT-II, (size, size) in float64: row k has frequency k."""
+    k = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * k[:, None] * (k + 0.5)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
 
 
 def zigzag(side: int) -> list[tuple[int, int]]:

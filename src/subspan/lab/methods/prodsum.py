@@ -18,7 +18,7 @@ class ProductsOfSums(Method):
 
     axis = "p"
     options = (
-        Option("p", int, "atoms of a sum: of each layer, or where --factors say p: p"),
+        Option("p", int, "atoms of a sum: of each layer, or whatever --factors call p, as in p: p"),
         Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
         Option(
             "factors", dict[str, list[Any]],
@@ -71,12 +71,12 @@ def _number(p: Any) -> int:
 
 
 def _filled(factor: Any, p: int | None) -> Any:
-    """A factor with the number of atoms in the place of the word."""
-    if not isinstance(factor, Mapping) or factor.get("p") != "p":
+    """A factor with the number in the place of the word: of atoms (p: p), say, or inner: p."""
+    if not isinstance(factor, Mapping) or "p" not in factor.values():
         return factor
     if p is None:
-        raise SubspanError("a factor says p: p, but no --p is given")
-    return {**factor, "p": p}
+        raise SubspanError(f"a factor says p, but no --p is given: {dict(factor)}")
+    return {key: p if value == "p" else value for key, value in factor.items()}
 
 
 ProductsOfSums("prodsum", "layers that are products of sums of fixed matrices (Wu 2018)")

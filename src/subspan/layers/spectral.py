@@ -1,0 +1,107 @@
+"""Filters that multiply the cosine spectrum of an image: a network without convolutions.
+
+Source: Wu, "ProdSumNet", arXiv 1809.02209, 2018, section 6. A filter bank is diagonal in the
+spectrum, so that its weight is a product of sums with few numbers:
+
+    Y_o = Cᵀ R (Σ_c H_oc ⊙ (C X_c Cᵀ)) Rᵀ C,        H_o = Σⱼ a_oj D_j
+
+C is the orthonormal DCT-II, D_j a tuple of random diagonals, one for each channel, shared by all
+filters, and R cuts off high frequencies: a reduction of the image without aliasing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.families import projection
+from subspan.layers.atoms import cosines
+
+
+class SpectralFilters(nn.Module):
+    """A bank of filters in the cosine spectrum, each a sum of p random diagonal tuples.
+
+    Args:
+        in_channels: of the input.
+        out_channels: filters.
+        size: height and width of the images, one number if they are equal.
+        p: coefficients of a filter.
+        out_size: of the output: lower than ``size``, the lowest frequencies only.
+        bias: whether there is one, a number for each filter.
+        family: of :func:`subspan.projections`, of which the D_j are columns.
+        seed: of the D_j, in [0, 2⁶⁴).
+        stream: in [0, 2²⁴); tells layers of one seed apart.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        SubspanError: for sizes that do not fit.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int | tuple[int, int], p: int,
+        out_size: int | tuple[int, int] | None = None, bias: bool = True, *,
+        family: str = "rademacher", seed: int = 0, stream: int = 0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        size = (size, size) if isinstance(size, int) else size
+        out_size = size if out_size is None else out_size
+        out_size = (out_size, out_size) if isinstance(out_size, int) else out_size
+        if not all(1 <= out <= side for out, side in zip(out_size, size, strict=True)):
+            raise SubspanError(f"out_size must be at most {size}, the image's, got {out_size}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.size, self.out_size, self.p = size, out_size, p
+        numbers = in_channels * math.prod(out_size)
+        self.atoms = projection(family, out_dim=numbers, in_dim=p, seed=seed, stream=stream)
+        # Columns of P have norm 1: so standard normal coefficients keep variance twofold (He).
+        self.scale = math.sqrt(2 / in_channels * numbers / p)
+        like = {"device": device, "dtype": dtype}
+        # A vector, so that nobody takes it for a weight with fans.
+        self.a = nn.Parameter(torch.empty(out_channels * p, **like))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.empty(out_channels, **like)) if bias else None  # type: ignore[arg-type]
+        real = dtype or torch.get_default_dtype()
+        for i, (side, out) in enumerate(zip(size, out_size, strict=True)):
+            for name, C in (("analysis", cosines(side)[:out]), ("synthesis", cosines(out))):
+                self.register_buffer(f"_{name}{i}", C.to(device, real), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Standard normal coefficients, a bias of zero."""
+        self.a.normal_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def filters(self) -> Tensor:
+        """H, (out, in, height, width) of the output's size."""
+        rows = [self.atoms.matvec(a) for a in self.a.view(-1, self.p)]
+        return self.scale * torch.stack(rows).view(
+            self.out_channels, self.in_channels, *self.out_size
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, height, width) → (B, out, height', width') of ``out_size``."""
+        if x.shape[-3:] != (self.in_channels, *self.size):
+            raise SubspanError(
+                f"expected images of {self.in_channels} × {self.size[0]} × {self.size[1]}, got "
+                f"{' × '.join(map(str, x.shape[-3:]))}"
+            )
+        spectrum = self.get_buffer("_analysis0") @ x @ self.get_buffer("_analysis1").T
+        # For every frequency a small matrix: filters × channels.
+        y = torch.einsum("bcuv,ocuv->bouv", spectrum, self.filters)
+        # A spectrum of fewer pixels is that of an image so many times as dark.
+        y = self.get_buffer("_synthesis0").T @ y @ self.get_buffer("_synthesis1")
+        y = y * math.sqrt(math.prod(self.out_size) / math.prod(self.size))
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, size={self.size}, p={self.p}, "
+            f"out_size={self.out_size}, {self.atoms.family}"
+        )
