@@ -53,10 +53,11 @@ def figure(sweep: Sweep) -> Figure:
 
 @styled
 def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
-    """Test accuracies of several sweeps: bars are means over seeds, dots seeds, diamonds published.
+    """Test accuracies of several sweeps: discs are means over seeds, dots the seeds.
 
-    Training on all weights is grey. Where processes sent each other anything, a second panel shows
-    how much.
+    Diamonds are published, training on all weights is grey. There are no bars: they would have to
+    begin at zero, and hide in their length what the rows differ by. Where processes sent each other
+    anything, a second panel shows how much.
     """
     lines = [
         (part, sweep, row)
@@ -68,7 +69,7 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     figure = Figure(figsize=(7.2 if sent else 5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
     axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
-    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows])
+    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows], bars=False)
     for right in others:
         _panel(right, rows, [row.bytes_sent_per_step for row in rows])
         _logarithmic(right)
@@ -91,15 +92,20 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]]) -> None:
-    """A bar for every row with values, and its number at its end."""
+def _panel(
+    axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]], bars: bool = True
+) -> None:
+    """A bar or a disc for every row with values, and its number behind it."""
     for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
         if not seeds or min(seeds) <= 0:
             continue
         colour = _MEASURED if row.dim else _BASELINE
-        axes.barh(place, mean(seeds), 0.7, color=colour)
+        if bars:
+            axes.barh(place, mean(seeds), 0.7, color=colour)
+        else:
+            axes.plot(mean(seeds), place, "o", color=colour, markersize=4)
         axes.annotate(
-            _plain(mean(seeds)), (mean(seeds), place), xytext=(2, 0),
+            _plain(mean(seeds)), (max(seeds), place), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=5.5,
         )  # fmt: skip
         if len(seeds) > 1:
