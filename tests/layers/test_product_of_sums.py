@@ -80,6 +80,21 @@ def test_the_weight_is_the_product_of_the_factors(name):
     torch.testing.assert_close(layer.weight, product)
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_compilers_and_mixed_precision(name):
+    torch.compiler.reset()
+    layer = ProductOfSumsLinear(16, 6, CHAINS[name])
+    x = torch.randn(4, 16)
+    y = layer(x).detach()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x).detach(), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer(x.bfloat16())
+    half.float().sum().backward()
+    assert (half.detach() - y).norm() < 0.05 * y.norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
 CONVOLUTIONS = [
     ({}, [{"kind": "free", "inner": 4}, {"kind": "gaussian", "p": 6}]),
     ({"stride": 2, "padding": 1}, [{"kind": "rank1", "p": 2}]),

@@ -324,8 +324,8 @@ class ProductOfSums(nn.Module, ABC):
             assert x is not None
             return x
         if plan.way == "product":
-            assert plan.left
-            assert plan.right
+            assert plan.left is not None
+            assert plan.right is not None
             left, right = self._formed(plan.left, x), self._formed(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
         s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
@@ -333,9 +333,9 @@ class ProductOfSums(nn.Module, ABC):
         if plan.way == "matrix":
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
-            assert plan.left
+            assert plan.left is not None
             return s.apply_t(self._formed(plan.left, x), a, *constants)
-        assert plan.right
+        assert plan.right is not None
         y = self._formed(plan.right, x)
         return s.apply(y, a, *constants) if plan.right.vectors else s.apply(y.T, a, *constants).T
 
@@ -457,13 +457,11 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
         x, padding = self.padded(x)
         if isinstance(padding, str):  # zeros that are as many on both sides
             raise AssertionError(padding)
-        sides = (
-            (side + 2 * p - d * (k - 1) - 1) // s + 1
-            for side, p, d, k, s in zip(
-                x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        )
-        after, filters = self.cost(x.shape[0] * math.prod(sides))
+        places = x.shape[0]
+        geometry = (x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride)
+        for side, p, d, k, s in zip(*geometry, strict=True):
+            places *= (side + 2 * p - d * (k - 1) - 1) // s + 1
+        after, filters = self.cost(places)
         kernel = self._kernel(self._formed(filters, None))
         bias = self.full_bias()
         h = F.conv2d(
