@@ -67,6 +67,10 @@ class Plan:
     left: Plan | None = None
     right: Plan | None = None
 
+    def __str__(self) -> str:
+        """What is done, and how much that is."""
+        return f"{self.text}: {self.cost:,} multiply-adds"
+
 
 def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
     """The cheapest order for the product of all factors, and of a batch of vectors if there is one.
@@ -369,7 +373,7 @@ class ProductOfSumsLinear(ProductOfSums):
         )
 
     def cost(self, batch: int) -> Plan:
-        """How a batch is multiplied, and with how many multiply-adds; ``str(plan.text)`` shows."""
+        """How a batch is multiplied, and with how many multiply-adds: print it."""
         if batch not in self._plans:
             self._plans[batch] = planned(self.sums, batch)
         found: Plan = self._plans[batch]
