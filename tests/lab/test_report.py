@@ -317,7 +317,12 @@ def test_at_a_single_d_methods_are_compared_by_bars(tmp_path):
     assert widths[1] == pytest.approx([500, 500])  # not recorded: no bar
     assert widths[2] == pytest.approx([3, 5, 3])
     assert widths[3] == pytest.approx([31, 31, 31])
-    assert [axes.get_xscale() for axes in (accuracy, step)] == ["linear", "log"]
+    assert [axes.get_xscale() for axes in (accuracy, memory, step)] == ["linear"] * 3
+    raw["rows"].append(row("stored-coo", 300, [0.70], seconds_per_step=[0.5]))
+    scales = [axes.get_xscale() for axes in bars.figure(read_sweep(tmp_path, raw)).axes]
+    assert scales == ["linear", "linear", "log", "linear"]  # 3 ms and 500 ms
+    raw["rows"].pop()
+    read_sweep(tmp_path, raw)
     names = [label.get_text() for label in accuracy.get_yticklabels()]
     assert names == ["full", "hash", "fastfood"]
     assert accuracy.get_ylim()[0] > accuracy.get_ylim()[1]  # from above to below

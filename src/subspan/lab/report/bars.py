@@ -8,6 +8,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.lab.report.curves import title
@@ -15,8 +16,8 @@ from subspan.lab.report.pictures import styled
 from subspan.lab.report.records import Row, Sweep
 
 CAPTION = (
-    "What each method reaches and costs at this d: means over seeds, dots are the seeds. The costs "
-    "stand on logarithmic axes; training on all weights is grey."
+    "What each method reaches and costs at this d: means over seeds, dots are the seeds. Costs "
+    "that are far apart stand on logarithmic axes; training on all weights is grey."
 )
 _MEASURED, _BASELINE = "#0072B2", "0.55"
 _PANELS = (  # field of a row, what is written under its panel, and its unit
@@ -115,7 +116,9 @@ def _panel(
 
 
 def _logarithmic(axes: Axes) -> None:
-    if axes.patches:
+    """A logarithmic axis, where bars are too unlike for one that begins at zero."""
+    widths = [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)]
+    if widths and max(widths) >= 20 * min(widths):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
