@@ -70,33 +70,42 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     figure = Figure(figsize=(7.2 if sent else 5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
     axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
-    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows], bars=False)
+    points = [[100 * a for a in _published(sweep, row)] for _, sweep, row in lines]
+    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows], points, bars=False)
+    for place, known in enumerate(points):
+        for accuracy in known:
+            axes.plot(accuracy, place, "D", color="#D55E00", markersize=3)
     for right in others:
         _panel(right, rows, [row.bytes_sent_per_step for row in rows])
         _logarithmic(right)
         right.set_xlabel("bytes that a process sends per step")
-    published = any(sweep.published for sweep in parts.values())
     labels = []
-    for place, (part, sweep, row) in enumerate(lines):
+    for part, _, row in lines:
         at = f" at {row.label}" if row.ranks else f", d = {row.label}"
-        name = row.method + (at if row.dim else "")
-        labels.append(f"{part}: {name}")
-        for source in sweep.published:
-            here: int | str = row.label if source.labels else row.dim
-            points = dict(zip(source.labels or source.dims, source.accuracy, strict=True))
-            found = source.baseline if row.dim == 0 else points.get(here)
-            if found is not None and (row.dim == 0 or source.method in (None, row.method)):
-                axes.plot(100 * found, place, "D", color="#D55E00", markersize=3)
+        labels.append(f"{part}: {row.method}" + (at if row.dim else ""))
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if published else ""))
+    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if any(points) else ""))
     return figure
 
 
+def _published(sweep: Sweep, row: Row) -> list[float]:
+    """The published accuracies that a row is to be compared with."""
+    found = []
+    for source in sweep.published:
+        here: int | str = row.label if source.labels else row.dim
+        points = dict(zip(source.labels or source.dims, source.accuracy, strict=True))
+        value = source.baseline if row.dim == 0 else points.get(here)
+        if value is not None and (row.dim == 0 or source.method in (None, row.method)):
+            found.append(value)
+    return found
+
+
 def _panel(
-    axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]], bars: bool = True
-) -> None:
-    """A bar or a disc for every row with values, and its number behind it."""
+    axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]],
+    others: Sequence[Sequence[float]] = (), *, bars: bool = True,
+) -> None:  # fmt: skip
+    """A bar or a disc for every row with values, and its number behind it and its other points."""
     for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
         if not seeds or min(seeds) <= 0:
             continue
@@ -106,7 +115,8 @@ def _panel(
         else:
             axes.plot(mean(seeds), place, "o", color=colour, markersize=4)
         axes.annotate(
-            _plain(mean(seeds)), (max(seeds), place), xytext=(4, 0),
+            _plain(mean(seeds)), (max([*seeds, *(others[place] if others else ())]), place),
+            xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=5.5,
         )  # fmt: skip
         if len(seeds) > 1:
