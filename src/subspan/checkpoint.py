@@ -166,8 +166,10 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
     if header["kind"] != "subspace":
-        network = factorize_like(network, header.get("ranks", {}))
-        network = product_of_sums_like(network, header.get("sums", {}))
+        if ranks := header.get("ranks"):
+            network = factorize_like(network, ranks)
+        if sums := header.get("sums"):
+            network = product_of_sums_like(network, sums)
         restore(network, tensors)
         return network
     drawn = network is net and seed is not None

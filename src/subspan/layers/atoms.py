@@ -84,14 +84,15 @@ class Sum(ABC):
         """What every product needs, made from the seed."""
         return ()
 
-    @abstractmethod
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
-        """M(a), (n, m).
+        """M(a), (n, m); by default what :meth:`apply` makes of the identity.
 
         Args:
             a: (p,); of a fixed matrix anything with the device and dtype wanted.
             constants: of :meth:`constants`.
         """
+        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
+        return self.apply(eye, a, *constants).T
 
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a) x for rows: (…, m) → (…, n)."""
@@ -373,9 +374,6 @@ class Displacement(Sum, kind="displacement"):
         w = torch.complex(turn[0], turn[1])
         return torch.fft.fft(a.view(self.rank, self.n)), torch.fft.fft(h * w), w
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
-        return self.apply(torch.eye(self.n, dtype=a.dtype, device=a.device), a, *constants).T
-
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         circulant, skew, w = self._parts(a, constants)
         inner = torch.fft.ifft(torch.fft.fft(x * w).unsqueeze(-2) * skew) * w.conj()
@@ -479,9 +477,6 @@ class Shifts(Sum, kind="convolution"):
     def _kernel(self, a: Tensor) -> Tensor:
         return a.view(self.out, self.inside, self.kernel, self.kernel)
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
-        return self.apply(torch.eye(self.m, dtype=a.dtype, device=a.device), a).T
-
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         images = x.reshape(-1, self.inside, *self.image)
         y = F.conv2d(images, self._kernel(a), padding=self.kernel // 2)
@@ -500,10 +495,6 @@ class Fixed(Sum):
     """One matrix, without a coefficient."""
 
     p = 0
-
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
-        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
-        return self.apply(eye, a, *constants).T
 
 
 class Selection(Fixed):

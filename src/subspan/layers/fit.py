@@ -18,12 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.layers.product_of_sums import (
-    ProductOfSums,
-    ProductOfSumsConv2d,
-    ProductOfSumsLinear,
-    described,
-)
+from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear, remade
 
 
 def approximate(
@@ -132,7 +127,7 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
     Raises:
         SubspanError: if the new one is smaller in any factor, or cannot be.
     """
-    new = _remade(layer, factors)
+    new = remade(layer, layer.recipe | {"factors": factors})
     if len(new.sums) != len(layer.sums):
         raise SubspanError(
             f"a stage keeps the number of factors, {len(layer.sums)}, got {len(new.sums)}"
@@ -161,24 +156,6 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
     if not exact:
         approximate(new, target, sweeps=sweeps)
     return new
-
-
-def _remade(layer: ProductOfSums, factors: Sequence[Any]) -> ProductOfSums:
-    """A layer like this one with other factors."""
-    recipe = layer.recipe | {"factors": [described(factor) for factor in factors]}
-    like = next(layer.parameters())
-    recipe |= {"device": like.device, "dtype": like.dtype}
-    new: ProductOfSums
-    if isinstance(layer, ProductOfSumsConv2d):
-        new = ProductOfSumsConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding, dilation=layer.dilation, padding_mode=layer.padding_mode,  # type: ignore[arg-type]
-            **recipe,
-        )  # fmt: skip
-    else:
-        n, m = layer.shape
-        new = ProductOfSumsLinear(m, n, **recipe)
-    return new.train(layer.training)
 
 
 def fit(

@@ -537,7 +537,7 @@ def product_of_sums(
         has_bias = layer.bias is not None if bias is None else bias
         try:
             factors = factors(n, m) if callable(factors) else factors
-            new[name] = _like(
+            new[name] = remade(
                 layer, {"factors": factors, "bias": has_bias, "seed": seed, "stream": stream,
                         "init": init},
             )  # fmt: skip
@@ -565,20 +565,23 @@ def product_of_sums_like(net: nn.Module, recipes: Mapping[str, Mapping[str, Any]
             raise SubspanError(
                 f"the network has no layer {name!r} that could be this product of sums"
             )
-        new[name] = _like(found[name].layer, recipe)
+        new[name] = remade(found[name].layer, recipe)
     return put(net, found, new)
 
 
-def _like(layer: nn.Linear | nn.Conv2d, recipe: Mapping[str, Any]) -> ProductOfSums:
-    """A product of sums that lies on its input as a layer does."""
-    options = dict(recipe) | {"device": layer.weight.device, "dtype": layer.weight.dtype}
+def remade(
+    layer: nn.Linear | nn.Conv2d | ProductOfSums, recipe: Mapping[str, Any]
+) -> ProductOfSums:
+    """A product of sums of a recipe that lies on its input as a layer does, with first values."""
+    like = next(layer.parameters())
+    options = dict(recipe) | {"device": like.device, "dtype": like.dtype}
     new: ProductOfSums
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d | ProductOfSumsConv2d):
         new = ProductOfSumsConv2d(
             layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,  # type: ignore[arg-type]
             padding=layer.padding, dilation=layer.dilation, padding_mode=layer.padding_mode,  # type: ignore[arg-type]
             **options,
         )  # fmt: skip
     else:
-        new = ProductOfSumsLinear(layer.in_features, layer.out_features, **options)
+        new = ProductOfSumsLinear(layer.in_features, layer.out_features, **options)  # type: ignore[arg-type]
     return new.train(layer.training)
