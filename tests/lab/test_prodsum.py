@@ -52,16 +52,70 @@ def test_a_sweep_over_p(cli, in_tmp_path):
     assert rows[1]["mean_test_accuracy"] > rows[0]["mean_test_accuracy"]
 
 
+def test_stages(cli, in_tmp_path):
+    """Grows by the shares of the epochs; the file and the record are the last stage's."""
+    said = cli(*TRAIN, "--stages", "6,24,96", "--epochs", 9, "--lr", 0.1, "--plateau", 9)
+    assert (said.code, said.err) == (0, "")
+    record = json.loads(Path("run/record.json").read_text())
+    rows = record["history"]
+    assert [row["trainable_parameters"] for row in rows] == [
+        2 * p + 26 for p in (6, 6, 6, 24, 24, 24, 96, 96, 96)
+    ]
+    # Nothing is lost by growing: of `hash` the smaller net is one of the larger ones.
+    accuracy = [row["val_accuracy"] for row in rows]
+    assert accuracy[2] < accuracy[5] < accuracy[8]
+    assert rows[6]["train_loss"] < rows[4]["train_loss"]
+    # The schedule begins again with every stage.
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[0] == pytest.approx(rates[3]) == pytest.approx(rates[6])
+    assert record["trainable_parameters"] == 2 * 96 + 26
+    assert record["best_epoch"] >= 7
+    sums = checkpoint.inspect("run/model.safetensors")["sums"]
+    assert [layer["factors"][0]["p"] for layer in sums.values()] == [96, 96]
+    said = cli("eval", "run/model.safetensors")
+    assert said.code == 0
+    assert f"test_accuracy: {record['test_accuracy']}" in said.out
+
+
+def test_a_stage_ends_on_a_plateau(cli, in_tmp_path):
+    said = cli(*TRAIN, "--stages", "3,6,48", "--epochs", 12, "--lr", 1e-9, "--plateau", 1)
+    assert said.code == 0
+    rows = json.loads(Path("run/record.json").read_text())["history"]
+    # Nothing is learnt, so that each but the last one ends after two epochs.
+    assert [row["trainable_parameters"] for row in rows] == [32, 32, 38, 38] + [2 * 48 + 26] * 8
+
+
+def test_stages_of_factors(cli, in_tmp_path):
+    factors = "{fc1: [{kind: free, inner: p}, {kind: dct}], fc2: [free]}"
+    said = cli(
+        *TRAIN, "--factors", factors, "--stages", "[2, 9]", "--epochs", 4, "--mixed-precision",
+        "bf16", "--optimizer", "sgd",
+    )  # fmt: skip
+    assert (said.code, said.err) == (0, "")
+    record = json.loads(Path("run/record.json").read_text())
+    assert record["trainable_parameters"] == 16 * 9 + 160 + 26
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "method 'prodsum' needs --p, the number of atoms of each layer, or --factors"),
+        ([], "method 'prodsum' needs --p, the number of atoms of each layer, --stages or"),
+        (["--p", "5", "--stages", "5,6"], "give --p, or --stages, which begin with it, not both"),
+        (["--stages", "50,20"], "stages must grow, got 20 atoms after 50"),
+        (["--stages", "5,x"], "p must be a number of atoms, got 'x'"),
+        (["--stages", "5,99999"], "layer 'fc1': .* d=99999 does not fit in D=1024 weights"),
+        (["--stages", "5,9", "--plateau", "0"], "plateau must be at least 1 epoch, got 0"),
+        (["--p", "5", "--plateau", "2"], "--plateau ends a stage: give --stages, too"),
+        (["--stages", "5,9", "--factors", "{fc1: [free]}"], "no factor says p, as in p: p"),
         (["--p", "0"], "layer 'fc1': factor 1 of 1, 16 × 64, .*hash needs p >= 1 atoms, got 0"),
         (["--p", "5", "--atoms", "hsh"], "unknown kind of atoms 'hsh': did you mean hash"),
         (["--p", "5", "--bias", "100"], "d=100 does not fit in D=16"),
         (["--p", "5", "--scale", "kaiming"], "unknown init 'kaiming'"),
         (["--factors", "{fc1: [circulant]}"], "layer 'fc1': factor 1 of 1.*must be square, got 16"),
-        (["--factors", "{fc1: [{kind: hash, p: p}]}"], "a factor says p, but no --p is given"),
+        (
+            ["--factors", "{fc1: [{kind: hash, p: p}]}"],
+            "a factor says p, but no --p or --stages is given",
+        ),
         (["--factors", "{fc9: [free]}"], "unknown pattern in targets .*'fc9'"),
         (["--factors", "{fc1: [free]}", "--atoms", "hash"], "give --atoms, .* or --factors, not"),
     ],

@@ -10,6 +10,7 @@ from subspan.layers import (
     ProductOfSumsConv2d,
     ProductOfSumsLinear,
     approximate,
+    carry_over,
     fit,
     grow,
     recipes,
@@ -87,6 +88,95 @@ def test_growing_comes_near_where_they_do_not():
     torch.testing.assert_close(grow(conv, [{"kind": "hash", "p": 27}])(x), conv(x))
 
 
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        ([{"kind": "free", "inner": 3}, "dct"], [{"kind": "free", "inner": 5}, "dct"]),
+        ([{"kind": "free", "inner": 2}, "free"], [{"kind": "free", "inner": 5}, "free"]),
+        (
+            [{"kind": "free", "inner": 2}, {"kind": "free", "inner": 3}, {"kind": "hash", "p": 6}],
+            [{"kind": "free", "inner": 4}, {"kind": "free", "inner": 3}, {"kind": "hash", "p": 12}],
+        ),
+    ],
+)  # fmt: skip
+def test_growing_within(few, many):
+    """A greater inner size: the same function, and what is new has a gradient."""
+    small = ProductOfSumsLinear(9, N, few, dtype=DTYPE)
+    large = grow(small, many)
+    torch.testing.assert_close(large.weight, small.weight, rtol=1e-6, atol=1e-6)
+    x = torch.randn(20, 9, dtype=DTYPE)
+    (large(x) - torch.randn(20, N, dtype=DTYPE)).square().sum().backward()
+    gradients = large.a0.grad.view(N, -1)
+    assert (gradients.abs().sum(dim=0) > 1e-3).all()
+
+
+GROWN = [
+    ([{"kind": "rank1", "p": 4}], [{"kind": "rank1", "p": 9}]),
+    ([{"kind": "hash", "p": 4}], [{"kind": "hash", "p": 12}]),
+    ([{"kind": "free", "inner": 3}, "dct"], [{"kind": "free", "inner": 5}, "dct"]),
+]
+
+
+@pytest.mark.parametrize(("few", "many"), GROWN)
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_moments_of_an_optimizer_grow_with_the_layer(few, many, make):
+    """With a gradient that does not change, moments are those of the new layer's own gradient."""
+    small = ProductOfSumsLinear(9, N, few, bias=True, dtype=DTYPE)
+    other = torch.nn.Parameter(torch.ones(2, dtype=DTYPE))
+    options = {"momentum": 0.9} if make is torch.optim.SGD else {}
+    optimizer = make([*small.parameters(), other], lr=0.0, **options)
+    atoms = small.values(0).numel()
+    # A gradient of W that the old atoms explain, so that it says all of the new ones', too.
+    small.values(0).data.normal_()
+    slope = small.weight.detach()
+    for _ in range(3):
+        optimizer.zero_grad()
+        ((small.weight * slope).sum() + small.bias.sum() + other.sum()).backward()
+        optimizer.step()
+    first = "exp_avg" if make is torch.optim.Adam else "momentum_buffer"
+    per = optimizer.state[small.bias][first][0]  # of a gradient of 1
+    large = grow(small, many)
+    carry_over(optimizer, small, large)
+    assert [p is q for p, q in zip(
+        optimizer.param_groups[0]["params"], [*large.parameters(), other], strict=True
+    )] == [True] * (len(list(large.parameters())) + 1)  # fmt: skip
+    (large.weight * slope).sum().backward()
+    expected = per * large.a0.grad
+    if few[0]["kind"] != "rank1":  # whose atoms are not orthogonal
+        torch.testing.assert_close(optimizer.state[large.a0][first], expected)
+    assert optimizer.state[large.bias][first].equal(per.expand(N))
+    if make is torch.optim.Adam:
+        squares = optimizer.state[large.a0]["exp_avg_sq"]
+        assert (squares > 0).all()
+        kept = small.scales[0] / large.scales[0]
+        old = small.values(0).grad.square()
+        if few[0]["kind"] == "rank1":
+            ratio = squares[:atoms] / old
+            torch.testing.assert_close(ratio, ratio[:1].expand(atoms))
+            torch.testing.assert_close(squares[atoms:] / squares[:atoms].mean(),
+                                       torch.ones(5, dtype=DTYPE))  # fmt: skip
+            per_square = optimizer.state[large.bias]["exp_avg_sq"][0]
+            torch.testing.assert_close(ratio[0] * kept**2, per_square)
+
+
+def test_an_optimizer_goes_on_where_nothing_has_changed():
+    """Growing by nothing is no change: two routes to one trajectory."""
+    factors = [{"kind": "free", "inner": 3}, {"kind": "hash", "p": 12}]
+    one, two = layer(factors), layer(factors)
+    x, y = torch.randn(5, M, dtype=DTYPE), torch.randn(5, N, dtype=DTYPE)
+    optimizers = [torch.optim.Adam(part.parameters(), lr=0.1) for part in (one, two)]
+    for step in range(6):
+        if step == 3:
+            grown = grow(two, factors)
+            carry_over(optimizers[1], two, grown)
+            two = grown
+        for part, optimizer in zip((one, two), optimizers, strict=True):
+            optimizer.zero_grad()
+            (part(x) - y).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(two.weight, one.weight, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("measure", ["mean", "maximum"])
 def test_the_set_of_atoms_that_covers_best(measure):
     chain = [{"kind": "free", "inner": 2}, {"kind": "rank1", "p": 6}]
@@ -115,6 +205,14 @@ def test_bad_input():
     small = layer([{"kind": "rank1", "p": 4}])
     with pytest.raises(SubspanError, match=r"would have 3 coefficients, fewer than the 4 of the"):
         grow(small, [{"kind": "rank1", "p": 3}])
+    inner = layer([{"kind": "free", "inner": 5}, "free"])
+    with pytest.raises(SubspanError, match=r"would have 18 coefficients, fewer than the 30"):
+        grow(inner, [{"kind": "free", "inner": 3}, "free"])
+    wide = layer([{"kind": "gaussian", "p": 1, "inner": 5}, {"kind": "gaussian", "p": 1}])
+    with pytest.raises(SubspanError, match=r"would be 6 × 3, smaller than the 6 × 5 of the stage"):
+        grow(wide, [{"kind": "gaussian", "p": 1, "inner": 3}, {"kind": "gaussian", "p": 1}])
+    with pytest.raises(SubspanError, match="least squares need f: identity"):
+        grow(small, [{"kind": "rank1", "p": 5, "f": "tanh"}])
     with pytest.raises(SubspanError, match="a stage keeps the number of factors, 1, got 2"):
         grow(small, [{"kind": "free", "inner": 2}, "free"])
     with pytest.raises(SubspanError, match="the layer's weight is 6 × 8, the target 8 × 6"):

@@ -167,10 +167,7 @@ class _Loop:
         # Of an optimizer that goes on from a file of its own; else a run begins anew.
         self.done = int(getattr(optimizer, "steps", 0))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        # "Evaluation" is accelerate's word for all but DDP.
-        self.wrapped = accelerator.prepare_model(
-            self.model, evaluation_mode=not ready.method.averages_gradients
-        )
+        self.wrapped = self.distributed()
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
         with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
             warnings.simplefilter("ignore", UserWarning)
@@ -203,6 +200,14 @@ class _Loop:
             "error": None,
         }
 
+    def distributed(self) -> nn.Module:
+        """The model with accelerate's wrappers: of mixed precision, of DDP."""
+        # "Evaluation" is accelerate's word for all but DDP.
+        wrapped: nn.Module = self.accelerator.prepare_model(
+            self.model, evaluation_mode=not self.ready.method.averages_gradients
+        )
+        return wrapped
+
     def open(self) -> None:
         """Make the folder, say in it that the run is running, and clear away what is another's."""
         if self.accelerator.is_main_process:
@@ -223,7 +228,7 @@ class _Loop:
             [row] = broadcast_object_list([self.epoch(epoch)])
             self.record["history"].append(row)
             self.save("last.safetensors")
-            ready = self.ready.method.ready(self.bare)
+            ready = self.ready.method.ready(self.model, self.bare, self.ready.run)
             if ready and row["val_accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = row["val_accuracy"], epoch
                 self.save("best.safetensors")
@@ -233,6 +238,23 @@ class _Loop:
             patience = self.training.patience
             if ready and patience is not None and epoch - self.best_epoch >= patience:
                 break
+            if epoch < self.training.epochs:
+                self.change()
+
+    def change(self) -> None:
+        """What a method changes between two epochs."""
+        method, run, history = self.ready.method, self.ready.run, self.record["history"]
+        model = method.after_epoch(self.model, self.bare, run, history)
+        if model is not None:
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.model = model
+            self.wrapped = self.distributed()
+            # The schedule begins again, over the epochs that are left.
+            for group in self.bare.param_groups:
+                group["lr"] = run.lr
+                group.pop("initial_lr", None)
+            left = (self.training.epochs - len(history)) * self.steps
+            self.schedule = schedule(self.bare, self.training.schedule, run.lr, left)
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """One pass over the training part and a look at the validation part."""
@@ -260,7 +282,9 @@ class _Loop:
         if accelerator.num_processes > 1:
             own = torch.tensor((records.bytes_sent() - sent) / self.steps)
             self.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
-        more = self.ready.method.diagnose(self.bare) if train_loss is not None else {}
+        more = {}
+        if train_loss is not None:
+            more = self.ready.method.diagnose(self.model, self.bare)
         val_loss, val_accuracy = evaluate(self.model, self.images, self.images.validation)
         return {
             "epoch": epoch,

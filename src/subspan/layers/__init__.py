@@ -2,7 +2,7 @@
 
 from subspan.layers import recipes
 from subspan.layers.factorize import factorize, merge
-from subspan.layers.fit import approximate, fit, grow
+from subspan.layers.fit import approximate, carry_over, fit, grow
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
 from subspan.layers.product_of_sums import (
     ProductOfSums,
@@ -21,6 +21,7 @@ __all__ = [
     "ProductOfSumsLinear",
     "SpectralFilters",
     "approximate",
+    "carry_over",
     "factorize",
     "fit",
     "grow",

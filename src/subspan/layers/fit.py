@@ -9,16 +9,20 @@ factors and its adjoint only, never a matrix of atoms.
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
 
 from subspan.errors import SubspanError
 from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear, remade
+
+# Of torch.optim: averages or sums of squared gradients.
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 def approximate(
@@ -114,7 +118,9 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
 
     Each factor becomes as near to the old one as it can be: the same, where the old atoms are still
     there (a greater p of the same kind) or lie in the span of the new ones (``hash``: a multiple of
-    p). Elsewhere alternating least squares then bring the weight as near as they can.
+    p). With a greater inner size the factor on the left gets columns of zeros, and that on the
+    right rows that are free. Where the product has changed nevertheless, alternating least squares
+    then bring the weight as near as they can.
 
     Args:
         layer: trained so far.
@@ -128,34 +134,105 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
         SubspanError: if the new one is smaller in any factor, or cannot be.
     """
     new = remade(layer, layer.recipe | {"factors": factors})
+    _check_larger(layer, new)
+    for i in range(len(new.sums)):
+        if isinstance(now := new.values(i), nn.Parameter):
+            now.data.copy_(_refined(layer, new, i, layer.values(i), now))
+    if layer.bias is not None and new.bias is not None:
+        new.bias.data.copy_(layer.bias)
+    target = layer.matrix.detach()
+    if float((new.matrix.detach() - target).norm()) > 1e-6 * float(target.norm()):
+        approximate(new, target, sweeps=sweeps)
+    return new
+
+
+def _check_larger(layer: ProductOfSums, new: ProductOfSums) -> None:
     if len(new.sums) != len(layer.sums):
         raise SubspanError(
             f"a stage keeps the number of factors, {len(layer.sums)}, got {len(new.sums)}"
         )
-    for i, (old, now) in enumerate(zip(layer.sums, new.sums, strict=True)):
+    for i, (old, now) in enumerate(zip(layer.sums, new.sums, strict=True), start=1):
         if now.p < old.p:
             raise SubspanError(
-                f"factor {i + 1} would have {now.p} coefficients, fewer than the {old.p} of the "
+                f"factor {i} would have {now.p} coefficients, fewer than the {old.p} of the stage "
+                "before"
+            )
+        if now.n < old.n or now.m < old.m:
+            raise SubspanError(
+                f"factor {i} would be {now.n} × {now.m}, smaller than the {old.n} × {old.m} of the "
                 "stage before"
             )
-    # Factor by factor first: each new one as near to the old one as it can be.
-    wide, twin = copy.deepcopy(new).double(), copy.deepcopy(layer).double()
-    for i in range(len(new.sums)):
-        a = wide._a(i)
-        if isinstance(a, nn.Parameter):
-            nn.init.zeros_(a)
-            _solve(a, functools.partial(wide.factor, i), twin.factor(i).detach())
-    with torch.no_grad():
-        for name, p in new.named_parameters():
-            if name != "bias":
-                p.copy_(wide.get_parameter(name))
-        if layer.bias is not None and new.bias is not None:
-            new.bias.copy_(layer.bias)
-    target = layer.matrix.detach()
-    exact = float((new.matrix.detach() - target).norm()) <= 1e-6 * float(target.norm())
-    if not exact:
-        approximate(new, target, sweeps=sweeps)
-    return new
+    for factor in (*layer.factors, *new.factors):
+        if factor.get("f", "identity") != "identity":
+            raise SubspanError("least squares need f: identity in all factors")
+
+
+def _refined(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start: Tensor) -> Tensor:
+    """Coefficients of factor i of ``new`` that make it as near as can be to that of ``layer``.
+
+    Args:
+        layer: the old one.
+        new: the larger one.
+        i: the factor.
+        a: coefficients of the old one, whichever; what is found is linear in them, but for start.
+        start: of the coefficients that only matter in rows that the old factor does not have.
+    """
+    old, wide = copy.deepcopy(layer).double(), copy.deepcopy(new).double()
+    before, now = old.values(i), wide.values(i)
+    before.data = a.detach().double()
+    now.data = start.detach().double()
+    (rows, columns), (n, m) = ((s.n, s.m) for s in (old.sums[i], wide.sums[i]))
+    if (rows, columns) == (n, m):
+        # Exact at once if the old atoms are the first of the new ones.
+        kept = before.detach() * (old.scales[i] / wide.scales[i])
+        now.data = F.pad(kept, (0, len(now) - len(kept)))
+    assert isinstance(now, nn.Parameter)
+    _solve(now, lambda: wide.factor(i)[:rows], F.pad(old.factor(i).detach(), (0, m - columns)))
+    return now.detach()
+
+
+def carry_over(optimizer: Optimizer, layer: ProductOfSums, new: ProductOfSums) -> None:
+    """Let an optimizer go on with a layer that has grown: its parameters, and their moments.
+
+    Moments are spread as :func:`grow` spreads coefficients, a' = T a. With G the gradient of W,
+    that of the coefficients of atoms M that are about orthogonal, of the norm e, is g = MᵀG, and
+    the least G that explains it is M g / e². So the new ones' is g' = (e'/e)² T g: where a new atom
+    stands for an old one the same but for a constant, zero where it stands for none. Squares are
+    averaged instead, (e'/e)² T v / T 1, and where that says nothing, they are the mean of all.
+
+    Args:
+        optimizer: of the old layer's parameters, changed in place.
+        layer: the old one.
+        new: of :func:`grow`.
+    """
+    for name, before in layer.named_parameters(recurse=False):
+        now = new.get_parameter(name).requires_grad_(before.requires_grad)
+        for group in optimizer.param_groups:
+            group["params"] = [now if p is before else p for p in group["params"]]
+        state = optimizer.state.pop(before, None)
+        if state is None:
+            continue
+        optimizer.state[now] = state
+        if name != "bias":
+            _spread(state, layer, new, int(name.removeprefix("a")))
+
+
+def _spread(state: dict[str, Any], layer: ProductOfSums, new: ProductOfSums, i: int) -> None:
+    """The moments of factor i."""
+    old, now = layer.sums[i], new.sums[i]
+    norms = (new.scales[i] / layer.scales[i]) ** 2 * (now.energy / now.p) / (old.energy / old.p)
+    zero = torch.zeros_like(new.values(i))
+    ones = _refined(layer, new, i, torch.ones_like(layer.values(i)), zero)
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != (old.p,):
+            continue
+        found = _refined(layer, new, i, value, zero)
+        if key in SECOND_MOMENTS:
+            low, high = value.double().aminmax()
+            found = found / ones
+            known = (found - found.clamp(low, high)).abs() <= 1e-6 * high
+            found = torch.where(known, found.clamp(low, high), value.double().mean())
+        state[key] = (norms * found).to(value.dtype)
 
 
 def fit(

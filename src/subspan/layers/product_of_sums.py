@@ -232,7 +232,7 @@ class ProductOfSums(nn.Module, ABC):
             self._constants.append([])
             for j, constant in enumerate(s.constants()):
                 real = constant.is_floating_point()
-                moved = constant.to(device=device, dtype=self._a(i).dtype if real else None)
+                moved = constant.to(device=device, dtype=self.values(i).dtype if real else None)
                 # What a seed makes is in no file; what a user gives must be.
                 self.register_buffer(f"fixed{i}_{j}", moved, persistent=s.kind == "given")
                 self._constants[i].append(f"fixed{i}_{j}")
@@ -256,7 +256,7 @@ class ProductOfSums(nn.Module, ABC):
         where f is the identity.
         """
         gain = GAINS[self.init](*self.shape)
-        trained = [isinstance(self._a(i), nn.Parameter) for i in range(len(self.sums))]
+        trained = [isinstance(self.values(i), nn.Parameter) for i in range(len(self.sums))]
         for s, own in zip(self.sums, trained, strict=True):
             if not own:
                 gain /= s.energy / s.n
@@ -315,10 +315,11 @@ class ProductOfSums(nn.Module, ABC):
 
     def coefficients(self, i: int) -> Tensor:
         """What factor i has, c f(a), by which its atoms are multiplied; 1 of a fixed one."""
-        a = self._a(i)
+        a = self.values(i)
         return self.scales[i] * self._functions[i](a) if isinstance(a, nn.Parameter) else a
 
-    def _a(self, i: int) -> Tensor:
+    def values(self, i: int) -> Tensor:
+        """What is trained of factor i, (p,): a parameter a; of a fixed one, ones."""
         found: Tensor = getattr(self, f"a{i}")
         return found
 

@@ -118,13 +118,29 @@ class Method(ABC):
         optimizer.step()
         return value
 
-    def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:
+    def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """What else an epoch's row should say, after its last step: JSON values by name."""
         return {}
 
-    def ready(self, optimizer: Optimizer) -> bool:
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
         """Whether what is trained so far may be the best epoch; the last one must."""
         return True
+
+    def after_epoch(
+        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
+    ) -> nn.Module | None:
+        """Change what is trained from here on; called after each epoch but the last.
+
+        Args:
+            model: of :meth:`wrap`.
+            optimizer: of :meth:`optimizer`; it must know the new parameters afterwards.
+            run: its options, and how many epochs there are.
+            history: the rows of all epochs so far.
+
+        Returns:
+            The model, if it has other parameters now.
+        """
+        return None
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
         """The true counts of a trained model.

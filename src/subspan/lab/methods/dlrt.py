@@ -111,14 +111,14 @@ class LowRankTraining(Method):
         optimizer.step(closure)  # type: ignore[arg-type]
         return seen[0]
 
-    def ready(self, optimizer: Optimizer) -> bool:
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
         """An early network that is better because it is larger is not what was asked for."""
         assert isinstance(optimizer, DLRT)
         rule = optimizer.rule
         small_by = rule.freeze_after if rule.target_ratio else rule.tolerance_warmup
         return optimizer.steps >= (small_by or 0)
 
-    def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:
+    def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Ranks and singular values of every factored layer."""
         assert isinstance(optimizer, DLRT)
         return {

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from subspan.compartments import matches
 from subspan.counts import count
 from subspan.errors import SubspanError
+from subspan.lab.config import Run, split
 from subspan.lab.methods import Method, Option
-from subspan.layers import product_of_sums
+from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums
+from subspan.layers.places import replaced
+from subspan.layers.product_of_sums import described
 
 
 class ProductsOfSums(Method):
-    """Layers W = Πᵢ Σⱼ aᵢⱼ Mᵢⱼ in place of linear and convolutional ones."""
+    """Layers W = Πᵢ Σⱼ aᵢⱼ Mᵢⱼ in place of linear and convolutional ones; perhaps in stages."""
 
     axis = "p"
     options = (
         Option("p", int, "atoms of a sum: of each layer, or whatever --factors call p, as in p: p"),
+        Option(
+            "stages", list[int] | str,
+            "in place of --p: begin with the first number of atoms, as 100,400,1600, and go on "
+            "from what is learnt with the next one when the accuracy has stopped rising, or when "
+            "the stage has had its share of the epochs",
+        ),
+        Option("plateau", int, "epochs without a better validation accuracy that end a stage (2)"),
         Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
         Option(
             "factors", dict[str, list[Any]],
@@ -30,24 +45,47 @@ class ProductsOfSums(Method):
     )  # fmt: skip
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
-        """Put products of sums in the layers' places."""
-        rules = options.get("factors")
-        if rules is None:
-            if "p" not in options:
-                raise SubspanError(
-                    f"method {self.name!r} needs --p, the number of atoms of each layer, or "
-                    "--factors"
-                )
-            rules = {".*": [{"kind": options.get("atoms", "hash"), "p": "p"}]}
-        elif "atoms" in options:
-            raise SubspanError("give --atoms, which all layers get, or --factors, not both")
-        p = _number(options["p"]) if "p" in options else None
-        filled = {
-            pattern: [_filled(factor, p) for factor in factors]
-            for pattern, factors in rules.items()
-        }
+        """Put products of sums in the layers' places, those of the first stage."""
+        first, *later = _stages(options)
         more = {"init": options["scale"]} if "scale" in options else {}
-        return product_of_sums(net, filled, bias=options.get("bias"), seed=seed, **more)
+
+        def replace(net: nn.Module, p: int | None) -> nn.Module:
+            rules = _rules(options, p)
+            return product_of_sums(net, rules, bias=options.get("bias"), seed=seed, **more)
+
+        for p in later:  # what cannot be is said before the first one is trained
+            replace(copy.deepcopy(net), p)
+        return replace(net, first)
+
+    def after_epoch(
+        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
+    ) -> nn.Module | None:
+        """The next stage, if this one is over."""
+        stages = _stages(run.options)
+        stage = _stage(model, run.options)
+        if stage + 1 == len(stages):
+            return None
+        now = history[-1]["trainable_parameters"]
+        own = [row["val_accuracy"] for row in history if row["trainable_parameters"] == now]
+        waited = len(own) - 1 - own.index(max(own))
+        share = math.ceil(run.training.epochs * (stage + 1) / len(stages))
+        if waited < run.options.get("plateau", 2) and len(history) < share:
+            return None
+        rules = _rules(run.options, stages[stage + 1])
+        for name, layer in _layers(model).items():
+            factors = next(value for pattern, value in rules.items() if matches(pattern, name))
+            larger = grow(layer, factors)
+            carry_over(optimizer, layer, larger)
+            model = replaced(model, {id(layer): larger})
+        return model
+
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
+        """The last stage is what was asked for."""
+        return _stage(model, run.options) + 1 == len(_stages(run.options))
+
+    def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """How many numbers there are by now."""
+        return {"trainable_parameters": self.counts(model)["trainable_parameters"]}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Far above Adam's 1e-3 for weights: coefficients begin at 1, whatever they multiply."""
@@ -63,6 +101,59 @@ class ProductsOfSums(Method):
         }
 
 
+def _layers(model: nn.Module) -> dict[str, ProductOfSums]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, ProductOfSums)}
+
+
+def _stages(options: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The values of p, one after the other; only None if nothing is called p."""
+    if "stages" not in options:
+        if "plateau" in options:
+            raise SubspanError("--plateau ends a stage: give --stages, too")
+        return (_number(options["p"]) if "p" in options else None,)
+    if "p" in options:
+        raise SubspanError("give --p, or --stages, which begin with it, not both")
+    plateau = options.get("plateau", 1)
+    if plateau < 1:
+        raise SubspanError(f"plateau must be at least 1 epoch, got {plateau}")
+    stages = tuple(map(_number, split(options["stages"], "stages")))
+    for before, after in itertools.pairwise(stages):
+        if after <= before:
+            raise SubspanError(f"stages must grow, got {after} atoms after {before}")
+    return stages
+
+
+def _stage(model: nn.Module, options: Mapping[str, Any]) -> int:
+    """Which stage a model is in: its layers know their factors."""
+    found = {name: layer.recipe["factors"] for name, layer in _layers(model).items()}
+    for stage, p in enumerate(stages := _stages(options)):
+        rules = _rules(options, p)
+        now = {name: next(v for k, v in rules.items() if matches(k, name)) for name in found}
+        if now == found:
+            return stage
+    return len(stages) - 1
+
+
+def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Factors by patterns of layers."""
+    rules = options.get("factors")
+    if rules is None:
+        if p is None:
+            raise SubspanError(
+                "method 'prodsum' needs --p, the number of atoms of each layer, --stages or "
+                "--factors"
+            )
+        return {".*": [{"kind": options.get("atoms", "hash"), "p": p}]}
+    if "atoms" in options:
+        raise SubspanError("give --atoms, which all layers get, or --factors, not both")
+    every = [described(factor) for factors in rules.values() for factor in factors]
+    if "stages" in options and not any("p" in factor.values() for factor in every):
+        raise SubspanError("no factor says p, as in p: p, so that --stages change nothing")
+    return {
+        pattern: [_filled(factor, p) for factor in factors] for pattern, factors in rules.items()
+    }
+
+
 def _number(p: Any) -> int:
     try:
         return int(p)
@@ -70,12 +161,13 @@ def _number(p: Any) -> int:
         raise SubspanError(f"p must be a number of atoms, got {p!r}") from None
 
 
-def _filled(factor: Any, p: int | None) -> Any:
+def _filled(factor: Any, p: int | None) -> dict[str, Any]:
     """A factor with the number in the place of the word: of atoms (p: p), say, or inner: p."""
-    if not isinstance(factor, Mapping) or "p" not in factor.values():
+    factor = described(factor)
+    if "p" not in factor.values():
         return factor
     if p is None:
-        raise SubspanError(f"a factor says p, but no --p is given: {dict(factor)}")
+        raise SubspanError(f"a factor says p, but no --p or --stages is given: {dict(factor)}")
     return {key: p if value == "p" else value for key, value in factor.items()}
 
 

@@ -94,7 +94,7 @@ class Bases(Method):
         optimizer.step(evaluation)  # type: ignore[arg-type]
         return torch.stack(seen).mean()
 
-    def diagnose(self, optimizer: Optimizer) -> dict[str, Any]:
+    def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """How much of the last batch's gradient the next basis catches, by compartment."""
         assert isinstance(optimizer, RandomBases)
         return {} if optimizer.needs_closure else {"alignment": optimizer.alignment()}
