@@ -40,6 +40,17 @@ def test_factors_from_a_file(cli, in_tmp_path):
     assert record["trainable_parameters"] == 16 * 7 + 7 + 2 * 4
 
 
+def test_recipes_by_name(cli, in_tmp_path):
+    said = cli(
+        *TRAIN, "--p", 3, "--factors",
+        "{fc1: {recipe: kronecker_fc, rows: 4, columns: 8, terms: p}, "
+        "fc2: {recipe: adaptive_fastfood}}",
+    )  # fmt: skip
+    assert (said.code, said.err) == (0, "")
+    record = json.loads(Path("run/record.json").read_text())
+    assert record["trainable_parameters"] == 3 * (4 * 8 + 4 * 8) + 3 * 16 + 26
+
+
 def test_a_sweep_over_p(cli, in_tmp_path):
     said = cli(
         "sweep", "--net", "mlp-16", "--epochs", 10, "--methods", "prodsum", "--dims", "5,50",
@@ -116,6 +127,11 @@ def test_stages_of_factors(cli, in_tmp_path):
             ["--factors", "{fc1: [{kind: hash, p: p}]}"],
             "a factor says p, but no --p or --stages is given",
         ),
+        (["--factors", "{fc1: {recipe: lowrank}}"], "unknown recipe 'lowrank': did you mean low_r"),
+        (["--factors", "{fc1: {recipe: low_rank}}"], "recipe low_rank needs rank"),
+        (["--factors", "{fc1: {recipe: low_rank, p: 3}}"], "unknown option of recipe low_rank 'p'"),
+        (["--factors", "{fc1: {recipe: low_rank, rank: p}}"], "says p, but no --p or --stages is"),
+        (["--factors", "{fc1: {kind: hash}}"], "are a list, or a recipe as {recipe: low_rank, ra"),
         (["--factors", "{fc9: [free]}"], "unknown pattern in targets .*'fc9'"),
         (["--factors", "{fc1: [free]}", "--atoms", "hash"], "give --atoms, .* or --factors, not"),
     ],

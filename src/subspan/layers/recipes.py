@@ -5,11 +5,40 @@ ProductOfSumsLinear(m, n, recipes.low_rank(16))
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
 
 Factors = list[dict[str, Any]]
+
+
+def recipe(name: str, **options: Any) -> Callable[[int, int], Factors]:
+    """A special case by name, for any n × m: a rule of :func:`~subspan.layers.product_of_sums`.
+
+    Raises:
+        SubspanError: for an unknown name, or options that it does not have or lacks.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    make = RECIPES[name]
+    parameters = inspect.signature(make).parameters
+    own = [option for option in parameters if option not in ("n", "m")]
+    for option in options:
+        if option not in own:
+            if not own:
+                raise SubspanError(f"recipe {name} has no options, got {option!r}")
+            raise unknown(f"option of recipe {name}", option, own)
+    for option in own:
+        if parameters[option].default is inspect.Parameter.empty and option not in options:
+            raise SubspanError(f"recipe {name} needs {option}")
+
+    def factors(n: int, m: int) -> Factors:
+        sizes = {key: size for key, size in (("n", n), ("m", m)) if key in parameters}
+        return make(**sizes, **options)
+
+    return factors
 
 
 def low_rank(rank: int) -> Factors:
@@ -69,3 +98,12 @@ def kronecker_fc(n: int, m: int, rows: int, columns: int, terms: int = 1) -> Fac
         {"kind": "kronecker-left", "identity": of_b, "inner": terms * columns * of_b},
         {"kind": "kronecker-right", "identity": columns, "terms": terms},
     ]
+
+
+RECIPES: dict[str, Callable[..., Factors]] = {
+    made.__name__: made
+    for made in (
+        low_rank, random_projection, hashed, circulant, convolution, adaptive_fastfood,
+        kronecker_fc,
+    )
+}  # fmt: skip

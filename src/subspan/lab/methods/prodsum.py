@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,11 @@ from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.lab.config import Run, split
 from subspan.lab.methods import Method, Option
-from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums
+from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums, recipes
 from subspan.layers.places import replaced
 from subspan.layers.product_of_sums import described
+
+Rule = list[dict[str, Any]] | Callable[[int, int], list[dict[str, Any]]]
 
 
 class ProductsOfSums(Method):
@@ -36,9 +38,10 @@ class ProductsOfSums(Method):
         Option("plateau", int, "epochs without a better validation accuracy that end a stage (2)"),
         Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
         Option(
-            "factors", dict[str, list[Any]],
-            "{pattern of layers: [factor, …]}, a factor a kind or {kind: …, inner: …, p: …}; "
-            "layers that no pattern fits stay as they are",
+            "factors", dict[str, list[Any] | dict[str, Any]],
+            "{pattern of layers: [factor, …]}, a factor a kind or {kind: …, inner: …, p: …}; or "
+            "{pattern: {recipe: …}}, as low_rank or kronecker_fc, with its options; layers that no "
+            "pattern fits stay as they are",
         ),
         Option("bias", bool | int, "whether biases are trained, or through how many numbers each"),
         Option("scale", str, "variance of the first weights: he, glorot or lecun"),
@@ -73,8 +76,7 @@ class ProductsOfSums(Method):
             return None
         rules = _rules(run.options, stages[stage + 1])
         for name, layer in _layers(model).items():
-            factors = next(value for pattern, value in rules.items() if matches(pattern, name))
-            larger = grow(layer, factors)
+            larger = grow(layer, _factors(rules, name, layer))
             carry_over(optimizer, layer, larger)
             model = replaced(model, {id(layer): larger})
         return model
@@ -125,17 +127,22 @@ def _stages(options: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 def _stage(model: nn.Module, options: Mapping[str, Any]) -> int:
     """Which stage a model is in: its layers know their factors."""
-    found = {name: layer.recipe["factors"] for name, layer in _layers(model).items()}
+    layers = _layers(model)
     for stage, p in enumerate(stages := _stages(options)):
         rules = _rules(options, p)
-        now = {name: next(v for k, v in rules.items() if matches(k, name)) for name in found}
-        if now == found:
+        if all(m.recipe["factors"] == _factors(rules, name, m) for name, m in layers.items()):
             return stage
     return len(stages) - 1
 
 
-def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, list[dict[str, Any]]]:
-    """Factors by patterns of layers."""
+def _factors(rules: Mapping[str, Rule], name: str, layer: ProductOfSums) -> list[dict[str, Any]]:
+    """Those of a layer."""
+    found = next(rule for pattern, rule in rules.items() if matches(pattern, name))
+    return found(*layer.shape) if callable(found) else found
+
+
+def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, Rule]:
+    """Factors, or what makes some, by patterns of layers."""
     rules = options.get("factors")
     if rules is None:
         if p is None:
@@ -146,12 +153,25 @@ def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, list[dict[str
         return {".*": [{"kind": options.get("atoms", "hash"), "p": p}]}
     if "atoms" in options:
         raise SubspanError("give --atoms, which all layers get, or --factors, not both")
-    every = [described(factor) for factors in rules.values() for factor in factors]
-    if "stages" in options and not any("p" in factor.values() for factor in every):
+    parts = [
+        part for rule in rules.values() for part in ([rule] if isinstance(rule, dict) else rule)
+    ]
+    if "stages" in options and not any(isinstance(f, dict) and "p" in f.values() for f in parts):
         raise SubspanError("no factor says p, as in p: p, so that --stages change nothing")
     return {
-        pattern: [_filled(factor, p) for factor in factors] for pattern, factors in rules.items()
-    }
+        pattern: _recipe(_filled(rule, p)) if isinstance(rule, dict)
+        else [_filled(described(factor), p) for factor in rule]
+        for pattern, rule in rules.items()
+    }  # fmt: skip
+
+
+def _recipe(rule: Mapping[str, Any]) -> Callable[[int, int], list[dict[str, Any]]]:
+    if not isinstance(rule.get("recipe"), str):
+        raise SubspanError(
+            "factors of a layer are a list, or a recipe as {recipe: low_rank, rank: 4}, got "
+            f"{rule}"
+        )
+    return recipes.recipe(rule["recipe"], **{k: v for k, v in rule.items() if k != "recipe"})
 
 
 def _number(p: Any) -> int:
@@ -161,14 +181,13 @@ def _number(p: Any) -> int:
         raise SubspanError(f"p must be a number of atoms, got {p!r}") from None
 
 
-def _filled(factor: Any, p: int | None) -> dict[str, Any]:
-    """A factor with the number in the place of the word: of atoms (p: p), say, or inner: p."""
-    factor = described(factor)
-    if "p" not in factor.values():
-        return factor
+def _filled(written: dict[str, Any], p: int | None) -> dict[str, Any]:
+    """With the number in the place of the word: of atoms (p: p), say, or inner: p."""
+    if "p" not in written.values():
+        return written
     if p is None:
-        raise SubspanError(f"a factor says p, but no --p or --stages is given: {dict(factor)}")
-    return {key: p if value == "p" else value for key, value in factor.items()}
+        raise SubspanError(f"a factor says p, but no --p or --stages is given: {written}")
+    return {key: p if value == "p" else value for key, value in written.items()}
 
 
 ProductsOfSums("prodsum", "layers that are products of sums of fixed matrices (Wu 2018)")

@@ -37,9 +37,9 @@ def _sweep(
 ) -> Sweep:
     training = Training(net="linear", data="mnist", epochs=epochs, batch_size=128)
     return Sweep(
-        training, methods=("prodsum",), dims=dims, seeds=seeds, lrs=(0.1,),
+        training, methods=("prodsum",), dims=dims, seeds=seeds, lrs=(0.3,),
         options={"factors": {"fc1": factors}}, baseline="full" if baseline else None,
-        baseline_lrs=(0.003,),
+        baseline_lrs=(0.001, 0.003),
     )  # fmt: skip
 
 
@@ -64,8 +64,8 @@ Experiment(
     ),
     differences=(
         "The sums of the products are of random signs; the paper's points are in figures only, and "
-        "not drawn. quick: two epochs, one seed; full: ten, three seeds."
+        "not drawn. quick: two epochs, one seed; full: twenty, three seeds."
     ),
     published={},
-    sweeps={"quick": _parts(2, 1), "full": _parts(10, 3)},
+    sweeps={"quick": _parts(2, 1), "full": _parts(20, 3)},
 )
