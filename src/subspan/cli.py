@@ -74,6 +74,7 @@ def overview() -> str:
 
 def train(argv: Arguments) -> None:
     """Train one network by one method."""
+    from subspan import distributed
     from subspan.lab import console
     from subspan.lab.config import Run, Training
     from subspan.lab.methods import method
@@ -100,6 +101,7 @@ def train(argv: Arguments) -> None:
             on_step=progress.step, on_start=progress.start,
         )  # fmt: skip
     console.trained(record, Path(given.out), anew=progress.started)
+    distributed.leave()
 
 
 def sweep(argv: Arguments) -> None:
@@ -176,6 +178,10 @@ def reproduce(argv: Arguments) -> None:
         "--budget", type=Literal["quick", "full"], default="quick",
         help="quick ends within ten minutes on two cores; full uses the published recipe",
     )  # fmt: skip
+    parser.add_argument(
+        "--data", type=str | None, default=None,
+        help="a data set in place of the published one, as fashion_mnist in place of mnist",
+    )  # fmt: skip
     _add_jobs(parser)
     _add_out(parser, None)
     given = _parse(parser, argv)
@@ -184,11 +190,17 @@ def reproduce(argv: Arguments) -> None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
     chosen = experiment(given.name)
-    out = Path(given.out or f"runs/{given.name}-{given.budget}")
+    other = f"-{Path(given.data).name}" if given.data else ""
+    out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
     if isinstance(chosen, Timing):
         with console.measuring(bench_total(chosen.bench(given.budget))) as done:
             [record] = run_experiment(
-                given.name, out, budget=given.budget, overwrite=given.overwrite, done=done
+                given.name,
+                out,
+                budget=given.budget,
+                data=given.data,
+                overwrite=given.overwrite,
+                done=done,
             ).values()
         console.benched(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
@@ -196,8 +208,8 @@ def reproduce(argv: Arguments) -> None:
     parts = chosen.parts(given.budget)
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(
-            given.name, out, budget=given.budget, jobs=given.jobs, overwrite=given.overwrite,
-            on_run=progress,
+            given.name, out, budget=given.budget, data=given.data, jobs=given.jobs,
+            overwrite=given.overwrite, on_run=progress,
         )  # fmt: skip
     for part, result in results.items():
         if part:
@@ -213,7 +225,7 @@ def bench(argv: Arguments) -> None:
 
     ``products``: P w and Pᵀ g; ``steps``: training in a fixed subspace; ``memory``: the peaks of
     that; ``optimizers``: training in bases that are redrawn at every step; ``lowrank``: five
-    layers of low rank against dense ones.
+    layers of low rank against dense ones; ``sums``: products of sums, a layer and LeNet.
 
     Everything is measured in turns, and given as a ratio: products against a matrix that is
     stored, steps and memory against plain Adam (or SGD) on all weights.
@@ -248,7 +260,7 @@ def bench(argv: Arguments) -> None:
     parser.add_argument("--dim", type=int, default=defaults.dim, help="d of the training steps")
     parser.add_argument(
         "--width", type=int, default=defaults.width,
-        help="units of the five hidden layers of lowrank",
+        help="units of the five hidden layers of lowrank, and of the layer of sums",
     )  # fmt: skip
     parser.add_argument(
         "--ranks", type=list[int] | str | int, default=",".join(map(str, defaults.ranks)),

@@ -47,6 +47,15 @@ def meet_again(backend: str | None) -> None:
     dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
+def leave() -> None:
+    """End the process group, if there is one, at the end of a program.
+
+    Gloo's threads may still hold what was sent last. If Python ends before they do, they abort it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def world() -> int:
     """How many processes there are; 1 without a process group."""
     ready = dist.is_available() and dist.is_initialized()

@@ -23,6 +23,7 @@ from subspan.lab.bench import (
     picture,
     products,
     steps,
+    sums,
     timing,
 )
 from subspan.lab.bench.apart import apart
@@ -156,11 +157,11 @@ def test_the_record(measured):
     assert {row["weights"] for row in record["steps"]} == {28 * 28 * 8 + 8 + 8 * 10 + 10}
     assert [row["projection"] for row in record["memory"]] == ["adam", *names]
     assert [row["projection"] for row in record["optimizers"]] == ["sgd", *names[:2]]
-    assert len(measured.told) == module.total(measured.settings) == 6
+    assert len(measured.told) == module.total(measured.settings) == 8
 
 
 def test_the_picture_shows_the_ratios(measured):
-    first, second, fourth, third, fifth = picture.draw(measured.record).axes
+    first, second, fourth, third, fifth, *_ = picture.draw(measured.record).axes
     assert fifth.get_xlabel() == "rank"
     whole = measured.record["products"][-1]["forward"]["median"]
     ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
@@ -296,7 +297,7 @@ def test_low_rank_against_dense(measured):
     for row in factored:
         assert all(row[key]["median"] > 0 for key in ("step", "adaptive", "inference"))
     assert all("peak_bytes" in row for row in (dense, *factored))
-    labels = [line.get_label() for line in picture.draw(measured.record).axes[-1].lines]
+    labels = [line.get_label() for line in picture.draw(measured.record).axes[-3].lines]
     assert labels[:2] == ["training step, ranks stay", "training step, ranks may change"]
 
 
@@ -329,6 +330,30 @@ def test_memory_of_low_rank_follows_the_rank():
 def test_break_even(times, expected):
     rows = [{"rank": rank, "step": {"median": time}} for rank, time in times.items()]
     assert lowrank.break_even(rows) == expected
+
+
+def test_products_of_sums_against_dense(measured):
+    layers, networks = ([row for row in measured.record["sums"] if row["what"].startswith(what)]
+                        for what in ("a layer 16 × 16", "a training step of lenet-tf"))  # fmt: skip
+    assert len(layers) + len(networks) == len(measured.record["sums"])
+    assert layers[0]["projection"] == networks[0]["projection"] == "dense"
+    numbers = {row["projection"]: row["numbers"] for row in (*layers[1:], *networks)}
+    assert numbers["64 of rank one"] == numbers["64 of rank one, W first"] == 64 + 16
+    assert numbers["dense"] == 3_274_634
+    assert numbers["two sums"] == 3_548
+    assert all(row["step"]["median"] > 0 for row in measured.record["sums"])
+    *_, one, two = picture.draw(measured.record).axes
+    assert one.get_xlabel() == two.get_xlabel() == "times the dense one"
+    assert [label.get_text() for label in two.get_yticklabels()] == ["dense", "two sums", "one sum"]
+
+
+def test_what_is_compared_is_the_same():
+    torch.manual_seed(0)
+    layer = sums._layers(32, CPU)["64 of rank one"]
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(sums.Expanded(layer)(x), layer(x))
+    passes = sums._passes(layer, 32, 3, CPU)()
+    assert [tuple(g.shape) for g in passes] == [(3, 32), (64,), (32,)]
 
 
 def test_ranks_that_no_layer_has():

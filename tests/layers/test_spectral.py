@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import scipy.fft
 import torch
@@ -50,6 +51,23 @@ def test_filters_are_sums_of_shared_tuples():
     assert set(layer.state_dict()) == {"a", "bias"}
 
 
+@pytest.mark.parametrize("size", [8, (9, 7)])
+def test_a_support_is_that_of_an_even_convolution(size):
+    """Of the image and its mirror images around it, which end with their first pixels."""
+    torch.manual_seed(0)
+    layer = SpectralFilters(2, 3, size, 15, support=3, bias=False, dtype=torch.float64)
+    drawn = torch.stack([layer.atoms.matvec(a) for a in layer.a.detach().view(3, 15)])
+    half = layer.scale * drawn.view(3, 2, 3, 3)
+    kernel = torch.zeros(3, 2, 5, 5, dtype=torch.float64)
+    for i in range(-2, 3):
+        for k in range(-2, 3):
+            share = math.prod(1 if at == 0 else math.sqrt(2) / 2 for at in (i, k))
+            kernel[:, :, 2 + i, 2 + k] = share * half[:, :, abs(i), abs(k)]
+    x = torch.randn(2, 2, *layer.size, dtype=torch.float64)
+    around = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), "symmetric"))
+    torch.testing.assert_close(layer(x).detach(), torch.nn.functional.conv2d(around, kernel))
+
+
 def test_a_reduction_keeps_a_smooth_image_as_bright():
     layer = SpectralFilters(1, 1, 16, 1, 8, bias=False, family="hash")
     with torch.no_grad():
@@ -60,12 +78,15 @@ def test_a_reduction_keeps_a_smooth_image_as_bright():
     torch.testing.assert_close(layer(x).detach(), (3 * sign[0, 0, 0, 0]).expand(1, 1, 8, 8))
 
 
-def test_variance_is_kept_at_the_start():
+@pytest.mark.parametrize("more", [{}, {"support": 5}, {"support": 5, "out_size": 7}])
+def test_variance_is_kept_at_the_start(more):
     found = []
     for seed in range(20):
         torch.manual_seed(seed)
-        layer = SpectralFilters(8, 16, 14, 50, seed=seed)
-        found.append(layer(torch.randn(20, 8, 14, 14)).var().item())
+        layer = SpectralFilters(8, 16, 14, 50, seed=seed, **more)
+        # White noise has so much of its variance at the frequencies that stay.
+        stays = math.prod(layer.out_size) / 14**2
+        found.append(layer(torch.randn(20, 8, 14, 14)).var().item() / stays)
     assert sum(found) / 20 == pytest.approx(2, rel=0.1)
 
 
@@ -84,6 +105,11 @@ def test_bad_input():
         SubspanError, match=r"out_size must be at most \(8, 8\), the image's, got \(9, 9\)"
     ):
         SpectralFilters(1, 1, 8, 3, 9)
+    for support in (0, 9):
+        with pytest.raises(SubspanError, match=rf"support must be in \[1, 8\], got {support}"):
+            SpectralFilters(1, 1, 8, 3, support=support)
+    with pytest.raises(SubspanError, match="does not fit in D=16"):
+        SpectralFilters(1, 1, 8, 17, support=4)
     with pytest.raises(SubspanError, match="does not fit in D=64"):
         SpectralFilters(1, 1, 8, 65)
     with pytest.raises(SubspanError, match="expected images of 2 × 8 × 8, got 1 × 8 × 8"):

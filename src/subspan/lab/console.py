@@ -237,6 +237,14 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
             cells += [f"{row['peak_bytes']:,}", f"{row['peak_bytes'] / dense['peak_bytes']:.3g}"]
             table.add_row(*cells)
         console.print(table)
+    for (what,), rows in grouped(record.get("sums", ()), "what"):
+        dense = rows[0]
+        say(f"\n{what}, batch of {dense['batch_size']}")
+        table = _table("made of", "numbers", "ms", "× dense")
+        for row in rows:
+            cells = [_milliseconds(row["step"]), _ratio(row["step"], dense["step"])]
+            table.add_row(row["projection"], f"{row['numbers']:,}", *cells)
+        console.print(table)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
 

@@ -149,18 +149,20 @@ def _spectral(shape: Shape, classes: int) -> nn.Module:
     """No convolutions (Wu 2018, section 6): two banks in the cosine spectrum, 2,048 units.
 
     8 filters of 100 coefficients each, 16 of 200, which halve the sides: 6,449,090 weights at
-    28x28x1, most of them in the dense layer.
+    28x28x1, most of them in the dense layer. As many coefficients as smooth diagonals have numbers
+    (10 × 10, and 5 × 5 of 8 channels): filters may have any shape, but no width of their own.
     """
     channels, height, width = shape
     half = height // 2, width // 2
     layers = OrderedDict[str, nn.Module](
-        filters1=SpectralFilters(channels, 8, (height, width), 100, stream=1),
+        filters1=SpectralFilters(channels, 8, (height, width), 100, support=10, stream=1),
         filters1_relu=nn.ReLU(),
-        filters2=SpectralFilters(8, 16, (height, width), 200, half, stream=2),
+        filters2=SpectralFilters(8, 16, (height, width), 200, half, support=5, stream=2),
         filters2_relu=nn.ReLU(),
         flatten=nn.Flatten(),
         fc1=nn.Linear(16 * math.prod(half), 2048),
         fc1_relu=nn.ReLU(),
+        dropout=nn.Dropout(0.5),
         fc2=nn.Linear(2048, classes),
     )
     return nn.Sequential(layers)

@@ -7,6 +7,10 @@ spectrum, so that its weight is a product of sums with few numbers:
 
 C is the orthonormal DCT-II, D_j a tuple of random diagonals, one for each channel, shared by all
 filters, and R cuts off high frequencies: a reduction of the image without aliasing.
+
+Independent random numbers on a diagonal are a filter as wide as the image. A diagonal that is
+smooth, D = Gᵀ Z G with cosines G of the frequency and random Z, is one of a small support, around
+each pixel and even in both directions.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class SpectralFilters(nn.Module):
         size: height and width of the images, one number if they are equal.
         p: coefficients of a filter.
         out_size: of the output: lower than ``size``, the lowest frequencies only.
+        support: s of filters that reach s − 1 pixels to each side: their diagonals are made of
+            s × s random numbers; None for independent ones, and filters as wide as the image.
         bias: whether there is one, a number for each filter.
         family: of :func:`subspan.projections`, of which the D_j are columns.
         seed: of the D_j, in [0, 2⁶⁴).
@@ -44,7 +50,7 @@ class SpectralFilters(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, size: int | tuple[int, int], p: int,
         out_size: int | tuple[int, int] | None = None, bias: bool = True, *,
-        family: str = "rademacher", seed: int = 0, stream: int = 0,
+        support: int | None = None, family: str = "rademacher", seed: int = 0, stream: int = 0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -53,26 +59,34 @@ class SpectralFilters(nn.Module):
         out_size = (out_size, out_size) if isinstance(out_size, int) else out_size
         if not all(1 <= out <= side for out, side in zip(out_size, size, strict=True)):
             raise SubspanError(f"out_size must be at most {size}, the image's, got {out_size}")
+        if support is not None and not 1 <= support <= min(size):
+            raise SubspanError(f"support must be in [1, {min(size)}], got {support}")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.size, self.out_size, self.p = size, out_size, p
-        numbers = in_channels * math.prod(out_size)
+        self.size, self.out_size, self.p, self.support = size, out_size, p, support
+        self.drawn = out_size if support is None else (support, support)
+        numbers = in_channels * math.prod(self.drawn)
         self.atoms = projection(family, out_dim=numbers, in_dim=p, seed=seed, stream=stream)
-        # Columns of P have norm 1: so standard normal coefficients keep variance twofold (He).
-        self.scale = math.sqrt(2 / in_channels * numbers / p)
         like = {"device": device, "dtype": dtype}
         # A vector, so that nobody takes it for a weight with fans.
         self.a = nn.Parameter(torch.empty(out_channels * p, **like))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(out_channels, **like)) if bias else None  # type: ignore[arg-type]
         real = dtype or torch.get_default_dtype()
+        energy = 1.0  # of H at a frequency, of random numbers of variance 1
         for i, (side, out) in enumerate(zip(size, out_size, strict=True)):
-            for name, C in (("analysis", cosines(side)[:out]), ("synthesis", cosines(out))):
-                self.register_buffer(f"_{name}{i}", C.to(device, real), persistent=False)
+            tables = {"analysis": cosines(side)[:out], "synthesis": cosines(out)}
+            if support is not None:
+                tables["smooth"] = _smooth(side, support)[:out]
+                energy *= float(tables["smooth"].square().sum(dim=1).mean())
+            for name, table in tables.items():
+                self.register_buffer(f"_{name}{i}", table.to(device, real), persistent=False)
+        # Columns of P have norm 1, coefficients a variance of 1/p: variance is kept twofold (He).
+        self.scale = math.sqrt(2 * numbers / in_channels / energy)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Standard normal coefficients, a bias of zero."""
-        self.a.normal_()
+        """Normal coefficients, as large as the weights of other layers; a bias of zero."""
+        self.a.normal_(std=1 / math.sqrt(self.p))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -80,9 +94,10 @@ class SpectralFilters(nn.Module):
     def filters(self) -> Tensor:
         """H, (out, in, height, width) of the output's size."""
         rows = [self.atoms.matvec(a) for a in self.a.view(-1, self.p)]
-        return self.scale * torch.stack(rows).view(
-            self.out_channels, self.in_channels, *self.out_size
-        )
+        drawn = torch.stack(rows).view(self.out_channels, self.in_channels, *self.drawn)
+        if self.support is not None:
+            drawn = self.get_buffer("_smooth0") @ drawn @ self.get_buffer("_smooth1").T
+        return self.scale * drawn
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, height, width) → (B, out, height', width') of ``out_size``."""
@@ -103,5 +118,11 @@ class SpectralFilters(nn.Module):
         """Sizes."""
         return (
             f"{self.in_channels}, {self.out_channels}, size={self.size}, p={self.p}, "
-            f"out_size={self.out_size}, {self.atoms.family}"
+            f"out_size={self.out_size}, support={self.support}, {self.atoms.family}"
         )
+
+
+def _smooth(side: int, support: int) -> Tensor:
+    """(side, support) cosines of the frequency: multiplied by those, pixels k apart are added."""
+    u, k = torch.arange(side, dtype=torch.float64), torch.arange(support, dtype=torch.float64)
+    return torch.cos(math.pi / side * u[:, None] * k) * torch.where(k > 0, math.sqrt(2), 1.0)

@@ -15,11 +15,11 @@ import torch
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab import records
-from subspan.lab.bench import candidates, lowrank, memory, optimizers, products, steps
+from subspan.lab.bench import candidates, lowrank, memory, optimizers, products, steps, sums
 from subspan.lab.bench.timing import copy_bandwidth
 
 FILE = "bench.json"
-PARTS = ("products", "steps", "memory", "optimizers", "lowrank")
+PARTS = ("products", "steps", "memory", "optimizers", "lowrank", "sums")
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class Bench:
 
     Args:
         parts: of "products" (P w and Pᵀ g), "steps" (of training in a fixed subspace), "memory"
-            (their peaks), "optimizers" (steps in bases that are redrawn) and "lowrank" (layers
-            of low rank against dense ones: steps, inference, memory).
+            (their peaks), "optimizers" (steps in bases that are redrawn), "lowrank" (layers of low
+            rank against dense ones: steps, inference, memory) and "sums" (products of sums: a
+            layer, LeNet).
         methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
         sizes: D by d for products and memory, "61706x1000".
         nets: networks whose training steps are timed.
         dim: d of the training steps.
-        width: units of the five hidden layers of "lowrank".
-        ranks: of these layers.
+        width: units of the five hidden layers of "lowrank", and of the layer of "sums".
+        ranks: of the layers of "lowrank".
         batch_size: images in a step.
         seconds: to spend on each timing; at least five rounds are made.
         device: "cpu", "cuda"; "auto" for the GPU where there is one.
@@ -142,6 +143,9 @@ def bench(
         "lowrank": lambda: lowrank.measure(
             settings.width, settings.ranks, settings.batch_size, settings.seconds, device, done
         ),
+        "sums": lambda: sums.measure(
+            settings.width, settings.batch_size, settings.seconds, device, done
+        ),
     }  # fmt: skip
     for part in PARTS:
         if part in settings.parts and part not in record:
@@ -156,6 +160,7 @@ def total(settings: Bench) -> int:
     """How often ``done`` will be told something, if nothing was measured before."""
     sizes, nets = len(settings.sizes), len(settings.nets)
     counts = {
-        "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1
+        "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1,
+        "sums": 2,
     }  # fmt: skip
     return 1 + sum(counts[part] for part in settings.parts)

@@ -45,6 +45,8 @@ def draw(record: dict[str, Any]) -> Figure:
     for (width,), rows in grouped(record.get("lowrank", ()), "width"):
         title = f"five layers of {width:,}, batch {rows[0]['batch_size']}: time by rank"
         panels.append((_by_rank, title, rows))
+    for (what,), rows in grouped(record.get("sums", ()), "what"):
+        panels.append((_steps, f"{what}, batch {rows[0]['batch_size']}", rows))
     columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
@@ -73,7 +75,8 @@ def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     whole = rows[0]["step"]["median"]
     values = [row["step"]["median"] / whole if "step" in row else None for row in rows]
     _bars(axes, rows, [(values, _ONE, "")])
-    axes.set_xlabel(f"times the step of plain {rows[0]['projection']}")
+    base = rows[0]["projection"]
+    axes.set_xlabel("times the dense one" if base == "dense" else f"times the step of plain {base}")
 
 
 def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -146,27 +146,46 @@ def experiment(name: str) -> Experiment | Timing:
 
 
 def reproduce(
-    name: str, out: Path, *, budget: Budget = "quick", jobs: int = -1, overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None,
+    name: str, out: Path, *, budget: Budget = "quick", data: str | None = None, jobs: int = -1,
+    overwrite: bool = False, on_run: Callable[[Outcome, int], None] | None = None,
     done: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
     An experiment of several parts has a folder for each, and ``summary.png`` over them.
 
+    Args:
+        name: of the experiment.
+        out: output folder.
+        budget: "quick" or "full".
+        data: in place of the published data set, another of as large images; then no published
+            numbers stand beside ours.
+        jobs: as of :func:`subspan.lab.sweep.sweep`.
+        overwrite: replace what another configuration left there.
+        on_run: called after each run, with how many are left.
+        done: called after each measurement of a benchmark.
+
     Returns:
         The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name or budget.
+        SubspanError: for an unknown name or budget, or data for a benchmark.
     """
     chosen = experiment(name)
     if isinstance(chosen, Timing):
+        if data is not None:
+            raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
         record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
         picture.write(record, out)
         return {"": record}
-    parts = chosen.parts(budget)
+    parts, title = chosen.parts(budget), chosen.title
+    if data is not None:
+        title += f"; here with {data}"
+        parts = {
+            part: replace(config, training=replace(config.training, data=data))
+            for part, config in parts.items()
+        }
     if chosen.timed:
         if jobs > 1:
             raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
@@ -182,15 +201,17 @@ def reproduce(
 
         extra = {
             "experiment": {
-                "name": name, "budget": budget, "title": chosen.title, "source": chosen.source,
+                "name": name, "budget": budget, "title": title, "source": chosen.source,
                 "differences": chosen.differences, "part": part,
             },
-            "published": [curve.as_dict() for curve in chosen.published_of(part)],
+            "published": [
+                curve.as_dict() for curve in (() if data else chosen.published_of(part))
+            ],
         }  # fmt: skip
         results[part] = sweep(
             config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra
         )
         report.write(out / part)
     if len(parts) > 1:
-        report.write_summary(out, {part: out / part for part in parts}, chosen.title)
+        report.write_summary(out, {part: out / part for part in parts}, title)
     return results

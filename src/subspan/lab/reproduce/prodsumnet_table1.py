@@ -12,8 +12,8 @@ from subspan.lab.reproduce import Experiment, Published
 
 # At most 34,152 numbers, what Adaptive Fastfood leaves of Caffe's LeNet: 25,570 of convolutions,
 # 3,572 of the first dense layer (800 to 500, with biases), 5,010 of the last. Only the first dense
-# layer differs (circulant blocks divide 500 and 800: 35,080 in all); `dlrt` and `subspace` are of the
-# whole network.
+# layer differs (circulant blocks divide 500 and 800: 35,080 in all); `dlrt` and `subspace` are of
+# the whole network.
 FIRST: dict[str, tuple[Any, str]] = {  # factors of that layer, p
     "fastfood": ({"recipe": "adaptive_fastfood"}, "3072"),
     "kronecker": ({"recipe": "kronecker_fc", "rows": 25, "columns": 40, "terms": "p"}, "2"),

@@ -1,0 +1,114 @@
+"""Products of sums against dense layers, and against forming their weights first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from subspan.lab import nets
+from subspan.lab.bench.steps import SHAPE, a_batch, training_step
+from subspan.lab.bench.timing import interleaved
+from subspan.layers import ProductOfSumsLinear, product_of_sums, recipes
+
+ATOMS = 64  # of rank one
+NET = "lenet-tf"
+
+
+def measure(
+    width: int, batch_size: int, seconds: float, device: torch.device, done: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Forward and backward pass of one layer, and training steps of LeNet.
+
+    Args:
+        width: n of n × n layers.
+        batch_size: images, or vectors.
+        seconds: to spend on each timing.
+        device: where.
+        done: is told about the layers, and about LeNet.
+
+    Returns:
+        Rows with ``what`` is timed, ``projection`` (what the layers are; first "dense"),
+        ``numbers`` that are trained, ``batch_size`` and the timing ``step``.
+    """
+    rows = _rows(f"a layer {width:,} × {width:,}, forward and backward", _layers(width, device),
+                 lambda layer: _passes(layer, width, batch_size, device),
+                 batch_size, seconds, device)  # fmt: skip
+    done("layers as products of sums")
+    x, y = a_batch(batch_size, device)
+    rows += _rows(f"a training step of {NET}", _networks(device),
+                  lambda net: training_step(net, x, y), batch_size, seconds, device)  # fmt: skip
+    done(f"training steps of {NET}")
+    return rows
+
+
+class Expanded(nn.Module):
+    """A layer whose weight is formed first, whatever that costs."""
+
+    def __init__(self, layer: ProductOfSumsLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, m) → (B, n)."""
+        return F.linear(x, self.layer.weight, self.layer.full_bias())
+
+
+def _layers(n: int, device: torch.device) -> dict[str, nn.Module]:
+    rank1 = [{"kind": "rank1", "p": ATOMS}]
+    factors = {
+        "low_rank": recipes.low_rank(max(1, ATOMS // 2)),
+        "hashed": recipes.hashed(ATOMS),
+        "circulant": recipes.circulant(),
+        "adaptive_fastfood": recipes.adaptive_fastfood(n),
+        "kronecker_fc": recipes.kronecker_fc(n, n, max(1, n // 32), max(1, n // 32)),
+    }
+    like: dict[str, Any] = {"device": device}
+    return {
+        "dense": nn.Linear(n, n, **like),
+        f"{ATOMS} of rank one, W first": Expanded(ProductOfSumsLinear(n, n, rank1, **like)),
+        f"{ATOMS} of rank one": ProductOfSumsLinear(n, n, rank1, **like),
+        **{name: ProductOfSumsLinear(n, n, own, **like) for name, own in factors.items()},
+    }
+
+
+def _networks(device: torch.device) -> dict[str, nn.Module]:
+    # Experiments know benchmarks, so that they are looked at here.
+    from subspan.lab.reproduce.prodsumnet_lenet import BIAS, CONVOLUTIONS, DENSE
+
+    def sums(rules: dict[str, Any]) -> nn.Module:
+        return product_of_sums(nets.build(NET, SHAPE), rules, bias=BIAS)
+
+    filled = {
+        name: [{key: 656 if value == "p" else value for key, value in f.items()} for f in factors]
+        for name, factors in (CONVOLUTIONS | DENSE).items()
+    }
+    once = {"conv1|conv2|fc1|fc2": [{"kind": "hash", "p": 785}]}
+    found = {"dense": nets.build(NET, SHAPE), "two sums": sums(filled), "one sum": sums(once)}
+    return {name: net.to(device) for name, net in found.items()}
+
+
+def _passes(
+    layer: nn.Module, width: int, batch_size: int, device: torch.device
+) -> Callable[[], object]:
+    x = torch.randn(batch_size, width, device=device, requires_grad=True)
+    slope = torch.randn(batch_size, width, device=device)
+    inputs = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), inputs, slope)
+
+
+def _rows(
+    what: str, candidates: dict[str, nn.Module], step: Callable[[nn.Module], Callable[[], object]],
+    batch_size: int, seconds: float, device: torch.device,
+) -> list[dict[str, Any]]:  # fmt: skip
+    timings = interleaved({name: step(net) for name, net in candidates.items()}, seconds, device)
+    return [
+        {
+            "what": what, "projection": name, "batch_size": batch_size, "step": timings[name],
+            "numbers": sum(p.numel() for p in net.parameters()),
+        }
+        for name, net in candidates.items()
+    ]  # fmt: skip
