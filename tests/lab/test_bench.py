@@ -342,6 +342,11 @@ def test_products_of_sums_against_dense(measured):
     assert numbers["dense"] == 3_274_634
     assert numbers["two sums"] == 3_548
     assert all(row["step"]["median"] > 0 for row in measured.record["sums"])
+    two = networks[1]
+    assert 4 * 3548 < two["bytes_stored"] < 4 * 3548 + 2048
+    entries = 64 * 16 + 16 * 800 + 1024 * 64 + 64 * 3136 + 10 * 1024
+    conv1 = 32 * 4 * (32 * 4) + 4 * 25 * (4 * 25)
+    assert two["bytes_of_m"] == 4 * (656 * entries + conv1)
     *_, one, two = picture.draw(measured.record).axes
     assert one.get_xlabel() == two.get_xlabel() == "times the dense one"
     assert [label.get_text() for label in two.get_yticklabels()] == ["dense", "two sums", "one sum"]

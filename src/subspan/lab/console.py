@@ -240,10 +240,11 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
     for (what,), rows in grouped(record.get("sums", ()), "what"):
         dense = rows[0]
         say(f"\n{what}, batch of {dense['batch_size']}")
-        table = _table("made of", "numbers", "ms", "× dense")
+        table = _table("made of", "numbers", "bytes stored", "bytes of M", "ms", "× dense")
         for row in rows:
-            cells = [_milliseconds(row["step"]), _ratio(row["step"], dense["step"])]
-            table.add_row(row["projection"], f"{row['numbers']:,}", *cells)
+            counts = [f"{row[key]:,}" for key in ("numbers", "bytes_stored", "bytes_of_m")]
+            cells = [*counts, _milliseconds(row["step"]), _ratio(row["step"], dense["step"])]
+            table.add_row(row["projection"], *cells)
         console.print(table)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")

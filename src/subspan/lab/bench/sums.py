@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from subspan import checkpoint
 from subspan.lab import nets
 from subspan.lab.bench.steps import SHAPE, a_batch, training_step
 from subspan.lab.bench.timing import interleaved
-from subspan.layers import ProductOfSumsLinear, product_of_sums, recipes
+from subspan.layers import ProductOfSums, ProductOfSumsLinear, product_of_sums, recipes
 
 ATOMS = 64  # of rank one
 NET = "lenet-tf"
@@ -32,7 +35,8 @@ def measure(
 
     Returns:
         Rows with ``what`` is timed, ``projection`` (what the layers are; first "dense"),
-        ``numbers`` that are trained, ``batch_size`` and the timing ``step``.
+        ``numbers`` that are trained, ``bytes_stored`` in a checkpoint, ``bytes_of_m`` (of the
+        matrices Mⱼ, had they to be stored whole), ``batch_size`` and the timing ``step``.
     """
     rows = _rows(f"a layer {width:,} × {width:,}, forward and backward", _layers(width, device),
                  lambda layer: _passes(layer, width, batch_size, device),
@@ -100,6 +104,18 @@ def _passes(
     return lambda: torch.autograd.grad(layer(x), inputs, slope)
 
 
+def _bytes_stored(net: nn.Module) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        checkpoint.save(net, file)
+        return file.stat().st_size
+
+
+def _bytes_of_m(net: nn.Module) -> int:
+    sums = [s for layer in net.modules() if isinstance(layer, ProductOfSums) for s in layer.sums]
+    return sum(4 * max(s.p, 1) * s.n * s.m for s in sums)  # of a fixed factor there is one
+
+
 def _rows(
     what: str, candidates: dict[str, nn.Module], step: Callable[[nn.Module], Callable[[], object]],
     batch_size: int, seconds: float, device: torch.device,
@@ -109,6 +125,7 @@ def _rows(
         {
             "what": what, "projection": name, "batch_size": batch_size, "step": timings[name],
             "numbers": sum(p.numel() for p in net.parameters()),
+            "bytes_stored": _bytes_stored(net), "bytes_of_m": _bytes_of_m(net),
         }
         for name, net in candidates.items()
     ]  # fmt: skip
