@@ -66,6 +66,19 @@ def save(
     """
     path = Path(path)
     refuse_what_is_no_file(path)
+    header, data = contents(model, extra)
+    text = _json(header | {"digest": _digest(header, data)})
+    return write_atomically(path, safetensors.torch.save(data, metadata={KEY: text}))
+
+
+def contents(
+    model: nn.Module, extra: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and copies of the tensors that a file of this model has.
+
+    Raises:
+        SubspanError: as :func:`save`.
+    """
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     if isinstance(model, SubspaceModel):
         own = {**model.fully_trained(), **model.changed_buffers()}
@@ -94,9 +107,9 @@ def save(
         raise SubspanError(f"extra must hold JSON values: {error}") from None
     # Copies: safetensors refuses tensors that overlap in memory.
     layout = torch.contiguous_format
-    data = {n: t.detach().to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()}
-    text = _json(header | {"digest": _digest(header, data)})
-    return write_atomically(path, safetensors.torch.save(data, metadata={KEY: text}))
+    return header, {
+        n: t.detach().to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
+    }
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -166,10 +179,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
     if header["kind"] != "subspace":
-        if ranks := header.get("ranks"):
-            network = factorize_like(network, ranks)
-        if sums := header.get("sums"):
-            network = product_of_sums_like(network, sums)
+        network = arranged(network, header)
         restore(network, tensors)
         return network
     drawn = network is net and seed is not None
@@ -179,6 +189,19 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         model = _wrapped(path, network, header)
         restore(model, tensors)
     return model
+
+
+def arranged(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
+    """A network with the layers that a header tells of, with any values.
+
+    Raises:
+        SubspanError: if the network is another one; it is then untouched.
+    """
+    if ranks := header.get("ranks"):
+        network = factorize_like(network, ranks)
+    if sums := header.get("sums"):
+        network = product_of_sums_like(network, sums)
+    return network
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:

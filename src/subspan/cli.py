@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from subspan import __version__
-from subspan.errors import SubspanError, unknown
+from subspan.errors import Stopped, SubspanError, unknown
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from subspan.lab.config import Run
 
 Arguments = Sequence[str]
 
 
 def main(argv: Arguments | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -40,6 +42,9 @@ def main(argv: Arguments | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission
         print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"\nsubspan {arguments[0]}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"\nsubspan {arguments[0]}: interrupted; what was complete is kept", file=sys.stderr)
         return 130
@@ -87,21 +92,54 @@ def train(argv: Arguments) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     _add_options(parser)
     _add_out(parser, "runs/train")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with what --out says was begun there; no other option is needed. (The command "
+        "that began it does the same, if it is given again.)",
+    )  # fmt: skip
     given = _parse(parser, argv)
 
-    how = method(given.method)
-    training = _instance(Training, given)
-    options = _options(given)
-    rates = how.rates(options)
-    lr = rates[len(rates) // 2] if given.lr is None else given.lr
-    run = Run(training, given.method, options, lr, given.seed)
+    out = Path(given.out)
+    if given.resume:
+        run = _begun(parser, given, out)
+    else:
+        how = method(given.method)
+        options = _options(given)
+        rates = how.rates(options)
+        lr = rates[len(rates) // 2] if given.lr is None else given.lr
+        run = Run(_instance(Training, given), given.method, options, lr, given.seed)
     with console.training(run) as progress:
-        record = run_training(
-            run, Path(given.out), overwrite=given.overwrite, report=progress.epoch,
-            on_step=progress.step, on_start=progress.start,
-        )  # fmt: skip
-    console.trained(record, Path(given.out), anew=progress.started)
+        try:
+            record = run_training(
+                run, out, overwrite=given.overwrite, report=progress.epoch,
+                on_step=progress.step, on_start=progress.start,
+            )  # fmt: skip
+        except Stopped as stopped:
+            go_on = f"; to go on: subspan train --resume --out {out}"
+            raise Stopped(f"{stopped}{go_on}", stopped.signal) from None
+    console.trained(record, out, anew=progress.started)
     distributed.leave()
+
+
+def _begun(parser: ArgumentParser, given: Namespace, out: Path) -> Run:
+    """The run of a record; options that are given besides must be the record's own."""
+    from subspan.lab.config import Run
+    from subspan.lab.records import read_json
+
+    record = read_json(out / "record.json")
+    if record is None:
+        raise SubspanError(f"nothing was begun in {out}: it has no record.json")
+    run = Run.from_dict(record["config"])
+    theirs = record["config"] | record["config"]["options"]
+    usual = parser.get_defaults()
+    apart = ("config", "out", "overwrite", "resume")
+    for name, value in given.items():
+        if name not in apart and value != usual.get(name) and value != theirs.get(name):
+            raise SubspanError(
+                f"{out} was begun with another configuration ({name} {theirs.get(name)!r} → "
+                f"{value!r}): leave that out to go on, or give another --out"
+            )
+    return run
 
 
 def sweep(argv: Arguments) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and the sentence for an unknown name."""
+"""What bad input raises, what a signal raises, and the sentence for an unknown name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ class SubspanError(ValueError):
     The command line prints the message alone and exits with code 2; anything else that
     escapes is a bug and keeps its traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked a training run to end, and it has saved where it stands.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:

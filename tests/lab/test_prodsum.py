@@ -27,6 +27,14 @@ def test_by_command(cli, in_tmp_path):
     assert (said.code, said.err) == (0, "")
 
 
+def test_a_seed_says_everything(cli, in_tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        words = ["--p", 30, "--epochs", 1, "--seed", seed]
+        assert cli(*TRAIN[:-1], name, *words).code == 0
+    a, b, c = (Path(name, "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
 def test_factors_from_a_file(cli, in_tmp_path):
     Path("run.yaml").write_text(
         "factors:\n"

@@ -93,6 +93,20 @@ class Run:
             "method": self.method, "options": self.options, "lr": self.lr, "seed": self.seed
         }  # fmt: skip
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Run:
+        """Of :meth:`as_dict`.
+
+        Raises:
+            SubspanError: for anything else.
+        """
+        own = {f.name for f in fields(cls)} - {"training"}
+        training = {key: value for key, value in content.items() if key not in own}
+        try:
+            return cls(Training(**training), **{key: content[key] for key in own})
+        except (TypeError, KeyError) as error:
+            raise SubspanError(f"this is not the configuration of a run: {error}") from None
+
 
 @dataclass(frozen=True)
 class Sweep:

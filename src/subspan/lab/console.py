@@ -56,12 +56,13 @@ class TrainingProgress:
     run: Run
     started: bool = False
 
-    def start(self, steps: int) -> None:
-        """The number of steps is known."""
+    def start(self, steps: int, done: int) -> None:
+        """The number of steps is known, and how many were made before."""
         self.started = True
-        self.bar.update(self.task, total=steps)
+        self.bar.update(self.task, total=steps, completed=done)
         net, data = self.run.training.net, self.run.training.data
-        say(f"{net} on {data}, {self.run.method}, lr {self.run.lr:g}: {steps:,} steps")
+        before = f", going on after {done:,}" if done else ""
+        say(f"{net} on {data}, {self.run.method}, lr {self.run.lr:g}: {steps:,} steps{before}")
 
     def step(self) -> None:
         """One step is done."""

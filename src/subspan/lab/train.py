@@ -8,10 +8,12 @@ once, at the end.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import signal
 import statistics
+import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +29,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from subspan import checkpoint, distributed, init
-from subspan.errors import SubspanError
+from subspan.errors import Stopped, SubspanError
 from subspan.files import remove_unfinished
-from subspan.lab import data, nets, records
+from subspan.lab import data, nets, records, state
 from subspan.lab.config import Run, Training
 from subspan.lab.evaluate import draw, evaluate
 from subspan.lab.methods import Method, method
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+SAVE_EVERY = 300.0  # seconds between states within an epoch
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -94,12 +97,15 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
 
 def train(
     run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
-    on_step: Callable[[], None] | None = None, on_start: Callable[[int], None] | None = None,
+    on_step: Callable[[], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
-    After every epoch ``best.safetensors`` and ``last.safetensors`` are there, too. A run that is
-    complete in this folder is not repeated.
+    After every epoch ``best.safetensors`` and ``last.safetensors`` are there, too, and
+    ``state.pt``: from there an interrupted run goes on when it is started again, and ends with the
+    same bits as one that was not. SIGINT and SIGTERM save the state after the step that is under
+    way; a second one does not wait. A run that is complete in this folder is not repeated.
 
     Args:
         run: what to do.
@@ -107,7 +113,8 @@ def train(
         overwrite: replace what another configuration left there.
         report: called with each epoch's row of the history.
         on_step: called after each step.
-        on_start: called before the first step with the number of steps.
+        on_start: called before the first step with the number of steps, and how many of them were
+            made before.
 
     Returns:
         The record.
@@ -115,23 +122,59 @@ def train(
     Raises:
         SubspanError: for bad input, with nothing written; and for a loss that stops being finite,
             with the record saying so and the last good state kept.
+        Stopped: after a signal.
     """
     if found := completed(run, out, overwrite=overwrite):
         return found
     before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
-    loop = _Loop(prepare(run), _accelerator(run.training), out, before, report, on_step)
+    where = _where(run, out) if before else None
+    loop = _Loop(prepare(run), _accelerator(run.training), out, where, report, on_step)
     loop.open()
     if on_start:
-        on_start(loop.steps * run.training.epochs)
+        on_start(loop.steps * run.training.epochs, loop.done)
     try:
-        loop.fit()
+        with loop.signals:
+            loop.fit()
         loop.finish()
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
+        if loop.signals.seen and not interrupted:  # the main process has stopped
+            raise Stopped("stopped with the first process", loop.signals.seen) from error
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
             loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
         raise
     return loop.record
+
+
+def _where(run: Run, out: Path) -> dict[str, Any] | None:
+    """Where an earlier training of this run stands, if that can be told."""
+    found = state.read(out / state.FILE)
+    config = json.loads(json.dumps(run.as_dict()))
+    # A file of another run is there if that one was just being replaced when all ended.
+    return found if found is not None and found["config"] == config else None
+
+
+class _Signals:
+    """Remembers the first SIGINT or SIGTERM; the second has the usual effect at once."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.seen:
+            raise Stopped("stopped in the middle of a step", number)
+        self.seen = number
 
 
 class _Loop:
@@ -139,14 +182,15 @@ class _Loop:
 
     def __init__(
         self, ready: Prepared, accelerator: Accelerator, out: Path,
-        before: dict[str, Any] | None, report: Report | None, on_step: Callable[[], None] | None,
+        where: dict[str, Any] | None, report: Report | None, on_step: Callable[[], None] | None,
     ) -> None:  # fmt: skip
-        self.ready, self.accelerator, self.out = ready, accelerator, out
+        self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
+        self.signals = _Signals()
         self.report, self.on_step = report, on_step
         self.training = ready.run.training
         device = accelerator.device
         self.memory = records.PeakMemory(device)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - (where["seconds_total"] if where else 0.0)
         self.images = ready.data.to(device)
         # Many processes take equal parts of every batch, so that a smaller last one is left out.
         self.drop_last = accelerator.num_processes > 1
@@ -158,27 +202,35 @@ class _Loop:
         self.steps = data.steps_per_epoch(
             self.images.train, self.training.batch_size, drop_last=self.drop_last
         )
-        self.model = ready.model.to(device)
+        # The layers that there were; their values come when a journal has been read from θ₀ on.
+        model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
+        self.model = model.to(device)
         total = self.steps * self.training.epochs
         begun_with = self.extra() | {"init_seed": ready.init_seed}
         optimizer = self.bare = ready.method.optimizer(
-            self.model, ready.run, out, begun_with, steps=total, resume=before is not None
-        )
-        # Of an optimizer that goes on from a file of its own; else a run begins anew.
-        self.done = int(getattr(optimizer, "steps", 0))
+            self.model, ready.run, out, begun_with, steps=total,
+            resume=where["done"] if where else None,
+        )  # fmt: skip
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.wrapped = self.distributed()
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
-        with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
-            warnings.simplefilter("ignore", UserWarning)
-            for _ in range(self.done):
-                self.schedule.step()
-        rows = before["history"][: self.done // self.steps] if before else []
-        [rows] = broadcast_object_list([rows])
-        best = max(rows, key=lambda row: (row["val_accuracy"], -row["epoch"]), default=None)
-        self.best_accuracy = best["val_accuracy"] if best else -1.0
-        self.best_epoch = best["epoch"] if best else 0
+        self.done = 0  # steps
+        self.best_accuracy, self.best_epoch = -1.0, 0
         self.sent: list[float] = []  # bytes per step and process, epoch by epoch
+        # Of the epoch that is under way.
+        self.within: dict[str, Any] = {
+            "total": torch.zeros((), device=device), "seen": 0, "seconds": 0.0, "lr": 0.0
+        }  # fmt: skip
+        if where:
+            checkpoint.restore(self.model, where["tensors"])
+            optimizer.load_state_dict(where["optimizer"])
+            self.schedule.load_state_dict(where["schedule"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(where["scaler"])
+            self.best_accuracy, self.best_epoch = where["best_accuracy"], where["best_epoch"]
+            self.sent, self.done = where["sent"], where["done"]
+            self.within = where["within"] | {"total": where["within"]["total"].to(device)}
+        self.saved = time.perf_counter()
         self.record: dict[str, Any] = {
             "format": records.FORMAT,
             "status": "running",
@@ -192,7 +244,7 @@ class _Loop:
             "seconds_per_step": None,
             "peak_memory_bytes": None,
             "bytes_sent_per_step": None,
-            "history": rows,
+            "history": where["history"] if where else [],
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
@@ -215,14 +267,18 @@ class _Loop:
             remove_unfinished(self.out / "record.json")
         self.write("running")
         if self.accelerator.is_main_process:
-            kept = ("best", "last") if self.record["history"] else ()
-            for name in {"best", "last", "model"} - set(kept):
-                (self.out / f"{name}.safetensors").unlink(missing_ok=True)
-                remove_unfinished(self.out / f"{name}.safetensors")
+            names = {f"{name}.safetensors" for name in ("best", "last", "model")} | {state.FILE}
+            for name in names:
+                remove_unfinished(self.out / name)
+                if not self.where:
+                    (self.out / name).unlink(missing_ok=True)
 
     def fit(self) -> None:
         """All epochs, or as many as patience allows."""
-        set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
+        if self.where:
+            state.set_generators(self.where["generators"])
+        else:
+            set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
         for epoch in range(len(self.record["history"]) + 1, self.training.epochs + 1):
             # Choices are the first process's, so that all stop together.
             [row] = broadcast_object_list([self.epoch(epoch)])
@@ -240,6 +296,9 @@ class _Loop:
                 break
             if epoch < self.training.epochs:
                 self.change()
+            self.save_state()
+            if self.stopping and epoch < self.training.epochs:
+                self.stop()
 
     def change(self) -> None:
         """What a method changes between two epochs."""
@@ -260,15 +319,17 @@ class _Loop:
         """One pass over the training part and a look at the validation part."""
         accelerator, training = self.accelerator, self.training
         self.wrapped.train()
-        lr = self.schedule.get_last_lr()[0]
-        started, total, seen = time.perf_counter(), torch.zeros((), device=accelerator.device), 0
+        if not self.within["seen"]:
+            self.within["lr"] = self.schedule.get_last_lr()[0]
+        total, seen = self.within["total"], self.within["seen"]
+        started = time.perf_counter() - self.within["seconds"]
         sent = records.bytes_sent()
         batches = data.batches(
             self.images.train, training.batch_size, seed=self.ready.run.seed, epoch=epoch,
             rank=accelerator.process_index, world=accelerator.num_processes,
             drop_last=self.drop_last,
         )  # fmt: skip
-        train_loss = None  # of an epoch whose steps were all made before
+        train_loss = math.nan
         for step, (images, labels) in enumerate(batches, start=1):
             if (epoch - 1) * self.steps + step <= self.done:
                 continue
@@ -276,15 +337,22 @@ class _Loop:
             total, seen = total + loss.detach() * len(labels), seen + len(labels)
             if step % CHECK_EVERY == 0 or step == self.steps:
                 train_loss = self.finite(total / seen, epoch)
+            self.done += 1
             if self.on_step:
                 self.on_step()
-        seconds = time.perf_counter() - started
+            due = time.perf_counter() - self.saved > SAVE_EVERY
+            if step < self.steps and (due or self.stopping):
+                seconds = time.perf_counter() - started
+                self.within |= {"total": total, "seen": seen, "seconds": seconds}
+                self.save_state()
+                if self.stopping:
+                    self.stop()
+        seconds, lr = time.perf_counter() - started, self.within["lr"]
+        self.within = {"total": torch.zeros_like(total), "seen": 0, "seconds": 0.0, "lr": lr}
         if accelerator.num_processes > 1:
             own = torch.tensor((records.bytes_sent() - sent) / self.steps)
             self.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
-        more = {}
-        if train_loss is not None:
-            more = self.ready.method.diagnose(self.model, self.bare)
+        more = self.ready.method.diagnose(self.model, self.bare)
         val_loss, val_accuracy = evaluate(self.model, self.images, self.images.validation)
         return {
             "epoch": epoch,
@@ -312,6 +380,9 @@ class _Loop:
         mean = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(mean):
             kept = f"; best.safetensors holds epoch {self.best_epoch}" if self.best_epoch else ""
+            # From there it would come to the same end.
+            if self.accelerator.is_main_process:
+                (self.out / state.FILE).unlink(missing_ok=True)
             raise SubspanError(
                 f"the loss stopped being finite in epoch {epoch}: lower --lr {self.ready.run.lr:g}"
                 + kept
@@ -321,6 +392,8 @@ class _Loop:
     def finish(self) -> None:
         """Go back to the best epoch, read the test set once, and write what was found."""
         best = self.out / "best.safetensors"
+        if not best.exists():  # it has its last name, and then all ended
+            best = self.out / "model.safetensors"
         self.accelerator.wait_for_everyone()
         _, tensors = checkpoint.read(best)
         checkpoint.restore(self.model, tensors)
@@ -331,9 +404,11 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             best.replace(self.out / "model.safetensors")
-            (self.out / "last.safetensors").unlink()
+            (self.out / "last.safetensors").unlink(missing_ok=True)
             self.record["checkpoint_bytes"] = (self.out / "model.safetensors").stat().st_size
         self.write("complete")
+        if self.accelerator.is_main_process:
+            (self.out / state.FILE).unlink(missing_ok=True)
         # The others read the record rather than be sent it: Gloo's thread may still hold what was
         # sent last when Python ends, and aborts the process then. A barrier holds nothing.
         self.accelerator.wait_for_everyone()
@@ -344,6 +419,42 @@ class _Loop:
         """The model's checkpoint, from the main process."""
         if self.accelerator.is_main_process:
             checkpoint.save(self.model, self.out / name, extra=self.extra())
+
+    def save_state(self) -> None:
+        """Everything that what follows depends on, from the main process."""
+        self.saved = time.perf_counter()
+        if not self.accelerator.is_main_process:
+            return
+        header, tensors = checkpoint.contents(self.model)
+        scaler = self.accelerator.scaler
+        content = {
+            "config": json.loads(json.dumps(self.ready.run.as_dict())),
+            "header": header,
+            "tensors": tensors,
+            "optimizer": self.bare.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "generators": state.generators(),
+            "history": self.record["history"],
+            "best_accuracy": self.best_accuracy,
+            "best_epoch": self.best_epoch,
+            "sent": self.sent,
+            "done": self.done,
+            "within": self.within,
+            "seconds_total": time.perf_counter() - self.started,
+        }
+        state.write(self.out / state.FILE, content)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to end now. The main process does; the others cannot go on without it."""
+        return bool(self.signals.seen) and self.accelerator.is_main_process
+
+    def stop(self) -> None:
+        """End as a signal asked for; all is saved."""
+        steps = self.steps * self.training.epochs
+        number = self.signals.seen
+        raise Stopped(f"stopped after {self.done:,} of {steps:,} steps", number)
 
     def extra(self) -> dict[str, Any]:
         """What ``subspan eval`` needs to build the network and its input again."""

@@ -26,7 +26,7 @@ from subspan.compartments import matches
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import Sum, atoms
-from subspan.layers.places import chosen, places, put
+from subspan.layers.places import chosen, places, put, replaced
 from subspan.layers.plain import Convolution, linear
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -551,23 +551,27 @@ def product_of_sums_like(net: nn.Module, recipes: Mapping[str, Mapping[str, Any]
     """Give exactly these layers these recipes, with any values: to be filled from a checkpoint.
 
     Args:
-        net: changed in place; its layers are ordinary, or have these recipes already.
+        net: changed in place; its layers are ordinary, or products of sums.
         recipes: of :attr:`ProductOfSums.recipe`, by the layers' full names.
 
     Raises:
         SubspanError: if the network is another one. It is then untouched.
     """
-    found, modules, new = places(net), dict(net.named_modules()), {}
+    found, modules = places(net), dict(net.named_modules())
+    new: dict[str, ProductOfSums] = {}
+    others: dict[int, nn.Module] = {}
     for name, recipe in recipes.items():
         there = modules.get(name)
-        if isinstance(there, ProductOfSums) and there.recipe == recipe:
-            continue
-        if name not in found:
+        if isinstance(there, ProductOfSums):
+            if there.recipe != recipe:
+                others[id(there)] = remade(there, recipe)
+        elif name in found:
+            new[name] = remade(found[name].layer, recipe)
+        else:
             raise SubspanError(
                 f"the network has no layer {name!r} that could be this product of sums"
             )
-        new[name] = remade(found[name].layer, recipe)
-    return put(net, found, new)
+    return replaced(put(net, found, new), others)
 
 
 def remade(

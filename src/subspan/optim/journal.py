@@ -114,9 +114,13 @@ class Journal:
                 yield Record(step, rates, coordinates.view(self._shape))
                 last = step
 
-    def cut(self) -> None:
-        """Remove a tail that is no whole record, so that others can follow."""
-        whole = sum(1 for _ in self.records())
+    def cut(self, before: int | None = None) -> None:
+        """Remove a tail that is no whole record, so that others can follow.
+
+        Args:
+            before: remove this step and those behind it, too.
+        """
+        whole = sum(1 for record in self.records() if before is None or record.step < before)
         with self.path.open("r+b") as file:
             file.truncate(self._begin + whole * self._length)
 

@@ -78,7 +78,7 @@ class Method(ABC):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: bool,
+        steps: int, resume: int | None,
     ) -> Optimizer:  # fmt: skip
         """The optimizer of what requires a gradient.
 
@@ -88,8 +88,8 @@ class Method(ABC):
             out: the run's folder, for methods that keep files of their own.
             extra: what such files should say of the run.
             steps: of the whole training.
-            resume: whether such files are this run's own, and it may go on from them: an optimizer
-                that does has made ``steps`` already.
+            resume: after how many steps the run goes on, for such files; the optimizer's own
+                state is loaded afterwards. None for a run that begins.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:

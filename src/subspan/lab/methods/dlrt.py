@@ -85,7 +85,7 @@ class LowRankTraining(Method):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: bool,
+        steps: int, resume: int | None,
     ) -> Optimizer:  # fmt: skip
         """DLRT around the base."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

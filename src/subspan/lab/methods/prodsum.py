@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -54,7 +55,9 @@ class ProductsOfSums(Method):
 
         def replace(net: nn.Module, p: int | None) -> nn.Module:
             rules = _rules(options, p)
-            return product_of_sums(net, rules, bias=options.get("bias"), seed=seed, **more)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # of the first coefficients
+                return product_of_sums(net, rules, bias=options.get("bias"), seed=seed, **more)
 
         for p in later:  # what cannot be is said before the first one is trained
             replace(copy.deepcopy(net), p)

@@ -16,6 +16,7 @@ from subspan.lab.config import Run
 from subspan.lab.methods import Method, Option
 from subspan.lab.methods.subspace import COMMON, parse_dims
 from subspan.optim import RandomBases
+from subspan.optim.journal import Journal
 
 JOURNAL = "journal.subspan"  # beside the record
 SHARED = tuple(option for option in COMMON if option.name in ("compartments", "allocation"))
@@ -61,7 +62,7 @@ class Bases(Method):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: bool,
+        steps: int, resume: int | None,
     ) -> Optimizer:  # fmt: skip
         """The bases' own; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -72,8 +73,10 @@ class Bases(Method):
             first = not many or dist.get_rank() == 0
             if first:
                 out.mkdir(parents=True, exist_ok=True)
-                if not resume:
+                if resume is None:
                     (out / JOURNAL).unlink(missing_ok=True)
+                else:
+                    Journal(out / JOURNAL).cut(before=resume)
             if many:
                 dist.barrier()
             own |= {"journal": out / JOURNAL, "extra": extra}

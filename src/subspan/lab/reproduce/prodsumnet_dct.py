@@ -10,8 +10,9 @@ from subspan.lab.reproduce import Experiment
 
 def _sweep(epochs: int, seeds: int) -> Sweep:
     return Sweep(
-        Training(net="spectral", data="mnist", epochs=epochs), methods=("full",), seeds=seeds,
-        lrs=(0.001,), baseline=None,
+        # The filters' first coefficients are the network's own.
+        Training(net="spectral", data="mnist", epochs=epochs, init="own"), methods=("full",),
+        seeds=seeds, lrs=(0.001,), baseline=None,
     )  # fmt: skip
 
 

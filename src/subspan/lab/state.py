@@ -1,0 +1,75 @@
+"""Where a training run stands, in one file, so that it can go on bit for bit.
+
+The file is PyTorch's own, read with ``weights_only``: nothing in it is executable.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from subspan.errors import SubspanError
+from subspan.files import write_atomically
+
+FILE = "state.pt"
+FORMAT = 1
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a state, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT} | content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A state, or None where there is none.
+
+    Raises:
+        SubspanError: if the file is damaged, or of a newer format.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["format"]
+    except Exception as error:  # of a damaged file PyTorch raises any
+        raise SubspanError(
+            f"{path} is damaged, training cannot go on from it ({type(error).__name__}): remove it "
+            "to begin anew"
+        ) from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise SubspanError(
+            f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
+        )
+    return dict(content)
+
+
+def generators() -> dict[str, Any]:
+    """The states of all generators that a network may draw from, as dropout does."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
+    }
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Put them back; those of GPUs as far as there are as many here."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(
+        (kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached)
+    )
