@@ -96,7 +96,7 @@ def test_a_run_that_was_complete(capsys):
 
 def progress_of_everything():
     with console.training(a_run(dim=5, net="[x]")) as progress:
-        progress.start(100)
+        progress.start(100, 0)
         for _ in range(100):
             progress.step()
         progress.epoch(ROW)

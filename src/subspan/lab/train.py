@@ -391,10 +391,10 @@ class _Loop:
 
     def finish(self) -> None:
         """Go back to the best epoch, read the test set once, and write what was found."""
-        best = self.out / "best.safetensors"
-        if not best.exists():  # it has its last name, and then all ended
-            best = self.out / "model.safetensors"
         self.accelerator.wait_for_everyone()
+        best = self.out / "best.safetensors"
+        if not best.exists():  # it got its last name, and then all ended
+            best = self.out / "model.safetensors"
         _, tensors = checkpoint.read(best)
         checkpoint.restore(self.model, tensors)
         # In full precision, as everyone who loads the file will.
