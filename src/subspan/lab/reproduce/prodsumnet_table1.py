@@ -19,6 +19,7 @@ FIRST: dict[str, tuple[Any, str]] = {  # factors of that layer, p
     "kronecker": ({"recipe": "kronecker_fc", "rows": 25, "columns": 40, "terms": "p"}, "2"),
     "circulant": ({"recipe": "circulant", "block": "p"}, "100"),
     "low-rank": ({"recipe": "low_rank", "rank": "p"}, "2"),
+    "random-projection": ({"recipe": "random_projection", "size": "p"}, "6"),
     "hash": ({"recipe": "hashed", "p": "p"}, "3072"),
     "rademacher": (
         [{"kind": "rademacher", "p": "p", "inner": 32}, {"kind": "rademacher", "p": "p"}], "1536",
