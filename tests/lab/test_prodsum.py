@@ -120,6 +120,7 @@ def test_stages_of_factors(cli, in_tmp_path):
     [
         ([], "method 'prodsum' needs --p, the number of atoms of each layer, --stages or"),
         (["--p", "5", "--stages", "5,6"], "give --p, or --stages, which begin with it, not both"),
+        (["--stages", "5,6,7"], "3 stages need 3 epochs at least, got 2"),
         (["--stages", "50,20"], "stages must grow, got 20 atoms after 50"),
         (["--stages", "5,x"], "p must be a number of atoms, got 'x'"),
         (["--stages", "5,99999"], "layer 'fc1': .* d=99999 does not fit in D=1024 weights"),

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,18 @@ class ProductsOfSums(Method):
         for p in later:  # what cannot be is said before the first one is trained
             replace(copy.deepcopy(net), p)
         return replace(net, first)
+
+    def optimizer(
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
+        steps: int, resume: int | None,
+    ) -> Optimizer:  # fmt: skip
+        """An ordinary one; each stage must get an epoch."""
+        stages = len(_stages(run.options))
+        if run.training.epochs < stages:
+            raise SubspanError(
+                f"{stages} stages need {stages} epochs at least, got {run.training.epochs}"
+            )
+        return super().optimizer(model, run, out, extra, steps=steps, resume=resume)
 
     def after_epoch(
         self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
