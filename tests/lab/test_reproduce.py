@@ -219,6 +219,9 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert diamonds == pytest.approx([75, 25, 50, 40])
     [row] = found["two"].rows
+    found["two"] = replace(found["two"], rows=(replace(row, dim=1234),))
+    labels = bars.summary(found, "All of it").axes[0].get_yticklabels()
+    assert labels[-1].get_text() == "two: hash, 1,234 numbers"
     found["two"] = replace(found["two"], rows=(replace(row, bytes_sent_per_step=(900.0, 1100.0)),))
     _, sent = bars.summary(found, "All of it").axes
     assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in sent.patches] == [

@@ -82,6 +82,8 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     labels = []
     for part, _, row in lines:
         at = f" at {row.label}" if row.ranks else f", d = {row.label}"
+        if row.label.isdecimal() and int(row.label) != row.dim:  # p atoms, and other numbers
+            at = f", {row.dim:,} numbers"
         labels.append(f"{part}: {row.method}" + (at if row.dim else ""))
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
