@@ -1,9 +1,10 @@
-"""What bad input raises, what a signal raises, and the sentence for an unknown name."""
+"""What bad input raises, what a signal raises, and the sentences for unknown names."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import Parameter, signature
 
 
 class SubspanError(ValueError):
@@ -38,3 +39,23 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return SubspanError(f"unknown {kind} {str(name)!r}: {hint}known are {', '.join(known)}")
+
+
+def check_options(owner: str, options: Iterable[str], make: Callable[..., object]) -> None:
+    """Refuse options that a function does not have, and the lack of one that it needs.
+
+    Args:
+        owner: what has the options, as its users call it.
+        options: names that were given.
+        make: the function that would take them; n and m are not the user's to give.
+    """
+    parameters = {k: v for k, v in signature(make).parameters.items() if k not in ("n", "m")}
+    given = list(options)
+    for option in given:
+        if option not in parameters:
+            if not parameters:
+                raise SubspanError(f"{owner} has no options, got {option!r}")
+            raise unknown(f"option of {owner}", option, parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is Parameter.empty and name not in given:
+            raise SubspanError(f"{owner} needs {name}")

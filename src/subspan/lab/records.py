@@ -79,8 +79,7 @@ def claim(
     if record is None:
         return None
     theirs = record["config"]
-    # Through JSON and back, as the record went: tuples are lists there.
-    ours = json.loads(json.dumps(config))
+    ours = plain(config)
     different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     if different and not overwrite:
         changes = ", ".join(f"{k} {theirs.get(k)!r} → {ours.get(k)!r}" for k in different)
@@ -89,6 +88,12 @@ def claim(
             "or --overwrite"
         )
     return None if different else record
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a file gives it back: through JSON, where tuples are lists."""
+    found: dict[str, Any] = json.loads(json.dumps(config))
+    return found
 
 
 def versions() -> dict[str, str]:

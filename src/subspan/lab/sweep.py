@@ -264,7 +264,7 @@ def _result(
     return {
         "format": records.FORMAT,
         "status": status,
-        "config": json.loads(json.dumps(config.as_dict())),
+        "config": records.plain(config.as_dict()),
         "baseline": baseline,
         "rows": rows,
         "d_int": _intrinsic(config, rows, baseline),

@@ -8,7 +8,6 @@ once, at the end.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import statistics
@@ -149,7 +148,7 @@ def train(
 def _where(run: Run, out: Path) -> dict[str, Any] | None:
     """Where an earlier training of this run stands, if that can be told."""
     found = state.read(out / state.FILE)
-    config = json.loads(json.dumps(run.as_dict()))
+    config = records.plain(run.as_dict())
     # A file of another run is there if that one was just being replaced when all ended.
     return found if found is not None and found["config"] == config else None
 
@@ -428,7 +427,7 @@ class _Loop:
         header, tensors = checkpoint.contents(self.model)
         scaler = self.accelerator.scaler
         content = {
-            "config": json.loads(json.dumps(self.ready.run.as_dict())),
+            "config": records.plain(self.ready.run.as_dict()),
             "header": header,
             "tensors": tensors,
             "optimizer": self.bare.state_dict(),

@@ -8,7 +8,6 @@ vectors. Adding a kind is adding a class; the registry, the tests and the tables
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, check_options, unknown
 from subspan.families import projection, projections
 from subspan.philox import Source
 
@@ -64,15 +63,7 @@ class Sum(ABC):
     def __init__(self, n: int, m: int, seed: int, stream: int, **options: Any) -> None:
         self.n, self.m = n, m
         self.source = Source(seed, DOMAIN, stream)
-        known = list(inspect.signature(self.setup).parameters)
-        for option in options:
-            if option not in known:
-                if not known:
-                    raise SubspanError(f"{self.kind} has no options, got {option!r}")
-                raise unknown(f"option of {self.kind}", option, known)
-        for name, parameter in inspect.signature(self.setup).parameters.items():
-            if parameter.default is inspect.Parameter.empty and name not in options:
-                raise SubspanError(f"{self.kind} needs {name}")
+        check_options(self.kind, options, self.setup)
         self.options = options
         self.setup(**options)
 

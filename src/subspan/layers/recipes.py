@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, check_options, unknown
 
 Factors = list[dict[str, Any]]
 
@@ -23,20 +23,12 @@ def recipe(name: str, **options: Any) -> Callable[[int, int], Factors]:
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     make = RECIPES[name]
-    parameters = inspect.signature(make).parameters
-    own = [option for option in parameters if option not in ("n", "m")]
-    for option in options:
-        if option not in own:
-            if not own:
-                raise SubspanError(f"recipe {name} has no options, got {option!r}")
-            raise unknown(f"option of recipe {name}", option, own)
-    for option in own:
-        if parameters[option].default is inspect.Parameter.empty and option not in options:
-            raise SubspanError(f"recipe {name} needs {option}")
+    check_options(f"recipe {name}", options, make)
+    sizes_of = inspect.signature(make).parameters.keys() & {"n", "m"}
 
     def factors(n: int, m: int) -> Factors:
-        sizes = {key: size for key, size in (("n", n), ("m", m)) if key in parameters}
-        return make(**sizes, **options)
+        sizes = {"n": n, "m": m}
+        return make(**{key: sizes[key] for key in sizes_of}, **options)
 
     return factors
 

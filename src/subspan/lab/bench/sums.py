@@ -15,7 +15,8 @@ from subspan import checkpoint
 from subspan.lab import nets
 from subspan.lab.bench.steps import SHAPE, a_batch, training_step
 from subspan.lab.bench.timing import interleaved
-from subspan.layers import ProductOfSums, ProductOfSumsLinear, product_of_sums, recipes
+from subspan.lab.methods import method
+from subspan.layers import ProductOfSums, ProductOfSumsLinear, recipes
 
 ATOMS = 64  # of rank one
 NET = "lenet-tf"
@@ -83,15 +84,16 @@ def _networks(device: torch.device) -> dict[str, nn.Module]:
     # Experiments know benchmarks, so that they are looked at here.
     from subspan.lab.reproduce.prodsumnet_lenet import BIAS, CONVOLUTIONS, DENSE
 
-    def sums(rules: dict[str, Any]) -> nn.Module:
-        return product_of_sums(nets.build(NET, SHAPE), rules, bias=BIAS)
+    def sums(p: int, factors: dict[str, Any]) -> nn.Module:
+        options = {"p": p, "factors": factors, "bias": BIAS}
+        return method("prodsum").wrap(nets.build(NET, SHAPE), 0, options)
 
-    filled = {
-        name: [{key: 656 if value == "p" else value for key, value in f.items()} for f in factors]
-        for name, factors in (CONVOLUTIONS | DENSE).items()
+    once = {"conv1|conv2|fc1|fc2": [{"kind": "hash", "p": "p"}]}
+    found = {
+        "dense": nets.build(NET, SHAPE),
+        "two sums": sums(656, CONVOLUTIONS | DENSE),
+        "one sum": sums(785, once),
     }
-    once = {"conv1|conv2|fc1|fc2": [{"kind": "hash", "p": 785}]}
-    found = {"dense": nets.build(NET, SHAPE), "two sums": sums(filled), "one sum": sums(once)}
     return {name: net.to(device) for name, net in found.items()}
 
 

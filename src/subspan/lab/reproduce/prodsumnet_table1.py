@@ -9,6 +9,7 @@ from typing import Any
 
 from subspan.lab.config import Sweep, Training
 from subspan.lab.reproduce import Experiment, Published
+from subspan.lab.reproduce.prodsumnet_lenet import BIAS, CONVOLUTIONS, DENSE
 
 # At most 34,152 numbers, what Adaptive Fastfood leaves of Caffe's LeNet: 25,570 of convolutions,
 # 3,572 of the first dense layer (800 to 500, with biases), 5,010 of the last. Only the first dense
@@ -25,13 +26,6 @@ FIRST: dict[str, tuple[Any, str]] = {  # factors of that layer, p
         [{"kind": "rademacher", "p": "p", "inner": 32}, {"kind": "rademacher", "p": "p"}], "1536",
     ),
 }  # fmt: skip
-# At most 3,554, which all layers share.
-ALL = {
-    "conv1": [{"kind": "free", "inner": 4}, {"kind": "free"}],
-    "conv2": [{"kind": "hash", "p": "p", "inner": 16}, {"kind": "hash", "p": "p"}],
-    "fc1": [{"kind": "hash", "p": "p", "inner": 64}, {"kind": "hash", "p": "p"}],
-    "fc2": [{"kind": "hash", "p": "p"}],
-}
 PUBLISHED = {
     "fastfood": Published("Yang 2015, 1024 units", (38_821,), (0.9928,), labels=("3072",)),
     "kronecker": Published("Zhou 2015, KFC-II", (27_700,), (0.9924,), labels=("2",)),
@@ -60,7 +54,10 @@ def _parts(epochs: int, seeds: int) -> dict[str, Sweep]:
     parts["dlrt"] = _sweep(epochs, seeds, "dlrt-ratio", ("0.921",), 0.002)
     parts["subspace"] = _sweep(epochs, seeds, "hash", ("3554", "34152"), 0.015)
     parts["subspace-rademacher"] = _sweep(epochs, seeds, "rademacher", ("3554",), 0.03)
-    parts["sums"] = _sweep(epochs, seeds, "prodsum", ("665",), 0.03, factors=ALL, bias=10)
+    # At most 3,554, which all layers share.
+    parts["sums"] = _sweep(
+        epochs, seeds, "prodsum", ("665",), 0.03, factors=CONVOLUTIONS | DENSE, bias=BIAS
+    )  # fmt: skip
     return parts
 
 
