@@ -15,6 +15,11 @@ WEIGHTS = [
     ("mlp", MNIST, 159_010),  # Minut 2023
     ("mlp", CIFAR_CROPPED, 472_610),  # Minut 2023
     ("minut-mlp", CIFAR, 472_610),  # Minut 2023, who crops
+    ("minut-lenet", CIFAR, 62_006),  # Minut 2023, who crops
+    ("lenet-6-16-120-84", MNIST, 61_706),
+    ("lenet-k3-4-8", MNIST, 4 * 9 + 4 + 8 * 4 * 9 + 8 + 6 * 6 * 8 * 10 + 10),
+    ("mlp-10", MNIST, 7_960),  # Minut 2023
+    ("minut-mlp-10", CIFAR, 23_640),  # Minut 2023
     ("mlp-200", MNIST, 159_010),
     ("mlp-200-200", MNIST, 199_210),  # Li 2018
     ("mlp-200-200", CIFAR, 656_810),  # Li 2018
@@ -37,6 +42,9 @@ WEIGHTS = [
     ("vgg11", CIFAR, 9_228_362),
     ("vgg16", CIFAR, 14_724_042),
 ]
+
+
+SIZED = ["lenet-k3-4-8-9", "lenet-k4-2-3", "lenet-k7-1-1"]
 
 
 def weights(net):
@@ -75,16 +83,16 @@ def test_resnet20_has_1376_running_statistics():
     assert sum(b.numel() for name, b in net.named_buffers() if "running" in name) == 1_376
 
 
-@pytest.mark.parametrize("name", [*nets.names(), "mlp-7-5"])
+@pytest.mark.parametrize("name", [*nets.names(), "mlp-7-5", *SIZED])
 @pytest.mark.parametrize("shape", [MNIST, CIFAR, (2, 45, 37)])
 def test_logits_have_one_column_per_class(name, shape):
     assert nets.build(name, shape, classes=7)(torch.zeros(3, *shape)).shape == (3, 7)
 
 
-@pytest.mark.parametrize("name", nets.names())
+@pytest.mark.parametrize("name", [*nets.names(), *SIZED])
 def test_images_from_the_smallest_size_on(name):
     """A net takes its least size and each one above, and says so one pixel below."""
-    smallest = nets._NETS[name].smallest if name in nets._NETS else 1
+    smallest = nets._entry(name).smallest
     for side in range(smallest, 29):
         assert nets.build(name, (1, side, side))(torch.zeros(2, 1, side, side)).shape == (2, 10)
     if smallest > 1:
@@ -95,12 +103,14 @@ def test_images_from_the_smallest_size_on(name):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("name", [name for name, net in nets._NETS.items() if net.smallest > 1])
+@pytest.mark.parametrize(
+    "name", ["lenet", *SIZED, *(n for n in nets._NETS if nets._NETS[n].smallest > 1)]
+)
 def test_no_smaller_image_would_do(name):
     """Past the check, a pixel less leaves some layer without any."""
-    side = nets._NETS[name].smallest - 1
+    side = nets._entry(name).smallest - 1
     with pytest.raises((RuntimeError, SubspanError)):
-        nets._NETS[name].build((1, side, side), 10)(torch.zeros(2, 1, side, side))
+        nets._entry(name).build((1, side, side), 10)(torch.zeros(2, 1, side, side))
 
 
 def test_one_short_side_is_too_small():
@@ -108,9 +118,10 @@ def test_one_short_side_is_too_small():
         nets.build("lenet", (1, 40, 8))
 
 
-def test_minuts_network_sees_the_centre_of_an_image():
+@pytest.mark.parametrize("name", ["minut-mlp", "minut-lenet"])
+def test_minuts_networks_see_the_centre_of_an_image(name):
     x = torch.rand(1, *CIFAR, requires_grad=True)
-    nets.build("minut-mlp", CIFAR)(x).sum().backward()
+    nets.build(name, CIFAR)(x).sum().backward()
     seen = x.grad.abs().sum(dim=(0, 1)) > 0
     assert seen[2:30, 2:30].all()
     assert seen.sum() == 28 * 28

@@ -16,6 +16,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ from subspan.layers import SpectralFilters
 Shape = tuple[int, int, int]  # channels, height, width
 Builder = Callable[[Shape, int], nn.Module]
 
-_MLP = re.compile(r"mlp((?:-[1-9]\d*)*)")
-_MLP_WIDTHS = (200,)  # of plain "mlp": the 784-200-10 of Minut 2023
+# Those of any size; "minut-" crops. Plain names are the 784-200-10 and the LeNet of Minut 2023.
+_MLP = re.compile(r"(minut-)?mlp((?:-[1-9]\d*)*)")
+_LENET = re.compile(r"(minut-)?lenet(?:-k([1-9]))?((?:-[1-9]\d*){2,})?")
 
 
 class _Entry(NamedTuple):
@@ -36,21 +38,60 @@ class _Entry(NamedTuple):
     smallest: int  # the least height and width that leaves every layer a pixel
 
 
+@dataclass(frozen=True)
+class Widths:
+    """What tells two networks of one kind apart: a perceptron, or a LeNet if it has channels.
+
+    Attributes:
+        crop: whether it sees the middle 28x28 pixels only, as in Minut 2023.
+        channels: of the two convolutions; none in a perceptron.
+        dense: units of the hidden dense layers.
+        kernel: height and width of the convolutions' kernels.
+    """
+
+    crop: bool
+    channels: tuple[int, ...]
+    dense: tuple[int, ...]
+    kernel: int = 5
+
+    @property
+    def name(self) -> str:
+        """What :func:`build` makes this network of."""
+        kind = f"lenet-k{self.kernel}" if self.channels else "mlp"
+        return "-".join(["minut"] * self.crop + [kind, *map(str, self.channels + self.dense)])
+
+
+def widths(name: str) -> Widths | None:
+    """The widths behind a name, None if it is of no network with widths."""
+    if match := _MLP.fullmatch(name):
+        return Widths(bool(match[1]), (), _numbers(match[2]) or (200,))
+    if match := _LENET.fullmatch(name):
+        units = _numbers(match[3] or "") or (6, 16, 120, 84)
+        return Widths(bool(match[1]), units[:2], units[2:], int(match[2] or 5))
+    return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("-")[1:])
+
+
 def names() -> list[str]:
-    """Names that `build` knows; it takes ``mlp-WIDTH-WIDTH…`` and ``module:function`` besides."""
-    return sorted(["mlp", *_NETS])
+    """Names that `build` knows; it takes those with WIDTHs and ``module:function`` besides."""
+    return sorted([*_WITH_WIDTHS, *_NETS])
 
 
 def is_builtin(name: str) -> bool:
     """Whether `build` makes ``name`` itself, without importing a user's module."""
-    return name in _NETS or _MLP.fullmatch(name) is not None
+    return name in _NETS or widths(name) is not None
 
 
 def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.Module:
     """Build a network by name.
 
     Args:
-        name: one of `names`; ``mlp-1024-512`` for a multi-layer perceptron of any widths; or
+        name: one of `names`; ``mlp-1024-512`` for a multi-layer perceptron of any widths;
+            ``lenet-k3-4-8-32`` for a LeNet with kernels of 3x3, 4 and 8 channels and a hidden layer
+            of 32 units (``lenet-4-8`` has kernels of 5x5 and no hidden layer); or
             ``package.module:function`` for a function (or class) of your own, which gets
             ``input_shape`` and ``classes`` if it has parameters of these names.
         input_shape: channels, height and width of one image.
@@ -70,12 +111,7 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
         )
     if ":" in name:
         return _build_users_own(name, input_shape, classes)
-    if match := _MLP.fullmatch(name):
-        widths = tuple(int(width) for width in match[1].split("-")[1:])
-        return _feedforward(input_shape, classes, dense=widths or _MLP_WIDTHS)
-    if name not in _NETS:
-        raise unknown("net", name, [*names(), "mlp-WIDTH-WIDTH", "package.module:function"])
-    entry = _NETS[name]
+    entry = _entry(name)
     _, height, width = input_shape
     if min(height, width) < entry.smallest:
         raise SubspanError(
@@ -83,6 +119,15 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
             f"got {height}x{width}: use larger images, or the net 'mlp', which takes any size"
         )
     return entry.build(input_shape, classes)
+
+
+def _entry(name: str) -> _Entry:
+    if chosen := widths(name):
+        return _with_widths(chosen)
+    if name not in _NETS:
+        forms = ["mlp-WIDTH-WIDTH", "lenet-kKERNEL-CHANNELS-CHANNELS-WIDTH"]
+        raise unknown("net", name, [*names(), *forms, "package.module:function"])
+    return _NETS[name]
 
 
 class _Conv(NamedTuple):
@@ -121,13 +166,26 @@ def _linear(shape: Shape, classes: int) -> nn.Module:
     return _feedforward(shape, classes)
 
 
-def _lenet(shape: Shape, classes: int) -> nn.Module:
-    """LeNet-5 (LeCun 1998): images below 32 pixels are padded by 2, as 28x28 digits are there.
+def _with_widths(chosen: Widths) -> _Entry:
+    """A perceptron, 159,010 weights with 200 units at 28x28x1; or a LeNet-5 (LeCun 1998).
 
-    61,706 weights at 28x28x1; 62,006 at 28x28x3 and at 32x32x3.
+    LeNet's images below 32 pixels are padded by 2, as 28x28 digits are there (with kernels of
+    another size by half of it): 61,706 weights at 28x28x1; 62,006 at 28x28x3 and at 32x32x3.
     """
-    padding = 2 if min(shape[1:]) < 32 else 0
-    return _feedforward(shape, classes, (_Conv(6, 5, padding), _Conv(16, 5)), (120, 84))
+
+    def build(shape: Shape, classes: int) -> nn.Module:
+        seen = (shape[0], 28, 28) if chosen.crop else shape
+        convs = [_Conv(channels, chosen.kernel) for channels in chosen.channels]
+        if convs and min(seen[1:]) < 32:
+            convs[0] = convs[0]._replace(padding=chosen.kernel // 2)
+        net = _feedforward(seen, classes, tuple(convs), chosen.dense)
+        if not chosen.crop:
+            return net
+        return nn.Sequential(OrderedDict([("crop", _Crop(28)), *net.named_children()]))
+
+    # Even kernels leave a padded image a pixel larger.
+    smallest = 2 * chosen.kernel + 1 + chosen.kernel % 2 if chosen.channels else 1
+    return _Entry(build, 28 if chosen.crop else smallest)
 
 
 def _lenet_valid(shape: Shape, classes: int) -> nn.Module:
@@ -201,11 +259,6 @@ class _Crop(nn.Module):
         return x[..., top : top + self.size, left : left + self.size]
 
 
-def _minut_mlp(shape: Shape, classes: int) -> nn.Module:
-    """MLP with 200 hidden units on the middle 28x28 pixels (Minut 2023): 472,610 for CIFAR-10."""
-    return nn.Sequential(_Crop(28), *_feedforward((shape[0], 28, 28), classes, dense=(200,)))
-
-
 class _ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution if the shape changes."""
 
@@ -276,16 +329,15 @@ def _vgg(shape: Shape, classes: int, depth: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
+_WITH_WIDTHS = ("mlp", "lenet", "minut-mlp", "minut-lenet")
 _NETS: dict[str, _Entry] = {
     "linear": _Entry(_linear, 1),
-    "lenet": _Entry(_lenet, 12),
     "lenet-valid": _Entry(_lenet_valid, 16),
     "lenet5-caffe": _Entry(_lenet5_caffe, 16),
     "lenet-tf": _Entry(_lenet_tf, 4),
     "spectral": _Entry(_spectral, 10),
     "gressmann-fc": _Entry(_gressmann_fc, 1),
     "gressmann-cnn": _Entry(_gressmann_cnn, 18),
-    "minut-mlp": _Entry(_minut_mlp, 28),
     "resnet8": _Entry(partial(_resnet, blocks=1), 1),
     "resnet20": _Entry(partial(_resnet, blocks=3), 1),
     "vgg11": _Entry(partial(_vgg, depth=11), 1),
