@@ -125,7 +125,7 @@ def test_flags_and_files_are_alike(in_tmp_path, cli):
     assert cli("train", *FLAGS, "--out", "b").code == 0
     records = [record_of(in_tmp_path / name) for name in "ab"]
     assert records[0]["config"] == records[1]["config"]
-    assert records[0]["test_accuracy"] == records[1]["test_accuracy"]
+    assert records[0]["test_score"] == records[1]["test_score"]
     assert records[0]["trainable_parameters"] == 6 + 20 + 10
     # A flag after the file counts; underscores are taken, too.
     cli("train", "--config", "run.yaml", "--batch_size", 128, "--out", "c")
@@ -181,8 +181,8 @@ def test_sweep_with_a_failing_run(in_tmp_path, cli):
 def test_eval_and_inspect(trained, cli):
     file = trained / "model.safetensors"
     said = cli("eval", file)
-    accuracy = record_of(trained)["test_accuracy"]
-    assert said.out.splitlines()[:2] == ["data: digits", f"test_accuracy: {accuracy}"]
+    accuracy = record_of(trained)["test_score"]
+    assert said.out.splitlines()[:2] == ["data: digits", f"test_score: {accuracy}"]
     said = cli("inspect", file)
     assert "kind: subspace\n" in said.out
     assert "init_seed: 0\n" in said.out

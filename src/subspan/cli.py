@@ -172,7 +172,7 @@ def sweep(argv: Arguments) -> None:
         help="the same, of the baseline",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, default=0.9, help="share of the baseline's accuracy for d_int"
+        "--threshold", type=float, default=0.9, help="share of the baseline's score for d_int"
     )
     _add_options(parser, without=("dim",))
     _add_jobs(parser)
@@ -344,7 +344,7 @@ def bench(argv: Arguments) -> None:
 
 
 def evaluate(argv: Arguments) -> None:
-    """Test accuracy of a checkpoint, rebuilt from its file."""
+    """Test score of a checkpoint, rebuilt from its file."""
     from subspan.lab import console
     from subspan.lab.evaluate import evaluate_checkpoint
 
@@ -425,7 +425,7 @@ def doctor(argv: Arguments) -> None:
 COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "train": (train, "train one network by one method"),
     "sweep": (sweep, "accuracy against the number of coordinates, and the intrinsic dimension"),
-    "eval": (evaluate, "test accuracy of a checkpoint"),
+    "eval": (evaluate, "test score of a checkpoint"),
     "inspect": (inspect, "what a checkpoint says of itself"),
     "export": (export, "merged weights of a checkpoint as a plain safetensors file"),
     "replay": (replay, "the weights of any step, from the journal of a training"),

@@ -10,14 +10,15 @@ from rich.console import Console
 
 from subspan.lab import console
 from subspan.lab.doctor import Finding
+from subspan.lab.score import Score
 from subspan.lab.sweep import Job
 from tests.lab.runs import a_run
 
 RECORD = {
-    "test_accuracy": 0.98765, "val_accuracy": 0.5, "stored_parameters": 750, "weights": 159_010,
+    "test_score": 0.98765, "val_score": 0.5, "stored_parameters": 750, "weights": 159_010,
     "checkpoint_bytes": 3_700, "seconds_total": 12.34, "notes": ["[b]no[/b] test part :smile:"],
 }  # fmt: skip
-ROW = {"epoch": 3, "train_loss": 0.5, "val_loss": 0.25, "val_accuracy": 0.875, "seconds": 1.5}
+ROW = {"epoch": 3, "train_loss": 0.5, "val_loss": 0.25, "val_score": 0.875, "seconds": 1.5}
 
 
 LONG = "a-method-with-a-very-long-name-indeed-it-is"
@@ -25,7 +26,7 @@ LONG = "a-method-with-a-very-long-name-indeed-it-is"
 
 def row(method, dim, accuracies):
     return {
-        "method": method, "dim": dim, "lr": 0.1, "test_accuracy": accuracies,
+        "method": method, "dim": dim, "lr": 0.1, "test_score": accuracies,
         "stored_parameters": dim, "checkpoint_bytes": 4 * dim,
         "seconds_total": [1.0] * len(accuracies),
     }  # fmt: skip
@@ -96,7 +97,7 @@ def test_a_run_that_was_complete(capsys):
 
 def progress_of_everything():
     with console.training(a_run(dim=5, net="[x]")) as progress:
-        progress.start(100, 0)
+        progress.start(100, 0, Score())
         for _ in range(100):
             progress.step()
         progress.epoch(ROW)

@@ -91,7 +91,7 @@ def test_dense_training_and_then_truncation(adapt_at, tmp_path):
     # However much better it was before.
     assert record["ranks"] == {"fc1": r}
     assert record["best_epoch"] in ((3, 4) if adapt_at == 0.5 else (4,))
-    assert record["val_accuracy"] == record["history"][record["best_epoch"] - 1]["val_accuracy"]
+    assert record["val_score"] == record["history"][record["best_epoch"] - 1]["val_score"]
 
 
 @pytest.mark.parametrize("integrator", ["parallel", "kls", "kls-adaptive", "vanilla"])
@@ -117,9 +117,9 @@ def test_by_command(in_tmp_path, cli):
     assert (said.code, said.err) == (0, "")
     found = json.loads((in_tmp_path / "run" / "record.json").read_text())
     assert found["config"]["options"] == {"tolerance": 0.3}
-    accuracy = found["test_accuracy"]
+    accuracy = found["test_score"]
     said = cli("eval", "run/model.safetensors")
-    assert f"test_accuracy: {accuracy}" in said.out
+    assert f"test_score: {accuracy}" in said.out
     assert "kind: lowrank" in cli("inspect", "run/model.safetensors").out
     assert cli("export", "run/model.safetensors", "weights.safetensors").code == 0
     plain = nets.build(NET, (1, 8, 8))

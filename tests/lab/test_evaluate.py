@@ -17,6 +17,7 @@ from subspan.lab import data
 from subspan.lab.data import Split
 from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.lab.export import export
+from subspan.lab.tasks.classification import Classification
 from subspan.lab.train import train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
@@ -37,7 +38,8 @@ def test_evaluate_is_exact():
     images[torch.arange(1003), 0, 0, labels] = 255
     labels[1002] = (labels[1002] + 1) % 8
     model = Pixel()
-    loss, accuracy = evaluate(model, digits, Split(images, labels))
+    task = Classification(replace(digits, test=Split(images, labels)), "mlp")
+    loss, accuracy = evaluate(model, task, "test")
     assert accuracy == 1002 / 1003
     scores = digits.normalize(images)[:, 0, 0]
     assert loss == pytest.approx(float(nn.functional.cross_entropy(scores, labels)), rel=1e-5)
@@ -47,15 +49,15 @@ def test_evaluate_is_exact():
 def test_a_checkpoint_gives_what_its_record_says(trained):
     found = evaluate_checkpoint(trained / "model.safetensors")
     record = record_of(trained)
-    assert found["test_accuracy"] == record["test_accuracy"]
+    assert found["test_accuracy"] == record["test_score"]
     assert found["data"] == "digits"
     assert found["images"] == 359
     assert found["checkpoint_bytes"] == record["checkpoint_bytes"]
     model, header = rebuild(trained / "model.safetensors")
     assert header["extra"]["net"] == "mlp-8"
     digits = data.load("digits")
-    _, accuracy = evaluate(model, digits, digits.validation)
-    assert accuracy == record["val_accuracy"]
+    _, accuracy = evaluate(model, Classification(digits, "mlp-8"), "validation")
+    assert accuracy == record["val_score"]
 
 
 FRESH = """
@@ -73,7 +75,7 @@ def test_in_a_fresh_process_with_other_threads(trained):
         [sys.executable, "-c", FRESH, trained / "model.safetensors"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f"test_accuracy: {record_of(trained)['test_accuracy']}\n" in said.stdout
+    assert f"test_score: {record_of(trained)['test_score']}\n" in said.stdout
     assert "kind: subspace\n" in said.stdout
     assert "  net: mlp-8\n" in said.stdout
     assert all(line.isprintable() for line in said.stdout.splitlines())
@@ -86,7 +88,7 @@ def test_normalisation_is_that_of_the_training(trained, monkeypatch):
     other = replace(digits, mean=digits.mean + 1, std=digits.std * 2)
     monkeypatch.setattr(data, "load", lambda *_, **__: other)
     found = evaluate_checkpoint(trained / "model.safetensors", "other")
-    assert found["test_accuracy"] == record["test_accuracy"]
+    assert found["test_accuracy"] == record["test_score"]
     extra = checkpoint.inspect(trained / "model.safetensors")["extra"]
     assert torch.equal(torch.tensor(extra["mean"]), digits.mean)
     assert torch.equal(torch.tensor(extra["std"]), digits.std)

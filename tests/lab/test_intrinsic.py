@@ -10,6 +10,7 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.lab.intrinsic import intrinsic_dimension
+from subspan.lab.score import Score
 
 DIMS = [10, 100, 1000, 10000]
 LINE = [0.2, 0.4, 0.6, 0.8]  # 0.2 per decade
@@ -165,7 +166,7 @@ def test_as_dict_is_json():
         ([1, 2], [0.5, 0.6], [1.0], {}, "list of finite scores"),
         ([1, 2], [[0.5]] * 2, [math.inf], {}, "the baseline"),
         ([1, 2], [[0.5]] * 2, [], {}, "the baseline"),
-        ([1, 2], [[0.5]] * 2, [0.0], {}, "positive mean baseline"),
+        ([1, 2], [[0.5]] * 2, [0.0], {}, "mean baseline better than 0, got 0"),
         ([1, 2], [[0.5]] * 2, [1.0], {"threshold": 0}, "threshold"),
         ([1, 2], [[0.5]] * 2, [1.0], {"threshold": math.nan}, "threshold"),
         ([1, 2], [[0.5]] * 2, [1.0], {"confidence": 1.0}, "confidence"),
@@ -175,3 +176,17 @@ def test_as_dict_is_json():
 def test_bad_input(dims, scores, baseline, options, message):
     with pytest.raises(SubspanError, match=message):
         intrinsic_dimension(dims, scores, baseline, **options)
+
+
+def test_a_score_of_which_less_is_better():
+    """As an accuracy that is the way made from zero."""
+    bits = Score("bits", higher_is_better=False, zero=6.0, percent=False)
+    dims, way = [10, 100, 1000], np.array([[1.0, 1.2], [3.0, 3.1], [3.9, 3.8]])
+    found = intrinsic_dimension(dims, list(6 - way), [2.0, 1.9], score=bits)
+    same = intrinsic_dimension(dims, list(way), [4.0, 4.1])
+    assert (found.value, found.low, found.high) == (same.value, same.low, same.high)
+    assert found.target == pytest.approx(6 - same.target)
+    with pytest.raises(SubspanError, match=r"mean baseline better than 6, got 6\.5"):
+        intrinsic_dimension(dims, list(6 - way), [6.5], score=bits)
+    never = intrinsic_dimension(dims, list(6 - way), [1.0], score=bits)
+    assert never.note.startswith("not reached: the best mean score is 2.15 at d = 1000, ")

@@ -20,7 +20,7 @@ def test_by_command(cli, in_tmp_path):
     record = json.loads(Path("run/record.json").read_text())
     assert record["trainable_parameters"] == record["stored_parameters"] == 2 * 30 + 26
     assert record["weights"] == DENSE
-    assert record["test_accuracy"] > 0.4
+    assert record["test_score"] > 0.4
     header = checkpoint.inspect("run/model.safetensors")
     assert [layer["factors"][0]["kind"] for layer in header["sums"].values()] == ["gaussian"] * 2
     said = cli("eval", "run/model.safetensors")
@@ -68,7 +68,7 @@ def test_a_sweep_over_p(cli, in_tmp_path):
     assert (said.code, said.err) == (0, "")
     rows = json.loads(Path("out/sweep.json").read_text())["rows"]
     assert [row["dim"] for row in rows] == [2 * 5 + 26, 2 * 50 + 26]
-    assert rows[1]["mean_test_accuracy"] > rows[0]["mean_test_accuracy"]
+    assert rows[1]["mean_test_score"] > rows[0]["mean_test_score"]
 
 
 def test_stages(cli, in_tmp_path):
@@ -81,7 +81,7 @@ def test_stages(cli, in_tmp_path):
         2 * p + 26 for p in (6, 6, 6, 24, 24, 24, 96, 96, 96)
     ]
     # Nothing is lost by growing: of `hash` the smaller net is one of the larger ones.
-    accuracy = [row["val_accuracy"] for row in rows]
+    accuracy = [row["val_score"] for row in rows]
     assert accuracy[2] < accuracy[5] < accuracy[8]
     assert rows[6]["train_loss"] < rows[4]["train_loss"]
     # The schedule begins again with every stage.
@@ -93,7 +93,7 @@ def test_stages(cli, in_tmp_path):
     assert [layer["factors"][0]["p"] for layer in sums.values()] == [96, 96]
     said = cli("eval", "run/model.safetensors")
     assert said.code == 0
-    assert f"test_accuracy: {record['test_accuracy']}" in said.out
+    assert f"test_score: {record['test_score']}" in said.out
 
 
 def test_a_stage_ends_on_a_plateau(cli, in_tmp_path):

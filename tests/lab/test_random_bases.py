@@ -115,8 +115,8 @@ def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
     record = train(run, tmp_path / "parts", on_step=lambda: resumed.append(1))
     # From the state after an epoch; the journal's later steps are made again, to the same bits.
     assert len(resumed) == 3 * STEPS - (stop - 1) // STEPS * STEPS
-    assert record["test_accuracy"] == whole["test_accuracy"]
-    for key in ("train_loss", "val_loss", "val_accuracy", "alignment"):
+    assert record["test_score"] == whole["test_score"]
+    for key in ("train_loss", "val_loss", "val_score", "alignment"):
         assert [row[key] for row in record["history"]] == [row[key] for row in whole["history"]]
     files = [tmp_path / name / JOURNAL for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -206,7 +206,7 @@ def test_a_worker_dies_and_the_job_goes_on(tmp_path):
     assert torchrun(tmp_path, *words, "--out", "whole").returncode == 0
     ours, whole = record_of(tmp_path / "run"), record_of(tmp_path / "whole")
     assert ours["status"] == "complete"
-    assert ours["test_accuracy"] == whole["test_accuracy"]
+    assert ours["test_score"] == whole["test_score"]
     journals = [(tmp_path / name / JOURNAL).read_bytes() for name in ("run", "whole")]
     assert journals[0] == journals[1]
     again = torchrun(tmp_path, *words, "--out", "other", DIE="1")

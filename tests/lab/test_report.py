@@ -17,6 +17,7 @@ import pytest
 from subspan.errors import SubspanError
 from subspan.lab.report import bars, page, pictures, records, write
 from subspan.lab.report.curves import measured_curves, number, published_curves
+from subspan.lab.score import Score
 
 EIGHT = [
     *("hash", "rademacher", "gaussian", "sparse"),
@@ -31,8 +32,8 @@ def row(method: str, dim: int, test: list[float], **other: Any) -> dict[str, Any
         "label": str(dim),
         "lr": 0.1,
         "seeds": list(range(len(test))),
-        "test_accuracy": test,
-        "val_accuracy": test,
+        "test_score": test,
+        "val_score": test,
         "trainable_parameters": dim,
         "stored_parameters": dim,
         "weights": 61706,
@@ -47,7 +48,7 @@ def a_sweep(methods: list[str] | None = None) -> dict[str, Any]:
     methods = methods or ["hash", "rademacher"]
     found = {"value": 234.5, "low": 220.1, "high": 250.2, "target": 0.891, "threshold": 0.9}
     return {
-        "format": 1,
+        "format": 2,
         "config": {"net": "lenet", "data": "mnist", "methods": methods, "threshold": 0.9},
         "baseline": row("full", 61706, [0.985, 0.995], label="all weights", lr=0.001),
         "rows": [
@@ -73,13 +74,13 @@ LI = {
 
 
 def a_run() -> dict[str, Any]:
-    keys = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
+    keys = ("epoch", "train_loss", "val_loss", "val_score", "learning_rate", "seconds")
     history = [(1, 0.9, 0.5, 0.85, 0.1, 6.1), (2, 0.4, 0.3, 0.935, 0.05, 6.0)]
     return {
-        "format": 1,
+        "format": 2,
         "config": {"net": "mlp", "data": "mnist", "method": "hash", "dim": 750, "lr": 0.1},
-        "test_accuracy": 0.93,
-        "val_accuracy": 0.935,
+        "test_score": 0.93,
+        "val_score": 0.935,
         "trainable_parameters": 750,
         "stored_parameters": 750,
         "weights": 159010,
@@ -153,7 +154,7 @@ def test_curves_are_sorted_means_in_percent(tmp_path):
     curve = measured_curves(read_sweep(tmp_path, a_sweep()))[0]
     assert curve.dims == (10, 100, 1000)
     assert curve.mean == pytest.approx([30, 80, 96])
-    assert curve.accuracy[0] == pytest.approx((28, 32))
+    assert curve.scores[0] == pytest.approx((28, 32))
     assert curve.label == "hash: d_int90 = 234"
     assert (curve.d_int, curve.interval) == (234.5, (220.1, 250.2))
     assert curve.target == pytest.approx(89.1)
@@ -355,7 +356,7 @@ def test_run_figure_plots_losses_and_accuracy_by_epoch(tmp_path):
 
 def test_a_failed_run_still_has_a_page(tmp_path):
     raw = a_run() | {"history": [], "status": "failed", "error": "the loss became nan"}
-    raw |= dict.fromkeys(("test_accuracy", "val_accuracy", "checkpoint_bytes", "seconds_per_step"))
+    raw |= dict.fromkeys(("test_score", "val_score", "checkpoint_bytes", "seconds_per_step"))
     raw["config"]["dim"] = None
     files = write(save(tmp_path, raw, "record.json"))
     assert "no epoch was finished" in svg_texts(files[1].read_bytes())
@@ -436,11 +437,11 @@ BAD_SWEEPS = {
     "list": "[]",
     "word": '"sweep"',
     "nothing": "{}",
-    "newer": damaged(a_sweep(), "format", 2),
+    "newer": damaged(a_sweep(), "format", 3),
     "old": damaged(a_sweep(), "format", 0),
     "no rows": damaged(a_sweep(), "rows", KeyError),
-    "percent": damaged(a_sweep(), "rows.0.test_accuracy", [93.1]),
-    "nan": damaged(a_sweep(), "rows.0.test_accuracy", [float("nan")]),
+    "percent": damaged(a_sweep(), "rows.0.test_score", [93.1]),
+    "nan": damaged(a_sweep(), "rows.0.test_score", [float("nan")]),
     "no method": damaged(a_sweep(), "rows.0.method", KeyError),
     "d of 0": damaged(a_sweep(), "rows.0.dim", 0),
     "infinite d": damaged(a_sweep(), "rows.0.dim", float("inf")),
@@ -517,3 +518,42 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write(tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_a_score_that_is_no_accuracy(tmp_path):
+    """Its own unit, and a share of the way from its zero."""
+    raw = a_sweep(["hash"])
+    score = {"name": "bits", "higher_is_better": False, "zero": 6.0, "percent": False}
+    raw["score"] = score
+    raw["baseline"]["test_score"] = [1.5, 2.5]
+    for entry, mean in zip(raw["rows"], (2.25, 5.0, 3.0), strict=True):
+        entry["test_score"], entry["val_score"] = [mean - 0.25, mean + 0.25], [mean]
+    raw["d_int"]["hash"]["target"] = 2.4
+    sweep = read_sweep(tmp_path, raw)
+    assert sweep.score == Score(**score)
+    axes = pictures.sweep_figure(sweep).axes[0]
+    assert axes.get_ylabel() == "test bits"
+    found = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(found["hash: d_int90 = 234"]) == pytest.approx([5.0, 3.0, 2.25])
+    assert found["all weights: 2"][0] == 2
+    assert found["90 % of all weights"][0] == pytest.approx(6 - 0.9 * 4)
+    write(tmp_path)
+    document = Document((tmp_path / "report.html").read_text("utf-8"))
+    words = " ".join(document.words)
+    assert "hash reaches 90 % of the bits of all weights at d = 234 of D = 61,706." in words
+    assert ["hash", "1000", "2.25 ± 0.3536", "2.25", "2", "0.1"] in document.tables["Bits"]
+    assert document.tables["Bits"][0] == [
+        "method", "d", "test", "validation", "seeds", "learning rate"
+    ]  # fmt: skip
+    assert document.tables["Intrinsic dimension"][1][-1] == "2.4"
+
+
+def test_records_of_the_first_format_are_read(tmp_path):
+    """They said accuracy where later ones say score."""
+    raw = json.loads(json.dumps(a_sweep()).replace("_score", "_accuracy")) | {"format": 1}
+    assert read_sweep(tmp_path, raw) == read_sweep(tmp_path, a_sweep())
+    old = json.loads(json.dumps(a_run()).replace("_score", "_accuracy")) | {"format": 1}
+    (tmp_path / "sweep.json").unlink()
+    found = records.read(save(tmp_path, old, "record.json"))
+    assert found == records.read(save(tmp_path, a_run(), "record.json"))
+    assert found.history[1].val_score == 0.935

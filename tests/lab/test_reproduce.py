@@ -189,7 +189,7 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
     assert set(os.listdir(out)) == {"sweep.json", "runs", "curve.png", "curve.svg", "report.html"}
     page = (out / "report.html").read_text()
     assert "Published and measured side by side: Nobody 2026" in page
-    measured = 100 * result["rows"][1]["test_accuracy"][0]
+    measured = 100 * result["rows"][1]["test_score"][0]
     assert f"{measured:.1f} ({measured - 50:+.1f})" in page
     # Again: nothing is repeated, and another budget is another configuration.
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}

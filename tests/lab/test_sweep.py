@@ -28,7 +28,7 @@ RUNS = {f"{point}-seed{seed}" for point in ("full-lr0.01", "hash-dim10-lr0.3", "
 def test_the_table(swept):
     out, result = swept
     assert sweep_of(out) == result
-    assert (result["format"], result["status"], result["failed"]) == (1, "complete", [])
+    assert (result["format"], result["status"], result["failed"]) == (2, "complete", [])
     assert set(os.listdir(out)) == {"sweep.json", "runs"}
     assert set(os.listdir(out / "runs")) == RUNS
     assert result["config"]["dims"] == ["10", "40"]
@@ -44,17 +44,17 @@ def test_the_table(swept):
     ):
         done = [record_of(out / "runs" / f"{name}-seed{seed}") for seed in (0, 1)]
         assert row["seeds"] == [0, 1]
-        for key in ("test_accuracy", "val_accuracy", "seconds_total", "peak_memory_bytes"):
+        for key in ("test_score", "val_score", "seconds_total", "peak_memory_bytes"):
             assert row[key] == [record[key] for record in done]
-        assert row["mean_test_accuracy"] == pytest.approx(sum(row["test_accuracy"]) / 2)
+        assert row["mean_test_score"] == pytest.approx(sum(row["test_score"]) / 2)
         assert row["stored_parameters"] == row["trainable_parameters"] == row["dim"]
         assert row["weights"] == WEIGHTS
         assert row["checkpoint_bytes"] == done[0]["checkpoint_bytes"]
-        assert row["tried_lrs"] == {f"{row['lr']:g}": done[0]["val_accuracy"]}
+        assert row["tried_lrs"] == {f"{row['lr']:g}": done[0]["val_score"]}
         assert [r["config"]["seed"] for r in done] == [0, 1]
-        assert row["test_accuracy"][0] != row["test_accuracy"][1]
+        assert row["test_score"][0] != row["test_score"][1]
     expected = intrinsic_dimension(
-        [10, 40], [row["test_accuracy"] for row in rows[1:]], rows[0]["test_accuracy"]
+        [10, 40], [row["test_score"] for row in rows[1:]], rows[0]["test_score"]
     )
     assert result["d_int"] == {"hash": expected.as_dict()}
 
@@ -101,7 +101,7 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
         killed,
         gone,
     }
-    assert again["rows"][1]["test_accuracy"] == swept[1]["rows"][1]["test_accuracy"]
+    assert again["rows"][1]["test_score"] == swept[1]["rows"][1]["test_score"]
     assert again["d_int"] == swept[1]["d_int"]
     assert set(os.listdir(out)) == {"sweep.json", "runs"}
 
@@ -122,8 +122,8 @@ def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
 def test_two_processes_give_the_same(swept, tmp_path):
     parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", jobs=2)
     for ours, theirs in zip(parallel["rows"], swept[1]["rows"], strict=True):
-        assert ours["test_accuracy"] == theirs["test_accuracy"]
-        assert ours["val_accuracy"] == theirs["val_accuracy"]
+        assert ours["test_score"] == theirs["test_score"]
+        assert ours["val_score"] == theirs["val_score"]
     assert parallel["d_int"] == swept[1]["d_int"]
     assert set(os.listdir(tmp_path / "sweep" / "runs")) == RUNS
 

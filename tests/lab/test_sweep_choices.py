@@ -30,7 +30,7 @@ class MadeUp:
             raise found
         counts = ready.method.counts(ready.model)
         return {
-            "status": "complete", "val_accuracy": found, "test_accuracy": self.test(run),
+            "status": "complete", "val_score": found, "test_score": self.test(run),
             "seconds_total": 1.0, "seconds_per_step": 0.1, "peak_memory_bytes": 10,
             "checkpoint_bytes": 900, "device": "made up", **counts,
         }  # fmt: skip
@@ -55,7 +55,7 @@ def test_the_rate_is_chosen_on_validation_by_the_first_seed(tmp_path, monkeypatc
     result = sweep(config, tmp_path, jobs=1)
     assert [row["lr"] for row in [result["baseline"], *result["rows"]]] == [0.02, 0.1, 0.3]
     assert result["rows"][0]["tried_lrs"] == {"0.1": 0.9, "0.3": 0.6}
-    assert result["rows"][0]["test_accuracy"] == [0.2, 0.8, 0.8]
+    assert result["rows"][0]["test_score"] == [0.2, 0.8, 0.8]
     assert len(runs.runs) == total_runs(config) == 3 + 2 + 2 + 3 * 2
     # The first seed at all rates, those with most coordinates first; then the others at the best.
     assert runs.runs[:3] == [f"hash-dim{d}-seed0" for d in ("40-lr0.3", "40-lr0.1", "10-lr0.3")]

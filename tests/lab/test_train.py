@@ -18,11 +18,12 @@ from subspan import files
 from subspan.errors import SubspanError
 from subspan.lab import data
 from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.lab.tasks.classification import Classification
 from subspan.lab.train import completed, prepare, train
 from tests.lab.runs import STEPS, WEIGHTS, a_run, contents, copied, record_of
 
 KEYS = {
-    *("format", "status", "config", "test_accuracy", "val_accuracy", "best_epoch"),
+    *("format", "status", "config", "test_score", "val_score", "best_epoch"),
     *("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"),
     *(
         "seconds_total",
@@ -50,13 +51,13 @@ def test_the_record(trained):
     assert [row["epoch"] for row in record["history"]] == [1, 2]
     for row in record["history"]:
         assert set(row) == {
-            *("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
+            *("epoch", "train_loss", "val_loss", "val_score", "learning_rate", "seconds")
         }
         assert all(math.isfinite(value) for value in row.values())
     # One-cycle begins at 1/25 of its highest rate.
     assert record["history"][0]["learning_rate"] == pytest.approx(0.3 / 25)
     assert record["history"][1]["train_loss"] < record["history"][0]["train_loss"]
-    assert 0.3 < record["test_accuracy"] <= 1
+    assert 0.3 < record["test_score"] <= 1
     assert 0 < record["seconds_per_step"] * STEPS * 2 <= record["seconds_total"]
     assert 10**7 < record["peak_memory_bytes"] < 10**12
     assert record["processes"] == 1
@@ -68,9 +69,9 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     """The first of equals on validation; the best and the last state are there after every one."""
     accuracies, seen, test_losses = iter([0.5, 0.9, 0.7, 0.9]), [], []
 
-    def fake(model, images, split):
-        loss, accuracy = evaluate(model, images, split)
-        if len(split) != len(images.test):
+    def fake(model, task, part):
+        loss, accuracy = evaluate(model, task, part)
+        if part == "validation":
             return loss, next(accuracies)
         test_losses.append(loss)
         return loss, accuracy
@@ -89,10 +90,10 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     bests, lasts = zip(*seen, strict=True)
     assert len(set(lasts)) == 4
     assert bests == (lasts[0], lasts[1], lasts[1], lasts[1])
-    assert (record["best_epoch"], record["val_accuracy"]) == (2, 0.9)
+    assert (record["best_epoch"], record["val_score"]) == (2, 0.9)
     assert (tmp_path / "model.safetensors").read_bytes() == lasts[1]
     found = evaluate_checkpoint(tmp_path / "model.safetensors")
-    assert record["test_accuracy"] == found["test_accuracy"]
+    assert record["test_score"] == found["test_accuracy"]
     assert test_losses == [found["test_loss"]]  # two epochs may well have one accuracy
     assert set(os.listdir(tmp_path)) == {"record.json", "model.safetensors"}
 
@@ -100,9 +101,9 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
 def test_the_test_set_is_read_once_and_at_the_end(tmp_path, monkeypatch):
     uses = []
 
-    def watched(model, images, split):
-        uses.append("test" if len(split) == len(images.test) else "validation")
-        return evaluate(model, images, split)
+    def watched(model, task, part):
+        uses.append(part)
+        return evaluate(model, task, part)
 
     monkeypatch.setattr(loop, "evaluate", watched)
     train(a_run(dim=10, epochs=3), tmp_path)
@@ -114,7 +115,7 @@ def test_the_same_run_twice_is_the_same(tmp_path):
     for name in ("a", "b"):
         torch.manual_seed(len(records))  # what is drawn before does not matter
         records.append(train(a_run(dim=20, epochs=2), tmp_path / name))
-    for key in ("test_accuracy", "val_accuracy", "best_epoch"):
+    for key in ("test_score", "val_score", "best_epoch"):
         assert records[0][key] == records[1][key]
     rows = [
         [{k: v for k, v in row.items() if k != "seconds"} for row in r["history"]] for r in records
@@ -132,10 +133,7 @@ def test_another_seed_is_another_run(tmp_path):
         assert ready[a].model.base_fingerprint != ready[b].model.base_fingerprint
         assert ready[a].model.layout != ready[b].model.layout
     record = train(a_run(dim=20, seed=2**63 + 1), tmp_path)
-    assert (
-        evaluate_checkpoint(tmp_path / "model.safetensors")["test_accuracy"]
-        == record["test_accuracy"]
-    )
+    assert evaluate_checkpoint(tmp_path / "model.safetensors")["test_score"] == record["test_score"]
 
 
 def test_a_complete_run_is_not_repeated(trained, tmp_path, monkeypatch):
@@ -160,7 +158,7 @@ def test_a_run_that_is_not_complete_is_repeated(spoil, trained, tmp_path):
         (out / ".last.safetensors.x7.tmp").write_bytes(b"half")
     record = train(a_run(dim=40, epochs=2), out)
     assert record["status"] == "complete"
-    assert record["test_accuracy"] == record_of(trained)["test_accuracy"]
+    assert record["test_score"] == record_of(trained)["test_score"]
     assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
 
 
@@ -218,8 +216,8 @@ def test_patience(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(accuracies)))
     record = train(a_run(dim=10, epochs=9, patience=2), tmp_path)
     # The second epoch of 0.6 is no better than the first; the last value is the test set's.
-    assert [row["val_accuracy"] for row in record["history"]] == [0.5, 0.6, 0.6, 0.55]
-    assert (record["best_epoch"], record["val_accuracy"], record["test_accuracy"]) == (2, 0.6, 0.7)
+    assert [row["val_score"] for row in record["history"]] == [0.5, 0.6, 0.6, 0.55]
+    assert (record["best_epoch"], record["val_score"], record["test_score"]) == (2, 0.6, 0.7)
 
 
 def not_a_number_after(steps, monkeypatch):
@@ -243,12 +241,12 @@ def test_a_loss_that_stops_being_finite_keeps_the_best_state(tmp_path, monkeypat
     assert record["status"] == "failed"
     assert "stopped being finite in epoch 3" in record["error"]
     assert len(record["history"]) == 2
-    assert record["val_accuracy"] == max(row["val_accuracy"] for row in record["history"])
-    assert record["test_accuracy"] is None
+    assert record["val_score"] == max(row["val_score"] for row in record["history"])
+    assert record["test_score"] is None
     assert set(os.listdir(tmp_path)) == {"record.json", "best.safetensors", "last.safetensors"}
     model, _ = rebuild(tmp_path / "best.safetensors")
     digits = data.load("digits")
-    assert evaluate(model, digits, digits.validation)[1] == record["val_accuracy"]
+    assert evaluate(model, Classification(digits, "mlp-8"), "validation")[1] == record["val_score"]
     assert all(w.isfinite().all() for w in rebuild(tmp_path / "last.safetensors")[0].parameters())
 
 

@@ -16,26 +16,31 @@ class Training:
     """How one network is trained on one data set.
 
     Args:
-        net: a network by name (mlp, mlp-200-200, lenet, resnet20, …) or your own as
-            package.module:function.
+        net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
+            as package.module:function; null is mlp, or the task's own.
         data: an image-classification set: digits (built in), mnist, fashion_mnist, cifar10, or any
             name or folder that datasets.load_dataset reads. $SUBSPAN_DATA/NAME is looked at first.
+            null is digits, or the task's own.
+        task: your own, where it is not image classification, as package.module:function; see
+            examples/language_model.py. It gets net and data, validation and seed if it has
+            parameters of these names.
         epochs: passes over the training part.
         batch_size: images per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
         schedule: of the learning rate: onecycle, cosine (to zero), or constant.
         weight_decay: added to the gradient of what is trained, times its value.
-        patience: stop after so many epochs without a better validation accuracy; null never does.
+        patience: stop after so many epochs without a better validation score; null never does.
         validation: share of the training images that is set aside for choices.
         init: initial weights: seed draws them from our generator, so that the checkpoint need not
             hold them; own keeps those that the network's function made; auto is seed for the
-            networks of this library and own for yours.
+            networks of this library and own for yours and for those of tasks.
         mixed_precision: no, bf16 or fp16.
         device: cpu, cuda, or auto.
     """
 
-    net: str = "mlp"
-    data: str = "digits"
+    net: str | None = None
+    data: str | None = None
+    task: str | None = None
     epochs: int = 10
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -48,6 +53,9 @@ class Training:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.task is None:
+            for name, usual in (("net", "mlp"), ("data", "digits")):
+                object.__setattr__(self, name, getattr(self, name) or usual)
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
@@ -62,6 +70,18 @@ class Training:
             raise SubspanError(
                 f"weight_decay must be a number that is not negative, got {self.weight_decay}"
             )
+
+    @property
+    def title(self) -> str:
+        """What is trained on what, in words."""
+        return title(asdict(self))
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """What is trained on what, of a configuration in a record: "lenet on mnist"."""
+    parts = [config.get("task"), config.get("net")]
+    what = ", ".join(str(part) for part in parts if part) or "network"
+    return f"{what} on {config['data']}" if config.get("data") else what
 
 
 @dataclass(frozen=True)
@@ -118,10 +138,10 @@ class Sweep:
         dims: values of the methods' axis, the numbers that are trained: 10,30,100; a sum such as
             600+250 gives those of each compartment.
         seeds: how many seeds, 0, 1, …
-        lrs: learning rates to choose from at every point, by validation accuracy of seed 0; or by
+        lrs: learning rates to choose from at every point, by validation score of seed 0; or by
             method, {"rbd": (1.0, 2.0), "fpd": (4.0,)}. Where there are none, each method's own.
         options: the methods' own, common to all.
-        threshold: share of the baseline's accuracy at which the intrinsic dimension is read off.
+        threshold: share of the baseline's score at which the intrinsic dimension is read off.
         baseline: the method that the others are held against; null for none.
         baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
         processes: of each run, started by torchrun on this machine.

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from subspan.lab.records import grouped
+from subspan.lab.score import ACCURACY, Score
 
 if TYPE_CHECKING:
     from subspan.lab.config import Run
@@ -55,14 +56,15 @@ class TrainingProgress:
     task: TaskID
     run: Run
     started: bool = False
+    score: Score = ACCURACY
 
-    def start(self, steps: int, done: int) -> None:
-        """The number of steps is known, and how many were made before."""
-        self.started = True
+    def start(self, steps: int, done: int, score: Score) -> None:
+        """The number of steps is known, how many were made before, and what is judged by."""
+        self.started, self.score = True, score
         self.bar.update(self.task, total=steps, completed=done)
-        net, data = self.run.training.net, self.run.training.data
         before = f", going on after {done:,}" if done else ""
-        say(f"{net} on {data}, {self.run.method}, lr {self.run.lr:g}: {steps:,} steps{before}")
+        how = f"{self.run.training.title}, {self.run.method}, lr {self.run.lr:g}"
+        say(f"{how}: {steps:,} steps{before}")
 
     def step(self) -> None:
         """One step is done."""
@@ -73,7 +75,8 @@ class TrainingProgress:
         epochs = self.run.training.epochs
         say(
             f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  "
-            f"validation loss {row['val_loss']:.4f}  accuracy {100 * row['val_accuracy']:.2f} %  "
+            f"validation loss {row['val_loss']:.4f}  "
+            f"{self.score.name} {self.score.show(row['val_score'])}  "
             f"{row['seconds']:.1f} s"
         )
 
@@ -93,9 +96,10 @@ def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:
     if not anew:
         say("complete already, not repeated")
     stored, weights = record["stored_parameters"], record["weights"]
+    score = Score.from_dict(record.get("score"))
     fewer = f" for {weights:,} weights ({weights / stored:,.0f} times fewer)"
     say(
-        f"test accuracy {100 * record['test_accuracy']:.2f} %, {stored:,} numbers stored"
+        f"test {score.name} {score.show(record['test_score'])}, {stored:,} numbers stored"
         f"{fewer if stored < weights else ''}, {record['checkpoint_bytes']:,} bytes, "
         f"{record['seconds_total']:.1f} s"
     )
@@ -113,8 +117,8 @@ def runs(total: int) -> Iterator[Any]:
         def done(outcome: Outcome, left: int) -> None:
             job, found = outcome
             if isinstance(found, dict):
-                accuracy = f"validation {100 * found['val_accuracy']:.2f} %"
-                say(f"{job.name}: {accuracy}, {found['seconds_total']:.1f} s")
+                score = Score.from_dict(found.get("score")).show(found["val_score"])
+                say(f"{job.name}: validation {score}, {found['seconds_total']:.1f} s")
             else:
                 say(f"{job.name} failed: {found}", style="red")
             bar.update(task, completed=total - left)
@@ -125,17 +129,28 @@ def runs(total: int) -> Iterator[Any]:
 def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
     """What a sweep came to: its table, intrinsic dimensions, failures, and where the picture is.
 
-    Accuracies are means over seeds ± their standard deviation.
+    Scores are means over seeds ± their standard deviation.
     """
-    columns = ("method", "d", "lr", "test accuracy %", "seeds", "stored", "bytes", "s / run")
+    score = Score.from_dict(result.get("score"))
+    columns = (
+        "method",
+        "d",
+        "lr",
+        f"test {score.name}{score.unit}",
+        "seeds",
+        "stored",
+        "bytes",
+        "s / run",
+    )
     table = _table(*columns)
     baseline = result["baseline"]
     for row in ([baseline] if baseline else []) + result["rows"]:
-        accuracies = [100 * a for a in row["test_accuracy"]]
-        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        scores = [score.scale * value for value in row["test_score"]]
+        digits = "{:.2f}" if score.percent else "{:.4g}"
+        spread = f" ± {digits.format(statistics.stdev(scores))}" if len(scores) > 1 else ""
         table.add_row(
             row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
-            f"{statistics.fmean(accuracies):.2f}{spread}", str(len(accuracies)),
+            digits.format(statistics.fmean(scores)) + spread, str(len(scores)),
             f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
             f"{statistics.fmean(row['seconds_total']):.1f}",
         )  # fmt: skip

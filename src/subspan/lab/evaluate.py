@@ -1,45 +1,67 @@
-"""Accuracy of a network, and of a checkpoint that is rebuilt from its file."""
+"""The score of a network, and of a checkpoint that is rebuilt from its file."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.lab import data, nets
+from subspan.lab import nets, tasks
+from subspan.lab.config import Training
+from subspan.lab.tasks import Part, Task
+from subspan.lab.tasks.classification import Classification
 from subspan.subspace import SubspaceModel
 
-BATCH = 1000
 
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: data.ImageData, split: data.Split) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (a fraction) on a split; the network stays in eval mode.
+def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
+    """Loss and score of a model on a part of a task; the network stays in eval mode.
 
     Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
     """
     model.eval()
-    if isinstance(model, SubspaceModel):
-        model = model.merge()
-    loss = correct = 0.0
-    for batch, labels in data.batches(split, BATCH, seed=0, epoch=0, shuffle=False):
-        scores = model(images.normalize(batch)).float()
-        loss += float(cross_entropy(scores, labels, reduction="sum"))
-        correct += int((scores.argmax(dim=1) == labels).sum())
-    return loss / len(split), correct / len(split)
+    loss, score = task.evaluate(
+        model.merge() if isinstance(model, SubspaceModel) else model, part
+    )  # fmt: skip
+    return loss, tasks.finite(score)
 
 
-def draw(name: str, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
-    """A network by name; one that draws initial weights of its own draws them from this seed."""
-    set_seed(seed % (1 << 32))  # as much as NumPy's generator takes
-    return nets.build(name, image_shape, classes)
+def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
+    """What a checkpoint says, so that :func:`rebuild` finds the network and the task again."""
+    own = {"task": training.task, "validation": training.validation} if training.task else {}
+    return {"net": training.net, "data": training.data, **own, "seed": seed, **task.describe()}
+
+
+def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
+    """What makes the network that a file speaks of, with its first weights; None if it does not."""
+    if extra.get("task"):
+        task, seed = _task(extra), extra["seed"]
+        return lambda: tasks.draw(task, seed)
+    if not {"net", "image_shape", "classes", "seed"} <= extra.keys():
+        return None
+
+    def make() -> nn.Module:
+        set_seed(extra["seed"] % (1 << 32))
+        return nets.build(extra["net"], tuple(extra["image_shape"]), extra["classes"])
+
+    return make
+
+
+def _task(extra: Mapping[str, Any], data: str | None = None) -> Task:
+    """The task that a checkpoint was trained on, or the same on other data."""
+    training = Training(
+        task=extra.get("task"),
+        net=extra["net"],
+        data=data or extra["data"],
+        validation=extra.get("validation", Training.validation),
+    )
+    return tasks.load(training, extra["seed"])
 
 
 def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -49,42 +71,45 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         SubspanError: if the file is unusable, or does not say which network it belongs to.
     """
     header = checkpoint.inspect(path)
-    extra = header["extra"]
-    if not {"net", "image_shape", "classes", "seed"} <= extra.keys():
+    make = network(header["extra"])
+    if make is None:
         raise SubspanError(
             f"{path} does not say which network it belongs to: load it with subspan.load(path, net)"
         )
-
-    def make() -> nn.Module:
-        return draw(extra["net"], tuple(extra["image_shape"]), extra["classes"], extra["seed"])
-
     return checkpoint.load(path, make), header
 
 
 def evaluate_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
-    """Test accuracy of a checkpoint, with the normalisation that it was trained with.
+    """Test score of a checkpoint; images are normalised as they were in training.
 
     Args:
         path: a checkpoint of ``subspan train``.
         name: the data set; by default the one it was trained on.
 
     Returns:
-        ``data``, ``test_accuracy``, ``test_loss``, ``images``, ``checkpoint_bytes``.
+        ``data``, ``test_accuracy`` (or what else the task's score is called), ``test_loss``,
+        ``checkpoint_bytes``; of image classification ``images``, too, how many there are.
     """
     model, header = rebuild(path)
     extra = header["extra"]
-    images = data.load(name or extra["data"], seed=extra["seed"])
-    if list(images.image_shape) != extra["image_shape"] or images.classes != extra["classes"]:
-        raise SubspanError(
-            f"{images.name} has {images.classes} classes and images of shape {images.image_shape}; "
-            f"{path} was trained on {extra['classes']} and {tuple(extra['image_shape'])}"
-        )
-    images = replace(images, mean=torch.tensor(extra["mean"]), std=torch.tensor(extra["std"]))
-    loss, accuracy = evaluate(model, images, images.test)
+    task = _task(extra, name)
+    more = {}
+    if isinstance(task, Classification):
+        images = task.images
+        if list(images.image_shape) != extra["image_shape"] or images.classes != extra["classes"]:
+            raise SubspanError(
+                f"{images.name} has {images.classes} classes and images of shape "
+                f"{images.image_shape}; {path} was trained on {extra['classes']} and "
+                f"{tuple(extra['image_shape'])}"
+            )
+        mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
+        task = Classification(replace(images, mean=mean, std=std), extra["net"])
+        more = {"images": len(images.test)}
+    loss, score = evaluate(model, task, "test")
     return {
-        "data": images.name,
-        "test_accuracy": accuracy,
+        "data": name or extra["data"],
+        f"test_{task.score.name.replace(' ', '_')}": score,
         "test_loss": loss,
-        "images": len(images.test),
+        **more,
         "checkpoint_bytes": header["bytes"],
     }

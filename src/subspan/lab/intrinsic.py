@@ -2,7 +2,8 @@
 
 Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes" (ICLR 2018), section 2:
 d_int90 is the least subspace dimension at which training reaches 90 % of the accuracy that
-ordinary training of all weights (the baseline) reaches.
+ordinary training of all weights (the baseline) reaches. Of another score it is 90 % of the way from
+the score's zero, as error 1 is, to the baseline.
 
 Few dimensions are ever tried, so the mean curve over seeds is taken as linear in log d between
 neighbours, and the answer is where it *first* reaches the target: a later dip does not undo it.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subspan.errors import SubspanError
+from subspan.lab.score import ACCURACY, Score
 
 _Floats = NDArray[np.float64]
 
@@ -32,7 +34,7 @@ class IntrinsicDimension:
             does; the smallest d tried, an upper bound only, if that one already does.
         low: lower end of the interval; None if unknown or below the smallest d tried.
         high: upper end of the interval; None if unknown or above the largest d tried.
-        target: the score to reach, ``threshold`` × the mean baseline.
+        target: the score to reach: ``threshold`` of the way from zero to the mean baseline.
         threshold: the wanted fraction of the baseline.
         note: what the numbers alone do not say, in words; empty if there is nothing to add.
     """
@@ -55,6 +57,7 @@ def intrinsic_dimension(
     baseline: Sequence[float],
     *,
     threshold: float = 0.9,
+    score: Score = ACCURACY,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -72,13 +75,14 @@ def intrinsic_dimension(
         scores: for each of the dims the scores of its seeds; their number may differ.
         baseline: the scores of ordinary training, one per seed.
         threshold: fraction of the baseline to reach.
+        score: what the scores are: their direction and zero.
         confidence: probability that the interval is meant to hold.
         resamples: number of bootstrap draws.
         seed: of the bootstrap; the same input gives the same interval.
 
     Raises:
         SubspanError: lengths differ, a list is empty, a d is repeated or not positive, a score is
-            not finite, the mean baseline is not positive, or an option is out of range.
+            not finite, the mean baseline is no better than zero, or an option is out of range.
     """
     for name, number, top in (
         ("threshold", threshold, math.inf),
@@ -88,11 +92,21 @@ def intrinsic_dimension(
         if not 0 < number < top:
             raise SubspanError(f"{name} must lie between 0 and {top:g}, got {number}")
     d, samples, reference = _validated(dims, scores, baseline)
+    # The way made from zero, whatever the direction: the more the better.
+    sign = 1.0 if score.higher_is_better else -1.0
+    samples = [sign * (sample - score.zero) for sample in samples]
+    reference = sign * (reference - score.zero)
+    if reference.mean() <= 0:
+        raise SubspanError(
+            f"expected a mean baseline better than {score.zero:g}, got "
+            f"{score.zero + sign * reference.mean():g}"
+        )
     smallest, largest = float(d[0]), float(d[-1])
     means = np.array([sample.mean() for sample in samples])
-    target = threshold * float(reference.mean())
+    way = threshold * float(reference.mean())
+    target = score.zero + sign * way
 
-    crossing = float(_crossings(d, means[None], np.array([target]))[0])
+    crossing = float(_crossings(d, means[None], np.array([way]))[0])
     value = max(crossing, smallest) if crossing < math.inf else None
     notes = []
     if crossing == 0:
@@ -100,7 +114,8 @@ def intrinsic_dimension(
     if value is None:
         best = means.argmax()
         notes.append(
-            f"not reached: the best mean score is {means[best]:.4g} at d = {d[best]:.0f}, "
+            f"not reached: the best mean score is {score.zero + sign * means[best]:.4g} at "
+            f"d = {d[best]:.0f}, "
             f"the target {target:.4g}"
         )
     if len(reference) == 1 and all(len(sample) == 1 for sample in samples):
@@ -173,6 +188,4 @@ def _validated(
                 f"expected a list of finite scores, at least one, for {place}, "
                 f"got {sample.tolist()}; leave failed runs out"
             )
-    if reference.mean() <= 0:
-        raise SubspanError(f"expected a positive mean baseline, got {reference.mean():g}")
     return np.array([dims[i] for i in order], dtype=np.float64), samples, reference

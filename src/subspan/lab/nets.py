@@ -8,12 +8,8 @@ every version of PyTorch reproduces overwrites them.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-import os
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +19,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError, unknown
+from subspan.lab import own
 from subspan.layers import SpectralFilters
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -346,44 +343,7 @@ _NETS: dict[str, _Entry] = {
 
 
 def _build_users_own(name: str, input_shape: Shape, classes: int) -> nn.Module:
-    """Import ``package.module`` and call ``function`` with what it asks for by name."""
-    match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
-    if match is None:
-        raise SubspanError(f"expected a net of your own as 'package.module:function', got {name!r}")
-    module_name, attribute = match.groups()
-    # An installed command has its own folder first on sys.path, not the user's.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # An import that fails inside the user's module is the user's to see in full.
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise SubspanError(
-            f"net {name!r}: there is no module {error.name!r} in {os.getcwd()} or among the "
-            "installed packages: run from the folder that holds it, or install it"
-        ) from error
-    if not hasattr(module, attribute):
-        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise unknown(f"function of {module_name}", attribute, public)
-    function = getattr(module, attribute)
-    if not callable(function) or isinstance(function, nn.Module):
-        raise SubspanError(
-            f"net {name!r}: expected a function or class that makes a network, "
-            f"got {type(function).__name__}"
-        )
-    signature = inspect.signature(function)
-    offered = {"input_shape": input_shape, "classes": classes}
-    arguments = {key: value for key, value in offered.items() if key in signature.parameters}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise SubspanError(
-            f"net {name!r} is called with input_shape and classes if it has them, and with nothing "
-            f"else, but its signature is {signature}: give the other arguments defaults"
-        ) from error
-    net = function(**arguments)
+    net = own.call("net", name, {"input_shape": input_shape, "classes": classes})
     if not isinstance(net, nn.Module):
         raise SubspanError(f"net {name!r} must return a torch.nn.Module, got {type(net).__name__}")
     return net

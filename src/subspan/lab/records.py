@@ -16,7 +16,13 @@ import torch
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 knew no score but accuracy.
+_RENAMED = {
+    "test_accuracy": "test_score",
+    "val_accuracy": "val_score",
+    "mean_test_accuracy": "mean_test_score",
+}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -44,7 +50,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
         )
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("status"), str):
         raise SubspanError(f"{path} is damaged or no record of subspan: it lacks config or status")
-    return dict(content)
+    return dict(upgraded(content))
+
+
+def upgraded(content: Any) -> Any:
+    """A record of an older format, in the words of this one."""
+    if isinstance(content, list):
+        return [upgraded(item) for item in content]
+    if isinstance(content, dict):
+        return {_RENAMED.get(key, key): upgraded(value) for key, value in content.items()}
+    return content
 
 
 def claim(

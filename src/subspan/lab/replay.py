@@ -12,7 +12,7 @@ from torch import nn
 from subspan import init, optim
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
-from subspan.lab.evaluate import draw
+from subspan.lab.evaluate import network
 from subspan.lab.export import write_weights
 from subspan.optim.journal import Journal
 
@@ -56,12 +56,9 @@ def replay(
 def _drawn(path: str | os.PathLike[str]) -> nn.Module:
     """The network that a run of the laboratory began with."""
     extra = Journal(path).header["extra"]
-    if not {"net", "image_shape", "classes", "seed", "init_seed"} <= extra.keys():
+    make = network(extra)
+    if make is None or "init_seed" not in extra:
         raise SubspanError(
             f"{path} does not say which network it began with: give its weights as --base FILE"
         )
-
-    def make() -> nn.Module:
-        return draw(extra["net"], tuple(extra["image_shape"]), extra["classes"], extra["seed"])
-
     return make() if extra["init_seed"] is None else init.build(make, extra["init_seed"])

@@ -17,7 +17,7 @@ from subspan.errors import SubspanError
 from subspan.files import write_atomically
 
 FILE = "state.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -43,9 +43,10 @@ def read(path: Path) -> dict[str, Any] | None:
             f"{path} is damaged, training cannot go on from it ({type(error).__name__}): remove it "
             "to begin anew"
         ) from None
-    if not isinstance(version, int) or version > FORMAT:
+    if version != FORMAT:
         raise SubspanError(
-            f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
+            f"{path} has format {version}; this version reads {FORMAT}: go on with the version of "
+            "subspan that wrote it, or remove it to begin anew"
         )
     return dict(content)
 

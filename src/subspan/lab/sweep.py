@@ -1,6 +1,6 @@
 """Many runs: methods × dims × learning rates × seeds, in parallel, resumed run by run.
 
-At every point (method, dim) the learning rate is chosen by the validation accuracy of seed 0; the
+At every point (method, dim) the learning rate is chosen by the validation score of seed 0; the
 other seeds run at that rate. The baseline is a point like the others.
 """
 
@@ -29,6 +29,7 @@ from subspan.lab import records
 from subspan.lab.config import Run, Sweep
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.methods import method
+from subspan.lab.score import Score
 from subspan.lab.train import completed, on_cpu, prepare, train
 
 Outcome = tuple["Job", dict[str, Any] | str]
@@ -62,12 +63,24 @@ class Point:
         return Job(name, Run(sweep.training, self.method, options, lr, seed))
 
     def best_lr(self) -> float | None:
-        """The learning rate with the best validation accuracy of seed 0, the first of equals.
+        """The learning rate with the best validation score of seed 0, the first of equals.
 
         None if no run succeeded.
         """
-        found = {lr: self.done[lr, 0]["val_accuracy"] for lr in self.lrs if (lr, 0) in self.done}
-        return max(found, key=found.__getitem__) if found else None
+        best = None
+        for lr in self.lrs:
+            found = self.done.get((lr, 0))
+            if found and (
+                best is None
+                or _score(found).better(found["val_score"], self.done[best, 0]["val_score"])
+            ):
+                best = lr
+        return best
+
+
+def _score(record: Mapping[str, Any]) -> Score:
+    """What a run was judged by."""
+    return Score.from_dict(record.get("score"))
 
 
 def sweep(
@@ -261,13 +274,15 @@ def _result(
     baseline = next((row for row in rows if row["method"] == config.baseline), None)
     rows = [row for row in rows if row is not baseline]
     some = next((record for point in points for record in point.done.values()), {})
+    score = _score(some)
     return {
         "format": records.FORMAT,
         "status": status,
         "config": records.plain(config.as_dict()),
+        "score": score.as_dict(),
         "baseline": baseline,
         "rows": rows,
-        "d_int": _intrinsic(config, rows, baseline),
+        "d_int": _intrinsic(config, rows, baseline, score),
         "failed": [{"run": name, "error": error} for name, error in sorted(failed.items())],
         "versions": records.versions(),
         "device": some.get("device", ""),
@@ -289,7 +304,7 @@ def _row(point: Point) -> dict[str, Any] | None:
         "lr": lr,
         "seeds": seeds,
     }
-    for key in ("test_accuracy", "val_accuracy", "seconds_total", "seconds_per_step",
+    for key in ("test_score", "val_score", "seconds_total", "seconds_per_step",
                 "peak_memory_bytes"):  # fmt: skip
         row[key] = [record[key] for record in done]
     for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
@@ -301,19 +316,21 @@ def _row(point: Point) -> dict[str, Any] | None:
         }
         row["ranks"] = [record["ranks"] for record in done]
     row["bytes_sent_per_step"] = [record.get("bytes_sent_per_step") for record in done]
-    row["mean_test_accuracy"] = statistics.fmean(row["test_accuracy"])
+    row["mean_test_score"] = statistics.fmean(row["test_score"])
     row["tried_lrs"] = {
-        f"{r:g}": rec["val_accuracy"] for (r, s), rec in sorted(point.done.items()) if s == 0
+        f"{r:g}": rec["val_score"] for (r, s), rec in sorted(point.done.items()) if s == 0
     }
     return row
 
 
 def _intrinsic(
-    config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None
+    config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None, score: Score
 ) -> dict[str, Any]:
     """The intrinsic dimension by method, where there is a curve and a baseline."""
-    if baseline is None or not any(baseline["test_accuracy"]):
+    if baseline is None:
         return {}
+    if not score.better(statistics.fmean(baseline["test_score"]), score.zero):
+        return {}  # there is no way to take a share of
     found = {}
     for name in config.methods:
         how = method(name)
@@ -321,8 +338,9 @@ def _intrinsic(
         if own:
             found[name] = intrinsic_dimension(
                 [row["dim"] for row in own],
-                [row["test_accuracy"] for row in own],
-                baseline["test_accuracy"],
+                [row["test_score"] for row in own],
+                baseline["test_score"],
                 threshold=config.threshold,
+                score=score,
             ).as_dict()
     return found

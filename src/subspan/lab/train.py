@@ -1,4 +1,4 @@
-"""One training run: a network, a data set, a method; a checkpoint and a record on disk.
+"""One training run: a task, a method; a checkpoint and a record on disk.
 
 The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate
 launch``, on CPUs ``torchrun``). Choices look at the validation part only; the test set is read
@@ -23,17 +23,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from subspan import checkpoint, distributed, init
 from subspan.errors import Stopped, SubspanError
 from subspan.files import remove_unfinished
-from subspan.lab import data, nets, records, state
+from subspan.lab import data, nets, records, state, tasks
 from subspan.lab.config import Run, Training
-from subspan.lab.evaluate import draw, evaluate
+from subspan.lab.evaluate import describe, evaluate
 from subspan.lab.methods import Method, method
+from subspan.lab.score import Score
+from subspan.lab.tasks import Task
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 SAVE_EVERY = 300.0  # seconds between states within an epoch
@@ -46,14 +47,14 @@ class Prepared:
     """Everything that a run needs, checked, with nothing written yet."""
 
     run: Run
-    data: data.ImageData
+    task: Task
     method: Method
     model: nn.Module
     init_seed: int | None
 
 
 def prepare(run: Run) -> Prepared:
-    """Load the data, build and wrap the network.
+    """Load the task, build and wrap its network.
 
     Raises:
         SubspanError: for whatever cannot be run as asked.
@@ -63,20 +64,21 @@ def prepare(run: Run) -> Prepared:
     training = run.training
     if training.device == "cuda" and not torch.cuda.is_available():
         raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
-    images = data.load(training.data, validation=training.validation, seed=run.seed)
-    own = training.init == "own" or (training.init == "auto" and not nets.is_builtin(training.net))
+    task = tasks.load(training, run.seed)
+    known = training.task is None and nets.is_builtin(str(training.net))
+    own = training.init == "own" or (training.init == "auto" and not known)
     init_seed = None if own else run.seed
 
     def make() -> nn.Module:
-        return draw(training.net, images.image_shape, images.classes, run.seed)
+        return tasks.draw(task, run.seed)
 
     net = make() if init_seed is None else init.build(make, init_seed)
-    _check_output(net, images)
+    task.check(net)
     model = how.wrap(net, run.seed, run.options)
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
-    return Prepared(run, images, how, model, init_seed)
+    return Prepared(run, task, how, model, init_seed)
 
 
 def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
@@ -97,7 +99,7 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
 def train(
     run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
     on_step: Callable[[], None] | None = None,
-    on_start: Callable[[int, int], None] | None = None,
+    on_start: Callable[[int, int, Score], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
@@ -113,7 +115,7 @@ def train(
         report: called with each epoch's row of the history.
         on_step: called after each step.
         on_start: called before the first step with the number of steps, and how many of them were
-            made before.
+            made before, and the task's score.
 
     Returns:
         The record.
@@ -130,7 +132,7 @@ def train(
     loop = _Loop(prepare(run), _accelerator(run.training), out, where, report, on_step)
     loop.open()
     if on_start:
-        on_start(loop.steps * run.training.epochs, loop.done)
+        on_start(loop.steps * run.training.epochs, loop.done, loop.score)
     try:
         with loop.signals:
             loop.fit()
@@ -190,7 +192,8 @@ class _Loop:
         device = accelerator.device
         self.memory = records.PeakMemory(device)
         self.started = time.perf_counter() - (where["seconds_total"] if where else 0.0)
-        self.images = ready.data.to(device)
+        self.task = ready.task.to(device)
+        self.score = self.task.score
         # Many processes take equal parts of every batch, so that a smaller last one is left out.
         self.drop_last = accelerator.num_processes > 1
         if self.training.batch_size % accelerator.num_processes:
@@ -199,7 +202,7 @@ class _Loop:
                 f"{self.training.batch_size}"
             )
         self.steps = data.steps_per_epoch(
-            self.images.train, self.training.batch_size, drop_last=self.drop_last
+            self.task.size(), self.training.batch_size, drop_last=self.drop_last
         )
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
@@ -214,7 +217,7 @@ class _Loop:
         self.wrapped = self.distributed()
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
         self.done = 0  # steps
-        self.best_accuracy, self.best_epoch = -1.0, 0
+        self.best_score, self.best_epoch = math.nan, 0  # none yet
         self.sent: list[float] = []  # bytes per step and process, epoch by epoch
         # Of the epoch that is under way.
         self.within: dict[str, Any] = {
@@ -226,7 +229,7 @@ class _Loop:
             self.schedule.load_state_dict(where["schedule"])
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(where["scaler"])
-            self.best_accuracy, self.best_epoch = where["best_accuracy"], where["best_epoch"]
+            self.best_score, self.best_epoch = where["best_score"], where["best_epoch"]
             self.sent, self.done = where["sent"], where["done"]
             self.within = where["within"] | {"total": where["within"]["total"].to(device)}
         self.saved = time.perf_counter()
@@ -234,8 +237,9 @@ class _Loop:
             "format": records.FORMAT,
             "status": "running",
             "config": ready.run.as_dict(),
-            "test_accuracy": None,
-            "val_accuracy": None,
+            "score": self.score.as_dict(),
+            "test_score": None,
+            "val_score": None,
             "best_epoch": None,
             **ready.method.counts(self.model),
             "checkpoint_bytes": None,
@@ -247,7 +251,7 @@ class _Loop:
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
-            "notes": list(ready.data.notes),
+            "notes": list(ready.task.notes),
             "error": None,
         }
 
@@ -284,8 +288,9 @@ class _Loop:
             self.record["history"].append(row)
             self.save("last.safetensors")
             ready = self.ready.method.ready(self.model, self.bare, self.ready.run)
-            if ready and row["val_accuracy"] > self.best_accuracy:
-                self.best_accuracy, self.best_epoch = row["val_accuracy"], epoch
+            first = not self.best_epoch
+            if ready and (first or self.score.better(row["val_score"], self.best_score)):
+                self.best_score, self.best_epoch = row["val_score"], epoch
                 self.save("best.safetensors")
             self.write("running")
             if self.report:
@@ -324,16 +329,16 @@ class _Loop:
         started = time.perf_counter() - self.within["seconds"]
         sent = records.bytes_sent()
         batches = data.batches(
-            self.images.train, training.batch_size, seed=self.ready.run.seed, epoch=epoch,
+            self.task.size(), training.batch_size, seed=self.ready.run.seed, epoch=epoch,
             rank=accelerator.process_index, world=accelerator.num_processes,
-            drop_last=self.drop_last,
+            drop_last=self.drop_last, device=accelerator.device,
         )  # fmt: skip
         train_loss = math.nan
-        for step, (images, labels) in enumerate(batches, start=1):
+        for step, index in enumerate(batches, start=1):
             if (epoch - 1) * self.steps + step <= self.done:
                 continue
-            loss = self.step(images, labels)
-            total, seen = total + loss.detach() * len(labels), seen + len(labels)
+            loss = self.step(self.task.batch(index))
+            total, seen = total + loss.detach() * len(index), seen + len(index)
             if step % CHECK_EVERY == 0 or step == self.steps:
                 train_loss = self.finite(total / seen, epoch)
             self.done += 1
@@ -352,23 +357,23 @@ class _Loop:
             own = torch.tensor((records.bytes_sent() - sent) / self.steps)
             self.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         more = self.ready.method.diagnose(self.model, self.bare)
-        val_loss, val_accuracy = evaluate(self.model, self.images, self.images.validation)
+        val_loss, val_score = evaluate(self.model, self.task, "validation")
         return {
             "epoch": epoch,
             "train_loss": train_loss,
             "val_loss": self.finite(total.new_tensor(val_loss), epoch),
-            "val_accuracy": val_accuracy,
+            "val_score": val_score,
             "learning_rate": lr,
             "seconds": seconds,
             **more,
         }
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def step(self, batch: Any) -> Tensor:
         """One step of the optimizer and of the schedule."""
 
         def loss() -> Tensor:
             with self.accelerator.autocast():
-                return cross_entropy(self.wrapped(self.images.normalize(images)), labels)
+                return self.task.loss(self.wrapped, batch)
 
         value = self.ready.method.step(self.optimizer, loss, self.accelerator.backward)
         self.schedule.step()
@@ -398,8 +403,8 @@ class _Loop:
         checkpoint.restore(self.model, tensors)
         # In full precision, as everyone who loads the file will.
         net = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        _, accuracy = evaluate(net, self.images, self.images.test)
-        self.record |= {"test_accuracy": accuracy} | self.ready.method.counts(self.model)
+        _, score = evaluate(net, self.task, "test")
+        self.record |= {"test_score": score} | self.ready.method.counts(self.model)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             best.replace(self.out / "model.safetensors")
@@ -435,7 +440,7 @@ class _Loop:
             "scaler": None if scaler is None else scaler.state_dict(),
             "generators": state.generators(),
             "history": self.record["history"],
-            "best_accuracy": self.best_accuracy,
+            "best_score": self.best_score,
             "best_epoch": self.best_epoch,
             "sent": self.sent,
             "done": self.done,
@@ -456,18 +461,10 @@ class _Loop:
         raise Stopped(f"stopped after {self.done:,} of {steps:,} steps", number)
 
     def extra(self) -> dict[str, Any]:
-        """What ``subspan eval`` needs to build the network and its input again."""
-        images, training = self.ready.data, self.training
-        return {
-            "net": training.net,
-            "data": training.data,
-            "method": self.ready.method.name,
-            "image_shape": list(images.image_shape),
-            "classes": images.classes,
-            "mean": [float(f"{m:.9g}") for m in images.mean],  # 9 digits tell float32 apart
-            "std": [float(f"{s:.9g}") for s in images.std],
-            "seed": self.ready.run.seed,
-        }
+        """What ``subspan eval`` needs to find the network and the task again."""
+        run = self.ready.run
+        described = describe(self.ready.task, run.training, run.seed)
+        return described | {"method": self.ready.method.name}
 
     def write(self, status: str, error: str | None = None) -> None:
         """Bring ``record.json`` up to date, from the main process."""
@@ -476,7 +473,7 @@ class _Loop:
         self.record |= {
             "status": status,
             "error": error,
-            "val_accuracy": self.best_accuracy if self.best_epoch else None,
+            "val_score": self.best_score if self.best_epoch else None,
             "best_epoch": self.best_epoch or None,
             "seconds_total": time.perf_counter() - self.started,
             "seconds_per_step": statistics.median(steps) if steps else None,
@@ -508,23 +505,3 @@ def _accelerator(training: Training) -> Accelerator:
     distributed.meet_again("gloo" if on_cpu(training) else None)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
     return Accelerator(cpu=on_cpu(training), mixed_precision=training.mixed_precision)
-
-
-@torch.no_grad()
-def _check_output(net: nn.Module, images: data.ImageData) -> None:
-    """One image through the network, so that a wrong shape is a sentence and not a traceback."""
-    state = net.training
-    net.eval()
-    try:
-        out = net(images.normalize(images.train.images[:1]))
-    except Exception as error:  # of a user's own network it may be any
-        raise SubspanError(
-            f"the network does not take images of shape {images.image_shape}: {error}"
-        ) from error
-    finally:
-        net.train(state)
-    if not isinstance(out, Tensor) or tuple(out.shape) != (1, images.classes):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise SubspanError(
-            f"the network must give one score per class, shape (batch, {images.classes}), got {got}"
-        )

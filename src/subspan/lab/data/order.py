@@ -46,34 +46,34 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
     return split.select(order[held:].sort().values), split.select(order[:held].sort().values)
 
 
-def steps_per_epoch(split: Split, batch_size: int, *, drop_last: bool = False) -> int:
-    """How many batches `batches` yields.
+def steps_per_epoch(size: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """How many batches there are in an epoch of ``size`` samples.
 
     Raises:
-        SubspanError: ``batch_size`` is below 1, or above the split's size with ``drop_last``.
+        SubspanError: ``batch_size`` is below 1, or above the size with ``drop_last``.
     """
     if batch_size < 1:
         raise SubspanError(f"batch size must be at least 1, got {batch_size}")
-    if drop_last and batch_size > len(split):
+    if drop_last and batch_size > size:
         raise SubspanError(
-            f"a batch of {batch_size} out of {len(split)} samples leaves no full batch: "
+            f"a batch of {batch_size} out of {size} samples leaves no full batch: "
             "use a smaller batch size"
         )
-    return len(split) // batch_size if drop_last else -(-len(split) // batch_size)
+    return size // batch_size if drop_last else -(-size // batch_size)
 
 
 def batches(
-    split: Split,
+    size: int,
     batch_size: int,
     *,
     seed: int,
     epoch: int,
-    shuffle: bool = True,
     rank: int = 0,
     world: int = 1,
     drop_last: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of batches, each gathered on the split's device by one ``index_select``.
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """One epoch of batches: the indices of their samples.
 
     The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
     of equal parts of each. Only the last, smaller batch may not be divisible; its parts then
@@ -81,22 +81,22 @@ def batches(
     every sample comes exactly once; ``drop_last`` leaves that batch out.
 
     Args:
-        split: what to draw from.
+        size: how many samples there are.
         batch_size: samples of one step over all ranks, a multiple of ``world``.
         seed: of the order, in [0, 2⁶⁴).
         epoch: of the order, in [0, 2³²).
-        shuffle: whether to permute the samples; otherwise they come as they are stored.
         rank: this process, in [0, world).
         world: number of processes.
         drop_last: whether to leave out a last, smaller batch.
+        device: where the indices are to be.
 
     Returns:
-        An iterator over ``(images, labels)``: uint8 (n, C, H, W) and int64 (n,).
+        An iterator over int64 (n,), every number of [0, size) once.
 
     Raises:
         SubspanError: at the call, not at the first batch: a size or rank out of its range.
     """
-    steps = steps_per_epoch(split, batch_size, drop_last=drop_last)
+    steps = steps_per_epoch(size, batch_size, drop_last=drop_last)
     if batch_size % world:
         raise SubspanError(
             f"batch size must be a multiple of the number of processes, got {batch_size} for "
@@ -104,18 +104,9 @@ def batches(
         )
     if not 0 <= rank < world:
         raise SubspanError(f"rank must be in [0, {world}), got {rank}")
-    device = split.labels.device
-    order = (
-        permutation(len(split), seed=seed, stream=BATCHES, epoch=epoch, device=device)
-        if shuffle
-        else torch.arange(len(split), device=device)
-    )
+    order = permutation(size, seed=seed, stream=BATCHES, epoch=epoch, device=device)
     parts = (order[step * batch_size :][:batch_size] for step in range(steps))
-    return (
-        (mine.images, mine.labels)
-        for part in parts
-        for mine in [split.select(part[_bounds(len(part), rank, world)])]
-    )
+    return (part[_bounds(len(part), rank, world)] for part in parts)
 
 
 def _bounds(size: int, rank: int, world: int) -> slice:

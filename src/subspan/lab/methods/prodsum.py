@@ -85,8 +85,8 @@ class ProductsOfSums(Method):
         if stage + 1 == len(stages):
             return None
         now = history[-1]["trainable_parameters"]
-        own = [row["val_accuracy"] for row in history if row["trainable_parameters"] == now]
-        waited = len(own) - 1 - own.index(max(own))
+        own = [row["val_loss"] for row in history if row["trainable_parameters"] == now]
+        waited = len(own) - 1 - own.index(min(own))
         share = math.ceil(run.training.epochs * (stage + 1) / len(stages))
         if waited < run.options.get("plateau", 2) and len(history) < share:
             return None

@@ -14,14 +14,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from subspan.lab.report.curves import title
 from subspan.lab.report.pictures import styled
 from subspan.lab.report.records import Row, Sweep
+from subspan.lab.score import ACCURACY
 
 CAPTION = (
     "What each method reaches and costs at this d: means over seeds, dots are the seeds. Costs "
     "that are far apart stand on logarithmic axes; training on all weights is grey."
 )
 _MEASURED, _BASELINE = "#0072B2", "0.55"
-_PANELS = (  # field of a row, what is written under its panel, and its unit
-    ("test_accuracy", "test accuracy (%)", 100.0),
+_COSTS = (  # field of a row, what is written under its panel, and its unit
     ("peak_memory_bytes", "peak memory (MB)", 1e-6),
     ("seconds_per_step", "time of a step (ms)", 1e3),
     ("seconds_total", "total time (s)", 1.0),
@@ -35,16 +35,18 @@ def suits(sweep: Sweep) -> bool:
 
 @styled
 def figure(sweep: Sweep) -> Figure:
-    """Bars of accuracy, memory, step time and total time: see `CAPTION`."""
+    """Bars of score, memory, step time and total time: see `CAPTION`."""
     rows = [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
     figure = Figure(figsize=(7.2, 0.9 + 0.17 * len(rows)), layout="constrained")
     dims = sweep.rows[0].label
     figure.suptitle(textwrap.fill(f"{title(sweep)}, d = {dims}", 100), fontsize=7.5)
-    panels = figure.subplots(1, len(_PANELS), sharey=True)
-    for axes, (name, words, unit) in zip(panels, _PANELS, strict=True):
+    score = sweep.score
+    shown = (("test_score", f"test {score.name}{score.unit}", score.scale), *_COSTS)
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for axes, (name, words, unit) in zip(panels, shown, strict=True):
         _panel(axes, rows, [[unit * value for value in getattr(row, name)] for row in rows])
         axes.set_xlabel(words)
-        if name != "test_accuracy":
+        if name != "test_score":
             _logarithmic(axes)
     names = [row.method for row in rows]
     panels[0].set_yticks(range(len(rows)), names)
@@ -54,7 +56,7 @@ def figure(sweep: Sweep) -> Figure:
 
 @styled
 def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
-    """Test accuracies of several sweeps: discs are means over seeds, dots the seeds.
+    """Test scores of several sweeps, of one kind: discs are means over seeds, dots the seeds.
 
     Diamonds are published, training on all weights is grey. There are no bars: they would have to
     begin at zero, and hide in their length what the rows differ by. Where processes sent each other
@@ -70,8 +72,10 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     figure = Figure(figsize=(7.2 if sent else 5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
     axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
-    points = [[100 * a for a in _published(sweep, row)] for _, sweep, row in lines]
-    _panel(axes, rows, [[100 * a for a in row.test_accuracy] for row in rows], points, bars=False)
+    score = lines[0][1].score if lines else ACCURACY
+    points = [[score.scale * a for a in _published(sweep, row)] for _, sweep, row in lines]
+    scores = [[score.scale * a for a in row.test_score] for row in rows]
+    _panel(axes, rows, scores, points, bars=False)
     for place, known in enumerate(points):
         for accuracy in known:
             axes.plot(accuracy, place, "D", color="#D55E00", markersize=3)
@@ -87,7 +91,9 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
         labels.append(f"{part}: {row.method}" + (at if row.dim else ""))
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy (%)" + ("; diamonds: published" if any(points) else ""))
+    axes.set_xlabel(
+        f"test {score.name}{score.unit}" + ("; diamonds: published" if any(points) else "")
+    )
     return figure
 
 

@@ -1,10 +1,11 @@
-"""What a sweep's picture shows, as plain data: curves in % over d, and the words beside them."""
+"""What a sweep's picture shows, as plain data: scores over d, and the words beside them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from subspan.lab.config import title as what_on_what
 from subspan.lab.intrinsic import IntrinsicDimension
 from subspan.lab.report.records import Published, Run, Sweep
 
@@ -16,16 +17,16 @@ class Curve:
     Attributes:
         label: the legend's words.
         dims: d of every point, increasing.
-        accuracy: the seeds' accuracies in % at each of the dims.
+        scores: the seeds' scores at each of the dims, accuracies in %.
         d_int: the intrinsic dimension; None if not known.
         interval: its ends; None where open.
-        target: the accuracy in % that defines it; NaN if not known.
+        target: the score that defines it; NaN if not known.
         published: whether it comes from the literature.
     """
 
     label: str
     dims: tuple[int, ...]
-    accuracy: tuple[tuple[float, ...], ...]
+    scores: tuple[tuple[float, ...], ...]
     d_int: float | None
     interval: tuple[float | None, float | None]
     target: float
@@ -33,15 +34,15 @@ class Curve:
 
     @property
     def mean(self) -> list[float]:
-        """The mean over seeds at each of the dims, in %."""
-        return [sum(seeds) / len(seeds) for seeds in self.accuracy]
+        """The mean over seeds at each of the dims."""
+        return [sum(seeds) / len(seeds) for seeds in self.scores]
 
 
 def measured_curves(sweep: Sweep) -> list[Curve]:
     """One curve for each method of the sweep that has a good run."""
-    curves = []
+    curves, scale = [], sweep.score.scale
     for method in sweep.methods:
-        points = sorted((row.dim, row.test_accuracy) for row in sweep.rows if row.method == method)
+        points = sorted((row.dim, row.test_score) for row in sweep.rows if row.method == method)
         found = sweep.d_int.get(method)
         name = method
         if found is not None:
@@ -50,10 +51,10 @@ def measured_curves(sweep: Sweep) -> list[Curve]:
             Curve(
                 label=name,
                 dims=tuple(dim for dim, _ in points),
-                accuracy=tuple(tuple(100 * a for a in seeds) for _, seeds in points),
+                scores=tuple(tuple(scale * a for a in seeds) for _, seeds in points),
                 d_int=found.value if found else None,
                 interval=(found.low, found.high) if found else (None, None),
-                target=100 * found.target if found else math.nan,
+                target=scale * found.target if found else math.nan,
                 published=False,
             )
         )
@@ -74,7 +75,7 @@ def published_curves(sweep: Sweep) -> list[Curve]:
             Curve(
                 label=name,
                 dims=tuple(dim for dim, _ in points),
-                accuracy=tuple((100 * a,) for _, a in points),
+                scores=tuple((100 * a,) for _, a in points),
                 d_int=source.d_int,
                 interval=(None, None),
                 target=_published_target(source, sweep.threshold),
@@ -108,7 +109,7 @@ def number(value: float) -> str:
 def title(found: Sweep | Run) -> str:
     """Net, data and D, and for a run its method and d, as far as they are known."""
     config = found.config
-    words = f"{config.get('net', 'network')} on {config.get('data', 'data')}"
+    words = what_on_what(config)
     if isinstance(found, Run):
         words += f", {found.row.method}" + (f" d = {found.row.label}" if found.row.label else "")
         weights = found.row.weights

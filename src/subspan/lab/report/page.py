@@ -15,6 +15,7 @@ import jinja2
 
 from subspan.lab.report.curves import d_int_bound, d_int_name, number, title
 from subspan.lab.report.records import Published, Row, Run, Sweep
+from subspan.lab.score import Score
 
 _DASH = "–"  # not recorded, or not known
 
@@ -55,6 +56,7 @@ def render(page: Page, svg: bytes) -> str:
 
 def of_sweep(sweep: Sweep, caption: str) -> Page:
     """The page of a sweep, with the caption of its picture."""
+    caption = caption.replace("{score}", sweep.score.name)
     if sweep.published:
         caption += " Dashed, with open markers: published."
     protocol = (
@@ -63,10 +65,10 @@ def of_sweep(sweep: Sweep, caption: str) -> Page:
     )
     rows = [*sweep.rows, sweep.baseline] if sweep.baseline else sweep.rows
     sections = [_intrinsic(sweep)] if sweep.d_int else []
-    sections.append(_accuracy(rows, protocol))
+    sections.append(_scores(rows, sweep.score, protocol))
     sections += [_side_by_side(source, sweep) for source in sweep.published]
     sections.append(_cost(rows))
-    sections += [_counts(rows)] if any(row.counts for row in rows) else []
+    sections += [_counts(rows, sweep.score)] if any(row.counts for row in rows) else []
     if sweep.failed:
         sections.append(Section("Failed runs", ["run", "reason"], sweep.failed, words=True))
     lead = _answer(sweep) + _unfinished(sweep)
@@ -75,11 +77,11 @@ def of_sweep(sweep: Sweep, caption: str) -> Page:
 
 def of_run(run: Run) -> Page:
     """The page of a single run."""
-    lead = [f"Test accuracy: {100 * score:.2f} %" for score in run.row.test_accuracy]
+    lead = [f"Test {run.score.name}: {run.score.show(value)}" for value in run.row.test_score]
     lead += [*_unfinished(run), *([run.error] if run.error else [])]
-    caption = "Losses and validation accuracy by epoch. The test set is read once, at the end."
-    sections = [_accuracy([run.row]), _cost([run.row])]
-    sections += [_counts([run.row])] if run.row.counts else []
+    caption = "Losses and validation score by epoch. The test set is read once, at the end."
+    sections = [_scores([run.row], run.score), _cost([run.row])]
+    sections += [_counts([run.row], run.score)] if run.row.counts else []
     sections.append(_history(run))
     return Page(title(run), lead, caption, sections + _facts(run))
 
@@ -90,7 +92,7 @@ def _answer(sweep: Sweep) -> list[str]:
         return ["No run succeeded; the reasons are below."]
     if not sweep.d_int or sweep.baseline is None:
         return []
-    goal = f"{100 * sweep.threshold:g} % of the accuracy of {sweep.baseline.label}"
+    goal = f"{100 * sweep.threshold:g} % of the {sweep.score.name} of {sweep.baseline.label}"
     reached = {m: found.value for m, found in sweep.d_int.items() if found.value is not None}
     if not reached:
         return [f"No method reaches {goal}."]
@@ -118,32 +120,42 @@ def _intrinsic(sweep: Sweep) -> Section:
                 d_int_bound(found).removeprefix("= "),
                 f"{ends[0]} to {ends[1]}" if set(ends) != {_DASH} else _DASH,
                 _or_dash("{:.2g}".format, share),
-                f"{100 * found.target:.2f}",
+                _shown([found.target], sweep.score),
             ]
         )
         if found.note:
             notes.append(f"{method}: {found.note}.")
     name = d_int_name(sweep.threshold)
     meaning = (
-        f"{name} is the least d at which the mean test accuracy reaches {100 * sweep.threshold:g} "
+        f"{name} is the least d at which the mean test {sweep.score.name} reaches "
+        f"{100 * sweep.threshold:g} "
         "% of what training all weights reaches, interpolated linearly in log d. The interval is "
         "a bootstrap over seeds, which is too narrow where there are fewer than about five."
     )
-    columns = ["method", name, "interval", "share of D, %", "accuracy to reach, %"]
+    columns = [
+        "method",
+        name,
+        "interval",
+        "share of D, %",
+        f"{sweep.score.name} to reach{_unit(sweep.score)}",
+    ]
     return Section("Intrinsic dimension", columns, rows, text=[meaning, *notes])
 
 
-def _accuracy(rows: Sequence[Row], *text: str) -> Section:
+def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
     return Section(
-        "Accuracy",
-        ["method", "d", "test, %", "validation, %", "seeds", "learning rate"],
+        score.name[:1].upper() + score.name[1:],
+        [
+            *("method", "d", f"test{_unit(score)}", f"validation{_unit(score)}"),
+            *("seeds", "learning rate"),
+        ],
         [
             [
                 row.method,
                 row.label or _DASH,
-                _percent(row.test_accuracy),
-                _percent(row.val_accuracy),
-                str(len(row.test_accuracy)),
+                _shown(row.test_score, score),
+                _shown(row.val_score, score),
+                str(len(row.test_score)),
                 _or_dash("{:g}".format, row.lr),
             ]
             for row in rows
@@ -191,17 +203,17 @@ def _cost(rows: Sequence[Row]) -> Section:
     )
 
 
-def _counts(rows: Sequence[Row]) -> Section:
+def _counts(rows: Sequence[Row], score: Score) -> Section:
     """What factored networks come to, counted in several ways."""
     names = list(dict.fromkeys(name for row in rows for name in row.counts))
     return Section(
         "Ranks and counts",
-        ["method", "", "test, %", "ranks", *names, "of D, %"],
+        ["method", "", f"test{_unit(score)}", "ranks", *names, "of D, %"],
         [
             [
                 row.method,
                 row.label or _DASH,
-                _percent(row.test_accuracy),
+                _shown(row.test_score, score),
                 "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
                 *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
                 f"{100 * row.counts[names[0]] / row.weights:.1f}" if row.weights else _DASH,
@@ -223,7 +235,7 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
 
     accuracy: dict[tuple[str, int | str], Sequence[float]] = {}
     for row in sweep.rows:
-        accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_accuracy
+        accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_score
     methods = [method for method in sweep.methods if source.method in (None, method)]
     points: list[tuple[int | str, float]] = (
         list(zip(source.labels, source.accuracy, strict=True))
@@ -236,7 +248,7 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
         for at, published in points
     ]  # fmt: skip
     if source.baseline is not None:
-        all_weights = sweep.baseline.test_accuracy if sweep.baseline else ()
+        all_weights = sweep.baseline.test_score if sweep.baseline else ()
         rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))
     if source.d_int is not None:
         found = [sweep.d_int.get(method) for method in methods]
@@ -254,7 +266,12 @@ def _history(run: Run) -> Section:
     return Section(
         "History",
         [
-            *("epoch", "training loss", "validation loss", "validation accuracy, %"),
+            *(
+                "epoch",
+                "training loss",
+                "validation loss",
+                f"validation {run.score.name}{_unit(run.score)}",
+            ),
             *("learning rate", "seconds"),
         ],
         [
@@ -262,7 +279,7 @@ def _history(run: Run) -> Section:
                 str(epoch.epoch),
                 _or_dash("{:.4g}".format, epoch.train_loss),
                 _or_dash("{:.4g}".format, epoch.val_loss),
-                _or_dash("{:.2f}".format, 100 * epoch.val_accuracy),
+                _or_dash(lambda value: _shown([value], run.score), epoch.val_score),
                 _or_dash("{:.3g}".format, epoch.learning_rate),
                 _or_dash("{:.1f}".format, epoch.seconds),
             ]
@@ -280,11 +297,19 @@ def _facts(found: Sweep | Run) -> list[Section]:
     ]
 
 
-def _percent(fractions: Sequence[float]) -> str:
-    if not fractions:
+def _shown(values: Sequence[float], score: Score) -> str:
+    """The mean, and with several seeds the standard deviation."""
+    if not values:
         return _DASH
-    mean = f"{100 * statistics.mean(fractions):.2f}"
-    return mean if len(fractions) == 1 else f"{mean} ± {100 * statistics.stdev(fractions):.2f}"
+    digits = "{:.2f}" if score.percent else "{:.4g}"
+    mean = digits.format(score.scale * statistics.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {digits.format(score.scale * statistics.stdev(values))}"
+
+
+def _unit(score: Score) -> str:
+    return ", %" if score.percent else ""
 
 
 def _mean(values: Sequence[float], scale: float = 1) -> str:

@@ -57,14 +57,14 @@ _WIDTH = 3.5  # inches
 _TITLE_COLUMN, _LEGEND_COLUMN = 46, 60  # characters that fit into the width
 
 CAPTION = (
-    "Test accuracy against d. Lines join the means over seeds, dots are the seeds and bands "
+    "Test {score} against d. Lines join the means over seeds, dots are the seeds and bands "
     "their range. A vertical line marks an intrinsic dimension, the bar at its top the interval."
 )
 
 
 @styled
 def sweep_figure(sweep: Sweep) -> Figure:
-    """Test accuracy against d, one line per method, with the intrinsic dimensions marked.
+    """Test score against d, one line per method, with the intrinsic dimensions marked.
 
     Lines join the means over seeds, dots are the seeds and bands their range. An intrinsic
     dimension is dropped to the axis, a bar at its top is its interval. Dashed grey is published.
@@ -77,14 +77,14 @@ def sweep_figure(sweep: Sweep) -> Figure:
     axes.set_xlabel("subspace dimension d" + (" (numbers trained)" if trained else ""))
     if any(row.ranks for row in sweep.rows):
         axes.set_xlabel("numbers trained, on average over seeds")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"test {sweep.score.name}{sweep.score.unit}")
 
     lines = [
         _draw(axes, curve, palette[i % len(palette)], _MARKERS[i % len(_MARKERS)])
         for curves, palette in ((measured, _COLOURS), (published, _GREYS))
         for i, curve in enumerate(curves)
     ]
-    levels = _draw_baseline(axes, sweep.baseline, sweep.threshold) if sweep.baseline else []
+    levels = _draw_baseline(axes, sweep.baseline, sweep) if sweep.baseline else []
     if not measured:
         axes.text(0.5, 0.5, "no run succeeded", transform=axes.transAxes, ha="center")
     _scale_dims(axes, [d for curve in measured + published for d in curve.dims])
@@ -108,24 +108,27 @@ def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
         markeredgewidth=0.8,
         zorder=2.5 if curve.published else 3,
     )
-    if any(len(seeds) > 1 for seeds in curve.accuracy):
-        low, high = [min(s) for s in curve.accuracy], [max(s) for s in curve.accuracy]
+    if any(len(seeds) > 1 for seeds in curve.scores):
+        low, high = [min(s) for s in curve.scores], [max(s) for s in curve.scores]
         axes.fill_between(curve.dims, low, high, color=colour, alpha=0.15, linewidth=0)
-        x = [d for d, seeds in zip(curve.dims, curve.accuracy, strict=True) for _ in seeds]
-        y = [a for seeds in curve.accuracy for a in seeds]
+        x = [d for d, seeds in zip(curve.dims, curve.scores, strict=True) for _ in seeds]
+        y = [a for seeds in curve.scores for a in seeds]
         axes.plot(x, y, linestyle="none", marker=".", markersize=1.8, color=colour, alpha=0.6)
     return line
 
 
-def _draw_baseline(axes: Axes, baseline: Row, threshold: float) -> list[Line2D]:
+def _draw_baseline(axes: Axes, baseline: Row, sweep: Sweep) -> list[Line2D]:
     """Where all weights end, and the share of it that counts as solved."""
-    scores = [100 * a for a in baseline.test_accuracy]
+    score, scores = sweep.score, baseline.test_score
     mean = sum(scores) / len(scores)
-    axes.axhspan(min(scores), max(scores), color=_INK, alpha=0.12, linewidth=0)
-    goal = f"{100 * threshold:g} % of {baseline.label}"
+    solved = score.share(mean, sweep.threshold)
+    span = [score.scale * end for end in (min(scores), max(scores))]
+    axes.axhspan(*span, color=_INK, alpha=0.12, linewidth=0)
+    label = f"{baseline.label}: {score.show(mean, 1)}"
+    goal = f"{100 * sweep.threshold:g} % of {baseline.label}"
     return [
-        axes.axhline(mean, color=_INK, linewidth=0.9, label=f"{baseline.label}: {mean:.1f} %"),
-        axes.axhline(threshold * mean, color=_INK, linewidth=0.9, linestyle=":", label=goal),
+        axes.axhline(score.scale * mean, color=_INK, linewidth=0.9, label=label),
+        axes.axhline(score.scale * solved, color=_INK, linewidth=0.9, linestyle=":", label=goal),
     ]
 
 
@@ -185,7 +188,7 @@ def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
 
 @styled
 def run_figure(run: Run) -> Figure:
-    """Losses and validation accuracy of one run, by epoch, and what its method tells besides.
+    """Losses and validation score of one run, by epoch, and what its method tells besides.
 
     Of random bases, what they catch of the gradient; of factored layers their ranks, and below the
     singular values at the end.
@@ -206,12 +209,14 @@ def run_figure(run: Run) -> Figure:
     losses.plot(epochs, train, color=_COLOURS[0], marker="o", label="training")
     losses.plot(epochs, valid, color=_COLOURS[1], marker="s", label="validation")
     losses.set_ylabel("loss")
-    shown = [100 * line.val_accuracy for line in run.history]
+    shown = [run.score.scale * line.val_score for line in run.history]
     accuracy.plot(epochs, shown, color=_COLOURS[1], marker="s", label="validation")
-    for score in run.row.test_accuracy:
-        label = f"test, at the end: {100 * score:.1f} %"
-        accuracy.axhline(100 * score, color=_INK, linewidth=0.9, linestyle=":", label=label)
-    accuracy.set_ylabel("accuracy (%)")
+    for score in run.row.test_score:
+        label = f"test, at the end: {run.score.show(score, 1)}"
+        accuracy.axhline(
+            run.score.scale * score, color=_INK, linewidth=0.9, linestyle=":", label=label
+        )
+    accuracy.set_ylabel(f"{run.score.name}{run.score.unit}")
     for axes, draw in zip(rest, more, strict=True):
         draw(axes, run)
     if below:

@@ -11,24 +11,24 @@ from typing import Any
 
 from subspan.errors import SubspanError
 from subspan.lab.intrinsic import IntrinsicDimension
-
-FORMAT = 1
+from subspan.lab.records import FORMAT, upgraded
+from subspan.lab.score import Score
 
 
 @dataclass(frozen=True)
 class Row:
     """One method at one d (the baseline and a single run, too), with its seeds.
 
-    Accuracies are fractions in [0, 1] and, like the costs, one per seed; what was not recorded is
-    None or an empty tuple, and ``dim`` is 0 where there is no subspace.
+    Scores (accuracies are fractions in [0, 1]) are, like the costs, one per seed; what was not
+    recorded is None or an empty tuple, and ``dim`` is 0 where there is no subspace.
     """
 
     method: str
     dim: int
     label: str
     lr: float | None
-    test_accuracy: tuple[float, ...]
-    val_accuracy: tuple[float, ...]
+    test_score: tuple[float, ...]
+    val_score: tuple[float, ...]
     trainable_parameters: int | None
     stored_parameters: int | None
     weights: int | None
@@ -70,7 +70,7 @@ class Epoch:
     epoch: int
     train_loss: float
     val_loss: float
-    val_accuracy: float
+    val_score: float
     learning_rate: float
     seconds: float
     alignment: dict[str, tuple[float, float]]
@@ -86,6 +86,7 @@ class Sweep:
     """A sweep: its rows by method and d, what they are held against, and what failed."""
 
     config: dict[str, Any]
+    score: Score
     threshold: float
     baseline: Row | None
     rows: tuple[Row, ...]
@@ -113,6 +114,7 @@ class Run:
     """A single run, finished or not: its numbers and its history."""
 
     config: dict[str, Any]
+    score: Score
     row: Row
     history: tuple[Epoch, ...]
     versions: dict[str, Any]
@@ -142,8 +144,8 @@ def _read(path: Path, build: Callable[[Any], Sweep | Run]) -> Sweep | Run:
     try:
         raw = json.loads(path.read_text("utf-8"))
         version = int(raw["format"])
-        if version == FORMAT:
-            return build(raw)
+        if 1 <= version <= FORMAT:
+            return build(upgraded(raw))
     except OSError as error:
         raise SubspanError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -152,13 +154,14 @@ def _read(path: Path, build: Callable[[Any], Sweep | Run]) -> Sweep | Run:
             f"{str(path)!r} is damaged ({reason}): run the command that wrote it again"
         ) from error
     raise SubspanError(
-        f"{str(path)!r} has format {version}, this version of subspan reads {FORMAT}: "
+        f"{str(path)!r} has format {version}, this version of subspan reads up to {FORMAT}: "
         "use the version that wrote it"
     )
 
 
 def _sweep(raw: Mapping[str, Any]) -> Sweep:
     config = dict(raw["config"])
+    score = Score.from_dict(raw.get("score"))
     d_int = {
         str(method): IntrinsicDimension(
             value=_number(found["value"]),
@@ -174,14 +177,15 @@ def _sweep(raw: Mapping[str, Any]) -> Sweep:
     baseline = raw.get("baseline")
     return Sweep(
         config=config,
+        score=score,
         threshold=float(config.get("threshold") or (thresholds[0] if thresholds else 0.9)),
-        baseline=_row(baseline, dim=0, label=baseline["label"])
-        if baseline and baseline["test_accuracy"]
+        baseline=_row(baseline, score, dim=0, label=baseline["label"])
+        if baseline and baseline["test_score"]
         else None,
         rows=tuple(
-            _row(row, dim=_dim(row["dim"]), label=row.get("label") or row["dim"])
+            _row(row, score, dim=_dim(row["dim"]), label=row.get("label") or row["dim"])
             for row in raw["rows"]
-            if row["test_accuracy"]  # a row of failed runs only has none
+            if row["test_score"]  # a row of failed runs only has none
         ),
         d_int=d_int,
         published=tuple(_published(curve) for curve in raw.get("published") or []),
@@ -194,15 +198,18 @@ def _sweep(raw: Mapping[str, Any]) -> Sweep:
 
 def _run(raw: Mapping[str, Any]) -> Run:
     config = dict(raw["config"])
-    per_seed = ("test_accuracy", "val_accuracy")
+    per_seed = ("test_score", "val_score")
     costs = ("seconds_total", "seconds_per_step", "peak_memory_bytes", "bytes_sent_per_step")
     once = (*per_seed, *costs, "ranks")
     lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in once}
     dim = config.get("dim")
+    score = Score.from_dict(raw.get("score"))
     return Run(
         config=config,
+        score=score,
         row=_row(
             {**raw, **lists, "method": config.get("method", ""), "lr": config.get("lr")},
+            score,
             dim=0,
             label="" if dim is None else dim,
         ),
@@ -211,7 +218,7 @@ def _run(raw: Mapping[str, Any]) -> Run:
                 epoch=int(epoch["epoch"]),
                 train_loss=_or_nan(epoch.get("train_loss")),
                 val_loss=_or_nan(epoch.get("val_loss")),
-                val_accuracy=_or_nan(epoch.get("val_accuracy")),
+                val_score=_or_nan(epoch.get("val_score")),
                 learning_rate=_or_nan(epoch.get("learning_rate")),
                 seconds=_or_nan(epoch.get("seconds")),
                 alignment={
@@ -233,14 +240,14 @@ def _run(raw: Mapping[str, Any]) -> Run:
     )
 
 
-def _row(raw: Mapping[str, Any], *, dim: int, label: Any) -> Row:
+def _row(raw: Mapping[str, Any], score: Score, *, dim: int, label: Any) -> Row:
     return Row(
         method=str(raw["method"]),
         dim=dim,
         label=str(label),
         lr=_number(raw.get("lr")),
-        test_accuracy=_fractions(raw["test_accuracy"]),
-        val_accuracy=_fractions(raw.get("val_accuracy") or []),
+        test_score=_scores(raw["test_score"], score),
+        val_score=_scores(raw.get("val_score") or [], score),
         trainable_parameters=_count(raw.get("trainable_parameters")),
         stored_parameters=_count(raw.get("stored_parameters")),
         weights=_count(raw.get("weights")),
@@ -272,6 +279,10 @@ def _published(raw: Mapping[str, Any]) -> Published:
         method=None if raw.get("method") is None else str(raw["method"]),
         labels=labels,
     )
+
+
+def _scores(values: Iterable[Any], score: Score) -> tuple[float, ...]:
+    return _fractions(values) if score.percent else tuple(float(value) for value in values)
 
 
 def _fractions(values: Iterable[Any]) -> tuple[float, ...]:

@@ -1,0 +1,60 @@
+"""What a task is judged by: a number with a direction, and a zero that shares count from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score's name, its direction, and where it begins.
+
+    Attributes:
+        name: in words, as they stand on an axis.
+        higher_is_better: its direction.
+        zero: what is reached by doing nothing: 0 is accuracy's, by the definition of Li 2018; of a
+            relative error it is 1. A share of a score is a share of the way from there.
+        percent: whether it is a fraction that people read in per cent.
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    zero: float = 0.0
+    percent: bool = True
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any] | None) -> Score:
+        """Of :meth:`as_dict`; accuracy where a record says nothing."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in (content or {}).items() if key in known})
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in a record."""
+        return asdict(self)
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether one score is better than another."""
+        return one > other if self.higher_is_better else one < other
+
+    def share(self, of: float, share: float) -> float:
+        """The score that is a share of another: that share of the way from zero to it."""
+        return self.zero + share * (of - self.zero)
+
+    @property
+    def scale(self) -> float:
+        """What people read is so many times the score."""
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def unit(self) -> str:
+        """After the name, on an axis or above a column."""
+        return " (%)" if self.percent else ""
+
+    def show(self, value: float, digits: int = 2) -> str:
+        """For people: 98.85 %, or 0.0123 of what is no fraction."""
+        return f"{100 * value:.{digits}f} %" if self.percent else f"{value:.{digits + 2}g}"
+
+
+ACCURACY = Score()
