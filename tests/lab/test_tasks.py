@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from subspan.errors import SubspanError
-from subspan.lab import tasks
+from subspan.lab import data, tasks
 from subspan.lab.config import Run, Training
 from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.lab.score import ACCURACY, Score
@@ -85,6 +85,7 @@ class Unbounded(Line):
 def unbounded(seed):
     return Unbounded(seed, 40)
 '''
+SHUFFLED = "subspan.lab.tasks.shuffled_labels:task"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _fresh = itertools.count()
 
@@ -266,3 +267,26 @@ def test_the_physics(in_tmp_path, monkeypatch):
     )  # fmt: skip
     assert record["test_score"] < 0.1
     assert record["stored_parameters"] == 100
+
+
+def test_shuffled_labels():
+    """The same images and as many of each label, but one says nothing of the other."""
+    images = tasks.load(Training(task=SHUFFLED, net="mlp-8", data="digits"), 0).images
+    # Of ten classes a tenth is right by chance: 3 standard deviations around it.
+    raw = data.load("digits", validation=0).train
+    assert torch.equal(raw.labels.bincount(), images.train.labels.bincount())
+    same = (raw.labels == images.train.labels).float().mean()
+    assert torch.equal(raw.images, images.train.images)
+    assert abs(same - 0.1) < 3 * (0.09 / len(raw)) ** 0.5
+    again = tasks.load(Training(task=SHUFFLED, net="mlp-8", data="digits"), 0)
+    assert torch.equal(again.images.train.labels, images.train.labels)
+    seeds = tasks.load(Training(task=SHUFFLED, net="mlp-8", data="digits"), 1)
+    assert not torch.equal(seeds.images.train.labels, images.train.labels)
+    # What is trained on is what is judged.
+    assert images.test is images.validation is images.train
+    some = tasks.load(Training(task=SHUFFLED, net="mlp-8", data="digits[:50]"), 0)
+    assert some.size() == 50
+    assert some.score.name == "training accuracy"
+    for bad in ("digits[:0]", "digits[:9999]", "digits[:x]"):
+        with pytest.raises(SubspanError, match=r"1,438 training images: expected digits\[:N\]"):
+            tasks.load(Training(task=SHUFFLED, data=bad), 0)

@@ -16,9 +16,10 @@ from subspan.lab.data.images import Split
 from subspan.philox import Source
 
 # The generator's domain of everything about data (the families of projections count from 0), and
-# its streams: which samples are held out for the test, which for validation, and the batches.
+# its streams: which samples are held out for the test, which for validation, the batches, and where
+# shuffled labels go.
 DOMAIN = 200
-TEST, VALIDATION, BATCHES = range(3)
+TEST, VALIDATION, BATCHES, LABELS = range(4)
 
 
 def permutation(

@@ -80,7 +80,7 @@ class Classification(Task):
 
     def to(self, device: torch.device) -> Classification:
         """The set on another device."""
-        return Classification(self.images.to(device), self.net)
+        return type(self)(self.images.to(device), self.net)
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
