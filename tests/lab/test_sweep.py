@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-import subspan.lab.sweep as module
+import subspan.lab.jobs as module
 from subspan.errors import SubspanError
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.sweep import sweep
