@@ -91,7 +91,7 @@ def _outcome(
     try:
         if processes > 1:
             return _together(job.run, folder, overwrite, processes, place)
-        return train(job.run, folder, overwrite=overwrite, on_step=_Watch(place))
+        return train(job.run, folder, overwrite=overwrite, asked_to_stop=_Watch(place))
     except Stopped as stopped:
         return Pending("stopped", stopped.signal)
     except Exception as error:
@@ -109,19 +109,17 @@ def _failure(error: Exception) -> str | Pending:
 
 
 class _Watch:
-    """Called after each step: passes on to the training that its sweep is to stop."""
+    """Says after each step whether the sweep is to stop; it looks now and then only."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.due, self.told = place, 0.0, False
+        self.place, self.due, self.stopping = place, 0.0, False
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         now = time.monotonic()
-        if now < self.due or self.told:
-            return
-        self.due = now + LOOK_EVERY
-        if self.place.stopping:
-            self.told = True
-            signal.raise_signal(signal.SIGTERM)  # which a training knows how to take
+        if not self.stopping and now >= self.due:
+            self.due = now + LOOK_EVERY
+            self.stopping = self.place.stopping
+        return self.stopping
 
 
 def _in_main_thread() -> bool:

@@ -95,7 +95,7 @@ class Pool:
             else:
                 if len(elsewhere) != waiting:
                     waiting = len(elsewhere)
-                    self.say(f"waiting for {waiting} runs of another sweep")
+                    self.say(f"waiting for {waiting} run{'s'[: waiting > 1]} of another sweep")
                 time.sleep(PAUSE)
                 batch, elsewhere = elsewhere, []
             ready = list[Job]()
