@@ -91,7 +91,15 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
         raise SubspanError(
             f"{model} is there without a record of its training: give another --out, or --overwrite"
         )
-    return found if found and found["status"] == "complete" and model.is_file() else None
+    if not found or found["status"] != "complete" or not model.is_file():
+        return None
+    damage = records.damage(found)
+    if damage and not overwrite:
+        raise SubspanError(
+            f"{out / 'record.json'} is damaged: {damage}; restore it, or give --overwrite to train "
+            "again"
+        )
+    return None if damage else found
 
 
 def train(
