@@ -195,8 +195,9 @@ def sweep(argv: Arguments) -> None:
     out = Path(given.out)
     with console.runs(total_runs(settings)) as progress:
         result = run_sweep(
-            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress
-        )
+            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
+            backend=given.backend, ray_address=given.ray_address, say=console.say,
+        )  # fmt: skip
     _swept(result, report.write(out))
 
 
@@ -239,6 +240,8 @@ def reproduce(argv: Arguments) -> None:
                 data=given.data,
                 overwrite=given.overwrite,
                 done=done,
+                backend=given.backend,
+                ray_address=given.ray_address,
             ).values()
         console.benched(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
@@ -247,7 +250,8 @@ def reproduce(argv: Arguments) -> None:
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(
             given.name, out, budget=given.budget, data=given.data, jobs=given.jobs,
-            overwrite=given.overwrite, on_run=progress,
+            overwrite=given.overwrite, on_run=progress, backend=given.backend,
+            ray_address=given.ray_address, say=console.say,
         )  # fmt: skip
     for part, result in results.items():
         if part:
@@ -551,7 +555,18 @@ def _add_out(
 def _add_jobs(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=-1,
-        help="runs at a time; -1: one per core of this machine, or one where they take its GPU",
+        help="runs at a time; -1: one per core, or one where they take the GPU of this machine; "
+        "of a Ray cluster, one per core, or per GPU where it has any",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backend", type=Literal["loky", "ray"], default="loky",
+        help="loky: processes of this machine; ray: those of a Ray cluster (pip install "
+        "'subspan[ray]'). All its machines must see --out, and the data, under the same path. The "
+        "same command given on several machines that share --out divides the runs without Ray",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray_address", type=str | None, default=None,
+        help="host:port of a cluster's head; null starts Ray on this machine alone",
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from subspan.lab import console
 from subspan.lab.doctor import Finding
+from subspan.lab.jobs import Job
 from subspan.lab.score import Score
-from subspan.lab.sweep import Job
 from tests.lab.runs import a_run
 
 RECORD = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
-import subspan.lab.sweep as module
+import subspan.lab.jobs as module
 from subspan.errors import SubspanError
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.sweep import sweep
@@ -128,26 +129,6 @@ def test_two_processes_give_the_same(swept, tmp_path):
     assert set(os.listdir(tmp_path / "sweep" / "runs")) == RUNS
 
 
-DEADLY = """
-import os
-from torch import nn
-
-def net(classes):
-    if os.getpid() != {parent}:
-        os._exit(1)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed(in_tmp_path):
-    """It takes the sweep down, but in a sentence."""
-    (in_tmp_path / "deadly.py").write_text(DEADLY.format(parent=os.getpid()))
-    with pytest.raises(SubspanError, match="a process was killed, for want of memory perhaps"):
-        sweep(a_sweep(net="deadly:net"), in_tmp_path / "sweep", jobs=2)
-    assert sweep_of(in_tmp_path / "sweep")["status"] == "interrupted"
-
-
 def test_runs_and_sweeps_agree_on_a_run(swept):
     """A run of a sweep is what ``train`` would have made of it."""
     record = record_of(swept[0] / "runs" / "hash-dim40-lr0.3-seed1")
@@ -172,3 +153,72 @@ def test_runs_of_several_processes(tmp_path):
     )
     failed = sweep(odd, tmp_path / "odd", jobs=1)["failed"]
     assert "batch_size must be a multiple of the 2 processes" in failed[0]["error"]
+
+
+# ---- records that were edited, damaged, or are newer ---------------------------------------------
+
+
+def edited(path, **values):
+    record = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+
+DAMAGE = {
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:99]), "is damaged or no record"),
+    "empty": (lambda path: path.write_text(""), "is damaged or no record of subspan"),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged or no record of subspan"),
+    "newer": (lambda path: edited(path, format=99), "has format 99; .* reads up to 1: upgrade"),
+    "no format": (lambda path: edited(path, format="1"), r"\(its format is '1'\): restore it"),
+    "no config": (lambda path: edited(path, config=...), "lacks config or status"),
+    "other config": (
+        lambda path: edited(path, config=json.loads(path.read_text())["config"] | {"epochs": 9}),
+        r"belongs to another configuration \(epochs 9 → 1\): give another --out, or --overwrite",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_sweep(damage, swept, tmp_path, counted):
+    """It is refused, and changed only when that is asked for; no run is repeated."""
+    out = copied(swept[0], tmp_path / "sweep")
+    do, message = DAMAGE[damage]
+    do(out / "sweep.json")
+    before = contents(out)
+    with pytest.raises(SubspanError, match=message) as refused:
+        sweep(a_sweep(seeds=2), out, jobs=1)
+    assert "--overwrite" in str(refused.value)
+    assert contents(out) == before
+    assert sweep(a_sweep(seeds=2), out, jobs=1, overwrite=True) == swept[1]
+    assert counted == []
+
+
+MEASURED = {
+    f"{name} {value!r}": (
+        lambda path, name=name, value=value: edited(path, **{name: value}),
+        f"is damaged: {name} must be a number, got ",
+    )
+    for name, value in (
+        ("val_score", ...), ("val_score", "0.5"), ("test_score", None), ("weights", True)
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE | MEASURED)
+def test_a_damaged_run(damage, swept, tmp_path, counted):
+    """It fails alone, with its files as they are; and is repeated when that is asked for."""
+    out = copied(swept[0], tmp_path / "sweep")
+    name = "hash-dim40-lr0.3-seed1"
+    do, message = (DAMAGE | MEASURED)[damage]
+    do(out / "runs" / name / "record.json")
+    before = contents(out / "runs")
+    result = sweep(a_sweep(seeds=2), out, jobs=1)
+    [failure] = result["failed"]
+    assert failure["run"] == name
+    assert re.search(message, failure["error"])
+    assert "--overwrite" in failure["error"]
+    assert result["rows"][1]["seeds"] == [0]
+    assert contents(out / "runs") == before
+    assert counted == []
+    again = sweep(a_sweep(seeds=2), out, jobs=1, overwrite=True)
+    assert counted == [name]
+    assert again["rows"][1]["test_score"] == swept[1]["rows"][1]["test_score"]

@@ -8,11 +8,12 @@ import os
 import joblib
 import pytest
 
-import subspan.lab.sweep as module
+import subspan.lab.jobs as module
 from subspan import files
 from subspan.errors import SubspanError
 from subspan.lab import records
 from subspan.lab.sweep import sweep, total_runs
+from subspan.lab.train import prepare
 from tests.lab.runs import a_sweep, contents, copied, sweep_of
 
 
@@ -22,9 +23,9 @@ class MadeUp:
     def __init__(self, validation, test=lambda run: 0.5):
         self.validation, self.test, self.runs = validation, test, []
 
-    def __call__(self, run, out, *, overwrite):
+    def __call__(self, run, out, *, overwrite, asked_to_stop):
         self.runs.append(out.name)
-        ready = module.prepare(run)
+        ready = prepare(run)
         found = self.validation(run)
         if isinstance(found, BaseException):
             raise found
@@ -259,19 +260,16 @@ def test_a_job_for_every_core_but_one_for_a_gpu(device, jobs, workers, tmp_path,
     made_up(monkeypatch, lambda run: 0.5)
     seen = []
 
-    class Joblib:
-        """In its place: it runs all in this process."""
+    def in_this_process(n_jobs, return_as, **other):
+        seen.append(n_jobs)
+        return parallel(1, return_as=return_as)
 
-        delayed, cpu_count = joblib.delayed, lambda: 7
-
-        def Parallel(n_jobs, return_as):  # noqa: N802, N805
-            seen.append(n_jobs)
-            return joblib.Parallel(1, return_as=return_as)
-
-    monkeypatch.setattr(module, "joblib", Joblib)
+    parallel = joblib.Parallel
+    monkeypatch.setattr(joblib, "Parallel", in_this_process)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 7)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     sweep(a_sweep(device=device), tmp_path, jobs=jobs)
-    assert seen == [workers, 1]
+    assert seen == [workers]
 
 
 def test_folders_of_other_things(tmp_path, trained, monkeypatch):

@@ -28,7 +28,7 @@ from subspan.lab.score import ACCURACY, Score
 if TYPE_CHECKING:
     from subspan.lab.config import Run
     from subspan.lab.doctor import Finding
-    from subspan.lab.sweep import Outcome
+    from subspan.lab.jobs import Outcome
 
 console = Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:

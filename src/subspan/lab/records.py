@@ -43,13 +43,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise SubspanError(f"{path} is damaged or no record of subspan: {error!r}") from None
-    if not isinstance(version, int) or version > FORMAT:
+        raise SubspanError(
+            f"{path} is damaged or no record of subspan ({error!r}): restore it"
+        ) from None
+    if type(version) is not int or version < 1:
+        raise SubspanError(
+            f"{path} is damaged or no record of subspan (its format is {version!r}): restore it"
+        )
+    if version > FORMAT:
         raise SubspanError(
             f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
         )
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("status"), str):
-        raise SubspanError(f"{path} is damaged or no record of subspan: it lacks config or status")
+        raise SubspanError(
+            f"{path} is damaged or no record of subspan (it lacks config or status): restore it"
+        )
     return dict(upgraded(content))
 
 
@@ -87,9 +95,9 @@ def claim(
             raise SubspanError(f"{folder} has a {other} of something else: give another --out")
     try:
         record = read_json(folder / file)
-    except SubspanError:
+    except SubspanError as error:
         if not overwrite:
-            raise
+            raise SubspanError(f"{error}, or give --overwrite to replace it") from None
         return None
     if record is None:
         return None
@@ -103,6 +111,21 @@ def claim(
             "or --overwrite"
         )
     return None if different else record
+
+
+MEASURED = (
+    "test_score", "val_score", "seconds_total", "seconds_per_step", "peak_memory_bytes",
+    "checkpoint_bytes", "trainable_parameters", "stored_parameters", "weights",
+)  # fmt: skip
+
+
+def damage(record: Mapping[str, Any]) -> str | None:
+    """What a complete run lacks or has as no number, as after an edit by hand; None if well."""
+    for name in MEASURED:
+        value = record.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return f"{name} must be a number, got {value!r}"
+    return None
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,40 +7,23 @@ other seeds run at that rate. The baseline is a point like the others.
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import joblib
-
-from subspan.cache import cache
-from subspan.errors import SubspanError
-from subspan.families import stored
-from subspan.files import remove_unfinished
-from subspan.lab import records
+from subspan.errors import Stopped, SubspanError
+from subspan.lab import backends, records
+from subspan.lab.claims import Claim
 from subspan.lab.config import Run, Sweep
 from subspan.lab.intrinsic import intrinsic_dimension
+from subspan.lab.jobs import FULL, Job, Outcome
 from subspan.lab.methods import method
+from subspan.lab.pool import Pool
 from subspan.lab.score import Score
-from subspan.lab.train import completed, on_cpu, prepare, train
-
-Outcome = tuple["Job", dict[str, Any] | str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep and its folder's name."""
-
-    name: str
-    run: Run
+from subspan.lab.train import prepare
 
 
 @dataclass
@@ -86,16 +69,24 @@ def _score(record: Mapping[str, Any]) -> Score:
 def sweep(
     config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
+    backend: str = "loky", ray_address: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
+
+    Several sweeps of one configuration may share a folder, at once, and divide the runs.
 
     Args:
         config: what to run.
         out: output folder; runs are in ``out/runs``.
-        jobs: processes at a time; -1 for one per core, or one in all where they take a GPU.
+        jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
         overwrite: replace what another configuration left there.
         on_run: called with each outcome and the number of runs still to do.
         extra: what else ``sweep.json`` is to say.
+        backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
+            which must see ``out`` under this path.
+        ray_address: of a cluster; None starts one on this machine.
+        say: told in a sentence what else happens: a process died, another sweep is waited for.
 
     Returns:
         The content of ``sweep.json``.
@@ -103,54 +94,70 @@ def sweep(
     Raises:
         SubspanError: for a configuration that cannot be run, with nothing written. A run that
             fails is listed in the result, and the others go on.
+        Stopped: after SIGINT or SIGTERM, when the runs under way have saved where they are. A
+            second signal does not wait for that.
+        OSError: if the disk is full, likewise.
     """
-    if jobs != -1 and jobs < 1:
-        raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
-    if jobs == -1:
-        jobs = joblib.cpu_count() if on_cpu(config.training) else 1
+    backends.check(backend, ray_address, jobs)
     points = _points(config)
     _check(config, points)
-    records.claim(out, "sweep.json", config.as_dict(), overwrite=overwrite)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    remove_unfinished(out / "sweep.json")
     failed: dict[str, str] = {}
 
-    def write(status: str) -> dict[str, Any]:
-        result = _result(config, points, failed, status) | dict(extra or {})
-        records.write_json(out / "sweep.json", result)
-        return result
+    def result(status: str) -> dict[str, Any]:
+        return _result(config, points, failed, status) | dict(extra or {})
 
-    write("running")
-    first = [(point, lr, 0) for point in points for lr in point.lrs]
-    left = len(first) + len(points) * (config.seeds - 1)
-    others = (
-        (point, lr, seed)
+    claim = Claim(out, result("running"), overwrite=overwrite)
+    claim.check()
+    total = left = total_runs(config)
+    try:
+        with backends.opened(backend, ray_address, jobs, config.training) as chosen, claim:
+            many = chosen.slots if jobs == -1 else jobs
+            pool = Pool(claim, chosen, many, overwrite, config.processes, say)
+            try:
+                with pool:
+                    for stage in _stages(config, points):
+                        where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
+                        for job, outcome in pool.outcomes([job for job, *_ in stage]):
+                            left -= 1
+                            point, lr, seed = where[job.name]
+                            if isinstance(outcome, dict):
+                                point.done[lr, seed] = outcome
+                            else:
+                                failed[job.name] = outcome
+                            claim.write(result("running"))
+                            if on_run:
+                                on_run((job, outcome), left)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    claim.write(result("interrupted"))
+                raise
+            found = result("complete")
+            claim.write(found)
+    except (Stopped, OSError) as error:
+        done = f"{sum(len(point.done) for point in points)} of {total} runs are complete"
+        again = "give the same command again"
+        if isinstance(error, Stopped):
+            raise Stopped(f"{error}, {done}; to go on, {again}", error.signal) from None
+        if error.errno in FULL:
+            words = f"{os.strerror(error.errno)}; {done} and kept: make room, and {again}"
+            raise OSError(error.errno, words) from error
+        raise
+    return found
+
+
+def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:
+    """The first seed at all rates, and then, when these are done, the others at the best.
+
+    Points with many coordinates take longest: begin with them, so that none is left for the end.
+    """
+    first = [(point.job(config, lr, 0), point, lr, 0) for point in points for lr in point.lrs]
+    yield first[::-1]
+    yield [
+        (point.job(config, lr, seed), point, lr, seed)
         for point in points
         for seed in range(1, config.seeds)
         if (lr := point.best_lr()) is not None
-    )
-    # Points with many coordinates take longest: begin with them, so that none is left for the end.
-    try:
-        for stage in (first[::-1], others):
-            by_name = {
-                point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage
-            }
-            tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
-            for job, outcome in _execute(tasks, out / "runs", jobs, overwrite, config.processes):
-                left -= 1
-                point, lr, seed = by_name[job.name]
-                if isinstance(outcome, dict):
-                    point.done[lr, seed] = outcome
-                else:
-                    failed[job.name] = outcome
-                write("running")
-                if on_run:
-                    on_run((job, outcome), left)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            write("interrupted")
-        raise
-    return write("complete")
+    ]
 
 
 def total_runs(config: Sweep) -> int:
@@ -196,75 +203,6 @@ def _check(config: Sweep, points: list[Point]) -> None:
                 f"{at[1]} numbers trained: leave one out"
             )
         labels[at] = point.label
-
-
-def _execute(
-    tasks: list[Job], runs: Path, jobs: int, overwrite: bool, processes: int
-) -> Iterator[Outcome]:
-    """The outcomes as they come: a record, or a sentence on what went wrong."""
-    left = []
-    for task in tasks:  # what is complete needs no process
-        try:
-            found = completed(task.run, runs / task.name, overwrite=overwrite)
-        except SubspanError as error:
-            yield task, str(error)
-            continue
-        if found:
-            yield task, found
-        else:
-            left.append(task)
-    # joblib divides the cores' threads between its processes.
-    workers = max(1, min(jobs, len(left)))
-    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
-    outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite, processes) for task in left)
-    try:
-        for outcome in outcomes:  # noqa: UP028 (closed below, not by ``yield from``)
-            yield outcome
-    except BrokenProcessPool:
-        raise SubspanError(
-            "a process was killed, for want of memory perhaps: what is complete is kept; run the "
-            "same again with fewer --jobs"
-        ) from None
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is given up here: after an error, the rest
-            outcomes.close()
-
-
-def _one(job: Job, runs: Path, overwrite: bool, processes: int) -> Outcome:
-    """One run in a worker; nothing that it raises may stop the others."""
-    folder = runs / job.name
-    try:
-        try:
-            if processes > 1:
-                return job, _together(job.run, folder, overwrite, processes)
-            return job, train(job.run, folder, overwrite=overwrite)
-        except SubspanError as error:
-            return job, str(error)
-    except Exception as error:
-        return job, f"{type(error).__name__}: {error}"
-    finally:  # or the next run in this process would count it as its own
-        stored.forget()
-        cache.clear()
-
-
-def _together(run: Run, folder: Path, overwrite: bool, processes: int) -> dict[str, Any]:
-    """One run in several processes, as a person would start it."""
-    settings = run.as_dict()
-    settings |= settings.pop("options")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(settings, file)
-        file.flush()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [f"--nproc-per-node={processes}", "-m", "subspan.cli", "train"]
-        options = ["--config", file.name, "--out", str(folder)] + ["--overwrite"] * overwrite
-        said = subprocess.run([*launch, *command, *options], capture_output=True, text=True)
-    record = completed(run, folder)
-    if record is None:
-        reasons = [line for line in said.stderr.splitlines() if line.startswith("subspan train:")]
-        last = said.stderr.strip().splitlines()[-1:] or ["no word of why"]
-        raise SubspanError((reasons or last)[0])
-    return record
 
 
 def _result(

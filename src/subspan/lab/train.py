@@ -93,13 +93,22 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
         raise SubspanError(
             f"{model} is there without a record of its training: give another --out, or --overwrite"
         )
-    return found if found and found["status"] == "complete" and model.is_file() else None
+    if not found or found["status"] != "complete" or not model.is_file():
+        return None
+    damage = records.damage(found)
+    if damage and not overwrite:
+        raise SubspanError(
+            f"{out / 'record.json'} is damaged: {damage}; restore it, or give --overwrite to train "
+            "again"
+        )
+    return None if damage else found
 
 
 def train(
     run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
     on_step: Callable[[], None] | None = None,
     on_start: Callable[[int, int, Score], None] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
@@ -116,6 +125,7 @@ def train(
         on_step: called after each step.
         on_start: called before the first step with the number of steps, and how many of them were
             made before, and the task's score.
+        asked_to_stop: asked after each step whether to save and end, as a signal would have it.
 
     Returns:
         The record.
@@ -123,13 +133,15 @@ def train(
     Raises:
         SubspanError: for bad input, with nothing written; and for a loss that stops being finite,
             with the record saying so and the last good state kept.
-        Stopped: after a signal.
+        Stopped: after a signal, or when asked to stop.
     """
     if found := completed(run, out, overwrite=overwrite):
         return found
     before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
     where = _where(run, out) if before else None
-    loop = _Loop(prepare(run), _accelerator(run.training), out, where, report, on_step)
+    loop = _Loop(
+        prepare(run), _accelerator(run.training), out, where, report, on_step, asked_to_stop
+    )
     loop.open()
     if on_start:
         on_start(loop.steps * run.training.epochs, loop.done, loop.score)
@@ -184,10 +196,11 @@ class _Loop:
     def __init__(
         self, ready: Prepared, accelerator: Accelerator, out: Path,
         where: dict[str, Any] | None, report: Report | None, on_step: Callable[[], None] | None,
+        asked_to_stop: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
         self.signals = _Signals()
-        self.report, self.on_step = report, on_step
+        self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
         self.training = ready.run.training
         device = accelerator.device
         self.memory = records.PeakMemory(device)
@@ -452,12 +465,13 @@ class _Loop:
     @property
     def stopping(self) -> bool:
         """Whether to end now. The main process does; the others cannot go on without it."""
-        return bool(self.signals.seen) and self.accelerator.is_main_process
+        asked = bool(self.signals.seen) or self.asked_to_stop()
+        return asked and self.accelerator.is_main_process
 
     def stop(self) -> None:
         """End as a signal asked for; all is saved."""
         steps = self.steps * self.training.epochs
-        number = self.signals.seen
+        number = self.signals.seen or signal.SIGTERM
         raise Stopped(f"stopped after {self.done:,} of {steps:,} steps", number)
 
     def extra(self) -> dict[str, Any]:

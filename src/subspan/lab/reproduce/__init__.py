@@ -10,15 +10,17 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from subspan.errors import SubspanError, unknown
-from subspan.lab import report
+from subspan.lab import backends, report
 from subspan.lab.bench import Bench, bench, picture
 from subspan.lab.config import Sweep
-from subspan.lab.sweep import Outcome, sweep, total_runs
+from subspan.lab.jobs import Outcome
+from subspan.lab.sweep import sweep, total_runs
 
 Budget = Literal["quick", "full"]
 Choice = TypeVar("Choice")
@@ -148,7 +150,8 @@ def experiment(name: str) -> Experiment | Timing:
 def reproduce(
     name: str, out: Path, *, budget: Budget = "quick", data: str | None = None, jobs: int = -1,
     overwrite: bool = False, on_run: Callable[[Outcome, int], None] | None = None,
-    done: Callable[[str], None] = lambda what: None,
+    done: Callable[[str], None] = lambda what: None, backend: str = "loky",
+    ray_address: str | None = None, say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
@@ -164,15 +167,23 @@ def reproduce(
         overwrite: replace what another configuration left there.
         on_run: called after each run, with how many are left.
         done: called after each measurement of a benchmark.
+        backend: as of :func:`subspan.lab.sweep.sweep`.
+        ray_address: likewise.
+        say: likewise.
 
     Returns:
         The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name or budget, or data for a benchmark.
+        SubspanError: for an unknown name or budget, data for a benchmark, or Ray for times.
     """
     chosen = experiment(name)
+    backends.check(backend, ray_address, jobs)
+    if backend != "loky" and (isinstance(chosen, Timing) or chosen.timed):
+        raise SubspanError(
+            f"{name} measures times: on this machine alone, not with --backend {backend}"
+        )
     if isinstance(chosen, Timing):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
@@ -192,26 +203,29 @@ def reproduce(
         jobs = 1
     results = {}
     left = sum(map(total_runs, parts.values()))
-    for part, config in parts.items():
-        left -= total_runs(config)
+    # One cluster for all parts.
+    with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
+        for part, config in parts.items():
+            left -= total_runs(config)
 
-        def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
-            if on_run:
-                on_run(outcome, left_in_part + later)
+            def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
+                if on_run:
+                    on_run(outcome, left_in_part + later)
 
-        extra = {
-            "experiment": {
-                "name": name, "budget": budget, "title": title, "source": chosen.source,
-                "differences": chosen.differences, "part": part,
-            },
-            "published": [
-                curve.as_dict() for curve in (() if data else chosen.published_of(part))
-            ],
-        }  # fmt: skip
-        results[part] = sweep(
-            config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra
-        )
-        report.write(out / part)
+            extra = {
+                "experiment": {
+                    "name": name, "budget": budget, "title": title, "source": chosen.source,
+                    "differences": chosen.differences, "part": part,
+                },
+                "published": [
+                    curve.as_dict() for curve in (() if data else chosen.published_of(part))
+                ],
+            }  # fmt: skip
+            results[part] = sweep(
+                config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra,
+                backend=backend, ray_address=ray_address, say=say,
+            )  # fmt: skip
+            report.write(out / part)
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)
     return results

@@ -1,0 +1,291 @@
+"""Sweeps that share a folder, that are killed, stopped or out of room: real processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from subspan import SubspanError, files
+from subspan.errors import Stopped
+from subspan.lab import claims
+from subspan.lab import train as loop
+from subspan.lab.claims import Claim
+from subspan.lab.pool import KILLED
+from subspan.lab.sweep import sweep
+from tests.lab.processes import RUNS, begun, ended, start, telling, until
+from tests.lab.runs import a_sweep, contents, record_of, sweep_of
+
+
+def whole(folder: Path) -> dict:
+    """The result of a sweep in which everything is complete, and nothing else is left."""
+    result = sweep_of(folder)
+    assert (result["status"], result["failed"]) == ("complete", [])
+    assert len(result["rows"]) == 1
+    assert result["baseline"]
+    assert sorted(os.listdir(folder / "runs")) == RUNS
+    assert {".locks"} & set(os.listdir(folder)) == set()
+    assert not list(folder.rglob("*.tmp"))
+    return result
+
+
+# ---- two sweeps in one folder --------------------------------------------------------------------
+
+
+def test_two_sweeps_divide_the_work(tmp_path):
+    """Each trains one of the two runs; the one that is done first waits, and both tell of both."""
+    telling(tmp_path, "wait-hash", "wait-full")
+    one = start(tmp_path, "--jobs", 1)
+    until(lambda: begun(tmp_path), one)
+    two = start(tmp_path, "--jobs", 1)
+    until(lambda: len(begun(tmp_path)) == 2, one, two)
+    assert begun(tmp_path) == [("hash", one.pid), ("full", two.pid)]
+    (tmp_path / "wait-hash").unlink()
+    time.sleep(3)
+    assert one.poll() is None
+    assert sweep_of(tmp_path / "run")["status"] == "running"
+    (tmp_path / "wait-full").unlink()
+    said = [ended(one), ended(two)]
+    assert [(code, err) for code, _, err in said] == [(0, ""), (0, "")]
+    assert "waiting for 1 run of another sweep\n" in said[0][1]
+    for name in RUNS:
+        assert all(f"{name}: validation" in out for _, out, _ in said)
+    assert len(begun(tmp_path)) == 2
+    whole(tmp_path / "run")
+
+
+def test_a_sweep_takes_over_from_one_that_is_killed(tmp_path):
+    telling(tmp_path, "wait-hash")
+    one = start(tmp_path, "--jobs", 1)
+    until(lambda: begun(tmp_path), one)
+    two = start(tmp_path, "--jobs", 1)
+    record = tmp_path / "run" / "runs" / RUNS[0] / "record.json"
+    until(lambda: record.exists() and record_of(record.parent)["status"] == "complete", one, two)
+    one.kill()
+    assert ended(one)[0] == -signal.SIGKILL
+    (tmp_path / "wait-hash").unlink()
+    code, out, err = ended(two)
+    assert (code, err) == (0, "")
+    assert "waiting for 1 run of another sweep\n" in out
+    assert [kind for kind, _ in begun(tmp_path)] == ["hash", "full", "hash"]
+    whole(tmp_path / "run")
+
+
+def test_different_configurations_race(tmp_path):
+    """One has the folder; the other is refused, and so is one that would replace it."""
+    telling(tmp_path, "wait-hash")
+    racing = [start(tmp_path, "--jobs", 1, "--dims", dims) for dims in (10, 20)]
+    until(lambda: any(one.poll() is not None for one in racing))
+    loser, winner = sorted(racing, key=lambda one: one.poll() is None)
+    code, out, err = ended(loser)
+    assert (code, out) == (2, "")
+    assert "run belongs to another configuration (dims" in err
+    until(lambda: begun(tmp_path), winner)
+    before = sweep_of(tmp_path / "run")
+    code, out, err = ended(start(tmp_path, "--dims", 30, "--overwrite"))
+    assert (code, out) == (2, "")
+    assert "a sweep of another configuration is under way in run: wait for its end" in err
+    assert sweep_of(tmp_path / "run") == before
+    (tmp_path / "wait-hash").unlink()
+    code, _, err = ended(winner)
+    assert (code, err) == (0, "")
+    assert sweep_of(tmp_path / "run")["status"] == "complete"
+    assert len(begun(tmp_path)) == 2
+
+
+def claim(out, *dims, status="running", **other):
+    first = {"format": 1, "status": status, "config": {"dims": list(dims)}}
+    return Claim(out, first, overwrite=other.pop("overwrite", False))
+
+
+def test_claims(tmp_path):
+    """Of one configuration many; the last to leave takes the locks with it."""
+    locks = tmp_path / claims.FOLDER
+    with claim(tmp_path, 1) as one:
+        with claim(tmp_path, 1) as two:
+            with two.place.busy_with("a") as free:
+                assert free
+                assert two.place.begun("a")
+                assert not one.place.begun("a")
+                assert not one.place.is_free("a")
+                with one.place.busy_with("a") as also:
+                    assert not also
+                assert not one.place.begun("a")
+            assert one.place.is_free("a")
+            assert not two.place.begun("a")
+            with pytest.raises(SubspanError, match="under way"), claim(tmp_path, 2, overwrite=True):
+                pass
+            two.ask_to_stop()
+            assert (one.place.stopping, two.place.stopping) == (False, True)
+            # What one has completed the other does not take back.
+            one.write(one.first | {"status": "complete"})
+            two.write(one.first | {"status": "interrupted"})
+            assert sweep_of(tmp_path)["status"] == "complete"
+        assert locks.is_dir()
+    assert not locks.exists()
+    with claim(tmp_path, 2, overwrite=True):
+        assert sweep_of(tmp_path)["config"] == {"dims": [2]}
+
+
+def test_locks_that_are_left_behind(tmp_path):
+    """By a sweep that was killed: nobody holds them."""
+    one = claim(tmp_path / "run", 1)
+    one.__enter__()
+    with one.place.busy_with("hash-dim10-lr0.3-seed0"):
+        left = contents(tmp_path / "run")
+    one.__exit__()
+    for name, content in left.items():
+        path = tmp_path / "run" / name
+        if content is None:
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_bytes(content[0])
+    (tmp_path / "run" / "sweep.json").unlink()
+    assert (tmp_path / "run" / claims.FOLDER).exists()
+    sweep(a_sweep(dims=("10",)), tmp_path / "run", jobs=1)
+    whole(tmp_path / "run")
+
+
+# ---- a worker is killed --------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_replaced(tmp_path):
+    """Its run is tried again, and so is the one whose process is killed with it."""
+    telling(tmp_path, "wait-hash", "wait-full")
+    one = start(tmp_path, "--jobs", 2)
+    until(lambda: len(begun(tmp_path)) == 2, one)
+    pids = dict(begun(tmp_path))
+    assert one.pid not in pids.values()
+    os.kill(pids["full"], signal.SIGKILL)
+    (tmp_path / "wait-hash").unlink()
+    (tmp_path / "wait-full").unlink()
+    code, out, err = ended(one)
+    assert (code, err) == (0, "")
+    assert "a worker process was killed; one at a time, once more: " in out
+    assert RUNS[0] in out.partition("once more: ")[2].splitlines()[0]
+    assert [kind for kind, _ in begun(tmp_path)].count("full") == 2
+    whole(tmp_path / "run")
+
+
+def test_a_run_that_kills_its_process_fails_alone(tmp_path):
+    telling(tmp_path, "die-full")
+    code, out, err = ended(start(tmp_path, "--jobs", 2, "--seeds", 2))
+    assert (code, err) == (0, "")
+    result = sweep_of(tmp_path / "run")
+    assert result["failed"] == [{"run": RUNS[0], "error": KILLED}]
+    assert result["status"] == "complete"
+    assert result["rows"][0]["seeds"] == [0, 1]
+    assert f"failed: {RUNS[0]}: its process was killed twice" in out
+    assert [kind for kind, _ in begun(tmp_path)].count("full") == 2
+    (tmp_path / "die-full").unlink()
+    assert ended(start(tmp_path, "--jobs", 1, "--seeds", 2))[0] == 0
+    assert sweep_of(tmp_path / "run")["baseline"]["seeds"] == [0, 1]
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (15, 1)])
+def test_a_signal_lets_runs_save(number, jobs, tmp_path):
+    """Ctrl-C goes to all processes of the terminal, SIGTERM to the sweep's own."""
+    telling(tmp_path, "slow")
+    one = start(tmp_path, "--jobs", jobs)
+    until(lambda: len(begun(tmp_path)) == jobs, one)
+    (os.killpg if number == signal.SIGINT else os.kill)(one.pid, number)
+    code, _, err = ended(one)
+    assert code == 128 + number
+    assert err.startswith("\nsubspan sweep: stopped, 0 of 2 runs are complete; to go on, give the")
+    result = sweep_of(tmp_path / "run")
+    assert (result["status"], result["failed"]) == ("interrupted", [])
+    runs = list((tmp_path / "run" / "runs").iterdir())
+    assert len(runs) == jobs
+    for run in runs:
+        assert record_of(run)["status"] == "interrupted"
+        assert (run / "state.pt").exists()
+    assert not (tmp_path / "run" / ".locks").exists()
+    (tmp_path / "slow").unlink()
+    assert ended(start(tmp_path, "--jobs", 1))[0] == 0
+    whole(tmp_path / "run")
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    telling(tmp_path, "wait-hash", "wait-full")
+    one = start(tmp_path, "--jobs", 2)
+    until(lambda: len(begun(tmp_path)) == 2, one)
+    one.terminate()
+    time.sleep(2)
+    assert one.poll() is None
+    one.terminate()
+    code, out, err = ended(one)
+    assert code == 143
+    assert "a second signal does not wait for them" in out
+    assert "stopped at once, 0 of 2 runs are complete" in err
+    assert sweep_of(tmp_path / "run")["status"] == "interrupted"
+
+
+# ---- no room -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
+    """As soon as a run cannot write; the ones that are complete stay, and no other is tried."""
+    done, tried = [], []
+
+    def no_room(_):
+        raise OSError(number, os.strerror(number))
+
+    def on_run(outcome, left):
+        done.append(outcome[0].name)
+        monkeypatch.setattr(files.os, "fsync", no_room)
+        monkeypatch.setattr(loop, "prepare", lambda run: tried.append(run) or prepare(run))
+        monkeypatch.setattr(claims.records, "write_json", lambda *_: None)
+
+    prepare = loop.prepare
+    config = a_sweep(dims=("10", "20", "40"))
+    words = f"{os.strerror(number)}; 1 of 4 runs are complete and kept: make room"
+    with pytest.raises(OSError, match=words) as caught:
+        sweep(config, tmp_path, jobs=1, on_run=on_run)
+    assert caught.value.errno == number
+    assert len(tried) == 1
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".locks"))
+    assert record_of(tmp_path / "runs" / done[0])["status"] == "complete"
+    before = contents(tmp_path / "runs" / done[0])
+    result = sweep(config, tmp_path, jobs=1)
+    assert (len(result["rows"]), result["failed"]) == (3, [])
+    assert contents(tmp_path / "runs" / done[0]) == before
+
+
+def test_a_full_disk_in_a_worker(tmp_path):
+    """The others save where they are."""
+    telling(tmp_path, "slow", "full-disk-full")
+    one = start(tmp_path, "--jobs", 2)
+    code, _, err = ended(one)
+    assert code == 1
+    assert "Disk quota exceeded; 0 of 2 runs are complete and kept: make room, and give the" in err
+    assert sweep_of(tmp_path / "run")["failed"] == []
+    if ("hash") in dict(begun(tmp_path)):
+        assert record_of(tmp_path / "run" / "runs" / RUNS[1])["status"] == "interrupted"
+
+
+def test_an_interrupt_before_a_step(tmp_path, monkeypatch):
+    """Where the training itself does not listen, it is told at its first step."""
+
+    def interrupted(run):
+        signal.raise_signal(signal.SIGTERM)
+        return prepare(run)
+
+    prepare = loop.prepare
+    monkeypatch.setattr(loop, "prepare", interrupted)
+    with pytest.raises(Stopped, match="stopped, 0 of 3 runs are complete; to go on") as caught:
+        sweep(a_sweep(epochs=2), tmp_path, jobs=1)
+    assert caught.value.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    [run] = (tmp_path / "runs").iterdir()
+    assert record_of(run)["status"] == "interrupted"
+    assert (run / "state.pt").exists()
