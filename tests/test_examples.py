@@ -134,3 +134,33 @@ def test_two_processes(run):
     assert in_subspace > 80
     assert in_bases > 75
     assert said.count("the same weights: True") == 3
+
+
+def test_low_rank(run):
+    said = run("low_rank")
+    weights, trained = numbers(said, "^trained")
+    _, truncated = numbers(said, "^truncated")
+    [mended] = numbers(said, "^after five epochs")
+    few, handed_over = numbers(said, "^handed over")
+    assert weights == 112_810
+    assert few < weights / 10
+    assert trained > 90
+    assert truncated + 5 < mended
+    assert mended > trained - 4
+    assert handed_over == pytest.approx(mended, abs=0.3)  # W = (U S) Vᵀ, in another order
+    assert "LowRank" not in said
+    assert said.count("out_features=6, bias=False") == 2
+
+
+def test_own_matrices(run):
+    said = run("own_matrices")
+    free, error_of_free = numbers(said, "^free")
+    few, error = numbers(said, "^of your matrices")
+    assert (free, few) == (4096, 6)
+    assert error_of_free > 20
+    assert error < 1
+    shares = {way: float(share) for way, share in re.findall(r"^  ([\w ]+): (\S+)$", said, re.M)}
+    truth = {"image": 0.7, "ghost below": 0.2, "mirror image": 0.1}
+    assert len(shares) == 6
+    for way, share in shares.items():
+        assert share == pytest.approx(truth.get(way, 0), abs=0.015), way
