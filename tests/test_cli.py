@@ -55,6 +55,7 @@ OPTIONS = {
     "inspect": ["checkpoint"],
     "export": ["checkpoint", "out"],
     "report": ["folder"],
+    "gallery": ["folder", "file"],
     "replay": ["journal", "--step", "--out", "--base"],
     "bench": ["--parts", "--sizes", "--nets", "--seconds", "--json", "--out", "stored-csr"],
     "doctor": [],

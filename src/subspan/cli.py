@@ -414,6 +414,21 @@ def report(argv: Arguments) -> None:
         print(path)
 
 
+def gallery(argv: Arguments) -> None:
+    """Write one page of all experiments in a folder: published and measured, and the pictures.
+
+    The folder holds a folder for each of them, as runs does after some subspan reproduce. A page
+    FILE.html has the pictures inside, FILE.md links to them.
+    """
+    from subspan.lab.report.gallery import write
+
+    parser = _parser("gallery", gallery.__doc__)
+    parser.add_argument("folder", type=str, help="with the experiments' folders")
+    parser.add_argument("file", type=str, help="the page to write: ….html or ….md")
+    given = _parse(parser, argv)
+    print(write(Path(given.folder), Path(given.file)))
+
+
 def doctor(argv: Arguments) -> None:
     """What works on this machine: kernels, devices, the generator's known answers, versions."""
     from subspan.lab import console
@@ -434,6 +449,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "export": (export, "merged weights of a checkpoint as a plain safetensors file"),
     "replay": (replay, "the weights of any step, from the journal of a training"),
     "report": (report, "pictures and a page of what train or sweep wrote"),
+    "gallery": (gallery, "one page of all experiments in a folder, published and measured"),
     "reproduce": (reproduce, "run a published experiment, published and measured side by side"),
     "bench": (bench, "time and memory of generated projections, against stored ones and Adam"),
     "doctor": (doctor, "kernels, devices, the generator's known answers, versions"),

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -46,12 +45,27 @@ def render(page: Page, svg: bytes) -> str:
 
     The picture is an image in a data URI, so that nothing in it can run.
     """
-    template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    return template("page.html").render(page=page, picture=embedded(svg))
+
+
+def template(name: str, *, escape: bool = True) -> jinja2.Template:
+    """A template of this folder.
+
+    Args:
+        name: its file.
+        escape: for HTML; what is filled in is text then, whatever is in it.
+    """
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    picture = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    return environment.from_string(template).render(page=page, picture=picture)
+        loader=jinja2.PackageLoader(__package__, ""), autoescape=escape, trim_blocks=True,
+        undefined=jinja2.StrictUndefined, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+def embedded(picture: bytes) -> str:
+    """A picture, SVG or PNG, as an address that holds it."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "svg+xml"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def of_sweep(sweep: Sweep, caption: str) -> Page:
@@ -120,7 +134,7 @@ def _intrinsic(sweep: Sweep) -> Section:
                 d_int_bound(found).removeprefix("= "),
                 f"{ends[0]} to {ends[1]}" if set(ends) != {_DASH} else _DASH,
                 _or_dash("{:.2g}".format, share),
-                _shown([found.target], sweep.score),
+                shown([found.target], sweep.score),
             ]
         )
         if found.note:
@@ -153,8 +167,8 @@ def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
             [
                 row.method,
                 row.label or _DASH,
-                _shown(row.test_score, score),
-                _shown(row.val_score, score),
+                shown(row.test_score, score),
+                shown(row.val_score, score),
                 str(len(row.test_score)),
                 _or_dash("{:g}".format, row.lr),
             ]
@@ -213,7 +227,7 @@ def _counts(rows: Sequence[Row], score: Score) -> Section:
             [
                 row.method,
                 row.label or _DASH,
-                _shown(row.test_score, score),
+                shown(row.test_score, score),
                 "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
                 *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
                 f"{100 * row.counts[names[0]] / row.weights:.1f}" if row.weights else _DASH,
@@ -279,7 +293,7 @@ def _history(run: Run) -> Section:
                 str(epoch.epoch),
                 _or_dash("{:.4g}".format, epoch.train_loss),
                 _or_dash("{:.4g}".format, epoch.val_loss),
-                _or_dash(lambda value: _shown([value], run.score), epoch.val_score),
+                _or_dash(lambda value: shown([value], run.score), epoch.val_score),
                 _or_dash("{:.3g}".format, epoch.learning_rate),
                 _or_dash("{:.1f}".format, epoch.seconds),
             ]
@@ -297,8 +311,8 @@ def _facts(found: Sweep | Run) -> list[Section]:
     ]
 
 
-def _shown(values: Sequence[float], score: Score) -> str:
-    """The mean, and with several seeds the standard deviation."""
+def shown(values: Sequence[float], score: Score) -> str:
+    """The mean as people read it, and with several seeds the standard deviation."""
     if not values:
         return _DASH
     digits = "{:.2f}" if score.percent else "{:.4g}"

@@ -96,6 +96,8 @@ class Sweep:
     versions: dict[str, Any]
     device: str
     status: str
+    experiment: dict[str, str]
+    """Name, budget, title, source, differences and part, if it is a published one."""
 
     @property
     def methods(self) -> list[str]:
@@ -193,6 +195,7 @@ def _sweep(raw: Mapping[str, Any]) -> Sweep:
         versions=dict(raw.get("versions") or {}),
         device=str(raw.get("device", "")),
         status=str(raw["status"]),
+        experiment={str(k): str(v) for k, v in (raw.get("experiment") or {}).items()},
     )
 
 
