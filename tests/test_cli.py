@@ -183,7 +183,7 @@ def test_eval_and_inspect(trained, cli):
     file = trained / "model.safetensors"
     said = cli("eval", file)
     accuracy = record_of(trained)["test_score"]
-    assert said.out.splitlines()[:2] == ["data: digits", f"test_score: {accuracy}"]
+    assert said.out.splitlines()[:2] == ["data: digits", f"test_accuracy: {accuracy}"]
     said = cli("inspect", file)
     assert "kind: subspace\n" in said.out
     assert "init_seed: 0\n" in said.out

@@ -144,8 +144,11 @@ def _begun(parser: ArgumentParser, given: Namespace, out: Path) -> Run:
 
 def sweep(argv: Arguments) -> None:
     """Accuracy against the number of coordinates, and the intrinsic dimension."""
+    from dataclasses import replace
+
     from subspan.lab import config, console, report
-    from subspan.lab.sweep import sweep as run_sweep
+    from subspan.lab.parts import sweep_parts
+    from subspan.lab.smaller import beside
     from subspan.lab.sweep import total_runs
 
     parser = _parser("sweep", sweep.__doc__, _methods_help())
@@ -174,6 +177,16 @@ def sweep(argv: Arguments) -> None:
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="share of the baseline's score for d_int"
     )
+    parser.add_argument(
+        "--nets", type=list[str] | str | None, default=None,
+        help=f"networks to compare at equal d, in place of --net, {lists}: each has a folder and "
+        "its curves, and there is one picture of all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--small", type=list[str] | str | None, default=None,
+        help=f"smaller networks to hold projections against, by name, {lists}: all their weights "
+        "are trained; auto: the largest of the same kind that have at most d weights, at every d",
+    )  # fmt: skip
     _add_options(parser, without=("dim",))
     _add_jobs(parser)
     _add_out(parser, "runs/sweep")
@@ -192,30 +205,49 @@ def sweep(argv: Arguments) -> None:
         if given.baseline_lrs is None
         else config.floats(given.baseline_lrs, "baseline_lrs"),
     )
+    nets = [settings.training.net] if given.nets is None else config.split(given.nets, "nets")
+    parts = {}
+    for net in nets:
+        part = replace(settings, training=replace(settings.training, net=net))
+        if given.small == "auto":
+            part = replace(part, small=beside(part))
+        elif given.small is not None:
+            part = replace(part, small=config.split(given.small, "small"))
+        parts["" if given.nets is None else re.sub(r"[^\w.-]+", "-", str(net))] = part
+    if len(parts) < len(nets):
+        raise SubspanError(f"nets names one network twice: {', '.join(map(str, nets))}")
     out = Path(given.out)
-    with console.runs(total_runs(settings)) as progress:
-        result = run_sweep(
-            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
+    with console.runs(sum(map(total_runs, parts.values()))) as progress:
+        results = sweep_parts(
+            parts, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
             backend=given.backend, ray_address=given.ray_address, say=console.say,
         )  # fmt: skip
-    _swept(result, report.write(out))
+    for name, result in results.items():
+        if name:
+            console.say(f"\n{name}")
+        _swept(result, [out / name / file for file in ("curve.png", "report.html")])
+    if given.nets is not None:
+        picture, _ = report.write_comparison(out, {name: out / name for name in parts})
+        console.say(f"\npicture of all: {picture}")
 
 
 def reproduce(argv: Arguments) -> None:
-    """Run a published experiment and show published and measured side by side."""
+    """Run a published experiment, or all, and show published and measured side by side."""
     from subspan.lab import console
-    from subspan.lab.bench import total as bench_total
-    from subspan.lab.reproduce import Timing, experiment, experiments
-    from subspan.lab.reproduce import reproduce as run_experiment
-    from subspan.lab.sweep import total_runs
+    from subspan.lab.everything import reproduce_all
+    from subspan.lab.reproduce import experiment, experiments
 
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = _parser("reproduce", reproduce.__doc__, f"experiments:\n{listing}")
-    parser.add_argument("name", nargs="?", default=None, help="one of the experiments below")
+    parser.add_argument(
+        "name", nargs="?", default=None,
+        help="one of the experiments below; all: one after the other, and one page of them all",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the experiments and end")
     parser.add_argument(
         "--budget", type=Literal["quick", "full"], default="quick",
-        help="quick ends within ten minutes on two cores; full uses the published recipe",
+        help="quick ends within ten minutes on two cores; full is nearer to the published recipe, "
+        "with three seeds",
     )  # fmt: skip
     parser.add_argument(
         "--data", type=str | None, default=None,
@@ -228,30 +260,53 @@ def reproduce(argv: Arguments) -> None:
     if given.list or given.name is None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
-    chosen = experiment(given.name)
+    if given.name != "all":
+        experiment(given.name)
     other = f"-{Path(given.data).name}" if given.data else ""
     out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
+    if given.name != "all":
+        _reproduced(given.name, out, given)
+        return
+    if given.data is not None:
+        raise SubspanError("all experiments have data of their own: leave --data out")
+
+    def one(name: str, folder: Path) -> None:
+        console.say(f"\n{name}: {experiments()[name].title}")
+        _reproduced(name, folder, given)
+
+    page, missing = reproduce_all(out, one)
+    for sentence in missing:
+        console.say(sentence, style="red")
+    if page is None:
+        raise SubspanError("no experiment could be run: see above")
+    console.say(f"\npage of all: {page}")
+
+
+def _reproduced(name: str, out: Path, given: Namespace) -> None:
+    """Run one experiment and show what came of it."""
+    from subspan.lab import console
+    from subspan.lab.bench import total as bench_total
+    from subspan.lab.reproduce import Timing, experiment
+    from subspan.lab.reproduce import reproduce as run_experiment
+    from subspan.lab.sweep import total_runs
+
+    chosen = experiment(name)
+    how = {
+        "budget": given.budget, "data": given.data, "overwrite": given.overwrite,
+        "backend": given.backend, "ray_address": given.ray_address,
+    }  # fmt: skip
     if isinstance(chosen, Timing):
         with console.measuring(bench_total(chosen.bench(given.budget))) as done:
-            [record] = run_experiment(
-                given.name,
-                out,
-                budget=given.budget,
-                data=given.data,
-                overwrite=given.overwrite,
-                done=done,
-                backend=given.backend,
-                ray_address=given.ray_address,
-            ).values()
+            [record] = run_experiment(name, out, done=done, **how).values()
         console.benched(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
         return
+    # Where all are run, those whose runs are timed go one at a time.
+    jobs = 1 if chosen.timed and given.name == "all" else given.jobs
     parts = chosen.parts(given.budget)
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(
-            given.name, out, budget=given.budget, data=given.data, jobs=given.jobs,
-            overwrite=given.overwrite, on_run=progress, backend=given.backend,
-            ray_address=given.ray_address, say=console.say,
+            name, out, jobs=jobs, on_run=progress, say=console.say, **how
         )  # fmt: skip
     for part, result in results.items():
         if part:

@@ -64,6 +64,9 @@ def line(seed, data="400"):
 def nothing():
     return 3
 
+def takes_nothing():
+    return Line(0, 40)
+
 class NoGradient(Line):
     def loss(self, net, batch):
         return super().loss(net, batch).detach()
@@ -203,12 +206,13 @@ def test_a_run_goes_on(own):
         ("nothing", r"must return a subspan.lab.tasks.Task, got int"),
         ("detached", "a tensor of one number with a gradient, got a tensor of shape .* without"),
         ("broken", "loss of one sample cannot be had: 'x'"),
+        ("takes_nothing", "has no parameter data, its signature is .*: leave --data mnist out"),
         ("lime", "unknown function of own_tasks_[0-9]+ 'lime': did you mean line"),
     ],
 )
 def test_what_is_no_task(own, function, message):
     with pytest.raises(SubspanError, match=message):
-        prepare(a_run(f"{own}:{function}"))
+        prepare(a_run(f"{own}:{function}", data="mnist" if function == "takes_nothing" else None))
 
 
 def test_a_score_must_be_a_number(own):

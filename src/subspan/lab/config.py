@@ -145,6 +145,8 @@ class Sweep:
         baseline: the method that the others are held against; null for none.
         baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
         processes: of each run, started by torchrun on this machine.
+        small: smaller networks, by name, that are trained by all their weights: what as many
+            numbers reach without a projection.
     """
 
     training: Training
@@ -157,6 +159,7 @@ class Sweep:
     baseline: str | None = "full"
     baseline_lrs: tuple[float, ...] = ()
     processes: int = 1
+    small: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -175,7 +178,8 @@ class Sweep:
             for lr in lrs:
                 _check_rate(name, lr)
         named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
-        for name, values in [("methods", self.methods), ("dims", self.dims), *named]:
+        listed = [("methods", self.methods), ("dims", self.dims), ("small", self.small)]
+        for name, values in [*listed, *named]:
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
         for name in ("seeds", "processes"):
@@ -193,8 +197,9 @@ class Sweep:
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``sweep.json``."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
-        if self.processes == 1:  # records of sweeps that knew no other stay the same
-            del own["processes"]
+        for name, usual in (("processes", 1), ("small", ())):
+            if own[name] == usual:  # records of sweeps that knew no other stay the same
+                del own[name]
         lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
         return asdict(self.training) | own | lists
 

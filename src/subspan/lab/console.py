@@ -149,7 +149,7 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
         digits = "{:.2f}" if score.percent else "{:.4g}"
         spread = f" ± {digits.format(statistics.stdev(scores))}" if len(scores) > 1 else ""
         table.add_row(
-            row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
+            row.get("small") or row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
             digits.format(statistics.fmean(scores)) + spread, str(len(scores)),
             f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
             f"{statistics.fmean(row['seconds_total']):.1f}",

@@ -7,19 +7,20 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from subspan.errors import SubspanError, unknown
 
 
-def call(kind: str, name: str, offered: Mapping[str, Any]) -> Any:
+def call(kind: str, name: str, offered: Mapping[str, Any], asked: Iterable[str] = ()) -> Any:
     """Import ``package.module`` and call ``function`` with what it asks for by name.
 
     Args:
         kind: what the function is to make, in errors.
         name: ``package.module:function``; a class will do, too.
         offered: arguments by name; the function gets those that it has.
+        asked: which of them a user gave, so that it must have them.
 
     Raises:
         SubspanError: if it cannot be found, or be called with these.
@@ -53,6 +54,12 @@ def call(kind: str, name: str, offered: Mapping[str, Any]) -> Any:
             f"got {type(function).__name__}"
         )
     signature = inspect.signature(function)
+    for key in asked:
+        if key not in signature.parameters:
+            raise SubspanError(
+                f"{kind} {name!r} has no parameter {key}, its signature is {signature}: leave "
+                f"--{key} {offered[key]} out"
+            )
     arguments = {key: value for key, value in offered.items() if key in signature.parameters}
     try:
         signature.bind(**arguments)

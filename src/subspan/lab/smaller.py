@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.lab import nets
+from subspan.lab import nets, tasks
+from subspan.lab.config import Sweep
+from subspan.lab.tasks.classification import Classification
 
 KERNELS = (3, 5)  # of LeNets
 
@@ -63,6 +65,26 @@ def smaller(
             if count <= wanted:
                 found[best] = count
     return sorted(found, key=found.__getitem__)
+
+
+def beside(sweep: Sweep) -> tuple[str, ...]:
+    """:func:`smaller` networks than a sweep's, of as many weights as its dims.
+
+    Raises:
+        SubspanError: for a task that is not image classification, or dims that are no numbers.
+    """
+    try:
+        numbers = [sum(map(int, dim.split("+"))) for dim in sweep.dims]
+    except ValueError:
+        raise SubspanError(
+            f"--small auto needs dims that are numbers, got {', '.join(sweep.dims)}: name networks "
+            "of your own"
+        ) from None
+    task = tasks.load(sweep.training, seed=0)
+    if not isinstance(task, Classification):
+        raise SubspanError("--small auto knows networks for images only: name your own")
+    shape, classes = task.images.image_shape, task.images.classes
+    return tuple(smaller(task.net, numbers, shape, classes))
 
 
 def _scaled(whole: nets.Widths, factor: float) -> nets.Widths:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from subspan.errors import Stopped, SubspanError
 from subspan.lab import backends, records
 from subspan.lab.claims import Claim
-from subspan.lab.config import Run, Sweep
+from subspan.lab.config import Run, Sweep, Training
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.jobs import FULL, Job, Outcome
 from subspan.lab.methods import method
@@ -28,22 +29,31 @@ from subspan.lab.train import prepare
 
 @dataclass
 class Point:
-    """One method at one value of its axis, and the runs that are done there."""
+    """One method at one value of its axis, and the runs that are done there.
+
+    Or a smaller network, all of whose weights are trained.
+    """
 
     method: str
     label: str
     options: dict[str, Any]
     lrs: tuple[float, ...]
+    small: str = ""
     done: dict[tuple[float, int], dict[str, Any]] = field(default_factory=dict)
 
     def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
         """The run with this learning rate and seed."""
         at = f"-{self.label}" if self.label else ""
-        name = f"{self.method}{at}-lr{lr:g}-seed{seed}"
+        net = re.sub(r"[^\w.-]+", "-", self.small)  # a name of one's own has a colon
+        name = f"{f'{net}-' if net else ''}{self.method}{at}-lr{lr:g}-seed{seed}"
         options = self.options
         if sweep.processes > 1:  # as the command line of each of them will read it
             options = {k: int(v) if str(v).isdecimal() else v for k, v in options.items()}
-        return Job(name, Run(sweep.training, self.method, options, lr, seed))
+        return Job(name, Run(self.training(sweep), self.method, options, lr, seed))
+
+    def training(self, sweep: Sweep) -> Training:
+        """Of the sweep, with this network."""
+        return replace(sweep.training, net=self.small) if self.small else sweep.training
 
     def best_lr(self) -> float | None:
         """The learning rate with the best validation score of seed 0, the first of equals.
@@ -178,6 +188,9 @@ def _points(config: Sweep) -> list[Point]:
             there = options | how.at(value)
             lrs = config.lrs_of(name) or how.rates(there)
             points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
+    for net in config.small:
+        lrs = config.baseline_lrs or method("full").rates({})
+        points.append(Point("full", "", {}, lrs, small=net))
     return points
 
 
@@ -195,7 +208,9 @@ def _check(config: Sweep, points: list[Point]) -> None:
                 method(name).check([option])
     labels: dict[tuple[str, int], str] = {}
     for point in points:
-        ready = prepare(Run(config.training, point.method, point.options, point.lrs[0]))
+        ready = prepare(point.job(config, point.lrs[0], 0).run)
+        if point.small:
+            continue
         at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
         if at in labels and not ready.method.adapts:
             raise SubspanError(
@@ -209,7 +224,9 @@ def _result(
     config: Sweep, points: list[Point], failed: dict[str, str], status: str
 ) -> dict[str, Any]:
     rows = [row for point in points if (row := _row(point)) is not None]
-    baseline = next((row for row in rows if row["method"] == config.baseline), None)
+    baseline = next(
+        (row for row in rows if row["method"] == config.baseline and "small" not in row), None
+    )
     rows = [row for row in rows if row is not baseline]
     some = next((record for point in points for record in point.done.values()), {})
     score = _score(some)
@@ -242,6 +259,8 @@ def _row(point: Point) -> dict[str, Any] | None:
         "lr": lr,
         "seeds": seeds,
     }
+    if point.small:
+        row |= {"small": point.small, "label": point.small}
     for key in ("test_score", "val_score", "seconds_total", "seconds_per_step",
                 "peak_memory_bytes"):  # fmt: skip
         row[key] = [record[key] for record in done]

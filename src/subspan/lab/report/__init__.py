@@ -65,3 +65,24 @@ def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path
     for name, content in files.items():
         write_atomically(out / name, content)
     return [out / name for name in files]
+
+
+def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
+    """Write ``comparison.png`` and ``comparison.svg``: the curves of several networks together.
+
+    Args:
+        out: a folder.
+        parts: folders of sweeps by the name of their network.
+
+    Returns:
+        The files written.
+    """
+    from subspan.lab.report import pictures
+
+    found = {name: read(folder) for name, folder in parts.items()}
+    sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, Sweep)}
+    figure = pictures.comparison_figure(sweeps)
+    files = {"comparison.png": pictures.png(figure), "comparison.svg": pictures.svg(figure)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]

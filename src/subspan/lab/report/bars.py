@@ -88,7 +88,8 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
         at = f" at {row.label}" if row.ranks else f", d = {row.label}"
         if row.label.isdecimal() and int(row.label) != row.dim:  # p atoms, and other numbers
             at = f", {row.dim:,} numbers"
-        labels.append(f"{part}: {row.method}" + (at if row.dim else ""))
+        name = f"{row.small}, all weights" if row.small else row.method
+        labels.append(f"{part}: {name}" + (at if row.dim and not row.small else ""))
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
     axes.set_xlabel(

@@ -31,6 +31,8 @@ class Curve:
     interval: tuple[float | None, float | None]
     target: float
     published: bool
+    joined: bool = True
+    """Whether a line through the points says anything: not of networks of several shapes."""
 
     @property
     def mean(self) -> list[float]:
@@ -41,8 +43,9 @@ class Curve:
 def measured_curves(sweep: Sweep) -> list[Curve]:
     """One curve for each method of the sweep that has a good run."""
     curves, scale = [], sweep.score.scale
+    rows = [row for row in sweep.rows if not row.small]
     for method in sweep.methods:
-        points = sorted((row.dim, row.test_score) for row in sweep.rows if row.method == method)
+        points = sorted((row.dim, row.test_score) for row in rows if row.method == method)
         found = sweep.d_int.get(method)
         name = method
         if found is not None:
@@ -59,6 +62,25 @@ def measured_curves(sweep: Sweep) -> list[Curve]:
             )
         )
     return curves
+
+
+def small_curves(sweep: Sweep) -> list[Curve]:
+    """What smaller networks reach by themselves, over their weights: one curve, or none."""
+    points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
+    if not points:
+        return []
+    return [
+        Curve(
+            label="smaller networks, all weights",
+            dims=tuple(dim for dim, _ in points),
+            scores=tuple(tuple(sweep.score.scale * a for a in seeds) for _, seeds in points),
+            d_int=None,
+            interval=(None, None),
+            target=math.nan,
+            published=False,
+            joined=False,
+        )
+    ]
 
 
 def published_curves(sweep: Sweep) -> list[Curve]:

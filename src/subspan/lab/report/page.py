@@ -250,7 +250,8 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
     accuracy: dict[tuple[str, int | str], Sequence[float]] = {}
     for row in sweep.rows:
         accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_score
-    methods = [method for method in sweep.methods if source.method in (None, method)]
+    known = [*sweep.methods, *["full"] * any(row.small for row in sweep.rows)]
+    methods = [method for method in known if source.method in (None, method)]
     points: list[tuple[int | str, float]] = (
         list(zip(source.labels, source.accuracy, strict=True))
         if source.labels

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -17,7 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from subspan.lab.report.curves import Curve, measured_curves, number, published_curves, title
+from subspan.lab.report.curves import (
+    Curve,
+    measured_curves,
+    number,
+    published_curves,
+    small_curves,
+    title,
+)
 from subspan.lab.report.records import Row, Run, Sweep
 
 STYLE = {
@@ -69,11 +77,12 @@ def sweep_figure(sweep: Sweep) -> Figure:
     Lines join the means over seeds, dots are the seeds and bands their range. An intrinsic
     dimension is dropped to the axis, a bar at its top is its interval. Dashed grey is published.
     """
-    measured, published = measured_curves(sweep), published_curves(sweep)
+    measured = measured_curves(sweep) + small_curves(sweep)
+    published = published_curves(sweep)
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(textwrap.fill(title(sweep), _TITLE_COLUMN))
-    trained = all(row.trainable_parameters == row.dim for row in sweep.rows)
+    trained = all(row.trainable_parameters == row.dim for row in sweep.rows if not row.small)
     axes.set_xlabel("subspace dimension d" + (" (numbers trained)" if trained else ""))
     if any(row.ranks for row in sweep.rows):
         axes.set_xlabel("numbers trained, on average over seeds")
@@ -95,6 +104,39 @@ def sweep_figure(sweep: Sweep) -> Figure:
     return figure
 
 
+@styled
+def comparison_figure(sweeps: Mapping[str, Sweep]) -> Figure:
+    """The curves of several networks at equal d; stars are all their weights.
+
+    A network has a colour, a method a marker.
+    """
+    first = next(iter(sweeps.values()))
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    names = [str(sweep.config.get("net")) for sweep in sweeps.values()]
+    data = first.config.get("data") or first.config.get("task")
+    axes.set_title(textwrap.fill(f"{', '.join(names)} on {data}", _TITLE_COLUMN))
+    axes.set_xlabel("numbers trained; stars: all weights")
+    axes.set_ylabel(f"test {first.score.name}{first.score.unit}")
+    lines: list[Line2D] = []
+    dims: list[int] = []
+    for i, (net, sweep) in enumerate(sweeps.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        for j, curve in enumerate(measured_curves(sweep)):
+            shown = replace(curve, label=f"{net}, {curve.label}")
+            lines.append(_draw(axes, shown, colour, _MARKERS[j % len(_MARKERS)]))
+            dims += curve.dims
+        if sweep.baseline and sweep.baseline.trainable_parameters:
+            size = sweep.baseline.trainable_parameters
+            scores = [sweep.score.scale * score for score in sweep.baseline.test_score]
+            mean = sum(scores) / len(scores)
+            axes.plot([size], [mean], marker="*", markersize=7, color=colour, linestyle="none")
+            dims.append(size)
+    _scale_dims(axes, dims)
+    _legend_below(figure, lines)
+    return figure
+
+
 def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
     """One curve: a line through the means, a band and dots for the seeds."""
     (line,) = axes.plot(
@@ -103,7 +145,7 @@ def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
         color=colour,
         marker=marker,
         label=curve.label,
-        linestyle="--" if curve.published else "-",
+        linestyle=("--" if curve.published else "-") if curve.joined else "none",
         markerfacecolor="white" if curve.published else colour,
         markeredgewidth=0.8,
         zorder=2.5 if curve.published else 3,

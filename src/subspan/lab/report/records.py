@@ -42,6 +42,8 @@ class Row:
     """Other counts of the same network, by what they are called."""
     ranks: tuple[dict[str, int], ...]
     """Of factored layers, one per seed."""
+    small: str
+    """The name of a smaller network that was trained by all its weights; else empty."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,13 @@ class Sweep:
     @property
     def methods(self) -> list[str]:
         """The methods with a good run, in the order of the sweep."""
-        return list(dict.fromkeys(row.method for row in self.rows))
+        return list(dict.fromkeys(row.method for row in self.rows if not row.small))
 
     @property
     def weights(self) -> int | None:
         """D, the number of weights of the network; None if no run was good."""
         rows = self.rows if self.baseline is None else (self.baseline, *self.rows)
-        return next((row.weights for row in rows if row.weights), None)
+        return next((row.weights for row in rows if row.weights and not row.small), None)
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def _row(raw: Mapping[str, Any], score: Score, *, dim: int, label: Any) -> Row:
         ranks=tuple(
             {str(name): int(r) for name, r in seed.items()} for seed in raw.get("ranks") or []
         ),
+        small=str(raw.get("small") or ""),
     )
 
 

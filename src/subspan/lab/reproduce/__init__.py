@@ -10,7 +10,6 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +19,7 @@ from subspan.lab import backends, report
 from subspan.lab.bench import Bench, bench, picture
 from subspan.lab.config import Sweep
 from subspan.lab.jobs import Outcome
-from subspan.lab.sweep import sweep, total_runs
+from subspan.lab.parts import sweep_parts
 
 Budget = Literal["quick", "full"]
 Choice = TypeVar("Choice")
@@ -201,31 +200,22 @@ def reproduce(
         if jobs > 1:
             raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
         jobs = 1
-    results = {}
-    left = sum(map(total_runs, parts.values()))
-    # One cluster for all parts.
-    with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
-        for part, config in parts.items():
-            left -= total_runs(config)
 
-            def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
-                if on_run:
-                    on_run(outcome, left_in_part + later)
+    def extra(part: str) -> dict[str, Any]:
+        return {
+            "experiment": {
+                "name": name, "budget": budget, "title": title, "source": chosen.source,
+                "differences": chosen.differences, "part": part,
+            },
+            "published": [
+                curve.as_dict() for curve in (() if data else chosen.published_of(part))
+            ],
+        }  # fmt: skip
 
-            extra = {
-                "experiment": {
-                    "name": name, "budget": budget, "title": title, "source": chosen.source,
-                    "differences": chosen.differences, "part": part,
-                },
-                "published": [
-                    curve.as_dict() for curve in (() if data else chosen.published_of(part))
-                ],
-            }  # fmt: skip
-            results[part] = sweep(
-                config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra,
-                backend=backend, ray_address=ray_address, say=say,
-            )  # fmt: skip
-            report.write(out / part)
+    results = sweep_parts(
+        parts, out, jobs=jobs, backend=backend, ray_address=ray_address, on_run=on_run,
+        extra=extra, overwrite=overwrite, say=say,
+    )  # fmt: skip
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)
     return results

@@ -113,9 +113,9 @@ def load(training: Training, seed: int) -> Task:
 
         return classification.load(training, seed)
     asked = {"net": training.net, "data": training.data}
-    offered: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    offered |= {"validation": training.validation, "seed": seed}
-    task = own.call("task", training.task, offered)
+    asked = {key: value for key, value in asked.items() if value is not None}
+    offered = asked | {"validation": training.validation, "seed": seed}
+    task = own.call("task", training.task, offered, asked)
     if not isinstance(task, Task):
         raise SubspanError(
             f"task {training.task!r} must return a subspan.lab.tasks.Task, got "

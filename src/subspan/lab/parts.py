@@ -1,0 +1,57 @@
+"""Several sweeps one after the other, each with a folder and a report of its own, and one picture.
+
+The parts of a published experiment are such, and so are the networks of a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from subspan.lab import backends, report
+from subspan.lab.config import Sweep
+from subspan.lab.jobs import Outcome
+from subspan.lab.sweep import sweep, total_runs
+
+
+def sweep_parts(
+    parts: Mapping[str, Sweep], out: Path, *, jobs: int = -1, backend: str = "loky",
+    ray_address: str | None = None, on_run: Callable[[Outcome, int], None] | None = None,
+    extra: Callable[[str], Mapping[str, Any]] = lambda part: {}, **how: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run sweeps, those that are complete excepted, and write the report of each.
+
+    Args:
+        parts: by the name of their folder in ``out``; "" is ``out`` itself.
+        out: output folder.
+        jobs: as of :func:`subspan.lab.sweep.sweep`.
+        backend: likewise; parts share one cluster.
+        ray_address: likewise.
+        on_run: called after each run, with how many are left in all parts.
+        extra: what else the ``sweep.json`` of a part is to say.
+        how: the other arguments of :func:`subspan.lab.sweep.sweep`.
+
+    Returns:
+        The content of ``sweep.json`` by part.
+
+    Raises:
+        SubspanError: as :func:`subspan.lab.sweep.sweep`.
+    """
+    results = {}
+    left = sum(map(total_runs, parts.values()))
+    with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
+        for part, config in parts.items():
+            left -= total_runs(config)
+
+            def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
+                if on_run:
+                    on_run(outcome, left_in_part + later)
+
+            results[part] = sweep(
+                config, out / part, jobs=jobs, backend=backend, ray_address=ray_address,
+                on_run=one_run, extra=extra(part), **how,
+            )  # fmt: skip
+            report.write(out / part)
+    return results
