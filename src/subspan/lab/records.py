@@ -105,7 +105,7 @@ MEASURED = (
 
 
 def damage(record: Mapping[str, Any]) -> str | None:
-    """What a complete run lacks or has as no number, as after an edit by hand; None if all is well."""
+    """What a complete run lacks, as after an edit by hand; None if all is well."""
     for name in MEASURED:
         value = record.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
