@@ -117,7 +117,7 @@ def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SubspanError(
             f"no Ray answers at {address} ({reason}): give the host:port that 'ray start --head' "
-            "names (and, if it asks for one, its token as RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token), "
+            "names (and, where it wants one, its token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=...), "
             "or no --ray-address to start one on this machine"
         ) from None
     try:
@@ -144,12 +144,6 @@ def _on_ray(training: Training, jobs: int) -> Backend:
 
         supports_return_generator = True
         _pool: Any = None
-
-        def retrieve_result_callback(self, result: Any) -> Any:
-            """What a dead process leaves is an error; the base class takes it for a result."""
-            if isinstance(result, BaseException):
-                raise result
-            return super().retrieve_result_callback(result)
 
         def terminate(self) -> None:
             """Let processes end in order; of those that are killed Ray complains at length."""
