@@ -38,10 +38,8 @@ class Net(nn.Sequential):
                 raise OSError(errno.EDQUOT, "Disk quota exceeded")
             while (here / f"wait-{kind}").exists():
                 time.sleep(0.01)
-        if self.training:
-            while (here / "slow").exists():
-                time.sleep(0.05)
-                break
+        if self.training and (here / "slow").exists():
+            time.sleep(0.3)
         return super().forward(x)
 
 

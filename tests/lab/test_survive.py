@@ -154,21 +154,22 @@ def test_locks_that_are_left_behind(tmp_path):
 
 
 def test_a_killed_worker_is_replaced(tmp_path):
-    """Its run is tried again, and so is the one whose process is killed with it."""
-    telling(tmp_path, "wait-hash", "wait-full")
-    one = start(tmp_path, "--jobs", 2)
+    """Its run is tried again, and so is the one whose process is killed with it; no other is."""
+    telling(tmp_path, "wait-hash")
+    one = start(tmp_path, "--jobs", 2, "--dims", "10,20,40,80")
     until(lambda: len(begun(tmp_path)) == 2, one)
-    pids = dict(begun(tmp_path))
-    assert one.pid not in pids.values()
-    os.kill(pids["full"], signal.SIGKILL)
+    pids = [pid for _, pid in begun(tmp_path)]
+    assert one.pid not in pids
+    os.kill(pids[0], signal.SIGKILL)
     (tmp_path / "wait-hash").unlink()
-    (tmp_path / "wait-full").unlink()
     code, out, err = ended(one)
     assert (code, err) == (0, "")
-    assert "a worker process was killed; one at a time, once more: " in out
-    assert RUNS[0] in out.partition("once more: ")[2].splitlines()[0]
-    assert [kind for kind, _ in begun(tmp_path)].count("full") == 2
-    whole(tmp_path / "run")
+    _, _, names = out.partition("a worker process was killed; one at a time, once more: ")
+    suspects = {f"hash-dim{dim}-lr0.3-seed0" for dim in (40, 80)}
+    assert set(names.splitlines()[0].split(", ")) == suspects
+    assert len(begun(tmp_path)) == 5 + 2
+    result = sweep_of(tmp_path / "run")
+    assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 4)
 
 
 def test_a_run_that_kills_its_process_fails_alone(tmp_path):

@@ -57,7 +57,8 @@ def check(name: str, address: str | None, jobs: int) -> None:
         raise unknown("backend", name, get_args(Name))
     if address is not None and name != "ray":
         raise SubspanError(
-            f"--ray-address {address} is for --backend ray, got --backend {name}: give both"
+            f"--ray-address {address} is for --backend ray, got --backend {name}: give ray, or "
+            "leave the address out"
         )
     if jobs != -1 and jobs < 1:
         raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
@@ -116,7 +117,8 @@ def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SubspanError(
             f"no Ray answers at {address} ({reason}): give the host:port that 'ray start --head' "
-            "names, or no --ray-address to start one on this machine"
+            "names (and, where it wants one, its token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=...), "
+            "or no --ray-address to start one on this machine"
         ) from None
     try:
         yield
@@ -141,12 +143,14 @@ def _on_ray(training: Training, jobs: int) -> Backend:
         """Results as they come. Joblib's base class fears for pools that must be joined."""
 
         supports_return_generator = True
+        _pool: Any = None
 
-        def retrieve_result_callback(self, result: Any) -> Any:
-            """What a dead process leaves is an error; the base class takes it for a result."""
-            if isinstance(result, BaseException):
-                raise result
-            return super().retrieve_result_callback(result)
+        def terminate(self) -> None:
+            """Let processes end in order; of those that are killed Ray complains at length."""
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
+            self.reset_batch_stats()
 
     joblib.register_parallel_backend("ray", Streaming)
     there = ray.cluster_resources()
