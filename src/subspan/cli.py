@@ -346,6 +346,7 @@ def bench(argv: Arguments) -> None:
 def evaluate(argv: Arguments) -> None:
     """Test accuracy of a checkpoint, rebuilt from its file."""
     from subspan.lab import console
+    from subspan.lab.config import DECODING
     from subspan.lab.evaluate import evaluate_checkpoint
 
     parser = _parser("eval", evaluate.__doc__)
@@ -353,8 +354,14 @@ def evaluate(argv: Arguments) -> None:
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )  # fmt: skip
+    for name in DECODING:
+        parser.add_argument(
+            f"--{name}", type=int | str | None if name == "resize" else str | None, default=None,
+            help="of the data set; null: as in its training",
+        )  # fmt: skip
     given = _parse(parser, argv)
-    console.facts(evaluate_checkpoint(given.checkpoint, given.data))
+    decoding = {name: given[name] for name in DECODING}
+    console.facts(evaluate_checkpoint(given.checkpoint, given.data, **decoding))
 
 
 def inspect(argv: Arguments) -> None:

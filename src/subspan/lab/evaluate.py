@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.lab import data, nets
+from subspan.lab.config import DECODING
 from subspan.subspace import SubspaceModel
 
 BATCH = 1000
@@ -61,23 +62,30 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     return checkpoint.load(path, make), header
 
 
-def evaluate_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
-    """Test accuracy of a checkpoint, with the normalisation that it was trained with.
+def evaluate_checkpoint(
+    path: str | os.PathLike[str], name: str | None = None, **decoding: Any
+) -> dict[str, Any]:
+    """Test accuracy of a checkpoint, on images read and normalised as in its training.
 
     Args:
         path: a checkpoint of ``subspan train``.
         name: the data set; by default the one it was trained on.
+        decoding: ``image_column``, ``label_column`` and ``resize`` of :func:`data.load`, where
+            they are not to be those of the training.
 
     Returns:
         ``data``, ``test_accuracy``, ``test_loss``, ``images``, ``checkpoint_bytes``.
     """
     model, header = rebuild(path)
     extra = header["extra"]
-    images = data.load(name or extra["data"], seed=extra["seed"])
+    as_trained = {key: extra[key] for key in DECODING if key in extra}
+    given = {key: value for key, value in decoding.items() if value is not None}
+    images = data.load(name or extra["data"], seed=extra["seed"], **as_trained | given)
     if list(images.image_shape) != extra["image_shape"] or images.classes != extra["classes"]:
         raise SubspanError(
             f"{images.name} has {images.classes} classes and images of shape {images.image_shape}; "
-            f"{path} was trained on {extra['classes']} and {tuple(extra['image_shape'])}"
+            f"{path} was trained on {extra['classes']} and {tuple(extra['image_shape'])}: give "
+            "other --data; --resize changes the size of its images"
         )
     images = replace(images, mean=torch.tensor(extra["mean"]), std=torch.tensor(extra["std"]))
     loss, accuracy = evaluate(model, images, images.test)

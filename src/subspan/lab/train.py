@@ -63,7 +63,9 @@ def prepare(run: Run) -> Prepared:
     training = run.training
     if training.device == "cuda" and not torch.cuda.is_available():
         raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
-    images = data.load(training.data, validation=training.validation, seed=run.seed)
+    images = data.load(
+        training.data, validation=training.validation, seed=run.seed, **training.decoding
+    )
     own = training.init == "own" or (training.init == "auto" and not nets.is_builtin(training.net))
     init_seed = None if own else run.seed
 
@@ -148,9 +150,9 @@ def train(
 def _where(run: Run, out: Path) -> dict[str, Any] | None:
     """Where an earlier training of this run stands, if that can be told."""
     found = state.read(out / state.FILE)
-    config = records.plain(run.as_dict())
     # A file of another run is there if that one was just being replaced when all ended.
-    return found if found is not None and found["config"] == config else None
+    same = found is not None and not records.differences(found["config"], run.as_dict())
+    return found if same else None
 
 
 class _Signals:
@@ -467,7 +469,7 @@ class _Loop:
             "mean": [float(f"{m:.9g}") for m in images.mean],  # 9 digits tell float32 apart
             "std": [float(f"{s:.9g}") for s in images.std],
             "seed": self.ready.run.seed,
-        }
+        } | training.decoding
 
     def write(self, status: str, error: str | None = None) -> None:
         """Bring ``record.json`` up to date, from the main process."""
