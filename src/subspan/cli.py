@@ -91,6 +91,7 @@ def train(argv: Arguments) -> None:
     parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     _add_options(parser)
+    _add_log(parser)
     _add_out(parser, "runs/train")
     parser.add_argument(
         "--resume", action="store_true",
@@ -112,7 +113,7 @@ def train(argv: Arguments) -> None:
         try:
             record = run_training(
                 run, out, overwrite=given.overwrite, report=progress.epoch,
-                on_step=progress.step, on_start=progress.start,
+                on_step=progress.step, on_start=progress.start, log=_trackers(given),
             )  # fmt: skip
         except Stopped as stopped:
             go_on = f"; to go on: subspan train --resume --out {out}"
@@ -132,7 +133,7 @@ def _begun(parser: ArgumentParser, given: Namespace, out: Path) -> Run:
     run = Run.from_dict(record["config"])
     theirs = record["config"] | record["config"]["options"]
     usual = parser.get_defaults()
-    apart = ("config", "out", "overwrite", "resume")
+    apart = ("config", "log", "out", "overwrite", "resume")
     for name, value in given.items():
         if name not in apart and value != usual.get(name) and value != theirs.get(name):
             raise SubspanError(
@@ -176,6 +177,7 @@ def sweep(argv: Arguments) -> None:
     )
     _add_options(parser, without=("dim",))
     _add_jobs(parser)
+    _add_log(parser)
     _add_out(parser, "runs/sweep")
     given = _parse(parser, argv)
 
@@ -195,8 +197,9 @@ def sweep(argv: Arguments) -> None:
     out = Path(given.out)
     with console.runs(total_runs(settings)) as progress:
         result = run_sweep(
-            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress
-        )
+            settings, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
+            log=_trackers(given),
+        )  # fmt: skip
     _swept(result, report.write(out))
 
 
@@ -221,6 +224,7 @@ def reproduce(argv: Arguments) -> None:
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
     )  # fmt: skip
     _add_jobs(parser)
+    _add_log(parser)
     _add_out(parser, None)
     given = _parse(parser, argv)
 
@@ -239,6 +243,7 @@ def reproduce(argv: Arguments) -> None:
                 data=given.data,
                 overwrite=given.overwrite,
                 done=done,
+                log=_trackers(given),
             ).values()
         console.benched(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
@@ -247,7 +252,7 @@ def reproduce(argv: Arguments) -> None:
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(
             given.name, out, budget=given.budget, data=given.data, jobs=given.jobs,
-            overwrite=given.overwrite, on_run=progress,
+            overwrite=given.overwrite, on_run=progress, log=_trackers(given),
         )  # fmt: skip
     for part, result in results.items():
         if part:
@@ -553,6 +558,20 @@ def _add_out(
     kind = str if default else str | None
     parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+def _add_log(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--log", type=list[str] | str | None, default=None,
+        help="trackers that are told every epoch, separated by commas, or a YAML list: "
+        "tensorboard, wandb, trackio, …; those that can keep their files beside the record",
+    )  # fmt: skip
+
+
+def _trackers(given: Namespace) -> tuple[str, ...]:
+    from subspan.lab.config import split
+
+    return () if given.log is None else split(given.log, "log")
 
 
 def _add_jobs(parser: ArgumentParser) -> None:

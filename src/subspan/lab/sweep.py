@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from subspan.cache import cache
 from subspan.errors import SubspanError
 from subspan.families import stored
 from subspan.files import remove_unfinished
-from subspan.lab import records
+from subspan.lab import records, trackers
 from subspan.lab.config import Run, Sweep
 from subspan.lab.intrinsic import intrinsic_dimension
 from subspan.lab.methods import method
@@ -73,6 +73,7 @@ class Point:
 def sweep(
     config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
+    log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -83,6 +84,7 @@ def sweep(
         overwrite: replace what another configuration left there.
         on_run: called with each outcome and the number of runs still to do.
         extra: what else ``sweep.json`` is to say.
+        log: trackers that are told every epoch of every run.
 
     Returns:
         The content of ``sweep.json``.
@@ -95,6 +97,7 @@ def sweep(
         raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
     if jobs == -1:
         jobs = joblib.cpu_count() if on_cpu(config.training) else 1
+    trackers.check(log)
     points = _points(config)
     _check(config, points)
     records.claim(out, "sweep.json", config.as_dict(), overwrite=overwrite)
@@ -123,7 +126,9 @@ def sweep(
                 point.job(config, lr, seed).name: (point, lr, seed) for point, lr, seed in stage
             }
             tasks = [point.job(config, lr, seed) for point, lr, seed in by_name.values()]
-            for job, outcome in _execute(tasks, out / "runs", jobs, overwrite, config.processes):
+            for job, outcome in _execute(
+                tasks, out / "runs", jobs, overwrite=overwrite, processes=config.processes, log=log
+            ):
                 left -= 1
                 point, lr, seed = by_name[job.name]
                 if isinstance(outcome, dict):
@@ -186,7 +191,7 @@ def _check(config: Sweep, points: list[Point]) -> None:
 
 
 def _execute(
-    tasks: list[Job], runs: Path, jobs: int, overwrite: bool, processes: int
+    tasks: list[Job], runs: Path, jobs: int, *, overwrite: bool, processes: int, log: Sequence[str]
 ) -> Iterator[Outcome]:
     """The outcomes as they come: a record, or a sentence on what went wrong."""
     left = []
@@ -203,7 +208,9 @@ def _execute(
     # joblib divides the cores' threads between its processes.
     workers = max(1, min(jobs, len(left)))
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")
-    outcomes = parallel(joblib.delayed(_one)(task, runs, overwrite, processes) for task in left)
+    outcomes = parallel(
+        joblib.delayed(_one)(task, runs, overwrite, processes, log) for task in left
+    )
     try:
         for outcome in outcomes:  # noqa: UP028 (closed below, not by ``yield from``)
             yield outcome
@@ -218,14 +225,14 @@ def _execute(
             outcomes.close()
 
 
-def _one(job: Job, runs: Path, overwrite: bool, processes: int) -> Outcome:
+def _one(job: Job, runs: Path, overwrite: bool, processes: int, log: Sequence[str]) -> Outcome:
     """One run in a worker; nothing that it raises may stop the others."""
     folder = runs / job.name
     try:
         try:
             if processes > 1:
-                return job, _together(job.run, folder, overwrite, processes)
-            return job, train(job.run, folder, overwrite=overwrite)
+                return job, _together(job.run, folder, overwrite, processes, log)
+            return job, train(job.run, folder, overwrite=overwrite, log=log)
         except SubspanError as error:
             return job, str(error)
     except Exception as error:
@@ -235,7 +242,9 @@ def _one(job: Job, runs: Path, overwrite: bool, processes: int) -> Outcome:
         cache.clear()
 
 
-def _together(run: Run, folder: Path, overwrite: bool, processes: int) -> dict[str, Any]:
+def _together(
+    run: Run, folder: Path, overwrite: bool, processes: int, log: Sequence[str]
+) -> dict[str, Any]:
     """One run in several processes, as a person would start it."""
     settings = run.as_dict()
     settings |= settings.pop("options")
@@ -245,6 +254,7 @@ def _together(run: Run, folder: Path, overwrite: bool, processes: int) -> dict[s
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [f"--nproc-per-node={processes}", "-m", "subspan.cli", "train"]
         options = ["--config", file.name, "--out", str(folder)] + ["--overwrite"] * overwrite
+        options += ["--log", ",".join(log)] if log else []
         said = subprocess.run([*launch, *command, *options], capture_output=True, text=True)
     record = completed(run, folder)
     if record is None:

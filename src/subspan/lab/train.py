@@ -13,7 +13,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from subspan import checkpoint, distributed, init
 from subspan.errors import Stopped, SubspanError
 from subspan.files import remove_unfinished
-from subspan.lab import data, nets, records, state
+from subspan.lab import data, nets, records, state, trackers
 from subspan.lab.config import Run, Training
 from subspan.lab.evaluate import draw, evaluate
 from subspan.lab.methods import Method, method
@@ -99,7 +99,7 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
 def train(
     run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
     on_step: Callable[[], None] | None = None,
-    on_start: Callable[[int, int], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None, log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
@@ -116,6 +116,7 @@ def train(
         on_step: called after each step.
         on_start: called before the first step with the number of steps, and how many of them were
             made before.
+        log: trackers that are told every epoch (:mod:`subspan.lab.trackers`).
 
     Returns:
         The record.
@@ -125,15 +126,19 @@ def train(
             with the record saying so and the last good state kept.
         Stopped: after a signal.
     """
+    trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found
     before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
     where = _where(run, out) if before else None
-    loop = _Loop(prepare(run), _accelerator(run.training), out, where, report, on_step)
+    ready = prepare(run)
+    accelerator = _accelerator(run.training, log_with=list(log) or None, project_dir=out)
+    loop = _Loop(ready, accelerator, out, where, report, on_step)
     loop.open()
     if on_start:
         on_start(loop.steps * run.training.epochs, loop.done)
     try:
+        loop.log.begin(run.as_dict(), loop.record["history"])
         with loop.signals:
             loop.fit()
         loop.finish()
@@ -144,6 +149,8 @@ def train(
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
             loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
         raise
+    finally:
+        loop.log.end()
     return loop.record
 
 
@@ -188,6 +195,7 @@ class _Loop:
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
         self.signals = _Signals()
         self.report, self.on_step = report, on_step
+        self.log = trackers.Log(accelerator, out, where.get("log") if where else None)
         self.training = ready.run.training
         device = accelerator.device
         self.memory = records.PeakMemory(device)
@@ -292,6 +300,7 @@ class _Loop:
             self.write("running")
             if self.report:
                 self.report(row)
+            self.log.epoch(row)
             patience = self.training.patience
             if ready and patience is not None and epoch - self.best_epoch >= patience:
                 break
@@ -410,6 +419,7 @@ class _Loop:
         self.write("complete")
         if self.accelerator.is_main_process:
             (self.out / state.FILE).unlink(missing_ok=True)
+        self.log.score(self.record)
         # The others read the record rather than be sent it: Gloo's thread may still hold what was
         # sent last when Python ends, and aborts the process then. A barrier holds nothing.
         self.accelerator.wait_for_everyone()
@@ -437,6 +447,7 @@ class _Loop:
             "scaler": None if scaler is None else scaler.state_dict(),
             "generators": state.generators(),
             "history": self.record["history"],
+            "log": self.log.state(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "sent": self.sent,
@@ -504,12 +515,13 @@ def on_cpu(training: Training) -> bool:
     return training.device == "cpu" or not torch.accelerator.is_available()
 
 
-def _accelerator(training: Training) -> Accelerator:
+def _accelerator(training: Training, **more: Any) -> Accelerator:
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     distributed.meet_again("gloo" if on_cpu(training) else None)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
-    return Accelerator(cpu=on_cpu(training), mixed_precision=training.mixed_precision)
+    precision = training.mixed_precision
+    return Accelerator(cpu=on_cpu(training), mixed_precision=precision, **more)
 
 
 @torch.no_grad()

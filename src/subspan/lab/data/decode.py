@@ -182,7 +182,7 @@ def to_array(image: Picture, size: Size | None = None) -> np.ndarray:
         plain = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     else:
         plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    if size and plain.size != size[::-1]:
+    if size:
         # Each pixel is the mean of all that it covers: Pillow's filters grow with the step.
         plain = plain.resize(size[::-1], Image.Resampling.BILINEAR)
     array = np.asarray(plain)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -148,7 +148,7 @@ def experiment(name: str) -> Experiment | Timing:
 def reproduce(
     name: str, out: Path, *, budget: Budget = "quick", data: str | None = None, jobs: int = -1,
     overwrite: bool = False, on_run: Callable[[Outcome, int], None] | None = None,
-    done: Callable[[str], None] = lambda what: None,
+    done: Callable[[str], None] = lambda what: None, log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
@@ -164,18 +164,21 @@ def reproduce(
         overwrite: replace what another configuration left there.
         on_run: called after each run, with how many are left.
         done: called after each measurement of a benchmark.
+        log: as of :func:`subspan.lab.sweep.sweep`.
 
     Returns:
         The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name or budget, or data for a benchmark.
+        SubspanError: for an unknown name or budget, or data or trackers for a benchmark.
     """
     chosen = experiment(name)
     if isinstance(chosen, Timing):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
+        if log:
+            raise SubspanError(f"{name} is a benchmark, it has no runs to log: leave out --log")
         record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
         picture.write(record, out)
         return {"": record}
@@ -209,8 +212,9 @@ def reproduce(
             ],
         }  # fmt: skip
         results[part] = sweep(
-            config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra
-        )
+            config, out / part, jobs=jobs, overwrite=overwrite, on_run=one_run, extra=extra,
+            log=log,
+        )  # fmt: skip
         report.write(out / part)
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)
