@@ -562,9 +562,10 @@ def _add_out(
 
 def _add_log(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--log", type=list[str] | str | None, default=None,
+        "--log", "--log_with", type=list[str] | str | None, default=None,
         help="trackers that are told every epoch, separated by commas, or a YAML list: "
-        "tensorboard, wandb, trackio, …; those that can keep their files beside the record",
+        "tensorboard, wandb, trackio, …; those that can keep their files beside the record. "
+        "(torchrun takes --log for an option of its own: under it, say --log-with)",
     )  # fmt: skip
 
 

@@ -247,14 +247,13 @@ def _together(
 ) -> dict[str, Any]:
     """One run in several processes, as a person would start it."""
     settings = run.as_dict()
-    settings |= settings.pop("options")
+    settings |= settings.pop("options") | {"log": list(log) or None}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(settings, file)
         file.flush()
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [f"--nproc-per-node={processes}", "-m", "subspan.cli", "train"]
         options = ["--config", file.name, "--out", str(folder)] + ["--overwrite"] * overwrite
-        options += ["--log", ",".join(log)] if log else []
         said = subprocess.run([*launch, *command, *options], capture_output=True, text=True)
     record = completed(run, folder)
     if record is None:

@@ -201,16 +201,13 @@ class _Loop:
         self.memory = records.PeakMemory(device)
         self.started = time.perf_counter() - (where["seconds_total"] if where else 0.0)
         self.images = ready.data.to(device)
-        # Many processes take equal parts of every batch, so that a smaller last one is left out.
-        self.drop_last = accelerator.num_processes > 1
         if self.training.batch_size % accelerator.num_processes:
             raise SubspanError(
                 f"batch_size must be a multiple of the {accelerator.num_processes} processes, got "
                 f"{self.training.batch_size}"
             )
-        self.steps = data.steps_per_epoch(
-            self.images.train, self.training.batch_size, drop_last=self.drop_last
-        )
+        notes = self.notes()
+        self.steps = data.steps_per_epoch(self.images.train, self.training.batch_size)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
         self.model = model.to(device)
@@ -257,9 +254,28 @@ class _Loop:
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
-            "notes": list(ready.data.notes),
+            "notes": notes,
             "error": None,
         }
+
+    def notes(self) -> list[str]:
+        """What readers should know of the data, and of processes that came or went.
+
+        Raises:
+            SubspanError: if other processes than before would make it another run.
+        """
+        if not self.where:
+            return list(self.ready.data.notes)
+        notes = list(self.where.get("notes", self.ready.data.notes))
+        before, now = self.where.get("processes", 1), self.accelerator.num_processes
+        if before != now:
+            if self.ready.method.needs_processes(self.ready.run.options):
+                raise SubspanError(
+                    f"{self.out} was begun in {before} processes, and what they find depends on "
+                    f"their number, got {now}: go on in {before}"
+                )
+            notes.append(f"processes: {before} up to step {self.where['done']:,}, then {now}")
+        return notes
 
     def distributed(self) -> nn.Module:
         """The model with accelerate's wrappers: of mixed precision, of DDP."""
@@ -337,14 +353,17 @@ class _Loop:
         batches = data.batches(
             self.images.train, training.batch_size, seed=self.ready.run.seed, epoch=epoch,
             rank=accelerator.process_index, world=accelerator.num_processes,
-            drop_last=self.drop_last,
         )  # fmt: skip
         train_loss = math.nan
         for step, (images, labels) in enumerate(batches, start=1):
             if (epoch - 1) * self.steps + step <= self.done:
                 continue
-            loss = self.step(images, labels)
-            total, seen = total + loss.detach() * len(labels), seen + len(labels)
+            size = min(
+                training.batch_size, len(self.images.train) - (step - 1) * training.batch_size
+            )
+            share = size / accelerator.num_processes
+            loss = self.step(images, labels, share)
+            total, seen = total + loss.detach() * share, seen + share
             if step % CHECK_EVERY == 0 or step == self.steps:
                 train_loss = self.finite(total / seen, epoch)
             self.done += 1
@@ -374,12 +393,20 @@ class _Loop:
             **more,
         }
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step of the optimizer and of the schedule."""
+    def step(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
+        """One step of the optimizer and of the schedule.
+
+        ``share`` is the joint batch's size over the number of processes. Their gradients are
+        averaged: divided by it, what an unequal part sums up counts every sample alike.
+        """
 
         def loss() -> Tensor:
             with self.accelerator.autocast():
-                return cross_entropy(self.wrapped(self.images.normalize(images)), labels)
+                scores = self.wrapped(self.images.normalize(images))
+                if share == len(labels):
+                    return cross_entropy(scores, labels)
+                total = cross_entropy(scores, labels, ignore_index=data.FILL, reduction="sum")
+                return total / share
 
         value = self.ready.method.step(self.optimizer, loss, self.accelerator.backward)
         self.schedule.step()
@@ -451,6 +478,8 @@ class _Loop:
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "sent": self.sent,
+            "notes": self.record["notes"],
+            "processes": self.accelerator.num_processes,
             "done": self.done,
             "within": self.within,
             "seconds_total": time.perf_counter() - self.started,

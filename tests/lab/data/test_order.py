@@ -86,13 +86,6 @@ def test_images_and_labels_stay_together():
         assert torch.equal(images[:, 0, 1, 1], labels.to(torch.uint8))
 
 
-def test_drop_last():
-    split = numbered(103)
-    assert [len(batch) for batch in labels_of(split, 10, drop_last=True)] == [10] * 10
-    assert data.steps_per_epoch(split, 10, drop_last=True) == 10
-    assert data.steps_per_epoch(split, 103, drop_last=True) == 1
-
-
 def test_order_is_a_function_of_seed_and_epoch():
     split = numbered(64)
     orders = {(s, e): labels_of(split, 64, seed=s, epoch=e) for s in (0, 1) for e in (0, 1)}
@@ -106,24 +99,33 @@ def test_order_does_not_depend_on_the_batch_size():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_ranks_partition_each_global_batch(world, shuffle):
-    split = numbered(103)
+@pytest.mark.parametrize(("size", "shuffle"), [(103, True), (103, False), (97, True), (104, True)])
+def test_ranks_partition_each_global_batch(world, size, shuffle):
+    """Into equal parts, filled up by samples that do not count."""
+    split = numbered(size)
     whole = labels_of(split, 8, shuffle=shuffle)
     ranks = [labels_of(split, 8, shuffle=shuffle, rank=r, world=world) for r in range(world)]
     assert {len(rank) for rank in ranks} == {len(whole)}
     for step, batch in enumerate(whole):
         parts = [rank[step] for rank in ranks]
-        assert flat(parts) == batch
-        sizes = {len(part) for part in parts}
-        assert len(sizes) == 1 or (step == len(whole) - 1 and max(sizes) - min(sizes) == 1)
+        assert [label for label in flat(parts) if label != data.FILL] == batch
+        assert {len(part) for part in parts} == {-(-len(batch) // world)}
+        assert step == len(whole) - 1 or data.FILL not in flat(parts)
+
+
+def test_what_fills_a_part_up_is_an_image_of_the_batch():
+    """And the split itself keeps its labels."""
+    split = numbered(5)
+    parts = [list(data.batches(split, 4, seed=0, epoch=0, rank=r, world=4))[-1] for r in range(4)]
+    assert [labels.tolist() == [data.FILL] for _, labels in parts] == [True, True, True, False]
+    assert len({images.unique().item() for images, _ in parts}) == 1
+    assert data.FILL not in split.labels
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
-        ({"batch_size": 21, "drop_last": True}, "21 out of 20 samples leaves no full batch"),
         ({"batch_size": 10, "world": 4}, "multiple of the number of processes.*use 12"),
         ({"batch_size": 8, "world": 4, "rank": 4}, r"rank must be in \[0, 4\), got 4"),
         ({"batch_size": 8, "seed": -1}, "seed must be an integer"),

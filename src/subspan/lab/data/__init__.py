@@ -2,6 +2,7 @@
 
 from subspan.lab.data.images import ImageData as ImageData
 from subspan.lab.data.images import Split as Split
+from subspan.lab.data.order import FILL as FILL
 from subspan.lab.data.order import batches as batches
 from subspan.lab.data.order import steps_per_epoch as steps_per_epoch
 from subspan.lab.data.sources import load as load

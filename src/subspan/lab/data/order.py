@@ -19,6 +19,7 @@ from subspan.philox import Source
 # its streams: which samples are held out for the test, which for validation, and the batches.
 DOMAIN = 200
 TEST, VALIDATION, BATCHES = range(3)
+FILL = -100  # a label that counts for nothing: ``cross_entropy`` ignores it
 
 
 def permutation(
@@ -46,20 +47,15 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
     return split.select(order[held:].sort().values), split.select(order[:held].sort().values)
 
 
-def steps_per_epoch(split: Split, batch_size: int, *, drop_last: bool = False) -> int:
+def steps_per_epoch(split: Split, batch_size: int) -> int:
     """How many batches `batches` yields.
 
     Raises:
-        SubspanError: ``batch_size`` is below 1, or above the split's size with ``drop_last``.
+        SubspanError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise SubspanError(f"batch size must be at least 1, got {batch_size}")
-    if drop_last and batch_size > len(split):
-        raise SubspanError(
-            f"a batch of {batch_size} out of {len(split)} samples leaves no full batch: "
-            "use a smaller batch size"
-        )
-    return len(split) // batch_size if drop_last else -(-len(split) // batch_size)
+    return -(-len(split) // batch_size)
 
 
 def batches(
@@ -71,14 +67,13 @@ def batches(
     shuffle: bool = True,
     rank: int = 0,
     world: int = 1,
-    drop_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of batches, each gathered on the split's device by one ``index_select``.
 
     The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
-    of equal parts of each. Only the last, smaller batch may not be divisible; its parts then
-    differ by one sample (and are empty on some ranks if it has fewer samples than ranks), so that
-    every sample comes exactly once; ``drop_last`` leaves that batch out.
+    of equal parts of each. Only the last, smaller batch may not be divisible: some parts then have
+    one sample less, and are filled up by one that other ranks have, with the label `FILL`. So every
+    sample counts exactly once, and every rank computes as much as the others.
 
     Args:
         split: what to draw from.
@@ -88,7 +83,6 @@ def batches(
         shuffle: whether to permute the samples; otherwise they come as they are stored.
         rank: this process, in [0, world).
         world: number of processes.
-        drop_last: whether to leave out a last, smaller batch.
 
     Returns:
         An iterator over ``(images, labels)``: uint8 (n, C, H, W) and int64 (n,).
@@ -96,7 +90,7 @@ def batches(
     Raises:
         SubspanError: at the call, not at the first batch: a size or rank out of its range.
     """
-    steps = steps_per_epoch(split, batch_size, drop_last=drop_last)
+    steps = steps_per_epoch(split, batch_size)
     if batch_size % world:
         raise SubspanError(
             f"batch size must be a multiple of the number of processes, got {batch_size} for "
@@ -110,13 +104,14 @@ def batches(
         if shuffle
         else torch.arange(len(split), device=device)
     )
-    parts = (order[step * batch_size :][:batch_size] for step in range(steps))
-    return (
-        (mine.images, mine.labels)
-        for part in parts
-        for mine in [split.select(part[_bounds(len(part), rank, world)])]
-    )
+    wholes = (order[step * batch_size :][:batch_size] for step in range(steps))
+    return (_part(split, whole, rank, world) for whole in wholes)
 
 
-def _bounds(size: int, rank: int, world: int) -> slice:
-    return slice(size * rank // world, size * (rank + 1) // world)
+def _part(split: Split, whole: Tensor, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    size = len(whole)
+    own = whole[size * rank // world : size * (rank + 1) // world]
+    missing = -(-size // world) - len(own)
+    mine = split.select(torch.cat([own, whole[:missing]]) if missing else own)
+    mine.labels[len(own) :] = FILL
+    return mine.images, mine.labels
