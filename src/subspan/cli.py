@@ -91,6 +91,7 @@ def train(argv: Arguments) -> None:
     parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     _add_options(parser)
+    _add_log(parser)
     _add_out(parser, "runs/train")
     parser.add_argument(
         "--resume", action="store_true",
@@ -112,7 +113,7 @@ def train(argv: Arguments) -> None:
         try:
             record = run_training(
                 run, out, overwrite=given.overwrite, report=progress.epoch,
-                on_step=progress.step, on_start=progress.start,
+                on_step=progress.step, on_start=progress.start, log=_trackers(given),
             )  # fmt: skip
         except Stopped as stopped:
             go_on = f"; to go on: subspan train --resume --out {out}"
@@ -132,7 +133,7 @@ def _begun(parser: ArgumentParser, given: Namespace, out: Path) -> Run:
     run = Run.from_dict(record["config"])
     theirs = record["config"] | record["config"]["options"]
     usual = parser.get_defaults()
-    apart = ("config", "out", "overwrite", "resume")
+    apart = ("config", "log", "out", "overwrite", "resume")
     for name, value in given.items():
         if name not in apart and value != usual.get(name) and value != theirs.get(name):
             raise SubspanError(
@@ -189,6 +190,7 @@ def sweep(argv: Arguments) -> None:
     )  # fmt: skip
     _add_options(parser, without=("dim",))
     _add_jobs(parser)
+    _add_log(parser)
     _add_out(parser, "runs/sweep")
     given = _parse(parser, argv)
 
@@ -221,6 +223,7 @@ def sweep(argv: Arguments) -> None:
         results = sweep_parts(
             parts, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
             backend=given.backend, ray_address=given.ray_address, say=console.say,
+            log=_trackers(given),
         )  # fmt: skip
     for name, result in results.items():
         if name:
@@ -254,6 +257,7 @@ def reproduce(argv: Arguments) -> None:
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
     )  # fmt: skip
     _add_jobs(parser)
+    _add_log(parser)
     _add_out(parser, None)
     given = _parse(parser, argv)
 
@@ -293,7 +297,7 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
     chosen = experiment(name)
     how = {
         "budget": given.budget, "data": given.data, "overwrite": given.overwrite,
-        "backend": given.backend, "ray_address": given.ray_address,
+        "backend": given.backend, "ray_address": given.ray_address, "log": _trackers(given),
     }  # fmt: skip
     if isinstance(chosen, Timing):
         with console.measuring(bench_total(chosen.bench(given.budget))) as done:
@@ -405,6 +409,7 @@ def bench(argv: Arguments) -> None:
 def evaluate(argv: Arguments) -> None:
     """Test score of a checkpoint, rebuilt from its file."""
     from subspan.lab import console
+    from subspan.lab.config import DECODING
     from subspan.lab.evaluate import evaluate_checkpoint
 
     parser = _parser("eval", evaluate.__doc__)
@@ -412,8 +417,14 @@ def evaluate(argv: Arguments) -> None:
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )  # fmt: skip
+    for name in DECODING:
+        parser.add_argument(
+            f"--{name}", type=int | str | None if name == "resize" else str | None, default=None,
+            help="of the data set; null: as in its training",
+        )  # fmt: skip
     given = _parse(parser, argv)
-    console.facts(evaluate_checkpoint(given.checkpoint, given.data))
+    decoding = {name: given[name] for name in DECODING}
+    console.facts(evaluate_checkpoint(given.checkpoint, given.data, **decoding))
 
 
 def inspect(argv: Arguments) -> None:
@@ -621,6 +632,21 @@ def _add_out(
     kind = str if default else str | None
     parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+def _add_log(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--log", "--log_with", type=list[str] | str | None, default=None,
+        help="trackers that are told every epoch, separated by commas, or a YAML list: "
+        "tensorboard, wandb, trackio, …; those that can keep their files beside the record. "
+        "(torchrun takes --log for an option of its own: under it, say --log-with)",
+    )  # fmt: skip
+
+
+def _trackers(given: Namespace) -> tuple[str, ...]:
+    from subspan.lab.config import split
+
+    return () if given.log is None else split(given.log, "log")
 
 
 def _add_jobs(parser: ArgumentParser) -> None:

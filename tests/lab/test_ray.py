@@ -97,7 +97,7 @@ def test_the_same_as_without(tmp_path):
     for a, b in zip(
         [ours["baseline"], *ours["rows"]], [theirs["baseline"], *theirs["rows"]], strict=True
     ):
-        for key in ("method", "dim", "lr", "seeds", "test_accuracy", "val_accuracy", "tried_lrs"):
+        for key in ("method", "dim", "lr", "seeds", "test_score", "val_score", "tried_lrs"):
             assert a[key] == b[key]
     for name in RUNS:
         files = [tmp_path / out / "runs" / name / "model.safetensors" for out in ("run", "other")]

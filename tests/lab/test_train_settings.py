@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -190,27 +189,3 @@ def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):
     ):
         train(a_run(dim=5), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    """One record, and nearly the result of one process."""
-    out = tmp_path / "two"
-    words = ["--net", "mlp-8", "--dim", "40", "--epochs", "2", "--lr", "0.3"]
-    said = subprocess.run(
-        [*LAUNCH, "-m", "subspan.cli", "train", *words, "--out", str(out)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("epoch ") == 2
-    assert said.stdout.count("test accuracy") == 1
-    record = record_of(out)
-    assert (record["status"], record["processes"]) == ("complete", 2)
-    assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
-    alone = train(a_run(dim=40, epochs=2), tmp_path / "one")
-    assert record["test_score"] == pytest.approx(alone["test_score"], abs=0.1)
-    found = evaluate_checkpoint(out / "model.safetensors")
-    assert found["test_score"] == record["test_score"]

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
+from subspan.lab.data.decode import parse_size
 
+DECODING = ("image_column", "label_column", "resize")  # how a data set is read
 Schedule = Literal["onecycle", "cosine", "constant"]
 
 
@@ -19,11 +21,17 @@ class Training:
         net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
             as package.module:function; null is mlp, or the task's own.
         data: an image-classification set: digits (built in), mnist, fashion_mnist, cifar10, or any
-            name or folder that datasets.load_dataset reads. $SUBSPAN_DATA/NAME is looked at first.
-            null is digits, or the task's own.
+            name or folder that datasets.load_dataset reads (a folder of your own: a sub-folder of
+            images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
+            there is no test part a sixth of the images becomes one, the same for every seed. null
+            is digits, or the task's own.
         task: your own, where it is not image classification, as package.module:function; see
             examples/language_model.py. It gets net and data, validation and seed if it has
             parameters of these names.
+        image_column: where the images are; null finds it by the columns' types and usual names.
+        label_column: where the labels are; null finds it likewise.
+        resize: 32, or 28x32 (height x width): what all images are resized to while they are read,
+            whatever their sizes and shapes; null leaves them, and they must have one size.
         epochs: passes over the training part.
         batch_size: images per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
@@ -41,6 +49,9 @@ class Training:
     net: str | None = None
     data: str | None = None
     task: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    resize: int | str | None = None
     epochs: int = 10
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -62,6 +73,8 @@ class Training:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resize is not None:
+            parse_size(self.resize)
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
@@ -75,6 +88,11 @@ class Training:
     def title(self) -> str:
         """What is trained on what, in words."""
         return title(asdict(self))
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Of :data:`DECODING` what was asked for, as ``data.load`` takes it."""
+        return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
 
 
 def title(config: Mapping[str, Any]) -> str:

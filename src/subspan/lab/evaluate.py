@@ -14,7 +14,7 @@ from torch import nn
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.lab import nets, tasks
-from subspan.lab.config import Training
+from subspan.lab.config import DECODING, Training
 from subspan.lab.tasks import Part, Task
 from subspan.lab.tasks.classification import Classification
 from subspan.subspace import SubspaceModel
@@ -35,7 +35,8 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     """What a checkpoint says, so that :func:`rebuild` finds the network and the task again."""
     own = {"task": training.task, "validation": training.validation} if training.task else {}
-    return {"net": training.net, "data": training.data, **own, "seed": seed, **task.describe()}
+    known = {"net": training.net, "data": training.data, "seed": seed} | training.decoding
+    return known | own | task.describe()
 
 
 def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
@@ -53,13 +54,16 @@ def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
     return make
 
 
-def _task(extra: Mapping[str, Any], data: str | None = None) -> Task:
+def _task(extra: Mapping[str, Any], data: str | None = None, **decoding: Any) -> Task:
     """The task that a checkpoint was trained on, or the same on other data."""
+    as_trained: dict[str, Any] = {key: extra.get(key) for key in DECODING}
+    given = {key: value for key, value in decoding.items() if value is not None}
     training = Training(
         task=extra.get("task"),
         net=extra["net"],
         data=data or extra["data"],
         validation=extra.get("validation", Training.validation),
+        **as_trained | given,
     )
     return tasks.load(training, extra["seed"])
 
@@ -79,12 +83,16 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     return checkpoint.load(path, make), header
 
 
-def evaluate_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
-    """Test score of a checkpoint; images are normalised as they were in training.
+def evaluate_checkpoint(
+    path: str | os.PathLike[str], name: str | None = None, **decoding: Any
+) -> dict[str, Any]:
+    """Test score of a checkpoint; images are read and normalised as in its training.
 
     Args:
         path: a checkpoint of ``subspan train``.
         name: the data set; by default the one it was trained on.
+        decoding: ``image_column``, ``label_column`` and ``resize`` of :func:`data.load`, where
+            they are not to be those of the training.
 
     Returns:
         ``data``, ``test_accuracy`` (or what else the task's score is called), ``test_loss``,
@@ -92,7 +100,7 @@ def evaluate_checkpoint(path: str | os.PathLike[str], name: str | None = None) -
     """
     model, header = rebuild(path)
     extra = header["extra"]
-    task = _task(extra, name)
+    task = _task(extra, name, **decoding)
     more = {}
     if isinstance(task, Classification):
         images = task.images
@@ -100,10 +108,11 @@ def evaluate_checkpoint(path: str | os.PathLike[str], name: str | None = None) -
             raise SubspanError(
                 f"{images.name} has {images.classes} classes and images of shape "
                 f"{images.image_shape}; {path} was trained on {extra['classes']} and "
-                f"{tuple(extra['image_shape'])}"
+                f"{tuple(extra['image_shape'])}: give other --data; --resize changes the size of "
+                "its images"
             )
         mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
-        task = Classification(replace(images, mean=mean, std=std), extra["net"])
+        task = type(task)(replace(images, mean=mean, std=std), extra["net"])
         more = {"images": len(images.test)}
     loss, score = evaluate(model, task, "test")
     return {

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ Outcome = tuple[Job, dict[str, Any] | str]
 
 
 def perform(
-    job: Job, place: Place, *, overwrite: bool, processes: int, apart: bool
+    job: Job, place: Place, *, overwrite: bool, processes: int, apart: bool, log: Sequence[str]
 ) -> tuple[Job, dict[str, Any] | str | Pending]:
     """Train one run; nothing that it raises may stop the others.
 
@@ -65,6 +65,7 @@ def perform(
         overwrite: as of :func:`subspan.lab.train.train`.
         processes: of this run.
         apart: whether this process is another than the sweep's.
+        log: as of :func:`subspan.lab.train.train`.
     """
     if apart and _in_main_thread():
         # Ctrl-C reaches all processes of a terminal. What it means is for the sweep's own to say.
@@ -76,7 +77,7 @@ def perform(
             if not free:
                 return job, Pending("elsewhere")
             with _no_sudden_end(apart):
-                return job, _outcome(job, place, overwrite, processes)
+                return job, _outcome(job, place, overwrite, processes, log)
     except OSError as error:  # of the locks
         return job, _failure(error)
     finally:  # or the next run in this process would count it as its own
@@ -85,13 +86,13 @@ def perform(
 
 
 def _outcome(
-    job: Job, place: Place, overwrite: bool, processes: int
+    job: Job, place: Place, overwrite: bool, processes: int, log: Sequence[str]
 ) -> dict[str, Any] | str | Pending:
     folder = place.run(job.name)
     try:
         if processes > 1:
-            return _together(job.run, folder, overwrite, processes, place)
-        return train(job.run, folder, overwrite=overwrite, asked_to_stop=_Watch(place))
+            return _together(job.run, folder, overwrite, processes, place, log)
+        return train(job.run, folder, overwrite=overwrite, asked_to_stop=_Watch(place), log=log)
     except Stopped as stopped:
         return Pending("stopped", stopped.signal)
     except Exception as error:
@@ -144,11 +145,11 @@ def _no_sudden_end(apart: bool) -> Iterator[None]:
 
 
 def _together(
-    run: Run, folder: Path, overwrite: bool, processes: int, place: Place
+    run: Run, folder: Path, overwrite: bool, processes: int, place: Place, log: Sequence[str]
 ) -> dict[str, Any]:
     """One run in several processes, as a person would start it."""
     settings = run.as_dict()
-    settings |= settings.pop("options")
+    settings |= settings.pop("options") | {"log": list(log) or None}
     with tempfile.TemporaryDirectory() as temporary:
         file, said = Path(temporary) / "run.yaml", Path(temporary) / "said"
         file.write_text(json.dumps(settings))

@@ -113,7 +113,8 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
     if min(height, width) < entry.smallest:
         raise SubspanError(
             f"net {name!r} takes images of at least {entry.smallest}x{entry.smallest} pixels, "
-            f"got {height}x{width}: use larger images, or the net 'mlp', which takes any size"
+            f"got {height}x{width}: use larger images (--resize {entry.smallest} makes them so), "
+            "or the net 'mlp', which takes any size"
         )
     return entry.build(input_shape, classes)
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -39,6 +39,7 @@ class Pool:
         overwrite: as of :func:`subspan.lab.train.train`.
         processes: of each run.
         say: told what people should know besides outcomes.
+        log: trackers of each run.
     """
 
     claim: Claim
@@ -47,6 +48,7 @@ class Pool:
     overwrite: bool
     processes: int
     say: Callable[[str], None]
+    log: Sequence[str] = ()
     stopped_by: int = 0
     """The number of the signal that asked for the end."""
     _before: dict[int, Any] = field(default_factory=dict)
@@ -168,7 +170,8 @@ class Pool:
                 pre_dispatch=min(self.jobs, workers),
             )  # fmt: skip
         options = {
-            "overwrite": self.overwrite, "processes": self.processes, "apart": self._apart
+            "overwrite": self.overwrite, "processes": self.processes, "apart": self._apart,
+            "log": self.log,
         }  # fmt: skip
         outcomes = parallel(
             joblib.delayed(perform)(job, self.claim.place, **options) for job in jobs

@@ -101,11 +101,9 @@ def claim(
         return None
     if record is None:
         return None
-    theirs = record["config"]
-    ours = plain(config)
-    different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    different = differences(record["config"], config)
     if different and not overwrite:
-        changes = ", ".join(f"{k} {theirs.get(k)!r} → {ours.get(k)!r}" for k in different)
+        changes = ", ".join(f"{k} {a!r} → {b!r}" for k, (a, b) in different.items())
         raise SubspanError(
             f"{folder} belongs to another configuration ({changes}): give another --out, "
             "or --overwrite"
@@ -126,6 +124,12 @@ def damage(record: Mapping[str, Any]) -> str | None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return f"{name} must be a number, got {value!r}"
     return None
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two configurations say differently; what one does not know it leaves at null."""
+    a, b = plain(theirs), plain(ours)
+    return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

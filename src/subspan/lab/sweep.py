@@ -10,13 +10,13 @@ import contextlib
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from subspan.errors import Stopped, SubspanError
-from subspan.lab import backends, records
+from subspan.lab import backends, records, trackers
 from subspan.lab.claims import Claim
 from subspan.lab.config import Run, Sweep, Training
 from subspan.lab.intrinsic import intrinsic_dimension
@@ -80,7 +80,7 @@ def sweep(
     config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
     backend: str = "loky", ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda what: None, log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -97,6 +97,7 @@ def sweep(
             which must see ``out`` under this path.
         ray_address: of a cluster; None starts one on this machine.
         say: told in a sentence what else happens: a process died, another sweep is waited for.
+        log: trackers that are told every epoch of every run.
 
     Returns:
         The content of ``sweep.json``.
@@ -109,6 +110,7 @@ def sweep(
         OSError: if the disk is full, likewise.
     """
     backends.check(backend, ray_address, jobs)
+    trackers.check(log)
     points = _points(config)
     _check(config, points)
     failed: dict[str, str] = {}
@@ -122,7 +124,7 @@ def sweep(
     try:
         with backends.opened(backend, ray_address, jobs, config.training) as chosen, claim:
             many = chosen.slots if jobs == -1 else jobs
-            pool = Pool(claim, chosen, many, overwrite, config.processes, say)
+            pool = Pool(claim, chosen, many, overwrite, config.processes, say, log)
             try:
                 with pool:
                     for stage in _stages(config, points):

@@ -13,7 +13,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from subspan import checkpoint, distributed, init
 from subspan.errors import Stopped, SubspanError
 from subspan.files import remove_unfinished
-from subspan.lab import data, nets, records, state, tasks
+from subspan.lab import data, nets, records, state, tasks, trackers
 from subspan.lab.config import Run, Training
 from subspan.lab.evaluate import describe, evaluate
 from subspan.lab.methods import Method, method
@@ -108,7 +108,7 @@ def train(
     run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
     on_step: Callable[[], None] | None = None,
     on_start: Callable[[int, int, Score], None] | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    asked_to_stop: Callable[[], bool] = lambda: False, log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
@@ -126,6 +126,7 @@ def train(
         on_start: called before the first step with the number of steps, and how many of them were
             made before, and the task's score.
         asked_to_stop: asked after each step whether to save and end, as a signal would have it.
+        log: trackers that are told every epoch (:mod:`subspan.lab.trackers`).
 
     Returns:
         The record.
@@ -135,17 +136,19 @@ def train(
             with the record saying so and the last good state kept.
         Stopped: after a signal, or when asked to stop.
     """
+    trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found
     before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
     where = _where(run, out) if before else None
-    loop = _Loop(
-        prepare(run), _accelerator(run.training), out, where, report, on_step, asked_to_stop
-    )
+    ready = prepare(run)
+    accelerator = _accelerator(run.training, log_with=list(log) or None, project_dir=out)
+    loop = _Loop(ready, accelerator, out, where, report, on_step, asked_to_stop)
     loop.open()
     if on_start:
         on_start(loop.steps * run.training.epochs, loop.done, loop.score)
     try:
+        loop.log.begin(run.as_dict(), loop.record["history"])
         with loop.signals:
             loop.fit()
         loop.finish()
@@ -156,15 +159,17 @@ def train(
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
             loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
         raise
+    finally:
+        loop.log.end()
     return loop.record
 
 
 def _where(run: Run, out: Path) -> dict[str, Any] | None:
     """Where an earlier training of this run stands, if that can be told."""
     found = state.read(out / state.FILE)
-    config = records.plain(run.as_dict())
     # A file of another run is there if that one was just being replaced when all ended.
-    return found if found is not None and found["config"] == config else None
+    same = found is not None and not records.differences(found["config"], run.as_dict())
+    return found if same else None
 
 
 class _Signals:
@@ -201,22 +206,20 @@ class _Loop:
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
         self.signals = _Signals()
         self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
+        self.log = trackers.Log(accelerator, out, where.get("log") if where else None)
         self.training = ready.run.training
         device = accelerator.device
         self.memory = records.PeakMemory(device)
         self.started = time.perf_counter() - (where["seconds_total"] if where else 0.0)
         self.task = ready.task.to(device)
         self.score = self.task.score
-        # Many processes take equal parts of every batch, so that a smaller last one is left out.
-        self.drop_last = accelerator.num_processes > 1
         if self.training.batch_size % accelerator.num_processes:
             raise SubspanError(
                 f"batch_size must be a multiple of the {accelerator.num_processes} processes, got "
                 f"{self.training.batch_size}"
             )
-        self.steps = data.steps_per_epoch(
-            self.task.size(), self.training.batch_size, drop_last=self.drop_last
-        )
+        notes = self.notes()
+        self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
         self.model = model.to(device)
@@ -264,9 +267,28 @@ class _Loop:
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
-            "notes": list(ready.task.notes),
+            "notes": notes,
             "error": None,
         }
+
+    def notes(self) -> list[str]:
+        """What readers should know of the data, and of processes that came or went.
+
+        Raises:
+            SubspanError: if other processes than before would make it another run.
+        """
+        if not self.where:
+            return list(self.ready.task.notes)
+        notes = list(self.where.get("notes", self.ready.task.notes))
+        before, now = self.where.get("processes", 1), self.accelerator.num_processes
+        if before != now:
+            if self.ready.method.needs_processes(self.ready.run.options):
+                raise SubspanError(
+                    f"{self.out} was begun in {before} processes, and what they find depends on "
+                    f"their number, got {now}: go on in {before}"
+                )
+            notes.append(f"processes: {before} up to step {self.where['done']:,}, then {now}")
+        return notes
 
     def distributed(self) -> nn.Module:
         """The model with accelerate's wrappers: of mixed precision, of DDP."""
@@ -308,6 +330,7 @@ class _Loop:
             self.write("running")
             if self.report:
                 self.report(row)
+            self.log.epoch(row)
             patience = self.training.patience
             if ready and patience is not None and epoch - self.best_epoch >= patience:
                 break
@@ -344,14 +367,15 @@ class _Loop:
         batches = data.batches(
             self.task.size(), training.batch_size, seed=self.ready.run.seed, epoch=epoch,
             rank=accelerator.process_index, world=accelerator.num_processes,
-            drop_last=self.drop_last, device=accelerator.device,
+            device=accelerator.device,
         )  # fmt: skip
         train_loss = math.nan
-        for step, index in enumerate(batches, start=1):
+        for step, (index, weight) in enumerate(batches, start=1):
             if (epoch - 1) * self.steps + step <= self.done:
                 continue
-            loss = self.step(self.task.batch(index))
-            total, seen = total + loss.detach() * len(index), seen + len(index)
+            loss = self.step(self.task.batch(index), weight)
+            whole = min(training.batch_size, self.task.size() - (step - 1) * training.batch_size)
+            total, seen = total + loss.detach() * whole, seen + whole
             if step % CHECK_EVERY == 0 or step == self.steps:
                 train_loss = self.finite(total / seen, epoch)
             self.done += 1
@@ -381,12 +405,17 @@ class _Loop:
             **more,
         }
 
-    def step(self, batch: Any) -> Tensor:
-        """One step of the optimizer and of the schedule."""
+    def step(self, batch: Any, weight: float) -> Tensor:
+        """One step of the optimizer and of the schedule.
+
+        Gradients are averaged over the processes: times its weight, the mean of each part counts
+        every sample of the joint batch alike.
+        """
 
         def loss() -> Tensor:
             with self.accelerator.autocast():
-                return self.task.loss(self.wrapped, batch)
+                mean = self.task.loss(self.wrapped, batch)
+                return mean if weight == 1 else weight * mean
 
         value = self.ready.method.step(self.optimizer, loss, self.accelerator.backward)
         self.schedule.step()
@@ -426,6 +455,7 @@ class _Loop:
         self.write("complete")
         if self.accelerator.is_main_process:
             (self.out / state.FILE).unlink(missing_ok=True)
+        self.log.score(self.record)
         # The others read the record rather than be sent it: Gloo's thread may still hold what was
         # sent last when Python ends, and aborts the process then. A barrier holds nothing.
         self.accelerator.wait_for_everyone()
@@ -453,9 +483,12 @@ class _Loop:
             "scaler": None if scaler is None else scaler.state_dict(),
             "generators": state.generators(),
             "history": self.record["history"],
+            "log": self.log.state(),
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
             "sent": self.sent,
+            "notes": self.record["notes"],
+            "processes": self.accelerator.num_processes,
             "done": self.done,
             "within": self.within,
             "seconds_total": time.perf_counter() - self.started,
@@ -513,9 +546,10 @@ def on_cpu(training: Training) -> bool:
     return training.device == "cpu" or not torch.accelerator.is_available()
 
 
-def _accelerator(training: Training) -> Accelerator:
+def _accelerator(training: Training, **more: Any) -> Accelerator:
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     distributed.meet_again("gloo" if on_cpu(training) else None)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
-    return Accelerator(cpu=on_cpu(training), mixed_precision=training.mixed_precision)
+    precision = training.mixed_precision
+    return Accelerator(cpu=on_cpu(training), mixed_precision=precision, **more)

@@ -39,6 +39,13 @@ def test_a_changed_file_is_decoded_again(tmp_path):
     assert data.load(str(folder)).test.images[1].unique().tolist() == [21]
 
 
+def test_each_size_is_kept_apart(tmp_path, cache_folder):
+    for name in (str(image_folder(tmp_path / "pets")), "digits"):
+        shapes = [data.load(name, resize=size).image_shape[1:] for size in (None, 5, "5x6", "5x5")]
+        assert shapes[1:] == [(5, 5), (5, 6), (5, 5)]
+    assert len(list(cache_folder.iterdir())) == 6
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\xff" * len(b)])
 def test_a_damaged_file_is_built_again(tmp_path, cache_folder, damage):
     folder = str(image_folder(tmp_path / "pets"))

@@ -62,7 +62,7 @@ def test_validation_is_drawn_from_the_training_part(tmp_path):
 def labels_of(split, batch_size, **options):
     options = {"seed": 0, "epoch": 0, **options}
     parts = data.batches(len(split), batch_size, **options)
-    return [split.select(index).labels.tolist() for index in parts]
+    return [split.select(index).labels.tolist() for index, _ in parts]
 
 
 def flat(lists):
@@ -81,18 +81,11 @@ def test_an_epoch_is_every_sample_once():
 
 def test_images_and_labels_stay_together():
     split = numbered(103)
-    for index in data.batches(103, 10, seed=0, epoch=0):
+    for index, _ in data.batches(103, 10, seed=0, epoch=0):
         images, labels = split.select(index).images, split.select(index).labels
         assert images.dtype == torch.uint8
         assert images.shape == (len(labels), 1, 2, 2)
         assert torch.equal(images[:, 0, 1, 1], labels.to(torch.uint8))
-
-
-def test_drop_last():
-    split = numbered(103)
-    assert [len(batch) for batch in labels_of(split, 10, drop_last=True)] == [10] * 10
-    assert data.steps_per_epoch(len(split), 10, drop_last=True) == 10
-    assert data.steps_per_epoch(len(split), 103, drop_last=True) == 1
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -108,23 +101,29 @@ def test_order_does_not_depend_on_the_batch_size():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_partition_each_global_batch(world):
-    split = numbered(103)
-    whole = labels_of(split, 8)
-    ranks = [labels_of(split, 8, rank=r, world=world) for r in range(world)]
-    assert {len(rank) for rank in ranks} == {len(whole)}
-    for step, batch in enumerate(whole):
+@pytest.mark.parametrize("size", [103, 97, 104])
+def test_ranks_partition_each_global_batch(world, size):
+    """And their weighted means average to that of the whole."""
+    wholes = list(data.batches(size, 8, seed=0, epoch=0))
+    assert all(weight == 1 for _, weight in wholes)
+    values = torch.rand(size, dtype=torch.float64)
+    ranks = [
+        list(data.batches(size, 8, seed=0, epoch=0, rank=r, world=world)) for r in range(world)
+    ]
+    assert {len(rank) for rank in ranks} == {len(wholes)}
+    for step, (whole, _) in enumerate(wholes):
         parts = [rank[step] for rank in ranks]
-        assert flat(parts) == batch
-        sizes = {len(part) for part in parts}
-        assert len(sizes) == 1 or (step == len(whole) - 1 and max(sizes) - min(sizes) == 1)
+        assert torch.equal(torch.cat([index for index, weight in parts if weight]), whole)
+        assert min(len(index) for index, _ in parts) >= 1
+        assert step == len(wholes) - 1 or {weight for _, weight in parts} == {1}
+        mean = sum(weight * values[index].mean() for index, weight in parts) / world
+        assert mean == pytest.approx(values[whole].mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
-        ({"batch_size": 21, "drop_last": True}, "21 out of 20 samples leaves no full batch"),
         ({"batch_size": 10, "world": 4}, "multiple of the number of processes.*use 12"),
         ({"batch_size": 8, "world": 4, "rank": 4}, r"rank must be in \[0, 4\), got 4"),
         ({"batch_size": 8, "seed": -1}, "seed must be an integer"),

@@ -33,6 +33,16 @@ def test_digits():
     assert torch.equal(again.test.images, digits.test.images)
 
 
+def test_digits_resized():
+    digits, larger = data.load("digits"), data.load("digits", resize="16x12")
+    assert larger.image_shape == (1, 16, 12)
+    assert torch.equal(larger.test.labels, digits.test.labels)
+    means = [d.test.images.flatten(1).float().mean(1) for d in (digits, larger)]
+    assert means[1] == pytest.approx(means[0], rel=0.05)
+    with pytest.raises(SubspanError, match="digits has no columns, got label_column 'digit'"):
+        data.load("digits", label_column="digit")
+
+
 def test_names():
     assert data.names() == ["cifar10", "digits", "fashion_mnist", "mnist"]
 
@@ -80,8 +90,9 @@ def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
     again = data.load("someone/pets")
     assert torch.equal(again.train.images, pets.train.images)
     assert again.notes == pets.notes
-    with pytest.raises(SubspanError, match="gave no data set"):  # other columns: another set
-        data.load("someone/pets", label_column="other")
+    for other in ({"label_column": "other"}, {"resize": 5}):  # another set
+        with pytest.raises(SubspanError, match="gave no data set"):
+            data.load("someone/pets", **other)
 
 
 @pytest.mark.usefixtures("no_hub")

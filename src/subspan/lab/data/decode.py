@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ from subspan.lab.data.images import RawData, Split
 from subspan.lab.data.order import TEST, hold_out
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as Picture
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+
+Size = tuple[int, int]  # height and width
 
 
 def read(
@@ -28,6 +31,7 @@ def read(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    size: Size | None = None,
 ) -> RawData:
     """Read and decode an image classification set.
 
@@ -38,6 +42,7 @@ def read(
         revision: the Hub's commit; None for a local folder.
         image_column: where the images are; None finds it.
         label_column: where the labels are; None finds it.
+        size: what every image is resized to; None leaves them as they are.
 
     Raises:
         SubspanError: the set cannot be read, or is not one of equally large, labelled images.
@@ -52,6 +57,12 @@ def read(
             features = dict.fromkeys(next(iter(next(iter(parts.values()))), {}))
     images = _column("image", path, features, datasets.Image, IMAGE_COLUMNS, image_column)
     labels = _column("label", path, features, datasets.ClassLabel, LABEL_COLUMNS, label_column)
+    if not _may_hold_images(features[images]) or images == labels:
+        found = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+        raise SubspanError(
+            f"{path} must have a column of images and another of labels, got {images!r} and "
+            f"{labels!r} of {found}: name the right ones with --image-column and --label-column"
+        )
     classes = getattr(features[labels], "num_classes", None)
     train, test, notes = _choose_parts(path, list(parts))
 
@@ -61,9 +72,9 @@ def read(
         rows = parts[name].select_columns([images, labels])
         if not isinstance(features[images], datasets.Image):
             rows = rows.cast_column(images, datasets.Image())
-        size = pixels[0][0].shape[-2:] if pixels else None
+        like = pixels[0][0].shape[-2:] if pixels else None
         pairs = ((row[images], row[labels]) for row in rows)
-        arrays, part_values = _decode(path, name, pairs, size)
+        arrays, part_values = _decode(path, name, pairs, size, like)
         pixels.append(arrays)
         values.append(part_values)
 
@@ -100,7 +111,7 @@ def _column(
     """The column asked for; else the only one of the type; else one by its usual name."""
     if asked is not None:
         if asked not in features:
-            raise unknown(f"{kind} column", asked, features)
+            raise unknown(f"{kind} column of {path}", asked, features)
         return asked
     typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
     if len(typed) == 1:
@@ -109,46 +120,90 @@ def _column(
         if name in (typed or features):
             return name
     raise SubspanError(
-        f"{path} has no column that is plainly the {kind}: its columns are "
-        f"{', '.join(features)}: name the right one as {kind}_column"
+        f"{path} has no column that is plainly the {kind}: expected one {feature_type.__name__}, "
+        f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
+        f"with --{kind}-column"
     )
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Images, encoded files or paths of them; None is a column that does not say what it is."""
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & feature.keys())
+    encoded = ("string", "large_string", "binary", "large_binary")
+    return feature is None or _kind(feature) in ("Image", *encoded)
+
+
+def _kind(feature: Any) -> str:
+    kind = type(feature).__name__
+    return str(feature.dtype) if kind == "Value" else kind
 
 
 def _choose_parts(path: str, names: list[str]) -> tuple[str, str | None, tuple[str, ...]]:
     """Which part is for training, which for the test (None: none is), and what to say of it."""
     if "train" not in names and len(names) > 1:
-        raise SubspanError(f"{path} must have a part 'train' or one part only, got {names}")
+        raise SubspanError(
+            f"{path} must have a part 'train', or one part only, found {', '.join(names)}"
+        )
     train = "train" if "train" in names else names[0]
     test = next((name for name in TEST_SPLITS if name in names and name != train), None)
     if test is None:
-        return train, None, ("no test part: 1/6 of the images, drawn once for all, serve as it",)
+        note = "no test part: 1/6 of the images, the same for every seed of a run, serve as it"
+        return train, None, (note,)
     if test != "test":
         return train, test, (f"no test part: the part {test!r} serves as it",)
     return train, test, ()
 
 
-def to_array(image: Image) -> np.ndarray:
-    """Decode one image: uint8 (H, W) if it is grey, else RGB as (3, H, W)."""
-    if image.mode in ("1", "L", "LA"):
-        return np.asarray(image.convert("L"))
+def parse_size(resize: int | str) -> Size:
+    """Height and width, of "28x32", or of one number for both.
+
+    Raises:
+        SubspanError: for anything else.
+    """
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", str(resize))
+    if found is None:
+        raise SubspanError(
+            f"resize must be a number of pixels, or height x width as in 28x32, got {resize!r}"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
+def to_array(image: Picture, size: Size | None = None) -> np.ndarray:
+    """Decode one image: uint8 (H, W) if it is grey, else RGB as (3, H, W).
+
+    Args:
+        image: of any mode.
+        size: what it is resized to, whatever its shape; without steps where it becomes smaller.
+    """
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
-        return (np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8)
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        plain = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    else:
+        plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    if size:
+        # Each pixel is the mean of all that it covers: Pillow's filters grow with the step.
+        plain = plain.resize(size[::-1], Image.Resampling.BILINEAR)
+    array = np.asarray(plain)
+    return array if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _decode(
-    path: str, part: str, pairs: Iterable[tuple[Image, Any]], size: tuple[int, ...] | None
-) -> tuple[list[np.ndarray], list[Any]]:
-    """One part's decoded images, all of ``size`` (None: of the first one's), and its labels."""
+    path: str, part: str, pairs: Iterable[tuple[Picture, Any]], size: Size | None,
+    like: tuple[int, ...] | None,
+) -> tuple[list[np.ndarray], list[Any]]:  # fmt: skip
+    """One part's images, resized to ``size``, else all ``like`` the first; and its labels."""
     arrays, values = [], []
     with _readable(path):
         for image, value in pairs:
-            array = to_array(image)
-            size = size or array.shape[-2:]
-            if array.shape[-2:] != size:  # at once: large photographs would fill the memory
+            array = to_array(image, size)
+            like = like or array.shape[-2:]
+            if array.shape[-2:] != like:  # at once: large photographs would fill the memory
                 raise SubspanError(
-                    f"all images of {path} must have one size, found {size[0]}x{size[1]} and "
-                    f"{array.shape[-2]}x{array.shape[-1]} (height x width): resize them to one"
+                    f"all images of {path} must have one size, found {like[0]}x{like[1]} and "
+                    f"{array.shape[-2]}x{array.shape[-1]} (height x width): give the one to "
+                    "resize them to, as in --resize 32 or --resize 28x32"
                 )
             arrays.append(array)
             values.append(value)
@@ -177,7 +232,10 @@ def _encode(path: str, parts: list[list[Any]], classes: int | None) -> tuple[lis
     types = {type(value) for value in every}
     if types not in ({int}, {bool}, {str}):
         found = ", ".join(sorted(kind.__name__ for kind in types))
-        raise SubspanError(f"labels of {path} must all be integers or all strings, got {found}")
+        raise SubspanError(
+            f"labels of {path} must all be integers or all strings, got {found}: name another "
+            "column with --label-column, or leave out images without a label"
+        )
     known = range(classes) if classes else sorted(set(every))
     number = {value: i for i, value in enumerate(known)}
     if unlabelled := set(every) - set(number):

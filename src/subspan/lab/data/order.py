@@ -47,20 +47,15 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
     return split.select(order[held:].sort().values), split.select(order[:held].sort().values)
 
 
-def steps_per_epoch(size: int, batch_size: int, *, drop_last: bool = False) -> int:
+def steps_per_epoch(size: int, batch_size: int) -> int:
     """How many batches there are in an epoch of ``size`` samples.
 
     Raises:
-        SubspanError: ``batch_size`` is below 1, or above the size with ``drop_last``.
+        SubspanError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise SubspanError(f"batch size must be at least 1, got {batch_size}")
-    if drop_last and batch_size > size:
-        raise SubspanError(
-            f"a batch of {batch_size} out of {size} samples leaves no full batch: "
-            "use a smaller batch size"
-        )
-    return size // batch_size if drop_last else -(-size // batch_size)
+    return -(-size // batch_size)
 
 
 def batches(
@@ -71,15 +66,14 @@ def batches(
     epoch: int,
     rank: int = 0,
     world: int = 1,
-    drop_last: bool = False,
     device: torch.device | str = "cpu",
-) -> Iterator[Tensor]:
-    """One epoch of batches: the indices of their samples.
+) -> Iterator[tuple[Tensor, float]]:
+    """One epoch of batches: the indices of their samples, and what their mean weighs.
 
     The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
-    of equal parts of each. Only the last, smaller batch may not be divisible; its parts then
-    differ by one sample (and are empty on some ranks if it has fewer samples than ranks), so that
-    every sample comes exactly once; ``drop_last`` leaves that batch out.
+    of equal parts of each. Only the last, smaller batch may not be divisible: some parts then have
+    one sample less, and their means weigh less, so that the average over the ranks of weight times
+    mean is the mean of the joint batch.
 
     Args:
         size: how many samples there are.
@@ -88,16 +82,17 @@ def batches(
         epoch: of the order, in [0, 2³²).
         rank: this process, in [0, world).
         world: number of processes.
-        drop_last: whether to leave out a last, smaller batch.
         device: where the indices are to be.
 
     Returns:
-        An iterator over int64 (n,), every number of [0, size) once.
+        An iterator over the indices, int64 (n,) with n at least 1, and the weight: the share of the
+        batch that this part is, times ``world``. It is 1 but for a last, smaller batch, and 0 for
+        the sample of a rank to which none is left.
 
     Raises:
         SubspanError: at the call, not at the first batch: a size or rank out of its range.
     """
-    steps = steps_per_epoch(size, batch_size, drop_last=drop_last)
+    steps = steps_per_epoch(size, batch_size)
     if batch_size % world:
         raise SubspanError(
             f"batch size must be a multiple of the number of processes, got {batch_size} for "
@@ -106,9 +101,12 @@ def batches(
     if not 0 <= rank < world:
         raise SubspanError(f"rank must be in [0, {world}), got {rank}")
     order = permutation(size, seed=seed, stream=BATCHES, epoch=epoch, device=device)
-    parts = (order[step * batch_size :][:batch_size] for step in range(steps))
-    return (part[_bounds(len(part), rank, world)] for part in parts)
+    wholes = (order[step * batch_size :][:batch_size] for step in range(steps))
+    return (_part(whole, rank, world) for whole in wholes)
 
 
-def _bounds(size: int, rank: int, world: int) -> slice:
-    return slice(size * rank // world, size * (rank + 1) // world)
+def _part(whole: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
+    size = len(whole)
+    own = whole[size * rank // world : size * (rank + 1) // world]
+    # Everyone takes part in a step, if only by a sample that weighs nothing.
+    return own if len(own) else whole[:1], len(own) * world / size

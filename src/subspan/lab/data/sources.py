@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from subspan.errors import SubspanError, unknown
@@ -40,6 +41,7 @@ def load(
     device: torch.device | str = "cpu",
     image_column: str | None = None,
     label_column: str | None = None,
+    resize: int | str | None = None,
 ) -> ImageData:
     """Load an image classification set.
 
@@ -59,12 +61,15 @@ def load(
         device: where the tensors go.
         image_column: where the images are, if it cannot be told from the columns' types and names.
         label_column: where the labels are, likewise.
+        resize: what all images are resized to while they are decoded: 32, or "28x32", height x
+            width. None leaves them as they are; they must then have one size.
 
     Raises:
         SubspanError: there is no such set, it cannot be reached or read, or it is not one of
             equally large, labelled images.
     """
-    identity, read = _find(name, image_column, label_column)
+    size = None if resize is None else decode.parse_size(resize)
+    identity, read = _find(name, image_column, label_column, size)
     digest = hashlib.blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=8).hexdigest()
     readable = re.sub(r"[^\w.-]+", "-", Path(identity[0]).name)
 
@@ -92,19 +97,25 @@ def load(
 
 
 def _find(
-    name: str, image_column: str | None, label_column: str | None
+    name: str, image_column: str | None, label_column: str | None, size: decode.Size | None
 ) -> tuple[list[Any], Callable[[], RawData]]:
     """What identifies the set's content, as JSON can hold it, and the function that reads it."""
     if not name:
         raise unknown("data set", name, names())
     columns = {"image_column": image_column, "label_column": label_column}
+    resized = [] if size is None else [size]
     folder = _local_folder(name)
     if folder:
-        return [*_contents(folder), columns], partial(decode.read, str(folder), **columns)
+        read = partial(decode.read, str(folder), size=size, **columns)
+        return [*_contents(folder), columns, *resized], read
     if name == "digits":
-        return [name], _read_digits
+        for column, asked in columns.items():
+            if asked is not None:
+                raise SubspanError(f"digits has no columns, got {column} {asked!r}: leave it out")
+        return [name, *resized], partial(_read_digits, size)
     hub_name = HUB.get(name, name)
-    return [hub_name, columns], partial(_read_hub, name, hub_name, **columns)
+    read = partial(_read_hub, name, hub_name, size=size, **columns)
+    return [hub_name, columns, *resized], read
 
 
 def _local_folder(name: str) -> Path | None:
@@ -134,18 +145,21 @@ def _contents(folder: Path) -> list[Any]:
     return [str(folder), files]
 
 
-def _read_digits() -> RawData:
+def _read_digits(size: decode.Size | None) -> RawData:
     """The 1,797 digits of 8x8 pixels in 16 grey levels that come with scikit-learn."""
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.from_numpy((digits.images * (255 / 16)).round().astype("uint8")).unsqueeze(1)
+    levels = (digits.images * (255 / 16)).round().astype("uint8")
+    arrays = [decode.to_array(Image.fromarray(image), size) for image in levels]
+    images = torch.from_numpy(np.stack(arrays)).unsqueeze(1)
     every = Split(images, torch.from_numpy(digits.target).long())
     train, test = hold_out(every, 0.2, seed=0, stream=TEST)
     return RawData(train, test, classes=10)
 
 
-def _read_hub(name: str, hub_name: str, **columns: str | None) -> RawData:
+def _read_hub(name: str, hub_name: str, **decoding: Any) -> RawData:
     """Read the newest revision of a set on the Hub, and note which it is."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -156,7 +170,7 @@ def _read_hub(name: str, hub_name: str, **columns: str | None) -> RawData:
         raise _not_on_hub(name, "it has no such set") from error
     except Exception as error:  # no network: the client's versions raise other types
         raise _not_on_hub(name, f"{type(error).__name__}: {error}") from error
-    raw = decode.read(hub_name, revision=revision, **columns)
+    raw = decode.read(hub_name, revision=revision, **decoding)
     return replace(raw, notes=(f"{hub_name} at revision {revision}", *raw.notes))
 
 

@@ -118,6 +118,10 @@ class Method(ABC):
         optimizer.step()
         return value
 
+    def needs_processes(self, options: Mapping[str, Any]) -> bool:
+        """Whether in another number of processes a run would be another, beyond rounding."""
+        return False
+
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """What else an epoch's row should say, after its last step: JSON values by name."""
         return {}

@@ -97,6 +97,10 @@ class Bases(Method):
         optimizer.step(evaluation)  # type: ignore[arg-type]
         return torch.stack(seen).mean()
 
+    def needs_processes(self, options: Mapping[str, Any]) -> bool:
+        """Independent workers each have a basis of their own."""
+        return options.get("workers") == "independent"
+
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """How much of the last batch's gradient the next basis catches, by compartment."""
         assert isinstance(optimizer, RandomBases)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -151,6 +151,7 @@ def reproduce(
     overwrite: bool = False, on_run: Callable[[Outcome, int], None] | None = None,
     done: Callable[[str], None] = lambda what: None, backend: str = "loky",
     ray_address: str | None = None, say: Callable[[str], None] = lambda what: None,
+    log: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment and write its report, published and measured side by side.
 
@@ -169,13 +170,15 @@ def reproduce(
         backend: as of :func:`subspan.lab.sweep.sweep`.
         ray_address: likewise.
         say: likewise.
+        log: likewise.
 
     Returns:
         The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name or budget, data for a benchmark, or Ray for times.
+        SubspanError: for an unknown name or budget, data or trackers for a benchmark, or Ray for
+            times.
     """
     chosen = experiment(name)
     backends.check(backend, ray_address, jobs)
@@ -186,6 +189,8 @@ def reproduce(
     if isinstance(chosen, Timing):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
+        if log:
+            raise SubspanError(f"{name} is a benchmark, it has no runs to log: leave out --log")
         record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
         picture.write(record, out)
         return {"": record}
@@ -214,7 +219,7 @@ def reproduce(
 
     results = sweep_parts(
         parts, out, jobs=jobs, backend=backend, ray_address=ray_address, on_run=on_run,
-        extra=extra, overwrite=overwrite, say=say,
+        extra=extra, overwrite=overwrite, say=say, log=log,
     )  # fmt: skip
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)

@@ -24,7 +24,9 @@ def load(training: Training, seed: int) -> Classification:
     """
     assert training.net is not None
     assert training.data is not None
-    images = data.load(training.data, validation=training.validation, seed=seed)
+    images = data.load(
+        training.data, validation=training.validation, seed=seed, **training.decoding
+    )
     return Classification(images, training.net)
 
 
