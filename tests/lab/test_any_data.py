@@ -109,6 +109,6 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path):
             assert content["config"].pop(name) is None
     records.write_json(tmp_path / "record.json", record)
     state.write(tmp_path / state.FILE, where)
-    done = train(run, tmp_path, on_start=lambda *told: starts.append(told))
+    done = train(run, tmp_path, on_start=lambda *told: starts.append(told[:2]))
     assert starts == [(2 * STEPS, STEPS)]
     assert done["status"] == "complete"

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from subspan import SubspanError, files
@@ -161,6 +162,8 @@ def test_a_killed_worker_is_replaced(tmp_path):
     pids = [pid for _, pid in begun(tmp_path)]
     assert one.pid not in pids
     os.kill(pids[0], signal.SIGKILL)
+    # The other worker of the pool is killed with it: only then may runs end.
+    until(lambda: not any(map(psutil.pid_exists, pids)), one)
     (tmp_path / "wait-hash").unlink()
     code, out, err = ended(one)
     assert (code, err) == (0, "")

@@ -167,7 +167,7 @@ DAMAGE = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:99]), "is damaged or no record"),
     "empty": (lambda path: path.write_text(""), "is damaged or no record of subspan"),
     "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged or no record of subspan"),
-    "newer": (lambda path: edited(path, format=99), "has format 99; .* reads up to 1: upgrade"),
+    "newer": (lambda path: edited(path, format=99), "has format 99; .* reads up to 2: upgrade"),
     "no format": (lambda path: edited(path, format="1"), r"\(its format is '1'\): restore it"),
     "no config": (lambda path: edited(path, config=...), "lacks config or status"),
     "other config": (

@@ -36,7 +36,7 @@ def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
         out = tmp_path / name
         record = train(a_run(dim=30, epochs=2, mixed_precision=precision), out)
         found = evaluate_checkpoint(out / "model.safetensors")
-        assert found["test_score"] == record["test_score"]
+        assert found["test_accuracy"] == record["test_score"]
     assert exact == [True] * 3
     losses = [record_of(tmp_path / name)["history"][0]["train_loss"] for name in "abc"]
     assert losses[0] == losses[2] != losses[1]
@@ -125,11 +125,11 @@ def test_a_net_of_the_users_own(own_net, in_tmp_path, monkeypatch):
     for out, record in zip("abc", records, strict=True):
         file = in_tmp_path / out / "model.safetensors"
         assert checkpoint.inspect(file)["init_seed"] is None
-        assert evaluate_checkpoint(file)["test_score"] == record["test_score"]
+        assert evaluate_checkpoint(file)["test_accuracy"] == record["test_score"]
     seeded = train(a_run(dim=60, net=f"{own_net}:Net", init="seed"), in_tmp_path / "seed")
     file = in_tmp_path / "seed" / "model.safetensors"
     assert checkpoint.inspect(file)["init_seed"] == 0
-    assert evaluate_checkpoint(file)["test_score"] == seeded["test_score"]
+    assert evaluate_checkpoint(file)["test_accuracy"] == seeded["test_score"]
     # Another base: the file says that it does not fit.
     module = sys.modules[own_net]
     monkeypatch.setattr(
@@ -178,7 +178,7 @@ def test_running_statistics_are_counted(in_tmp_path):
         # Means, variances, and the count of batches of each of seven normalisations.
         assert record["stored_parameters"] == trained + 240 + 240 + 7
         found = evaluate_checkpoint(in_tmp_path / method / "model.safetensors")
-        assert found["test_score"] == record["test_score"]
+        assert found["test_accuracy"] == record["test_score"]
 
 
 def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_ranks_partition_each_global_batch(world, size):
         assert min(len(index) for index, _ in parts) >= 1
         assert step == len(wholes) - 1 or {weight for _, weight in parts} == {1}
         mean = sum(weight * values[index].mean() for index, weight in parts) / world
-        assert mean == pytest.approx(values[whole].mean(), rel=1e-12)
+        assert float(mean) == pytest.approx(float(values[whole].mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize(
