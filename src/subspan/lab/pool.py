@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any
 
 import joblib
@@ -19,6 +16,7 @@ from subspan.errors import Stopped, SubspanError
 from subspan.lab.backends import Backend
 from subspan.lab.claims import Claim
 from subspan.lab.jobs import Job, Outcome, Pending, perform
+from subspan.lab.signals import Signals
 from subspan.lab.train import completed
 
 PAUSE = 1.0  # seconds between looks at the runs of another sweep
@@ -51,22 +49,18 @@ class Pool:
     log: Sequence[str] = ()
     stopped_by: int = 0
     """The number of the signal that asked for the end."""
-    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._signals = Signals("at once", self._note)
 
     def __enter__(self) -> Pool:
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(*error)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """The first signal lets runs save where they are; the second has its effect at once."""
-        if self.stopped_by:
-            raise Stopped("stopped at once", number)
+    def _note(self, number: int) -> None:
         self._stop(number)
         self.say("stopping: runs save where they are; a second signal does not wait for them")
 

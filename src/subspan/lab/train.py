@@ -11,7 +11,6 @@ import contextlib
 import math
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from subspan.lab.config import Run, Training
 from subspan.lab.evaluate import describe, evaluate
 from subspan.lab.methods import Method, method
 from subspan.lab.score import Score
+from subspan.lab.signals import Signals
 from subspan.lab.tasks import Task
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -172,29 +172,6 @@ def _where(run: Run, out: Path) -> dict[str, Any] | None:
     return found if same else None
 
 
-class _Signals:
-    """Remembers the first SIGINT or SIGTERM; the second has the usual effect at once."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.seen:
-            raise Stopped("stopped in the middle of a step", number)
-        self.seen = number
-
-
 class _Loop:
     """The state of a run: the model, what has been measured so far, and the files."""
 
@@ -204,7 +181,7 @@ class _Loop:
         asked_to_stop: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
-        self.signals = _Signals()
+        self.signals = Signals("in the middle of a step")
         self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
         self.log = trackers.Log(accelerator, out, where.get("log") if where else None)
         self.training = ready.run.training
