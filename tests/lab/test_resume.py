@@ -16,8 +16,7 @@ from torch import nn
 
 from subspan import SubspanError
 from subspan.errors import Stopped
-from subspan.lab import state
-from subspan.lab import train as loop
+from subspan.lab import loop, state
 from subspan.lab.train import train
 from tests.lab.killed import RUN as KILLED
 from tests.lab.runs import a_run, contents, record_of
@@ -129,7 +128,7 @@ def test_killed_while_it_finished(missing, tmp_path, monkeypatch):
 
     def stop(row):
         if row["epoch"] == KILLED.training.epochs:
-            monkeypatch.setattr(loop._Loop, "finish", no_power)
+            monkeypatch.setattr(loop.Loop, "finish", no_power)
 
     with pytest.raises(OSError, match="power failure"):
         train(KILLED, out, report=stop)

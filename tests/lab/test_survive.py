@@ -14,7 +14,7 @@ import pytest
 from subspan import SubspanError, files
 from subspan.errors import Stopped
 from subspan.lab import claims
-from subspan.lab import train as loop
+from subspan.lab import train as trainer
 from subspan.lab.claims import Claim
 from subspan.lab.pool import KILLED
 from subspan.lab.sweep import sweep
@@ -245,10 +245,10 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     def on_run(outcome, left):
         done.append(outcome[0].name)
         monkeypatch.setattr(files.os, "fsync", no_room)
-        monkeypatch.setattr(loop, "prepare", lambda run: tried.append(run) or prepare(run))
+        monkeypatch.setattr(trainer, "prepare", lambda run: tried.append(run) or prepare(run))
         monkeypatch.setattr(claims.records, "write_json", lambda *_: None)
 
-    prepare = loop.prepare
+    prepare = trainer.prepare
     config = a_sweep(dims=("10", "20", "40"))
     words = f"{os.strerror(number)}; 1 of 4 runs are complete and kept: make room"
     with pytest.raises(OSError, match=words) as caught:
@@ -284,8 +284,8 @@ def test_an_interrupt_before_a_step(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         return prepare(run)
 
-    prepare = loop.prepare
-    monkeypatch.setattr(loop, "prepare", interrupted)
+    prepare = trainer.prepare
+    monkeypatch.setattr(trainer, "prepare", interrupted)
     with pytest.raises(Stopped, match="stopped, 0 of 3 runs are complete; to go on") as caught:
         sweep(a_sweep(epochs=2), tmp_path, jobs=1)
     assert caught.value.signal == signal.SIGTERM

@@ -13,7 +13,8 @@ import time
 import pytest
 import torch
 
-import subspan.lab.train as loop
+import subspan.lab.loop as loop
+import subspan.lab.train as trainer
 from subspan import files
 from subspan.errors import SubspanError
 from subspan.lab import data
@@ -144,7 +145,7 @@ def test_another_seed_is_another_run(tmp_path):
 def test_a_complete_run_is_not_repeated(trained, tmp_path, monkeypatch):
     out = copied(trained, tmp_path / "run")
     before = contents(out)
-    monkeypatch.setattr(loop, "prepare", None)
+    monkeypatch.setattr(trainer, "prepare", None)
     run = a_run(dim=40, epochs=2)
     assert train(run, out) == record_of(trained)
     assert train(run, out, overwrite=True) == record_of(trained)

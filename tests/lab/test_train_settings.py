@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-import subspan.lab.train as loop
+import subspan.lab.loop as loop
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.lab.train import schedule, train
+from subspan.lab.loop import schedule
+from subspan.lab.train import train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
 
@@ -182,7 +183,7 @@ def test_running_statistics_are_counted(in_tmp_path):
 
 
 def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):
-    accelerator = loop._accelerator(a_run(dim=5).training)
+    accelerator = loop.accelerator(a_run(dim=5).training)
     monkeypatch.setattr(type(accelerator), "num_processes", 3)
     with pytest.raises(
         SubspanError, match="batch_size must be a multiple of the 3 processes, got 128"

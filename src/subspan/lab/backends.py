@@ -16,7 +16,7 @@ import joblib
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab.config import Training
-from subspan.lab.train import on_cpu
+from subspan.lab.loop import on_cpu
 
 Name = Literal["loky", "ray"]
 ANSWER_WITHIN = 5.0  # seconds for the head of a cluster to accept a connection

@@ -23,12 +23,13 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from subspan.lab import data, nets
-from subspan.lab import train as trainer
+from subspan.lab import loop as loops
 from subspan.lab.bench.timing import ROUNDS, Timing
 from subspan.lab.config import Run, Training
 from subspan.lab.data.images import statistics
 from subspan.lab.data.order import BATCHES, permutation
 from subspan.lab.methods import method
+from subspan.lab.tasks.classification import Classification
 
 IMAGES, HELD_OUT = 60_000, 5_000  # of MNIST's size, random
 TURN = 8  # steps
@@ -164,10 +165,11 @@ def _interleaved(
     place: Any = device.type
     training = Training(net, "noise", epochs=epochs, batch_size=batch_size, device=place)
     run = Run(training, name, options, RATE)
-    ready = trainer.Prepared(run, images, how, model(), init_seed=None)
+    task = Classification(images, net)
+    ready = loops.Prepared(run, task, how, model(), init_seed=None)
     with tempfile.TemporaryDirectory() as folder:
-        accelerator = trainer._accelerator(training)
-        loop = trainer._Loop(ready, accelerator, Path(folder), None, report, on_step)
+        accelerator = loops.accelerator(training)
+        loop = loops.Loop(ready, accelerator, Path(folder), None, report, on_step)
         loop.open()
         clock.lap()
         loop.fit()
