@@ -268,7 +268,9 @@ def bench(argv: Arguments) -> None:
 
     ``products``: P w and Pᵀ g; ``steps``: training in a fixed subspace; ``memory``: the peaks of
     that; ``optimizers``: training in bases that are redrawn at every step; ``lowrank``: five
-    layers of low rank against dense ones; ``sums``: products of sums, a layer and LeNet.
+    layers of low rank against dense ones; ``sums``: products of sums, a layer and LeNet. Only if it
+    is named, ``laboratory``: an epoch of subspan train, as it is and in a subspace, against an
+    epoch of a bare loop over the same batches.
 
     Everything is measured in turns, and given as a ratio: products against a matrix that is
     stored, steps and memory against plain Adam (or SGD) on all weights.

@@ -17,6 +17,7 @@ from subspan.lab.bench import (
     Bench,
     bench,
     candidates,
+    laboratory,
     lowrank,
     memory,
     optimizers,
@@ -364,3 +365,84 @@ def test_what_is_compared_is_the_same():
 def test_ranks_that_no_layer_has():
     with pytest.raises(SubspanError, match=r"ranks must be in \[1, 16\], the width, got 17"):
         Bench(width=16, ranks=(2, 17))
+
+
+# ---- the laboratory ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(laboratory, "IMAGES", 300)
+    monkeypatch.setattr(laboratory, "HELD_OUT", 1100)
+    monkeypatch.setattr(laboratory, "TURN", 2)
+
+
+def test_both_loops_are_the_same_training(few_images, tmp_path):
+    """The same batches, rates and steps: the same weights, turn by turn."""
+    images = laboratory.random_images(CPU)
+    seen, models = {"bare": [], "laboratory": []}, {}
+    for name in seen:
+        torch.manual_seed(0)
+        models[name] = laboratory.nets.build("mlp-8", images.image_shape)
+    orders = [
+        laboratory.permutation(300, seed=0, stream=laboratory.BATCHES, epoch=epoch)
+        for epoch in (1, 2)
+    ]
+    for _ in laboratory.bare(models["bare"], images, 64, orders):
+        pass
+    training = laboratory.Training("mlp-8", "noise", epochs=2, batch_size=64)
+    run = laboratory.Run(training, "full", {}, laboratory.RATE)
+    how = laboratory.method("full")
+    ready = laboratory.trainer.Prepared(run, images, how, models["laboratory"], None)
+    accelerator = laboratory.trainer._accelerator(training)
+    loop = laboratory.trainer._Loop(ready, accelerator, tmp_path, None, None, None)
+    loop.open()
+    loop.fit()
+    ours, bare = (dict(models[name].named_parameters()) for name in ("laboratory", "bare"))
+    assert all(torch.allclose(ours[name], bare[name], atol=1e-6) for name in ours)
+    assert models["bare"].training is False
+
+
+def test_loops_take_turns(few_images, monkeypatch):
+    """Each has all steps and the evaluation of an epoch to itself; the first epoch is dropped."""
+    turns, plain = [], laboratory.Clock.lap
+
+    def lap(self):
+        turns.append(plain(self))
+        return turns[-1]
+
+    monkeypatch.setattr(laboratory.Clock, "lap", lap)
+    told = []
+    rows = laboratory.measure(["mlp-8"], 10, 64, 1e-3, CPU, told.append)
+    assert told == ["epochs of mlp-8, full", "epochs of mlp-8, hash"]
+    names = [(row["method"], row["projection"]) for row in rows]
+    assert names == [(m, loop) for m in ("full", "hash") for loop in ("bare", "laboratory")]
+    for row in rows:
+        assert (row["net"], row["images"], row["batch_size"]) == ("mlp-8", 300, 64)
+        assert 0 < row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert row["step"]["calls"] == ROUNDS[0]
+    # Of 5 steps: after 2, after 4, and after the evaluation; two laps each. One lap before all,
+    # and one when the laboratory begins.
+    epochs = ROUNDS[0] + 1
+    assert len(turns) == len(laboratory.METHODS) * (2 + 3 * 2 * epochs)
+    of_an_epoch = turns[2 + 6 : 2 + 6 * epochs]
+    for row, first in ((rows[1], 0), (rows[0], 1)):
+        medians = [sorted(of_an_epoch[first + turn :: 6])[ROUNDS[0] // 2] for turn in (0, 2, 4)]
+        assert row["step"]["median"] == pytest.approx(sum(medians))
+
+
+def test_the_laboratory_is_measured_if_it_is_named(few_images, in_tmp_path, cli):
+    assert "laboratory" not in Bench().parts
+    words = [*WORDS, "--parts", "laboratory", "--nets", "mlp-8", "--dim", "10"]
+    said = cli(*words)
+    assert (said.code, said.err) == (0, "")
+    assert "epoch of mlp-8, hash: 300 images, batch of 128" in said.out
+    assert "× bare" in said.out
+    record = json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    first, second = picture.draw(record).axes
+    assert first.get_xlabel() == "times the bare loop"
+    ratio = record["laboratory"][3]["step"]["median"] / record["laboratory"][2]["step"]["median"]
+    ends = [bar.get_x() + bar.get_width() for bar in second.patches]
+    assert ends == pytest.approx([1, ratio])
+    with pytest.raises(SubspanError, match="d=1000000 does not fit"):
+        Bench(parts=("laboratory",), nets=("mlp-8",), dim=10**6)

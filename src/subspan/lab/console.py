@@ -247,6 +247,15 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
             cells = [*counts, _milliseconds(row["step"]), _ratio(row["step"], dense["step"])]
             table.add_row(row["projection"], *cells)
         console.print(table)
+    for (net, name), rows in grouped(record.get("laboratory", ()), "net", "method"):
+        bare = rows[0]
+        say(f"\nepoch of {net}, {name}: {bare['images']:,} images, batch of {bare['batch_size']}")
+        table = _table("loop", "epoch ms", "× bare")
+        for row in rows:
+            table.add_row(
+                row["projection"], _milliseconds(row["step"]), _ratio(row["step"], bare["step"])
+            )
+        console.print(table)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
 

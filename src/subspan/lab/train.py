@@ -1,7 +1,7 @@
 """One training run: a network, a data set, a method; a checkpoint and a record on disk.
 
-The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``accelerate
-launch``, on CPUs ``torchrun``). Choices look at the validation part only; the test set is read
+The loop is accelerate's: CPU or GPU, mixed precision, one process or many (``torchrun``,
+``accelerate launch``). Choices look at the validation part only; the test set is read
 once, at the end.
 """
 
@@ -217,7 +217,10 @@ class _Loop:
             self.model, ready.run, out, begun_with, steps=total,
             resume=where["done"] if where else None,
         )  # fmt: skip
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
+        scaled = accelerator.scaler is not None
+        self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
+        self.backward = accelerator.backward if scaled else Tensor.backward
         self.wrapped = self.distributed()
         self.schedule = schedule(optimizer, self.training.schedule, ready.run.lr, total)
         self.done = 0  # steps
@@ -408,7 +411,7 @@ class _Loop:
                 total = cross_entropy(scores, labels, ignore_index=data.FILL, reduction="sum")
                 return total / share
 
-        value = self.ready.method.step(self.optimizer, loss, self.accelerator.backward)
+        value = self.ready.method.step(self.optimizer, loss, self.backward)
         self.schedule.step()
         return value
 

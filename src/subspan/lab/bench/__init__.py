@@ -15,11 +15,21 @@ import torch
 
 from subspan.errors import SubspanError, unknown
 from subspan.lab import records
-from subspan.lab.bench import candidates, lowrank, memory, optimizers, products, steps, sums
+from subspan.lab.bench import (
+    candidates,
+    laboratory,
+    lowrank,
+    memory,
+    optimizers,
+    products,
+    steps,
+    sums,
+)
 from subspan.lab.bench.timing import copy_bandwidth
 
 FILE = "bench.json"
-PARTS = ("products", "steps", "memory", "optimizers", "lowrank", "sums")
+USUAL = ("products", "steps", "memory", "optimizers", "lowrank", "sums")
+PARTS = (*USUAL, "laboratory")
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,9 @@ class Bench:
     Args:
         parts: of "products" (P w and Pᵀ g), "steps" (of training in a fixed subspace), "memory"
             (their peaks), "optimizers" (steps in bases that are redrawn), "lowrank" (layers of low
-            rank against dense ones: steps, inference, memory) and "sums" (products of sums: a
-            layer, LeNet).
+            rank against dense ones: steps, inference, memory), "sums" (products of sums: a layer,
+            LeNet) and, only if it is named, "laboratory" (epochs of ``subspan train`` against those
+            of a bare loop).
         methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
         sizes: D by d for products and memory, "61706x1000".
         nets: networks whose training steps are timed.
@@ -42,7 +53,7 @@ class Bench:
         device: "cpu", "cuda"; "auto" for the GPU where there is one.
     """
 
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = USUAL
     methods: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("61706x1000",)
     nets: tuple[str, ...] = ("lenet", "mlp")
@@ -66,7 +77,7 @@ class Bench:
         candidates.chosen(self.methods)
         for out_dim, in_dim in self.pairs():
             candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
-        for net in self.nets if {"steps", "optimizers"} & set(self.parts) else ():
+        for net in self.nets if {"steps", "optimizers", "laboratory"} & set(self.parts) else ():
             candidates.make("hash", steps.weights_of(net), self.dim)
         _ = self.place
 
@@ -146,6 +157,9 @@ def bench(
         "sums": lambda: sums.measure(
             settings.width, settings.batch_size, settings.seconds, device, done
         ),
+        "laboratory": lambda: laboratory.measure(
+            settings.nets, settings.dim, settings.batch_size, settings.seconds, device, done
+        ),
     }  # fmt: skip
     for part in PARTS:
         if part in settings.parts and part not in record:
@@ -161,6 +175,6 @@ def total(settings: Bench) -> int:
     sizes, nets = len(settings.sizes), len(settings.nets)
     counts = {
         "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1,
-        "sums": 2,
+        "sums": 2, "laboratory": nets * len(laboratory.METHODS),
     }  # fmt: skip
     return 1 + sum(counts[part] for part in settings.parts)

@@ -47,6 +47,8 @@ def draw(record: dict[str, Any]) -> Figure:
         panels.append((_by_rank, title, rows))
     for (what,), rows in grouped(record.get("sums", ()), "what"):
         panels.append((_steps, f"{what}, batch {rows[0]['batch_size']}", rows))
+    for (net, name), rows in grouped(record.get("laboratory", ()), "net", "method"):
+        panels.append((_steps, f"epoch of {net}, {name}, batch {rows[0]['batch_size']}", rows))
     columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
@@ -76,7 +78,8 @@ def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     values = [row["step"]["median"] / whole if "step" in row else None for row in rows]
     _bars(axes, rows, [(values, _ONE, "")])
     base = rows[0]["projection"]
-    axes.set_xlabel("times the dense one" if base == "dense" else f"times the step of plain {base}")
+    units = {"dense": "times the dense one", "bare": "times the bare loop"}
+    axes.set_xlabel(units.get(base, f"times the step of plain {base}"))
 
 
 def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
