@@ -215,6 +215,7 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
         config |= {
             "methods": ["prodsum", "hash"], "lrs": {"prodsum": [0.1, 0.3], "hash": [0.2]},
             "options": {"factors": factors, "bias": 10}, "baseline": None, "patience": 3,
+            "small": ["mlp-1", "mlp-3"], "resize": "14x14",
         }  # fmt: skip
     elif name == "task":
         training = Training(task="examples.physics:task", validation=0.2)
@@ -223,15 +224,17 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
         config = json.loads((ROOT / f"results/{name}/sweep.json").read_text())["config"]
     asked = []
 
-    def run(settings: Any, *rest: Any, **more: Any) -> None:
+    def run(parts: Any, *rest: Any, **more: Any) -> None:
+        [settings] = parts.values()
         asked.append(json.loads(json.dumps(settings.as_dict())))
         raise SubspanError("asked")
 
-    monkeypatch.setattr("subspan.lab.sweep.sweep", run)
+    monkeypatch.setattr("subspan.lab.parts.sweep_parts", run)
     words = shlex.split(sweep_command(config))
     assert words[0] == "subspan"
     assert cli(*words[1:]).err.endswith("error: asked\n")
-    assert asked == [{"task": None} | config]
+    later = dict.fromkeys(("task", "image_column", "label_column", "resize"))
+    assert asked == [later | config]
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------

@@ -176,8 +176,11 @@ class Loop:
         else:
             set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
         for epoch in range(len(self.record["history"]) + 1, self.training.epochs + 1):
-            # Choices are the first process's, so that all stop together.
-            [row] = broadcast_object_list([self.epoch(epoch)])
+            # Choices are the first process's, so that all stop together; and so are generators:
+            # from smaller parts of a last batch the others may have drawn less.
+            row, generators = broadcast_object_list([self.epoch(epoch), state.generators()])
+            if self.accelerator.num_processes > 1:
+                state.set_generators(generators)
             self.record["history"].append(row)
             self.save("last.safetensors")
             ready = self.ready.method.ready(self.model, self.bare, self.ready.run)

@@ -52,22 +52,25 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def generators() -> dict[str, Any]:
-    """The states of all generators that a network may draw from, as dropout does."""
+    """The states of all generators that a network may draw from, as dropout does.
+
+    Of the GPU that this process uses: all processes draw alike, each on its own.
+    """
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
     }
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put them back; those of GPUs as far as there are as many here."""
+    """Put them back; that of the GPU where there is one."""
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]

@@ -263,7 +263,7 @@ def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
 
 def sweep_command(config: Mapping[str, Any]) -> str:
     """The ``subspan sweep`` of a configuration, as a person would type it."""
-    usual = Settings(Training()).as_dict()
+    usual = Settings(Training()).as_dict() | {"small": []}
     always = ("net", "data", "methods", "dims")
     words = ["subspan sweep"]
     for name in (*always, *(key for key in usual if key not in always)):

@@ -143,6 +143,7 @@ def _mean(values: Sequence[float], unit: float) -> str:
 _KEYS = {  # by which the rows of a part belong together
     "products": ("out_dim", "in_dim"), "memory": ("out_dim", "in_dim"), "steps": ("net",),
     "optimizers": ("net",), "lowrank": ("width",), "sums": ("what",),
+    "laboratory": ("net", "method"),
 }  # fmt: skip
 _WORDS = {
     "forward": "P w", "backward": "Pᵀ g", "step": "a training step",
@@ -174,7 +175,7 @@ def of_bench(record: Mapping[str, Any]) -> Table:
 
 def _name(row: Mapping[str, Any]) -> str:
     if "projection" in row:
-        return str(row["projection"])
+        return ", ".join(str(row[key]) for key in ("projection", "method") if key in row)
     return f"rank {row['rank']:,}" if row["rank"] else "dense"
 
 
