@@ -97,7 +97,7 @@ BAD = {
     "sweep --lrs ''": "lrs must be numbers separated by commas",
     "sweep --exclude fc3": "unknown pattern in exclude (it matches no parameter) 'fc3'",
     "sweep --jobs 0": "jobs must be at least 1, or -1 for one per core, got 0",
-    "reproduce minut": "unknown experiment 'minut': did you mean minut-mnist-mlp?",
+    "reproduce minut": "unknown experiment 'minut': did you mean minut-mnist-mlp or minut-cif",
     "reproduce minut-mnist-mlp --budget x": "budget must be one of ['quick', 'full'], got x",
     "eval": "the following arguments are required: checkpoint; see subspan eval --help",
     "report empty": "expected sweep.json or record.json in 'empty', found neither",

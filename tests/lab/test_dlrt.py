@@ -119,7 +119,7 @@ def test_by_command(in_tmp_path, cli):
     assert found["config"]["options"] == {"tolerance": 0.3}
     accuracy = found["test_score"]
     said = cli("eval", "run/model.safetensors")
-    assert f"test_score: {accuracy}" in said.out
+    assert f"test_accuracy: {accuracy}" in said.out
     assert "kind: lowrank" in cli("inspect", "run/model.safetensors").out
     assert cli("export", "run/model.safetensors", "weights.safetensors").code == 0
     plain = nets.build(NET, (1, 8, 8))

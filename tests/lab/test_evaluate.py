@@ -75,7 +75,7 @@ def test_in_a_fresh_process_with_other_threads(trained):
         [sys.executable, "-c", FRESH, trained / "model.safetensors"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f"test_score: {record_of(trained)['test_score']}\n" in said.stdout
+    assert f"test_accuracy: {record_of(trained)['test_score']}\n" in said.stdout
     assert "kind: subspace\n" in said.stdout
     assert "  net: mlp-8\n" in said.stdout
     assert all(line.isprintable() for line in said.stdout.splitlines())

@@ -47,7 +47,7 @@ def test_laws(name, tmp_path):
     assert numbers <= record["stored_parameters"]
     assert record["checkpoint_bytes"] == file.stat().st_size <= 4 * numbers + 2048
     found = evaluate_checkpoint(file)
-    assert found["test_score"] == record["test_score"]
+    assert found["test_accuracy"] == record["test_score"]
     assert found["checkpoint_bytes"] == record["checkpoint_bytes"]
 
 

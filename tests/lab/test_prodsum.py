@@ -93,7 +93,7 @@ def test_stages(cli, in_tmp_path):
     assert [layer["factors"][0]["p"] for layer in sums.values()] == [96, 96]
     said = cli("eval", "run/model.safetensors")
     assert said.code == 0
-    assert f"test_score: {record['test_score']}" in said.out
+    assert f"test_accuracy: {record['test_score']}" in said.out
 
 
 def test_a_stage_ends_on_a_plateau(cli, in_tmp_path):

@@ -284,12 +284,12 @@ def test_an_interrupt_before_a_step(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         return prepare(run)
 
-    prepare = trainer.prepare
+    prepare, before = trainer.prepare, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(trainer, "prepare", interrupted)
     with pytest.raises(Stopped, match="stopped, 0 of 3 runs are complete; to go on") as caught:
         sweep(a_sweep(epochs=2), tmp_path, jobs=1)
     assert caught.value.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     [run] = (tmp_path / "runs").iterdir()
     assert record_of(run)["status"] == "interrupted"
     assert (run / "state.pt").exists()

@@ -23,7 +23,7 @@ class MadeUp:
     def __init__(self, validation, test=lambda run: 0.5):
         self.validation, self.test, self.runs = validation, test, []
 
-    def __call__(self, run, out, *, overwrite, asked_to_stop):
+    def __call__(self, run, out, *, overwrite, asked_to_stop, log):
         self.runs.append(out.name)
         ready = prepare(run)
         found = self.validation(run)

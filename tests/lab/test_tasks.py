@@ -176,7 +176,8 @@ def test_by_command(own, cli):
         net.weight.copy_(weights)
     assert tasks.load(Training(task=f"{own}:line"), 0).evaluate(net, "test")[1] == error
     said = cli(
-        "sweep", *words, "--dims", "3,12", "--lrs", 0.1, "--baseline-lrs", 0.1, "--out", "s"
+        "sweep", *words, "--dims", "3,12", "--lrs", 0.1, "--baseline-lrs", 0.1, "--jobs", 1,
+        "--out", "s",
     )  # fmt: skip
     assert (said.code, said.err) == (0, "")
     assert "test error" in said.out

@@ -66,7 +66,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
-                object.__setattr__(self, name, getattr(self, name) or usual)
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, usual)
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
