@@ -147,6 +147,7 @@ def sweep(argv: Arguments) -> None:
     """Accuracy against the number of coordinates, and the intrinsic dimension."""
     from dataclasses import replace
 
+    from subspan.files import readable
     from subspan.lab import config, console, report
     from subspan.lab.parts import sweep_parts
     from subspan.lab.smaller import beside
@@ -215,7 +216,7 @@ def sweep(argv: Arguments) -> None:
             part = replace(part, small=beside(part))
         elif given.small is not None:
             part = replace(part, small=config.split(given.small, "small"))
-        parts["" if given.nets is None else re.sub(r"[^\w.-]+", "-", str(net))] = part
+        parts["" if given.nets is None else readable(str(net))] = part
     if len(parts) < len(nets):
         raise SubspanError(f"nets names one network twice: {', '.join(map(str, nets))}")
     out = Path(given.out)
@@ -238,7 +239,7 @@ def reproduce(argv: Arguments) -> None:
     """Run a published experiment, or all, and show published and measured side by side."""
     from subspan.lab import console
     from subspan.lab.everything import reproduce_all
-    from subspan.lab.reproduce import experiment, experiments
+    from subspan.lab.reproduce import experiments
 
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = _parser("reproduce", reproduce.__doc__, f"experiments:\n{listing}")
@@ -264,8 +265,6 @@ def reproduce(argv: Arguments) -> None:
     if given.list or given.name is None:
         console.listing([(e.name, e.title, e.source) for e in experiments().values()])
         return
-    if given.name != "all":
-        experiment(given.name)
     other = f"-{Path(given.data).name}" if given.data else ""
     out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
     if given.name != "all":

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from subspan.errors import SubspanError
+
+
+def readable(name: str) -> str:
+    """A name as that of a file or folder, where "package.module:function" has a colon."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 import subspan.lab.reproduce as module
 from subspan.errors import SubspanError
 from subspan.lab.config import Sweep, Training
+from subspan.lab.nets import weights
 from subspan.lab.report import bars, records
 from subspan.lab.reproduce import Experiment, Published, experiments, reproduce
-from subspan.lab.smaller import smaller, weights
+from subspan.lab.smaller import smaller
 from subspan.lab.sweep import _check, _points, total_runs
 from subspan.lab.train import prepare
 from tests.lab.data.makers import encoded

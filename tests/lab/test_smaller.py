@@ -10,9 +10,10 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.lab import nets
+from subspan.lab.nets import weights
 from subspan.lab.report import pictures, read
 from subspan.lab.report.curves import small_curves
-from subspan.lab.smaller import beside, smaller, weights
+from subspan.lab.smaller import beside, smaller
 from subspan.lab.sweep import sweep, total_runs
 from tests.lab.runs import NET, WEIGHTS, a_sweep, sweep_of
 

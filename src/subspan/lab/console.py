@@ -96,7 +96,7 @@ def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:
     if not anew:
         say("complete already, not repeated")
     stored, weights = record["stored_parameters"], record["weights"]
-    score = Score.from_dict(record.get("score"))
+    score = Score.of(record)
     fewer = f" for {weights:,} weights ({weights / stored:,.0f} times fewer)"
     say(
         f"test {score.name} {score.show(record['test_score'])}, {stored:,} numbers stored"
@@ -117,7 +117,7 @@ def runs(total: int) -> Iterator[Any]:
         def done(outcome: Outcome, left: int) -> None:
             job, found = outcome
             if isinstance(found, dict):
-                score = Score.from_dict(found.get("score")).show(found["val_score"])
+                score = Score.of(found).show(found["val_score"])
                 say(f"{job.name}: validation {score}, {found['seconds_total']:.1f} s")
             else:
                 say(f"{job.name} failed: {found}", style="red")
@@ -131,26 +131,14 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
 
     Scores are means over seeds ± their standard deviation.
     """
-    score = Score.from_dict(result.get("score"))
-    columns = (
-        "method",
-        "d",
-        "lr",
-        f"test {score.name}{score.unit}",
-        "seeds",
-        "stored",
-        "bytes",
-        "s / run",
-    )
-    table = _table(*columns)
+    score = Score.of(result)
+    judged = f"test {score.name}{score.unit}"
+    table = _table("method", "d", "lr", judged, "seeds", "stored", "bytes", "s / run")
     baseline = result["baseline"]
     for row in ([baseline] if baseline else []) + result["rows"]:
-        scores = [score.scale * value for value in row["test_score"]]
-        digits = "{:.2f}" if score.percent else "{:.4g}"
-        spread = f" ± {digits.format(statistics.stdev(scores))}" if len(scores) > 1 else ""
         table.add_row(
             row.get("small") or row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
-            digits.format(statistics.fmean(scores)) + spread, str(len(scores)),
+            score.summary(row["test_score"]), str(len(row["test_score"])),
             f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
             f"{statistics.fmean(row['seconds_total']):.1f}",
         )  # fmt: skip

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from torch import nn
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.lab import nets, tasks
+from subspan.lab import nets, state, tasks
 from subspan.lab.config import DECODING, Training
 from subspan.lab.tasks import Part, Task
 from subspan.lab.tasks.classification import Classification
@@ -48,7 +47,7 @@ def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
         return None
 
     def make() -> nn.Module:
-        set_seed(extra["seed"] % (1 << 32))
+        state.seed_generators(extra["seed"])
         return nets.build(extra["net"], tuple(extra["image_shape"]), extra["classes"])
 
     return make

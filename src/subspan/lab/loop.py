@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
@@ -174,7 +174,7 @@ class Loop:
         if self.where:
             state.set_generators(self.where["generators"])
         else:
-            set_seed(self.ready.run.seed % (1 << 32))  # of what the network draws, as dropout does
+            state.seed_generators(self.ready.run.seed)  # of what the network draws, as dropout does
         for epoch in range(len(self.record["history"]) + 1, self.training.epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.

@@ -119,6 +119,11 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
     return entry.build(input_shape, classes)
 
 
+def weights(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> int:
+    """How many weights the network of that name has."""
+    return sum(p.numel() for p in build(name, input_shape, classes).parameters())
+
+
 def _entry(name: str) -> _Entry:
     if chosen := widths(name):
         return _with_widths(chosen)

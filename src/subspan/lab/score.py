@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,6 +31,11 @@ class Score:
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in (content or {}).items() if key in known})
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Score:
+        """What a run or a sweep was judged by, from its record."""
+        return cls.from_dict(record.get("score"))
+
     def as_dict(self) -> dict[str, Any]:
         """As it stands in a record."""
         return asdict(self)
@@ -51,6 +57,14 @@ class Score:
     def unit(self) -> str:
         """After the name, on an axis or above a column."""
         return " (%)" if self.percent else ""
+
+    def summary(self, values: Sequence[float]) -> str:
+        """The mean of some, at least one, as in a table; of several ± the standard deviation."""
+        digits = "{:.2f}" if self.percent else "{:.4g}"
+        mean = digits.format(self.scale * statistics.fmean(values))
+        if len(values) == 1:
+            return mean
+        return f"{mean} ± {digits.format(self.scale * statistics.stdev(values))}"
 
     def show(self, value: float, digits: int = 2) -> str:
         """For people: 98.85 %, or 0.0123 of what is no fraction."""

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-from torch import nn
-
 from subspan.errors import SubspanError
 from subspan.lab import nets, tasks
 from subspan.lab.config import Sweep
@@ -47,7 +44,7 @@ def smaller(
             f"there are smaller networks of the kind of mlp and lenet only, not of {name!r}: name "
             "networks of your own"
         )
-    size = weights(name, input_shape, classes)
+    size = nets.weights(name, input_shape, classes)
     found: dict[str, int] = {}
     for kernel in KERNELS if whole.channels else (whole.kernel,):
         family = replace(whole, kernel=kernel)
@@ -58,10 +55,10 @@ def smaller(
             low, high = 0.0, 1.0
             while _scaled(family, low) != _scaled(family, high) and high - low > 1e-6:
                 middle = (low + high) / 2
-                count = weights(_scaled(family, middle).name, input_shape, classes)
+                count = nets.weights(_scaled(family, middle).name, input_shape, classes)
                 low, high = (middle, high) if count <= wanted else (low, middle)
             best = _scaled(family, low).name
-            count = weights(best, input_shape, classes)
+            count = nets.weights(best, input_shape, classes)
             if count <= wanted:
                 found[best] = count
     return sorted(found, key=found.__getitem__)
@@ -94,10 +91,3 @@ def _scaled(whole: nets.Widths, factor: float) -> nets.Widths:
         return tuple(max(1, int(factor * n)) for n in units)
 
     return replace(whole, channels=times(whole.channels), dense=times(whole.dense))
-
-
-def weights(name: str, input_shape: nets.Shape, classes: int) -> int:
-    """How many weights a network has; none is made."""
-    with torch.device("meta"):
-        net: nn.Module = nets.build(name, input_shape, classes)
-    return sum(p.numel() for p in net.parameters())

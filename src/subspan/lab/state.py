@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
@@ -64,6 +65,11 @@ def generators() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
     }
+
+
+def seed_generators(seed: int) -> None:
+    """Begin them all at a seed, of which NumPy's takes 32 bits."""
+    set_seed(seed % (1 << 32))
 
 
 def set_generators(states: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from subspan.errors import Stopped, SubspanError
+from subspan.files import readable
 from subspan.lab import backends, records, trackers
 from subspan.lab.claims import Claim
 from subspan.lab.config import Run, Sweep, Training
@@ -44,8 +44,8 @@ class Point:
     def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
         """The run with this learning rate and seed."""
         at = f"-{self.label}" if self.label else ""
-        net = re.sub(r"[^\w.-]+", "-", self.small)  # a name of one's own has a colon
-        name = f"{f'{net}-' if net else ''}{self.method}{at}-lr{lr:g}-seed{seed}"
+        net = f"{readable(self.small)}-" if self.small else ""
+        name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
         options = self.options
         if sweep.processes > 1:  # as the command line of each of them will read it
             options = {k: int(v) if str(v).isdecimal() else v for k, v in options.items()}
@@ -65,15 +65,10 @@ class Point:
             found = self.done.get((lr, 0))
             if found and (
                 best is None
-                or _score(found).better(found["val_score"], self.done[best, 0]["val_score"])
+                or Score.of(found).better(found["val_score"], self.done[best, 0]["val_score"])
             ):
                 best = lr
         return best
-
-
-def _score(record: Mapping[str, Any]) -> Score:
-    """What a run was judged by."""
-    return Score.from_dict(record.get("score"))
 
 
 def sweep(
@@ -231,7 +226,7 @@ def _result(
     )
     rows = [row for row in rows if row is not baseline]
     some = next((record for point in points for record in point.done.values()), {})
-    score = _score(some)
+    score = Score.of(some)
     return {
         "format": records.FORMAT,
         "status": status,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from subspan.errors import SubspanError, unknown
-from subspan.lab import records
+from subspan.lab import nets, records
 from subspan.lab.bench import (
     candidates,
     laboratory,
@@ -78,7 +78,7 @@ class Bench:
         for out_dim, in_dim in self.pairs():
             candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
         for net in self.nets if {"steps", "optimizers", "laboratory"} & set(self.parts) else ():
-            candidates.make("hash", steps.weights_of(net), self.dim)
+            candidates.make("hash", nets.weights(net, steps.SHAPE), self.dim)
         _ = self.place
 
     def pairs(self) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD
 
 from subspan.lab import nets
-from subspan.lab.bench.steps import SHAPE, a_batch, training_step, weights_of
+from subspan.lab.bench.steps import SHAPE, a_batch, training_step
 from subspan.lab.bench.timing import interleaved
 from subspan.lab.methods.subspace import STORED
 from subspan.optim import RandomBases
@@ -37,7 +37,7 @@ def measure(
     """
     rows = []
     for name in net_names:
-        weights = weights_of(name)
+        weights = nets.weights(name, SHAPE)
         x, y = a_batch(batch_size, device)
         steps = {}
         for method in (PLAIN, *(m for m in methods if m not in STORED)):

@@ -19,11 +19,6 @@ from subspan.subspace import SubspaceModel
 SHAPE = (1, 28, 28)
 
 
-def weights_of(net: str) -> int:
-    """The number of weights of a network by name."""
-    return sum(p.numel() for p in nets.build(net, SHAPE).parameters())
-
-
 def a_batch(batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images and classes."""
     x = torch.randn(batch_size, *SHAPE, device=device)
@@ -65,7 +60,7 @@ def measure(
     """
     rows = []
     for name in net_names:
-        weights = weights_of(name)
+        weights = nets.weights(name, SHAPE)
         x, y = a_batch(batch_size, device)
         here, steps = {}, {}
         for method in (candidates.PLAIN, *methods):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from subspan.errors import SubspanError, unknown
+from subspan.files import readable
 from subspan.lab.data import cache, decode
 from subspan.lab.data.images import ImageData, RawData, Split, statistics
 from subspan.lab.data.order import TEST, VALIDATION, hold_out
@@ -71,7 +72,7 @@ def load(
     size = None if resize is None else decode.parse_size(resize)
     identity, read = _find(name, image_column, label_column, size)
     digest = hashlib.blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=8).hexdigest()
-    readable = re.sub(r"[^\w.-]+", "-", Path(identity[0]).name)
+    title = readable(Path(identity[0]).name)
 
     def read_with_status() -> RawData:
         from rich.console import Console
@@ -79,7 +80,7 @@ def load(
         with Console(stderr=True).status(f"reading {name}"):
             return read()
 
-    raw = cache.fetch(f"{readable}-{digest}", read_with_status)
+    raw = cache.fetch(f"{title}-{digest}", read_with_status)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     mean, std = statistics(train.images)
     channels, height, width = train.images.shape[1:]

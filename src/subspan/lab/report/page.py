@@ -314,13 +314,7 @@ def _facts(found: Sweep | Run) -> list[Section]:
 
 def shown(values: Sequence[float], score: Score) -> str:
     """The mean as people read it, and with several seeds the standard deviation."""
-    if not values:
-        return _DASH
-    digits = "{:.2f}" if score.percent else "{:.4g}"
-    mean = digits.format(score.scale * statistics.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {digits.format(score.scale * statistics.stdev(values))}"
+    return score.summary(values) if values else _DASH
 
 
 def _unit(score: Score) -> str:

@@ -165,7 +165,7 @@ def _read(path: Path, build: Callable[[Any], Sweep | Run]) -> Sweep | Run:
 
 def _sweep(raw: Mapping[str, Any]) -> Sweep:
     config = dict(raw["config"])
-    score = Score.from_dict(raw.get("score"))
+    score = Score.of(raw)
     d_int = {
         str(method): IntrinsicDimension(
             value=_number(found["value"]),
@@ -208,7 +208,7 @@ def _run(raw: Mapping[str, Any]) -> Run:
     once = (*per_seed, *costs, "ranks")
     lists = {key: [raw[key]] if raw.get(key) is not None else [] for key in once}
     dim = config.get("dim")
-    score = Score.from_dict(raw.get("score"))
+    score = Score.of(raw)
     return Run(
         config=config,
         score=score,

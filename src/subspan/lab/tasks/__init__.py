@@ -13,11 +13,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.lab import own
+from subspan.lab import own, state
 from subspan.lab.config import Training
 from subspan.lab.score import ACCURACY, Score
 
@@ -126,7 +125,7 @@ def load(training: Training, seed: int) -> Task:
 
 def draw(task: Task, seed: int) -> nn.Module:
     """The task's network; what it draws of initial weights comes from this seed."""
-    set_seed(seed % (1 << 32))  # as much as NumPy's generator takes
+    state.seed_generators(seed)
     return task.network()
 
 
