@@ -18,7 +18,7 @@ Experiment(
         "stored matrices; the coordinates are divided by the square roots of the layers' sizes; "
         "unit columns, hence other learning rates, chosen on a validation part; a one-cycle "
         "schedule. quick: 5 epochs, one seed; full: the published batch size of 64 and 80/20 "
-        "split, 20 epochs (published: up to 100, with a patience of 5), 3 seeds."
+        "split, 10 epochs (published: up to 100, with a patience of 5), 3 seeds."
     ),
     published=(
         Published(
@@ -37,7 +37,7 @@ Experiment(
             options={"compartments": "layer"},
         ),
         "full": Sweep(
-            Training(net="lenet", data="mnist", epochs=20, batch_size=64, validation=0.2),
+            Training(net="lenet", data="mnist", epochs=10, batch_size=64, validation=0.2),
             methods=("hash",),
             dims=DIMS,
             seeds=3,
