@@ -145,11 +145,10 @@ def test_the_lowest_is_best(own, monkeypatch):
     def told(self, net, part):
         return 1.0, next(values)
 
-    module = __import__(own)
-    monkeypatch.setattr(module.Line, "evaluate", told)
-    record = train(a_run(f"{own}:line"), Path("run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(__import__(own).Line, "evaluate", told)
+        record = train(a_run(f"{own}:line"), Path("run"))
     assert (record["best_epoch"], record["val_score"]) == (2, 0.2)
-    monkeypatch.undo()
     config = a_sweep(
         net=None, data=None, task=f"{own}:line", batch_size=20, lrs=(1e-4, 0.1), dims=("12", "3"),
         baseline_lrs=(0.1, 1e-4), epochs=3, seeds=2,
