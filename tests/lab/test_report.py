@@ -455,9 +455,7 @@ BAD_SWEEPS = {
 @pytest.mark.parametrize("name", BAD_SWEEPS)
 def test_bad_record_is_an_error_and_writes_nothing(tmp_path, name):
     (tmp_path / "sweep.json").write_text(BAD_SWEEPS[name])
-    with pytest.raises(
-        SubspanError, match="has format" if name in ("newer", "old") else "is damaged"
-    ):
+    with pytest.raises(SubspanError, match="has format" if name == "newer" else "is damaged"):
         write(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["sweep.json"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from subspan.errors import SubspanError
 from subspan.lab.intrinsic import IntrinsicDimension
-from subspan.lab.records import FORMAT, upgraded
+from subspan.lab.records import read_json
 from subspan.lab.score import Score
 
 
@@ -135,31 +134,23 @@ def read(folder: Path) -> Sweep | Run:
     """
     builders: dict[str, Callable[[Any], Sweep | Run]] = {"sweep.json": _sweep, "record.json": _run}
     for name, build in builders.items():
-        if (folder / name).is_file():
-            return _read(folder / name, build)
+        path = folder / name
+        try:
+            raw = read_json(path)
+        except OSError as error:
+            raise SubspanError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        if raw is None:
+            continue
+        try:
+            return build(raw)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise SubspanError(
+                f"{str(path)!r} is damaged ({reason}): run the command that wrote it again"
+            ) from error
     raise SubspanError(
         f"expected sweep.json or record.json in {str(folder)!r}, found neither: "
         "give the output folder of a sweep or of a run"
-    )
-
-
-def _read(path: Path, build: Callable[[Any], Sweep | Run]) -> Sweep | Run:
-    """Build from a file's JSON; whatever does not fit the format is one kind of error."""
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-        version = int(raw["format"])
-        if 1 <= version <= FORMAT:
-            return build(upgraded(raw))
-    except OSError as error:
-        raise SubspanError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise SubspanError(
-            f"{str(path)!r} is damaged ({reason}): run the command that wrote it again"
-        ) from error
-    raise SubspanError(
-        f"{str(path)!r} has format {version}, this version of subspan reads up to {FORMAT}: "
-        "use the version that wrote it"
     )
 
 
