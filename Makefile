@@ -11,8 +11,9 @@ demo: .venv/installed
 	$(BIN)/subspan sweep --net mlp --data digits --methods hash --dims 10,30,100,200,400,1000 \
 		--seeds 3 --epochs 20 --batch-size 64 --baseline-lrs 0.003 --out $(DEMO)
 
+# Two at a time, of one thread each: more threads than cores wait for each other.
 test: .venv/installed .venv/triton
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -195,6 +195,7 @@ def test_torchrun(tmp_path, workers):
         )
 
 
+@pytest.mark.slow
 def test_a_worker_dies_and_the_job_goes_on(tmp_path):
     (tmp_path / "mine.py").write_text(DYING)
     words = ["train", "--net", "mine:build", "--method", "rbd", "--dim", "20", "--epochs", "2",

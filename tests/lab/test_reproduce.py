@@ -121,6 +121,7 @@ SWEEPS = sorted(name for name, found in experiments().items() if isinstance(foun
 
 
 SLOW = {("dlrt-cifar-vgg", "full"), ("dlrt-fc", "full")}  # many large matrices to decompose
+PARTLY = {("minut-cifar-lenet", "full")}  # takes hours
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ SLOW = {("dlrt-cifar-vgg", "full"), ("dlrt-fc", "full")}  # many large matrices 
     ],
 )
 def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
-    """On images of the right size; and it has a point at every published d."""
+    """On images of the right size; and it has a point at every published d, with an exception."""
     monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
     monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
     for part, label, i in product(("train", "test"), range(10), range(3)):
@@ -160,7 +161,8 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
             else:
                 assert len(published.dims) == len(published.accuracy)
                 dims = {sum(map(int, dim.split("+"))) for dim in config.dims}
-                assert set(published.dims) <= dims
+                assert (set(published.dims) <= dims) == ((name, budget) not in PARTLY)
+                assert set(published.dims) & dims
             assert 0 < min(published.accuracy) <= max(published.accuracy)
             above = published.baseline is not None and max(published.accuracy) > published.baseline
             # Li's LeNet on CIFAR-10 did better in a subspace than by all its weights.

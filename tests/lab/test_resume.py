@@ -101,7 +101,12 @@ def test_stopped_twice_and_gone_on(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "seed", "kills"), [("at-random", 0, 20), ("in-a-write", 1, 8), ("in-a-write", 2, 8)]
+    ("how", "seed", "kills"),
+    [
+        ("at-random", 0, 20),
+        ("in-a-write", 1, 8),
+        pytest.param("in-a-write", 2, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_killed(how, seed, kills, tmp_path):
     """SIGKILL at twenty random moments; and while a file is being written."""

@@ -76,6 +76,7 @@ def test_a_sweep_takes_over_from_one_that_is_killed(tmp_path):
     whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_different_configurations_race(tmp_path):
     """One has the folder; the other is refused, and so is one that would replace it."""
     telling(tmp_path, "wait-hash")
@@ -193,7 +194,14 @@ def test_a_run_that_kills_its_process_fails_alone(tmp_path):
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (15, 1)])
+@pytest.mark.parametrize(
+    ("number", "jobs"),
+    [
+        (signal.SIGINT, 2),
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_lets_runs_save(number, jobs, tmp_path):
     """Ctrl-C goes to all processes of the terminal, SIGTERM to the sweep's own."""
     telling(tmp_path, "slow")
@@ -216,6 +224,7 @@ def test_a_signal_lets_runs_save(number, jobs, tmp_path):
     whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path):
     telling(tmp_path, "wait-hash", "wait-full")
     one = start(tmp_path, "--jobs", 2)

@@ -135,6 +135,7 @@ def test_runs_and_sweeps_agree_on_a_run(swept):
     assert record["config"] == a_run(dim="40", seed=1).as_dict()
 
 
+@pytest.mark.slow
 def test_runs_of_several_processes(tmp_path):
     """Started by torchrun; what one of them cannot do is said."""
     config = a_sweep(methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2)
