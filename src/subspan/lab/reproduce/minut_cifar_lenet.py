@@ -18,8 +18,8 @@ Experiment(
         "stored matrices; the coordinates are divided by the square roots of the layers' sizes; "
         "unit columns, hence other learning rates, chosen on a validation part; a one-cycle "
         "schedule. quick: 5 epochs, one seed; full: the published batch size of 64 and 80/20 "
-        "split, 40 epochs (published: up to 100, with a patience of 5), 3 seeds, three of "
-        "the five d."
+        "split, 40 epochs (published: up to 100, with a patience of 5), 3 seeds, two of the "
+        "five d."
     ),
     published=(
         Published(
@@ -40,7 +40,7 @@ Experiment(
         "full": Sweep(
             Training(net="minut-lenet", data="cifar10", epochs=40, batch_size=64, validation=0.2),
             methods=("hash",),
-            dims=("100", "2000", "6000"),
+            dims=("2000", "6000"),
             seeds=3,
             baseline_lrs=(0.001, 0.003),
             options={"compartments": "layer"},
