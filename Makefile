@@ -13,7 +13,7 @@ demo: .venv/installed
 
 # Two at a time, of one thread each: more threads than cores wait for each other.
 test: .venv/installed .venv/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

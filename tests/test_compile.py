@@ -64,6 +64,7 @@ def test_every_kind_of_projection_compiles(projection):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the default compiler needs g++")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.slow
 def test_with_the_default_compiler():
     with torch._inductor.config.patch(compile_threads=1):
         same("mlp", "inductor", compartments="layer")

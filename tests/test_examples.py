@@ -132,6 +132,7 @@ def test_rebuild_from_seed(run, place):
     assert "the same bits in another process: True" in said
 
 
+@pytest.mark.slow
 def test_two_processes(run):
     said = run("two_processes")
     all_weights, many, *_ = numbers(said, r"^DDP, [\d,]+ weights")

@@ -18,6 +18,7 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_points_a_picture_and_nothing_twice(tmp_path):
     words = ["--families", "hash,rademacher", "--most-weights", "1e5", "--seconds", "0.01"]
     said = run(tmp_path, *words)

@@ -1,7 +1,7 @@
-"""Train in child processes that are killed: ``python -m tests.lab.killed OUT HOW SEED``.
+"""Train in child processes that are killed: ``python -m tests.lab.killed OUT HOW SEED KILLS``.
 
 A process of its own, which has imported everything and started no thread, so that it can fork
-children at once. It prints how many of them were killed.
+children at once.
 """
 
 from __future__ import annotations
@@ -44,36 +44,34 @@ def ended(pid: int) -> bool:
     return True
 
 
-def at_random(out: Path, chance: random.Random) -> int:
-    """SIGKILL at twenty moments in all, in as many runs as that takes; each is then complete."""
+def at_random(out: Path, chance: random.Random, most: int) -> None:
+    """SIGKILL at so many moments, in as many runs as that takes; each is then complete."""
     start = time.perf_counter()
     assert ended(child(out / "timed"))
     seconds = time.perf_counter() - start
     kills = runs = 0
-    while kills < 20:
+    while kills < most:
         while True:
             pid = child(out / f"run{runs}")
-            if kills < 20:
+            if kills < most:
                 time.sleep(chance.uniform(0.02, 0.7) * seconds)
                 os.kill(pid, signal.SIGKILL)
             if ended(pid):
                 break
             kills += 1
         runs += 1
-    return kills
 
 
-def in_a_write(out: Path, chance: random.Random) -> int:
+def in_a_write(out: Path, chance: random.Random, most: int) -> None:
     """SIGKILL after a part of a file was written, before it got its name, or just after."""
     kills = 0
-    while kills < 8:
+    while kills < most:
         writes, where = chance.randrange(1, 25), chance.randrange(3)
         kills += not ended(child(out / "run0", lambda w=writes, h=where: die(w, h)))
-        if (out / "run0" / "model.safetensors").exists() and kills < 8:
+        if (out / "run0" / "model.safetensors").exists() and kills < most:
             for file in (out / "run0").iterdir():
                 file.unlink()
     assert ended(child(out / "run0"))
-    return kills
 
 
 def die(writes: int, where: int) -> None:
@@ -102,7 +100,7 @@ def die(writes: int, where: int) -> None:
 
 
 if __name__ == "__main__":
-    folder, how, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder, how, seed, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     folder.mkdir(parents=True, exist_ok=True)
     assert ended(child(folder / "whole"))
-    print({"at-random": at_random, "in-a-write": in_a_write}[how](folder, random.Random(seed)))
+    {"at-random": at_random, "in-a-write": in_a_write}[how](folder, random.Random(seed), most)

@@ -7,6 +7,7 @@ the tests of the command line.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -37,9 +38,11 @@ Cli = Callable[..., Said]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Digits are decoded once, and into no cache of the user's."""
+    """Images are decoded once for all processes of pytest-xdist, into no cache of the user's."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SUBSPAN_CACHE", str(base / "cache"))
         yield
 
 

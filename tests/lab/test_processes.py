@@ -177,11 +177,8 @@ def comparable(out: Path) -> dict[str, object]:
     return {k: v for k, v in measured(out).items() if k != "bytes_sent_per_step"}
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
-    ids=lambda s: s.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_all_are_stopped_and_go_on(number, folder):
     """As if nothing had happened; dropout and the trackers' log included."""
     out = number.name

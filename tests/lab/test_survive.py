@@ -176,6 +176,7 @@ def test_a_killed_worker_is_replaced(tmp_path):
     assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 4)
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_process_fails_alone(tmp_path):
     telling(tmp_path, "die-full")
     code, out, err = ended(start(tmp_path, "--jobs", 2, "--seeds", 2))
@@ -274,6 +275,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     assert contents(tmp_path / "runs" / done[0]) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_worker(tmp_path):
     """The others save where they are."""
     telling(tmp_path, "slow", "full-disk-full")

@@ -186,7 +186,7 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """What every rank of a world of processes saw, and where."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -21,7 +21,7 @@ Experiment(
         "of their sizes (what was published is the sum); unit columns, hence other learning rates, "
         "chosen on a validation part; a one-cycle schedule. quick: 5 epochs, one seed; full: the "
         "published batch size of 64 and 80/20 split, 40 epochs (published: up to 100, with a "
-        "patience of 5), 3 seeds, two of the five d."
+        "patience of 5), 3 seeds, two of the five d, rates near 1/√d."
     ),
     published=(
         Published(
@@ -44,7 +44,8 @@ Experiment(
             methods=("hash",),
             dims=(DIMS[2], DIMS[4]),
             seeds=3,
-            baseline_lrs=(0.001, 0.003),
+            lrs=(0.01, 0.02),
+            baseline_lrs=(0.001,),
             options={"compartments": "layer"},
         ),
     },
