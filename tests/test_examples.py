@@ -105,6 +105,7 @@ def test_own_data(run, place):
     assert answer == "complete already, not repeated"
 
 
+@pytest.mark.slow
 def test_resume(run):
     said = run("resume")
     done, of = numbers(said, r"^subspan train: stopped after")

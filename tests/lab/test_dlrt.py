@@ -153,6 +153,7 @@ def test_bad_commands(options, said, in_tmp_path, cli):
     assert not (in_tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """By torchrun: gradients of the factors are averaged, ranks stay together."""
     results = {}

@@ -177,7 +177,7 @@ def torchrun(folder, *words, restarts=0, **env):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", ["shared", "independent"])
+@pytest.mark.parametrize("workers", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
 def test_torchrun(tmp_path, workers):
     said = torchrun(tmp_path, *RBD, "--workers", workers, "--epochs", "2", "--journal", "true")
     assert said.returncode == 0, said.stderr

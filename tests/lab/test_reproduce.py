@@ -171,6 +171,7 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
     assert sum(map(total_runs, parts.values())) < 160
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", [name for name in SWEEPS if "fashion" not in name])
 def test_the_networks_have_the_published_size(name, real_data):

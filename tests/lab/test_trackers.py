@@ -20,9 +20,9 @@ RUN = a_run("rbd", dim=5, lr=1.0, epochs=3, compartments="layer")
 SCORE = ("best_epoch", "checkpoint_bytes", "stored_parameters", "test_score")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def trackio_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Trackio reads where its store is when it is imported."""
+    """Trackio reads where its store is when it is imported, once in a process."""
     folder = tmp_path_factory.mktemp("trackio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder))
