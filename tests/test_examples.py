@@ -119,6 +119,7 @@ def test_resume(run):
     assert "the same losses in all epochs: True" in said
 
 
+@pytest.mark.slow
 def test_rebuild_from_seed(run, place):
     said = run("rebuild_from_seed")
     weights, size, accuracy = numbers(said, "^base:")

@@ -212,6 +212,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypat
     assert told == ["training steps of mlp-8"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_what_a_step_needs():
     """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
     D = 16_000_000  # vectors that go back to the system when they are freed

@@ -102,6 +102,7 @@ def test_one_process_on_the_joint_batch(launcher, processes, tmp_path, alone):
         assert found["test_accuracy"] == record["test_score"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_runs_in_two_processes_logs_each(tmp_path):
     config = a_sweep(dims=("5",), baseline=None, processes=2)
     result = sweep(config, tmp_path, jobs=1, log=["tensorboard"])

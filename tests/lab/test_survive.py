@@ -59,6 +59,7 @@ def test_two_sweeps_divide_the_work(tmp_path):
     whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_over_from_one_that_is_killed(tmp_path):
     telling(tmp_path, "wait-hash")
     one = start(tmp_path, "--jobs", 1)
@@ -198,7 +199,7 @@ def test_a_run_that_kills_its_process_fails_alone(tmp_path):
 @pytest.mark.parametrize(
     ("number", "jobs"),
     [
-        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
         (signal.SIGTERM, 1),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
     ],

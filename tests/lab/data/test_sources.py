@@ -131,6 +131,7 @@ def test_mnist(real_data):
 
 
 @pytest.mark.realdata
+@pytest.mark.slow
 def test_cifar10(real_data):
     cifar = data.load("cifar10")
     assert [len(s) for s in (cifar.train, cifar.validation, cifar.test)] == [45_833, 4_167, 10_000]
