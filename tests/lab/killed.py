@@ -1,7 +1,7 @@
 """Train in child processes that are killed: ``python -m tests.lab.killed OUT HOW SEED KILLS``.
 
 A process of its own, which has imported everything and started no thread, so that it can fork
-children at once.
+children at once. It prints how many of them were killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ended(pid: int) -> bool:
     return True
 
 
-def at_random(out: Path, chance: random.Random, most: int) -> None:
+def at_random(out: Path, chance: random.Random, most: int) -> int:
     """SIGKILL at so many moments, in as many runs as that takes; each is then complete."""
     start = time.perf_counter()
     assert ended(child(out / "timed"))
@@ -60,9 +60,10 @@ def at_random(out: Path, chance: random.Random, most: int) -> None:
                 break
             kills += 1
         runs += 1
+    return kills
 
 
-def in_a_write(out: Path, chance: random.Random, most: int) -> None:
+def in_a_write(out: Path, chance: random.Random, most: int) -> int:
     """SIGKILL after a part of a file was written, before it got its name, or just after."""
     kills = 0
     while kills < most:
@@ -72,6 +73,7 @@ def in_a_write(out: Path, chance: random.Random, most: int) -> None:
             for file in (out / "run0").iterdir():
                 file.unlink()
     assert ended(child(out / "run0"))
+    return kills
 
 
 def die(writes: int, where: int) -> None:
@@ -103,4 +105,5 @@ if __name__ == "__main__":
     folder, how, seed, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     folder.mkdir(parents=True, exist_ok=True)
     assert ended(child(folder / "whole"))
-    {"at-random": at_random, "in-a-write": in_a_write}[how](folder, random.Random(seed), most)
+    how_many = {"at-random": at_random, "in-a-write": in_a_write}[how]
+    print(how_many(folder, random.Random(seed), most))

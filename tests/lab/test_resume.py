@@ -105,6 +105,7 @@ def test_stopped_twice_and_gone_on(name, tmp_path):
     [
         ("at-random", 0, 20),
         ("in-a-write", 1, 3),
+        pytest.param("in-a-write", 1, 8, marks=pytest.mark.slow),
         pytest.param("in-a-write", 2, 20, marks=pytest.mark.slow),
     ],
 )
@@ -115,6 +116,7 @@ def test_killed(how, seed, kills, tmp_path):
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
+    assert int(said.stdout) == kills
     runs = [path for path in tmp_path.iterdir() if path.name.startswith("run")]
     assert runs
     for out in runs:
