@@ -91,7 +91,7 @@ def test_the_same_as_without(tmp_path):
     assert "raylet" not in out
     assert sorted(kind for kind, _ in begun(tmp_path)) == ["full", "hash"]
     assert one.pid not in {pid for _, pid in begun(tmp_path)}
-    assert ended(start(tmp_path, "--jobs", 2, "--out", "other"))[0] == 0
+    assert ended(start(tmp_path, "--jobs", 1, "--out", "other"))[0] == 0
     ours, theirs = sweep_of(tmp_path / "run"), sweep_of(tmp_path / "other")
     assert ours["status"] == "complete"
     for a, b in zip(
