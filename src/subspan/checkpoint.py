@@ -257,6 +257,19 @@ def _wrapped(
         model = SubspaceModel(net, **header["recipe"])
     except (SubspanError, TypeError, ValueError) as error:
         raise SubspanError(f"{path} does not fit this network: {error}") from None
+    check_base(path, model, header)
+    model.init_seed = header["init_seed"]
+    return model
+
+
+def check_base(
+    path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any]
+) -> None:
+    """Refuse coordinates around another base than theirs.
+
+    Raises:
+        SubspanError: if the header's θ₀ is not this model's, or another part of it is trained.
+    """
     if model.base_fingerprint != header["fingerprint"]:
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
@@ -267,8 +280,6 @@ def _wrapped(
             f"{path} was trained with other parameters frozen (requires_grad=False) than this "
             "network has: freeze the same ones"
         )
-    model.init_seed = header["init_seed"]
-    return model
 
 
 def _factored(model: nn.Module) -> dict[str, LowRank]:

@@ -102,7 +102,7 @@ def train(argv: Arguments) -> None:
 
     out = Path(given.out)
     if given.resume:
-        run = _begun(parser, given, out)
+        run = _begun(parser.parse_args(argv, defaults=False), out)
     else:
         how = method(given.method)
         options = _options(given)
@@ -122,24 +122,23 @@ def train(argv: Arguments) -> None:
     distributed.leave()
 
 
-def _begun(parser: ArgumentParser, given: Namespace, out: Path) -> Run:
+def _begun(given: Namespace, out: Path) -> Run:
     """The run of a record; options that are given besides must be the record's own."""
     from subspan.lab.config import Run
-    from subspan.lab.records import read_json
+    from subspan.lab.records import changes, differences, read_json
 
     record = read_json(out / "record.json")
     if record is None:
         raise SubspanError(f"nothing was begun in {out}: it has no record.json")
     run = Run.from_dict(record["config"])
-    theirs = record["config"] | record["config"]["options"]
-    usual = parser.get_defaults()
+    theirs = record["config"] | run.options
     apart = ("config", "log", "out", "overwrite", "resume")
-    for name, value in given.items():
-        if name not in apart and value != usual.get(name) and value != theirs.get(name):
-            raise SubspanError(
-                f"{out} was begun with another configuration ({name} {theirs.get(name)!r} → "
-                f"{value!r}): leave that out to go on, or give another --out"
-            )
+    ours = {name: value for name, value in given.items() if name not in apart}
+    if different := differences(theirs, theirs | ours):
+        raise SubspanError(
+            f"{out} was begun with another configuration ({changes(different)}): leave that out "
+            "to go on, or give another --out"
+        )
     return run
 
 

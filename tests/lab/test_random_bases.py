@@ -14,7 +14,8 @@ import torch
 
 from subspan import SubspanError
 from subspan.lab.report import pictures, records
-from subspan.lab.train import train
+from subspan.lab.train import prepare, train
+from subspan.optim.journal import Journal
 from tests.lab.runs import NET, STEPS, a_run, record_of
 
 RBD = ["train", "--net", NET, "--method", "rbd", "--dim", "20", "--out", "run"]
@@ -91,6 +92,16 @@ def test_replay_refuses(in_tmp_path, cli, words, message):
     assert said.code == 2
     assert message in said.err
     assert not Path("weights.safetensors").exists()
+
+
+def test_a_journal_is_cut_by_its_own_steps(tmp_path):
+    """Of which there are fewer than the training's where fp16 leaves some out."""
+    run = a_run("rbd", lr=1.0, dim=20, journal=True)
+    train(run, tmp_path)
+    ready = prepare(run)
+    state = {"param_groups": [{"steps": 3}]}
+    ready.method.optimizer(ready.model, run, tmp_path, {}, steps=STEPS, resume=state)
+    assert [record.step for record in Journal(tmp_path / JOURNAL).records()] == [0, 1, 2]
 
 
 class StopError(Exception):

@@ -348,6 +348,16 @@ def test_all(tiny, in_tmp_path, cli, monkeypatch):
         again = cli("reproduce", "all", "--jobs", 1)
         assert again.code == 0
         assert Path("runs/all-quick/index.html").read_text() == page
+        # Nor does a record that was edited.
+        spoilt = Path("runs/all-quick/tiny/sweep.json")
+        spoilt.write_text("{}")
+        said = cli("reproduce", "all", "--jobs", 1)
+        assert (said.code, said.err) == (0, "")
+        assert "tiny could not be run: runs/all-quick/tiny/sweep.json is damaged" in said.out
+        page = Path("runs/all-quick/index.html").read_text()
+        assert page.count("Nobody 2026") >= 1
+        assert "tiny/sweep.json is damaged" in page
+        assert spoilt.read_text() == "{}"
         said = cli("reproduce", "all", "--data", "mnist")
         assert said.code == 2
         assert "all experiments have data of their own: leave --data out" in said.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,10 +17,11 @@ from torch import nn
 
 from subspan import SubspanError
 from subspan.errors import Stopped
-from subspan.lab import loop, state
+from subspan.lab import locks, loop, state
+from subspan.lab.tasks.classification import Classification
 from subspan.lab.train import train
 from tests.lab.killed import RUN as KILLED
-from tests.lab.runs import a_run, contents, record_of
+from tests.lab.runs import a_run, contents, copied, record_of
 
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
 
@@ -62,6 +64,12 @@ RUNS = {
     "dlrt with momentum": {"method": "dlrt", "tolerance": 0.2, "lr": 0.01, "optimizer": "sgd"},
     "stages": {"method": "prodsum", "stages": "4,12,36", "lr": 0.1},
     "bf16": {"dim": 30, "mixed_precision": "bf16"},
+    "stages in bf16": {
+        "method": "prodsum",
+        "stages": "4,12,36",
+        "lr": 0.1,
+        "mixed_precision": "bf16",
+    },
 }
 
 
@@ -192,8 +200,10 @@ def test_another_configuration(cli, in_tmp_path, monkeypatch):
     said = cli("train", "--resume", "--epochs", "4", "--out", "run")
     assert said.code == 2
     assert "run was begun with another configuration (epochs 3 → 4): leave that out" in said.err
-    said = cli("train", "--resume", "--dim", "10", "--out", "run")
-    assert "another configuration (dim 9 → 10)" in said.err
+    # What is said is compared, be it the default; and all that differs is told.
+    words = ("--dim", "10", "--lr", "5", "--epochs", "10", "--net", "mlp-16")
+    said = cli("train", "--resume", *words, "--out", "run")
+    assert "another configuration (dim 9 → 10, epochs 3 → 10, lr 1.0 → 5.0)" in said.err
     said = cli(*TRAIN[:-4], "--epochs", "4", "--out", "run")
     assert "run belongs to another configuration (epochs 3 → 4)" in said.err
     assert contents(in_tmp_path / "run") == before
@@ -204,6 +214,90 @@ def test_another_configuration(cli, in_tmp_path, monkeypatch):
     said = cli(*TRAIN[:-4], "--epochs", "1", "--out", "run", "--overwrite")
     assert said.code == 0
     assert len(record_of(in_tmp_path / "run")["history"]) == 1
+
+
+SHIFT = 0.0
+
+
+def shifted(input_shape, classes):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    with torch.no_grad():
+        net[1].bias.add_(SHIFT)
+    return net
+
+
+def test_another_beginning(tmp_path, monkeypatch):
+    """Initial weights or data that are others by now, which no configuration tells."""
+    out, task = tmp_path / "run", Classification.size
+    run = a_run(net="tests.lab.test_resume:shifted", dim=20, epochs=2)
+
+    with pytest.raises(Stopped):
+        train(run, out, on_step=lambda: signal.raise_signal(signal.SIGTERM))
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "SHIFT", 0.5)
+        with pytest.raises(SubspanError, match="run was trained from other initial weights"):
+            train(run, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "size", lambda self: task(self) - 8)
+        words = "run was begun with 1,318 training samples, now there are 1,310: bring the data"
+        with pytest.raises(SubspanError, match=words):
+            train(run, out)
+    assert contents(out) == before
+    assert train(run, out)["status"] == "complete"
+
+
+def test_one_at_a_time(tmp_path, in_tmp_path, cli):
+    """Another process trains in this folder: nothing there is touched, nor an empty one left."""
+    with locks.training_in(Path("run")):
+        before = contents(tmp_path)
+        said = cli(*TRAIN)
+        assert said.code == 2
+        words = "another process trains in run (it holds run/.lock): wait for its end, or give"
+        assert words in said.err
+        assert contents(tmp_path) == before
+    assert not Path("run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / locks.TRAINING).touch()  # as a process that is killed leaves it
+    assert not locks.trained_in(tmp_path / "run")
+    assert cli(*TRAIN).code == 0
+    assert set(os.listdir("run")) == {"model.safetensors", "record.json"}
+
+
+def test_a_full_disk_after_a_signal(tmp_path, monkeypatch):
+    """That nothing was saved is what must be said."""
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step():
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(state, "write", no_room)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        train(a_run(dim=5), tmp_path / "run", on_step=step)
+    record = record_of(tmp_path / "run")
+    assert (record["status"], record["error"]) == ("failed", "[Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda record: record.update(notes=3), "notes must be a list, got 3"),
+        (lambda record: record.update(score="high"), "score must be a dict, got 'high'"),
+        (lambda record: record["config"].update(options=None), "options must be a mapping, got"),
+    ],
+)
+def test_an_edited_record(edit, message, trained, tmp_path, cli):
+    copied(trained, tmp_path / "run")
+    record = record_of(tmp_path / "run")
+    edit(record)
+    (tmp_path / "run" / "record.json").write_text(json.dumps(record))
+    before = contents(tmp_path / "run")
+    said = cli("train", "--resume", "--out", tmp_path / "run")
+    assert said.code == 2
+    assert message in said.err
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("spoil", ["cut short", "edited", "newer"])

@@ -125,6 +125,11 @@ def test_networks_by_command(in_tmp_path, cli):
         cli("sweep", "--nets", f"{NET},mlp-4-4", "--small", "auto", *words, "--out", "c").code == 0
     )
     assert json.dumps({net: sweep_of(Path("c") / net) for net in results}) == before
-    said = cli("sweep", "--nets", f"{NET},{NET}", *words, "--out", "d")
-    assert said.code == 2
-    assert f"nets names one network twice: {NET}, {NET}" in said.err
+    for both, message in (
+        (f"{NET},{NET}", f"nets names one network twice: {NET}, {NET}"),
+        (f"{NET},mpl-4", "unknown net 'mpl-4': did you mean"),
+    ):
+        said = cli("sweep", "--nets", both, *words, "--out", "d")
+        assert said.code == 2
+        assert message in said.err
+        assert not Path("d").exists()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import joblib
 import psutil
 import pytest
 
 from subspan import SubspanError, files
 from subspan.errors import Stopped
-from subspan.lab import claims
+from subspan.lab import backends, claims, locks
 from subspan.lab import train as trainer
 from subspan.lab.claims import Claim
+from subspan.lab.config import Training
 from subspan.lab.pool import KILLED
 from subspan.lab.sweep import sweep
 from tests.lab.processes import RUNS, begun, ended, start, telling, until
-from tests.lab.runs import a_sweep, contents, record_of, sweep_of
+from tests.lab.runs import a_run, a_sweep, contents, record_of, sweep_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def whole(folder: Path) -> dict:
@@ -98,6 +105,102 @@ def test_different_configurations_race(tmp_path):
     assert (code, err) == (0, "")
     assert sweep_of(tmp_path / "run")["status"] == "complete"
     assert len(begun(tmp_path)) == 2
+
+
+def test_a_run_that_is_trained_without_the_sweep(tmp_path):
+    """By a person, or by processes that have lost their sweep: the sweep waits, and takes it."""
+    folder, said = tmp_path / "runs" / "hash-dim10-lr0.3-seed0", []
+    config = a_sweep(dims=("10",))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locks.training_in(folder))
+
+        def say(what):
+            said.append(what)
+            stack.close()
+            trainer.train(a_run(dim="10"), folder)
+
+        result = sweep(config, tmp_path, jobs=1, say=say)
+    assert said == ["waiting for 1 run of another sweep"]
+    assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 1)
+
+
+@pytest.mark.parametrize("jobs", [2, -1])
+def test_threads_do_not_depend_on_what_is_left(jobs, monkeypatch):
+    """Eight cores for twenty runs: two processes have as many threads as eight would have."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
+        assert backend.slots == 8
+        found = joblib.Parallel(n_jobs=2)(
+            joblib.delayed(os.getenv)("OMP_NUM_THREADS") for _ in "ab"
+        )
+    assert found == (["4", "4"] if jobs == 2 else ["1", "1"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with backends.opened("loky", None, jobs, Training(), runs=20) as backend:
+        assert not backend.options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_sweep_of_runs_in_two_processes_dies(number, tmp_path):
+    """Killed, its run goes on and the next sweep waits for it; stopped twice, all of it ends."""
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "two.py"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
+    folder = tmp_path / "run" / "runs" / "rbd-dim20-lr1-seed0"
+
+    def epochs():
+        record = folder / "record.json"
+        return len(record_of(folder)["history"]) if record.exists() else 0
+
+    with subprocess.Popen(command, **how) as one:
+        until(lambda: epochs() > 1, one)
+        family = psutil.Process(one.pid).children(recursive=True)
+        assert len(family) >= 3  # torchrun and its two
+        assert locks.trained_in(folder)
+        one.send_signal(number)
+        if number == signal.SIGTERM:
+            time.sleep(0.1)
+            one.send_signal(number)
+    assert one.returncode != 0
+    if number == signal.SIGTERM:
+        until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
+        assert not locks.trained_in(folder)
+    before = epochs()
+    said = subprocess.run(command, **how, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert ("waiting for 1 run" in said.stdout) == (number == signal.SIGKILL)
+    record = record_of(folder)
+    assert (record["status"], record["processes"]) == ("complete", 2)
+    assert [row["epoch"] for row in record["history"]] == list(range(1, 41))
+    assert before < 40
+
+
+TWO = """
+import sys, time
+from pathlib import Path
+from torch import nn
+from subspan.lab.sweep import sweep
+from tests.lab.runs import a_sweep
+
+class Paced(nn.Sequential):
+    def forward(self, x):
+        if self.training:
+            time.sleep(0.01)
+        return super().forward(x)
+
+def net(input_shape, classes):
+    return Paced(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, classes))
+
+if __name__ == "__main__":
+    config = a_sweep(net="two:net", methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None,
+                     processes=2, epochs=40)
+    try:
+        sweep(config, Path("run"), jobs=1, say=print)
+    except KeyboardInterrupt:
+        sys.exit(1)
+"""
 
 
 def claim(out, *dims, status="running", **other):

@@ -221,6 +221,27 @@ def test_a_score_must_be_a_number(own):
     assert record_of(Path("run"))["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("score", "value", "good"),
+    [
+        (ACCURACY, 98.5, False), (ACCURACY, -0.1, False), (ACCURACY, 1.0, True),
+        (Score("error", False, 1.0, percent=True), 2.5, True),  # 250 per cent
+        (Score("R²", percent=False), -3.0, True), (Score(percent=False), math.inf, False),
+    ],
+)  # fmt: skip
+def test_what_a_score_can_be(score, value, good):
+    if good:
+        assert score.checked(value) == value
+        return
+    with pytest.raises(SubspanError, match=r"score.* must be a f\w+"):
+        score.checked(value)
+
+
+def test_a_task_reads_its_data_itself():
+    with pytest.raises(SubspanError, match="image_column, resize is for sets of images, and task"):
+        Training(task=SHUFFLED, resize=32, image_column="photo")
+
+
 def test_the_task_moves_with_its_tensors(own):
     task = tasks.load(Training(task=f"{own}:line"), 0)
     moved = task.to(torch.device("meta"))

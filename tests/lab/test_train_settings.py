@@ -13,9 +13,10 @@ from torch import nn
 import subspan.lab.loop as loop
 from subspan import checkpoint
 from subspan.errors import SubspanError
+from subspan.lab import train as trainer
 from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.lab.loop import schedule
-from subspan.lab.train import train
+from subspan.lab.train import prepare, train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
 
@@ -42,6 +43,16 @@ def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
     losses = [record_of(tmp_path / name)["history"][0]["train_loss"] for name in "abc"]
     assert losses[0] == losses[2] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_what_fp16_cannot_do(monkeypatch):
+    with pytest.raises(SubspanError, match="fp16 needs a GPU: use bf16, or no"):
+        prepare(a_run(dim=5, mixed_precision="fp16"))
+    monkeypatch.setattr(trainer, "on_cpu", lambda training: False)
+    assert prepare(a_run(dim=5, mixed_precision="fp16"))
+    for method, options in (("dlrt", {"tolerance": 0.1}), ("nes", {"dim": 5})):
+        with pytest.raises(SubspanError, match=f"a step of {method} evaluates the loss itself"):
+            prepare(a_run(method, **options, mixed_precision="fp16"))
 
 
 @pytest.mark.parametrize(

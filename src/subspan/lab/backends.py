@@ -65,7 +65,9 @@ def check(name: str, address: str | None, jobs: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(name: str, address: str | None, jobs: int, training: Training) -> Iterator[Backend]:
+def opened(
+    name: str, address: str | None, jobs: int, training: Training, runs: int
+) -> Iterator[Backend]:
     """A backend, ready for runs.
 
     Args:
@@ -73,15 +75,29 @@ def opened(name: str, address: str | None, jobs: int, training: Training) -> Ite
         address: of the cluster; None starts one on this machine for as long as this lasts.
         jobs: runs at a time, or -1.
         training: of the runs.
+        runs: how many there are in all.
 
     Raises:
         SubspanError: if Ray is not installed or does not answer, or has too few processors.
     """
     if name == "loky":
-        yield Backend("loky", joblib.cpu_count() if on_cpu(training) else 1, (BrokenProcessPool,))
+        slots = joblib.cpu_count() if on_cpu(training) else 1
+        many = min(runs, slots if jobs == -1 else jobs)
+        yield Backend("loky", slots, (BrokenProcessPool,), options=_threads(many))
         return
     with ray_joined(address, jobs):
         yield _on_ray(training, jobs)
+
+
+def _threads(many: int) -> dict[str, Any]:
+    """Threads of each of so many processes, as joblib is told.
+
+    By itself it would divide the cores by the runs that are left: those that go on after an
+    interruption, or are tried again, would have other threads than before, and end with other bits.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"inner_max_num_threads": max(1, joblib.cpu_count() // many)}
 
 
 @contextlib.contextmanager

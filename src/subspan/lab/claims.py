@@ -7,8 +7,9 @@ While any sweep is under way, ``.locks/`` in the output folder holds
 - ``sweeps/TOKEN/``, of each sweep: ``alive`` is locked while it lives, ``go-on`` is there until its
   runs are to stop, and ``begun-NAME`` while one of its processes is busy with this run.
 
-The locks are the operating system's and die with their process, so that a file alone says nothing
-about who holds it. The last sweep to leave removes all of them.
+The locks die with their process (:mod:`subspan.lab.locks`). The last sweep to leave removes all of
+them. What trains a run without such a lock is noticed by the run's own: one that a person started,
+or processes of torchrun whose parent was killed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from subspan.errors import SubspanError
 from subspan.files import remove_unfinished
 from subspan.lab import records
+from subspan.lab.locks import held, trained_in
 
 FOLDER = ".locks"
 FILE = "sweep.json"
@@ -65,13 +67,13 @@ class Place:
 
     def is_free(self, name: str) -> bool:
         """Whether no process, of any sweep, has this run under way."""
-        with _held(self.locks / "runs" / name) as free:
-            return free
+        with held(self.locks / "runs" / name) as free:
+            return free and not trained_in(self.run(name))
 
     @contextlib.contextmanager
     def busy_with(self, name: str) -> Iterator[bool]:
         """Hold a run while it is trained; False if another process has it."""
-        with _held(self.locks / "runs" / name) as free:
+        with held(self.locks / "runs" / name) as free:
             if not free:
                 yield False
                 return
@@ -177,23 +179,8 @@ class Claim:
         for folder in (self.place.locks / "sweeps").glob("*"):
             if folder == self.place.own:
                 continue
-            with _held(folder / "alive") as free:
+            with held(folder / "alive") as free:
                 living = living or not free
             if free:
                 shutil.rmtree(folder, ignore_errors=True)
         return living
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Hold a lock if it is free; says whether it was."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

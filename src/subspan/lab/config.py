@@ -64,6 +64,11 @@ class Training:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.task is not None and self.decoding:
+            raise SubspanError(
+                f"{', '.join(self.decoding)} is for sets of images, and task {self.task} reads its "
+                "data itself: leave that out"
+            )
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
@@ -142,6 +147,8 @@ class Run:
         own = {f.name for f in fields(cls)} - {"training"}
         training = {key: value for key, value in content.items() if key not in own}
         try:
+            if not isinstance(content["options"], Mapping):
+                raise TypeError(f"options must be a mapping, got {content['options']!r}")
             return cls(Training(**training), **{key: content[key] for key in own})
         except (TypeError, KeyError) as error:
             raise SubspanError(f"this is not the configuration of a run: {error}") from None

@@ -103,7 +103,7 @@ def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:
         f"{fewer if stored < weights else ''}, {record['checkpoint_bytes']:,} bytes, "
         f"{record['seconds_total']:.1f} s"
     )
-    for note in record["notes"]:
+    for note in record.get("notes", []):
         say(f"note: {note}")
     say(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}")
 

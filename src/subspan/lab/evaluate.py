@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
     loss, score = task.evaluate(
         model.merge() if isinstance(model, SubspaceModel) else model, part
     )  # fmt: skip
-    return loss, tasks.finite(score)
+    return loss, task.score.checked(score)
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:

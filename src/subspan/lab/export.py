@@ -12,7 +12,7 @@ from subspan import slots
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.lab.evaluate import rebuild
-from subspan.layers import LowRank, merge
+from subspan.layers import LowRank, ProductOfSums, merge
 from subspan.subspace import SubspaceModel
 
 
@@ -29,12 +29,12 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
         SubspanError: if the checkpoint is unusable, or the file cannot be where it is to be.
     """
     refuse_what_is_no_file(out)
-    if Path(out).exists() and Path(out).samefile(path):
+    if Path(out).resolve() == Path(path).resolve():
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
     model, _ = rebuild(path)
     if isinstance(model, SubspaceModel):
         model = model.merge()
-    elif any(isinstance(module, LowRank) for module in model.modules()):
+    elif any(isinstance(module, LowRank | ProductOfSums) for module in model.modules()):
         model = merge(model)
     return write_weights(model, out)
 

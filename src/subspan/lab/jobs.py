@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from subspan.cache import cache
 from subspan.errors import Stopped, SubspanError
 from subspan.families import stored
 from subspan.lab.claims import Place
 from subspan.lab.config import Run
+from subspan.lab.locks import BusyError, trained_in
 from subspan.lab.train import completed, train
 
 LOOK_EVERY = 0.5  # seconds between looks whether the sweep is to stop
@@ -95,6 +98,8 @@ def _outcome(
         return train(job.run, folder, overwrite=overwrite, asked_to_stop=_Watch(place), log=log)
     except Stopped as stopped:
         return Pending("stopped", stopped.signal)
+    except BusyError:
+        return Pending("elsewhere")
     except Exception as error:
         return _failure(error)
 
@@ -148,6 +153,8 @@ def _together(
     run: Run, folder: Path, overwrite: bool, processes: int, place: Place, log: Sequence[str]
 ) -> dict[str, Any]:
     """One run in several processes, as a person would start it."""
+    if trained_in(folder):
+        raise BusyError(f"another process trains in {folder}")
     settings = run.as_dict()
     settings |= settings.pop("options") | {"log": list(log) or None}
     with tempfile.TemporaryDirectory() as temporary:
@@ -170,6 +177,8 @@ def _together(
         return record
     if stopped:
         raise Stopped("stopped with its sweep", signal.SIGTERM)
+    if trained_in(folder):  # by others, who had begun to begin
+        raise BusyError(f"another process trains in {folder}")
     reasons = [line for line in lines if line.startswith("subspan train:")] or lines[-1:]
     reason = (reasons or ["no word of why"])[0]
     for number in FULL:
@@ -191,5 +200,12 @@ def _wait(process: subprocess.Popen[bytes], place: Place) -> bool:
                     told = True
                     process.terminate()  # torchrun passes it on
     except BaseException:
+        # Torchrun's processes are in sessions of their own, and would train on without it.
+        family = list[psutil.Process]()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         raise

@@ -10,7 +10,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from subspan.lab.evaluate import describe, evaluate
 from subspan.lab.methods import Method
 from subspan.lab.signals import Signals
 from subspan.lab.tasks import Task
+from subspan.subspace import SubspaceModel
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 SAVE_EVERY = 300.0  # seconds between states within an epoch
@@ -74,6 +75,8 @@ class Loop:
                 f"{self.training.batch_size}"
             )
         notes = self.notes()
+        if where:
+            self.check_beginning(where)
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
@@ -82,7 +85,7 @@ class Loop:
         begun_with = self.extra() | {"init_seed": ready.init_seed}
         optimizer = self.bare = ready.method.optimizer(
             self.model, ready.run, out, begun_with, steps=total,
-            resume=where["done"] if where else None,
+            resume=where["optimizer"] if where else None,
         )  # fmt: skip
         # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
         scaled = accelerator.scaler is not None
@@ -148,6 +151,21 @@ class Loop:
             notes.append(f"processes: {before} up to step {self.where['done']:,}, then {now}")
         return notes
 
+    def check_beginning(self, where: Mapping[str, Any]) -> None:
+        """Refuse to go on with other samples, or from other initial weights.
+
+        Raises:
+            SubspanError: if there are others than those that the run was begun with.
+        """
+        size = self.task.size()
+        if size != where.get("size", size):
+            raise SubspanError(
+                f"{self.out} was begun with {where['size']:,} training samples, now there are "
+                f"{size:,}: bring the data back as they were, or give another --out"
+            )
+        if isinstance(self.ready.model, SubspaceModel):
+            checkpoint.check_base(self.out, self.ready.model, where["header"])
+
     def distributed(self) -> nn.Module:
         """The model with accelerate's wrappers: of mixed precision, of DDP."""
         # "Evaluation" is accelerate's word for all but DDP.
@@ -207,6 +225,8 @@ class Loop:
         model = method.after_epoch(self.model, self.bare, run, history)
         if model is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
+            vars(model).pop("_is_accelerate_prepared", None)
             self.model = model
             self.wrapped = self.distributed()
             # The schedule begins again, over the epochs that are left.
@@ -350,6 +370,7 @@ class Loop:
             "sent": self.sent,
             "notes": self.record["notes"],
             "processes": self.accelerator.num_processes,
+            "size": self.task.size(),
             "done": self.done,
             "within": self.within,
             "seconds_total": time.perf_counter() - self.started,

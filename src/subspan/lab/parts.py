@@ -13,7 +13,7 @@ from typing import Any
 from subspan.lab import backends, report
 from subspan.lab.config import Sweep
 from subspan.lab.jobs import Outcome
-from subspan.lab.sweep import sweep, total_runs
+from subspan.lab.sweep import check_first, sweep, total_runs
 
 
 def sweep_parts(
@@ -39,6 +39,8 @@ def sweep_parts(
     Raises:
         SubspanError: as :func:`subspan.lab.sweep.sweep`.
     """
+    for config in list(parts.values())[1:]:  # or a word that is wrong would be seen hours later
+        check_first(config)
     results = {}
     left = sum(map(total_runs, parts.values()))
     with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():

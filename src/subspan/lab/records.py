@@ -103,10 +103,9 @@ def claim(
         return None
     different = differences(record["config"], config)
     if different and not overwrite:
-        changes = ", ".join(f"{k} {a!r} → {b!r}" for k, (a, b) in different.items())
         raise SubspanError(
-            f"{folder} belongs to another configuration ({changes}): give another --out, "
-            "or --overwrite"
+            f"{folder} belongs to another configuration ({changes(different)}): give another "
+            "--out, or --overwrite"
         )
     return None if different else record
 
@@ -123,6 +122,9 @@ def damage(record: Mapping[str, Any]) -> str | None:
         value = record.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return f"{name} must be a number, got {value!r}"
+    for name, usual in (("notes", []), ("score", {})):  # which format 1 did not have
+        if not isinstance(value := record.get(name, usual), type(usual)):
+            return f"{name} must be a {type(usual).__name__}, got {value!r}"
     return None
 
 
@@ -130,6 +132,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str,
     """What two configurations say differently; what one does not know it leaves at null."""
     a, b = plain(theirs), plain(ours)
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
+
+
+def changes(different: Mapping[str, tuple[Any, Any]]) -> str:
+    """:func:`differences` for people: "epochs 3 → 4, lr 0.1 → 0.3"."""
+    return ", ".join(f"{name} {a!r} → {b!r}" for name, (a, b) in different.items())
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def replay(
     """
     refuse_what_is_no_file(out)
     for other in (path, base):
-        if other and Path(out).exists() and Path(out).samefile(other):
+        if other and Path(out).resolve() == Path(other).resolve():
             raise SubspanError(f"{out} would be overwritten: give another file name")
     if base is None:
         net = _drawn(path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from subspan.errors import SubspanError
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,21 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """As it stands in a record."""
         return asdict(self)
+
+    def checked(self, value: float) -> float:
+        """A value that can be one of this score: finite, and if it is a share of the best, one.
+
+        Raises:
+            SubspanError: for any other.
+        """
+        if not math.isfinite(value):
+            raise SubspanError(f"the task's score must be a finite number, got {value}")
+        if self.percent and self.higher_is_better and not 0 <= value <= 1:
+            raise SubspanError(
+                f"the task's score, {self.name}, must be a fraction in [0, 1] where people read "
+                f"it in per cent, got {value}: divide it, or give Score(percent=False)"
+            )
+        return float(value)
 
     def better(self, one: float, other: float) -> bool:
         """Whether one score is better than another."""

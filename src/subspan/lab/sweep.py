@@ -117,7 +117,7 @@ def sweep(
     claim.check()
     total = left = total_runs(config)
     try:
-        with backends.opened(backend, ray_address, jobs, config.training) as chosen, claim:
+        with backends.opened(backend, ray_address, jobs, config.training, total) as chosen, claim:
             many = chosen.slots if jobs == -1 else jobs
             pool = Pool(claim, chosen, many, overwrite, config.processes, say, log)
             try:
@@ -189,6 +189,16 @@ def _points(config: Sweep) -> list[Point]:
         lrs = config.baseline_lrs or method("full").rates({})
         points.append(Point("full", "", {}, lrs, small=net))
     return points
+
+
+def check_first(config: Sweep) -> None:
+    """Refuse what keeps even the first run of a sweep from being run; this takes a moment.
+
+    Raises:
+        SubspanError: as :func:`sweep`.
+    """
+    point = _points(config)[0]
+    prepare(point.job(config, point.lrs[0], 0).run)
 
 
 def _check(config: Sweep, points: list[Point]) -> None:

@@ -17,7 +17,8 @@ from subspan import init
 from subspan.errors import Stopped, SubspanError
 from subspan.lab import nets, records, state, tasks, trackers
 from subspan.lab.config import Run
-from subspan.lab.loop import Loop, Prepared, Report, accelerator
+from subspan.lab.locks import training_in
+from subspan.lab.loop import Loop, Prepared, Report, accelerator, on_cpu
 from subspan.lab.methods import method
 from subspan.lab.score import Score
 
@@ -33,6 +34,14 @@ def prepare(run: Run) -> Prepared:
     training = run.training
     if training.device == "cuda" and not torch.cuda.is_available():
         raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
+    if training.mixed_precision == "fp16":
+        if on_cpu(training):
+            raise SubspanError("mixed_precision fp16 needs a GPU: use bf16, or no")
+        if how.evaluates:
+            raise SubspanError(
+                f"a step of {run.method} evaluates the loss itself, which fp16's scaled gradients "
+                "do not allow: use bf16, or no"
+            )
     task = tasks.load(training, run.seed)
     known = training.task is None and nets.is_builtin(str(training.net))
     own = training.init == "own" or (training.init == "auto" and not known)
@@ -101,29 +110,39 @@ def train(
         The record.
 
     Raises:
-        SubspanError: for bad input, with nothing written; and for a loss that stops being finite,
-            with the record saying so and the last good state kept.
+        SubspanError: for bad input, and if another process trains in this folder, with nothing
+            written; and for a loss that stops being finite, with the record saying so and the last
+            good state kept.
         Stopped: after a signal, or when asked to stop.
     """
     trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found
-    before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
-    where = _where(run, out) if before else None
     ready = prepare(run)
     devices = accelerator(run.training, log_with=list(log) or None, project_dir=out)
-    loop = Loop(ready, devices, out, where, report, on_step, asked_to_stop)
-    loop.open()
-    if on_start:
-        on_start(loop.steps * run.training.epochs, loop.done, loop.score)
+    with training_in(out) if devices.is_main_process else contextlib.nullcontext():
+        if found := completed(run, out, overwrite=overwrite):  # meanwhile, by another process
+            return found
+        before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
+        where = _where(run, out) if before else None
+        loop = Loop(ready, devices, out, where, report, on_step, asked_to_stop)
+        loop.open()
+        if on_start:
+            on_start(loop.steps * run.training.epochs, loop.done, loop.score)
+        return _trained(loop)
+
+
+def _trained(loop: Loop) -> dict[str, Any]:
+    """All that is left of a training, and its record."""
     try:
-        loop.log.begin(run.as_dict(), loop.record["history"])
+        loop.log.begin(loop.ready.run.as_dict(), loop.record["history"])
         with loop.signals:
             loop.fit()
         loop.finish()
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        if loop.signals.seen and not interrupted:  # the main process has stopped
+        if loop.signals.seen and not interrupted and not loop.accelerator.is_main_process:
+            # What went wrong is that the main process has stopped, and answers no more.
             raise Stopped("stopped with the first process", loop.signals.seen) from error
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
             loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))

@@ -128,6 +128,8 @@ class RandomBases(Optimizer):
         self._parts: tuple[Part, ...] = ()
         try:
             super().__init__(params, defaults)
+        except SubspanError:
+            raise
         except ValueError as error:  # of torch, on empty lists
             raise SubspanError(f"nothing to train: {error}") from None
         self._workers = distributed.Workers(workers) if workers else None

@@ -51,6 +51,8 @@ class Method(ABC):
     """Whether training finds out how many numbers there are, and the axis only steers it."""
     averages_gradients = True
     """Whether processes share work by averaging gradients (DDP); else the optimizer sees to it."""
+    evaluates = False
+    """Whether the optimizer's step evaluates the loss itself, by a closure."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help
@@ -78,7 +80,7 @@ class Method(ABC):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: int | None,
+        steps: int, resume: Mapping[str, Any] | None,
     ) -> Optimizer:  # fmt: skip
         """The optimizer of what requires a gradient.
 
@@ -88,8 +90,8 @@ class Method(ABC):
             out: the run's folder, for methods that keep files of their own.
             extra: what such files should say of the run.
             steps: of the whole training.
-            resume: after how many steps the run goes on, for such files; the optimizer's own
-                state is loaded afterwards. None for a run that begins.
+            resume: the optimizer's state where a run goes on, for such files; it is loaded
+                afterwards. None for a run that begins.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:

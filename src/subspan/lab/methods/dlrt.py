@@ -44,6 +44,7 @@ class LowRankTraining(Method):
 
     adapts = True
     averages_gradients = False
+    evaluates = True
     options = OPTIONS
 
     def __init__(self, name: str, help: str, axis: str) -> None:  # noqa: A002
@@ -85,7 +86,7 @@ class LowRankTraining(Method):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: int | None,
+        steps: int, resume: Mapping[str, Any] | None,
     ) -> Optimizer:  # fmt: skip
         """DLRT around the base."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -66,7 +66,7 @@ class ProductsOfSums(Method):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: int | None,
+        steps: int, resume: Mapping[str, Any] | None,
     ) -> Optimizer:  # fmt: skip
         """An ordinary one; each stage must get an epoch."""
         stages = len(_stages(run.options))

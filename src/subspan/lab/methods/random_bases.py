@@ -44,6 +44,7 @@ class Bases(Method):
     def __init__(self, name: str, help: str, *options: Option, **preset: Any) -> None:  # noqa: A002
         super().__init__(name, help)
         self.options, self.preset = OPTIONS + options, preset
+        self.evaluates = preset.get("estimator", "gradient") != "gradient"
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
         """The network itself: what is special is how it is trained."""
@@ -62,7 +63,7 @@ class Bases(Method):
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: int | None,
+        steps: int, resume: Mapping[str, Any] | None,
     ) -> Optimizer:  # fmt: skip
         """The bases' own; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -76,7 +77,9 @@ class Bases(Method):
                 if resume is None:
                     (out / JOURNAL).unlink(missing_ok=True)
                 else:
-                    Journal(out / JOURNAL).cut(before=resume)
+                    # Steps of its own: of fp16's, those with too large gradients are left out.
+                    done = resume["param_groups"][0]["steps"]
+                    Journal(out / JOURNAL).cut(before=done)
             if many:
                 dist.barrier()
             own |= {"journal": out / JOURNAL, "extra": extra}
@@ -86,7 +89,7 @@ class Bases(Method):
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
         """By backpropagation, or by evaluations alone."""
-        if self.preset.get("estimator", "gradient") == "gradient":
+        if not self.evaluates:
             return super().step(optimizer, loss, backward)
         seen: list[Tensor] = []
 

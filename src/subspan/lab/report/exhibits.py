@@ -98,11 +98,15 @@ class Exhibit:
     reports: Mapping[str, Path]
 
 
-def exhibits(folder: Path) -> list[Exhibit]:
+def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
     """The experiments of a folder, in the order of its folders' names.
 
     A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
     whose folders have a ``sweep.json`` each is an experiment of several parts.
+
+    Args:
+        folder: with the experiments' folders.
+        damaged: gets a sentence for each experiment that cannot be shown; None raises it.
 
     Raises:
         SubspanError: if there is none, or a record is damaged.
@@ -112,24 +116,36 @@ def exhibits(folder: Path) -> list[Exhibit]:
     found = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            if (place / BENCH).is_file():
-                found.append(_of_bench(place))
-            elif (place / "sweep.json").is_file():
-                found.append(_of_sweeps(place, {"": place}))
-            elif parts := {path.parent.name: path.parent for path in place.glob("*/sweep.json")}:
-                found.append(_of_sweeps(place, dict(sorted(parts.items()))))
-        except SubspanError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise SubspanError(
-                f"a record in {place} is damaged ({error!r}): run the command that wrote it again"
-            ) from error
-    if not found:
+            if (exhibit := _exhibit(place)) is not None:
+                found.append(exhibit)
+        except SubspanError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    if not found and not damaged:
         raise SubspanError(
             f"no folder in {folder} has a sweep.json or bench.json: give the one with the "
             "experiments' folders"
         )
     return found
+
+
+def _exhibit(place: Path) -> Exhibit | None:
+    """What a folder holds, if that is an experiment."""
+    try:
+        if (place / BENCH).is_file():
+            return _of_bench(place)
+        if (place / "sweep.json").is_file():
+            return _of_sweeps(place, {"": place})
+        if parts := {path.parent.name: path.parent for path in place.glob("*/sweep.json")}:
+            return _of_sweeps(place, dict(sorted(parts.items())))
+    except SubspanError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SubspanError(
+            f"a record in {place} is damaged ({error!r}): run the command that wrote it again"
+        ) from error
+    return None
 
 
 # ---- sweeps --------------------------------------------------------------------------------------

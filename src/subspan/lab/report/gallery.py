@@ -19,13 +19,16 @@ from subspan.lab.report.exhibits import FAMILIES, OTHERS, exhibits
 from subspan.lab.report.page import embedded, template
 
 
-def write(folder: Path, file: Path, *, lead: Sequence[str] = ()) -> Path:
+def write(
+    folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True
+) -> Path:  # fmt: skip
     """Write a page of all experiments in a folder.
 
     Args:
         folder: it holds a folder for each experiment, as ``results`` and ``runs`` do.
         file: the page, ``….md`` or ``….html``; links are relative to it.
         lead: sentences for the top, such as what could not be run.
+        strict: whether a damaged record is an error; else it is said at the top.
 
     Returns:
         The file.
@@ -35,16 +38,17 @@ def write(folder: Path, file: Path, *, lead: Sequence[str] = ()) -> Path:
             record; nothing is written then.
     """
     refuse_what_is_no_file(file)
-    write_atomically(file, text(folder, file, lead=lead).encode())
+    write_atomically(file, text(folder, file, lead=lead, strict=strict).encode())
     return file
 
 
-def text(folder: Path, file: Path, *, lead: Sequence[str] = ()) -> str:
+def text(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True) -> str:
     """The page that :func:`write` writes."""
     if file.suffix not in (".md", ".html"):
         raise SubspanError(f"a gallery is a file ….md or ….html, got {file.name}")
     folder, file = folder.resolve(), file.resolve()
-    found = exhibits(folder)
+    damaged = list[str]()
+    found = exhibits(folder, None if strict else damaged)
     sections = [
         (family, own)
         for family in (*FAMILIES, OTHERS)
@@ -57,7 +61,8 @@ def text(folder: Path, file: Path, *, lead: Sequence[str] = ()) -> str:
     here = os.path.commonpath([folder, file.parent])
     paths = [shlex.quote(os.path.relpath(path, here)) for path in (folder, file)]
     content: dict[str, Any] = {
-        "sections": sections, "lead": lead, "command": f"subspan gallery {' '.join(paths)}",
+        "sections": sections, "lead": [*lead, *damaged],
+        "command": f"subspan gallery {' '.join(paths)}",
         "link": link, "cell": _cell, "picture": _picture,
     }  # fmt: skip
     return template(f"gallery{file.suffix}", escape=file.suffix == ".html").render(content)

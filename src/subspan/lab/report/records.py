@@ -279,7 +279,7 @@ def _published(raw: Mapping[str, Any]) -> Published:
 
 
 def _scores(values: Iterable[Any], score: Score) -> tuple[float, ...]:
-    return _fractions(values) if score.percent else tuple(float(value) for value in values)
+    return tuple(score.checked(float(value)) for value in values)
 
 
 def _fractions(values: Iterable[Any]) -> tuple[float, ...]:

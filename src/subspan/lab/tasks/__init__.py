@@ -8,7 +8,6 @@ function returns one (``examples/language_model.py`` and ``examples/physics.py``
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -127,14 +126,3 @@ def draw(task: Task, seed: int) -> nn.Module:
     """The task's network; what it draws of initial weights comes from this seed."""
     state.seed_generators(seed)
     return task.network()
-
-
-def finite(value: float) -> float:
-    """A score, if it is one.
-
-    Raises:
-        SubspanError: if it is not finite.
-    """
-    if not math.isfinite(value):
-        raise SubspanError(f"the task's score must be a finite number, got {value}")
-    return float(value)
