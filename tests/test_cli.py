@@ -72,6 +72,21 @@ def test_every_command_explains_itself(command, cli):
     assert "hash" in said.out or command not in ("train", "sweep")
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_the_configuration_is_printed(command, cli):
+    said = cli(command, "--epochs", "7", "--print_config")
+    assert (said.code, said.err) == (0, "")
+    assert "epochs: 7\n" in said.out
+    assert "--print_config" in cli(command, "--help").out
+    assert "--print-config" not in cli(command, "--help").out
+
+
+def test_an_option_says_what_it_means_to_whom(cli):
+    said = " ".join(cli("train", "--help").out.split())
+    assert "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀; layers to factor" in said
+    assert "layers that stay dense (dlrt, dlrt-ratio)" in said
+
+
 # ---- what is done --------------------------------------------------------------------------------
 
 

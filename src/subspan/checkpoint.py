@@ -121,6 +121,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     path = Path(path)
     if not path.is_file():
         raise SubspanError(f"{path} is not a file: expected a checkpoint that subspan saved")
+    if not os.access(path, os.R_OK):
+        raise SubspanError(f"{path} may not be read: see to its permissions")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

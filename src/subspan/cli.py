@@ -100,20 +100,21 @@ def train(argv: Arguments) -> None:
     )  # fmt: skip
     given = _parse(parser, argv)
 
-    out = Path(given.out)
+    out, log = Path(given.out), _trackers(given)
     if given.resume:
-        run = _begun(parser.parse_args(argv, defaults=False), out)
+        run, before = _begun(parser.parse_args(argv, defaults=False), out)
+        log = log or before
     else:
         how = method(given.method)
         options = _options(given)
         rates = how.rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
         run = Run(_instance(Training, given), given.method, options, lr, given.seed)
-    with console.training(run) as progress:
+    with console.training(run, resumed=given.resume) as progress:
         try:
             record = run_training(
                 run, out, overwrite=given.overwrite, report=progress.epoch,
-                on_step=progress.step, on_start=progress.start, log=_trackers(given),
+                on_step=progress.step, on_start=progress.start, log=log,
             )  # fmt: skip
         except Stopped as stopped:
             go_on = f"; to go on: subspan train --resume --out {out}"
@@ -122,8 +123,8 @@ def train(argv: Arguments) -> None:
     distributed.leave()
 
 
-def _begun(given: Namespace, out: Path) -> Run:
-    """The run of a record; options that are given besides must be the record's own."""
+def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
+    """The run of a record, and its trackers; options that are given must be the record's own."""
     from subspan.lab.config import Run
     from subspan.lab.records import changes, differences, read_json
 
@@ -139,7 +140,7 @@ def _begun(given: Namespace, out: Path) -> Run:
             f"{out} was begun with another configuration ({changes(different)}): leave that out "
             "to go on, or give another --out"
         )
-    return run
+    return run, tuple(record.get("log") or ())
 
 
 def sweep(argv: Arguments) -> None:
@@ -160,7 +161,8 @@ def sweep(argv: Arguments) -> None:
     )
     parser.add_argument(
         "--dims", type=list[str | int] | str | int, default="10,30,100,300,1000,3000",
-        help=f"numbers of coordinates, {lists}; 600+250 gives those of each compartment",
+        help=f"numbers of coordinates, {lists}; 600+250 gives those of each compartment; of dlrt "
+        "tolerances, 0.05,0.1,0.2, of dlrt-ratio shares, of prodsum atoms (p)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
     parser.add_argument(
@@ -546,6 +548,8 @@ def _parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
     from argparse import ArgumentError
 
     for action in parser._actions:
+        if "--print_config" in action.option_strings:  # jsonargparse looks for this very word
+            continue
         dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
         action.option_strings = [*dashed, *action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
@@ -586,19 +590,21 @@ def _add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
     """The options of all methods; each run is told only those that were given."""
     from subspan.lab.methods import methods
 
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, list[str]]] = {}  # by name and by what it means to them
     options = {}
     for how in methods().values():
         for option in how.options:
             if option.name not in without:
-                owners.setdefault(option.name, []).append(how.name)
+                owners.setdefault(option.name, {}).setdefault(option.help, []).append(how.name)
                 options[option.name] = option
     group = parser.add_argument_group("options of methods")
     for name, option in options.items():
-        some = owners[name]
-        where = f" ({', '.join(some)})" if len(some) < 4 else ""
+        meanings = [
+            text + (f" ({', '.join(some)})" if len(some) < 4 else "")
+            for text, some in sorted(owners[name].items(), key=lambda item: -len(item[1]))
+        ]
         group.add_argument(
-            f"--{name}", type=option.type | None, default=None, help=option.help + where
+            f"--{name}", type=option.type | None, default=None, help="; ".join(meanings)
         )
 
 

@@ -38,9 +38,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
         The number of bytes.
     """
     path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-    ) as file:
+    try:
+        temporary = tempfile.NamedTemporaryFile(  # noqa: SIM115 (entered below)
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        )
+    except PermissionError as error:  # which names a file that nobody knows
+        raise PermissionError(error.errno, error.strerror, str(path)) from None
+    with temporary as file:
         try:
             file.write(data)
             file.flush()

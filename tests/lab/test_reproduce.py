@@ -19,7 +19,7 @@ from subspan.lab.nets import weights
 from subspan.lab.report import bars, records
 from subspan.lab.reproduce import Experiment, Published, experiments, reproduce
 from subspan.lab.smaller import smaller
-from subspan.lab.sweep import _check, _points, total_runs
+from subspan.lab.sweep import _points, check, total_runs
 from subspan.lab.train import prepare
 from tests.lab.data.makers import encoded
 from tests.lab.runs import NET
@@ -151,7 +151,7 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
     for part, config in parts.items():
         data, _, _ = config.training.data.partition("[:")  # there are few images here
         there = replace(config, training=replace(config.training, data=data))
-        _check(there, _points(there))
+        check(there)
         for published in experiment.published_of(part):
             if published.labels:
                 assert len(published.labels) == len(published.accuracy)

@@ -247,6 +247,38 @@ def test_another_beginning(tmp_path, monkeypatch):
     assert train(run, out)["status"] == "complete"
 
 
+@pytest.mark.parametrize("spoil", ["missing", "cut short"])
+def test_the_best_epoch_must_be_there(spoil, cli, in_tmp_path, monkeypatch):
+    """Or all that is left would be trained in vain."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 2)
+        cli(*TRAIN)
+    best = Path("run/best.safetensors")
+    whole = best.read_bytes()
+    if spoil == "missing":
+        best.unlink()
+    else:
+        best.write_bytes(whole[:-9])
+    before = contents(in_tmp_path / "run")
+    said = cli("train", "--resume", "--out", "run")
+    assert said.code == 2
+    assert "run/best.safetensors is " in said.err
+    assert contents(in_tmp_path / "run") == before
+    best.write_bytes(whole)
+    assert cli("train", "--resume", "--out", "run").code == 0
+
+
+def test_a_record_without_a_state(cli, in_tmp_path, monkeypatch):
+    """The training begins anew, and says so."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        cli(*TRAIN)
+    (Path("run") / state.FILE).unlink()
+    said = cli("train", "--resume", "--out", "run")
+    assert said.code == 0
+    assert f"{3 * STEPS} steps, from the first on: there is no state of it to go on" in said.out
+
+
 def test_one_at_a_time(tmp_path, in_tmp_path, cli):
     """Another process trains in this folder: nothing there is touched, nor an empty one left."""
     with locks.training_in(Path("run")):

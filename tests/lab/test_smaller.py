@@ -13,6 +13,7 @@ from subspan.lab import nets
 from subspan.lab.nets import weights
 from subspan.lab.report import pictures, read
 from subspan.lab.report.curves import small_curves
+from subspan.lab.report.exhibits import exhibits
 from subspan.lab.smaller import beside, smaller
 from subspan.lab.sweep import sweep, total_runs
 from tests.lab.runs import NET, WEIGHTS, a_sweep, sweep_of
@@ -119,6 +120,13 @@ def test_networks_by_command(in_tmp_path, cli):
         pytest.approx([100 * row["mean_test_score"] for row in r["rows"][:2]])
         for r in results.values()
     ]
+    # On a page of its own it is one experiment, with this picture and its command.
+    [exhibit] = exhibits(Path())
+    assert exhibit.title == f"mlp-4-4, {NET} at equal d"  # as the folders are ordered
+    assert [path.name for path in exhibit.pictures] == ["comparison.png"]
+    typed = "subspan sweep --nets mlp-4-4,mlp-8 --data digits --methods hash --dims 10,90"
+    assert exhibit.command.startswith(typed)
+    assert "--small auto" in exhibit.command
     # Again: nothing is repeated.
     before = json.dumps(results)
     assert (
@@ -127,7 +135,8 @@ def test_networks_by_command(in_tmp_path, cli):
     assert json.dumps({net: sweep_of(Path("c") / net) for net in results}) == before
     for both, message in (
         (f"{NET},{NET}", f"nets names one network twice: {NET}, {NET}"),
-        (f"{NET},mpl-4", "unknown net 'mpl-4': did you mean"),
+        (f"{NET},mpl-4", "mpl-4: unknown net 'mpl-4': did you mean"),
+        (f"{NET},mlp-1", "mlp-1: dim=90 must be at least the number of compartments"),
     ):
         said = cli("sweep", "--nets", both, *words, "--out", "d")
         assert said.code == 2

@@ -87,6 +87,32 @@ class Unbounded(Line):
 
 def unbounded(seed):
     return Unbounded(seed, 40)
+
+class Faulty(Line):
+    """One thing of it is wrong."""
+
+    def __init__(self, seed, data):
+        super().__init__(seed, 40)
+        self.wrong = data
+        if data == "score":
+            self.score = None
+
+    def size(self):
+        return {"size": 2.5, "empty": 0}.get(self.wrong, super().size())
+
+    def network(self):
+        return None if self.wrong == "network" else super().network()
+
+    def loss(self, net, batch):
+        if self.wrong == "loss":
+            return (net(batch[0]) - batch[1]).square().mean(dim=1)
+        return super().loss(net, batch)
+
+    def evaluate(self, net, part):
+        return {"alone": 0.5, "texts": ("a", "b")}.get(self.wrong, super().evaluate(net, part))
+
+def faulty(seed, data):
+    return Faulty(seed, data)
 '''
 SHUFFLED = "subspan.lab.tasks.shuffled_labels:task"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -205,7 +231,7 @@ def test_a_run_goes_on(own):
     [
         ("nothing", r"must return a subspan.lab.tasks.Task, got int"),
         ("detached", "a tensor of one number with a gradient, got a tensor of shape .* without"),
-        ("broken", "loss of one sample cannot be had: 'x'"),
+        ("broken", "loss of two samples cannot be had: 'x'"),
         ("takes_nothing", "has no parameter data, its signature is .*: leave --data mnist out"),
         ("lime", "unknown function of own_tasks_[0-9]+ 'lime': did you mean line"),
     ],
@@ -213,6 +239,24 @@ def test_a_run_goes_on(own):
 def test_what_is_no_task(own, function, message):
     with pytest.raises(SubspanError, match=message):
         prepare(a_run(f"{own}:{function}", data="mnist" if function == "takes_nothing" else None))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("size", "task's size must be a positive integer, got 2.5"),
+        ("empty", "task's size must be a positive integer, got 0"),
+        ("score", "task's score must be a Score, got None"),
+        ("network", "task's network must be an nn.Module, got NoneType"),
+        ("loss", r"tensor of one number with a gradient, got a tensor of shape \(2,\)"),
+        ("alone", "evaluate must return its loss and its score, two numbers, got 0.5"),
+        ("texts", r"evaluate must return its loss and its score, two numbers, got \('a', 'b'\)"),
+    ],
+)
+def test_a_faulty_task(own, wrong, message):
+    with pytest.raises(SubspanError, match=message):
+        train(a_run(f"{own}:faulty", data=wrong), Path("run"))
+    assert Path("run").exists() == (wrong in ("alone", "texts"))
 
 
 def test_a_score_must_be_a_number(own):

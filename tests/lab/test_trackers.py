@@ -15,6 +15,7 @@ from subspan.errors import Stopped
 from subspan.lab import state, trackers
 from subspan.lab.train import train
 from tests.lab.runs import STEPS, SWEEP, TRAIN, a_run, contents, record_of
+from tests.lab.test_resume import stop_in_epoch
 
 RUN = a_run("rbd", dim=5, lr=1.0, epochs=3, compartments="layer")
 SCORE = ("best_epoch", "checkpoint_bytes", "stored_parameters", "test_score")
@@ -245,6 +246,16 @@ def test_a_tracker_that_does_not_start(cli, in_tmp_path, monkeypatch):
 
 def test_by_command(cli, in_tmp_path):
     assert cli(*TRAIN, "--log", "tensorboard").code == 0
+    has_all(Path("run"), "tensorboard")
+
+
+def test_resume_goes_on_in_the_same_log(cli, in_tmp_path, monkeypatch):
+    """Though nothing but the folder is said."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        assert cli(*TRAIN, "--epochs", "3", "--log", "tensorboard").code == 130
+    assert cli("train", "--resume", "--out", "run").code == 0
+    assert record_of(Path("run"))["log"] == ["tensorboard"]
     has_all(Path("run"), "tensorboard")
 
 

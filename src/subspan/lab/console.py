@@ -55,6 +55,7 @@ class TrainingProgress:
     bar: Progress
     task: TaskID
     run: Run
+    resumed: bool = False
     started: bool = False
     score: Score = ACCURACY
 
@@ -63,6 +64,8 @@ class TrainingProgress:
         self.started, self.score = True, score
         self.bar.update(self.task, total=steps, completed=done)
         before = f", going on after {done:,}" if done else ""
+        if self.resumed and not done:
+            before = ", from the first on: there is no state of it to go on from"
         how = f"{self.run.training.title}, {self.run.method}, lr {self.run.lr:g}"
         say(f"{how}: {steps:,} steps{before}")
 
@@ -82,13 +85,13 @@ class TrainingProgress:
 
 
 @contextmanager
-def training(run: Run) -> Iterator[TrainingProgress]:
+def training(run: Run, *, resumed: bool = False) -> Iterator[TrainingProgress]:
     """Progress of one run; the processes of one run after the first are silent."""
     import os
 
     console.quiet = os.environ.get("RANK", "0") != "0"
     with _progress("steps") as bar:
-        yield TrainingProgress(bar, bar.add_task("training", total=None), run)
+        yield TrainingProgress(bar, bar.add_task("training", total=None), run, resumed)
 
 
 def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:

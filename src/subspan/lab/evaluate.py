@@ -25,9 +25,13 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
     Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
     """
     model.eval()
-    loss, score = task.evaluate(
-        model.merge() if isinstance(model, SubspaceModel) else model, part
-    )  # fmt: skip
+    found = task.evaluate(model.merge() if isinstance(model, SubspaceModel) else model, part)
+    try:
+        loss, score = map(float, found)
+    except (TypeError, ValueError) as error:
+        raise SubspanError(
+            f"the task's evaluate must return its loss and its score, two numbers, got {found!r}"
+        ) from error
     return loss, task.score.checked(score)
 
 

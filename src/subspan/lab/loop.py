@@ -125,6 +125,7 @@ class Loop:
             "peak_memory_bytes": None,
             "bytes_sent_per_step": None,
             "history": where["history"] if where else [],
+            "log": [str(name) for name in accelerator.log_with],
             "processes": accelerator.num_processes,
             "device": records.device_name(device),
             "versions": records.versions(),
@@ -152,10 +153,11 @@ class Loop:
         return notes
 
     def check_beginning(self, where: Mapping[str, Any]) -> None:
-        """Refuse to go on with other samples, or from other initial weights.
+        """Refuse to go on with other samples, from other initial weights, or without the best.
 
         Raises:
-            SubspanError: if there are others than those that the run was begun with.
+            SubspanError: if there are others than those that the run was begun with, or the best
+                epoch's checkpoint cannot be read.
         """
         size = self.task.size()
         if size != where.get("size", size):
@@ -165,6 +167,8 @@ class Loop:
             )
         if isinstance(self.ready.model, SubspaceModel):
             checkpoint.check_base(self.out, self.ready.model, where["header"])
+        if where["best_epoch"]:  # what is missing or damaged would be noticed at the end alone
+            checkpoint.read(self.best)
 
     def distributed(self) -> nn.Module:
         """The model with accelerate's wrappers: of mixed precision, of DDP."""
@@ -319,9 +323,7 @@ class Loop:
     def finish(self) -> None:
         """Go back to the best epoch, read the test set once, and write what was found."""
         self.accelerator.wait_for_everyone()
-        best = self.out / "best.safetensors"
-        if not best.exists():  # it got its last name, and then all ended
-            best = self.out / "model.safetensors"
+        best = self.best
         _, tensors = checkpoint.read(best)
         checkpoint.restore(self.model, tensors)
         # In full precision, as everyone who loads the file will.
@@ -342,6 +344,13 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             self.record = records.read_json(self.out / "record.json") or self.record
+
+    @property
+    def best(self) -> Path:
+        """The best epoch's checkpoint."""
+        best, last = self.out / "best.safetensors", self.out / "model.safetensors"
+        # Where all ended just after it got its last name, it has that.
+        return last if last.exists() and not best.exists() else best
 
     def save(self, name: str) -> None:
         """The model's checkpoint, from the main process."""

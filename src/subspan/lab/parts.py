@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from subspan.errors import SubspanError
 from subspan.lab import backends, report
 from subspan.lab.config import Sweep
 from subspan.lab.jobs import Outcome
-from subspan.lab.sweep import check_first, sweep, total_runs
+from subspan.lab.sweep import check, sweep, total_runs
 
 
 def sweep_parts(
@@ -39,8 +40,14 @@ def sweep_parts(
     Raises:
         SubspanError: as :func:`subspan.lab.sweep.sweep`.
     """
-    for config in list(parts.values())[1:]:  # or a word that is wrong would be seen hours later
-        check_first(config)
+    for part, config in parts.items():  # all: what is wrong in the last one is not for hours later
+        try:
+            check(
+                config, jobs=jobs, backend=backend, ray_address=ray_address,
+                log=how.get("log", ()),
+            )  # fmt: skip
+        except SubspanError as error:
+            raise SubspanError(f"{part}: {error}" if part else str(error)) from error
     results = {}
     left = sum(map(total_runs, parts.values()))
     with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
@@ -53,7 +60,7 @@ def sweep_parts(
 
             results[part] = sweep(
                 config, out / part, jobs=jobs, backend=backend, ray_address=ray_address,
-                on_run=one_run, extra=extra(part), **how,
+                on_run=one_run, extra=extra(part), checked=True, **how,
             )  # fmt: skip
             report.write(out / part)
     return results

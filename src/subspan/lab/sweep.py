@@ -75,7 +75,7 @@ def sweep(
     config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
     backend: str = "loky", ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None, log: Sequence[str] = (),
+    say: Callable[[str], None] = lambda what: None, log: Sequence[str] = (), checked: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -93,6 +93,7 @@ def sweep(
         ray_address: of a cluster; None starts one on this machine.
         say: told in a sentence what else happens: a process died, another sweep is waited for.
         log: trackers that are told every epoch of every run.
+        checked: whether :func:`check` has been called.
 
     Returns:
         The content of ``sweep.json``.
@@ -104,10 +105,9 @@ def sweep(
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
-    backends.check(backend, ray_address, jobs)
-    trackers.check(log)
+    if not checked:
+        check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
     points = _points(config)
-    _check(config, points)
     failed: dict[str, str] = {}
 
     def result(status: str) -> dict[str, Any]:
@@ -191,18 +191,17 @@ def _points(config: Sweep) -> list[Point]:
     return points
 
 
-def check_first(config: Sweep) -> None:
-    """Refuse what keeps even the first run of a sweep from being run; this takes a moment.
+def check(
+    config: Sweep, *, jobs: int = -1, backend: str = "loky", ray_address: str | None = None,
+    log: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Refuse all that can be refused before anything runs.
 
-    Raises:
-        SubspanError: as :func:`sweep`.
+    Args, and what is raised: as of :func:`sweep`.
     """
-    point = _points(config)[0]
-    prepare(point.job(config, point.lrs[0], 0).run)
-
-
-def _check(config: Sweep, points: list[Point]) -> None:
-    """Everything that can be refused is refused before anything runs."""
+    backends.check(backend, ray_address, jobs)
+    trackers.check(log)
+    points = _points(config)
     if config.baseline and (axis := method(config.baseline).axis):
         raise SubspanError(
             f"baseline {config.baseline!r} is varied by {axis} and has no one accuracy: use full, "

@@ -121,7 +121,24 @@ def test_folder_without_images(tmp_path):
 def test_folder_with_a_broken_image(tmp_path):
     folder = image_folder(tmp_path / "pets")
     (folder / "train" / "cat" / "03.png").write_bytes(b"no image")
-    with pytest.raises(SubspanError, match=r"cannot read .*UnidentifiedImageError"):
+    words = r"cannot read the image .*train/cat/03.png of .*UnidentifiedImageError.*: replace it"
+    with pytest.raises(SubspanError, match=words):
+        data.load(str(folder))
+
+
+def test_rows_without_an_image(tmp_path):
+    images = [*as_structs([encoded(0)] * 4), None, *as_structs([encoded(0)])]
+    folder = parquet_folder(tmp_path / "rows", image=images, label=[0, 1] * 3)
+    with pytest.raises(SubspanError, match=r"cannot read the image in row 5 of train of .*rows"):
+        data.load(str(folder))
+
+
+def test_a_folder_of_one_class(tmp_path):
+    folder = tmp_path / "cats"
+    for i in range(9):
+        (folder / "cat").mkdir(parents=True, exist_ok=True)
+        (folder / "cat" / f"{i}.png").write_bytes(encoded(i))
+    with pytest.raises(SubspanError, match="make a sub-folder for each class, two at least"):
         data.load(str(folder))
 
 

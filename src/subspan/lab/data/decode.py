@@ -70,8 +70,7 @@ def read(
     values: list[list[Any]] = []
     for name in [train, test] if test else [train]:
         rows = parts[name].select_columns([images, labels])
-        if not isinstance(features[images], datasets.Image):
-            rows = rows.cast_column(images, datasets.Image())
+        rows = rows.cast_column(images, datasets.Image(decode=False))
         like = pixels[0][0].shape[-2:] if pixels else None
         pairs = ((row[images], row[labels]) for row in rows)
         arrays, part_values = _decode(path, name, pairs, size, like)
@@ -122,7 +121,8 @@ def _column(
     raise SubspanError(
         f"{path} has no column that is plainly the {kind}: expected one {feature_type.__name__}, "
         f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
-        f"with --{kind}-column"
+        f"with --{kind}-column, or of a folder of images make a sub-folder for each class, two at "
+        "least"
     )
 
 
@@ -190,14 +190,24 @@ def to_array(image: Picture, size: Size | None = None) -> np.ndarray:
 
 
 def _decode(
-    path: str, part: str, pairs: Iterable[tuple[Picture, Any]], size: Size | None,
+    path: str, part: str, pairs: Iterable[tuple[dict[str, Any], Any]], size: Size | None,
     like: tuple[int, ...] | None,
 ) -> tuple[list[np.ndarray], list[Any]]:  # fmt: skip
     """One part's images, resized to ``size``, else all ``like`` the first; and its labels."""
+    import datasets
+
     arrays, values = [], []
+    decoder = datasets.Image()
     with _readable(path):
-        for image, value in pairs:
-            array = to_array(image, size)
+        for row, (encoded, value) in enumerate(pairs, start=1):
+            try:
+                array = to_array(decoder.decode_example(encoded), size)
+            except Exception as error:  # of a damaged file Pillow raises any
+                name = (encoded or {}).get("path") or f"in row {row} of {part}"
+                raise SubspanError(
+                    f"cannot read the image {name} of {path} ({type(error).__name__}: {error}): "
+                    "replace it, or leave it out"
+                ) from error
             like = like or array.shape[-2:]
             if array.shape[-2:] != like:  # at once: large photographs would fill the memory
                 raise SubspanError(

@@ -41,7 +41,7 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
     if held < 0 or held == len(split) or (held == 0 and fraction > 0):
         raise SubspanError(
             "the part to hold out must be a fraction in [0, 1) that leaves a sample on both "
-            f"sides, got {fraction} of {len(split)} samples"
+            f"sides, got {fraction:.3g} of {len(split)} samples: have more samples"
         )
     order = permutation(len(split), seed=seed, stream=stream)
     return split.select(order[held:].sort().values), split.select(order[:held].sort().values)

@@ -180,5 +180,7 @@ def _not_on_hub(name: str, cause: str) -> SubspanError:
     if "/" in name:
         return SubspanError(f"{message}: check the name and the network, or give a local folder")
     remedy = f"give a local folder, or set SUBSPAN_DATA to a folder with {name}/ in it"
+    if there := os.environ.get("SUBSPAN_DATA"):
+        remedy += f", which {there} is not"
     nearest = "" if name in HUB else f"{unknown('data set', name, names())}; "
     return SubspanError(f"{nearest}{message}: {remedy}")

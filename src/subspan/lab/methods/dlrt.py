@@ -76,9 +76,15 @@ class LowRankTraining(Method):
         """A point of a sweep: a number, and no number of coordinates."""
         assert self.axis is not None
         try:
-            return {self.axis: float(value)}
+            share = float(value)
         except ValueError:
-            raise SubspanError(f"{self.axis} must be a number, got {value!r} in dims") from None
+            share = -1.0
+        if not 0 <= share < 1:
+            raise SubspanError(
+                f"of {self.name} dims lists values of {self.axis}, which are in [0, 1), as in "
+                f"--dims 0.05,0.1,0.2; got {value!r}"
+            )
+        return {self.axis: share}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Around Adam's usual 1e-3, a little higher: the core's steps are shared by few numbers."""

@@ -165,8 +165,13 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
     sweeps = dict(sorted(sweeps.items(), key=lambda item: [*order, item[0]].index(item[0])))
     known = experiments().get(name)
     timed = isinstance(known, Experiment) and known.timed
-    summary = folder / "summary.png"
-    pictures = [summary] if summary.is_file() else [
+    configs = [sweep.config for sweep in sweeps.values()]
+    compared = f"{', '.join(str(config.get('net')) for config in configs)} at equal d"
+    ours = title(first) if len(sweeps) == 1 else compared
+    whole = [
+        path for name in ("summary", "comparison") if (path := folder / f"{name}.png").is_file()
+    ]
+    pictures = whole or [
         places[part] / "curve.png" for part, sweep in sweeps.items() if _says_more(sweep)
     ]  # fmt: skip
     left = [part for part in planned if part not in sweeps]
@@ -178,12 +183,12 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
     return Exhibit(
         folder=folder,
         family=_family(sweeps.values(), name),
-        title=told.get("title") or title(first),
+        title=told.get("title") or ours,
         source=told.get("source", ""),
         differences=told.get("differences", ""),
         effort=_effort(sweeps.values(), budget),
         notes=tuple(notes),
-        command=_reproduce(first, planned) if told else sweep_command(first.config),
+        command=_reproduce(first, planned) if told else sweep_command(*configs),
         table=tables.of_sweeps(sweeps, timed=timed),
         pictures=tuple(path for path in pictures if path.is_file()),
         reports={part: page for part in sweeps if (page := places[part] / "report.html").is_file()},
@@ -277,11 +282,15 @@ def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
     return " ".join(words)
 
 
-def sweep_command(config: Mapping[str, Any]) -> str:
-    """The ``subspan sweep`` of a configuration, as a person would type it."""
+def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
+    """The ``subspan sweep`` of a configuration, as a person would type it; or of many networks."""
     usual = Settings(Training()).as_dict() | {"small": []}
     always = ("net", "data", "methods", "dims")
     words = ["subspan sweep"]
+    if others:
+        words.append(f"--nets {_word([each.get('net') for each in (config, *others)])}")
+        auto = any(each.get("small") != config.get("small") for each in others)
+        config = {**config, "net": None} | ({"small": "auto"} if auto else {})
     for name in (*always, *(key for key in usual if key not in always)):
         value = config.get(name, usual[name])
         if name == "options":

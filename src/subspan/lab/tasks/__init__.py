@@ -74,14 +74,14 @@ class Task(ABC):
         """Refuse a network that does not fit, before anything is written.
 
         Raises:
-            SubspanError: if the loss of a sample is no number that has a gradient.
+            SubspanError: if the loss of two samples is no number that has a gradient.
         """
         state = net.training
         net.eval()  # so that nothing that it holds changes
         try:
-            loss = self.loss(net, self.batch(torch.zeros(1, dtype=torch.int64)))
+            loss = self.loss(net, self.batch(torch.arange(min(2, self.size()))))
         except Exception as error:  # of a user's own task it may be any
-            raise SubspanError(f"the task's loss of one sample cannot be had: {error}") from error
+            raise SubspanError(f"the task's loss of two samples cannot be had: {error}") from error
         finally:
             net.train(state)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -119,10 +119,18 @@ def load(training: Training, seed: int) -> Task:
             f"task {training.task!r} must return a subspan.lab.tasks.Task, got "
             f"{type(task).__name__}"
         )
+    size = task.size()
+    if not isinstance(size, int) or size < 1:
+        raise SubspanError(f"the task's size must be a positive integer, got {size!r}")
+    if not isinstance(task.score, Score):
+        raise SubspanError(f"the task's score must be a Score, got {task.score!r}")
     return task
 
 
 def draw(task: Task, seed: int) -> nn.Module:
     """The task's network; what it draws of initial weights comes from this seed."""
     state.seed_generators(seed)
-    return task.network()
+    net = task.network()
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"the task's network must be an nn.Module, got {type(net).__name__}")
+    return net
