@@ -124,20 +124,17 @@ def test_a_run_that_is_trained_without_the_sweep(tmp_path):
     assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 1)
 
 
-@pytest.mark.parametrize("jobs", [2, -1])
-def test_threads_do_not_depend_on_what_is_left(jobs, monkeypatch):
-    """Eight cores for twenty runs: two processes have as many threads as eight would have."""
+@pytest.mark.parametrize(("jobs", "threads"), [(2, 4), (-1, 1), (30, 1)])
+def test_threads_do_not_depend_on_what_is_left(jobs, threads, monkeypatch):
+    """Eight cores for twenty runs; joblib would divide them by the runs that it is given."""
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
         assert backend.slots == 8
-        found = joblib.Parallel(n_jobs=2)(
-            joblib.delayed(os.getenv)("OMP_NUM_THREADS") for _ in "ab"
-        )
-    assert found == (["4", "4"] if jobs == 2 else ["1", "1"])
+        assert joblib.parallel.get_active_backend()[0].inner_max_num_threads == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with backends.opened("loky", None, jobs, Training(), runs=20) as backend:
-        assert not backend.options
+    with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
+        assert joblib.parallel.get_active_backend()[0].inner_max_num_threads is None
 
 
 @pytest.mark.slow
