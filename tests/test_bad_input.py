@@ -248,7 +248,7 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):
     said = cli(*TRAIN, "--dim", "5")
     assert (said.code, said.out) == (1, "")
     assert said.err == "subspan train: error: [Errno 28] No space left on device\n"
-    assert os.listdir(in_tmp_path / "run") == []
+    assert os.listdir(in_tmp_path) == []
 
 
 def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):

@@ -37,7 +37,7 @@ KEYS = {
         "processes",
         "device",
     ),
-    *("versions", "notes", "error"),
+    *("versions", "notes", "error", "log"),
 }
 
 
@@ -86,7 +86,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
         assert record["status"] == "running"
         assert record["history"][-1] == row
         seen.append([(tmp_path / f"{name}.safetensors").read_bytes() for name in ("best", "last")])
-        names = {"record.json", "best.safetensors", "last.safetensors"}
+        names = {"record.json", "best.safetensors", "last.safetensors", ".lock"}
         assert set(os.listdir(tmp_path)) - {"state.pt"} == names
 
     record = train(a_run(dim=30, epochs=4), tmp_path, report=report)
