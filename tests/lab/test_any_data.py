@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from subspan import checkpoint
@@ -57,6 +59,22 @@ def test_other_columns_and_sizes(mode, in_tmp_path, cli):
     assert said.code == 2
     assert "6, 6)" in said.err
     assert "--resize changes the size" in said.err
+
+
+def test_classes_of_other_names(in_tmp_path, cli):
+    """Their numbers follow from the order of the names: a score would mean nothing."""
+    image_folder(in_tmp_path / "pets")
+    assert cli(*TRAIN, "--data", "./pets", "--out", "run").code == 0
+    file = in_tmp_path / "run" / "model.safetensors"
+    shutil.copytree(in_tmp_path / "pets", in_tmp_path / "same")
+    said = cli("eval", file, "--data", "./same")
+    assert said.code == 0
+    for part in ("train", "test"):
+        (in_tmp_path / "same" / part / "cat").rename(in_tmp_path / "same" / part / "zebra")
+    said = cli("eval", file, "--data", "./same")
+    assert (said.code, said.out) == (2, "")
+    assert "same has other classes (dog, zebra) than the images that " in said.err
+    assert "numbered in the order of their names: name them alike" in said.err
 
 
 def test_an_image_folder_of_photographs(in_tmp_path, cli):

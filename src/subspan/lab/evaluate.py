@@ -114,6 +114,13 @@ def evaluate_checkpoint(
                 f"{tuple(extra['image_shape'])}: give other --data; --resize changes the size of "
                 "its images"
             )
+        own = task.describe().get("names")
+        if own and extra.get("names", own) != own:
+            raise SubspanError(
+                f"{images.name} has other classes ({', '.join(images.names[:5])}) than the images "
+                f"that {path} was trained on, and they are numbered in the order of their names: "
+                "name them alike"
+            )
         mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
         task = type(task)(replace(images, mean=mean, std=std), extra["net"])
         more = {"images": len(images.test)}

@@ -46,6 +46,7 @@ def _read(path: Path) -> RawData:
         test=Split(tensors["test.images"], tensors["test.labels"]),
         classes=metadata["classes"],
         notes=tuple(metadata["notes"]),
+        names=tuple(metadata["names"]),
     )
 
 
@@ -56,6 +57,7 @@ def _write(path: Path, data: RawData) -> None:
         "test.images": data.test.images,
         "test.labels": data.test.labels,
     }
-    metadata = {"subspan": json.dumps({"classes": data.classes, "notes": data.notes})}
+    told = {"classes": data.classes, "notes": data.notes, "names": data.names}
+    metadata = {"subspan": json.dumps(told)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, metadata))

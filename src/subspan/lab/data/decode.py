@@ -63,7 +63,7 @@ def read(
             f"{path} must have a column of images and another of labels, got {images!r} and "
             f"{labels!r} of {found}: name the right ones with --image-column and --label-column"
         )
-    classes = getattr(features[labels], "num_classes", None)
+    names = getattr(features[labels], "names", None)
     train, test, notes = _choose_parts(path, list(parts))
 
     pixels: list[list[np.ndarray]] = []
@@ -78,10 +78,11 @@ def read(
         values.append(part_values)
 
     stacked = _stack(pixels)
-    encoded, classes = _encode(path, values, classes)
+    encoded, known = _encode(path, values, names)
     splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
     train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
-    return RawData(train_split, test_split, classes, notes)
+    numbers = all(str(name).isdecimal() for name in known)
+    return RawData(train_split, test_split, len(known), notes, () if numbers else known)
 
 
 @contextmanager
@@ -233,10 +234,12 @@ def _stack(parts: list[list[np.ndarray]]) -> list[Tensor]:
     return [torch.from_numpy(images) for images in stacked]
 
 
-def _encode(path: str, parts: list[list[Any]], classes: int | None) -> tuple[list[Tensor], int]:
-    """Each part's labels as int64 (N,), and the number of classes.
+def _encode(
+    path: str, parts: list[list[Any]], names: Sequence[str] | None
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Each part's labels as int64 (N,), and the names of the classes.
 
-    Without known ``classes``, the distinct values (integers or strings) are numbered in order.
+    Without known ``names``, the distinct values (integers or strings) are numbered in order.
     """
     every = [value for part in parts for value in part]
     types = {type(value) for value in every}
@@ -246,11 +249,12 @@ def _encode(path: str, parts: list[list[Any]], classes: int | None) -> tuple[lis
             f"labels of {path} must all be integers or all strings, got {found}: name another "
             "column with --label-column, or leave out images without a label"
         )
-    known = range(classes) if classes else sorted(set(every))
+    known = range(len(names)) if names else sorted(set(every))
     number = {value: i for i, value in enumerate(known)}
     if unlabelled := set(every) - set(number):
         raise SubspanError(
-            f"labels of {path} must be in [0, {classes}), got {min(unlabelled)}: "
+            f"labels of {path} must be in [0, {len(known)}), got {min(unlabelled)}: "
             "leave out images without a label"
         )
-    return [torch.tensor([number[value] for value in part]) for part in parts], len(number)
+    encoded = [torch.tensor([number[value] for value in part]) for part in parts]
+    return encoded, tuple(map(str, names or known))

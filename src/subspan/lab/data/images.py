@@ -41,12 +41,14 @@ class RawData:
         test: the test part.
         classes: number of classes.
         notes: sentences that a reader of the results should know.
+        names: of the classes, in order; empty where they have but numbers.
     """
 
     train: Split
     test: Split
     classes: int
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ class ImageData:
         mean: float32 (C,), of the training part's pixels as numbers in [0, 1].
         std: float32 (C,), of the same.
         notes: sentences that a reader of the results should know.
+        names: of the classes, in order; empty where they have but numbers.
     """
 
     name: str
@@ -77,6 +80,7 @@ class ImageData:
     mean: Tensor
     std: Tensor
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring pixels to mean 0 and standard deviation 1, channel by channel.

@@ -26,7 +26,7 @@ HUB = {
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "mnist": "ylecun/mnist",
 }
-FORMAT = 1  # of the decoded tensors: a change of what decoding gives must change it
+FORMAT = 2  # of the decoded tensors: a change of what decoding gives must change it
 
 
 def names() -> list[str]:
@@ -94,6 +94,7 @@ def load(
         mean=mean,
         std=std,
         notes=raw.notes,
+        names=raw.names,
     ).to(device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -73,7 +75,10 @@ class Classification(Task):
     def describe(self) -> dict[str, Any]:
         """The network's input, so that it can be built and fed without the data."""
         images = self.images
-        return {
+        # A digest: of a thousand classes the names would be larger than the coordinates.
+        text = json.dumps(images.names).encode()
+        names = {"names": hashlib.blake2b(text, digest_size=8).hexdigest()} if images.names else {}
+        return names | {
             "image_shape": list(images.image_shape),
             "classes": images.classes,
             "mean": [float(f"{m:.9g}") for m in images.mean],  # 9 digits tell float32 apart
