@@ -24,7 +24,7 @@ from subspan.errors import Stopped, SubspanError
 from subspan.families import stored
 from subspan.lab.claims import Place
 from subspan.lab.config import Run
-from subspan.lab.locks import BusyError, trained_in
+from subspan.lab.locks import BusyError, refuse_if_trained_in
 from subspan.lab.train import completed, train
 
 LOOK_EVERY = 0.5  # seconds between looks whether the sweep is to stop
@@ -153,8 +153,7 @@ def _together(
     run: Run, folder: Path, overwrite: bool, processes: int, place: Place, log: Sequence[str]
 ) -> dict[str, Any]:
     """One run in several processes, as a person would start it."""
-    if trained_in(folder):
-        raise BusyError(f"another process trains in {folder}")
+    refuse_if_trained_in(folder)
     settings = run.as_dict()
     settings |= settings.pop("options") | {"log": list(log) or None}
     with tempfile.TemporaryDirectory() as temporary:
@@ -177,8 +176,7 @@ def _together(
         return record
     if stopped:
         raise Stopped("stopped with its sweep", signal.SIGTERM)
-    if trained_in(folder):  # by others, who had begun to begin
-        raise BusyError(f"another process trains in {folder}")
+    refuse_if_trained_in(folder)  # by others, who had begun to begin
     reasons = [line for line in lines if line.startswith("subspan train:")] or lines[-1:]
     reason = (reasons or ["no word of why"])[0]
     for number in FULL:

@@ -43,6 +43,16 @@ def trained_in(out: Path) -> bool:
         return not free
 
 
+def refuse_if_trained_in(out: Path) -> None:
+    """As :func:`training_in` would.
+
+    Raises:
+        BusyError: if a process trains in this folder now.
+    """
+    if trained_in(out):
+        raise _busy(out)
+
+
 @contextlib.contextmanager
 def training_in(out: Path) -> Iterator[None]:
     """Be the only one who trains in a folder, which is made; one that stays empty is removed.
@@ -55,10 +65,7 @@ def training_in(out: Path) -> Iterator[None]:
     try:
         with held(out / TRAINING) as free:
             if not free:
-                raise BusyError(
-                    f"another process trains in {out} (it holds {out / TRAINING}): wait for its "
-                    "end, or give another --out"
-                )
+                raise _busy(out)
             try:
                 yield
             finally:  # while it is held: who waits for it then looks for the file again
@@ -68,3 +75,10 @@ def training_in(out: Path) -> Iterator[None]:
         for folder in made:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def _busy(out: Path) -> BusyError:
+    return BusyError(
+        f"another process trains in {out} (it holds {out / TRAINING}): wait for its end, or give "
+        "another --out"
+    )

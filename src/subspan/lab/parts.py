@@ -5,7 +5,7 @@ The parts of a published experiment are such, and so are the networks of a compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from subspan.lab.sweep import check, sweep, total_runs
 def sweep_parts(
     parts: Mapping[str, Sweep], out: Path, *, jobs: int = -1, backend: str = "loky",
     ray_address: str | None = None, on_run: Callable[[Outcome, int], None] | None = None,
-    extra: Callable[[str], Mapping[str, Any]] = lambda part: {}, **how: Any,
+    extra: Callable[[str], Mapping[str, Any]] = lambda part: {}, log: Sequence[str] = (),
+    **how: Any,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run sweeps, those that are complete excepted, and write the report of each.
 
@@ -32,6 +33,7 @@ def sweep_parts(
         ray_address: likewise.
         on_run: called after each run, with how many are left in all parts.
         extra: what else the ``sweep.json`` of a part is to say.
+        log: likewise.
         how: the other arguments of :func:`subspan.lab.sweep.sweep`.
 
     Returns:
@@ -42,10 +44,7 @@ def sweep_parts(
     """
     for part, config in parts.items():  # all: what is wrong in the last one is not for hours later
         try:
-            check(
-                config, jobs=jobs, backend=backend, ray_address=ray_address,
-                log=how.get("log", ()),
-            )  # fmt: skip
+            check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
         except SubspanError as error:
             raise SubspanError(f"{part}: {error}" if part else str(error)) from error
     results = {}
@@ -60,7 +59,7 @@ def sweep_parts(
 
             results[part] = sweep(
                 config, out / part, jobs=jobs, backend=backend, ray_address=ray_address,
-                on_run=one_run, extra=extra(part), checked=True, **how,
+                on_run=one_run, extra=extra(part), log=log, checked=True, **how,
             )  # fmt: skip
             report.write(out / part)
     return results
