@@ -135,6 +135,24 @@ def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
     assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
 
 
+def test_a_run_does_not_go_on_from_a_journal_that_lost_steps(tmp_path):
+    """As a machine may lose them that loses its power."""
+    run, steps = a_run("rbd", lr=1.0, epochs=2, dim=20, journal=True), []
+
+    def step():
+        steps.append(1)
+        if len(steps) > STEPS:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(run, tmp_path, on_step=step)
+    Journal(tmp_path / JOURNAL).cut(before=STEPS - 1)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SubspanError, match=f"saved after {STEPS} steps, and .*has {STEPS - 1}"):
+        train(run, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
 def test_another_configuration_begins_a_journal_of_its_own(tmp_path):
     train(a_run("rbd", lr=1.0, dim=20, journal=True), tmp_path)
     first = (tmp_path / JOURNAL).read_bytes()

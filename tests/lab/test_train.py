@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import subspan.lab.loop as loop
 import subspan.lab.train as trainer
@@ -255,6 +256,19 @@ def test_a_loss_that_stops_being_finite_keeps_the_best_state(tmp_path, monkeypat
     digits = data.load("digits")
     assert evaluate(model, Classification(digits, "mlp-8"), "validation")[1] == record["val_score"]
     assert all(w.isfinite().all() for w in rebuild(tmp_path / "last.safetensors")[0].parameters())
+
+
+def torn(input_shape, classes):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    nn.init.constant_(net[1].bias[2:3], math.inf)
+    return net
+
+
+def test_weights_that_are_spoiled_from_the_start(tmp_path):
+    """Which no lower rate would mend."""
+    with pytest.raises(SubspanError, match=r"^1\.bias of the network is not finite before"):
+        train(a_run(net="tests.lab.test_train:torn", dim=20), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_last_step_that_spoils_the_weights(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,30 @@ def test_skipped_steps_are_skipped_again(tmp_path):
     assert torch.equal(flat(other), expected)
     resumed = RandomBases(mlp(torch.float32), 10, 0.5, journal=tmp_path / "journal")
     assert (resumed.steps, resumed.skipped) == (6, 1)
+
+
+def test_a_state_is_saved_behind_its_journal(tmp_path, monkeypatch):
+    """Whatever becomes of the machine: without those steps the state leads nowhere."""
+    _, optimizer, _ = trained(tmp_path / "journal", steps=3)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    optimizer.state_dict()
+    assert synced == [(tmp_path / "journal").stat().st_size]
+
+
+def test_a_state_belongs_to_a_moment_of_its_journal(tmp_path):
+    net, optimizer, _ = trained(tmp_path / "journal", steps=3)
+    net[0].weight.grad.fill_(float("inf"))
+    optimizer.step()  # skipped: of the state's steps, and not of the journal's
+    state = optimizer.state_dict()
+    resumed = RandomBases(mlp(torch.float32), 10, 0.5, journal=tmp_path / "journal")
+    resumed.load_state_dict(state)
+    assert (resumed.steps, resumed.skipped) == (4, 1)
+
+    run(net, optimizer, 1)
+    later = RandomBases(mlp(torch.float32), 10, 0.5, journal=tmp_path / "journal")
+    with pytest.raises(SubspanError, match=r"saved after 3 steps, and .*journal has 4"):
+        later.load_state_dict(state)
 
 
 def test_rates_are_those_of_each_step(tmp_path):

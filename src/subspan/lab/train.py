@@ -52,6 +52,9 @@ def prepare(run: Run) -> Prepared:
 
     net = make() if init_seed is None else init.build(make, init_seed)
     task.check(net)
+    for name, tensor in net.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise SubspanError(f"{name} of the network is not finite before the first step")
     model = how.wrap(net, run.seed, run.options)
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.

@@ -131,6 +131,11 @@ class Journal:
         with self.path.open("ab") as file:
             file.write(raw + struct.pack("<I", zlib.crc32(raw)))
 
+    def sync(self) -> None:
+        """What was appended is on the disk when this returns, whatever becomes of the system."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
 
 def header_of(
     found: Sequence[Part], groups: Sequence[int], bases: int, redraw_every: int | None,

@@ -332,17 +332,30 @@ class RandomBases(Optimizer):
             if not tensor.is_floating_point():
                 raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
 
+    def state_dict(self) -> dict[str, Any]:
+        """PyTorch's. The journal's steps up to it are on disk when this returns."""
+        if self._journal:
+            self._journal.sync()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer of the same parameters and settings was.
 
         Raises:
-            SubspanError: if the state belongs to other bases.
+            SubspanError: if the state belongs to other bases, or to another moment than the one
+                that the journal has led to.
         """
         for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             if theirs.get("layout") != group["layout"]:
                 raise SubspanError(
                     "this state belongs to other bases: the seed, distribution, dimensions, "
                     "compartments and parameters must be those it was saved with"
+                )
+            ours, made = (each["steps"] - each["skipped"] for each in (group, theirs))
+            if self._journal and ours != made:
+                raise SubspanError(
+                    f"the state was saved after {made} steps, and {self._journal.path} has {ours}: "
+                    "go on from the journal alone, or from a state of that moment"
                 )
         super().load_state_dict(state_dict)
 
