@@ -59,10 +59,10 @@ def test_what_is_refused(cli, in_tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("there", "device", "jobs", "slots", "each"),
+    ("there", "device", "jobs", "many", "each"),
     [
         ({"CPU": 8.0}, "auto", -1, 8, {"scheduling_strategy": "SPREAD"}),
-        ({"CPU": 8.0, "GPU": 4.0}, "cpu", 3, 8, {"scheduling_strategy": "SPREAD"}),
+        ({"CPU": 8.0, "GPU": 4.0}, "cpu", 3, 3, {"scheduling_strategy": "SPREAD"}),
         ({"CPU": 8.0, "GPU": 4.0}, "auto", -1, 4, {"num_gpus": 1}),
         ({"CPU": 8.0, "GPU": 1.0}, "cuda", -1, 1, {"num_gpus": 0.5}),
         ({"CPU": 8.0}, "cpu", 9, None, "has 8 CPUs and 0 GPUs; .* a CPU for each of --jobs 9"),
@@ -70,16 +70,16 @@ def test_what_is_refused(cli, in_tmp_path, monkeypatch):
         ({"CPU": 1.0}, "cpu", -1, None, "has 1 CPUs .* expected two CPUs at least"),
     ],
 )
-def test_a_run_for_each_core_or_gpu(there, device, jobs, slots, each, monkeypatch):
+def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
-    if slots is None:
+    if many is None:
         with pytest.raises(SubspanError, match=each):
             backends._on_ray(Training(device=device), jobs)
         return
     backend = backends._on_ray(Training(device=device), jobs)
-    assert (backend.slots, backend.options["ray_remote_args"]) == (slots, each)
+    assert (backend.jobs, backend.options["ray_remote_args"]) == (many, each)
 
 
 def test_the_same_as_without(tmp_path):

@@ -130,7 +130,7 @@ def test_threads_do_not_depend_on_what_is_left(jobs, threads, monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
-        assert backend.slots == 8
+        assert backend.jobs == (8 if jobs == -1 else jobs)
         assert joblib.parallel.get_active_backend()[0].inner_max_num_threads == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():

@@ -28,7 +28,7 @@ class Backend:
 
     Args:
         name: joblib's name for it.
-        slots: how many runs it takes at a time.
+        jobs: how many runs it takes at a time.
         deaths: what joblib raises when one of its processes has died.
         remote: whether processes may be on other machines, so that even one run at a time is
             given to them.
@@ -36,7 +36,7 @@ class Backend:
     """
 
     name: str
-    slots: int
+    jobs: int
     deaths: tuple[type[Exception], ...]
     remote: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -81,9 +81,9 @@ def opened(
         SubspanError: if Ray is not installed or does not answer, or has too few processors.
     """
     if name == "loky":
-        slots = joblib.cpu_count() if on_cpu(training) else 1
-        many = min(runs, slots if jobs == -1 else jobs)
-        yield Backend("loky", slots, (BrokenProcessPool,), options=_threads(many))
+        if jobs == -1:
+            jobs = joblib.cpu_count() if on_cpu(training) else 1
+        yield Backend("loky", jobs, (BrokenProcessPool,), options=_threads(min(jobs, runs)))
         return
     with ray_joined(address, jobs):
         yield _on_ray(training, jobs)
@@ -182,6 +182,6 @@ def _on_ray(training: Training, jobs: int) -> Backend:
     # has two processes at least.
     each = {"num_gpus": min(1, gpus / 2)} if on_gpu else {"scheduling_strategy": "SPREAD"}
     return Backend(
-        "ray", slots, (RayActorError,), remote=True,
+        "ray", slots if jobs == -1 else jobs, (RayActorError,), remote=True,
         options={"maxtasksperchild": 1, "ray_remote_args": each},
     )  # fmt: skip

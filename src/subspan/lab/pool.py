@@ -32,8 +32,7 @@ class Pool:
 
     Args:
         claim: of the sweep.
-        backend: which processes.
-        jobs: runs at a time.
+        backend: which processes, and how many at a time.
         overwrite: as of :func:`subspan.lab.train.train`.
         processes: of each run.
         say: told what people should know besides outcomes.
@@ -42,7 +41,6 @@ class Pool:
 
     claim: Claim
     backend: Backend
-    jobs: int
     overwrite: bool
     processes: int
     say: Callable[[str], None]
@@ -137,7 +135,7 @@ class Pool:
     @property
     def _apart(self) -> bool:
         """Whether runs have processes of their own."""
-        return self.jobs > 1 or self.backend.remote
+        return self.backend.jobs > 1 or self.backend.remote
 
     def _end_if_asked(self) -> None:
         if self.stopped_by:
@@ -154,14 +152,14 @@ class Pool:
         """Each run once, in processes of the backend; if one dies all that are left are pending."""
         if not jobs:
             return
-        workers = min(self.jobs, len(jobs))
+        workers = min(self.backend.jobs, len(jobs))
         if self._apart:  # joblib has no process for a single one
             workers = max(2, workers)
         lost = {job.name: job for job in jobs}
         with self.backend.chosen():
             parallel = joblib.Parallel(
                 n_jobs=workers, return_as="generator_unordered", batch_size=1,
-                pre_dispatch=min(self.jobs, workers),
+                pre_dispatch=min(self.backend.jobs, workers),
             )  # fmt: skip
         options = {
             "overwrite": self.overwrite, "processes": self.processes, "apart": self._apart,

@@ -118,8 +118,7 @@ def sweep(
     total = left = total_runs(config)
     try:
         with backends.opened(backend, ray_address, jobs, config.training, total) as chosen, claim:
-            many = chosen.slots if jobs == -1 else jobs
-            pool = Pool(claim, chosen, many, overwrite, config.processes, say, log)
+            pool = Pool(claim, chosen, overwrite, config.processes, say, log)
             try:
                 with pool:
                     for stage in _stages(config, points):
