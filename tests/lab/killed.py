@@ -14,6 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# What a training imports on its way, which takes longer than the training itself.
+import torch._dynamo
+import torch.distributed.fsdp  # noqa: F401
+
+import subspan.kernels.cpu.hash  # noqa: F401
 from subspan import files
 from subspan.lab.train import train
 from tests.lab.runs import a_run

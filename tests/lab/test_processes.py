@@ -142,11 +142,17 @@ def a_training(net: str, out: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the network, and the run in two processes that nobody disturbed."""
+    """With the network."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "paced_net.py").write_text(PACED)
-    launched(folder, "torchrun", 2, *a_training("noisy", "whole"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The run in two processes that nobody disturbed."""
+    launched(folder, "torchrun", 2, *a_training("noisy", "whole"))
+    return folder / "whole"
 
 
 def disturbed(folder: Path, net: str, out: str, number: signal.Signals) -> str:
@@ -180,7 +186,7 @@ def comparable(out: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_all_are_stopped_and_go_on(number, folder):
+def test_all_are_stopped_and_go_on(number, folder, whole):
     """As if nothing had happened; dropout and the trackers' log included."""
     out = number.name
     said = disturbed(folder, "noisy", out, number)
@@ -189,14 +195,14 @@ def test_all_are_stopped_and_go_on(number, folder):
     said = launched(folder, "torchrun", 2, "subspan.cli", "train", "--resume", "--out", out,
                     "--log-with", "tensorboard")  # fmt: skip
     assert "steps, going on after " in said
-    ours, whole = (comparable(folder / name) for name in (out, "whole"))
-    losses = [[row.pop("train_loss") for row in record["history"]] for record in (ours, whole)]
-    assert ours == whole
+    ours, theirs = comparable(folder / out), comparable(whole)
+    losses = [[row.pop("train_loss") for row in record["history"]] for record in (ours, theirs)]
+    assert ours == theirs
     # Of an epoch that was stopped within, the first process knows its own half until then.
     exact = [a == b for a, b in zip(*losses, strict=True)]
     assert exact.count(False) <= (1 if number == signal.SIGTERM else 0)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    models = [(folder / name / "model.safetensors").read_bytes() for name in (out, "whole")]
+    models = [(run / "model.safetensors").read_bytes() for run in (folder / out, whole)]
     assert models[0] == models[1]
     has_all(folder / out, "tensorboard")
 
