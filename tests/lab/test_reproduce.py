@@ -238,7 +238,7 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
 def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     settings = tiny.sweeps["quick"]
     parts = {"one": settings, "two": replace(settings, baseline=None, dims=("7",))}
-    published = {"one": tiny.published, "two": (Published("Else 2026", (7,), (0.4,), 0.9),)}
+    published = {"one": tiny.published * 2, "two": (Published("Else 2026", (7,), (0.4,), 0.9),)}
     several = replace(tiny, sweeps={"quick": parts}, published=published)
     monkeypatch.setitem(experiments(), "tiny", several)
     said = cli("reproduce", "tiny", "--jobs", 1, "--out", "out")
@@ -254,6 +254,10 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     assert names == ["one: full", "one: hash, d = 5", "one: hash, d = 30", "two: hash, d = 7"]
     diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert diamonds == pytest.approx([75, 25, 50, 40])
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert {text for text, colour in colours.items() if colour != "black"} == {
+        *("75", "25", "50", "40")  # nobody takes what was published for what was measured
+    }
     [row] = found["two"].rows
     found["two"] = replace(found["two"], rows=(replace(row, dim=1234),))
     labels = bars.summary(found, "All of it").axes[0].get_yticklabels()

@@ -20,7 +20,7 @@ CAPTION = (
     "What each method reaches and costs at this d: means over seeds, dots are the seeds. Costs "
     "that are far apart stand on logarithmic axes; training on all weights is grey."
 )
-_MEASURED, _BASELINE = "#0072B2", "0.55"
+_MEASURED, _BASELINE, _PUBLISHED = "#0072B2", "0.55", "#D55E00"
 _COSTS = (  # field of a row, what is written under its panel, and its unit
     ("peak_memory_bytes", "peak memory (MB)", 1e-6),
     ("seconds_per_step", "time of a step (ms)", 1e3),
@@ -76,9 +76,6 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     points = [[score.scale * a for a in _published(sweep, row)] for _, sweep, row in lines]
     scores = [[score.scale * a for a in row.test_score] for row in rows]
     _panel(axes, rows, scores, points, bars=False)
-    for place, known in enumerate(points):
-        for accuracy in known:
-            axes.plot(accuracy, place, "D", color="#D55E00", markersize=3)
     for right in others:
         _panel(right, rows, [row.bytes_sent_per_step for row in rows])
         _logarithmic(right)
@@ -107,14 +104,17 @@ def _published(sweep: Sweep, row: Row) -> list[float]:
         value = source.baseline if row.dim == 0 else points.get(here)
         if value is not None and (row.dim == 0 or source.method in (None, row.method)):
             found.append(value)
-    return found
+    return list(dict.fromkeys(found))  # sources of one paper share a baseline
 
 
 def _panel(
     axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]],
-    others: Sequence[Sequence[float]] = (), *, bars: bool = True,
+    published: Sequence[Sequence[float]] = (), *, bars: bool = True,
 ) -> None:  # fmt: skip
-    """A bar or a disc for every row with values, and its number behind it and its other points."""
+    """A bar or a disc for every row with values, diamonds for what was published; numbers behind.
+
+    Those of diamonds have their colour: the row's own number may stand beside one.
+    """
     for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
         if not seeds or min(seeds) <= 0:
             continue
@@ -123,11 +123,16 @@ def _panel(
             axes.barh(place, mean(seeds), 0.7, color=colour)
         else:
             axes.plot(mean(seeds), place, "o", color=colour, markersize=4)
-        axes.annotate(
-            _plain(mean(seeds)), (max([*seeds, *(others[place] if others else ())]), place),
-            xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=5.5,
-        )  # fmt: skip
+        known = published[place] if published else []
+        for value in known:
+            axes.plot(value, place, "D", color=_PUBLISHED, markersize=3)
+        behind, offset = max([*seeds, *known]), 4.0
+        for value, shade in [(mean(seeds), "black"), *((value, _PUBLISHED) for value in known)]:
+            axes.annotate(
+                _plain(value), (behind, place), (offset, 0), textcoords="offset points",
+                va="center", fontsize=5.5, color=shade,
+            )  # fmt: skip
+            offset += 3.2 * len(_plain(value)) + 3  # in points, as wide as digits are at this size
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)
     axes.margins(x=0.22)
