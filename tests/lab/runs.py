@@ -6,6 +6,7 @@ the tests of the command line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -122,6 +123,20 @@ def record_of(folder: Path) -> dict[str, Any]:
 def sweep_of(folder: Path) -> dict[str, Any]:
     """``sweep.json``."""
     return json.loads((folder / "sweep.json").read_text())
+
+
+def train_up_to(step: int, run: Any, out: Path) -> None:
+    """Train, and fail after this step, of which the state on disk need not know yet."""
+    from subspan.lab.train import train
+
+    steps = itertools.count(1)
+
+    def fail() -> None:
+        if next(steps) == step:
+            raise OSError("power failure")
+
+    with pytest.raises(OSError, match="power failure"):
+        train(run, out, on_step=fail)
 
 
 def contents(folder: Path) -> dict[str, Any]:

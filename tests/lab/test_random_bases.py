@@ -16,7 +16,7 @@ from subspan import SubspanError
 from subspan.lab.report import pictures, records
 from subspan.lab.train import prepare, train
 from subspan.optim.journal import Journal
-from tests.lab.runs import NET, STEPS, a_run, record_of
+from tests.lab.runs import NET, STEPS, a_run, record_of, train_up_to
 
 RBD = ["train", "--net", NET, "--method", "rbd", "--dim", "20", "--out", "run"]
 JOURNAL = "journal.subspan"
@@ -104,23 +104,11 @@ def test_a_journal_is_cut_by_its_own_steps(tmp_path):
     assert [record.step for record in Journal(tmp_path / JOURNAL).records()] == [0, 1, 2]
 
 
-class StopError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [3, STEPS, STEPS + 4])
 def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
     run = a_run("rbd", lr=1.0, epochs=3, dim=20, schedule="cosine", journal=True)
     whole = train(run, tmp_path / "whole")
-    steps = []
-
-    def step():
-        steps.append(1)
-        if len(steps) == stop:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(run, tmp_path / "parts", on_step=step)
+    train_up_to(stop, run, tmp_path / "parts")
     assert record_of(tmp_path / "parts")["status"] == "failed"
     resumed = []
     record = train(run, tmp_path / "parts", on_step=lambda: resumed.append(1))
@@ -137,15 +125,8 @@ def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
 
 def test_a_run_does_not_go_on_from_a_journal_that_lost_steps(tmp_path):
     """As a machine may lose them that loses its power."""
-    run, steps = a_run("rbd", lr=1.0, epochs=2, dim=20, journal=True), []
-
-    def step():
-        steps.append(1)
-        if len(steps) > STEPS:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(run, tmp_path, on_step=step)
+    run = a_run("rbd", lr=1.0, epochs=2, dim=20, journal=True)
+    train_up_to(STEPS + 1, run, tmp_path)
     Journal(tmp_path / JOURNAL).cut(before=STEPS - 1)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SubspanError, match=f"saved after {STEPS} steps, and .*has {STEPS - 1}"):

@@ -259,6 +259,9 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
         *("75", "25", "50", "40")  # nobody takes what was published for what was measured
     }
     [row] = found["two"].rows
+    unknown = replace(found["two"], rows=(replace(row, test_score=()),))
+    [axes] = bars.summary(found | {"two": unknown}, "All of it").axes
+    assert [line.get_marker() for line in axes.lines].count("D") == 4  # they are known still
     found["two"] = replace(found["two"], rows=(replace(row, dim=1234),))
     labels = bars.summary(found, "All of it").axes[0].get_yticklabels()
     assert labels[-1].get_text() == "two: hash, 1,234 numbers"

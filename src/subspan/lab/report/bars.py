@@ -116,6 +116,9 @@ def _panel(
     Those of diamonds have their colour: the row's own number may stand beside one.
     """
     for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
+        known = published[place] if published else []
+        for value in known:
+            axes.plot(value, place, "D", color=_PUBLISHED, markersize=3)
         if not seeds or min(seeds) <= 0:
             continue
         colour = _MEASURED if row.dim else _BASELINE
@@ -123,9 +126,6 @@ def _panel(
             axes.barh(place, mean(seeds), 0.7, color=colour)
         else:
             axes.plot(mean(seeds), place, "o", color=colour, markersize=4)
-        known = published[place] if published else []
-        for value in known:
-            axes.plot(value, place, "D", color=_PUBLISHED, markersize=3)
         behind, offset = max([*seeds, *known]), 4.0
         for value, shade in [(mean(seeds), "black"), *((value, _PUBLISHED) for value in known)]:
             axes.annotate(
