@@ -1,7 +1,15 @@
 # Two commands do everything on a fresh machine with Python >= 3.11: `make demo` and `make test`.
 # Both create .venv and install what they need; nothing outside this folder is touched.
+#
+#   PYTHON       the interpreter that .venv is made with: make test PYTHON=python3.12
+#   TORCH_INDEX  the package index that PyTorch comes from. On Linux the usual one has the build for
+#                CUDA, several GB; without a GPU, the build for CPUs does:
+#                make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#
+# Both count where .venv is made; `make clean` removes it.
 
 PYTHON ?= python3
+TORCH_INDEX ?=
 BIN := .venv/bin
 DEMO := demo
 
@@ -12,33 +20,38 @@ demo: .venv/installed
 		--seeds 3 --epochs 20 --batch-size 64 --baseline-lrs 0.003 --out $(DEMO)
 
 # Two at a time, of one thread each: more threads than cores wait for each other.
-test: .venv/installed .venv/triton
+test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-slow: .venv/installed
+slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed
+types: .venv/dev
 	$(BIN)/mypy
 
-format: .venv/installed
+format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # torch first and alone: with it in place nothing else asks the registry for another build of it.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and \
+		"subspan needs Python 3.11 or later, and $(PYTHON) is %d.%d: name another, " \
+		"as in make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
 	touch $@
 
-# What only the tests want: the kernels for GPUs run in Triton's interpreter where there is no GPU.
-.venv/triton: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gpu]'
+# What the demo does not want: the tools, the trackers, Ray, Triton (whose interpreter runs the
+# kernels for GPUs where there is no GPU), and the libraries that the tests use subspan with.
+.venv/dev: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
+import pytest
 import torch
 
 from subspan import kernels
@@ -55,6 +58,20 @@ def test_versions_and_device():
     name = records.device_name(torch.device("cpu"))
     assert f"{torch.get_num_threads()} of " in name
     assert records.processor() in name
+
+
+@pytest.mark.parametrize("build", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0"])
+def test_the_version_of_pytorch_names_its_build(build, monkeypatch, cli):
+    """The registry's build for CUDA is called 2.13.0 in its metadata, and says more when asked."""
+    known = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.13.0" if name == "torch" else known(name)
+    )
+    monkeypatch.setattr(torch, "__version__", build)
+    assert records.versions()["torch"] == build
+    assert f"ok  version: torch {build}" in [
+        " ".join(s.split(" ")) for s in cli("doctor").out.splitlines()
+    ]
 
 
 def test_peak_memory():

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from subspan import __version__
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
 
@@ -146,14 +147,15 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
-    names = ("subspan", "torch", "numpy", "numba", "safetensors", "accelerate", "datasets")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
+    """Versions of what a result may depend on, PyTorch's with its build, as in 2.13.0+cu130.
+
+    The registry's PyTorch is called 2.13.0 in its metadata: what was imported knows better.
+    """
+    found = {"python": platform.python_version(), "subspan": __version__}
+    found["torch"] = str(torch.__version__)
+    for name in ("numpy", "numba", "safetensors", "accelerate", "datasets"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
