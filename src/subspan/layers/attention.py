@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from subspan.errors import SubspanError
+from subspan.layers.handover import hand_over, stand_for
+from subspan.layers.plain import linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -41,41 +45,62 @@ class Attention(nn.Module):
             )
         self.embed_dim, self.num_heads, self.head_dim = of.embed_dim, of.num_heads, of.head_dim
         self.dropout, self.batch_first = of.dropout, of.batch_first
+        self.training = of.training
+        out = of.out_proj
         if of._qkv_same_embed_dim:
-            weights = of.in_proj_weight.chunk(3)
+            weights = [(part, of.in_proj_weight) for part in of.in_proj_weight.chunk(3)]
         else:
-            weights = (of.q_proj_weight, of.k_proj_weight, of.v_proj_weight)
-        biases = (None, None, None) if of.in_proj_bias is None else of.in_proj_bias.chunk(3)
-        for name, weight, bias in zip(
-            PROJECTIONS, (*weights, of.out_proj.weight), (*biases, of.out_proj.bias), strict=True
-        ):
-            n, m = weight.shape
-            layer = nn.Linear(m, n, bias=bias is not None, device="meta")
-            layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-            self.add_module(name, layer)
-        self.train(of.training)
+            weights = [(w, w) for w in (of.q_proj_weight, of.k_proj_weight, of.v_proj_weight)]
+        # Each with the parameter that it is part of.
+        biases: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 3
+        if (inside := of.in_proj_bias) is not None:
+            biases = [(part, inside) for part in inside.chunk(3)]
+        parts = zip([*weights, (out.weight,) * 2], [*biases, (out.bias,) * 2], strict=True)
+        for name, ((weight, of_weight), (bias, of_bias)) in zip(PROJECTIONS, parts, strict=True):
+            layer = linear(weight, bias)
+            stand_for(layer.weight, of_weight)
+            if of_bias is not None:
+                stand_for(layer.bias, of_bias)
+            self.add_module(name, layer.train(of.training))
+        hand_over("out_proj", of.out_proj, self.out_proj, nn.Linear(1, 1, device="meta"))
+
+    def obstacle(self, layers: Sequence[nn.Module]) -> str | None:
+        """Say why these four linear layers cannot be an ``nn.MultiheadAttention``; or None."""
+        for part in ("weight", "bias"):
+            trained = {
+                p.requires_grad for layer in layers[:3] if (p := getattr(layer, part)) is not None
+            }
+            if len(trained) > 1:
+                return (
+                    f"nn.MultiheadAttention has the {part} of q_proj, k_proj and v_proj in one "
+                    "parameter, and only some of them are frozen: freeze all or none of them"
+                )
+        if len({layer.bias is None for layer in layers}) > 1:
+            return "only some of its projections have a bias: give all of them one"
+        return None
 
     @torch.no_grad()
-    def original(self) -> nn.MultiheadAttention:
-        """The ``nn.MultiheadAttention`` with these projections, which must be linear layers."""
-        layers = [getattr(self, name) for name in PROJECTIONS]
-        q, k, v, out = (layer.weight for layer in layers)
+    def original(self, layers: Sequence[nn.Linear] | None = None) -> nn.MultiheadAttention:
+        """Make the ``nn.MultiheadAttention`` with these projections.
+
+        Args:
+            layers: instead of its own four, which must be linear layers.
+        """
+        q, k, v, out = layers or [getattr(self, name) for name in PROJECTIONS]
         net = nn.MultiheadAttention(
-            self.embed_dim, self.num_heads, self.dropout, bias=layers[0].bias is not None,
-            kdim=k.shape[1], vdim=v.shape[1], batch_first=self.batch_first, device=q.device,
-            dtype=q.dtype,
+            self.embed_dim, self.num_heads, self.dropout, bias=q.bias is not None,
+            kdim=k.weight.shape[1], vdim=v.weight.shape[1], batch_first=self.batch_first,
+            device="meta",
         )  # fmt: skip
         if net._qkv_same_embed_dim:
-            net.in_proj_weight.copy_(torch.cat([q, k, v]))
+            net.in_proj_weight = _joined(q.weight, k.weight, v.weight)
         else:
-            for name, weight in zip(PROJECTIONS, (q, k, v), strict=False):
-                getattr(net, f"{name}_weight").copy_(weight)
-        net.out_proj.weight.copy_(out)
-        if net.in_proj_bias is not None:
-            net.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers[:3]]))
-            net.out_proj.bias.copy_(layers[3].bias)
+            for name, layer in zip(PROJECTIONS, (q, k, v), strict=False):
+                setattr(net, f"{name}_weight", _joined(layer.weight))
+        net.out_proj.weight = _joined(out.weight)
+        if q.bias is not None:
+            net.in_proj_bias = _joined(q.bias, k.bias, v.bias)
+            net.out_proj.bias = _joined(out.bias)
         return net.train(self.training)
 
     def forward(
@@ -99,6 +124,7 @@ class Attention(nn.Module):
             The output in the shape of ``query``; the weights, (N, L, S) or (N, heads, L, S), or
             None.
         """
+        self._check(query, key, value, key_padding_mask, attn_mask)
         alone = query.dim() == 2
         if alone:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -128,6 +154,38 @@ class Attention(nn.Module):
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
 
+    def _check(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, pairs: Tensor | None
+    ) -> None:
+        """Refuse shapes that would be broadcast, as ``nn.MultiheadAttention`` does."""
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise SubspanError(
+                "query, key and value must all have 3 dimensions, or 2 without a batch, got "
+                f"{query.dim()}, {key.dim()} and {value.dim()}"
+            )
+        sequence, batch = (1, 0) if self.batch_first else (0, 1)
+        if query.dim() == 2:
+            L, S, N = len(query), len(key), 1
+            same = key.shape[:1] == value.shape[:1]
+        else:
+            L, S, N = query.shape[sequence], key.shape[sequence], query.shape[batch]
+            same = key.shape[:2] == value.shape[:2] and key.shape[batch] == N
+        if not same:
+            raise SubspanError(
+                f"query, key and value must agree in batch and length, got {list(query.shape)}, "
+                f"{list(key.shape)} and {list(value.shape)}"
+            )
+        of_keys, of_pairs = (S,) if query.dim() == 2 else (N, S), (L, S)
+        of_heads = (N * self.num_heads, L, S)
+        if keys is not None and keys.shape != of_keys:
+            raise SubspanError(
+                f"key_padding_mask must have shape {of_keys}, got {tuple(keys.shape)}"
+            )
+        if pairs is not None and pairs.shape not in (of_pairs, of_heads):
+            raise SubspanError(
+                f"attn_mask must have shape {of_pairs} or {of_heads}, got {tuple(pairs.shape)}"
+            )
+
     def _mask(self, pairs: Tensor | None, keys: Tensor | None, q: Tensor) -> Tensor | None:
         """Both masks as one that is added to scores (N, heads, L, S)."""
 
@@ -143,3 +201,10 @@ class Attention(nn.Module):
         if keys is not None:
             found.append(added(keys)[:, None, None, :])
         return sum(found[1:], found[0]) if found else None
+
+
+def _joined(*parts: Tensor) -> nn.Parameter:
+    """One parameter with copies of several below each other."""
+    joined = nn.Parameter(torch.cat([p.detach() for p in parts]))
+    stand_for(joined, *parts)
+    return joined

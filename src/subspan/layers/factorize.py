@@ -12,12 +12,28 @@ from torch import Tensor, nn
 from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
+from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
-from subspan.layers.places import chosen, places, put, replaced
-from subspan.layers.product_of_sums import ProductOfSums
+from subspan.layers.places import check, chosen, places, put, replaced
+from subspan.layers.product_of_sums import (
+    ProductOfSums,
+    ProductOfSumsConv2d,
+    ProductOfSumsLinear,
+    registry,
+)
 from subspan.linalg import rank_of, svd
 
 Init = Literal["svd", "random"]
+
+FACTORS = ("U", "S", "V", "bias")
+PLAIN = nn.Linear(1, 1, device="meta")
+FRESH: dict[type[nn.Module], nn.Module] = {  # layers as they are before anybody touches them
+    LowRankLinear: LowRankLinear(1, 1, 1, device="meta"),
+    LowRankConv2d: LowRankConv2d(1, 1, 1, 1, device="meta"),
+    ProductOfSumsLinear: ProductOfSumsLinear(1, 1, ["free"], device="meta"),
+    ProductOfSumsConv2d: ProductOfSumsConv2d(1, 1, 1, ["free"], device="meta"),
+    Attention: Attention(nn.MultiheadAttention(1, 1, device="meta")),
+}
 
 
 def factorize(
@@ -28,7 +44,8 @@ def factorize(
     """Put :class:`LowRankLinear` and :class:`LowRankConv2d` in place of a network's layers.
 
     Exactly one of ``rank``, ``ratio`` and ``energy`` says how many numbers stay. The projections
-    of an ``nn.MultiheadAttention`` become four layers (``q_proj``, …, ``out_proj``).
+    of an ``nn.MultiheadAttention`` become four layers (``q_proj``, …, ``out_proj``). A new layer
+    has the hooks, the attributes, ``training`` and ``requires_grad`` of the old one.
 
     Args:
         net: changed in place, pretrained or not.
@@ -36,7 +53,10 @@ def factorize(
         ratio: share in (0, 1] of each weight's numbers: r (n + m) ≤ ratio · n m, at least r = 1.
         energy: share in (0, 1] of each weight's squared norm to keep (``init="svd"`` only).
         targets: which layers, by patterns as of :class:`~subspan.SubspaceModel`. By default every
-            ``nn.Linear`` and ``nn.Conv2d`` without groups that shares its weight with no other.
+            ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes, that shares
+            its parameters with no other module and whose weight nothing else computes
+            (``weight_norm``, ``spectral_norm``, ``prune``, a parametrization). Others are left as
+            they are by default, and refused where a pattern names them.
         exclude: layers to leave as they are.
         init: "svd" takes the best approximation of the weight; "random" random orthonormal bases
             and S = c·1, at the norm of the weight.
@@ -45,8 +65,9 @@ def factorize(
         ``net``; or the new layer, if ``net`` itself is one that was replaced.
 
     Raises:
-        SubspanError: for a rank that a layer cannot have, and if there is nothing to factorise. The
-            network is then untouched.
+        SubspanError: for a rank that a layer cannot have; for a layer that cannot be replaced, or
+            has a hook on a weight or a ``state_dict``, which would be lost; and if there is nothing
+            to factorise. The network is then untouched.
     """
     given = [
         name for name, v in (("rank", rank), ("ratio", ratio), ("energy", energy)) if v is not None
@@ -68,9 +89,11 @@ def factorize(
     found = places(net)
     factored = {}
     for name in chosen(net, found, targets, exclude):
-        layer = found[name].layer
+        layer = found[name].plain
         W = layer.weight.detach().flatten(1)
         wide = W if W.dtype == torch.float64 else W.float()
+        if not bool(torch.isfinite(wide).all()):
+            raise SubspanError(f"the weight of layer {name!r} is not finite: leave it out")
         best = svd(wide) if init == "svd" else None
         factored[name] = _factored(layer, _rank(name, W.shape, rank, ratio, energy, best), best)
     return put(net, found, factored)
@@ -91,19 +114,20 @@ def factorize_like(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     """
     found, factored = places(net), {}
     modules = dict(net.named_modules())
-    for name, r in ranks.items():
-        if isinstance(modules.get(name), LowRank):
-            continue
-        if name not in found:
+    there = {name: m for name in ranks if isinstance(m := modules.get(name), LowRank)}
+    for name in ranks:
+        if name not in there and name not in found:
             raise SubspanError(f"the network has no layer {name!r} that could have factors")
-        factored[name] = _factored(found[name].layer, r, None)
-    net = put(net, found, factored)
+    check(found, [name for name in ranks if name not in there])
     for name, r in ranks.items():
-        layer = net.get_submodule(name)
-        assert isinstance(layer, LowRank)
-        if layer.rank != r:
-            n, m = layer.shape
-            empty = layer.S.new_empty
+        shape = there[name].shape if name in there else found[name].plain.weight.flatten(1).shape
+        _rank(name, tuple(shape), r, None, None, None)
+        if name not in there:
+            factored[name] = _factored(found[name].plain, r, None)
+    net = put(net, found, factored)
+    for name, layer in there.items():
+        if layer.rank != ranks[name]:
+            (n, m), r, empty = layer.shape, ranks[name], layer.S.new_empty
             layer.set_factors(empty(n, r), empty(r, r), empty(m, r))
     return net
 
@@ -124,26 +148,57 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
         ``net``; or the ordinary layer, if ``net`` itself is a factored one.
 
     Raises:
-        SubspanError: if there is no factored layer.
+        SubspanError: if there is no factored layer, or one that has what an ordinary layer could
+            not have, as for :func:`factorize`. The network is then untouched.
     """
-    new = {
-        id(layer): layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
-        for layer in net.modules()
-        if isinstance(layer, LowRank | ProductOfSums)
-    }
+    used = used_elsewhere(net)
+    new: dict[int, nn.Module] = {}
+    for name, layer in net.named_modules():
+        if not isinstance(layer, LowRank | ProductOfSums):
+            continue
+        if type(layer) not in FRESH:
+            raise SubspanError(
+                f"layer {name!r} is a {type(layer).__name__}, which may compute anything: merge "
+                "replaces the layers of subspan only"
+            )
+        registered = registry(layer) if isinstance(layer, ProductOfSums) else (FACTORS,)
+        if why := used.get(id(layer)) or obstacle(layer, *registered):
+            raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
+        refuse_hooks(name, layer)
+        plain = layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
+        new[id(layer)] = hand_over(name, layer, plain, FRESH[type(layer)])
     if not new:
         raise SubspanError("the network has no factored layer to merge")
-    for module in net.modules():
-        if id(module) in new:
-            new[id(module)].train(module.training)
-    net = replaced(net, new)
-    whole = {
-        id(module): module.original()
-        for module in net.modules()
-        if isinstance(module, Attention)
-        and all(type(getattr(module, name)) is nn.Linear for name in PROJECTIONS)
-    }
-    return replaced(net, whole)
+    for name, module in net.named_modules():
+        if type(module) is Attention:
+            layers = [getattr(module, part) for part in PROJECTIONS]
+            plain_layers = [new.get(id(layer), layer) for layer in layers]
+            if all(type(layer) is nn.Linear for layer in plain_layers):
+                new[id(module)] = _whole(name, module, plain_layers, used)
+    return replaced(net, new)
+
+
+def _whole(
+    name: str, module: Attention, layers: list[nn.Linear], used: Mapping[int, str]
+) -> nn.MultiheadAttention:
+    """The ordinary attention with these four projections.
+
+    Raises:
+        SubspanError: for what it could not have.
+    """
+    why = used.get(id(module)) or obstacle(module, (), modules=PROJECTIONS)
+    for part, layer in zip(PROJECTIONS, layers, strict=True):
+        refuse_hooks(f"{name}.{part}", layer, called=False)
+        why = why or used.get(id(layer)) or obstacle(layer, ("weight", "bias"))
+        if part != "out_proj" and (extra := vars(layer).keys() - vars(PLAIN).keys()):
+            why = why or f"nn.MultiheadAttention has no {part} for its attribute {min(extra)!r}"
+    if why := why or module.obstacle(layers):
+        raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
+    refuse_hooks(name, module)
+    whole = module.original(layers)
+    hand_over(f"{name}.out_proj", layers[-1], whole.out_proj, PLAIN)
+    hand_over(name, module, whole, FRESH[Attention], parts=True)
+    return whole
 
 
 def _rank(
@@ -195,8 +250,4 @@ def _factored(layer: nn.Linear | nn.Conv2d, r: int, best: tuple[Tensor, ...] | N
             new.S.mul_(layer.weight.norm() / new.S.norm())
         if layer.bias is not None:
             new.bias.copy_(layer.bias)  # type: ignore[union-attr]
-    for name in "USV":
-        getattr(new, name).requires_grad_(layer.weight.requires_grad)
-    if layer.bias is not None:
-        new.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
-    return new.train(layer.training)
+    return new

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError
-from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear, remade
+from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear, remade, succeeded
 
 # Of torch.optim: averages or sums of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
@@ -53,7 +53,8 @@ def approximate(
     for factor in layer.factors:
         if factor.get("f", "identity") != "identity":
             raise SubspanError("least squares need f: identity in all factors")
-    twin = copy.deepcopy(layer).double()  # projections, too, are drawn as in float32
+    # Projections, too, are drawn as in float32; coefficients are found also where they are frozen.
+    twin = copy.deepcopy(layer).double().requires_grad_()
     names = [n for n, _ in twin.named_parameters() if n != "bias"]
     norm = float(target.norm()) or 1.0
     error = float((twin.matrix.detach() - target).norm()) / norm
@@ -128,15 +129,19 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
         sweeps: of the least squares.
 
     Returns:
-        The new layer; the old one is untouched.
+        The new layer, with the hooks, attributes and flags of the old one, which is untouched;
+        handles of hooks remove them from both.
 
     Raises:
-        SubspanError: if the new one is smaller in any factor, or cannot be.
+        SubspanError: if the new one is smaller in any factor, or cannot be; or for a hook on a
+            coefficient or a ``state_dict``, which would be lost.
     """
     new = remade(layer, layer.recipe | {"factors": factors})
     _check_larger(layer, new)
+    succeeded(type(layer).__name__, layer, new)
     for i in range(len(new.sums)):
-        if isinstance(now := new.values(i), nn.Parameter):
+        if new.trained[i]:
+            now = new.values(i)
             now.data.copy_(_refined(layer, new, i, layer.values(i), now))
     if layer.bias is not None and new.bias is not None:
         new.bias.data.copy_(layer.bias)
@@ -177,7 +182,7 @@ def _refined(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start:
         a: coefficients of the old one, whichever; what is found is linear in them, but for start.
         start: of the coefficients that only matter in rows that the old factor does not have.
     """
-    old, wide = copy.deepcopy(layer).double(), copy.deepcopy(new).double()
+    old, wide = (copy.deepcopy(one).double().requires_grad_() for one in (layer, new))
     before, now = old.values(i), wide.values(i)
     before.data = a.detach().double()
     now.data = start.detach().double()

@@ -22,15 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from subspan.compartments import matches
+from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import Sum, atoms
-from subspan.layers.places import chosen, places, put, replaced
+from subspan.layers.handover import hand_over, refuse_hooks
+from subspan.layers.places import check, chosen, places, put, replaced
 from subspan.layers.plain import Convolution, linear
 
+
+def identity(a: Tensor) -> Tensor:
+    """Return the coefficients themselves; a lambda would not pickle."""
+    return a
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda a: a, "exp": torch.exp, "sin": torch.sin, "softplus": F.softplus,
+    "identity": identity, "exp": torch.exp, "sin": torch.sin, "softplus": F.softplus,
     "square": torch.square, "tanh": torch.tanh,
 }  # fmt: skip
 GAINS = {  # variance of an output over that of an input, of a weight n × m
@@ -203,6 +210,7 @@ class ProductOfSums(nn.Module, ABC):
     Attributes:
         sums: the atoms of F₁ … F_k.
         shape: n and m.
+        trained: whether F₁ … F_k have coefficients that are trained.
         scales: c₁ … c_k; 1 of fixed factors.
         bias: (n,); or fewer numbers that a projection makes n of; or None.
     """
@@ -219,23 +227,26 @@ class ProductOfSums(nn.Module, ABC):
         self.shape, self.seed, self.stream, self.init = (n, m), seed, stream, init
         self.factors = [described(factor) for factor in factors]
         first = stream * STREAMS
-        self.sums = chain(n, m, self.factors, seed, first)
+        with torch.device("cpu"):  # numbers, even where a network is made without any
+            self.sums = chain(n, m, self.factors, seed, first)
         self._functions = [function(factor.get("f", "identity")) for factor in self.factors]
         self._plans: dict[int | None, Any] = {}
         self._constants: list[list[str]] = []
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        for i, (s, factor) in enumerate(zip(self.sums, self.factors, strict=True)):
-            if s.p and not factor.get("fixed"):
+        self.trained = [
+            s.p > 0 and not factor.get("fixed")
+            for s, factor in zip(self.sums, self.factors, strict=True)
+        ]
+        for i, s in enumerate(self.sums):
+            if self.trained[i]:
                 self.register_parameter(f"a{i}", nn.Parameter(torch.empty(s.p, **like)))
             else:
                 self.register_buffer(f"a{i}", torch.ones(s.p, **like), persistent=False)
-            self._constants.append([])
-            for j, constant in enumerate(s.constants()):
-                real = constant.is_floating_point()
-                moved = constant.to(device=device, dtype=self.values(i).dtype if real else None)
+            constants = self._made(i)
+            self._constants.append([f"fixed{i}_{j}" for j in range(len(constants))])
+            for name, constant in zip(self._constants[i], constants, strict=True):
                 # What a seed makes is in no file; what a user gives must be.
-                self.register_buffer(f"fixed{i}_{j}", moved, persistent=s.kind == "given")
-                self._constants[i].append(f"fixed{i}_{j}")
+                self.register_buffer(name, constant, persistent=s.kind == "given")
         self._bias_of = None
         if bias is False:
             self.register_parameter("bias", None)
@@ -256,15 +267,34 @@ class ProductOfSums(nn.Module, ABC):
         where f is the identity.
         """
         gain = GAINS[self.init](*self.shape)
-        trained = [isinstance(self.values(i), nn.Parameter) for i in range(len(self.sums))]
-        for s, own in zip(self.sums, trained, strict=True):
+        for s, own in zip(self.sums, self.trained, strict=True):
             if not own:
                 gain /= s.energy / s.n
         scales = []
-        for s, own in zip(self.sums, trained, strict=True):
+        for s, own in zip(self.sums, self.trained, strict=True):
             scales.append(math.sqrt(gain * s.n / s.energy) if own else 1.0)
             gain = 1.0 if own else gain
         return scales
+
+    def _made(self, i: int) -> list[Tensor]:
+        """Constants of factor i from its seed, where its coefficients are, and in their type."""
+        with torch.device("cpu"):
+            constants = self.sums[i].constants()
+        a = self.values(i)
+        return [c.to(a.device, a.dtype if c.is_floating_point() else None) for c in constants]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProductOfSums:
+        """Move everything, and make again what no file holds, if it had been without values."""
+        empty = [i for i in range(len(self.sums)) if self.values(i).is_meta]
+        super()._apply(fn, recurse)
+        for i in empty:
+            if self.values(i).is_meta:
+                continue
+            if not self.trained[i]:
+                self.values(i).fill_(1)
+            for name, constant in zip(self._constants[i], self._made(i), strict=True):
+                setattr(self, name, constant)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -316,7 +346,14 @@ class ProductOfSums(nn.Module, ABC):
     def coefficients(self, i: int) -> Tensor:
         """What factor i has, c f(a), by which its atoms are multiplied; 1 of a fixed one."""
         a = self.values(i)
-        return self.scales[i] * self._functions[i](a) if isinstance(a, nn.Parameter) else a
+        return self.scales[i] * self._functions[i](a) if self.trained[i] else a
+
+    def _typed(self, y: Tensor) -> Tensor:
+        """An output in the type of autocast, where that is on, as an ordinary layer has it."""
+        device = y.device.type
+        if y.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return y
+        return y.to(torch.get_autocast_dtype(device))
 
     def values(self, i: int) -> Tensor:
         """What is trained of factor i, (p,): a parameter a; of a fixed one, ones."""
@@ -382,10 +419,15 @@ class ProductOfSumsLinear(ProductOfSums):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, m) → (…, n)."""
-        rows = x.reshape(-1, x.shape[-1])
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise SubspanError(
+                f"expected inputs (…, {self.in_features}), got {tuple(x.shape)}: in_features is "
+                f"{self.in_features}"
+            )
+        rows = x.reshape(-1, self.in_features)
         y = self._formed(self.cost(len(rows)), rows).view(*x.shape[:-1], self.out_features)
         bias = self.full_bias()
-        return y if bias is None else y + bias
+        return self._typed(y if bias is None else y + bias)
 
     @property
     def weight(self) -> Tensor:
@@ -458,7 +500,14 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) → (B, out, H', W')."""
+        """(B, in, H, W) → (B, out, H', W'), also of one image without B."""
+        if x.dim() == 3:
+            return self._images(x.unsqueeze(0)).squeeze(0)
+        if x.dim() != 4:
+            raise SubspanError(f"expected images (B, in, H, W) or (in, H, W), got {tuple(x.shape)}")
+        return self._images(x)
+
+    def _images(self, x: Tensor) -> Tensor:
         x, padding = self.padded(x)
         if isinstance(padding, str):  # zeros that are as many on both sides
             raise AssertionError(padding)
@@ -473,10 +522,12 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
             x, kernel, bias if after is None else None, self.stride, padding, self.dilation
         )
         if after is None:
-            return h
+            return self._typed(h)
         rows = h.movedim(1, -1)
-        y = self._formed(after, rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], -1)
-        return (y if bias is None else y + bias).movedim(-1, 1)
+        y = self._formed(after, rows.reshape(-1, h.shape[1])).view(*rows.shape[:-1], self.shape[0])
+        y = self._typed(y if bias is None else y + bias).movedim(-1, 1)
+        # Channels last now: as it came out of the convolution, for somebody may take a view of it.
+        return y.contiguous() if h.is_contiguous() else y
 
     def _kernel(self, flat: Tensor) -> Tensor:
         return flat.reshape(-1, self.in_channels, *self.kernel_size)
@@ -505,12 +556,13 @@ def _factors(layer: ProductOfSums) -> str:
 
 def product_of_sums(
     net: nn.Module, rules: Mapping[str, Any], *, bias: bool | int | None = None, seed: int = 0,
-    init: str = "he",
+    init: str = "he", exclude: Patterns = None,
 ) -> nn.Module:  # fmt: skip
     """Put products of sums in place of a network's linear and convolutional layers.
 
     Their weights begin anew, at random: what the layers had learnt is gone
-    (:func:`subspan.layers.fit` goes the other way).
+    (:func:`subspan.layers.fit` goes the other way). Hooks, attributes, ``training`` and
+    ``requires_grad`` stay.
 
     Args:
         net: changed in place.
@@ -520,20 +572,21 @@ def product_of_sums(
         bias: as of :class:`ProductOfSumsLinear`; None for what each layer has.
         seed: of the fixed matrices; every layer draws its own.
         init: "he", "glorot" or "lecun".
+        exclude: patterns of layers to leave as they are.
 
     Returns:
         ``net``; or the new layer, if ``net`` itself is one that was replaced.
 
     Raises:
-        SubspanError: for factors that do not fit a layer, which it names. The network is then
-            untouched.
+        SubspanError: for factors that do not fit a layer, which it names; for a layer that cannot
+            be replaced, as of :func:`~subspan.layers.factorize`. The network is then untouched.
     """
     found = places(net)
-    names = chosen(net, found, list(rules), None)
+    names = chosen(net, found, list(rules), exclude)
     new: dict[str, nn.Module] = {}
     for stream, name in enumerate(names):
         factors = next(value for pattern, value in rules.items() if matches(pattern, name))
-        layer = found[name].layer
+        layer = found[name].plain
         n, m = layer.weight.flatten(1).shape
         has_bias = layer.bias is not None if bias is None else bias
         try:
@@ -558,28 +611,53 @@ def product_of_sums_like(net: nn.Module, recipes: Mapping[str, Mapping[str, Any]
         SubspanError: if the network is another one. It is then untouched.
     """
     found, modules = places(net), dict(net.named_modules())
-    new: dict[str, ProductOfSums] = {}
+    new: dict[str, nn.Module] = {}
     others: dict[int, nn.Module] = {}
-    for name, recipe in recipes.items():
-        there = modules.get(name)
-        if isinstance(there, ProductOfSums):
-            if there.recipe != recipe:
-                others[id(there)] = remade(there, recipe)
-        elif name in found:
-            new[name] = remade(found[name].layer, recipe)
-        else:
+    for name in recipes:
+        if name not in found and not isinstance(modules.get(name), ProductOfSums):
             raise SubspanError(
                 f"the network has no layer {name!r} that could be this product of sums"
             )
+    check(found, [name for name in recipes if name in found])
+    for name, recipe in recipes.items():
+        there = modules.get(name)
+        if name in found:
+            new[name] = remade(found[name].plain, recipe)
+        elif isinstance(there, ProductOfSums) and there.recipe != recipe:
+            others[id(there)] = succeeded(name, there, remade(there, recipe))
     return replaced(put(net, found, new), others)
 
 
+def succeeded(name: str, layer: ProductOfSums, new: ProductOfSums) -> ProductOfSums:
+    """Give a product of sums the hooks, attributes and flags of the one whose place it will take.
+
+    Raises:
+        SubspanError: for a hook that it could not have.
+    """
+    refuse_hooks(name, layer)
+    fresh = remade(layer, layer.recipe, device="meta")
+    hand_over(name, layer, new, fresh)
+    for i, trained in enumerate(layer.trained):
+        if trained and i < len(new.trained) and new.trained[i]:
+            new.get_parameter(f"a{i}").requires_grad_(layer.get_parameter(f"a{i}").requires_grad)
+    return new
+
+
+def registry(layer: ProductOfSums) -> tuple[list[str], list[str]]:
+    """Names of the parameters and of the buffers that a product of sums registers by itself."""
+    own = [f"a{i}" for i in range(len(layer.sums))]
+    parameters = [name for name, trained in zip(own, layer.trained, strict=True) if trained]
+    constants = [name for names in layer._constants for name in names]
+    return [*parameters, "bias"], [*own, *constants]
+
+
 def remade(
-    layer: nn.Linear | nn.Conv2d | ProductOfSums, recipe: Mapping[str, Any]
-) -> ProductOfSums:
+    layer: nn.Linear | nn.Conv2d | ProductOfSums, recipe: Mapping[str, Any],
+    device: torch.device | str | None = None,
+) -> ProductOfSums:  # fmt: skip
     """A product of sums of a recipe that lies on its input as a layer does, with first values."""
-    like = next(layer.parameters())
-    options = dict(recipe) | {"device": like.device, "dtype": like.dtype}
+    like = layer.values(0) if isinstance(layer, ProductOfSums) else layer.weight
+    options = dict(recipe) | {"device": device or like.device, "dtype": like.dtype}
     new: ProductOfSums
     if isinstance(layer, nn.Conv2d | ProductOfSumsConv2d):
         new = ProductOfSumsConv2d(

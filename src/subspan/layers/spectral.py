@@ -16,6 +16,7 @@ each pixel and even in both directions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -70,18 +71,34 @@ class SpectralFilters(nn.Module):
         # A vector, so that nobody takes it for a weight with fans.
         self.a = nn.Parameter(torch.empty(out_channels * p, **like))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(out_channels, **like)) if bias else None  # type: ignore[arg-type]
-        real = dtype or torch.get_default_dtype()
         energy = 1.0  # of H at a frequency, of random numbers of variance 1
-        for i, (side, out) in enumerate(zip(size, out_size, strict=True)):
-            tables = {"analysis": cosines(side)[:out], "synthesis": cosines(out)}
-            if support is not None:
-                tables["smooth"] = _smooth(side, support)[:out]
-                energy *= float(tables["smooth"].square().sum(dim=1).mean())
-            for name, table in tables.items():
-                self.register_buffer(f"_{name}{i}", table.to(device, real), persistent=False)
+        for name, table in self._tables().items():
+            if name.startswith("_smooth"):
+                energy *= float(table.square().sum(dim=1).mean())
+            self.register_buffer(name, table.to(self.a), persistent=False)
         # Columns of P have norm 1, coefficients a variance of 1/p: variance is kept twofold (He).
         self.scale = math.sqrt(2 * numbers / in_channels / energy)
         self.reset_parameters()
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Cosines in float64, by the names of the buffers that they are."""
+        tables = {}
+        with torch.device("cpu"):  # numbers, even where a network is made without any
+            for i, (side, out) in enumerate(zip(self.size, self.out_size, strict=True)):
+                tables[f"_analysis{i}"] = cosines(side)[:out]
+                tables[f"_synthesis{i}"] = cosines(out)
+                if self.support is not None:
+                    tables[f"_smooth{i}"] = _smooth(side, self.support)[:out]
+        return tables
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralFilters:
+        """Move everything, and make again what no file holds, if it had been without values."""
+        empty = self.a.is_meta
+        super()._apply(fn, recurse)
+        if empty and not self.a.is_meta:
+            for name, table in self._tables().items():
+                setattr(self, name, table.to(self.a))
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -100,7 +117,7 @@ class SpectralFilters(nn.Module):
         return self.scale * drawn
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, height, width) → (B, out, height', width') of ``out_size``."""
+        """(…, in, height, width) → (…, out, height', width') of ``out_size``."""
         if x.shape[-3:] != (self.in_channels, *self.size):
             raise SubspanError(
                 f"expected images of {self.in_channels} × {self.size[0]} × {self.size[1]}, got "
@@ -108,11 +125,15 @@ class SpectralFilters(nn.Module):
             )
         spectrum = self.get_buffer("_analysis0") @ x @ self.get_buffer("_analysis1").T
         # For every frequency a small matrix: filters × channels.
-        y = torch.einsum("bcuv,ocuv->bouv", spectrum, self.filters)
+        y = torch.einsum("...cuv,ocuv->...ouv", spectrum, self.filters)
         # A spectrum of fewer pixels is that of an image so many times as dark.
         y = self.get_buffer("_synthesis0").T @ y @ self.get_buffer("_synthesis1")
         y = y * math.sqrt(math.prod(self.out_size) / math.prod(self.size))
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = y if self.bias is None else y + self.bias[:, None, None]
+        device = y.device.type
+        if y.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            y = y.to(torch.get_autocast_dtype(device))  # as an ordinary layer's
+        return y
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -1,0 +1,223 @@
+"""A layer that takes another one's place: when it may, and what it takes over.
+
+People put more on a layer than its weights: hooks, attributes, ``requires_grad``. Whatever means
+the same on the new layer goes there; anything else is refused by name, before the network is
+changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+
+# Registries that mean the same on any module with the same inputs and outputs.
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks",
+    "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+# The others are written for the names and shapes of the tensors that go.
+STATE_HOOKS = {
+    "_state_dict_pre_hooks": "state_dict pre-hook",
+    "_state_dict_hooks": "state_dict hook",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
+    "_load_state_dict_post_hooks": "load_state_dict post-hook",
+}
+
+
+# ---- whether it may ------------------------------------------------------------------------------
+
+
+def obstacle(
+    layer: nn.Module, parameters: Collection[str], buffers: Collection[str] = (),
+    modules: Collection[str] = (),
+) -> str | None:  # fmt: skip
+    """Say why no other layer can compute what this one does, from its parameters; or None.
+
+    Args:
+        layer: a layer of a class that is known.
+        parameters: every name that its class registers, also for a parameter that is None.
+        buffers: likewise.
+        modules: likewise.
+    """
+    for name in parameters:
+        tensor = layer._parameters.get(name)
+        if tensor is None:
+            if getattr(layer, name, None) is not None:
+                return f"something else computes its {name} (a normalisation, a mask, a subspace)"
+            continue
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            return f"its {name} has no values yet: run a batch, or load them, first"
+        if type(tensor) is not nn.Parameter or tensor.layout != torch.strided:
+            return f"its {name} is no ordinary tensor but {type(tensor).__name__}, {tensor.layout}"
+        if not tensor.is_floating_point():
+            return f"its {name} is {tensor.dtype}, and factors are real"
+    known = {*parameters, *buffers, *modules}
+    for name in (*layer._parameters, *layer._buffers, *layer._modules):
+        if name not in known:
+            return f"it holds {name!r}, which layers of its class do not have"
+    for name, value in vars(layer).items():
+        if callable(getattr(type(layer), name, None)):
+            return f"its method {name!r} was replaced"
+        if name == "_compiled_call_impl" and value is not None:
+            return "it was compiled: compile the network afterwards"
+    return None
+
+
+def used_elsewhere(net: nn.Module) -> dict[int, str]:
+    """Find the modules that cannot be exchanged alone, by ``id``, each with the reason.
+
+    Something else in the network shares memory with one of their parameters, or holds the module
+    itself outside ``_modules``.
+    """
+    reasons: dict[int, str] = {}
+    # (storage, first byte, last byte), the module that it belongs to, its name there
+    spans: list[tuple[tuple[int, int, int], int, str]] = []
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                spans += [(span, id(module), name) for span in _span(p)]
+        for buffer in module._buffers.values():
+            spans += [(span, 0, "") for span in _span(buffer)]
+        for value in _kept(module):
+            if isinstance(value, nn.Module):
+                reasons[id(value)] = f"an attribute of a {type(module).__name__} holds it, too"
+            else:
+                spans += [(span, 0, "") for span in _span(value)]
+        if type(module).__name__ == "OptimizedModule":  # holds the call of the module inside
+            reasons[id(module._modules["_orig_mod"])] = "it was compiled: compile the network after"
+    spans.sort(key=lambda entry: entry[0])
+    reach = ((0, 0, 0), 0, "")  # of those so far, the one that ends last
+    for entry in spans:
+        (storage, start, stop), *_ = entry
+        if storage == reach[0][0] and start < reach[0][2]:
+            for _, module_id, name in (reach, entry):
+                reasons.setdefault(module_id, f"it shares its {name} with another module")
+            reach = max(reach, entry, key=lambda one: one[0][2])
+        else:
+            reach = ((storage, start, stop), *entry[1:])
+    return reasons
+
+
+def _span(tensor: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """Where a tensor lies: its storage, the first byte and the one behind the last."""
+    if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta or not tensor.numel():
+        return
+    if tensor.layout != torch.strided or not (storage := _storage(tensor)):
+        yield id(tensor), 0, 1
+        return
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    yield storage, start * size, (start + last + 1) * size
+
+
+def _storage(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 of a subclass that has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _kept(module: nn.Module) -> Iterator[Any]:
+    """Tensors and modules that a module's own attributes hold, also inside lists and mappings."""
+    stack = [(value, 0) for key, value in vars(module).items() if key not in _REGISTRIES]
+    while stack:
+        value, depth = stack.pop()
+        if isinstance(value, Tensor | nn.Module):
+            yield value
+        elif isinstance(value, dict) and depth < 3:
+            stack += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple | set) and depth < 3:
+            stack += [(inner, depth + 1) for inner in value]
+
+
+_REGISTRIES = vars(nn.Module()).keys()
+
+
+def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:
+    """Refuse hooks that would mean something else on another layer.
+
+    Args:
+        name: of the layer.
+        layer: to be replaced.
+        called: whether the network calls the layer now, as it would the new one.
+
+    Raises:
+        SubspanError: naming the layer and the hook's kind.
+    """
+    found = [kind for registry, kind in STATE_HOOKS.items() if vars(layer)[registry]]
+    if layer._backward_hooks and not layer._is_full_backward_hook:
+        found.append("backward hook (not a full one)")
+    if not called and any(vars(layer)[registry] for registry in HOOKS):
+        found.append("hook of a layer that is not called")
+    for parameter, tensor in layer._parameters.items():
+        if tensor is not None and tensor._backward_hooks:
+            found.append(f"hook on its {parameter}")
+        if tensor is not None and tensor._post_accumulate_grad_hooks:
+            found.append(f"post-accumulate-grad hook on its {parameter}")
+    if found:
+        raise SubspanError(
+            f"layer {name!r} has a {found[0]}, which another layer in its place could not have: "
+            "remove it first, or leave the layer out"
+        )
+
+
+# ---- what it takes over --------------------------------------------------------------------------
+
+
+def hand_over(
+    name: str, old: nn.Module, new: nn.Module, fresh: nn.Module, *, parts: bool = False
+) -> nn.Module:
+    """Give a new layer the hooks, attributes and flags of the one whose place it will take.
+
+    Hooks are not copied: both layers have the same registries, so that their handles remove them
+    from the new one. Whether weights are trained, and their attributes, go to all parameters that
+    stand for them, and those of the bias to the bias.
+
+    Args:
+        name: of the layer.
+        old: stays as it is.
+        new: without hooks of its own.
+        fresh: any layer of the old one's class; what it lacks is the user's.
+        parts: whether the new one's parts have been given the flags of theirs already.
+
+    Returns:
+        ``new``.
+
+    Raises:
+        SubspanError: if the new layer needs the name of a user's attribute.
+    """
+    for key, value in vars(old).items():
+        if key in HOOKS:
+            vars(new)[key] = value
+        elif key not in vars(fresh) and key not in fresh._parameters:
+            taken = (vars(new), new._parameters, new._buffers, new._modules)
+            if hasattr(type(new), key) or any(key in names for names in taken):
+                raise SubspanError(
+                    f"layer {name!r} has the attribute {key!r}, a name that {type(new).__name__} "
+                    "needs for itself: rename it first, or leave the layer out"
+                )
+            vars(new)[key] = value
+    if not parts:
+        for is_bias in (True, False):
+            before, after = (
+                [p for n, p in layer.named_parameters() if n.endswith("bias") == is_bias]
+                for layer in (old, new)
+            )
+            for p in after if before else ():
+                stand_for(p, *before)
+        new.train(old.training)
+    return new
+
+
+def stand_for(new: Tensor, *old: Tensor) -> None:
+    """Make a parameter trained if one of others is, and give it their attributes."""
+    for p in old:
+        vars(new).update(vars(p))
+    new.requires_grad_(any(p.requires_grad for p in old))
