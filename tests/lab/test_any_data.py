@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from subspan import checkpoint
 from subspan.lab import records, state
 from subspan.lab.evaluate import evaluate_checkpoint
 from subspan.lab.train import train
-from tests.lab.data.makers import as_structs, encoded, image_folder, parquet_folder
+from tests.lab.data.makers import as_structs, encoded, folder_of, image_folder, parquet_folder
 from tests.lab.runs import STEPS, a_run, contents, record_of, train_up_to
 
 TRAIN = ("train", "--net", "mlp-8", "--epochs", "1", "--dim", "5", "--batch-size", "8")
@@ -107,7 +109,7 @@ def test_an_image_folder_of_photographs(in_tmp_path, cli):
 def test_what_was_not_asked_for_is_not_in_the_file(trained):
     """Checkpoints of usual data stay as small, and the same bytes, as they were."""
     extra = checkpoint.inspect(trained / "model.safetensors")["extra"]
-    assert not {"image_column", "label_column", "resize"} & extra.keys()
+    assert not {"image_column", "label_column", "resize", "depth"} & extra.keys()
 
 
 def test_a_run_that_an_older_version_began_goes_on(tmp_path):
@@ -123,3 +125,38 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path):
     done = train(run, tmp_path, on_start=lambda *told: starts.append(told[:2]))
     assert starts == [(2 * STEPS, STEPS)]
     assert done["status"] == "complete"
+
+
+def deep(folder, scale=1.0):
+    """Grey images of floating-point numbers, of which those of one class are brighter."""
+    rng = np.random.default_rng(0)
+
+    def images(part, label):
+        for _ in range(12):
+            levels = (0.4 + 0.5 * (label == "dog") + 0.1 * rng.random((8, 8))) * scale
+            yield Image.fromarray(levels.astype(np.float32))
+
+    return folder_of(folder, images, "tiff")
+
+
+def test_deep_images(in_tmp_path, cli):
+    """They are learnt, the record tells their levels, and a file tells how it read them."""
+    deep(in_tmp_path / "pets")
+    words = ("--epochs", "30", "--lr", "0.1", "--out", "run")
+    said = cli(*TRAIN, "--data", "./pets", *words)
+    assert (said.code, said.err) == (0, "")
+    record = record_of(in_tmp_path / "run")
+    assert record["test_score"] > 0.9
+    assert record["notes"][0].startswith("images of floating point: their levels, 0.4")
+    file = in_tmp_path / "run" / "model.safetensors"
+    assert checkpoint.inspect(file)["extra"]["depth"] == "floating point"
+    shutil.copytree(in_tmp_path / "pets", in_tmp_path / "same")
+    said = cli("eval", file, "--data", "./same")
+    assert f"test_accuracy: {record['test_score']}\n" in said.out
+    image_folder(in_tmp_path / "other", size=(8, 8))
+    said = cli("eval", file, "--data", "./other")
+    assert (said.code, said.out) == (2, "")
+    assert (
+        "other has images of 8 bits, in which a level means another brightness than in" in said.err
+    )
+    assert "the images of floating point that " in said.err

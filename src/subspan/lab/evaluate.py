@@ -114,6 +114,12 @@ def evaluate_checkpoint(
                 f"{tuple(extra['image_shape'])}: give other --data; --resize changes the size of "
                 "its images"
             )
+        if images.depth != extra.get("depth", "8 bits"):
+            raise SubspanError(
+                f"{images.name} has images of {images.depth}, in which a level means another "
+                f"brightness than in the images of {extra.get('depth', '8 bits')} that {path} was "
+                "trained on: save them alike"
+            )
         own = task.describe().get("names")
         if own and extra.get("names", own) != own:
             raise SubspanError(

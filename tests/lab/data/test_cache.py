@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subspan.lab import data
-from subspan.lab.data import cache, decode
+from subspan.lab.data import cache, pixels, sources
 from subspan.lab.data.images import RawData
 from tests.lab.data.makers import encoded, image_folder, numbered
 
@@ -17,7 +17,7 @@ def test_a_second_load_neither_decodes_nor_imports_datasets(tmp_path, monkeypatc
     folder = str(image_folder(tmp_path / "pets", parts=("train",)))
     first = data.load(folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(decode, "to_array", None)
+    monkeypatch.setattr(pixels, "to_array", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     second = data.load("./pets")  # the same folder by another name
     assert first.notes
@@ -68,6 +68,20 @@ def test_a_foreign_file_is_built_again(cache_folder):
     cache_folder.mkdir()
     save_file({"w": torch.zeros(3)}, cache_folder / "key.safetensors")
     assert cache.fetch("key", lambda: raw_data(5)).classes == 5
+
+
+def test_what_an_older_version_decoded_is_decoded_again(tmp_path, cache_folder, monkeypatch):
+    """It made 8 bits of everything: neither its key nor its content is taken for today's."""
+    folder = str(image_folder(tmp_path / "pets"))
+    with monkeypatch.context() as older:
+        older.setattr(sources, "FORMAT", 2)
+        data.load(folder)
+    data.load(folder)
+    _, new = sorted(cache_folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = new.read_bytes()
+    new.write_bytes(content.replace(b"depth", b"_____"))
+    assert data.load(folder).depth == "8 bits"
+    assert new.read_bytes() == content
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):

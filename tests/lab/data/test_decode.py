@@ -1,13 +1,10 @@
 """Image folders and parquet files of every kind, decoded; and what cannot be."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from subspan.errors import SubspanError
 from subspan.lab import data
-from subspan.lab.data import decode
 from tests.lab.data.makers import as_structs, encoded, image_folder, parquet_folder
 
 
@@ -32,26 +29,6 @@ def test_one_colour_image_makes_the_set_colour(tmp_path):
     assert pets.test.images[0, :, 0, 0].tolist() == [9, 8, 7]
     assert pets.test.images[1, :, 0, 0].tolist() == [20, 20, 20]
     assert pets.train.images.shape[1:] == (3, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("mode", "value", "expected"),
-    [
-        ("1", 1, 255),
-        ("L", 7, 7),
-        ("LA", (7, 0), 7),
-        ("I;16", 7 * 256 + 255, 7),
-        ("I", 7 * 256, 7),
-        ("RGB", (1, 2, 3), [1, 2, 3]),
-        ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
-        ("P", 0, [0, 0, 0]),
-    ],
-)
-def test_modes(mode, value, expected):
-    array = decode.to_array(Image.new(mode, (4, 3), value))
-    assert array.shape == ((3, 3, 4) if isinstance(expected, list) else (3, 4))
-    assert array.dtype == "uint8"
-    assert array[..., 0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("wrap", [as_structs, list])
@@ -219,30 +196,6 @@ def test_a_column_that_holds_something_else(tmp_path, columns, message):
 # ---- resized -------------------------------------------------------------------------------------
 
 
-def stripes(mode="L", period=2):
-    """64 x 64, black and white in turns from column to column."""
-    levels = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(period // 2).repeat(64)
-    return Image.fromarray(levels[:64].repeat(64, 1).numpy()).convert(mode)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "1", "P", "LA", "RGBA", "I;16"])
-def test_resizing_takes_the_mean_of_what_a_pixel_covers(mode):
-    """Every fourth column, as without antialiasing, would be black or white."""
-    image = stripes("L" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype("uint16") * 257)
-    array = decode.to_array(image, (8, 16))
-    assert array.shape == ((8, 16) if mode in ("L", "1", "LA", "I;16") else (3, 8, 16))
-    assert array.dtype == "uint8"
-    assert set(array[..., 2:-2].flatten().tolist()) <= {127, 128}
-
-
-def test_what_has_the_size_stays_as_it_is():
-    image = stripes()
-    assert np.array_equal(decode.to_array(image, (64, 64)), np.asarray(image))
-    assert decode.to_array(image.crop((0, 0, 4, 3)), (6, 8)).shape == (6, 8)  # larger, too
-
-
 @pytest.mark.parametrize(
     ("resize", "size"), [(7, (7, 7)), ("7", (7, 7)), ("5x9", (5, 9)), ("05x10", (5, 10))]
 )
@@ -268,3 +221,59 @@ def test_colours_are_resized_alone(tmp_path):
 def test_no_size(resize):
     with pytest.raises(SubspanError, match="resize must be a number of pixels, or height x width"):
         data.load("digits", resize=resize)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "test", "note"),
+    [
+        (("Train", "TEST"), 24, False),
+        (("train", "Test"), 24, False),
+        (("TRAIN", "Val"), 24, True),
+        (("Train", "Val", "Test"), 24, False),
+        (("Training", "Testing"), 24, False),
+        (("my Train [1]", "my Test [1]"), 24, False),
+        (("data/Train", "data/TEST"), 24, False),
+        (("Train",), 4, True),
+    ],
+)
+def test_parts_may_have_capitals(parts, test, note, tmp_path):
+    """They would all be one part, or Test would be left out."""
+    folder = image_folder(tmp_path / "pets", parts=parts)
+    (folder / "README.md").write_text("Pets.\n")
+    pets = data.load(str(folder))
+    assert (len(pets.test), bool(pets.notes)) == (test, note)
+    assert len(pets.train) + len(pets.validation) == (20 if parts == ("Train",) else 24)
+    assert pets.names == ("cat", "dog")
+
+
+def test_files_of_parts_may_have_capitals(tmp_path):
+    images = as_structs([encoded(i) for i in range(24)])
+    folder = parquet_folder(
+        tmp_path / "birds", parts=("Train-0", "Train-1", "TEST"), image=images, label=[0, 1] * 12
+    )
+    birds = data.load(str(folder), validation=0)
+    assert (len(birds.train), len(birds.test)) == (48, 24)
+
+
+def test_classes_may_be_called_like_parts(tmp_path):
+    image_folder(tmp_path, parts=("pets",))
+    (tmp_path / "pets" / "cat").rename(tmp_path / "pets" / "Train")
+    trains = data.load(str(tmp_path / "pets"))
+    assert trains.names == ("Train", "dog")
+    assert len(trains.train) + len(trains.validation) + len(trains.test) == 24
+
+
+def test_parts_of_the_hub_may_have_capitals(tmp_path):
+    (tmp_path / "pets").mkdir()
+    folder = image_folder(tmp_path / "pets" / "all", parts=("a", "b"))
+    (tmp_path / "pets" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - {split: Train, path: all/a/**}\n  - {split: VAL, path: all/b/**}\n---\n"
+    )
+    assert folder.is_dir()
+    pets = data.load(str(tmp_path / "pets"), validation=0)
+    assert (len(pets.train), len(pets.test)) == (24, 24)
+    assert pets.notes == ("no test part: the part 'VAL' serves as it",)

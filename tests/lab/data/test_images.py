@@ -1,5 +1,6 @@
 """Statistics, normalisation and devices."""
 
+import pytest
 import torch
 
 from subspan.lab import data
@@ -31,3 +32,20 @@ def test_to_moves_every_tensor():
     for split in (moved.train, moved.validation, moved.test):
         tensors += [split.images, split.labels]
     assert {t.device.type for t in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e30])
+def test_statistics_of_floats(offset, monkeypatch):
+    images = torch.rand(4, 2, 3, 5) * (offset or 1) + offset
+    for piece in (7, 2**20):
+        monkeypatch.setattr("subspan.lab.data.images.PIECE", piece)
+        mean, std = statistics(images)
+        pixels = images.double().transpose(0, 1).flatten(1) / 255
+        torch.testing.assert_close(mean, pixels.mean(1).float())
+        torch.testing.assert_close(std, pixels.std(1, correction=0).float())
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, -3e4])
+def test_a_constant_channel_of_floats_is_no_signal(level):
+    mean, std = statistics(torch.full((4, 1, 3, 3), level))
+    assert abs((torch.tensor(level) / 255 - mean) / std) < 0.2

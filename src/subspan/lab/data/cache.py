@@ -47,6 +47,7 @@ def _read(path: Path) -> RawData:
         classes=metadata["classes"],
         notes=tuple(metadata["notes"]),
         names=tuple(metadata["names"]),
+        depth=metadata["depth"],
     )
 
 
@@ -57,7 +58,7 @@ def _write(path: Path, data: RawData) -> None:
         "test.images": data.test.images,
         "test.labels": data.test.labels,
     }
-    told = {"classes": data.classes, "notes": data.notes, "names": data.names}
+    told = {name: getattr(data, name) for name in ("classes", "notes", "names", "depth")}
     metadata = {"subspan": json.dumps(told)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, metadata))

@@ -5,24 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError, unknown
+from subspan.lab.data import parts, pixels
 from subspan.lab.data.images import RawData, Split
 from subspan.lab.data.order import TEST, hold_out
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+from subspan.lab.data.pixels import Size
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
-
-Size = tuple[int, int]  # height and width
 
 
 def read(
@@ -51,38 +48,43 @@ def read(
 
     datasets.disable_progress_bars()
     with _readable(path):
-        parts = datasets.load_dataset(path, revision=revision, streaming=True)
-        features = next(iter(parts.values())).features
+        layout = {} if revision else parts.layout(Path(path))
+        found = datasets.load_dataset(path, revision=revision, streaming=True, **layout)
+        features = next(iter(found.values())).features
         if features is None:  # a format without types, such as text
-            features = dict.fromkeys(next(iter(next(iter(parts.values()))), {}))
+            features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
     images = _column("image", path, features, datasets.Image, IMAGE_COLUMNS, image_column)
     labels = _column("label", path, features, datasets.ClassLabel, LABEL_COLUMNS, label_column)
     if not _may_hold_images(features[images]) or images == labels:
-        found = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+        columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
         raise SubspanError(
             f"{path} must have a column of images and another of labels, got {images!r} and "
-            f"{labels!r} of {found}: name the right ones with --image-column and --label-column"
+            f"{labels!r} of {columns}: name the right ones with --image-column and --label-column"
         )
     names = getattr(features[labels], "names", None)
-    train, test, notes = _choose_parts(path, list(parts))
+    train, test, notes = parts.choose(path, list(found))
 
-    pixels: list[list[np.ndarray]] = []
+    arrays: list[list[np.ndarray]] = []
     values: list[list[Any]] = []
+    looks: _Looks = {}
     for name in [train, test] if test else [train]:
-        rows = parts[name].select_columns([images, labels])
+        rows = found[name].select_columns([images, labels])
         rows = rows.cast_column(images, datasets.Image(decode=False))
-        like = pixels[0][0].shape[-2:] if pixels else None
         pairs = ((row[images], row[labels]) for row in rows)
-        arrays, part_values = _decode(path, name, pairs, size, like)
-        pixels.append(arrays)
+        part_arrays, part_values = _decode(path, name, pairs, size, looks)
+        arrays.append(part_arrays)
         values.append(part_values)
 
-    stacked = _stack(pixels)
+    stacked = _stack(arrays)
     encoded, known = _encode(path, values, names)
     splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
     train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
     numbers = all(str(name).isdecimal() for name in known)
-    return RawData(train_split, test_split, len(known), notes, () if numbers else known)
+    [depth] = looks["depth"]
+    notes += _notes_of_levels(arrays, train_split, depth)
+    return RawData(
+        train_split, test_split, len(known), notes, () if numbers else known, depth=depth
+    )
 
 
 @contextmanager
@@ -140,22 +142,6 @@ def _kind(feature: Any) -> str:
     return str(feature.dtype) if kind == "Value" else kind
 
 
-def _choose_parts(path: str, names: list[str]) -> tuple[str, str | None, tuple[str, ...]]:
-    """Which part is for training, which for the test (None: none is), and what to say of it."""
-    if "train" not in names and len(names) > 1:
-        raise SubspanError(
-            f"{path} must have a part 'train', or one part only, found {', '.join(names)}"
-        )
-    train = "train" if "train" in names else names[0]
-    test = next((name for name in TEST_SPLITS if name in names and name != train), None)
-    if test is None:
-        note = "no test part: 1/6 of the images, the same for every seed of a run, serve as it"
-        return train, None, (note,)
-    if test != "test":
-        return train, test, (f"no test part: the part {test!r} serves as it",)
-    return train, test, ()
-
-
 def parse_size(resize: int | str) -> Size:
     """Height and width, of "28x32", or of one number for both.
 
@@ -170,51 +156,43 @@ def parse_size(resize: int | str) -> Size:
     return int(found[1]), int(found[2] or found[1])
 
 
-def to_array(image: Picture, size: Size | None = None) -> np.ndarray:
-    """Decode one image: uint8 (H, W) if it is grey, else RGB as (3, H, W).
-
-    Args:
-        image: of any mode.
-        size: what it is resized to, whatever its shape; without steps where it becomes smaller.
-    """
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
-        plain = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
-    else:
-        plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    if size:
-        # Each pixel is the mean of all that it covers: Pillow's filters grow with the step.
-        plain = plain.resize(size[::-1], Image.Resampling.BILINEAR)
-    array = np.asarray(plain)
-    return array if array.ndim == 2 else array.transpose(2, 0, 1)
+_Looks = dict[str, dict[str, str]]  # "size" or "depth": each that was seen, and in which file
 
 
 def _decode(
     path: str, part: str, pairs: Iterable[tuple[dict[str, Any], Any]], size: Size | None,
-    like: tuple[int, ...] | None,
+    looks: _Looks,
 ) -> tuple[list[np.ndarray], list[Any]]:  # fmt: skip
-    """One part's images, resized to ``size``, else all ``like`` the first; and its labels."""
-    import datasets
-
+    """One part's images, resized to ``size`` and alike in what ``looks`` holds; and its labels."""
     arrays, values = [], []
-    decoder = datasets.Image()
     with _readable(path):
         for row, (encoded, value) in enumerate(pairs, start=1):
+            name = (encoded or {}).get("path") or f"in row {row} of {part}"
             try:
-                array = to_array(decoder.decode_example(encoded), size)
+                array = pixels.read(_content(encoded), size)
             except Exception as error:  # of a damaged file Pillow raises any
-                name = (encoded or {}).get("path") or f"in row {row} of {part}"
+                cause = "" if isinstance(error, SubspanError) else f"{type(error).__name__}: "
                 raise SubspanError(
-                    f"cannot read the image {name} of {path} ({type(error).__name__}: {error}): "
+                    f"cannot read the image {name} of {path} ({cause}{error}): "
                     "replace it, or leave it out"
                 ) from error
-            like = like or array.shape[-2:]
-            if array.shape[-2:] != like:  # at once: large photographs would fill the memory
+            # At once: large photographs would fill the memory.
+            sizes = looks.setdefault("size", {})
+            sizes.setdefault("{}x{}".format(*array.shape[-2:]), name)
+            if len(sizes) > 1:
                 raise SubspanError(
-                    f"all images of {path} must have one size, found {like[0]}x{like[1]} and "
-                    f"{array.shape[-2]}x{array.shape[-1]} (height x width): give the one to "
-                    "resize them to, as in --resize 32 or --resize 28x32"
+                    f"all images of {path} must have one size, found {' and '.join(sizes)} "
+                    "(height x width): give the one to resize them to, as in --resize 32 or "
+                    "--resize 28x32"
+                )
+            depths = looks.setdefault("depth", {})
+            depths.setdefault(pixels.DEPTHS[array.dtype.name], name)
+            if len(depths) > 1:
+                (one, first), (other, second) = depths.items()
+                raise SubspanError(
+                    f"all images of {path} must have one depth, for a level means another "
+                    f"brightness in each: found {one} ({first}) and {other} ({second}): save them "
+                    "alike"
                 )
             arrays.append(array)
             values.append(value)
@@ -223,15 +201,60 @@ def _decode(
     return arrays, values
 
 
+def _content(encoded: dict[str, Any]) -> bytes:
+    """The bytes of an image file: in the row, on the disk, in an archive or on the Hub."""
+    from datasets.utils.file_utils import xopen
+
+    if encoded["bytes"] is not None:
+        return encoded["bytes"]
+    path = encoded["path"]
+    if "://" not in path:
+        return Path(path).read_bytes()
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
 def _stack(parts: list[list[np.ndarray]]) -> list[Tensor]:
-    """Each part as uint8 (N, C, H, W); grey images among colour ones become RGB."""
-    channels = 3 if any(array.ndim == 3 for part in parts for array in part) else 1
-    size = parts[0][0].shape[-2:]
-    stacked = [np.empty((len(part), channels, *size), np.uint8) for part in parts]
+    """Each part as (N, C, H, W), uint8, or float32 where levels are deeper than 8 bits.
+
+    Grey images among colour ones become RGB, and opaque ones among transparent ones get an opacity.
+    """
+    channels = {_channels(array) for part in parts for array in part}
+    colours, alpha = 3 if channels & {3, 4} else 1, bool(channels & {2, 4})
+    first = parts[0][0]
+    dtype, opaque = (np.uint8, 0xFF) if first.dtype == np.uint8 else (np.float32, 0xFFFF)
+    shape = (colours + alpha, *first.shape[-2:])
+    stacked = [np.full((len(part), *shape), opaque, dtype) for part in parts]
     for images, part in zip(stacked, parts, strict=True):
-        for i, array in enumerate(part):
-            images[i] = array
+        for image, array in zip(images, part, strict=True):
+            if _channels(array) in (2, 4):
+                image[:colours], image[colours] = array[:-1], array[-1]
+            else:
+                image[:colours] = array
     return [torch.from_numpy(images) for images in stacked]
+
+
+def _channels(array: np.ndarray) -> int:
+    return 1 if array.ndim == 2 else len(array)
+
+
+def _notes_of_levels(parts: list[list[np.ndarray]], train: Split, depth: str) -> tuple[str, ...]:
+    """What to say of images that are not plain ones of 8 bits."""
+    notes = []
+    transparent = sum(_channels(array) in (2, 4) for part in parts for array in part)
+    if transparent:
+        channels = train.images.shape[1]
+        notes.append(
+            f"transparent images: {transparent} of {sum(map(len, parts))}; opacity is channel "
+            f"{channels} of {channels}, and colours are as they are beneath it"
+        )
+    if depth != "8 bits":
+        low, high = float(train.images.min()), float(train.images.max())
+        notes.append(
+            f"images of {depth}: their levels, {low:g} to {high:g} in the training part, are kept "
+            "as they are, in float32"
+        )
+    return tuple(notes)
 
 
 def _encode(

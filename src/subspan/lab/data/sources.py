@@ -17,7 +17,7 @@ import torch
 
 from subspan.errors import SubspanError, unknown
 from subspan.files import readable
-from subspan.lab.data import cache, decode
+from subspan.lab.data import cache, decode, pixels
 from subspan.lab.data.images import ImageData, RawData, Split, statistics
 from subspan.lab.data.order import TEST, VALIDATION, hold_out
 
@@ -26,7 +26,7 @@ HUB = {
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "mnist": "ylecun/mnist",
 }
-FORMAT = 2  # of the decoded tensors: a change of what decoding gives must change it
+FORMAT = 3  # of the decoded tensors: a change of what decoding gives must change it
 
 
 def names() -> list[str]:
@@ -95,11 +95,12 @@ def load(
         std=std,
         notes=raw.notes,
         names=raw.names,
+        depth=raw.depth,
     ).to(device)
 
 
 def _find(
-    name: str, image_column: str | None, label_column: str | None, size: decode.Size | None
+    name: str, image_column: str | None, label_column: str | None, size: pixels.Size | None
 ) -> tuple[list[Any], Callable[[], RawData]]:
     """What identifies the set's content, as JSON can hold it, and the function that reads it."""
     if not name:
@@ -147,14 +148,14 @@ def _contents(folder: Path) -> list[Any]:
     return [str(folder), files]
 
 
-def _read_digits(size: decode.Size | None) -> RawData:
+def _read_digits(size: pixels.Size | None) -> RawData:
     """The 1,797 digits of 8x8 pixels in 16 grey levels that come with scikit-learn."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     levels = (digits.images * (255 / 16)).round().astype("uint8")
-    arrays = [decode.to_array(Image.fromarray(image), size) for image in levels]
+    arrays = [pixels.to_array(Image.fromarray(image), size) for image in levels]
     images = torch.from_numpy(np.stack(arrays)).unsqueeze(1)
     every = Split(images, torch.from_numpy(digits.target).long())
     train, test = hold_out(every, 0.2, seed=0, stream=TEST)
