@@ -8,8 +8,10 @@ vectors. Adding a kind is adding a class; the registry, the tests and the tables
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ from subspan.philox import Source
 DOMAIN = 48  # of the random numbers' counter: atoms
 # A complex butterfly takes about as long as this many multiply-adds of a matrix product do.
 BUTTERFLY = 16
+HALF = (torch.bfloat16, torch.float16)
 
 _kinds: dict[str, type[Sum]] = {}
 
@@ -225,6 +228,20 @@ class Given(Sum, kind="given"):
 
 # ---- structured atoms ----------------------------------------------------------------------------
 
+Product = Callable[..., Tensor]
+
+
+def in_float32(product: Product) -> Product:
+    """Compute a product by Fourier transforms in float32 where 16 bits came; they know none."""
+
+    @functools.wraps(product)
+    def wide(self: Sum, *tensors: Tensor) -> Tensor:
+        x, a, *_ = tensors
+        out = product(self, *(t.float() if t.dtype in HALF else t for t in tensors))
+        return out.to(torch.promote_types(x.dtype, a.dtype))
+
+    return wide
+
 
 class Diagonal(Sum, kind="diagonal"):
     """M(a) = diag(a)."""
@@ -260,11 +277,13 @@ class Toeplitz(Sum, kind="toeplitz"):
         # Row i is the window of the reversed sequence that begins at n − 1 − i.
         return a.flip(0).unfold(0, self.m, 1).flip(0)
 
+    @in_float32
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         size = self.p + self.m - 1
         product = torch.fft.rfft(x, size) * torch.fft.rfft(a, size)
         return torch.fft.irfft(product, size)[..., self.m - 1 :][..., : self.n]
 
+    @in_float32
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         size = self.p + self.n - 1
         product = torch.fft.rfft(y, size) * torch.fft.rfft(a.flip(0), size)
@@ -316,11 +335,13 @@ class BlockCirculant(Sum, kind="block-circulant"):
         blocks = a.view(self.n // b, self.m // b, b)[..., (place[:, None] - place) % b]
         return blocks.transpose(1, 2).reshape(self.n, self.m)
 
+    @in_float32
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         h = torch.fft.rfft(x.unflatten(-1, (-1, self.block)))
         y = torch.einsum("...mf,nmf->...nf", h, self._spectra(a))
         return torch.fft.irfft(y, self.block).flatten(-2)
 
+    @in_float32
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         h = torch.fft.rfft(y.unflatten(-1, (-1, self.block)))
         x = torch.einsum("...nf,nmf->...mf", h, self._spectra(a).conj())
@@ -365,12 +386,14 @@ class Displacement(Sum, kind="displacement"):
         w = torch.complex(turn[0], turn[1])
         return torch.fft.fft(a.view(self.rank, self.n)), torch.fft.fft(h * w), w
 
+    @in_float32
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         circulant, skew, w = self._parts(a, constants)
         inner = torch.fft.ifft(torch.fft.fft(x * w).unsqueeze(-2) * skew) * w.conj()
         y = torch.fft.ifft(torch.fft.fft(inner.real) * circulant)
         return y.real.sum(dim=-2)
 
+    @in_float32
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
         circulant, skew, w = self._parts(a, constants)
         inner = torch.fft.ifft(torch.fft.fft(y).unsqueeze(-2) * circulant.conj()).real

@@ -196,7 +196,7 @@ def hand_over(
     for key, value in vars(old).items():
         if key in HOOKS:
             vars(new)[key] = value
-        elif key not in vars(fresh) and key not in fresh._parameters:
+        elif not hasattr(fresh, key):
             taken = (vars(new), new._parameters, new._buffers, new._modules)
             if hasattr(type(new), key) or any(key in names for names in taken):
                 raise SubspanError(

@@ -186,15 +186,14 @@ def put(net: nn.Module, found: Mapping[str, Place], layers: Mapping[str, nn.Modu
     for name, layer in layers.items():
         place = found[name]
         hand_over(name, place.plain, layer, FRESH[type(place.plain)])
-        new[id(place.owner)] = layer
-        if place.attention is not None:
-            setattr(place.attention, place.projection, layer)
+        if place.attention is None:
+            new[id(place.owner)] = layer
+            continue
+        setattr(place.attention, place.projection, layer)
+        if id(place.owner) not in new:
+            whole, fresh = name.rpartition(".")[0], FRESH[nn.MultiheadAttention]
+            hand_over(whole, place.owner, place.attention, fresh, parts=True)
             new[id(place.owner)] = place.attention
-    for name in layers:
-        place = found[name]
-        if place.attention is not None:
-            fresh = FRESH[nn.MultiheadAttention]
-            hand_over(name.rpartition(".")[0], place.owner, place.attention, fresh, parts=True)
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             id(m) in new for m in module.modules()

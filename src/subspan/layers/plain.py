@@ -26,6 +26,14 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return filled(nn.Linear(m, n, bias=bias is not None, device="meta"), weight, bias)
 
 
+def autocast_type(x: Tensor) -> torch.dtype:
+    """Give the type of what an ordinary layer makes of x: autocast's, where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Convolution(nn.Module):
     """What a layer with a kernel of its own making has of ``nn.Conv2d``: its arguments."""
 

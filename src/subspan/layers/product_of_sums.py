@@ -25,10 +25,10 @@ from torch.nn import functional as F  # noqa: N812
 from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
-from subspan.layers.atoms import Sum, atoms
+from subspan.layers.atoms import HALF, Sum, atoms
 from subspan.layers.handover import hand_over, refuse_hooks
 from subspan.layers.places import check, chosen, places, put, replaced
-from subspan.layers.plain import Convolution, linear
+from subspan.layers.plain import Convolution, autocast_type, linear
 
 
 def identity(a: Tensor) -> Tensor:
@@ -103,15 +103,19 @@ def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
                 cost = sizes[i] * sizes[cut + 1] * sizes[j + 1] + left.cost + right.cost
                 text = f"({left.text} {right.text})"
                 ways.append(Plan(cost, text, "product", right.vectors, left=left, right=right))
-            if (own := sums[i].apply_cost) is not None:
-                right = best[i + 1, j]
+            right = best[i + 1, j]
+            # What is empty meets matrices only: transforms of nothing are an error.
+            if (own := sums[i].apply_cost) is not None and (batch != 0 or not right.vectors):
                 cost, text = own * sizes[j + 1] + right.cost, f"({sums[i].kind}· {right.text})"
                 ways.append(Plan(cost, text, "apply", right.vectors, i + offset, right=right))
             if j < k and (own := sums[j].apply_cost) is not None:
                 left = best[i, j - 1]
                 cost, text = own * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
                 ways.append(Plan(cost, text, "apply_t", False, j + offset, left=left))
-            best[i, j] = min(ways, key=lambda plan: plan.cost)
+            best[i, j] = ways[0]
+            for plan in ways:  # a loop, since torch.compile takes no min with a key
+                if plan.cost < best[i, j].cost:
+                    best[i, j] = plan
     return best[0, last]
 
 
@@ -280,18 +284,27 @@ class ProductOfSums(nn.Module, ABC):
         """Constants of factor i from its seed, where its coefficients are, and in their type."""
         with torch.device("cpu"):
             constants = self.sums[i].constants()
-        a = self.values(i)
-        return [c.to(a.device, a.dtype if c.is_floating_point() else None) for c in constants]
+        a, copied = self.values(i), self.sums[i].kind == "given"
+        return [
+            c.to(a.device, a.dtype if c.is_floating_point() else None, copy=copied)
+            for c in constants
+        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProductOfSums:
-        """Move everything, and make again what no file holds, if it had been without values."""
-        empty = [i for i in range(len(self.sums)) if self.values(i).is_meta]
+        """Move everything, and make again what no file holds, where that had been lost.
+
+        On the meta device there are no values, and 16 bits hold half of each.
+        """
+        before = [self.values(i) for i in range(len(self.sums))]
+        before = [torch.empty(0, dtype=a.dtype, device=a.device) for a in before]
         super()._apply(fn, recurse)
-        for i in empty:
-            if self.values(i).is_meta:
+        for i, (old, s) in enumerate(zip(before, self.sums, strict=True)):
+            now = self.values(i)
+            widened = old.dtype in HALF and now.dtype not in HALF and s.kind != "given"
+            if now.is_meta or not (old.is_meta or widened):
                 continue
             if not self.trained[i]:
-                self.values(i).fill_(1)
+                now.fill_(1)
             for name, constant in zip(self._constants[i], self._made(i), strict=True):
                 setattr(self, name, constant)
         return self
@@ -347,13 +360,6 @@ class ProductOfSums(nn.Module, ABC):
         """What factor i has, c f(a), by which its atoms are multiplied; 1 of a fixed one."""
         a = self.values(i)
         return self.scales[i] * self._functions[i](a) if self.trained[i] else a
-
-    def _typed(self, y: Tensor) -> Tensor:
-        """An output in the type of autocast, where that is on, as an ordinary layer has it."""
-        device = y.device.type
-        if y.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-            return y
-        return y.to(torch.get_autocast_dtype(device))
 
     def values(self, i: int) -> Tensor:
         """What is trained of factor i, (p,): a parameter a; of a fixed one, ones."""
@@ -427,7 +433,8 @@ class ProductOfSumsLinear(ProductOfSums):
         rows = x.reshape(-1, self.in_features)
         y = self._formed(self.cost(len(rows)), rows).view(*x.shape[:-1], self.out_features)
         bias = self.full_bias()
-        return self._typed(y if bias is None else y + bias)
+        y = y if bias is None else y + bias
+        return y.to(autocast_type(y))
 
     @property
     def weight(self) -> Tensor:
@@ -489,13 +496,13 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
             The plan of the 1×1 convolution, or None, and that of the filters.
         """
         if places not in self._plans:
-            m, ways = self.shape[1], []
+            m, least = self.shape[1], -1
             for cut in range(len(self.sums)):
                 filters = planned(self.sums[cut:], None, cut)
-                cost = filters.cost + places * self.sums[cut].n * m
                 after = planned(self.sums[:cut], places) if cut else None
-                ways.append((cost + (after.cost if after else 0), cut, after, filters))
-            self._plans[places] = min(ways, key=lambda way: way[:2])[2:]
+                cost = filters.cost + places * self.sums[cut].n * m + (after.cost if after else 0)
+                if least < 0 or cost < least:
+                    least, self._plans[places] = cost, (after, filters)
         found: tuple[Plan | None, Plan] = self._plans[places]
         return found
 
@@ -522,10 +529,11 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
             x, kernel, bias if after is None else None, self.stride, padding, self.dilation
         )
         if after is None:
-            return self._typed(h)
+            return h
         rows = h.movedim(1, -1)
         y = self._formed(after, rows.reshape(-1, h.shape[1])).view(*rows.shape[:-1], self.shape[0])
-        y = self._typed(y if bias is None else y + bias).movedim(-1, 1)
+        y = y if bias is None else y + bias
+        y = y.to(autocast_type(y)).movedim(-1, 1)
         # Channels last now: as it came out of the convolution, for somebody may take a view of it.
         return y.contiguous() if h.is_contiguous() else y
 

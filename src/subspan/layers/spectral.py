@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.families import projection
 from subspan.layers.atoms import cosines
+from subspan.layers.plain import autocast_type
 
 
 class SpectralFilters(nn.Module):
@@ -92,10 +93,10 @@ class SpectralFilters(nn.Module):
         return tables
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralFilters:
-        """Move everything, and make again what no file holds, if it had been without values."""
-        empty = self.a.is_meta
+        """Move everything, and make the tables again, which no file holds and rounding coarsens."""
+        before = self.a.dtype, self.a.is_meta
         super()._apply(fn, recurse)
-        if empty and not self.a.is_meta:
+        if before != (self.a.dtype, self.a.is_meta):
             for name, table in self._tables().items():
                 setattr(self, name, table.to(self.a))
         return self
@@ -130,10 +131,7 @@ class SpectralFilters(nn.Module):
         y = self.get_buffer("_synthesis0").T @ y @ self.get_buffer("_synthesis1")
         y = y * math.sqrt(math.prod(self.out_size) / math.prod(self.size))
         y = y if self.bias is None else y + self.bias[:, None, None]
-        device = y.device.type
-        if y.dtype != torch.float64 and torch.is_autocast_enabled(device):
-            y = y.to(torch.get_autocast_dtype(device))  # as an ordinary layer's
-        return y
+        return y.to(autocast_type(y))
 
     def extra_repr(self) -> str:
         """Sizes."""
