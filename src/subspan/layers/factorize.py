@@ -14,7 +14,7 @@ from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
-from subspan.layers.places import check, chosen, places, put, replaced
+from subspan.layers.places import check, chosen, named, places, put, replaced
 from subspan.layers.product_of_sums import (
     ProductOfSums,
     ProductOfSumsConv2d,
@@ -158,11 +158,11 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
             continue
         if type(layer) not in FRESH:
             raise SubspanError(
-                f"layer {name!r} is a {type(layer).__name__}, which may compute anything: merge "
-                "replaces the layers of subspan only"
+                f"layer {name!r} cannot be merged, since its class, {named(layer)}, is none of "
+                "subspan's and may compute anything: merge the SubspaceModel first, if it is one"
             )
         registered = registry(layer) if isinstance(layer, ProductOfSums) else (FACTORS,)
-        if why := used.get(id(layer)) or obstacle(layer, *registered):
+        if why := obstacle(layer, *registered) or used.get(id(layer)):
             raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
         refuse_hooks(name, layer)
         plain = layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
@@ -186,15 +186,16 @@ def _whole(
     Raises:
         SubspanError: for what it could not have.
     """
-    why = used.get(id(module)) or obstacle(module, (), modules=PROJECTIONS)
+    why = obstacle(module, (), modules=PROJECTIONS) or used.get(id(module))
     for part, layer in zip(PROJECTIONS, layers, strict=True):
-        refuse_hooks(f"{name}.{part}", layer, called=False)
-        why = why or used.get(id(layer)) or obstacle(layer, ("weight", "bias"))
+        why = why or obstacle(layer, ("weight", "bias")) or used.get(id(layer))
         if part != "out_proj" and (extra := vars(layer).keys() - vars(PLAIN).keys()):
             why = why or f"nn.MultiheadAttention has no {part} for its attribute {min(extra)!r}"
     if why := why or module.obstacle(layers):
         raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
     refuse_hooks(name, module)
+    for part, layer in zip(PROJECTIONS, layers, strict=True):
+        refuse_hooks(f"{name}.{part}", layer, called=False)
     whole = module.original(layers)
     hand_over(f"{name}.out_proj", layers[-1], whole.out_proj, PLAIN)
     hand_over(name, module, whole, FRESH[Attention], parts=True)

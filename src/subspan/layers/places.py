@@ -67,9 +67,9 @@ def places(net: nn.Module) -> dict[str, Place]:
 def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
     """Why a linear or convolutional layer cannot be replaced."""
     if type(layer) not in (*LINEAR, nn.Conv2d):
-        return f"it is a {type(layer).__name__}, which may compute anything"
+        return f"its class, {named(layer)}, is no ordinary one and may compute anything"
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    why = used.get(id(layer)) or obstacle(layer, ("weight", "bias"))
+    why = obstacle(layer, ("weight", "bias")) or used.get(id(layer))
     if why is not None:
         return why
     if layer._parameters.get("weight") is None:
@@ -87,15 +87,20 @@ def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
     return None
 
 
+def named(module: nn.Module) -> str:
+    """The full name of a module's class; one that is derived may have its parent's last name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _obstacle_of_attention(module: nn.MultiheadAttention, used: Mapping[int, str]) -> str | None:
     """Why an attention cannot be split into four layers."""
     if type(module) is not nn.MultiheadAttention:
-        return f"it is part of a {type(module).__name__}, which may compute anything"
+        return f"the class of its attention, {named(module)}, may compute anything"
     if module.bias_k is not None or module.add_zero_attn:
         return "it is part of an attention with add_bias_kv or add_zero_attn"
     return (
-        used.get(id(module))
-        or obstacle(module, ATTENTION, modules=("out_proj",))
+        obstacle(module, ATTENTION, modules=("out_proj",))
+        or used.get(id(module))
         or _obstacle(module.out_proj, used)
     )
 
