@@ -79,7 +79,25 @@ BAD = {
     "train --device gpu": "device must be one of ['auto', 'cpu', 'cuda'], got gpu",
     "train --config no.yaml": "--config: File does not exist",
     "train --config lrr.yaml": "--config for subspan train 'lrr': did you mean lr",
-    "train --config broken.yaml": "Problems parsing config",
+    "train --config broken.yaml": "--config broken.yaml is no YAML (line 2, column 1: expected",
+    "train --config twice.yaml": "has the key 'batch_size' twice, in lines 1 and 3: leave one out",
+    "train --config=deep.yaml": "deep.yaml has the key 'fc1' twice, in line 2: leave one out",
+    "train --config nothing.yaml": "nothing.yaml is empty: write options into it, one a line, as",
+    "train --config list.yaml": "must have names and values, got a list: write options into it",
+    "train --config words.yaml": "must have names and values, got a text: write options into it",
+    "train --config nulls.yaml": "has no value for any of its keys: write options into it",
+    "train --config tabs.yaml": "that cannot start any token): use spaces for tabs",
+    "train --config two.yaml": "expected a single document in the stream but found another",
+    "train --config latin.yaml": "--config latin.yaml is not UTF-8 in line 2: save it as UTF-8",
+    "train --config nul.yaml": "nul.yaml is no YAML (unacceptable character #x0000",
+    "train --config itself.yaml": "itself.yaml has in line 1 what contains itself: write it out",
+    "train --config empty": "--config empty is a folder: give a YAML file",
+    "train --config dots.yaml": "unknown key in the file of --config for subspan train 'lr.x'",
+    "train --config keys.yaml": "unknown key in the file of --config for subspan train 'in line 1'",
+    "train --config other.yaml": "unknown key in the file of --config for subspan train 'config'",
+    "train --config '{lr: 1, lr: 2}'": "has the key 'lr' twice, in line 1: leave one out",
+    """train --compartments '{"fc1": 5, "fc1": 6}'""": "--compartments has the key 'fc1' twice",
+    """train --compartments='{"fc1": 5, "fc1": 6}'""": "--compartments has the key 'fc1' twice",
     "train --out lrr.yaml": "--out lrr.yaml: lrr.yaml is a file: give a folder",
     "train --out lrr.yaml/a": "--out lrr.yaml/a: lrr.yaml is a file: give a folder",
     "sweep --dims ''": "dims has an empty entry",
@@ -119,6 +137,24 @@ def no_hub(monkeypatch):
     monkeypatch.delenv("SUBSPAN_DATA", raising=False)
 
 
+FILES = {
+    "twice": b"batch-size: 8\nlr: 0.1\nbatch_size: 9\n",
+    "deep": b"lr: 0.1\ncompartments: {fc1: 5, fc1: 6}\n",
+    "nothing": b"# lr: 0.1\n",
+    "list": b"- lr: 0.1\n",
+    "words": b"lr 0.1\n",
+    "nulls": b"lr:\nseed:\n",
+    "tabs": b"lr: 0.1\n\tseed: 3\n",
+    "two": b"lr: 0.1\n---\nlr: 0.2\n",
+    "latin": b"# Net\nnet: ml\xfcp\n",
+    "nul": b"lr: 0.1\0\n",
+    "itself": b"exclude: &all [fc1, *all]\n",
+    "dots": b"lr.x: 3\n",
+    "keys": b"? [a, b]\n: 3\n",
+    "other": b"config: twice.yaml\n",
+}
+
+
 @pytest.fixture
 def things(in_tmp_path):
     """What a bad command may name, in the current folder."""
@@ -127,6 +163,8 @@ def things(in_tmp_path):
     (in_tmp_path / "texts" / "a.txt").write_text("no image\n")
     (in_tmp_path / "lrr.yaml").write_text("lrr: 0.1\n")
     (in_tmp_path / "broken.yaml").write_text("lr: [\n")
+    for name, content in FILES.items():
+        (in_tmp_path / f"{name}.yaml").write_bytes(content)
     return in_tmp_path
 
 

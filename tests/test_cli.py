@@ -150,6 +150,17 @@ def test_flags_and_files_are_alike(in_tmp_path, cli):
     assert record_of(in_tmp_path / "d")["trainable_parameters"] == 15
 
 
+def test_what_is_printed_can_be_given_as_a_file(in_tmp_path, cli):
+    """With a mark at its beginning, too, as some editors write; and one value may stand twice."""
+    printed = cli("train", "--epochs", "7", "--print_config").out
+    (in_tmp_path / "run.yaml").write_text("\ufeff" + printed)
+    assert cli("train", "--config", "run.yaml", "--print_config").out == printed
+    (in_tmp_path / "alias.yaml").write_text("exclude: &x [fc1]\ntargets: *x\nepochs: 7\n")
+    said = cli("train", "--config", "alias.yaml", "--epochs", "8", "--print_config")
+    assert said.code == 0
+    assert "epochs: 8\n" in said.out
+
+
 def test_sweep(in_tmp_path, cli):
     (in_tmp_path / "sweep.yaml").write_text(
         "dims: [5, 6+20]\nmethods: [hash]\nlrs: 0.3\nbaseline_lrs: [0.01, 1e-3]\noverwrite: false\n"

@@ -547,12 +547,21 @@ def _parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
     """Parse; every option is known by its name with dashes, too."""
     from argparse import ArgumentError
 
+    from subspan.lab.options_file import check_file, check_value
+
     for action in parser._actions:
         if "--print_config" in action.option_strings:  # jsonargparse looks for this very word
             continue
         dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
         action.option_strings = [*dashed, *action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
+    known = set(parser.get_defaults().keys()) - {"config"}
+    for option, word in zip(["", *argv], argv, strict=False):
+        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        if name == "--config" and value:
+            check_file(value, known, parser.prog)
+        else:
+            check_value(name, value)
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
@@ -564,9 +573,6 @@ def _refusal(message: str, parser: ArgumentParser) -> SubspanError:
     if found := re.fullmatch(r"unrecognized arguments: ([^\s=]+).*", message):
         flags = [name for name in parser._option_string_actions if re.fullmatch(r"--[a-z-]+", name)]
         return unknown(f"argument of {parser.prog}", found[1], flags)
-    if found := re.fullmatch(r"Option '(.+)' is not accepted", message):
-        keys = [action.dest for action in parser._actions if action.dest in parser.get_defaults()]
-        return unknown(f"key in the file of --config for {parser.prog}", found[1], keys)
     key = re.match(r'Parser key "(\w+)":\s*', message)
     value = re.search(r".*(?:Given|Got) value: (.*)\Z", message, re.DOTALL)
     if key and value:

@@ -1,0 +1,110 @@
+"""What is wrong with a file of options, in a sentence, before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import yaml
+
+from subspan.errors import SubspanError, unknown
+
+_REMEDY = "write options into it, one a line, as in lr: 0.1"
+
+
+def check_file(name: str, known: Collection[str], command: str) -> None:
+    """Refuse a YAML file that is no mapping of options, each given once.
+
+    Args:
+        name: of the file. One that is not there is left to whoever opens it, as is an option that
+            is no file but YAML itself.
+        known: the options; they may be written with dashes for underscores.
+        command: whose options they are.
+
+    Raises:
+        SubspanError: the file cannot be used; it names the line where there is one.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise SubspanError(f"--config {name} is a folder: give a YAML file")
+    inline = not path.is_file()
+    if inline and not name.lstrip().startswith("{"):
+        return
+    try:
+        text = name if inline else path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise SubspanError(
+            f"--config {name} is not UTF-8 in line {line}: save it as UTF-8"
+        ) from None
+    node = _composed(text, f"--config {name}")
+    if node is None:
+        raise SubspanError(f"--config {name} is empty: {_REMEDY}, or leave it out")
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a text"
+        raise SubspanError(f"--config {name} must have names and values, got {kind}: {_REMEDY}")
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value.replace("-", "_") not in known:
+            what = key.value if isinstance(key, yaml.ScalarNode) else f"in line {_line(key)}"
+            raise unknown(f"key in the file of --config for {command}", what, known)
+    if all(isinstance(value, yaml.ScalarNode) and not value.value for _, value in node.value):
+        raise SubspanError(f"--config {name} has no value for any of its keys: {_REMEDY}")
+    _once(node, f"--config {name}", dashes=True)
+
+
+def check_value(option: str, text: str) -> None:
+    """Refuse a value of an option that is YAML with a key that is given twice.
+
+    Raises:
+        SubspanError: it is.
+    """
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # no YAML: whoever needs it as such will say so
+    if node is not None:
+        _once(node, option)
+
+
+def _composed(text: str, name: str) -> yaml.Node | None:
+    """The file's tree, with lines; None if there is nothing in it."""
+    try:
+        return yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, str(error.problem)
+        if problem.startswith("but "):
+            problem = f"{error.context} {problem}"
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        remedy = "use spaces for tabs" if r"'\t'" in problem else "mend it there"
+        raise SubspanError(f"{name} is no YAML ({where}{problem}): {remedy}") from None
+    except yaml.YAMLError as error:
+        raise SubspanError(f"{name} is no YAML ({' '.join(str(error).split())}): mend it") from None
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _once(
+    node: yaml.Node, name: str, *, dashes: bool = False, inside: tuple[yaml.Node, ...] = ()
+) -> None:
+    """Refuse a key that is given twice in one mapping, wherever it is: the last would win."""
+    if any(node is other for other in inside):
+        raise SubspanError(f"{name} has in line {_line(node)} what contains itself: write it out")
+    inside = (*inside, node)
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _once(item, name, inside=inside)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                word = (key.tag, key.value.replace("-", "_") if dashes else key.value)
+                if word in lines:
+                    both = sorted({lines[word], _line(key)})
+                    where = f"line{'s' if len(both) > 1 else ''} {' and '.join(map(str, both))}"
+                    raise SubspanError(
+                        f"{name} has the key {key.value!r} twice, in {where}: leave one out"
+                    )
+                lines[word] = _line(key)
+            _once(value, name, inside=inside)
