@@ -20,7 +20,7 @@ def encoded(value, mode="L", size=(4, 3)):
     return file.getvalue()
 
 
-def wide_png(levels):
+def wide_png(levels, exif=b""):
     """A PNG of 16 bits, which Pillow cannot write with colours: (H, W, C) of integers."""
     height, width, channels = levels.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -29,7 +29,8 @@ def wide_png(levels):
     rows = levels.astype(">u2").view(np.uint8).reshape(height, -1)
     lines = [b"\0" + row.tobytes() for row in rows]
     lines[1::2] = [b"\2" + (b - a).tobytes() for a, b in zip(rows[::2], rows[1::2], strict=False)]
-    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b"".join(lines)), b"IEND": b""}
+    told = {b"eXIf": exif} if exif else {}
+    chunks = {b"IHDR": header, **told, b"IDAT": zlib.compress(b"".join(lines)), b"IEND": b""}
     checked = [
         struct.pack(">I", len(content))
         + name

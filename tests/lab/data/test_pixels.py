@@ -124,18 +124,33 @@ def test_signed_numbers_that_pillow_reads():
         assert pixels.read(tiff(levels.astype(dtype), {339: 2})).tolist() == [[-5, 6]]
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16", "I", "F", "RGB", "RGBA"])
-def test_the_camera_may_have_been_turned(mode):
-    image = Image.new(mode, (4, 3))
+def turned():
+    """What a camera says that was turned by a quarter."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert pixels.read(file_of(image, exif=exif)).shape[-2:] == (4, 3)
+    return exif
 
 
-def test_the_camera_may_have_been_turned_before_16_bits():
-    levels = RNG.integers(0, 2**16, (3, 4, 3), np.uint16)
-    turned = np.rot90(levels, -1).transpose(2, 0, 1)
-    assert np.array_equal(pixels.read(tiff(levels, {274: 6})), turned)
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *[(mode, "PNG") for mode in ("L", "I;16", "RGB", "RGBA", "P")],
+        *[(mode, "TIFF") for mode in ("L", "I;16", "I", "F", "RGB", "RGBA")],
+        *[(mode, "JPEG") for mode in ("L", "RGB", "CMYK")],
+    ],
+)
+def test_the_camera_may_have_been_turned(mode, kind):
+    content = file_of(Image.new(mode, (4, 3)), kind, exif=turned())
+    assert pixels.read(content).shape[-2:] == (4, 3)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_the_camera_may_have_been_turned_before_16_bits(channels):
+    levels = RNG.integers(0, 2**16, (3, 4, channels), np.uint16)
+    expected = np.rot90(levels, -1).transpose(2, 0, 1)
+    assert np.array_equal(pixels.read(wide_png(levels, turned().tobytes()[6:])), expected)
+    if channels == 3:
+        assert np.array_equal(pixels.read(tiff(levels, {274: 6})), expected)
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
