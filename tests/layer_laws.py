@@ -253,6 +253,10 @@ def a_precision_is_that_of_the_parameters(case: Case) -> None:
         loss_of(y).backward()
         for p in (x, *net.parameters()):
             assert p.grad is None or p.grad.dtype == dtype
+        back = net.to(torch.float32)  # nothing that the parameters do not hold has been rounded
+        back.load_state_dict(exact.state_dict())
+        x = case.x(torch.float32)
+        assert torch.equal(back(x), exact(x))
 
 
 @law

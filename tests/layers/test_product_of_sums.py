@@ -227,6 +227,39 @@ def test_a_function_of_ones_own_and_matrices_too():
     torch.testing.assert_close(single.weight, single.coefficients(0) * given[0])
 
 
+def test_layers_may_be_made_without_values():
+    """On the meta device, whose context is for parameters alone: fixed matrices have values."""
+    factors = [{"kind": "rank1", "p": 3}, {"kind": "displacement", "rank": 2}]
+    made = ProductOfSumsLinear(8, 8, factors, bias=2, seed=4)
+    with torch.device("meta"):
+        empty = ProductOfSumsLinear(8, 8, factors, bias=2, seed=4)
+    for other in (empty, ProductOfSumsLinear(8, 8, factors, bias=2, seed=4, device="meta")):
+        assert all(p.is_meta for p in other.parameters())
+        assert other.scales == made.scales
+        filled = other.to_empty(device="cpu")
+        filled.load_state_dict(made.state_dict())
+        x = torch.randn(3, 8)
+        assert torch.equal(filled(x), made(x))
+
+
+def test_a_tensor_of_the_user_is_not_written_to():
+    given = torch.randn(2, 4, 6)
+    before = given.clone()
+    layer, other = (ProductOfSumsLinear(6, 4, [{"kind": "given", "tensor": given}]) for _ in "ab")
+    layer.load_state_dict({k: t + 1 for k, t in layer.state_dict().items()})
+    assert torch.equal(given, before)
+    assert torch.equal(other.fixed0_0, before)
+
+
+@pytest.mark.parametrize("x", [(7,), (3, 9), (2, 1), ()])
+def test_inputs_of_another_size_are_named(x):
+    layer = ProductOfSumsLinear(8, 8, ["toeplitz"])
+    with pytest.raises(SubspanError, match=r"expected inputs \(…, 8\), got"):
+        layer(torch.ones(x))
+    with pytest.raises(SubspanError, match=r"expected images \(B, in, H, W\) or \(in, H, W\)"):
+        ProductOfSumsConv2d(2, 3, 3, ["free"])(torch.ones(2, 3))
+
+
 class TestRecipes:
     """Each is what its name says, by its dense definition."""
 

@@ -97,7 +97,7 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
         (storage, start, stop), *_ = entry
         if storage == reach[0][0] and start < reach[0][2]:
             for _, module_id, name in (reach, entry):
-                reasons.setdefault(module_id, f"it shares its {name} with another module")
+                reasons.setdefault(module_id, f"something else shares its {name}")
             reach = max(reach, entry, key=lambda one: one[0][2])
         else:
             reach = ((storage, start, stop), *entry[1:])

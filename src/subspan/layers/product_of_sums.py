@@ -497,12 +497,14 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
         """
         if places not in self._plans:
             m, least = self.shape[1], -1
+            best: tuple[Plan | None, Plan] | None = None
             for cut in range(len(self.sums)):
                 filters = planned(self.sums[cut:], None, cut)
                 after = planned(self.sums[:cut], places) if cut else None
                 cost = filters.cost + places * self.sums[cut].n * m + (after.cost if after else 0)
-                if least < 0 or cost < least:
-                    least, self._plans[places] = cost, (after, filters)
+                if best is None or cost < least:
+                    least, best = cost, (after, filters)
+            self._plans[places] = best
         found: tuple[Plan | None, Plan] = self._plans[places]
         return found
 
