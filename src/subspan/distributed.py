@@ -8,13 +8,14 @@ silent divergence.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from subspan.errors import SubspanError
 
@@ -60,6 +62,34 @@ def world() -> int:
     """How many processes there are; 1 without a process group."""
     ready = dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if ready else 1
+
+
+def averaged_by_ddp(*parameters: Tensor) -> bool:
+    """Whether a ``DistributedDataParallel`` averages the gradient of any of these.
+
+    It leaves no mark on what it wraps: all objects of the process are looked through (0.1 s).
+    """
+    wanted = set(map(id, parameters))
+    return any(
+        issubclass(type(found), DistributedDataParallel)
+        and not wanted.isdisjoint(map(id, found.parameters()))
+        for found in gc.get_objects()
+    )
+
+
+def anywhere(true: bool, device: torch.device) -> bool:
+    """Whether something is true in any process of the default group; all must ask."""
+    found = torch.tensor(float(true), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def means(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's mean over all processes of the default group, by one message."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class Workers:

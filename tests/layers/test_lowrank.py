@@ -1,8 +1,9 @@
-"""Factored layers against dense ones: values, both kinds of gradients, and what is never made."""
+"""Factored layers against dense ones: values, gradients, tangents, and what is never made."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import SubspanError
 from subspan.layers import LowRankConv2d, LowRankLinear
+from subspan.layers.lowrank import Tangents
 
 CONVOLUTIONS = [
     {},
@@ -60,48 +62,174 @@ def test_values_are_those_of_the_dense_layer(case):
     torch.testing.assert_close(layer.weight, layer.dense().weight)
 
 
-@EVERY
-@pytest.mark.parametrize("gradients_of", ["true", "tangent"])
-def test_gradients_come_from_the_dense_one(case, gradients_of):
-    """Of U, S and V by the chain rule; or of K = U S, S and L = V Sᵀ for the integrators."""
-    layer, x = copy.deepcopy(case[0]), case[1]
-    layer.gradients = gradients_of
-    y, found = gradients(layer, x)
-    y_dense, dense = gradients(layer.dense(), x)
+WATCHED = pytest.mark.parametrize("watched", [False, True])
+
+
+def watch(layer, watched=True):
+    """Tangents of a layer, to be held as long as there shall be some."""
+    return Tangents(layer) if watched else None
+
+
+def check(layer, found, tangents, dense):
+    """Gradients, and tangents where there are some, against the gradient of the dense layer."""
     G = dense["weight"].flatten(1)
     U, S, V = (p.detach() for p in (layer.U, layer.S, layer.V))
-    expected = {"U": G @ V, "S": U.T @ G @ V, "V": G.T @ U}
-    if gradients_of == "true":
-        expected |= {"U": G @ V @ S.T, "V": G.T @ U @ S}
-    torch.testing.assert_close(y, y_dense)
+    expected = {"U": G @ V @ S.T, "S": U.T @ G @ V, "V": G.T @ U @ S}
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name] if name in expected else dense[name])
+    if tangents is not None:
+        torch.testing.assert_close(tangents.k.grad, G @ V)
+        torch.testing.assert_close(tangents.l.grad, G.T @ U)
 
 
 @EVERY
-def test_the_gradient_of_the_core_alone(case):
+@WATCHED
+def test_gradients_come_from_the_dense_one(case, watched):
+    """Those of U, S and V by the chain rule, and tangents of K = U S and L = V Sᵀ beside them."""
     layer, x = copy.deepcopy(case[0]), case[1]
-    layer.gradients = "tangent"
-    _, whole = gradients(layer, x)
-    layer.zero_grad()
-    layer.gradients = "core"
-    layer.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    assert (layer.U.grad, layer.V.grad) == (None, None)
-    torch.testing.assert_close(layer.S.grad, whole["S"])
-    torch.testing.assert_close(x.grad, whole["x"])
+    tangents = watch(layer, watched)
+    y, found = gradients(layer, x)
+    y_dense, dense = gradients(layer.dense(), x)
+    torch.testing.assert_close(y, y_dense)
+    check(layer, found, tangents, dense)
 
 
 @EVERY
-@pytest.mark.parametrize("gradients_of", ["true", "tangent"])
-def test_no_gradient_of_the_input_is_computed_in_vain(case, gradients_of):
+@WATCHED
+@pytest.mark.parametrize("order", [2, 3])
+def test_gradients_of_gradients_come_from_the_dense_one(case, watched, order):
+    """A penalty on the slope in x, and on the slope's slope."""
+
+    def found(layer, x):
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        loss, slope = y.square().sum(), y.pow(3).sum()
+        for _ in range(order - 1):
+            (slope,) = torch.autograd.grad(slope.square().sum(), x, create_graph=True)
+            loss = loss + 0.01 * slope.square().sum()
+        loss.backward()
+        return {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
+
     layer, x = copy.deepcopy(case[0]), case[1]
-    layer.gradients = gradients_of
+    tangents = watch(layer, watched)
+    check(layer, found(layer, x), tangents, found(layer.dense(), x))
+
+
+@EVERY
+@WATCHED
+def test_an_input_without_a_batch(case, watched):
+    layer, x = copy.deepcopy(case[0]), case[1]
+    one = x[0] if x.dim() == 4 else x.flatten(0, -2)[0]
+    tangents = watch(layer, watched)
+    y, found = gradients(layer, one)
+    y_dense, dense = gradients(layer.dense(), one)
+    torch.testing.assert_close(y, y_dense)
+    check(layer, found, tangents, dense)
+
+
+def test_a_penalty_on_the_weight_reaches_the_tangents():
+    layer = copy.deepcopy(CASES[0][0])
+    tangents, dense = watch(layer), layer.dense()
+    for net in (layer, dense):
+        (net.weight.square().sum() + net.weight[0, 0]).backward()
+    check(layer, {"S": layer.S.grad}, tangents, {"weight": dense.weight.grad})
+
+
+def test_tangents_accumulate_and_are_cleared_with_the_gradients():
+    layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
+    tangents = watch(layer)
+
+    def backward():
+        layer(x).square().sum().backward()
+        return tangents.k.grad.clone()
+
+    once, twice = backward(), backward()
+    torch.testing.assert_close(twice, 2 * once)
+    for clear in (layer.zero_grad, lambda: setattr(layer.U, "grad", None)):
+        clear()
+        assert torch.equal(backward(), once)
+
+
+def test_a_layer_that_is_used_twice():
+    torch.manual_seed(0)
+    layer, x = LowRankLinear(6, 6, 3, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    nn.init.normal_(layer.S)
+    tangents, dense = watch(layer), layer.dense()
+    for net in (layer, dense):
+        net(net(x).tanh()).square().sum().backward()
+    found = {name: p.grad for name, p in layer.named_parameters()}
+    check(layer, found, tangents, {name: p.grad for name, p in dense.named_parameters()})
+
+
+def test_what_watches_a_layer_leaves_nothing_behind():
+    layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
+    tangents = watch(layer)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)):
+        assert copied.tangents is None
+    assert layer.tangents is tangents
+    del tangents
+    assert layer.tangents is None
+    layer.requires_grad_(False)
+    held = watch(layer)
+    assert not layer(x).requires_grad
+    assert held.k.grad is None
+
+
+def test_tangents_move_with_their_layer():
+    layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
+    tangents = watch(layer)
+    layer.float()(x.float()).sum().backward()
+    assert tangents.k.grad.dtype == torch.float32
+    layer.set_factors(layer.U[:, :2], layer.S[:2, :2], layer.V[:, :2])
+    assert tangents.k.grad is None
+    layer(x.float()).sum().backward()
+    assert tangents.l.grad.shape == (7, 2)
+
+
+# PyTorch's own forward mode scripts a few functions when it is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_transforms_of_functions_see_an_ordinary_layer():
+    layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
+    weights = dict(layer.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, x).square().sum()
+
+    expected = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    tangents = watch(layer)
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    torch.testing.assert_close(found, expected)
+    _, slope = torch.func.jvp(lambda x: loss(weights, x), (x,), (torch.ones_like(x),))
+    assert torch.isfinite(slope)
+    assert tangents.k.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [0, 3])
+def test_compiled_layers_have_tangents(kind, backend):
+    """Watched after the first call, by another one later, and no more."""
+    layer, x = copy.deepcopy(CASES[kind][0]), CASES[kind][1]
+    torch.compiler.reset()
+    compiled, dense = torch.compile(layer, backend=backend, fullgraph=True), layer.dense()
+    dense(x).square().sum().backward()
+    grads = {name: p.grad for name, p in dense.named_parameters()}
+    for watched in (False, True, True, False):
+        layer.zero_grad()
+        tangents = watch(layer, watched)
+        compiled(x).square().sum().backward()
+        check(layer, {n: p.grad for n, p in layer.named_parameters()}, tangents, grads)
+
+
+@EVERY
+@WATCHED
+def test_no_gradient_of_the_input_is_computed_in_vain(case, watched):
+    layer, x = copy.deepcopy(case[0]), case[1]
+    tangents = watch(layer, watched)
     layer(x).sum().backward()
     assert x.grad is None
     assert layer.U.grad is not None
+    del tangents
 
 
 class _Largest(TorchDispatchMode):
@@ -119,34 +247,38 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("gradients_of", ["true", "tangent"])
+@WATCHED
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_weight_is_never_expanded(kind, gradients_of):
+def test_the_weight_is_never_expanded(kind, watched):
     if kind == "linear":
         layer, x = LowRankLinear(300, 200, 2), torch.randn(3, 300, requires_grad=True)
     else:
         layer, x = LowRankConv2d(40, 60, 3, 2), torch.randn(1, 40, 5, 5, requires_grad=True)
-    layer.gradients = gradients_of
+    tangents = watch(layer, watched)
     with _Largest() as largest:
         layer(x).sum().backward()
     assert largest.numel <= 2 * max(layer.shape) + x.numel()
     assert largest.numel < layer.weight.numel() / 5
+    del tangents
 
 
-@pytest.mark.parametrize("gradients_of", ["true", "tangent"])
+@WATCHED
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_autocast_reaches_both_passes(kind, gradients_of):
+def test_autocast_reaches_both_passes(kind, watched):
     if kind == "linear":
         layer, x = LowRankLinear(16, 8, 4), torch.randn(3, 16)
     else:
         layer, x = LowRankConv2d(4, 8, 3, 4), torch.randn(2, 4, 6, 6)
-    layer.gradients = gradients_of
+    tangents = watch(layer, watched)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     found = {name: p.grad for name, p in layer.named_parameters()}
     assert {g.dtype for g in found.values()} == {torch.float32}
+    if watched:  # in the precision of the factors, whatever that of the products is
+        torch.testing.assert_close(found["U"], tangents.k.grad @ layer.S.detach().T)
+        torch.testing.assert_close(found["V"], tangents.l.grad @ layer.S.detach())
     layer.zero_grad()
     layer(x).sum().backward()
     for name, p in layer.named_parameters():
@@ -162,18 +294,18 @@ def test_memory_follows_the_rank():
     assert all(a is b for a, b in zip(before, layer.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("gradients_of", ["true", "tangent"])
-def test_the_rank_changes_while_an_older_graph_lives(gradients_of):
+@WATCHED
+def test_the_rank_changes_while_an_older_graph_lives(watched):
     """That of the loss of the last step, which most loops still hold."""
     layer, x = LowRankLinear(6, 5, 4), torch.randn(3, 6)
-    layer.gradients = gradients_of
+    tangents = watch(layer, watched)
     loss = layer(x).sum()
     loss.backward()
     layer.set_factors(layer.U[:, :2], layer.S[:2, :2], layer.V[:, :2])
     other = layer(x).sum()
     other.backward()
     assert layer.U.grad.shape == (5, 2)
-    del loss
+    del loss, tangents
 
 
 def test_a_state_of_another_rank_is_taken_over():

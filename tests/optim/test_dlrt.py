@@ -184,7 +184,8 @@ def test_ranks_follow_the_tolerance_and_memory_follows_the_ranks(integrator, bas
         sizes = [p.untyped_storage().nbytes() // 8 for p in (layer.U, layer.S, layer.V)]
         assert sizes == [n * r, r * r, m * r]
         for p in (layer.U, layer.S, layer.V):
-            assert all(t.shape == p.shape for t in optimizer.state[p].values())
+            memory = [t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
+            assert all(t.shape == p.shape for t in memory)
 
 
 def test_ranks_grow_where_the_loss_asks_for_it():
@@ -364,7 +365,7 @@ def test_networks_without_factors():
         DLRT(build("mlp"))
     net = mlp()
     net[0].S.requires_grad_(False)
-    with pytest.raises(SubspanError, match="factors of layer '0' are frozen"):
+    with pytest.raises(SubspanError, match="some factors of layer '0' are frozen"):
         DLRT(net)
 
 
@@ -377,7 +378,7 @@ def test_closures_that_are_none():
     with pytest.raises(SubspanError, match="the closure returned no loss"):
         optimizer.step(lambda: None)
     optimizer.zero_grad()
-    with pytest.raises(SubspanError, match="layer '0' has no gradient: the closure does not reach"):
+    with pytest.raises(SubspanError, match="no parameter has a gradient: the closure reaches none"):
         optimizer.step(lambda: torch.zeros(()))
     with pytest.raises(SubspanError, match=r"call loss.backward\(\) first"):
         DLRT(net, 0.1).step()

@@ -4,30 +4,74 @@ Sources: Schotthöfer, Zangrando, Kusch, Ceruti and Tudisco, "Low-rank lottery t
 efficient low-rank neural networks via matrix differential equations", NeurIPS 2022 (layers);
 Zangrando et al. 2023, GeoLoRA 2024 (all gradients from one backward pass).
 
-    y = U S Vᵀ x        h = Vᵀ x,  q = Uᵀ ∂y
+The integrators of :mod:`subspan.optim` need more than the gradients of U, S and V. With G = ∂W:
 
-    true gradients                      gradients of the integrators (G = ∂W, the dense one)
-    ∂U = ∂y (S h)ᵀ  = G V Sᵀ            ∂K = ∂y hᵀ = G V      of K = U S
-    ∂S = q hᵀ       = Uᵀ G V            ∂S = q hᵀ  = Uᵀ G V
-    ∂V = x (Sᵀ q)ᵀ  = Gᵀ U S            ∂L = x qᵀ  = Gᵀ U     of L = V Sᵀ
+    gradients                    tangents                     h = Vᵀ x,  q = Uᵀ ∂y
+    ∂U = G V Sᵀ = ∂K Sᵀ          ∂K = ∂y hᵀ = G V             of K = U S
+    ∂S = Uᵀ G V = Uᵀ ∂K
+    ∂V = Gᵀ U S = ∂L S           ∂L = x qᵀ  = Gᵀ U            of L = V Sᵀ
 
-Both cost O(B (n + m) r) for B samples. The right ones do not contain S, whose small singular values
-are what makes plain gradient descent on the factors stall.
+Tangents do not contain S, whose small singular values are what makes plain gradient descent on the
+factors stall; they cannot be had from the gradients without dividing by these values. They are
+gradients themselves, of two matrices k (n, r) and l (m, r) that are always zero:
+
+    W = U S Vᵀ + k Vᵀ + U lᵀ
+
+While something watches a layer (:class:`Tangents`), its weight has these two terms. They cost
+nothing, and autograd leaves ∂K and ∂L in ``k.grad`` and ``l.grad`` by the rules that it has for all
+gradients: accumulation, several uses of one layer, second derivatives. All five together cost
+O(B (n + m) r) for B samples, and O((n + m) r²) for the products with S.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
 from subspan.errors import SubspanError
 from subspan.layers.plain import Convolution, filled, linear
+
+
+class Tangents:
+    """The matrices k and l of a watched layer, in whose ``grad`` autograd leaves ∂K and ∂L.
+
+    A layer is watched as long as somebody holds this object, and no other one is made for it.
+
+    Args:
+        layer: the layer to watch.
+
+    Attributes:
+        k: (n, r), zeros that require a gradient.
+        l: (m, r), zeros that require a gradient.
+        awake: whether passes through the layer have tangents; true at first.
+    """
+
+    k: Tensor
+    l: Tensor  # noqa: E741
+
+    def __init__(self, layer: LowRank) -> None:
+        self.awake = True
+        self.renew(layer)
+        layer._watcher = weakref.ref(self)
+
+    def renew(self, layer: LowRank) -> None:
+        """Begin again without gradients, with the shapes, type and device that the factors have."""
+        # An integrator may pass through a core that is not square.
+        (n, m), (left, right) = layer.shape, layer.S.shape
+        zero = layer.S.detach().new_zeros(())
+        self.k, self.l = (zero.expand(s).requires_grad_() for s in ((n, right), (m, left)))
+
+    def clear(self) -> None:
+        """Forget ∂K and ∂L."""
+        self.k.grad = self.l.grad = None
 
 
 class LowRank(nn.Module, ABC):
@@ -38,11 +82,9 @@ class LowRank(nn.Module, ABC):
         S: (r, r) parameter.
         V: (m, r) parameter.
         bias: (n,) parameter, or None.
-        gradients: what ``backward`` leaves in ``U.grad``, ``S.grad`` and ``V.grad``: "true", the
-            gradients of these three; "tangent", ∂K, ∂S and ∂L; "core", ∂S alone.
-            :class:`subspan.optim.DLRT` sets it on the layers it trains; any other optimizer needs
-            "true".
     """
+
+    _watcher: weakref.ref[Tangents] | None = None
 
     def __init__(
         self, n: int, m: int, rank: int, bias: bool,
@@ -58,7 +100,6 @@ class LowRank(nn.Module, ABC):
         self.S = nn.Parameter(torch.empty(rank, rank, **like))  # type: ignore[arg-type]
         self.V = nn.Parameter(torch.empty(m, rank, **like))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(n, **like)) if bias else None  # type: ignore[arg-type]
-        self.gradients: Literal["true", "tangent", "core"] = "true"
         self.reset_parameters()
 
     @torch.no_grad()
@@ -79,7 +120,7 @@ class LowRank(nn.Module, ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight as a matrix: n and m."""
+        """The shape (n, m) of the weight as a matrix."""
         return self.U.shape[0], self.V.shape[0]
 
     @property
@@ -95,8 +136,34 @@ class LowRank(nn.Module, ABC):
     def two_factors(self) -> nn.Sequential:
         """Two ordinary layers, of Vᵀ and of U S."""
 
+    @property
+    def tangents(self) -> Tangents | None:
+        """What watches this layer now, if anything does."""
+        return None if self._watcher is None else self._watcher()
+
+    def _watched(self) -> Tangents | None:
+        """The tangents, where a pass through the layer that begins now is to have them.
+
+        A layer that is frozen has none. Transforms of functions (``torch.func``, forward mode) are
+        about the three factors alone, and a function of our own would be in their way.
+        """
+        found = self.tangents
+        if found is None or not found.awake or not torch.is_grad_enabled():
+            return None
+        if not (self.U.requires_grad and self.S.requires_grad and self.V.requires_grad):
+            return None
+        return found if torch.compiler.is_compiling() or not _transformed() else None
+
+    def _matrix(self) -> Tensor:
+        """W (n, m), expanded."""
+        W = self.U @ self.S @ self.V.T
+        watched = self._watched()
+        return W if watched is None else W + watched.k @ self.V.T + self.U @ watched.l.T
+
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
         """Take other factors, perhaps of another rank; the parameters stay the same objects.
+
+        Where the rank changes, gradients of the old factors are dropped.
 
         Args:
             U: (n, r').
@@ -115,6 +182,26 @@ class LowRank(nn.Module, ABC):
                 other = torch.float64 if dtype == torch.float32 else torch.float32
                 own.data = torch.empty(0, dtype=other, device=own.device)
                 own.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        self._renew_tangents()
+
+    def _renew_tangents(self) -> None:
+        """Bring k and l to the shape, type and device of the factors."""
+        found = self.tangents
+        if found is None:
+            return
+        was = found.k.shape[1], found.l.shape[1], found.k.dtype, found.k.device
+        if was != (self.S.shape[1], self.S.shape[0], self.S.dtype, self.S.device):
+            found.renew(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the layer to another device or type, and what watches it, too."""
+        super()._apply(fn, recurse)
+        self._renew_tangents()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the watcher behind: copies of the layer are not what it watches."""
+        return {name: value for name, value in vars(self).items() if name != "_watcher"}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -128,13 +215,16 @@ class LowRank(nn.Module, ABC):
                 self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x, U, S, V and the bias in one type: that of autocast, where it is on."""
-        if not torch.is_autocast_enabled(x.device.type):
-            return x, self.U, self.S, self.V, self.bias
-        kind = torch.get_autocast_dtype(x.device.type)
+    def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
+        """The layer's output; in the type of autocast, where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind, watched = x.dtype, self._watched()
         bias = None if self.bias is None else self.bias.to(kind)
-        return x.to(kind), self.U.to(kind), self.S.to(kind), self.V.to(kind), bias
+        if watched is not None:
+            return _Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)
+        U, S, V = (factor.to(kind) for factor in (self.U, self.S, self.V))
+        return _out(_down(x, V, how), S, U, how, bias)
 
 
 class LowRankLinear(LowRank):
@@ -161,15 +251,12 @@ class LowRankLinear(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, m) → (…, n)."""
-        x, U, S, V, bias = self._inputs(x)
-        if self.gradients != "true" and torch.is_grad_enabled():
-            return _LinearTangent.apply(x, U, S, V, bias, self.gradients == "core")
-        return F.linear(F.linear(F.linear(x, V.T), S), U, bias)
+        return self._output(x, None)
 
     @property
     def weight(self) -> Tensor:
         """(n, m)."""
-        return self.U @ self.S @ self.V.T
+        return self._matrix()
 
     def dense(self) -> nn.Linear:
         """``nn.Linear`` with this weight."""
@@ -219,23 +306,16 @@ class LowRankConv2d(LowRank, Convolution):
         super().__init__(out_channels, m, rank, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) → (B, out, H', W')."""
-        x, U, S, V, bias = self._inputs(x)
+        """(B, in, H, W) → (B, out, H', W'), or the same without B."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         x, padding = self.padded(x)
-        if self.gradients != "true" and torch.is_grad_enabled():
-            how = (self.kernel_size, self.stride, padding, self.dilation)
-            return _ConvTangent.apply(x, U, S, V, bias, self.gradients == "core", how)
-        h = F.conv2d(x, self._filters(V), None, self.stride, padding, self.dilation)
-        return F.conv2d(h, (U @ S)[..., None, None], bias)
-
-    def _filters(self, V: Tensor) -> Tensor:
-        return V.T.reshape(-1, self.in_channels, *self.kernel_size)
+        return self._output(x, (self.kernel_size, self.stride, padding, self.dilation))
 
     @property
     def weight(self) -> Tensor:
         """(out, in, k, k)."""
-        flat = self.U @ self.S @ self.V.T
-        return flat.view(-1, self.in_channels, *self.kernel_size)
+        return self._matrix().view(-1, self.in_channels, *self.kernel_size)
 
     def dense(self) -> nn.Conv2d:
         """``nn.Conv2d`` with this kernel."""
@@ -246,7 +326,7 @@ class LowRankConv2d(LowRank, Convolution):
         K = self.U @ self.S
         last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
         return nn.Sequential(
-            self.ordinary(self._filters(self.V), None),
+            self.ordinary(_filters(self.V, self.kernel_size), None),
             filled(last, K[..., None, None], self.bias),
         )
 
@@ -259,56 +339,107 @@ class LowRankConv2d(LowRank, Convolution):
         )
 
 
-class _LinearTangent(torch.autograd.Function):
-    """y = U S Vᵀ x + b with ∂K, ∂S, ∂L in the places of ∂U, ∂S, ∂V (this file's head)."""
+# ---- the products of a layer, linear (``how`` is None) or a convolution --------------------------
+
+Geometry = tuple[tuple[int, ...], Any, Any, Any]  # kernel size, stride, padding, dilation
+
+
+def _down(x: Tensor, A: Tensor, how: Geometry | None) -> Tensor:
+    """Aᵀ x for A (m, r)."""
+    if how is None:
+        return x @ A
+    kernel, *geometry = how
+    return F.conv2d(x, _filters(A, kernel), None, *geometry)
+
+
+def _up(h: Tensor, A: Tensor, how: Geometry | None, bias: Tensor | None = None) -> Tensor:
+    """A h + b for A (n, r)."""
+    return F.linear(h, A, bias) if how is None else F.conv2d(h, A[..., None, None], bias)
+
+
+def _out(h: Tensor, S: Tensor, U: Tensor, how: Geometry | None, bias: Tensor | None) -> Tensor:
+    """U S h + b. A convolution has more places than U has rows: the two matrices come first."""
+    return F.linear(h @ S.T, U, bias) if how is None else _up(h, U @ S, how, bias)
+
+
+def _down_adjoint(q: Tensor, A: Tensor, like: Tensor, how: Geometry | None) -> Tensor:
+    """A q in the shape of the input: the adjoint of :func:`_down`."""
+    if how is None:
+        return q @ A.T
+    kernel, *geometry = how
+    return conv_grad.conv2d_input(like.shape, _filters(A, kernel), q, *geometry)
+
+
+def _inner(x: Tensor, q: Tensor, how: Geometry | None) -> Tensor:
+    """The sum of x qᵀ over samples and places, (m, r)."""
+    if how is None:
+        return _outer(x, q, None)
+    (kernel, *geometry), r = how, q.shape[1]
+    shape = (r, x.shape[1], *kernel)
+    return conv_grad.conv2d_weight(x, shape, q, *geometry).flatten(1).T
+
+
+def _outer(gy: Tensor, h: Tensor, how: Geometry | None) -> Tensor:
+    """The sum of ∂y hᵀ over samples and places, (n, r)."""
+    if how is None:
+        return (h.reshape(-1, h.shape[-1]).T @ gy.reshape(-1, gy.shape[-1])).T  # the faster order
+    return torch.einsum("bnhw,brhw->nr", gy, h)
+
+
+def _filters(A: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The columns of A (in · k², r) as filters (r, in, k, k)."""
+    return A.T.reshape(A.shape[1], -1, *kernel)
+
+
+def _transformed() -> bool:
+    """Whether functions are being transformed by torch.func, or by forward mode."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class _Watched(torch.autograd.Function):
+    """y = (U S Vᵀ + k Vᵀ + U lᵀ) x + b for k = l = 0, with all gradients (this file's head).
+
+    Factors come in their own precision and are rounded to that of x here, so that ∂U = ∂K Sᵀ holds
+    in theirs: an optimizer tells by it whether somebody has changed a gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, core: bool
-    ) -> Tensor:
-        h = x @ V
-        ctx.save_for_backward(x, h, U, S, V)
-        ctx.core = core
-        return F.linear(h @ S.T, U, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, U, S, V = ctx.saved_tensors
-        q = gy @ U
-        gx = (q @ S) @ V.T if ctx.needs_input_grad[0] else None
-        gy, h, q, x = (t.reshape(-1, t.shape[-1]) for t in (gy, h, q, x))
-        bias = gy.sum(dim=0) if ctx.needs_input_grad[4] else None
-        gK, gL = (None, None) if ctx.core else (gy.T @ h, x.T @ q)
-        return gx, gK, q.T @ h, gL, bias, None
-
-
-class _ConvTangent(torch.autograd.Function):
-    """The same of a convolution."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, core: bool,
-        how: tuple[Any, ...],
+        ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, k: Tensor,
+        l: Tensor, how: Geometry | None,  # noqa: E741
     ) -> Tensor:  # fmt: skip
-        kernel, *geometry = how
-        h = F.conv2d(x, V.T.reshape(V.shape[1], -1, *kernel), None, *geometry)
-        ctx.save_for_backward(x, h, U, S, V)
-        ctx.core, ctx.how = core, how
-        return F.conv2d(h, (U @ S)[..., None, None], bias)
+        kind = x.dtype
+        h = _down(x, V.to(kind), how)
+        ctx.save_for_backward(x, h, U, S, V, k, l)
+        ctx.how = how
+        return _out(h, S.to(kind), U.to(kind), how, bias)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, U, S, V = ctx.saved_tensors
-        kernel, *geometry = ctx.how
-        filters = V.T.reshape(V.shape[1], -1, *kernel)
-        q = F.conv2d(gy, U.T[..., None, None])
-        gx = gK = gL = None
+        x, h, U, S, V, k, l = ctx.saved_tensors  # noqa: E741
+        if not torch.compiler.is_compiling() and U.is_leaf and U.grad is None:
+            # Somebody has cleared the gradients, and could not know of these.
+            k.grad = l.grad = None
+        how, kind = ctx.how, x.dtype
+        u, s, v = U.to(kind), S.to(kind), V.to(kind)
+        twice = torch.is_grad_enabled()  # a second derivative follows
+        if twice:
+            h = _down(x, v, how)
+        q = _up(gy, u.T, how)
+        gK, gL = _outer(gy, h, how).to(S.dtype), _inner(x, q, how).to(S.dtype)
+        gU, gS, gV = gK @ S.T, U.T @ gK, gL @ S
+        if twice:  # the terms that k and l have in them are zero, and their derivatives are not
+            small = _down(x, l.to(kind), how), _up(gy, k.to(kind).T, how)
+            gU = gU + _outer(gy, small[0], how)
+            gV = gV + _inner(x, small[1], how)
+        gx = bias = None
         if ctx.needs_input_grad[0]:
-            p = F.conv2d(q, S.T[..., None, None])
-            gx = conv_grad.conv2d_input(x.shape, filters, p, *geometry)
-        if not ctx.core:
-            gK = torch.einsum("bnhw,brhw->nr", gy, h)
-            gL = conv_grad.conv2d_weight(x, filters.shape, q, *geometry).flatten(1).T
-        gS = torch.einsum("bshw,brhw->sr", q, h)
-        bias = gy.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[4] else None
-        return gx, gK, gS, gL, bias, None, None
+            p = _up(q, s.T, how)
+            if twice:
+                p = p + small[1]
+            gx = _down_adjoint(p, v, x, how)
+            if twice:
+                gx = gx + _down_adjoint(q, l.to(kind), x, how)
+        if ctx.needs_input_grad[4]:
+            bias = gy.sum(dim=(0, 2, 3)) if how else gy.reshape(-1, gy.shape[-1]).sum(dim=0)
+        return gx, gU, gS, gV, bias, gK, gL, None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subspan.optim.integrators import Factors
 
-FIRST, SECOND = "exp_avg", "exp_avg_sq"
+FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 
 
 def sgd(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -39,21 +39,24 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
     first, second = group["betas"]
     if FIRST not in state:
         state[FIRST], state[SECOND] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state[STEP] = 0  # gradients that these means have seen: a batch may leave out a layer
+    t = state[STEP] = state.get(STEP, group["steps"]) + 1  # older states do not have it
     state[FIRST] = state[FIRST].lerp(gradient, 1 - first)
     state[SECOND] = state[SECOND].lerp(gradient.square(), 1 - second)
-    t = group["steps"] + 1
     v = state[SECOND] / (1 - second**t)
     return state[FIRST] / (1 - first**t) / (v.sqrt() + group["eps"])
 
 
 BASES = {"sgd": sgd, "adam": adam}
+SETTINGS = {"sgd": ("momentum",), "adam": ("betas", "eps")}  # that a group has, and schedulers turn
 
 
 def turn_core(core: dict[str, Any], old: Factors, new: Factors) -> None:
     """Bring the memory of S from old bases to new ones; what lies outside the new ones is gone."""
+    if FIRST not in core:
+        return
     left, right = old.U.T @ new.U, old.V.T @ new.V
-    if FIRST in core:
-        core[FIRST] = left.T @ core[FIRST] @ right
+    core[FIRST] = left.T @ core[FIRST] @ right
     if SECOND in core:
         core[SECOND] = _mixed(_mixed(core[SECOND], right).T, left).T.contiguous()
 
@@ -69,15 +72,16 @@ def transport(
         new: W after, perhaps of another rank.
     """
     of_k, of_s, of_l = states
+    if FIRST not in of_k:
+        return
     left, right = old.U.T @ new.U, old.V.T @ new.V
-    if FIRST in of_k:
-        k, l = of_k[FIRST], of_l[FIRST]  # noqa: E741
-        of_k[FIRST], of_l[FIRST] = k @ right, l @ left
-        if SECOND not in of_k:
-            core = old.U.T @ k
-            of_k[FIRST] += old.U @ (l.T @ new.V - core @ right)
-            of_l[FIRST] += old.V @ (k.T @ new.U - core.T @ left)
-            of_s[FIRST] = new.U.T @ of_k[FIRST]
+    k, l = of_k[FIRST], of_l[FIRST]  # noqa: E741
+    of_k[FIRST], of_l[FIRST] = k @ right, l @ left
+    if SECOND not in of_k:
+        core = old.U.T @ k
+        of_k[FIRST] += old.U @ (l.T @ new.V - core @ right)
+        of_l[FIRST] += old.V @ (k.T @ new.U - core.T @ left)
+        of_s[FIRST] = new.U.T @ of_k[FIRST]
     if SECOND in of_k:
         of_k[SECOND] = _mixed(of_k[SECOND], right)
         of_l[SECOND] = _mixed(of_l[SECOND], left)

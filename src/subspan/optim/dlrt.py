@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,16 +21,18 @@ from subspan import distributed, slots
 from subspan.errors import SubspanError, unknown
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
-from subspan.optim.base import BASES, transport, turn_core
+from subspan.optim.base import BASES, SETTINGS, transport, turn_core
+from subspan.optim.copies import Copied
 from subspan.optim.integrators import Factors
 from subspan.optim.ranks import RankRule
+from subspan.optim.tangents import CHANGED, Watch
 
 Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
 TWO_EVALUATIONS = ("kls", "kls-adaptive")
 FIXED_RANKS = ("kls", "vanilla")
 
 
-class DLRT(Optimizer):
+class DLRT(Copied, Optimizer):
     r"""Descent on the low-rank manifold for factored layers, the base's update for all else.
 
     ==============  =========  ==================================================================
@@ -44,7 +46,12 @@ class DLRT(Optimizer):
 
     - *Moments* of the base are transported with the bases (:mod:`subspan.optim.base`).
     - *Weight decay* λ is decoupled: W ← (1 − ηλ) W, which is S ← (1 − ηλ) S.
-    - While it trains, ``U.grad`` and ``V.grad`` hold the gradients of K = U S and L = V Sᵀ.
+    - *Gradients* of U, S and V are theirs, as ever; those of K = U S and L = V Sᵀ are left beside
+      them while this object lives (:class:`~subspan.layers.lowrank.Tangents`). A number by which
+      all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these, too;
+      any other change of them is refused.
+    - *A layer without a gradient*, which the batch did not use, stays as it is, and so does a
+      frozen one. Where there is a target for the whole network, its rank falls with the others.
 
     Args:
         net: with factored layers. Its other parameters that require a gradient are trained, too.
@@ -57,9 +64,9 @@ class DLRT(Optimizer):
             Gupta 2017): fast at first, while the spectrum forms, and slowly at the end.
         integrator: see above.
         base: "sgd" or "adam".
-        momentum: μ of "sgd".
-        betas: of "adam".
-        eps: of "adam".
+        momentum: μ, of "sgd" alone.
+        betas: of "adam" alone.
+        eps: of "adam" alone.
         weight_decay: λ.
         min_rank: least rank.
         max_rank: greatest rank; None for no bound.
@@ -107,6 +114,11 @@ class DLRT(Optimizer):
                 raise unknown(name, value, allowed)
         if workers not in (None, "shared"):
             raise unknown("workers", workers, ["shared"])
+        given = {"momentum": momentum, "betas": betas, "eps": eps}
+        usual = {"momentum": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+        for name in given.keys() - set(SETTINGS[base]):
+            if given[name] != usual[name]:
+                raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
         self.rule = RankRule(
             tolerance, target_ratio, min_rank, max_rank, tolerance_warmup, adapt_from, rank_every,
             freeze_after,
@@ -124,30 +136,40 @@ class DLRT(Optimizer):
                 "the network has no factored layer: call subspan.layers.factorize(net, …) first"
             )
         for name, layer in self._layers.items():
-            if not all(p.requires_grad for p in (layer.U, layer.S, layer.V)):
+            if not _trainable(name, layer):
                 raise SubspanError(f"factors of layer {name!r} are frozen: unfreeze all three")
             least = min(layer.shape)
             if min_rank > least:
                 raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
         self.integrator, self._base = integrator, BASES[base]
         self.check_every = check_every
-        factors = {id(p) for layer in self._layers.values() for p in (layer.U, layer.S, layer.V)}
+        factors = {id(p) for layer in self._layers.values() for p in _parameters(layer)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         self._tensors = dict(named)
         groups = [
             [(n, p) for n, p in named if (id(p) in factors) is inside] for inside in (True, False)
         ]
+        own = {name: given[name] for name in SETTINGS[base]}
         super().__init__(
             [{"params": group} for group in groups if group],
-            {
-                "lr": lr, "momentum": momentum, "betas": betas, "eps": eps,
-                "weight_decay": weight_decay, "steps": 0, "begun_with": None,
-            },
-        )  # fmt: skip
-        for layer in self._layers.values():
-            layer.gradients = "tangent"
+            {"lr": lr, **own, "weight_decay": weight_decay, "steps": 0, "begun_with": None},
+        )
         self._workers = distributed.Workers("shared") if workers else None
         self._agreed = self._workers is None
+        self._watch = self._watching()
+
+    def _watching(self) -> Watch:
+        """Have autograd leave tangents from now on; "vanilla" needs none."""
+        return Watch({} if self.integrator == "vanilla" else self._layers)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, and the tangents.
+
+        Args:
+            set_to_none: whether gradients become None, or zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._watch.clear()
 
     @property
     def steps(self) -> int:
@@ -188,8 +210,9 @@ class DLRT(Optimizer):
             The loss of the first evaluation, if there is a closure.
 
         Raises:
-            SubspanError: for a missing closure, a layer that no gradient reaches, and for numbers
-                that are not finite. The factors are then those of before.
+            SubspanError: for a missing closure, for no gradient at all, for gradients that somebody
+                has changed otherwise than by one number for each layer, and for numbers that are
+                not finite. The factors are then those of before.
         """
         if self.needs_closure and closure is None:
             raise SubspanError(
@@ -203,13 +226,18 @@ class DLRT(Optimizer):
                 "ranks cannot change under DDP, nor without a word between processes: give "
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
+        self._watch.check()
         copy = self.needs_closure  # which changes the layers on the way
-        before = {name: _factors(layer, copy) for name, layer in self._layers.items()}
+        before = {
+            name: _factors(layer, copy)
+            for name, layer in self._layers.items()
+            if _trainable(name, layer)
+        }
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
         try:
             loss = self._evaluate(closure)
-            after = self._moved(before, closure)
+            after = self._moved(before, self._gradients(before, closure), closure)
         except BaseException:
             self.state.clear()
             self.state.update(state)
@@ -218,6 +246,7 @@ class DLRT(Optimizer):
             raise
         self._put(after)
         self._move_others()
+        self._watch.clear()
         for group in self.param_groups:
             group["steps"] += 1
         if self._workers and self.check_every and self.steps % self.check_every == 0:
@@ -225,42 +254,31 @@ class DLRT(Optimizer):
         return loss
 
     def _put(self, factors: Mapping[str, Factors]) -> None:
-        for name, layer in self._layers.items():
-            layer.set_factors(factors[name].U, factors[name].S, factors[name].V)
+        for name, at in factors.items():
+            self._layers[name].set_factors(at.U, at.S, at.V)
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """Loss and gradients, averaged over workers and checked."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            if loss is None:
-                raise SubspanError("the closure returned no loss: it must return it")
-        for name, layer in self._layers.items():
-            if layer.S.grad is None:
-                why = "the closure does not reach it" if closure else "call loss.backward() first"
-                raise SubspanError(f"layer {name!r} has no gradient: {why}")
-        grads = [p.grad for p in self._tensors.values() if p.grad is not None]
-        if self._workers:
-            self._average(grads)
-        norms = torch.stack([torch.linalg.vector_norm(g).to(grads[0].device) for g in grads])
-        if not bool(torch.isfinite(norms).all()):
-            raise SubspanError(
-                f"a gradient of step {self.steps} is not finite: lower the learning rate"
-            )
+        """The loss of a closure, which leaves gradients."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            loss = closure()
+        if loss is None:
+            raise SubspanError("the closure returned no loss: it must return it")
         return loss
 
     def _moved(
-        self, before: Mapping[str, Factors], closure: Callable[[], Any] | None
-    ) -> dict[str, Factors]:
+        self, before: Mapping[str, Factors], gradients: Mapping[str, Factors],
+        closure: Callable[[], Any] | None,
+    ) -> dict[str, Factors]:  # fmt: skip
         """The factors after the step; the "kls" integrators change the layers on the way."""
         group = self.param_groups[0]
         h, changing = float(group["lr"]), self.ranks_may_change
         decay = 1 - h * group["weight_decay"]
         after: dict[str, Factors] = {}
-        for name, layer in self._layers.items():
+        for name, gradient in gradients.items():
             at = before[name]
-            slope = self._slopes(layer, at)
+            slope = self._slopes(self._layers[name], gradient)
             if not self.needs_closure:  # else after the second gradient, which W must see as it is
                 at = Factors(at.U, at.S * decay, at.V)
             if self.integrator == "vanilla":
@@ -276,33 +294,34 @@ class DLRT(Optimizer):
                 after[name] = integrators.kls_bases(at, slope, h)
         middle = before
         if self.needs_closure:
-            middle = after
+            middle = {**before, **after}
             after = self._galerkin(before, after, closure, h, decay)
         if changing:
-            after = self._truncated(after)
-        for name, new in after.items():
-            if not all(bool(torch.isfinite(t).all()) for t in (new.U, new.S, new.V)):
+            after = self._truncated(before, after)
+        for name, finite in zip(
+            after, _finite(_tensors(new) for new in after.values()), strict=True
+        ):
+            if not finite:
                 raise SubspanError(
                     f"the factors of layer {name!r} would not be finite after step {self.steps}: "
                     "lower the learning rate"
                 )
         if self.integrator != "vanilla":
-            for name, layer in self._layers.items():
+            for name, new in after.items():
+                layer = self._layers[name]
                 states = self.state[layer.U], self.state[layer.S], self.state[layer.V]
-                turn_core(states[1], middle[name], after[name])
-                transport(states, before[name], after[name])
+                turn_core(states[1], middle[name], new)
+                transport(states, before[name], new)
         return after
 
-    def _slopes(self, layer: LowRank, at: Factors) -> Factors:
+    def _slopes(self, layer: LowRank, gradient: Factors) -> Factors:
         """What the base makes of the gradients of K, S and L."""
-        group, (U, S, V) = self.param_groups[0], (layer.U, layer.S, layer.V)
-        K, core, L = (p.grad.to(at.S.dtype) for p in (U, S, V))  # type: ignore[union-attr]
-        if self.integrator == "vanilla":  # ∂U = ∂K Sᵀ, ∂V = ∂L S
-            K, L = K @ at.S.T, L @ at.S
+        group, (U, S, V) = self.param_groups[0], _parameters(layer)
         # With a closure the core's turn comes at the new bases.
-        slope = core if self.needs_closure else self._base(self.state[S], core, group)
         return Factors(
-            self._base(self.state[U], K, group), slope, self._base(self.state[V], L, group)
+            self._base(self.state[U], gradient.U, group),
+            gradient.S if self.needs_closure else self._base(self.state[S], gradient.S, group),
+            self._base(self.state[V], gradient.V, group),
         )
 
     def _galerkin(
@@ -312,24 +331,31 @@ class DLRT(Optimizer):
         """The S-step: a gradient at the new bases, and the core moved along it."""
         self._put(at)
         for layer in self._layers.values():
-            layer.gradients = "core"
-        try:
+            layer.S.grad = None  # whether the closure clears it or not
+        with self._watch.asleep():
             self._evaluate(closure)
-        finally:
-            for layer in self._layers.values():
-                layer.gradients = "tangent"
+        gradients = self._gradients(at, closure, core=True)
+        if missing := at.keys() - gradients.keys():
+            raise SubspanError(
+                f"the second evaluation of step {self.steps} does not use layer "
+                f"{min(missing)!r}, which the first one used: the closure must evaluate one loss "
+                "twice; 'parallel' evaluates it once"
+            )
         after: dict[str, Factors] = {}
-        for name, layer in self._layers.items():
-            new, state = at[name], self.state[layer.S]
-            assert layer.S.grad is not None
+        for name, new in at.items():
+            state = self.state[self._layers[name].S]
             turn_core(state, before[name], new)
-            slope = self._base(state, layer.S.grad.to(new.S.dtype), self.param_groups[0])
+            slope = self._base(state, gradients[name].S, self.param_groups[0])
             shrunk = Factors(new.U, new.S * decay, new.V)
             after[name] = integrators.kls_core(shrunk, slope, h)
         return after
 
-    def _truncated(self, wide: Mapping[str, Factors]) -> dict[str, Factors]:
+    def _truncated(
+        self, before: Mapping[str, Factors], moved: Mapping[str, Factors]
+    ) -> dict[str, Factors]:
         """Back to the ranks that the tolerance, or the target, leaves."""
+        # A target is one for all layers, those that have no gradient in this step among them.
+        wide = dict(moved) if self.rule.target_ratio is None else {**before, **moved}
         try:
             cores = {name: integrators.spectrum(at) for name, at in wide.items()}
         except RuntimeError as error:  # of LAPACK, on numbers that are not finite
@@ -337,7 +363,7 @@ class DLRT(Optimizer):
                 f"step {self.steps} makes a factor singular or not finite: lower the learning "
                 f"rate ({error})"
             ) from None
-        shapes = {name: layer.shape for name, layer in self._layers.items()}
+        shapes = {name: self._layers[name].shape for name in wide}
         group = self.param_groups[0]
         if group["begun_with"] is None:
             group["begun_with"] = sum(
@@ -345,27 +371,141 @@ class DLRT(Optimizer):
             )
         values = {name: core.S for name, core in cores.items()}
         ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
-        return {n: integrators.truncated(wide[n], core, ranks[n]) for n, core in cores.items()}
+        return {
+            name: integrators.truncated(wide[name], core, ranks[name])
+            for name, core in cores.items()
+            if name in moved or ranks[name] < wide[name].rank
+        }
 
     def _move_others(self) -> None:
-        """Biases, norms and layers that are not factored."""
-        factors = {id(p) for m in self._layers.values() for p in (m.U, m.S, m.V)}
+        """Move biases, norms and layers that are not factored."""
+        others = set(self._others)
         for group in self.param_groups:
             h = float(group["lr"])
             for p in group["params"]:
-                if id(p) not in factors and p.grad is not None:
-                    slope = self._base(self.state[p], p.grad, group)
+                if p in others and p.grad is not None:
+                    slope = self._base(self.state[p], _dense(p.grad), group)
                     p.mul_(1 - h * group["weight_decay"]).add_(slope, alpha=-h)
+
+    # ---- gradients -------------------------------------------------------------------------------
+
+    def _gradients(
+        self, at: Mapping[str, Factors], closure: Callable[[], Any] | None, core: bool = False
+    ) -> dict[str, Factors]:
+        """The gradients of the layers that have some, averaged over workers and checked.
+
+        Args:
+            at: the factors of all layers that they may belong to.
+            closure: what evaluated them, if anything did.
+            core: whether only that of S is wanted.
+
+        Returns:
+            ∂K, ∂S and ∂L by layer; of "vanilla" ∂U, ∂S and ∂V; with ``core`` ∂S in all places.
+        """
+        refusal = None
+        try:
+            found = self._own(at, core)
+        except SubspanError as error:
+            if self._workers is None:
+                raise
+            found, refusal = {}, error  # the others wait for this process
+        if self._workers:
+            found = self._averaged(found, at, core, refusal)
+        grads = [_dense(p.grad) for p in self._others if p.grad is not None]
+        if not found and not grads:
+            why = "the closure reaches none" if closure else "call loss.backward() first"
+            raise SubspanError(f"no parameter has a gradient: {why}")
+        grads += [t for slope in found.values() for t in _tensors(slope, core)]
+        if not all(_finite([g] for g in grads if g.numel())):
+            raise SubspanError(
+                f"a gradient of step {self.steps} is not finite: lower the learning rate"
+            )
+        return found
+
+    @property
+    def _others(self) -> list[Tensor]:
+        """The parameters that are no factors and have not been frozen."""
+        factors = {id(p) for layer in self._layers.values() for p in _parameters(layer)}
+        every = (p for group in self.param_groups for p in group["params"])
+        return [p for p in every if id(p) not in factors and p.requires_grad]
+
+    def _own(self, at: Mapping[str, Factors], core: bool) -> dict[str, Factors]:
+        """The gradients that this process has found."""
+        found: dict[str, Factors] = {}
+        for name, factors in at.items():
+            grads = [p.grad for p in _parameters(self._layers[name])]
+            if core:
+                grads = [grads[1]] * 3
+            there = [grad.to(factors.S.dtype) for grad in grads if grad is not None]
+            if len(there) == 3:
+                found[name] = Factors(*there)
+            elif there:
+                raise SubspanError(CHANGED.format(f"layer {name!r}"))
+        if core or self.integrator == "vanilla":
+            return found
+        return self._watch.tangents(found, at, alone=self._workers is not None)
+
+    def _averaged(
+        self, own: dict[str, Factors], at: Mapping[str, Factors], core: bool,
+        refusal: SubspanError | None,
+    ) -> dict[str, Factors]:  # fmt: skip
+        """Means over all workers, by one message; where a worker has no gradient, zeros count.
+
+        Those of the parameters that are no factors take the place of this worker's own.
+
+        Raises:
+            SubspanError: on all workers, if one of them refuses its gradients.
+        """
+        assert self._workers is not None
+        none = {
+            n: Factors(*map(torch.zeros_like, _tensors(f))) for n, f in at.items() if n not in own
+        }
+        found = [t for name in at for t in _tensors((own | none)[name], core)]
+        others = self._others
+        found += [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in others]
+        there = [name in own for name in at] + [p.grad is not None for p in others]
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in found) else torch.float32
+        flags = torch.tensor([*there, refusal is not None], dtype=wide, device=found[0].device)
+        flat = torch.cat([*(t.reshape(-1).to(wide) for t in found), flags])
+        mean = self._workers.combine(flat, self.steps)[0]
+        *parts, flags = mean.split([*(t.numel() for t in found), len(flags)])
+        *anywhere, refused = (flags > 0).tolist()
+        if refusal:
+            raise refusal
+        if refused:
+            raise SubspanError(CHANGED.format("a layer of another worker"))
+        means = iter(p.view_as(t).to(t.dtype) for p, t in zip(parts, found, strict=True))
+        some = iter(anywhere)
+        averaged: dict[str, Factors] = {}
+        for name in at:
+            own_means = [next(means) for _ in range(1 if core else 3)]
+            if next(some):
+                averaged[name] = Factors(*(own_means * 3 if core else own_means))
+        for p in others:
+            mean = next(means)
+            if next(some):
+                p.grad = mean
+        return averaged
 
     # ---- workers, state --------------------------------------------------------------------------
 
-    def _average(self, grads: list[Tensor]) -> None:
-        assert self._workers is not None
-        wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-        flat = torch.cat([g.reshape(-1).to(wide) for g in grads])
-        mean = self._workers.combine(flat, self.steps)[0]
-        for grad, own in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(own.view_as(grad))
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but tangents.
+
+        Raises:
+            SubspanError: for an optimizer with workers, of which there is one in each process.
+        """
+        if self._workers:
+            raise SubspanError(
+                "a DLRT with workers cannot be copied, for its processes have one between them: "
+                "make a new one in each process and load_state_dict() into it"
+            )
+        return {name: v for name, v in super().__getstate__().items() if name != "_watch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the layers that have been copied with it."""
+        super().__setstate__(state)
+        self._watch = self._watching()
 
     def _check_start(self) -> None:
         assert self._workers is not None
@@ -397,21 +537,65 @@ class DLRT(Optimizer):
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Of the constructor's, with values that make sense.
+        """Add a group of parameters that are no factors, with values that make sense.
 
         Raises:
-            SubspanError: for a rate or a decay that is none.
+            SubspanError: for a rate or a decay that is none, and for a group that is added while
+                workers average gradients, of which the others would know nothing.
         """
+        if getattr(self, "_workers", None):
+            raise SubspanError("workers know of no parameters added later: make a new optimizer")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in ("lr", "weight_decay"):
             if not 0 <= float(group[name]) < math.inf:
                 raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
-        if not 0 <= group["momentum"] < 1:
+        if not 0 <= group.get("momentum", 0.0) < 1:
             raise SubspanError(f"momentum must be in [0, 1), got {group['momentum']}")
 
 
+def _parameters(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    return layer.U, layer.S, layer.V
+
+
+def _trainable(name: str, layer: LowRank) -> bool:
+    """Whether a layer is to be trained, and not frozen.
+
+    Raises:
+        SubspanError: if it is neither.
+    """
+    trained = [p.requires_grad for p in _parameters(layer)]
+    if any(trained) and not all(trained):
+        raise SubspanError(
+            f"some factors of layer {name!r} are frozen, and no step can move the others alone: "
+            "freeze or unfreeze all three"
+        )
+    return all(trained)
+
+
 def _factors(layer: LowRank, copy: bool) -> Factors:
-    """Of a layer, in a precision that bases can be orthonormal in."""
+    """The factors of a layer, in a precision that bases can be orthonormal in."""
     wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
-    return Factors(*(p.detach().to(wide, copy=copy) for p in (layer.U, layer.S, layer.V)))
+    return Factors(*(p.detach().to(wide, copy=copy) for p in _parameters(layer)))
+
+
+def _finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
+    """Whether all numbers of each group of tensors are finite; the host is told once."""
+    norms = [
+        torch.stack([
+            torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            for t in tensors
+        ]).sum()
+        for tensors in groups
+    ]  # fmt: skip
+    return torch.stack([t.to(norms[0].device) for t in norms]).isfinite().tolist() if norms else []
+
+
+def _tensors(at: Factors, core: bool = False) -> list[Tensor]:
+    """All three, or S alone."""
+    return [at.S] if core else [at.U, at.S, at.V]
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """A gradient in its parameter's shape; that of a sparse embedding is not."""
+    return grad.to_dense() if grad.is_sparse else grad

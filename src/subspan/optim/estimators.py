@@ -37,11 +37,15 @@ def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int) -> None:
 
 
 def forward(parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: Closure) -> Tensor:
-    """Derivatives along each vector, added to ``out``; returns the loss."""
-    loss = out.new_zeros(())
+    """Derivatives along each vector, added to ``out``; returns the loss.
+
+    All are derivatives of one function: every evaluation draws the same random numbers.
+    """
+    loss, random = out.new_zeros(()), Random(parts)
     for part in parts:
         for j in range(part.place.start, part.place.stop):
             along = part.vectors(_unit(out, j), basis=basis, step=step)
+            random.restore()
             with forward_ad.dual_level():
                 for name, tangent in along.items():
                     # Subtracting zero changes no bit (adding would, of −0), and brings the tangent.
@@ -58,16 +62,19 @@ def evolution(
 ) -> Tensor:
     """Central differences of length σ along each vector, added to ``out``; returns the mean loss.
 
-    The weights come back to the last bit: a copy takes the memory that gradients would.
+    The weights come back to the last bit: a copy takes the memory that gradients would. Both
+    evaluations of a pair draw the same random numbers (dropout masks, say), or the difference would
+    be one of noise divided by 2σ; the next pair draws others.
     """
     total = out.new_zeros(())
     copies = {id(t): t.detach().clone() for part in parts for t in part.tensors.values()}
     for part in parts:
         for j in range(part.place.start, part.place.stop):
-            unit = _unit(out, j)
+            unit, random = _unit(out, j), Random(parts)
             ends = []
             for sign in (1.0, -1.0):
                 part.add_weights(unit, basis=basis, step=step, alpha=sign * sigma)
+                random.restore()
                 try:
                     ends.append(_value(closure).detach().to(out))
                 finally:
@@ -76,6 +83,25 @@ def evolution(
             out[j] += (ends[0] - ends[1]) / (2 * sigma)
             total += ends[0] + ends[1]
     return total / (2 * out.numel())
+
+
+class Random:
+    """The states of PyTorch's generators, of the CPU and of the devices that weights are on."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        devices = {tensor.device for part in parts for tensor in part.tensors.values()}
+        self._cpu = torch.get_rng_state()
+        self._others = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in devices
+            if device.type != "cpu"
+        }
+
+    def restore(self) -> None:
+        """Have the generators go on from here again."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others.items():
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _unit(like: Tensor, j: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,20 +31,23 @@ class Part:
     calls: tuple[Call, ...]
     tensors: Mapping[str, Tensor]
     begin: int
+    # Entries of tensors that stay where they are: they have rows of P that nothing is done with.
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def place(self) -> slice:
-        """Of its coordinates among all."""
+        """The slice of this part's coordinates in the full vector."""
         return slice(self.begin, self.begin + self.compartment.dim)
 
     def described(self) -> dict[str, Any]:
-        """All but the tensors, as JSON."""
+        """Everything but the tensors, as JSON."""
+        kept = {name: list(entries) for name, entries in self.kept.items()}
         return {
             "name": self.compartment.name,
             "begin": self.begin,
             "pieces": [list(astuple(piece)) for piece in self.compartment.pieces],
             "projections": [projection.recipe for projection in self.projections],
-        }
+        } | ({"kept": kept} if kept else {})
 
     # ---- the products ----------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ class Part:
             if all(vector is None for vector in found):
                 continue
             flat = [
-                own.new_zeros(len(piece)) if vector is None else entries(vector, piece)
+                own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
                 for piece, vector in zip(call.pieces, found, strict=True)
             ]
             if len(flat) > 1:
@@ -90,13 +93,13 @@ class Part:
         for call in self.calls:
             rows = range(call.start, call.stop)
             if len(call.pieces) == 1:
-                with Flat(self.tensors[call.pieces[0].tensor], call.pieces[0]) as flat:
+                with self._flat(call.pieces[0]) as flat:
                     projection.addmv_(flat, own.to(flat.device), alpha=alpha, step=step, rows=rows)
                 continue
             product = projection.matvec(own, step=step, rows=rows)
             parts = product.split([len(piece) for piece in call.pieces])
             for piece, part in zip(call.pieces, parts, strict=True):
-                with Flat(self.tensors[piece.tensor], piece) as flat:
+                with self._flat(piece) as flat:
                     flat.add_(part.to(flat.device), alpha=alpha)
 
     def vectors(self, coordinates: Tensor, *, basis: int, step: int) -> dict[str, Tensor]:
@@ -105,23 +108,48 @@ class Part:
             piece.tensor: torch.zeros_like(self.tensors[piece.tensor])
             for piece in self.compartment.pieces
         }
-        inner = Part(self.compartment, self.projections, self.calls, found, self.begin)
-        inner.add_weights(coordinates, basis=basis, step=step)
+        replace(self, tensors=found).add_weights(coordinates, basis=basis, step=step)
         return found
+
+    def _flat(self, piece: Piece) -> Flat:
+        return Flat(self.tensors[piece.tensor], piece, self._kept(piece))
+
+    def _entries(self, vector: Tensor, piece: Piece) -> Tensor:
+        """The entries of a piece, contiguous; zeros where weights are kept."""
+        found, kept = entries(vector, piece), self._kept(piece)
+        if kept.stop > kept.start:
+            found = found.clone()
+            found[kept] = 0
+        return found
+
+    def _kept(self, piece: Piece) -> slice:
+        """Which entries of a piece are kept."""
+        start, stop = self.kept.get(piece.tensor, (0, 0))
+        return slice(max(start - piece.start, 0), max(min(stop, piece.stop) - piece.start, 0))
 
 
 class Flat:
-    """Entries of a tensor as a contiguous vector, that can be changed in place."""
+    """Entries of a tensor as a contiguous vector, that can be changed in place.
 
-    def __init__(self, tensor: Tensor, piece: Piece) -> None:
-        self.tensor, self.piece = tensor.detach(), piece
-        self.whole = self.tensor.reshape(-1)  # a copy where memory is in another order
+    Args:
+        tensor: in any order of memory.
+        piece: which of its entries.
+        kept: which of these are put back in the end.
+    """
+
+    def __init__(self, tensor: Tensor, piece: Piece, kept: slice) -> None:
+        self.tensor, self.piece, self.kept = tensor.detach(), piece, kept
         self.copied = not self.tensor.is_contiguous()
+        # `reshape` alone would leave a vector with gaps as it is.
+        self.whole = self.tensor.contiguous().reshape(-1)
 
     def __enter__(self) -> Tensor:
-        return self.whole[self.piece.start : self.piece.stop]
+        self.part = self.whole[self.piece.start : self.piece.stop]
+        self.before = self.part[self.kept].clone()
+        return self.part
 
     def __exit__(self, *_: object) -> None:
+        self.part[self.kept] = self.before
         if self.copied:
             self.tensor.copy_(self.whole.view(self.tensor.shape))
 
@@ -129,7 +157,7 @@ class Flat:
 def entries(tensor: Tensor, piece: Piece) -> Tensor:
     """The entries of a piece, contiguous; of a sparse gradient, too."""
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-    return dense.reshape(-1)[piece.start : piece.stop]
+    return dense.contiguous().reshape(-1)[piece.start : piece.stop]
 
 
 def divide(
@@ -146,9 +174,17 @@ def divide(
 
 def parts(
     groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Compartment]]], family: str, seed: int,
-    bases: int, options: Mapping[str, Any],
+    bases: int, options: Mapping[str, Any], kept: Mapping[str, tuple[int, int]],
 ) -> tuple[Part, ...]:  # fmt: skip
     """The parts of all groups, one after another.
+
+    Args:
+        groups: tensors by name, and the compartments of these.
+        family: of the projections.
+        seed: of all of them.
+        bases: how many each compartment has at a step.
+        options: of the family.
+        kept: entries start … stop−1 of some tensors that never move.
 
     Basis b of compartment k of K takes stream b·K + k: a single basis has those of a
     :class:`~subspan.subspace.SubspaceModel`.
@@ -167,7 +203,8 @@ def parts(
             )  # fmt: skip
             own = {piece.tensor: tensors[piece.tensor] for piece in compartment.pieces}
             plan = calls.plan([compartment], projections[:1])
-            found.append(Part(compartment, projections, plan, own, begin))
+            held = {name: entries for name, entries in kept.items() if name in own}
+            found.append(Part(compartment, projections, plan, own, begin, held))
             begin += compartment.dim
     return tuple(found)
 
@@ -185,4 +222,5 @@ def from_description(described: Mapping[str, Any], tensors: Mapping[str, Tensor]
     compartment = Compartment(described["name"], projections[0].in_dim, pieces)
     own = {piece.tensor: tensors[piece.tensor] for piece in pieces}
     plan = calls.plan([compartment], projections[:1])
-    return Part(compartment, projections, plan, own, described["begin"])
+    kept = {name: (start, stop) for name, (start, stop) in described.get("kept", {}).items()}
+    return Part(compartment, projections, plan, own, described["begin"], kept)

@@ -25,6 +25,7 @@ from subspan.compartments import Rules
 from subspan.errors import SubspanError, unknown
 from subspan.families import projections
 from subspan.optim import estimators
+from subspan.optim.copies import Copied
 from subspan.optim.journal import Journal, Record, header_of, move, redraw
 from subspan.optim.parts import Part, divide, entries, layout, parts
 
@@ -32,7 +33,7 @@ Estimator = Literal["gradient", "forward", "evolution"]
 Workers = Literal["shared", "independent"]
 
 
-class RandomBases(Optimizer):
+class RandomBases(Copied, Optimizer):
     r"""Gradient descent in random bases.
 
     At step t the coordinates c = Pᵀ g of the gradient g are formed, and the weights move by
@@ -40,6 +41,7 @@ class RandomBases(Optimizer):
 
     - *Weight decay* λ adds λ θ to the gradient, as in :class:`torch.optim.SGD`, before it is
       projected: the decay acts along the basis only, like everything else.
+    - *Padding rows* of embeddings in a module stay where they are, as with every optimizer.
     - *Momentum* μ sums coordinates, u ← μ u + c, and coordinates mean something in their own basis
       only: the sum begins anew at each redraw. With ``redraw_every=1`` there is nothing to sum,
       and momentum is refused.
@@ -115,14 +117,18 @@ class RandomBases(Optimizer):
             raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
         if not 0 < sigma < float("inf"):
             raise SubspanError(f"sigma must be a positive number, got {sigma}")
+        padding: dict[int, tuple[int, int]] = {}
         if isinstance(params, nn.Module):
             slots.slots(params)  # refuses parameters without values
+            padding = _padding(params)
             params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
         defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dim": dim,
+            "lr": lr, "weight_decay": weight_decay, "dim": dim,
             "compartments": compartments, "allocation": allocation,
             "steps": 0, "skipped": 0, "velocity": None,
         }  # fmt: skip
+        if redraw_every != 1 or momentum:  # else there is nothing that a scheduler could turn
+            defaults["momentum"] = momentum
         self.redraw_every, self.estimator, self.sigma = redraw_every, estimator, sigma
         self.check_every, self.nonfinite = check_every, nonfinite
         self._parts: tuple[Part, ...] = ()
@@ -141,7 +147,13 @@ class RandomBases(Optimizer):
             (tensors, divide(tensors, group["dim"], group["compartments"], group["allocation"]))
             for tensors, group in zip(named, self.param_groups, strict=True)
         ]
-        self._parts = parts(divided, distribution, seed, self._bases, options)
+        kept = {
+            name: padding[id(tensor)]
+            for group in named
+            for name, tensor in group.items()
+            if id(tensor) in padding
+        }
+        self._parts = parts(divided, distribution, seed, self._bases, options, kept)
         self._sizes = [sum(part.dim for part in compartments) for _, compartments in divided]
         self._tensors = {name: tensor for group in named for name, tensor in group.items()}
         self.layout = layout(self._parts)
@@ -251,7 +263,7 @@ class RandomBases(Optimizer):
         fresh = self.redraw_every is not None and self.steps % self.redraw_every == 0
         sums = []
         for group, own in zip(self.param_groups, found.split(self._sizes, dim=1), strict=True):
-            if group["momentum"]:
+            if group.get("momentum"):
                 before = group["velocity"]
                 if before is not None and not fresh:
                     own = own + group["momentum"] * before.to(own)
@@ -321,9 +333,10 @@ class RandomBases(Optimizer):
         for name, least in (("lr", 0.0), ("weight_decay", 0.0)):
             if not least <= float(group[name]) < float("inf"):
                 raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
-        if not 0 <= group["momentum"] < 1:
-            raise SubspanError(f"momentum must be in [0, 1), got {group['momentum']}")
-        if group["momentum"] and self.redraw_every == 1:
+        momentum = group.get("momentum", 0.0)
+        if not 0 <= momentum < 1:
+            raise SubspanError(f"momentum must be in [0, 1), got {momentum}")
+        if momentum and self.redraw_every == 1:
             raise SubspanError(
                 "momentum needs a basis that stays: coordinates of different bases cannot be "
                 "added; use redraw_every=n or None"
@@ -331,6 +344,11 @@ class RandomBases(Optimizer):
         for name, tensor in _named([group])[0].items():
             if not tensor.is_floating_point():
                 raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
+            if _overlaps(tensor):
+                raise SubspanError(
+                    f"entries of {name} share memory (it is expanded), and cannot move on their "
+                    "own: give the tensor that it was expanded from, or a clone() of it"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """PyTorch's. The journal's steps up to it are on disk when this returns."""
@@ -358,6 +376,25 @@ class RandomBases(Optimizer):
                     "go on from the journal alone, or from a state of that moment"
                 )
         super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything.
+
+        Raises:
+            SubspanError: for an optimizer with workers or a journal, of which there is one.
+        """
+        if self._workers:
+            raise SubspanError(
+                "RandomBases with workers cannot be copied, for its processes have one between "
+                "them: make a new one in each process and load_state_dict() into it"
+            )
+        if self._journal:
+            raise SubspanError(
+                f"RandomBases with a journal cannot be copied, for both would write to "
+                f"{self._journal.path}: make a new one, with a journal of its own or without, and "
+                "load_state_dict() into it"
+            )
+        return super().__getstate__()
 
     # ---- workers ---------------------------------------------------------------------------------
 
@@ -395,7 +432,7 @@ class RandomBases(Optimizer):
             ):
                 group["skipped"] += record.step - group["steps"]
                 group["steps"] = record.step + 1
-                group["velocity"] = own.to(self._own) if group["momentum"] else None
+                group["velocity"] = own.to(self._own) if group.get("momentum") else None
         if writes:
             journal.cut()
         self._journal = journal
@@ -403,6 +440,36 @@ class RandomBases(Optimizer):
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two entries may lie in one place, as those of an expanded tensor do."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
+
+
+def _padding(net: nn.Module) -> dict[int, tuple[int, int]]:
+    """Entries start … stop−1 of padding rows, by the id of the embedding's table.
+
+    Their gradient is zero and an ordinary optimizer never moves them, unless another layer shares
+    the table.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    shared: set[int] = set()
+    for module in net.modules():
+        for tensor in module._parameters.values():
+            row = getattr(module, "padding_idx", None)
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and row is not None:
+                length = module.embedding_dim
+                found[id(tensor)] = row * length, (row + 1) * length
+            else:
+                shared.add(id(tensor))
+    return {key: row for key, row in found.items() if key not in shared}
 
 
 def _named(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
