@@ -18,7 +18,7 @@ LAYERS = [
     ("philox",),
     ("kernels",),
     ("families",),
-    ("compartments", "slots", "init", "calls", "summary", "subspace"),
+    ("compartments", "slots", "init", "calls", "summary", "inplace", "weights", "subspace"),
     ("linalg",),
     ("layers",),
     ("counts",),

@@ -1,13 +1,10 @@
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
 
 from subspan import slots
 from subspan.errors import SubspanError
-from tests.nets import NETS, batch, build
+from tests.nets import NETS, build
 
 
 def paths(net):
@@ -29,34 +26,6 @@ def test_a_tied_tensor_has_two_slots_and_a_module_under_two_names_one():
     found = slots.aliases(slots.slots(build("tied")))
     assert found["embedding.weight"] == ["embedding.weight", "output.weight"]
     assert found["hidden.weight"] == ["hidden.weight"]
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_hollow_and_fill_are_inverse(name):
-    net, plain = build(name), build(name)
-    order, found = slots.parameter_order(net), slots.slots(net)
-    tensors = {slot: net.get_parameter(slot) for slot in slots.aliases(found)}
-    slots.hollow(net, found)
-    assert not list(net.parameters())
-    assert slots.saved_buffers(net).keys() == dict(plain.named_buffers()).keys()
-    assert net.state_dict().keys() == dict(plain.named_buffers()).keys()
-    slots.fill(net, found, tensors)
-    slots.restore_order(net, order)
-    assert list(net.state_dict()) == list(plain.state_dict())
-    assert all(net.get_parameter(path) is tensor for path, tensor in tensors.items())
-    assert not [m for m in net.modules() if m._non_persistent_buffers_set]
-    assert torch.equal(net.eval()(batch(name)), plain.eval()(batch(name)))
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
-    assert torch.equal(copied(batch(name)), plain(batch(name)))
-
-
-def test_hollow_shares_memory_with_what_was_there():
-    net = build("mlp")
-    before = net[0].weight.data_ptr()
-    slots.hollow(net, slots.slots(net))
-    assert net[0].weight.data_ptr() == before
-    assert isinstance(net[0].weight, torch.Tensor)
-    assert not net[0].weight.requires_grad
 
 
 @pytest.mark.parametrize("net", [nn.LazyLinear(3), nn.Linear(2, 2, device="meta")])
@@ -130,7 +99,7 @@ def test_what_is_not_real_is_refused_unless_it_stays():
             trained(net, targets=[name])
 
 
-# ---- digests and undoing -------------------------------------------------------------------------
+# ---- digests ----------------------------------------------------------------------------------
 
 
 def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
@@ -154,35 +123,3 @@ def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
 def test_any_tensor_has_a_digest(tensor):
     assert slots.digest({"x": tensor}) == slots.digest({"x": tensor.clone().contiguous()})
     assert len(slots.digest({"x": tensor})) == 32
-
-
-@pytest.mark.parametrize("values", [False, True])
-def test_an_error_undoes_everything(values):
-    net = build("cnn")
-    net.head.bias.requires_grad_(False)
-    before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in net.named_parameters()}
-    state = list(net.state_dict())
-
-    def fail():
-        with slots.unchanged_on_error(net, values=values):
-            net.head.bias.requires_grad_(True)
-            if values:
-                net.conv.weight.detach().zero_()
-            slots.hollow(net, slots.slots(net))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(net.state_dict()) == state
-    for name, (parameter, value, requires_grad) in before.items():
-        assert net.get_parameter(name) is parameter
-        assert parameter.requires_grad is requires_grad
-        assert torch.equal(parameter, value)
-    assert not list(net.norm._non_persistent_buffers_set)
-
-
-def test_no_error_undoes_nothing():
-    net = build("mlp")
-    with slots.unchanged_on_error(net, values=True):
-        slots.hollow(net, slots.slots(net))
-    assert not list(net.parameters())

@@ -138,11 +138,11 @@ def test_compartments_do_not_share_directions():
 
 def test_many_small_tensors_share_one_call(monkeypatch):
     model = wrap("encoder")
-    assert len(model._calls) == 1
+    assert len(model.subspace.calls) == 1
     monkeypatch.setattr(calls, "GROUP", 300)
     cut = wrap("encoder")
-    assert len(cut._calls) > 5
-    assert len(wrap("encoder", projection="orthogonal")._calls) == 1
+    assert len(cut.subspace.calls) > 5
+    assert len(wrap("encoder", projection="orthogonal").subspace.calls) == 1
     for part in zip(
         scatter(model).weights().values(), scatter(cut).weights().values(), strict=True
     ):
@@ -320,13 +320,16 @@ def test_train_fully_a_tied_tensor():
     assert torch.equal(merged(batch("tied")), model(batch("tied")))
 
 
-def test_the_networks_own_parameters_are_taken_over():
+def test_the_network_keeps_its_parameters_frozen_and_trains_its_coordinates():
     net = build("mlp")
-    wrapped = SubspaceModel(net, 12)
-    assert not list(net.parameters())  # an optimizer over them would say that its list is empty
-    assert [p.shape for p in wrapped.parameters()] == [(12,)]
-    optimizer = Adam(wrapped.parameters())
-    wrapped(batch("mlp")).sum().backward()
+    before = dict(net.named_parameters())
+    model = SubspaceModel(net, 12)
+    now = dict(net.named_parameters())
+    assert list(now) == [*before, "subspan_global"]
+    assert all(now[name] is p and not p.requires_grad for name, p in before.items())
+    assert [p.shape for p in model.parameters()] == [(12,)]
+    optimizer = Adam(net.parameters())
+    net(batch("mlp")).sum().backward()
     optimizer.step()
     (state,) = optimizer.state.values()
     assert state["exp_avg"].shape == (12,)
@@ -369,4 +372,5 @@ def test_any_name_of_a_module_is_a_name_of_coordinates(key):
     net.a = nn.ModuleDict({"b": nn.Linear(2, 2)})
     model = scatter(SubspaceModel(net, 4, compartments="layer"))
     assert len(list(model.coordinates.parameters())) == 2
-    assert not torch.equal(model.merge().get_submodule(key).weight, net.get_submodule(key).weight)
+    base = net.get_submodule(key)._parameters["weight"]
+    assert not torch.equal(model.merge().get_submodule(key).weight, base)

@@ -137,7 +137,8 @@ def test_attributes_and_methods_pass_through():
     once, twice = model.generate(x, times=2)
     assert torch.equal(once, model(x)["logits"])
     assert torch.equal(twice, once)
-    assert not torch.equal(once, model.body(x)["logits"])  # θ and not θ₀
+    assert torch.equal(once, model.body(x)["logits"])
+    assert not torch.equal(once, copy.deepcopy(model).unwrap()(x)["logits"])  # θ and not θ₀
     once.sum().backward()
     assert model.coordinates["global"].grad.abs().sum() > 0
     assert not hasattr(model, "colour")

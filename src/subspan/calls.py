@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from subspan.compartments import Compartment, Piece
-from subspan.errors import SubspanError
-from subspan.families.base import Projection, compute, project
+from subspan.families.base import Projection, captured, compute, product
 
 GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
 
@@ -28,12 +26,22 @@ class Call:
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+    kept: tuple[range, ...]
+    """Entries of each piece that stay at θ₀ whatever the coordinates are; empty for most."""
 
 
 def plan(
-    compartments: Sequence[Compartment], projections: Sequence[Projection]
-) -> tuple[Call, ...]:
-    """Small tensors share a call; a family that computes all rows at once is called once."""
+    compartments: Sequence[Compartment], projections: Sequence[Projection],
+    kept: Mapping[str, range] | None = None,
+) -> tuple[Call, ...]:  # fmt: skip
+    """Group products: small tensors share a call; a family that is not local is called once.
+
+    Args:
+        compartments: of the weights.
+        projections: of the compartments.
+        kept: entries of flattened tensors that stay at θ₀, by the tensor's name.
+    """
+    kept = kept or {}
     calls = []
     for part, projection in zip(compartments, projections, strict=True):
         limit = GROUP if projection.local else part.weights
@@ -41,12 +49,21 @@ def plan(
         group: list[Piece] = []
         for piece in (*part.pieces, None):
             if group and (piece is None or stop - start + len(piece) > limit):
-                calls.append(Call(key(part.name), projection.recipe, start, stop, tuple(group)))
+                inside = tuple(_inside(kept.get(p.tensor, range(0)), p) for p in group)
+                calls.append(
+                    Call(key(part.name), projection.recipe, start, stop, tuple(group), inside)
+                )
                 start, group = stop, []
             if piece is not None:
                 group.append(piece)
                 stop += len(piece)
     return tuple(calls)
+
+
+def _inside(kept: range, piece: Piece) -> range:
+    """The entries of a tensor that are kept, counted from the start of a piece of it."""
+    start, stop = max(kept.start, piece.start), min(kept.stop, piece.stop)
+    return range(start - piece.start, stop - piece.start) if start < stop else range(0)
 
 
 def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -61,52 +78,85 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
     Returns:
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
     """
-    if traced(w):
-        return _theta(project, w, step, call, bases)
+    if captured(w) or torch._C._functorch.maybe_current_level() is not None:
+        return _theta(product, w, step, call, bases)
     return _Theta.apply(w, step, call, *bases)
 
 
-def traced(x: Tensor) -> bool:
-    """Whether something follows the operators that are called, and must meet ours among them."""
-    stand_in = x.is_meta or type(x) not in (Tensor, nn.Parameter)
-    return stand_in or torch.compiler.is_compiling()
-
-
 def _theta(
-    product: Callable[..., Tensor], w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]
+    times: Callable[..., Tensor], w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]
 ) -> list[Tensor]:
-    rows = product(w, step, call.recipe, call.start, call.stop, False)
-    parts = rows.split([len(piece) for piece in call.pieces]) if len(bases) > 1 else [rows]
-    return [_added(base, part.view(base.shape)) for base, part in zip(bases, parts, strict=True)]
+    rows = times(w, step, call.recipe, call.start, call.stop, False)
+    added = _added_in_place if times is compute else _added
+    return [
+        added(base, part.view(base.shape))
+        for base, part in zip(bases, _pieces(rows, call), strict=True)
+    ]
+
+
+def _pieces(rows: Tensor, call: Call) -> list[Tensor]:
+    """Cut rows of P w, or of a gradient, into pieces; weights that are kept at θ₀ have zeros."""
+    parts = rows.split([len(piece) for piece in call.pieces]) if len(call.pieces) > 1 else [rows]
+    return [_without(part, kept) for part, kept in zip(parts, call.kept, strict=True)]
+
+
+def _without(part: Tensor, kept: range) -> Tensor:
+    if not kept:
+        return part
+    return torch.cat([part[: kept.start], part.new_zeros(len(kept)), part[kept.stop :]])
 
 
 def _added(base: Tensor, part: Tensor) -> Tensor:
-    if part.requires_grad or base.dtype != part.dtype or base.device != part.device:
-        return (base + part.to(base.device)).to(base.dtype)
-    return part.add_(base)  # rows of P w that nobody else has
+    return (base + part.to(base.device)).to(base.dtype)
+
+
+def _added_in_place(base: Tensor, part: Tensor) -> Tensor:
+    if base.dtype != part.dtype or base.device != part.device:
+        return _added(base, part)
+    return part.add_(base)  # rows of P w that were made a moment ago
 
 
 class _Theta(torch.autograd.Function):
     """The same with its adjoint as one node, without dispatch: small networks notice both.
 
     A tensor that has a call to itself is projected as soon as its gradient is there, which is then
-    free: the peak is one tensor's gradient, or GROUP weights.
+    free: the peak is one tensor's gradient, or GROUP weights. Nothing is saved for the backward
+    pass, so that activation checkpoints find the same tensors when they run a part again.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, step: Tensor, call: Call, *bases: Tensor) -> Any:
-        ctx.call, ctx.device, ctx.dtype = call, w.device, w.dtype
-        ctx.save_for_backward(step)
-        return tuple(_theta(compute, w, step, call, bases))
+        ctx.call, ctx.step, ctx.device, ctx.dtype = call, step, w.device, w.dtype
+        with torch._C.DisableTorchFunctionSubclass():
+            thetas = tuple(_theta(compute, w.detach(), step, call, bases))
+        ctx.like = [(theta.shape, theta.dtype, theta.device) for theta in thetas]
+        return thetas
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (step,), call = ctx.saved_tensors, ctx.call
-        parts = [grad.to(ctx.device, ctx.dtype).reshape(-1) for grad in grads]
+        call, parts = ctx.call, []
+        for grad, kept in zip(grads, call.kept, strict=True):
+            dense = grad.to_dense() if grad.is_sparse else grad
+            parts.append(_without(dense.to(ctx.device, ctx.dtype).reshape(-1), kept))
         g = parts[0] if len(parts) == 1 else torch.cat(parts)
-        product = project if torch.is_grad_enabled() else compute  # a second derivative follows
-        w_grad = product(g, step, call.recipe, call.start, call.stop, True)
+        times = product if torch.is_grad_enabled() else compute  # a second derivative follows
+        w_grad = times(g, ctx.step, call.recipe, call.start, call.stop, True)
         return w_grad, None, None, *(None for _ in grads)
+
+    @staticmethod
+    def jvp(ctx: Any, w: Tensor | None, *others: Any) -> Any:
+        call = ctx.call
+        bases = others[2:]  # of which no tangent is expected, but one may be given
+        if w is None:
+            return bases
+        rows = product(w, ctx.step, call.recipe, call.start, call.stop, False)
+        along = [
+            part.to(device, dtype).view(shape)
+            for part, (shape, dtype, device) in zip(_pieces(rows, call), ctx.like, strict=True)
+        ]
+        return tuple(
+            t if base is None else t + base for t, base in zip(along, bases, strict=True)
+        )
 
 
 def key(compartment: str) -> str:
@@ -122,26 +172,3 @@ def layout(
     rows = [[part.dim, [astuple(piece) for piece in part.pieces]] for part in compartments]
     text = json.dumps([projection, seed, options, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def refuse_reentrant_checkpoints(arguments: Any, out: Any) -> None:
-    """Refuse what ``torch.utils.checkpoint(…, use_reentrant=True)`` made between these tensors.
-
-    The backward pass would run those parts again, at θ₀, and θ would get no gradient from them.
-    (Without reentrance torch itself notices that something else is recomputed.)
-    """
-    before, after = (
-        {t.grad_fn for t in tree_leaves(tree) if isinstance(t, Tensor) and t.grad_fn}
-        for tree in (arguments, out)
-    )
-    nodes, seen = list(after - before), before | after
-    while nodes:
-        node = nodes.pop()
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            raise SubspanError(
-                "activation checkpointing runs the network again without its trained weights: "
-                "switch it off for a SubspaceModel"
-            )
-        new = {before for before, _ in node.next_functions if before} - seen
-        seen |= new
-        nodes += new

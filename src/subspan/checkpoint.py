@@ -80,7 +80,9 @@ def contents(
         SubspanError: as :func:`save`.
     """
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
+    model = SubspaceModel.of(model) or model
     if isinstance(model, SubspaceModel):
+        model.subspace.check_complete()
         own = {**model.fully_trained(), **model.changed_buffers()}
         tensors = {f"body.{name}": tensor for name, tensor in own.items()}
         tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])
@@ -184,12 +186,21 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         network = arranged(network, header)
         restore(network, tensors)
         return network
-    drawn = network is net and seed is not None
-    with slots.unchanged_on_error(network, values=drawn):
-        if drawn:
-            init.initialize(network, header["init_seed"])
+    if network is net and seed is not None:
+        before = [(p, p.detach().clone()) for p in network.parameters()]
+        init.initialize(network, seed)
+    else:
+        before = []
+    try:
         model = _wrapped(path, network, header)
         restore(model, tensors)
+    except BaseException:
+        if (begun := SubspaceModel.of(network)) is not None:
+            begun.unwrap()
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        raise
     return model
 
 
@@ -220,6 +231,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         SubspanError: if they are another model's; this one is then untouched.
     """
+    model = SubspaceModel.of(model) or model
     own = _stored(model)
     ranks = {}
     for name, layer in _factored(model).items():  # which may be of another rank by now
@@ -256,7 +268,8 @@ def _wrapped(
 ) -> SubspaceModel:
     """The model of a recipe, if this is its network."""
     try:
-        model = SubspaceModel(net, **header["recipe"])
+        # Files from before padding rows were kept say nothing of them.
+        model = SubspaceModel(net, **{"padding": "train"} | header["recipe"])
     except (SubspanError, TypeError, ValueError) as error:
         raise SubspanError(f"{path} does not fit this network: {error}") from None
     check_base(path, model, header)
@@ -300,7 +313,7 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, SubspaceModel):
         tensors = {**model.fully_trained(), **slots.saved_buffers(model.body)}
         return {f"body.{name}": tensor for name, tensor in tensors.items()}
-    if any(isinstance(module, SubspaceModel) for module in model.modules()):
+    if any(SubspaceModel.of(module) for module in model.modules()):
         raise SubspanError(
             f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "
             "DDP, `._orig_mod` of torch.compile), or put its merge() there"

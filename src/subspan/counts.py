@@ -61,6 +61,7 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
         net: any module; factored layers and a SubspaceModel are counted as what they are.
         optimizer: whose state counts for training, after its first step.
     """
+    net = SubspaceModel.of(net) or net
     buffers = sum(b.numel() for b in slots.saved_buffers(net).values())
     trained = [p for p in net.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in net.parameters())

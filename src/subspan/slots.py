@@ -1,17 +1,15 @@
-"""Where the parameters of a network live, and how to take them out and put them back.
+"""Where the parameters of a network live, which of them can be trained in a subspace, and digests.
 
 A *slot* is one entry of one module's ``_parameters``; a *tensor* is what is in it. Tied weights are
-one tensor in several slots; a module that is reachable by two paths has each slot once. Taking a
-tensor out leaves its initial value behind as a buffer of the same name (never saved), so that the
-hollow network still moves between devices, copies and answers ``net.fc.weight`` as before.
+one tensor in several slots; a module that is reachable by two paths has each slot once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,104 +100,71 @@ def trained(
     return sizes
 
 
-def hollow(net: nn.Module, places: Iterable[Slot]) -> None:
-    """Replace the parameters in these slots by buffers; a tied tensor stays in its first slot."""
-    for slot in places:
-        module, attribute = slot.find(net)
-        tensor = module._parameters.pop(attribute)
-        assert tensor is not None
-        first = slot.path == slot.tensor
-        module.register_buffer(attribute, tensor.detach() if first else None, persistent=False)
-    forget_flat_weights(net)
-
-
-def swap(net: nn.Module, places: Iterable[Slot], tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors where :func:`hollow` left buffers."""
-    for slot in places:
-        module, attribute = slot.find(net)
-        module._buffers[attribute] = tensors[slot.tensor]
-
-
-def base(net: nn.Module, places: Iterable[Slot]) -> dict[str, Tensor]:
-    """What lies in the slots of a hollow network, by tensor."""
-    found = {}
-    for slot in places:
-        if slot.path == slot.tensor:
-            module, attribute = slot.find(net)
-            found[slot.tensor] = module._buffers[attribute]
-    return found  # type: ignore[return-value]
-
-
-def fill(net: nn.Module, places: Iterable[Slot], tensors: Mapping[str, nn.Parameter]) -> None:
-    """Undo :func:`hollow`: put parameters into the slots again, those of one tensor tied."""
-    for slot in places:
-        module, attribute = slot.find(net)
-        del module._buffers[attribute]
-        module._non_persistent_buffers_set.discard(attribute)
-        module.register_parameter(attribute, tensors[slot.tensor])
-    forget_flat_weights(net)
-
-
-@contextlib.contextmanager
-def unchanged_on_error(net: nn.Module, *, values: bool) -> Iterator[None]:
-    """Whatever is raised inside, the network's own parameters and buffers are in place again.
+def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[str]) -> None:
+    """Refuse tensors that cannot be trained as they are.
 
     Args:
-        net: any module.
-        values: whether parameters may get other values inside; they are then copied first.
+        net: the network.
+        places: all of its slots.
+        chosen: names of tensors to train in the subspace.
+        fully: names of tensors to train directly.
+
+    Raises:
+        SubspanError: naming the tensor, why, and what to do.
     """
-    registries: list[Any] = [
-        registry
-        for module in net.modules()
-        for registry in (module._parameters, module._buffers, module._non_persistent_buffers_set)
-    ]
-    before = [registry.copy() for registry in registries]
-    parameters = [
-        (p, p.requires_grad, p.detach().clone() if values else None) for p in net.parameters()
-    ]
-    try:
-        yield
-    except BaseException:
-        for registry, content in zip(registries, before, strict=True):
-            registry.clear()
-            registry.update(content)
-        for parameter, requires_grad, value in parameters:
-            parameter.requires_grad_(requires_grad)
-            if value is not None:
-                parameter.detach().copy_(value)
-        forget_flat_weights(net)
-        raise
+    memory: dict[int, list[tuple[int, int, str]]] = {}
+    for slot in places:
+        module, attribute = slot.find(net)
+        p = module._parameters[attribute]
+        assert p is not None
+        if slot.tensor in fully and not (p.is_floating_point() or p.is_complex()):
+            raise SubspanError(
+                f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
+            )
+        if slot.tensor in chosen and isinstance(module, torch.jit.ScriptModule):
+            raise SubspanError(
+                f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "
+                "itself: exclude it, or give the part as it was before"
+            )
+        if slot.tensor in chosen and type(p) is not nn.Parameter:
+            raise SubspanError(
+                f"{slot.path} is a {type(p).__name__}, a parameter of a kind of its own: exclude it"
+            )
+        if slot.tensor in chosen and any(
+            step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)
+        ):
+            raise SubspanError(
+                f"{slot.path} is expanded, so that one number in memory is several weights: make "
+                "it contiguous first"
+            )
+        if slot.path == slot.tensor and p.layout == torch.strided and p.is_contiguous() and p.numel():
+            start = p.storage_offset() * p.element_size()
+            end = start + p.numel() * p.element_size()
+            memory.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, slot.tensor))
+    for intervals in memory.values():
+        for (_, end, one), (start, _, other) in itertools.pairwise(sorted(intervals)):
+            if start < end and {one, other} & (chosen | fully):
+                raise SubspanError(
+                    f"{one} and {other} share memory and are two parameters: make them one "
+                    "parameter, or exclude both"
+                )
 
 
-def restore_order(net: nn.Module, order: Mapping[str, list[str]]) -> None:
-    """Sort every module's parameters as they were, so that a ``state_dict`` reads as before."""
-    for path, names in order.items():
-        parameters = net.get_submodule(path)._parameters
-        sorted_parameters = {name: parameters[name] for name in names}
-        parameters.clear()
-        parameters.update(sorted_parameters)
+def padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
+    """Entries of embeddings at ``padding_idx``, which have no gradient in ordinary training.
 
-
-def parameter_order(net: nn.Module) -> dict[str, list[str]]:
-    """What :func:`restore_order` restores."""
-    return {path: list(module._parameters) for path, module in net.named_modules()}
-
-
-def _gone() -> None:
-    """A dead reference: tells a recurrent layer that its weights have changed."""
-
-
-def forget_flat_weights(net: nn.Module) -> None:
-    """Make recurrent layers look their weights up again.
-
-    They keep a list of their weights beside the slots; after a call with other tensors in the slots
-    it would keep the graph alive and break ``deepcopy``.
+    A tensor that is used elsewhere, too (as the head of a language model, say), has one there.
     """
-    for module in net.modules():
-        if isinstance(module, nn.RNNBase):
-            gone: list[Any] = [_gone] * len(module._flat_weights_names)
-            module._flat_weights = [None] * len(gone)
-            module._flat_weight_refs = gone
+    rows: dict[str, set[range]] = {}
+    for slot in places:
+        module, attribute = slot.find(net)
+        row = range(0)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and attribute == "weight":
+            index, width = module.padding_idx, module.embedding_dim
+            row = range(0) if index is None else range(index * width, (index + 1) * width)
+        rows.setdefault(slot.tensor, set()).add(row)
+    alike = {tensor: next(iter(found)) for tensor, found in rows.items() if len(found) == 1}
+    return {tensor: row for tensor, row in alike.items() if row}
 
 
 def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
@@ -208,7 +173,9 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in net.named_modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
+        if buffer is not None
+        and name not in module._non_persistent_buffers_set
+        and name != "subspan_fingerprint"  # which is ours
     }
 
 

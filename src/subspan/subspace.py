@@ -3,35 +3,38 @@
 Source: Li, Farkhoor, Liu and Yosinski, "Measuring the intrinsic dimension of objective landscapes",
 ICLR 2018; per layer: Minut 2023; on fine-tuning: Aghajanyan, Zettlemoyer and Gupta, ACL 2021.
 
-An ordinary module: its parameters are the coordinates (and what is trained fully), so optimizers,
-DDP, compilers and checkpoints need to know nothing. The network inside is hollow: θ₀ lies in its
-slots as buffers that are never saved, and each call puts θ there tensor by tensor, so that no flat
-vector of all weights ever exists.
+The network is wrapped in place: it keeps its class, its parameters (frozen, at θ₀) and its methods,
+and every read of a weight gives θ (:mod:`subspan.inplace`, :mod:`subspan.weights`). A SubspaceModel
+is a handle to it, an ordinary module whose parameters are the coordinates and what is trained
+fully, so that optimizers, DDP, compilers and checkpoints need to know nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from subspan import calls, families, init, slots
 from subspan.compartments import Compartment, Patterns, Rules, partition, select
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
+from subspan.inplace import FINGERPRINT, LINK, PREFIX, Base
 from subspan.summary import Row, Summary
+from subspan.weights import Weights
 
 
 class SubspaceModel(nn.Module):
     """A network whose weights are θ₀ + P w, with w its parameters.
 
-    The network is taken over, not copied: its own parameters become θ₀. :meth:`merge` gives an
-    ordinary network with the trained weights, :meth:`unwrap` the network as it was.
+    The network is changed in place, not copied: its parameters are frozen at θ₀, and reading them
+    from their modules gives θ. It may be used and trained without this handle, too. :meth:`merge`
+    gives an ordinary network with the trained weights, :meth:`unwrap` the network as it was.
 
     Args:
         net: any module.
@@ -45,6 +48,9 @@ class SubspaceModel(nn.Module):
         exclude: patterns of parameters that stay at θ₀.
         train_fully: patterns of parameters that are trained directly and stored as they are (a
             new head).
+        padding: whether rows of embeddings at ``padding_idx`` stay at θ₀ ("keep"), as they do when
+            all weights are trained, or move with the others ("train"). A tensor that is also used
+            elsewhere, a tied head say, moves in either case.
         seed: of the projection, in [0, 2⁶⁴).
         options: what the family has beyond these (``s`` of ``sparse``).
 
@@ -53,7 +59,6 @@ class SubspaceModel(nn.Module):
     """
 
     body: nn.Module
-    fingerprint: Tensor  # a buffer, so that a state_dict carries it and DDP sends rank 0's
 
     def __init__(
         self,
@@ -66,28 +71,48 @@ class SubspaceModel(nn.Module):
         targets: Patterns = None,
         exclude: Patterns = None,
         train_fully: Patterns = None,
+        padding: Literal["keep", "train"] = "keep",
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
+        if padding not in ("keep", "train"):
+            raise unknown("padding", padding, ("keep", "train"))
         if isinstance(net, SubspaceModel):
             raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
         if not isinstance(net, nn.Module):
             raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+        for name, module in net.named_modules():
+            if isinstance(module, SubspaceModel) or LINK in vars(module):
+                raise SubspanError(
+                    f"{name or 'the network'} is in a subspace already: merge or unwrap that "
+                    "SubspaceModel first"
+                )
         targets, exclude, train_fully = _plain(targets), _plain(exclude), _plain(train_fully)
         places = slots.slots(net)
         names = slots.aliases(places)
         tensors = {name: net.get_parameter(name) for name in names}
         fully = select(names, train_fully, "train_fully")
         sizes = slots.trained(tensors, names, targets, exclude, fully)
-        self.compartments = partition(sizes, names, dim, compartments, allocation)
-        self.projections = tuple(
+        slots.check(net, places, set(sizes), fully)
+        parts = partition(sizes, names, dim, compartments, allocation)
+        projections = tuple(
             families.projection(
                 projection, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options
             )
-            for k, part in enumerate(self.compartments)
+            for k, part in enumerate(parts)
         )
-        self.recipe: dict[str, Any] = options | {
+        base = {name: tensor for name, tensor in tensors.items() if name not in fully}
+        inside = [slot for slot in places if slot.tensor in sizes]
+        kept = slots.padding(net, inside) if padding == "keep" else {}
+        own = options | ({"padding": "keep"} if kept else {})
+        weights = Weights(
+            net, parts, projections, inside,
+            {name: tensor.requires_grad for name, tensor in tensors.items()}, fully, kept,
+            slots.digest(base | slots.saved_buffers(net))
+            + calls.layout(parts, projection, seed, own),
+        )  # fmt: skip
+        weights.recipe = own | {
             "dim": list(dim) if isinstance(dim, Sequence) else dim,
             "projection": projection,
             "compartments": compartments if isinstance(compartments, str) else _pairs(compartments),
@@ -97,39 +122,27 @@ class SubspaceModel(nn.Module):
             "train_fully": train_fully,
             "seed": seed,
         }
-        self.init_seed: int | None = None
+        signature_of = type(net)
+        weights.attach()  # the last that can fail; from here on the network is changed
+        self._take(net, weights, signature_of)
 
-        self._places = tuple(slot for slot in places if slot.tensor not in fully)
-        self._fully = tuple(sorted(fully))
-        self._order = slots.parameter_order(net)
-        self._requires_grad = {name: tensor.requires_grad for name, tensor in tensors.items()}
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
-        self._calls = calls.plan(self.compartments, self.projections)
-        self._step = torch.tensor(0)
-        self._ranks_checked = True
-        self._graph_checked = False
-
-        base = {name: tensor for name, tensor in tensors.items() if name not in fully}
-        buffers = slots.saved_buffers(net)
-        self.base_buffers = {name: slots.digest({name: b}) for name, b in buffers.items()}
-        self.base_fingerprint = slots.digest(base | buffers)
-        self.layout = calls.layout(self.compartments, projection, seed, options)
-        digits = list(bytes.fromhex(self.base_fingerprint + self.layout))
-        self.register_buffer("fingerprint", torch.tensor(digits, dtype=torch.uint8))
-
-        # From here on nothing can fail, and the network changes.
-        some = tensors[next(iter(sizes))]
-        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
-        self.coordinates = nn.ParameterDict()
-        for part in self.compartments:
-            w = torch.zeros(part.dim, device=some.device, dtype=dtype)
-            self.coordinates[calls.key(part.name)] = nn.Parameter(w)
-        for name in fully:
-            tensors[name].requires_grad_(True)
-        slots.hollow(net, self._places)
+    def _take(self, net: nn.Module, weights: Weights, signature_of: type) -> None:
+        self.subspace = weights
         self.body = net
-        self.register_load_state_dict_pre_hook(_refuse_other_model)
-        self._take_signature()
+        self.__class__ = _with_signature(type(self), signature_of)
+
+    @classmethod
+    def of(cls, net: nn.Module) -> SubspaceModel | None:
+        """A handle of a network that is in a subspace; None of any other network."""
+        if isinstance(net, SubspaceModel):
+            return net
+        link = vars(net).get(LINK)
+        if link is None or link.weights.root is not net:
+            return None
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._take(net, link.weights, type(net))
+        return model.train(net.training)
 
     @classmethod
     def from_seed(
@@ -150,119 +163,87 @@ class SubspaceModel(nn.Module):
         model.init_seed = init_seed
         return model
 
-    # ---- the forward pass ------------------------------------------------------------------------
-
-    def weights(self) -> dict[str, Tensor]:
-        """θ of every tensor that is not trained fully, by name; differentiable in w."""
-        thetas = self._base()
-        begun: list[Tensor] = []
-        for call in self._calls:
-            w = self.coordinates[call.coordinates]
-            bases = [
-                base if len(piece) == base.numel() else base.reshape(-1)[piece.start : piece.stop]
-                for piece in call.pieces
-                for base in (thetas[piece.tensor],)
-            ]
-            for piece, part in zip(
-                call.pieces, calls.theta(w, self._step, call, bases), strict=True
-            ):
-                whole = thetas[piece.tensor]
-                if len(piece) == whole.numel():
-                    thetas[piece.tensor] = part
-                    continue
-                begun.append(part)  # compartments share this tensor
-                if piece.stop == whole.numel():
-                    thetas[piece.tensor] = torch.cat(begun).view(whole.shape)
-                    begun.clear()
-        return thetas
+    # ---- the network and its coordinates -------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network at θ₀ + P w; arguments and results are the network's own."""
-        return self._call("forward", args, kwargs)
-
-    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of the network with θ in its slots."""
-        eager = not torch.compiler.is_compiling()
-        if eager and not self._ranks_checked:
-            self._check_ranks()
-        base = self._base()
-        slots.swap(self.body, self._places, self.weights())
-        try:
-            # The network itself and not its ``forward``, which would pass its hooks by.
-            run = self.body if method == "forward" else getattr(self.body, method)
-            out = run(*args, **kwargs)
-        finally:
-            slots.swap(self.body, self._places, base)
-            if self._recurrent:
-                slots.forget_flat_weights(self.body)
-        if eager and not self._graph_checked and torch.is_grad_enabled():
-            calls.refuse_reentrant_checkpoints((args, kwargs), out)
-            self._graph_checked = True
-        return out
+        return self.body(*args, **kwargs)
 
     @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """θ₀ stays where it is: DDP, which asks here, must not send it with every batch.
+    def compartments(self) -> tuple[Compartment, ...]:
+        """Which weights share which coordinates."""
+        return self.subspace.compartments
 
-        What DDP does send first is rank 0's fingerprint; the next call compares it with our own.
-        """
-        self._ranks_checked = False
-        prefixes = ("body", "_orig_mod.body")  # the second if it was compiled first
-        return [f"{prefix}.{slot.path}" for prefix in prefixes for slot in self._places]
+    @property
+    def projections(self) -> tuple[families.Projection, ...]:
+        """P of each compartment."""
+        return self.subspace.projections
 
-    def _check_ranks(self) -> None:
-        if different := self._difference(self.fingerprint):
-            raise SubspanError(
-                f"{different} of this process differ from those of rank 0: build the model from "
-                "the same seed or file and with the same options on every rank"
-            )
-        self._ranks_checked = True
+    @property
+    def coordinates(self) -> Coordinates:
+        """w of each compartment, a parameter by the compartment's name."""
+        return Coordinates(self.subspace)
 
-    def _difference(self, fingerprint: Tensor) -> str:
-        """What makes coordinates under another fingerprint meaningless here; empty if nothing."""
-        theirs = bytes(fingerprint.tolist()).hex()
-        if theirs[:32] != self.base_fingerprint:
-            return "the initial weights"
-        return "the projection or its compartments" if theirs[32:] != self.layout else ""
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that make this model of its network, as JSON."""
+        return self.subspace.recipe
 
-    # ---- the network inside ----------------------------------------------------------------------
+    @property
+    def init_seed(self) -> int | None:
+        """The seed of θ₀, if it has one."""
+        return self.subspace.init_seed
+
+    @init_seed.setter
+    def init_seed(self, seed: int | None) -> None:
+        self.subspace.init_seed = seed
+
+    @property
+    def base_fingerprint(self) -> str:
+        """A digest of θ₀ and the buffers as they were when the network was wrapped."""
+        return self.subspace.fingerprint[:32]
+
+    @property
+    def layout(self) -> str:
+        """A digest of what the coordinates mean."""
+        return self.subspace.fingerprint[32:]
+
+    @property
+    def fingerprint(self) -> Tensor:
+        """Both digests, byte by byte, as the buffer that a ``state_dict`` carries."""
+        return self.body.get_buffer(FINGERPRINT)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of every tensor that is not trained fully, by name; θ is differentiable."""
+        thetas = self.subspace.all()
+        return {
+            name: thetas[name] if name in thetas else self.body.get_parameter(name).detach()
+            for name in self.subspace.requires_grad
+            if name not in self.subspace.fully
+        }
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """An ordinary network with the weights θ₀ + P w; this model is left as it is."""
-        theta = {name: tensor.clone() for name, tensor in self.weights().items()}
-        return self._filled(copy.deepcopy(self.body), theta)
+        thetas = self.subspace.all()
+        twin = copy.deepcopy(self)
+        return twin.subspace.detach({name: theta.clone() for name, theta in thetas.items()})
 
     def unwrap(self) -> nn.Module:
         """The network that was wrapped, at θ₀ exactly; this model cannot be used any more.
 
         What was trained fully, and buffers, keep what training made of them.
         """
-        return self._filled(self.body, self._base())
-
-    def _base(self) -> dict[str, Tensor]:
-        """θ₀ of every tensor that is not trained fully, by name."""
-        return slots.base(self.body, self._places)
-
-    def _filled(self, net: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-        for name in self._fully:
-            net.get_parameter(name).requires_grad_(self._requires_grad[name])
-        parameters = {
-            name: nn.Parameter(tensor, requires_grad=self._requires_grad[name])
-            for name, tensor in tensors.items()
-        }
-        slots.fill(net, self._places, parameters)
-        slots.restore_order(net, self._order)
-        return net
+        return self.subspace.detach()
 
     def fully_trained(self) -> dict[str, nn.Parameter]:
         """The parameters of ``train_fully`` by name."""
-        return {name: self.body.get_parameter(name) for name in self._fully}
+        return {name: self.body.get_parameter(name) for name in self.subspace.fully}
 
     def changed_buffers(self) -> dict[str, Tensor]:
         """The network's saved buffers that are not what they were when it was wrapped."""
         buffers = slots.saved_buffers(self.body)
-        was = self.base_buffers
+        was = self.subspace.base_buffers
         return {name: b for name, b in buffers.items() if slots.digest({name: b}) != was.get(name)}
 
     def summary(self) -> Summary:
@@ -271,53 +252,187 @@ class SubspaceModel(nn.Module):
         for part in self.compartments:
             for piece in part.pieces:
                 parts.setdefault(piece.tensor, []).append(part)
-        rows = []
-        for name in self._requires_grad:
-            fully = name in self._fully
-            tensor = self.body.get_parameter(name) if fully else self.body.get_buffer(name)
-            rows.append(Row.of(name, tensor, fully, parts.get(name, [])))
+        rows = [
+            Row.of(name, self.subspace.stored(name), name in self.subspace.fully, parts.get(name, []))
+            for name in self.subspace.requires_grad
+        ]
         return Summary(tuple(rows), sum(part.dim for part in self.compartments))
 
     def print_trainable_parameters(self) -> None:
         """Print the counts in one line, as PEFT does: "all" are the weights of the network."""
         print(self.summary().line())
 
-    # ---- what makes the wrapper transparent ------------------------------------------------------
+    # ---- what makes the handle an ordinary module ----------------------------------------------
 
-    def _take_signature(self) -> None:
-        """Show the network's own signature of ``forward``: trainers read it to choose columns."""
-        try:
-            theirs = inspect.signature(self.body.forward)
-        except (TypeError, ValueError):  # some callables of C have none
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained: coordinates first, then the network's own that require a gradient.
+
+        With duplicates (for exporters, which look tensors up by their paths) all that there are.
+        """
+        if not remove_duplicate or not recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
+        start = f"{prefix}." if prefix else ""
+        coordinates = self.coordinates
+        for key, w in coordinates.items():
+            yield f"{start}coordinates.{key}", w
+        ours = {id(w) for w in coordinates.values()}
+        fully = {f"{start}body.{name}" for name in self.subspace.fully}
+        for name, p in super().named_parameters(prefix):
+            if id(p) not in ours and type(p) is not Base and (p.requires_grad or name in fully):
+                yield name, p
 
-        @functools.wraps(SubspaceModel.forward)
-        def forward(self: SubspaceModel, *args: Any, **kwargs: Any) -> Any:
-            return self._call("forward", args, kwargs)
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all that is trained."""
+        for tensor in self.subspace.trained():
+            self.subspace.wish(tensor, requires_grad)
+        return super().requires_grad_(requires_grad)
 
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = [own, *theirs.parameters.values()]
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self.forward = types.MethodType(forward, self)  # type: ignore[method-assign]
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Coordinates, the fingerprint, what is trained fully, and buffers."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        for inner, own in self._renamed():
+            if prefix + inner in state:
+                state[prefix + own] = state.pop(prefix + inner)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for inner, own in self._renamed():
+            if prefix + own in state_dict:
+                state_dict[prefix + inner] = state_dict.pop(prefix + own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _renamed(self) -> Iterator[tuple[str, str]]:
+        """Keys of the network's state, and what they are in the handle's."""
+        for name in self.subspace.coordinate_names:
+            yield f"body.{name}", f"coordinates.{name.removeprefix(PREFIX)}"
+        yield f"body.{FINGERPRINT}", "fingerprint"
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return self.subspace.for_ddp("body.")
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "body" or "_modules" not in self.__dict__:
+            # Python looks special methods up here, too: they are not the network's.
+            if name == "body" or "_modules" not in self.__dict__ or name.startswith("__"):
                 raise
-        found = getattr(self.body, name)
-        if inspect.ismethod(found) and found.__self__ is self.body:
-            # ``model.generate(…)`` must see θ and not θ₀, too.
-            return functools.partial(self._call_named, name)
-        return found
+        return getattr(self.body, name)
 
-    def _call_named(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        return self._call(name, args, kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes of the network are set there, as they are read there."""
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.body, name, value)
+            if hasattr(type(self), name):  # of every module: reading it would find that
+                vars(self)[name] = value
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._take_signature()
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.body, name)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether an attribute is the handle's; what begins with _ and nobody has becomes so."""
+        if "body" not in vars(self).get("_modules", ()) or name == "body":
+            return True
+        if name in vars(SubspaceModel):
+            return True
+        if name in vars(self.body):  # even if every module has something of this name
+            return name in _OF_EVERY_MODULE
+        if name in vars(self) or hasattr(type(self), name):
+            return True
+        return name.startswith("_") and not hasattr(self.body, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remade, self._signature_of, self.__getstate__()  # type: ignore[attr-defined]
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class Coordinates(nn.Module):
+    """w of a model by compartment: a view of parameters that the network holds."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._parameters = _Slots(weights)  # type: ignore[assignment]
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self._parameters[calls.key(key) if key not in self._parameters else key]  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._parameters
+
+    def keys(self) -> Any:
+        """Names of the compartments, with a slash for every dot."""
+        return self._parameters.keys()
+
+    def values(self) -> Any:
+        """The parameters."""
+        return self._parameters.values()
+
+    def items(self) -> Any:
+        """Both."""
+        return self._parameters.items()
+
+
+class _Slots(MutableMapping[str, Any]):
+    """The coordinates' entries in the network's ``_parameters``, by compartment."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, key: str) -> Any:
+        return self._weights.coordinates()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._weights.root._parameters[PREFIX + key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise SubspanError("coordinates cannot be deleted: unwrap() the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.coordinates())
+
+    def __len__(self) -> int:
+        return len(self._weights.coordinate_names)
+
+
+@functools.cache
+def _with_signature(handle: type, net: type) -> type:
+    """A handle's class whose ``forward`` shows the network's signature: trainers read it there."""
+    body: dict[str, Any] = {
+        "_signature_of": (handle, net), "__module__": handle.__module__,
+        "__qualname__": handle.__qualname__, "__doc__": handle.__doc__,
+    }  # fmt: skip
+    with contextlib.suppress(TypeError, ValueError):  # some callables of C have none
+
+        @functools.wraps(handle.forward)  # type: ignore[attr-defined]
+        def forward(self: SubspaceModel, *args: Any, **kwargs: Any) -> Any:
+            return self.body(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
+        body["forward"] = forward
+    return type(handle.__name__, (handle,), body)
+
+
+def _remade(handle: type, net: type) -> Any:
+    cls = _with_signature(handle, net)
+    return cls.__new__(cls)
 
 
 def _pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
@@ -327,15 +442,3 @@ def _pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[An
 
 def _plain(patterns: Patterns) -> str | list[str] | None:
     return patterns if isinstance(patterns, str | None) else list(patterns)
-
-
-def _refuse_other_model(
-    model: SubspaceModel, state: Mapping[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Coordinates mean nothing on another θ₀ or along other directions."""
-    theirs = state.get(prefix + "fingerprint")
-    if theirs is not None and (different := model._difference(theirs)):
-        raise SubspanError(
-            f"{different} of the model that this state_dict comes from differ from this model's: "
-            "build it from the same initial weights and with the same options"
-        )

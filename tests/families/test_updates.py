@@ -1,12 +1,46 @@
 """Updates in place beyond the laws: their memory, and what they refuse."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import subspan
 from subspan import SubspanError
 from subspan.families import base
-from tests.test_calls import Live
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that still live, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.see((args, kwargs), made=False)  # what was there before: an output may be its view
+        out = function(*args, **(kwargs or {}))
+        self.see(out, made=True)
+        return out
+
+    def see(self, tree, made):
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes() if made else 0
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
 
 LOCAL = ["gaussian", "rademacher", "sparse", "hash", "fastfood", "kronecker"]
 
@@ -17,6 +51,7 @@ def test_nothing_of_the_size_of_the_weights_exists_beside_them(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BLOCK", 1 << 12)
+    monkeypatch.setattr(base, "product", base.project)  # an operator, whose result is seen
     p = subspan.projection(family, out_dim=1 << 18, in_dim=5)
     theta, g, w = torch.zeros(1 << 18, dtype=dtype), torch.ones(1 << 18, dtype=dtype), torch.ones(5)
     with Live() as live:

@@ -111,7 +111,7 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit.
         """
         rows = self._check(w, "w", step, rows, length=self.in_dim)
-        return project(w, as_step(step), self.recipe, rows.start, rows.stop, False)
+        return product(w, as_step(step), self.recipe, rows.start, rows.stop, False)
 
     def rmatvec(self, g: Tensor, *, step: int | Tensor = 0, rows: range | None = None) -> Tensor:
         """Pᵀ g restricted to the given rows: the exact adjoint of :meth:`matvec`.
@@ -128,7 +128,7 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit.
         """
         rows = self._check(g, "g", step, rows, length=None)
-        return project(g, as_step(step), self.recipe, rows.start, rows.stop, True)
+        return product(g, as_step(step), self.recipe, rows.start, rows.stop, True)
 
     @torch.no_grad()
     def addmv_(
@@ -157,8 +157,8 @@ class Projection(ABC):
         rows = self._check_update(w, theta, "theta", step, rows)
         for block in self._blocks_of(rows):
             part = theta[block.start - rows.start : block.stop - rows.start]
-            product = project(w, as_step(step), self.recipe, block.start, block.stop, False)
-            part.add_(product, alpha=alpha)
+            along = product(w, as_step(step), self.recipe, block.start, block.stop, False)
+            part.add_(along, alpha=alpha)
         return theta
 
     @torch.no_grad()
@@ -187,8 +187,8 @@ class Projection(ABC):
         rows = self._check_update(w, g, "g", step, rows)
         for block in self._blocks_of(rows):
             part = g[block.start - rows.start : block.stop - rows.start].to(w.dtype)
-            product = project(part, as_step(step), self.recipe, block.start, block.stop, True)
-            w.add_(product, alpha=alpha)
+            own = product(part, as_step(step), self.recipe, block.start, block.stop, True)
+            w.add_(own, alpha=alpha)
         return w
 
     def _blocks_of(self, rows: range) -> Iterator[range]:
@@ -309,8 +309,59 @@ def projection(
 
 
 def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """What :func:`project` computes, unseen by autograd and compilers."""
+    """The bare product P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers."""
     return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+
+
+def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """P x or Pᵀ x for rows start … stop−1, without the checks of the public methods.
+
+    The map is linear, so that every derivative of it is itself or its adjoint: backward and forward
+    mode of any order, and ``torch.func`` transforms.
+    """
+    if captured(x):
+        return project(x, step, recipe, start, stop, adjoint)
+    return _Product.apply(x, step, recipe, start, stop, adjoint)
+
+
+def captured(x: Tensor) -> bool:
+    """Whether a graph of operators is being recorded, in which ours must be one operator."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+class _Product(torch.autograd.Function):
+    """The product for eager programs, with rules for every transform of PyTorch."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool
+    ) -> Tensor:
+        out = compute(x.detach(), step, recipe, start, stop, adjoint)
+        return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.step, *ctx.rest = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        recipe, start, stop, adjoint = ctx.rest
+        back = product(grad, ctx.step, recipe, start, stop, not adjoint)
+        return back, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return product(tangent, ctx.step, *ctx.rest)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, step: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            raise SubspanError("vmap over the step of a projection: give all samples one step")
+        return torch.stack([product(one, step, *rest) for one in x.unbind(in_dims[0])]), 0
 
 
 # ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
@@ -318,7 +369,7 @@ def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 
 @torch.library.custom_op("subspan::project", mutates_args=())
 def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """P x or Pᵀ x for rows start … stop−1, without the checks of the public methods."""
+    """The same as an operator, for graphs that are compiled, exported or traced."""
     out = compute(x, step, recipe, start, stop, adjoint)
     return out.clone() if out is x else out  # an operator must not return its argument
 

@@ -1,0 +1,470 @@
+"""How a network stays itself while its weights are computed: classes made for its modules.
+
+A trained parameter stays in its module, under its name, as a frozen :class:`Base` that holds θ₀.
+The module gets a class of the same name, derived from its own, with a data descriptor for each of
+these parameters: a descriptor on the type goes before ``Module.__getattr__``, so that every read of
+``module.weight`` gives θ = θ₀ + P w, whoever reads it and from wherever. (Source of the idea:
+``torch.nn.utils.parametrize``, which moves the parameter away for it.)
+
+One rule decides who sees what: the network's own methods and parts see θ; what asks the network as
+a whole for parameters or a state (an optimizer, DDP, a trainer) sees frozen θ₀ and the coordinates.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from subspan.errors import SubspanError
+
+if TYPE_CHECKING:
+    from subspan.weights import Weights
+
+LINK = "_subspan"  # in a module's __dict__: its Link
+PREFIX = "subspan_"  # of our names among a network's parameters and buffers
+FINGERPRINT = PREFIX + "fingerprint"
+
+_plain = torch._C.DisableTorchFunctionSubclass
+_saving = threading.local()  # .thetas: of a state_dict of θ that is being made, None of coordinates
+
+
+class Link:
+    """What a module knows of the subspace: its tensors' names, by attribute."""
+
+    def __init__(self, weights: Weights, tensors: dict[str, str]) -> None:
+        self.weights, self.tensors = weights, tensors
+
+
+# ---- tensors that refuse what would have no effect -----------------------------------------------
+
+
+def _property(function: Any) -> str:
+    """The name of the property whose getter or setter this is; "" of an ordinary function."""
+    return getattr(getattr(function, "__self__", None), "__name__", "")
+
+
+def _changes_first(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of PyTorch writes to its first argument."""
+    name = getattr(function, "__name__", "")
+    if name == "__set__":
+        return _property(function) == "data"
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
+
+
+_IN_PLACE = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow",
+                                "and", "or", "xor", "lshift", "rshift", "matmul")
+}  # fmt: skip
+
+
+class Base(nn.Parameter):
+    """A parameter that is trained in a subspace: frozen, and it holds θ₀.
+
+    It may be moved, converted, copied and read; but whoever computes with it wants the weight, which
+    its module gives, and gets a refusal. ``requires_grad = …`` is taken as a wish, see
+    :meth:`Weights.check_wishes`.
+    """
+
+    home: tuple[Weights, str]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" or isinstance(func, torch._ops.OpOverload):  # of a compiled graph
+            with _plain():
+                return func(*args, **kwargs)
+        if name == "requires_grad_" or (name == "__set__" and _property(func) == "requires_grad"):
+            wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+            args[0].home[0].wish(args[0].home[1], bool(wish))
+            return args[0] if name == "requires_grad_" else None
+        with _plain():
+            out = func(*args, **kwargs)
+            if (
+                type(out) is Tensor and out.is_floating_point() and name not in _HARMLESS
+                and not name.endswith("_") and not name.endswith("_like")
+                and not name.startswith(("new_", "__i"))
+            ):  # fmt: skip
+                bases = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Base]
+                if bases and not any(_shares_memory(out, base) for base in bases):
+                    weights, tensor = bases[0].home
+                    raise SubspanError(
+                        f"{tensor} among parameters() is θ₀, and {name} of it is not that of the "
+                        f"weight, which is trained through coordinates: read it from its module "
+                        f"(net.{tensor}), from a part's parameters() or from weights() of the "
+                        "SubspaceModel"
+                    )
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        if id(self) not in memo:
+            with _plain():
+                twin = type(self)(self.data.clone(memory_format=torch.preserve_format), False)
+            memo[id(self)] = twin
+            twin.home = copy.deepcopy(self.home, memo)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _plain():  # and its home afterwards, which holds this parameter
+            return _base, (self.data.detach(),), self.home, None, None, _settle
+
+
+_HARMLESS = frozenset({
+    "detach", "clone", "to", "cpu", "cuda", "type", "type_as", "float", "half", "double",
+    "bfloat16", "contiguous", "pin_memory", "empty_like", "zeros_like", "__deepcopy__",
+})  # fmt: skip
+
+
+def _base(data: Tensor) -> Base:
+    return Base(data, False)
+
+
+def _settle(base: Base, home: tuple[Weights, str]) -> None:
+    base.home = home
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # without a storage
+        return False
+
+
+class Computed(Tensor):
+    """A weight θ that was read outside of a call of the network: ordinary, but not to write to.
+
+    It was made a moment ago and belongs to nobody, so that a change of it would be lost without a
+    word: ``net.fc.weight.data.zero_()`` is refused.
+    """
+
+    weight_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = [kwargs.get("out")]
+        if _changes_first(func, kwargs):
+            written.append(args[0] if args else kwargs.get("tensor"))
+        target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
+        name = getattr(func, "__name__", "")
+        if target is not None and not (name == "requires_grad_" and target._own(args, kwargs)):
+            raise SubspanError(
+                f"{target.weight_name} is θ₀ + P w, computed when it is read, and {name} on it would be "
+                "lost: change the network before it is wrapped (or that of merge() or unwrap()), "
+                "and freeze a part of it by exclude="
+            )
+        if name == "__set__" and _property(func) == "requires_grad" and not args[0]._own(args, {}):
+            raise SubspanError(
+                f"{args[0].weight_name} is trained through coordinates that it may share with others: "
+                "freeze a part of a network by exclude= when it is wrapped"
+            )
+        with _plain():
+            out = func(*args, **kwargs)
+            if type(out) is Tensor and args and type(args[0]) is Computed:
+                source = args[0]
+                if not out.is_sparse and _shares_memory(out, source):
+                    out = out.as_subclass(Computed)
+                    out.weight_name = source.weight_name
+        return out
+
+    def _own(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a flag requires_grad can be set: that of a detached copy, or as it is already."""
+        with _plain():
+            flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+            return self.is_leaf and not self._is_theta or bool(flag) == self.requires_grad
+
+    _is_theta = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with _plain():
+            twin = self.detach().clone().as_subclass(Tensor)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _plain():
+            return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def guarded(theta: Tensor, name: str) -> Tensor:
+    """θ as a :class:`Computed`, in the same graph."""
+    theta = theta.as_subclass(Computed)
+    theta.weight_name, theta._is_theta = name, True
+    return theta
+
+
+# ---- classes made for modules --------------------------------------------------------------------
+
+
+class Weight:
+    """The descriptor of a trained parameter: reading it gives θ."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        base = module._parameters.get(self.name)
+        if base is None:
+            return _otherwise(module, self.name)
+        link: Link = module.__dict__[LINK]
+        try:
+            return link.weights.read(link.tensors[self.name])
+        except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
+            raise RuntimeError(f"{link.tensors[self.name]} could not be computed") from error
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__[self.name] = value  # of a module whose parameter has been taken away
+
+
+def _otherwise(module: nn.Module, name: str) -> Any:
+    """An attribute that was a trained parameter and is something else by now."""
+    for place in (module.__dict__, module._buffers, module._modules, module._parameters):
+        if name in place:
+            return place[name]
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+class Quantised:
+    """The attribute that PyTorch's quantisation sets: it would pass modules of our classes by."""
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None or "qconfig" not in module.__dict__:
+            raise AttributeError("qconfig")
+        return module.__dict__["qconfig"]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        raise SubspanError(
+            "a network in a subspace cannot be quantised: quantise the merge() of its SubspaceModel"
+        )
+
+
+class Part:
+    """What every module above a trained parameter has."""
+
+    _subspan_class: ClassVar[tuple[type, tuple[str, ...], bool]]
+    qconfig = Quantised()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remade, self._subspan_class, self.__getstate__()  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
+                memo[id(leaf)] = leaf.detach().clone()
+        if (own := getattr(super(), "__deepcopy__", None)) is not None:
+            return own(memo)
+        twin = memo[id(self)] = _remade(*self._subspan_class)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        return twin
+
+    # ---- parameters --------------------------------------------------------------------------
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """A part's parameters at θ; of one module alone, as FSDP asks, those that are stored."""
+        own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        for name, p in own:
+            if recurse and type(p) is Base:
+                weights, tensor = p.home
+                yield name, weights.read(tensor)
+            else:
+                yield name, p
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; but a weight that is computed cannot become something else."""
+        link: Link | None = vars(self).get(LINK)
+        if link is not None:
+            lost = [attr for attr in link.tensors if attr not in self._parameters]  # type: ignore[attr-defined]
+            for attr in lost:  # taken out by the caller a moment ago
+                self._parameters[attr] = link.weights.base_of(link.tensors[attr])  # type: ignore[attr-defined]
+            if lost or name in link.tensors or type(param) is Computed:
+                tensor = link.tensors.get(lost[0] if lost else name, name)
+                raise SubspanError(
+                    f"{tensor} is computed from coordinates and cannot be replaced or computed "
+                    "from another tensor: do this before the network is wrapped, or on the network "
+                    "of merge() or unwrap()"
+                )
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        link: Link | None = vars(self).get(LINK)
+        if link is not None and name in link.tensors and name in self._parameters:  # type: ignore[attr-defined]
+            raise SubspanError(
+                f"{link.tensors[name]} is computed from coordinates and cannot be deleted or "
+                "computed from another tensor: do this before the network is wrapped, or on the "
+                "network of merge() or unwrap()"
+            )
+        super().__delattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; what that makes of θ₀ is θ₀ from now on."""
+        weights: Weights = vars(self)[LINK].weights
+        before = weights.changed(set(vars(self)[LINK].tensors.values()))
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        weights.remember(set(vars(self)[LINK].tensors.values()) - before)
+        return out
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise SubspanError(
+            "nn.DataParallel copies parameters one by one and would lose the subspace: use "
+            "DistributedDataParallel"
+        )
+
+    # ---- states ------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a part, and for the network's own methods, at θ; of the network, coordinates."""
+        if hasattr(_saving, "thetas"):  # of something around
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        weights: Weights = vars(self)[LINK].weights
+        whole = weights.root is self and not _asked_by_itself(self)
+        if whole:
+            weights.check_base()
+        _saving.thetas = None if whole else {}
+        try:
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del _saving.thetas
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        link: Link = vars(self)[LINK]
+        thetas = _saving.thetas
+        for attribute, tensor in link.tensors.items():
+            if thetas is None:
+                destination.pop(prefix + attribute, None)
+            elif prefix + attribute in destination:
+                if tensor not in thetas:
+                    theta = link.weights.form(tensor)
+                    thetas[tensor] = theta if keep_vars else theta.detach()
+                destination[prefix + attribute] = thetas[tensor]
+        if thetas is not None and link.weights.root is self:
+            for name in (*link.weights.coordinate_names, FINGERPRINT):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        link: Link = vars(self)[LINK]
+        if link.weights.root is self:
+            link.weights.before_loading(state_dict, prefix)
+        for attribute, tensor in link.tensors.items():
+            if prefix + attribute in state_dict:
+                raise SubspanError(
+                    f"{tensor} is computed from coordinates, and a part alone cannot be loaded: "
+                    "load a state of the whole network, or load before the network is wrapped"
+                )
+        before = set(missing_keys)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own = {prefix + attribute for attribute in link.tensors}
+        missing_keys[:] = [key for key in missing_keys if key in before or key not in own]
+
+
+class Root(Part):
+    """What the network itself has besides: its coordinates are among its parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        weights: Weights = vars(self)[LINK].weights
+        return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The network's own first, frozen at θ₀; coordinates last: they have a dtype of their own."""
+        last = []
+        own = super(Part, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        for name, p in own:
+            if name.rpartition(".")[2].startswith(PREFIX):
+                last.append((name, p))
+            else:
+                yield name, p
+        yield from last
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
+        return vars(self)[LINK].weights.for_ddp("")
+
+
+class Recurrent:
+    """A recurrent layer, which keeps a list of its weights beside them."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        names = vars(self)["_flat_weights_names"]
+        if not vars(self)[LINK].weights.ready:  # while copies are made
+            return [None] * len(names)
+        return [getattr(self, name, None) for name in names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        vars(self).pop("_flat_weights", None)
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to do: the list is made at each read."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: computed weights do not lie in one piece of memory."""
+
+
+_made: dict[tuple[type, tuple[str, ...], bool], type] = {}
+
+
+def made(cls: type, names: tuple[str, ...], root: bool) -> type:
+    """The class of a module whose parameters of these names are computed."""
+    key = (cls, names, root)
+    if key not in _made:
+        bases = (Root if root else Part, cls)
+        if issubclass(cls, nn.RNNBase):
+            bases = (Recurrent, *bases)  # type: ignore[assignment]
+        body: dict[str, Any] = {name: Weight(name) for name in names}
+        body |= {"_subspan_class": key, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        body["__qualname__"] = cls.__qualname__
+        _made[key] = type(cls.__name__, bases, body)
+    return _made[key]
+
+
+def _remade(cls: type, names: tuple[str, ...], root: bool) -> Any:
+    own = made(cls, names, root)
+    return own.__new__(own)
+
+
+def _asked_by_itself(net: Any) -> bool:
+    """Whether a method of the network, save_pretrained say, is being run: it gets what it had."""
+    codes = set()
+    for cls in type(net).__mro__:
+        if cls in (nn.Module, Part, Root, object):
+            continue
+        for value in vars(cls).values():
+            function = getattr(value, "__func__", value)
+            while hasattr(function, "__wrapped__"):
+                function = function.__wrapped__
+            if (code := getattr(function, "__code__", None)) is not None:
+                codes.add(code)
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code in codes and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is net:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
