@@ -31,7 +31,7 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
     if inline and not name.lstrip().startswith("{"):
         return
     try:
-        text = name if inline else path.read_text(encoding="utf-8-sig")
+        text = name if inline else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = 1 + error.object[: error.start].count(b"\n")
         raise SubspanError(
