@@ -78,8 +78,8 @@ class Classification(Task):
         # A digest: of a thousand classes the names would be larger than the coordinates.
         text = json.dumps(images.names).encode()
         names = {"names": hashlib.blake2b(text, digest_size=8).hexdigest()} if images.names else {}
-        depth = {} if images.depth == "8 bits" else {"depth": images.depth}
-        return names | depth | {
+        told = names if images.depth == "8 bits" else {**names, "depth": images.depth}
+        return told | {
             "image_shape": list(images.image_shape),
             "classes": images.classes,
             "mean": [float(f"{m:.9g}") for m in images.mean],  # 9 digits tell float32 apart
