@@ -37,6 +37,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
 from subspan.errors import SubspanError
+from subspan.layers import factors
+from subspan.layers.factors import plain
 from subspan.layers.plain import Convolution, filled, linear
 
 
@@ -101,6 +103,14 @@ class LowRank(nn.Module, ABC):
         self.V = nn.Parameter(torch.empty(m, rank, **like))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(n, **like)) if bias else None  # type: ignore[arg-type]
         self.reset_parameters()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Take the parameters for this layer's, so that they are not averaged with another's."""
+        for name in "USV":
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                factors.adopt(name, parameter)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -156,9 +166,10 @@ class LowRank(nn.Module, ABC):
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
-        W = self.U @ self.S @ self.V.T
-        watched = self._watched()
-        return W if watched is None else W + watched.k @ self.V.T + self.U @ watched.l.T
+        with plain():
+            U, S, V = self.U, self.S, self.V
+            W, watched = U @ S @ V.T, self._watched()
+            return W if watched is None else W + watched.k @ V.T + U @ watched.l.T
 
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
         """Take other factors, perhaps of another rank; the parameters stay the same objects.
@@ -170,17 +181,19 @@ class LowRank(nn.Module, ABC):
             S: (r', r').
             V: (m, r').
         """
-        for own, new in ((self.U, U), (self.S, S), (self.V, V)):
-            if own.shape == new.shape:
-                own.data.copy_(new)
-            else:  # allocated at its own size
+        with plain():
+            for own, new in ((self.U, U), (self.S, S), (self.V, V)):
+                if own.shape == new.shape:
+                    own.data.copy_(new)
+                    continue
                 own.grad = None
                 # A graph that is still alive (that of the last loss) keeps the node that
-                # accumulates this gradient, which knows the old shape. A change of type, and only
-                # that, makes autograd forget the node.
+                # accumulates this gradient, which knows the old shape. A change of type or device,
+                # and only that, makes autograd forget the node.
                 dtype = own.dtype
                 other = torch.float64 if dtype == torch.float32 else torch.float32
                 own.data = torch.empty(0, dtype=other, device=own.device)
+                # Allocated at its own size:
                 own.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
         self._renew_tangents()
 
@@ -196,6 +209,7 @@ class LowRank(nn.Module, ABC):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the layer to another device or type, and what watches it, too."""
         super()._apply(fn, recurse)
+        self._adopt()
         self._renew_tangents()
         return self
 
@@ -203,20 +217,48 @@ class LowRank(nn.Module, ABC):
         """Leave the watcher behind: copies of the layer are not what it watches."""
         return {name: value for name, value in vars(self).items() if name != "_watcher"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the copied parameters for this layer's."""
+        super().__setstate__(state)
+        self._adopt()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Add the witness, by which loading knows factors that have been averaged."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = [self._parameters.get(name) for name in "USV"]
+        if all(isinstance(p, factors.Factor) and not p.is_meta for p in own):
+            with plain():
+                destination[prefix + "witness"] = factors.witness(*own)  # type: ignore[arg-type]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:
-        """Take the rank of the file, too."""
+        """Take the rank of the file, too.
+
+        Raises:
+            SubspanError: if somebody has averaged the factors one by one.
+        """
         found = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
+        saved = state_dict.pop(prefix + "witness", None)  # older states have none
         if len(found) == 3 and all(t.dim() == 2 for t in found):
             U, S, V = found
             (n, m), r = self.shape, S.shape[0]
             if (U.shape, S.shape, V.shape) == ((n, r), (r, r), (m, r)):
-                self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
+                with plain():
+                    if saved is not None:
+                        factors.check(prefix.removesuffix(".") or "the layer", found, saved)
+                    self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+        self._adopt()
 
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
         """The layer's output; in the type of autocast, where that is on."""
+        with plain():
+            return self._product(x, how)
+
+    def _product(self, x: Tensor, how: Geometry | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         kind, watched = x.dtype, self._watched()
@@ -264,7 +306,8 @@ class LowRankLinear(LowRank):
 
     def two_factors(self) -> nn.Sequential:
         """(r, m) without a bias, then (n, r)."""
-        return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
+        with plain():
+            return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
 
     def extra_repr(self) -> str:
         """As in ``nn.Linear``."""
@@ -323,12 +366,12 @@ class LowRankConv2d(LowRank, Convolution):
 
     def two_factors(self) -> nn.Sequential:
         """Vᵀ as r filters without a bias, then a 1×1 convolution."""
-        K = self.U @ self.S
-        last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
-        return nn.Sequential(
-            self.ordinary(_filters(self.V, self.kernel_size), None),
-            filled(last, K[..., None, None], self.bias),
-        )
+        with plain():
+            K, filters = self.U @ self.S, _filters(self.V, self.kernel_size)
+            last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
+            return nn.Sequential(
+                self.ordinary(filters, None), filled(last, K[..., None, None], self.bias)
+            )
 
     def extra_repr(self) -> str:
         """As in ``nn.Conv2d``."""
@@ -416,6 +459,12 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        with plain():
+            return _Watched.gradients(ctx, gy)
+
+    @staticmethod
+    def gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of x, U, S, V, b, k and l."""
         x, h, U, S, V, k, l = ctx.saved_tensors  # noqa: E741
         if not torch.compiler.is_compiling() and U.is_leaf and U.grad is None:
             # Somebody has cleared the gradients, and could not know of these.

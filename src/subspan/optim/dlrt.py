@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from subspan import distributed, slots
 from subspan.errors import SubspanError, unknown
+from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
 from subspan.optim.base import BASES, SETTINGS, transport, turn_core
@@ -576,7 +577,8 @@ def _trainable(name: str, layer: LowRank) -> bool:
 def _factors(layer: LowRank, copy: bool) -> Factors:
     """The factors of a layer, in a precision that bases can be orthonormal in."""
     wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
-    return Factors(*(p.detach().to(wide, copy=copy) for p in _parameters(layer)))
+    with plain():
+        return Factors(*(p.detach().to(wide, copy=copy) for p in _parameters(layer)))
 
 
 def _finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
