@@ -144,7 +144,7 @@ def loss_of(y: Tensor) -> Tensor:
 
 def parameters(net: nn.Module) -> dict[str, Tensor]:
     """Values by name, as ``torch.func`` takes them."""
-    return {name: p.detach() for name, p in net.named_parameters()}
+    return {name: p.detach().as_subclass(Tensor) for name, p in net.named_parameters()}
 
 
 def gradients(y: Tensor, net: nn.Module, x: Tensor) -> list[Tensor]:
@@ -588,3 +588,14 @@ def the_ordinary_layer_can_be_exported(case: Case) -> None:
     program = torch.export.export(case.dense(net).eval(), (x,))
     assert not any("subspan" in str(node.target) for node in program.graph.nodes)
     assert_near(program.module()(x), net.eval()(x))
+
+
+@costly
+def it_can_be_exported_with_any_batch(case: Case) -> None:
+    """A program of the layer itself, which computes the same for a batch that it did not see."""
+    net, x = case.net(torch.float32).eval(), case.x(torch.float32)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
+    for size in (4, 7):
+        x = case.x(torch.float32, (size,))
+        assert_near(program.module()(x), net(x))

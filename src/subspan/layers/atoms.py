@@ -75,7 +75,7 @@ class Sum(ABC):
         """Check the shape, and set ``p``, ``energy`` and the costs."""
 
     def constants(self) -> tuple[Tensor, ...]:
-        """What every product needs, made from the seed."""
+        """Make the tensors that every product needs, from the seed."""
         return ()
 
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class Attention(nn.Module):
-    """What an ``nn.MultiheadAttention`` computes, by four ordinary linear layers.
+    """An ``nn.MultiheadAttention`` whose projections are four ordinary linear layers.
 
     It is called as the original is, also by ``nn.TransformerEncoderLayer`` and its like, which
     then do without their fused path.
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         need_weights: bool = True, attn_mask: Tensor | None = None,
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As :meth:`torch.nn.MultiheadAttention.forward`.
+        """Do as :meth:`torch.nn.MultiheadAttention.forward`.
 
         Args:
             query: (L, E), (L, N, E), or (N, L, E) with ``batch_first``.
@@ -187,7 +187,7 @@ class Attention(nn.Module):
             )
 
     def _mask(self, pairs: Tensor | None, keys: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one that is added to scores (N, heads, L, S)."""
+        """Join both masks to one that is added to scores (N, heads, L, S)."""
 
         def added(mask: Tensor) -> Tensor:
             if mask.dtype != torch.bool:
@@ -204,7 +204,7 @@ class Attention(nn.Module):
 
 
 def _joined(*parts: Tensor) -> nn.Parameter:
-    """One parameter with copies of several below each other."""
+    """Join copies of several parameters, below each other, to one."""
     joined = nn.Parameter(torch.cat([p.detach() for p in parts]))
     stand_for(joined, *parts)
     return joined

@@ -25,7 +25,7 @@ from subspan.linalg import rank_of, svd
 
 Init = Literal["svd", "random"]
 
-FACTORS = ("U", "S", "V", "bias")
+FACTORS = ["U", "S", "V", "bias"]
 PLAIN = nn.Linear(1, 1, device="meta")
 FRESH: dict[type[nn.Module], nn.Module] = {  # layers as they are before anybody touches them
     LowRankLinear: LowRankLinear(1, 1, 1, device="meta"),
@@ -161,8 +161,9 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
                 f"layer {name!r} cannot be merged, since its class, {named(layer)}, is none of "
                 "subspan's and may compute anything: merge the SubspaceModel first, if it is one"
             )
-        registered = registry(layer) if isinstance(layer, ProductOfSums) else (FACTORS,)
-        if why := obstacle(layer, *registered) or used.get(id(layer)):
+        parameters, buffers = registry(layer) if isinstance(layer, ProductOfSums) else (FACTORS, [])
+        kinds = {type(p) for p in FRESH[type(layer)].parameters()}
+        if why := obstacle(layer, parameters, buffers, kinds=kinds) or used.get(id(layer)):
             raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
         refuse_hooks(name, layer)
         plain = layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
@@ -181,7 +182,7 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
 def _whole(
     name: str, module: Attention, layers: list[nn.Linear], used: Mapping[int, str]
 ) -> nn.MultiheadAttention:
-    """The ordinary attention with these four projections.
+    """Make the ordinary attention with these four projections.
 
     Raises:
         SubspanError: for what it could not have.
@@ -206,7 +207,7 @@ def _rank(
     name: str, shape: tuple[int, ...], rank: int | Mapping[str, int] | None, ratio: float | None,
     energy: float | None, best: tuple[Tensor, ...] | None,
 ) -> int:  # fmt: skip
-    """The rank of one layer."""
+    """Return the rank of one layer."""
     n, m = shape
     if ratio is not None:
         return max(1, min(n, m, int(ratio * n * m / (n + m))))
@@ -229,7 +230,7 @@ def _rank(
 
 
 def _factored(layer: nn.Linear | nn.Conv2d, r: int, best: tuple[Tensor, ...] | None) -> LowRank:
-    """The layer with factors: of its weight, or random ones of its norm."""
+    """Make the layer with factors of its weight, or with random ones of its norm."""
     like = {
         "bias": layer.bias is not None,
         "device": layer.weight.device,

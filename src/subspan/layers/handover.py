@@ -35,7 +35,7 @@ STATE_HOOKS = {
 
 def obstacle(
     layer: nn.Module, parameters: Collection[str], buffers: Collection[str] = (),
-    modules: Collection[str] = (),
+    modules: Collection[str] = (), kinds: Collection[type[Tensor]] = (),
 ) -> str | None:  # fmt: skip
     """Say why no other layer can compute what this one does, from its parameters; or None.
 
@@ -44,6 +44,7 @@ def obstacle(
         parameters: every name that its class registers, also for a parameter that is None.
         buffers: likewise.
         modules: likewise.
+        kinds: classes that its parameters have besides ``nn.Parameter``.
     """
     for name in parameters:
         tensor = layer._parameters.get(name)
@@ -53,7 +54,7 @@ def obstacle(
             continue
         if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             return f"its {name} has no values yet: run a batch, or load them, first"
-        if type(tensor) is not nn.Parameter or tensor.layout != torch.strided:
+        if type(tensor) not in (nn.Parameter, *kinds) or tensor.layout != torch.strided:
             return f"its {name} is no ordinary tensor but {type(tensor).__name__}, {tensor.layout}"
         if not tensor.is_floating_point():
             return f"its {name} is {tensor.dtype}, and factors are real"
@@ -105,7 +106,7 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
 
 
 def _span(tensor: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """Where a tensor lies: its storage, the first byte and the one behind the last."""
+    """Tell where a tensor lies: its storage, the first byte and the one behind the last."""
     if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta or not tensor.numel():
         return
     if tensor.layout != torch.strided or not (storage := _storage(tensor)):
@@ -117,7 +118,7 @@ def _span(tensor: Tensor | None) -> Iterator[tuple[int, int, int]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 of a subclass that has none of its own."""
+    """Return the address of a tensor's memory, or 0 of a subclass that has none of its own."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -125,7 +126,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _kept(module: nn.Module) -> Iterator[Any]:
-    """Tensors and modules that a module's own attributes hold, also inside lists and mappings."""
+    """Yield the tensors and modules that attributes hold, also inside lists and mappings."""
     stack = [(value, 0) for key, value in vars(module).items() if key not in _REGISTRIES]
     while stack:
         value, depth = stack.pop()
@@ -219,5 +220,8 @@ def hand_over(
 def stand_for(new: Tensor, *old: Tensor) -> None:
     """Make a parameter trained if one of others is, and give it their attributes."""
     for p in old:
-        vars(new).update(vars(p))
+        of_class = {
+            name for kind in type(p).__mro__ for name in vars(kind).get("__annotations__", ())
+        }
+        vars(new).update({name: v for name, v in vars(p).items() if name not in of_class})
     new.requires_grad_(any(p.requires_grad for p in old))

@@ -45,7 +45,7 @@ class Place:
 
 
 def places(net: nn.Module) -> dict[str, Place]:
-    """Every layer of the kinds that can be replaced, by its first name."""
+    """Find every layer of the kinds that can be replaced, by its first name."""
     found: dict[str, Place] = {}
     inside: set[int] = set()
     used = used_elsewhere(net)
@@ -65,7 +65,7 @@ def places(net: nn.Module) -> dict[str, Place]:
 
 
 def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
-    """Why a linear or convolutional layer cannot be replaced."""
+    """Say why a linear or convolutional layer cannot be replaced; or None."""
     if type(layer) not in (*LINEAR, nn.Conv2d):
         return f"its class, {named(layer)}, is no ordinary one and may compute anything"
     assert isinstance(layer, nn.Linear | nn.Conv2d)
@@ -88,12 +88,12 @@ def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
 
 
 def named(module: nn.Module) -> str:
-    """The full name of a module's class; one that is derived may have its parent's last name."""
+    """Return the full name of a module's class: a derived one may share its parent's last name."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _obstacle_of_attention(module: nn.MultiheadAttention, used: Mapping[int, str]) -> str | None:
-    """Why an attention cannot be split into four layers."""
+    """Say why an attention cannot be split into four layers; or None."""
     if type(module) is not nn.MultiheadAttention:
         return f"the class of its attention, {named(module)}, may compute anything"
     if module.bias_k is not None or module.add_zero_attn:
@@ -108,7 +108,7 @@ def _obstacle_of_attention(module: nn.MultiheadAttention, used: Mapping[int, str
 def chosen(
     net: nn.Module, found: Mapping[str, Place], targets: Patterns, exclude: Patterns
 ) -> list[str]:
-    """Names of the layers that patterns select; by default all that nothing stands against.
+    """Select layers by patterns; by default all that nothing stands against.
 
     Raises:
         SubspanError: for a pattern that selects nothing, or a layer that cannot be replaced; for a
@@ -166,9 +166,12 @@ def check(found: Mapping[str, Place], names: Sequence[str]) -> None:
             raise SubspanError(
                 f"layer {name!r} cannot be replaced, since {place.obstacle}: leave it out"
             )
-        refuse_hooks(name, place.owner)
         if isinstance(place.owner, nn.MultiheadAttention):
-            refuse_hooks(name, place.owner.out_proj, called=False)
+            whole = name.removesuffix(place.projection)
+            refuse_hooks(whole.removesuffix("."), place.owner)
+            refuse_hooks(whole + "out_proj", place.owner.out_proj, called=False)
+        else:
+            refuse_hooks(name, place.owner)
 
 
 FRESH: dict[type[nn.Module], nn.Module] = {

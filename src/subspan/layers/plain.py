@@ -35,7 +35,7 @@ def autocast_type(x: Tensor) -> torch.dtype:
 
 
 class Convolution(nn.Module):
-    """What a layer with a kernel of its own making has of ``nn.Conv2d``: its arguments."""
+    """A layer that makes its kernel itself, with the arguments of ``nn.Conv2d``."""
 
     def place(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],

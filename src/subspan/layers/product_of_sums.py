@@ -53,7 +53,7 @@ STREAMS = 64  # of a layer: one for each factor, the last for its bias
 
 @dataclass(frozen=True)
 class Plan:
-    """How an interval of the chain F₁ … F_k x is formed.
+    """A way to form an interval of the chain F₁ … F_k x.
 
     Attributes:
         cost: multiply-adds.
@@ -75,12 +75,12 @@ class Plan:
     right: Plan | None = None
 
     def __str__(self) -> str:
-        """What is done, and how much that is."""
+        """Say what is done, and how much that is."""
         return f"{self.text}: {self.cost:,} multiply-adds"
 
 
 def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
-    """The cheapest order for the product of all factors, and of a batch of vectors if there is one.
+    """Find the cheapest order for the product of all factors, and of a batch if there is one.
 
     Args:
         sums: F₁ … F_k.
@@ -117,6 +117,14 @@ def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
                 if plan.cost < best[i, j].cost:
                     best[i, j] = plan
     return best[0, last]
+
+
+def expected(size: int) -> int:
+    """Return a size, or the example of one that torch.export leaves open: every order is right."""
+    if isinstance(size, torch.SymInt):
+        example = size.node.hint
+        return 1 if example is None else int(example)
+    return size
 
 
 # ---- factors as people write them ----------------------------------------------------------------
@@ -281,7 +289,7 @@ class ProductOfSums(nn.Module, ABC):
         return scales
 
     def _made(self, i: int) -> list[Tensor]:
-        """Constants of factor i from its seed, where its coefficients are, and in their type."""
+        """Make the constants of factor i, where its coefficients are, and in their type."""
         with torch.device("cpu"):
             constants = self.sums[i].constants()
         a, copied = self.values(i), self.sums[i].kind == "given"
@@ -349,7 +357,7 @@ class ProductOfSums(nn.Module, ABC):
 
     @property
     def bias_length(self) -> int:
-        """Of the ordinary layer's bias: n, or 0 without one."""
+        """The length of the ordinary layer's bias: n, or 0 without one."""
         return 0 if self.bias is None else self.shape[0]
 
     def full_bias(self) -> Tensor | None:
@@ -357,12 +365,12 @@ class ProductOfSums(nn.Module, ABC):
         return self.bias if self._bias_of is None else self._bias_of.matvec(self.bias)
 
     def coefficients(self, i: int) -> Tensor:
-        """What factor i has, c f(a), by which its atoms are multiplied; 1 of a fixed one."""
+        """Return c f(a) of factor i, by which its atoms are multiplied; 1 of a fixed one."""
         a = self.values(i)
         return self.scales[i] * self._functions[i](a) if self.trained[i] else a
 
     def values(self, i: int) -> Tensor:
-        """What is trained of factor i, (p,): a parameter a; of a fixed one, ones."""
+        """Return the numbers of factor i, (p,): a parameter a; of a fixed one, ones."""
         found: Tensor = getattr(self, f"a{i}")
         return found
 
@@ -417,7 +425,8 @@ class ProductOfSumsLinear(ProductOfSums):
         )
 
     def cost(self, batch: int) -> Plan:
-        """How a batch is multiplied, and with how many multiply-adds: print it."""
+        """Say how a batch is multiplied, and with how many multiply-adds: print it."""
+        batch = expected(batch)
         if batch not in self._plans:
             self._plans[batch] = planned(self.sums, batch)
         found: Plan = self._plans[batch]
@@ -431,7 +440,7 @@ class ProductOfSumsLinear(ProductOfSums):
                 f"{self.in_features}"
             )
         rows = x.reshape(-1, self.in_features)
-        y = self._formed(self.cost(len(rows)), rows).view(*x.shape[:-1], self.out_features)
+        y = self._formed(self.cost(rows.shape[0]), rows).view(*x.shape[:-1], self.out_features)
         bias = self.full_bias()
         y = y if bias is None else y + bias
         return y.to(autocast_type(y))
@@ -490,23 +499,30 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
         super().__init__(out_channels, m, factors, bias, seed, stream, init, device, dtype)
 
     def cost(self, places: int) -> tuple[Plan | None, Plan]:
-        """How many places (batch × height × width of the output) are computed.
+        """Say how so many places (batch × height × width of the output) are computed.
 
         Returns:
             The plan of the 1×1 convolution, or None, and that of the filters.
         """
+        places = expected(places)
         if places not in self._plans:
-            m, least = self.shape[1], -1
-            best: tuple[Plan | None, Plan] | None = None
-            for cut in range(len(self.sums)):
-                filters = planned(self.sums[cut:], None, cut)
-                after = planned(self.sums[:cut], places) if cut else None
-                cost = filters.cost + places * self.sums[cut].n * m + (after.cost if after else 0)
-                if best is None or cost < least:
-                    least, best = cost, (after, filters)
-            self._plans[places] = best
+            self._plans[places] = self._cheapest(places)
         found: tuple[Plan | None, Plan] = self._plans[places]
         return found
+
+    def _cheapest(self, places: int) -> tuple[Plan | None, Plan]:
+        """Try every factor as the first of the filters."""
+        ways: list[tuple[int, Plan | None, Plan]] = []
+        for cut in range(len(self.sums)):
+            filters = planned(self.sums[cut:], None, cut)
+            after = planned(self.sums[:cut], places) if cut else None
+            cost = filters.cost + places * self.sums[cut].n * self.shape[1]
+            ways.append((cost + (after.cost if after else 0), after, filters))
+        best = ways[0]
+        for way in ways:
+            if way[0] < best[0]:
+                best = way
+        return best[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W'), also of one image without B."""
@@ -654,7 +670,7 @@ def succeeded(name: str, layer: ProductOfSums, new: ProductOfSums) -> ProductOfS
 
 
 def registry(layer: ProductOfSums) -> tuple[list[str], list[str]]:
-    """Names of the parameters and of the buffers that a product of sums registers by itself."""
+    """Name the parameters and the buffers that a product of sums registers by itself."""
     own = [f"a{i}" for i in range(len(layer.sums))]
     parameters = [name for name, trained in zip(own, layer.trained, strict=True) if trained]
     constants = [name for names in layer._constants for name in names]
@@ -665,7 +681,7 @@ def remade(
     layer: nn.Linear | nn.Conv2d | ProductOfSums, recipe: Mapping[str, Any],
     device: torch.device | str | None = None,
 ) -> ProductOfSums:  # fmt: skip
-    """A product of sums of a recipe that lies on its input as a layer does, with first values."""
+    """Make a recipe's product of sums, on its input as a layer lies, with first values."""
     like = layer.values(0) if isinstance(layer, ProductOfSums) else layer.weight
     options = dict(recipe) | {"device": device or like.device, "dtype": like.dtype}
     new: ProductOfSums

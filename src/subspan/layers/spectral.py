@@ -82,7 +82,7 @@ class SpectralFilters(nn.Module):
         self.reset_parameters()
 
     def _tables(self) -> dict[str, Tensor]:
-        """Cosines in float64, by the names of the buffers that they are."""
+        """Make the cosines in float64, by the names of the buffers that they are."""
         tables = {}
         with torch.device("cpu"):  # numbers, even where a network is made without any
             for i, (side, out) in enumerate(zip(self.size, self.out_size, strict=True)):
