@@ -131,14 +131,15 @@ class DLRT(Copied, Optimizer):
             )
         if integrator == "kls-adaptive" and not self.rule.adapts:
             raise SubspanError("integrator 'kls-adaptive' needs a tolerance or a target_ratio")
-        self._layers = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
-        if not self._layers:
+        factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
+        if not factored:
             raise SubspanError(
                 "the network has no factored layer: call subspan.layers.factorize(net, …) first"
             )
+        self._layers = {n: m for n, m in factored.items() if _trainable(n, m)}
+        if not self._layers:
+            raise SubspanError("every factored layer of the network is frozen: unfreeze some")
         for name, layer in self._layers.items():
-            if not _trainable(name, layer):
-                raise SubspanError(f"factors of layer {name!r} are frozen: unfreeze all three")
             least = min(layer.shape)
             if min_rank > least:
                 raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
@@ -184,12 +185,12 @@ class DLRT(Copied, Optimizer):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of every factored layer."""
+        """The rank of every factored layer that it trains."""
         return {name: layer.rank for name, layer in self._layers.items()}
 
     @property
     def cores(self) -> dict[str, Tensor]:
-        """S of every factored layer, with the singular values of its weight."""
+        """S of every factored layer that it trains, with the singular values of its weight."""
         return {name: layer.S for name, layer in self._layers.items()}
 
     @property

@@ -41,6 +41,8 @@ class RandomBases(Copied, Optimizer):
 
     - *Weight decay* λ adds λ θ to the gradient, as in :class:`torch.optim.SGD`, before it is
       projected: the decay acts along the basis only, like everything else.
+    - *A parameter without a gradient* is one whose gradient is zero: what moves it are the basis
+      and the momentum that it shares with others of its compartment, and its decay.
     - *Padding rows* of embeddings in a module stay where they are, as with every optimizer.
     - *Momentum* μ sums coordinates, u ← μ u + c, and coordinates mean something in their own basis
       only: the sum begins anew at each redraw. With ``redraw_every=1`` there is nothing to sum,
@@ -156,6 +158,7 @@ class RandomBases(Copied, Optimizer):
         self._parts = parts(divided, distribution, seed, self._bases, options, kept)
         self._sizes = [sum(part.dim for part in compartments) for _, compartments in divided]
         self._tensors = {name: tensor for group in named for name, tensor in group.items()}
+        self._trained = {name: tensor.requires_grad for name, tensor in self._tensors.items()}
         self.layout = layout(self._parts)
         for group in self.param_groups:
             group["layout"] = int(self.layout[:15], 16)
@@ -210,6 +213,12 @@ class RandomBases(Copied, Optimizer):
         Raises:
             SubspanError: if there is no gradient, or workers do not fit together or are lost.
         """
+        for name, tensor in self._tensors.items():
+            if self._trained[name] and not tensor.requires_grad:
+                raise SubspanError(
+                    f"{name} has been frozen since, and shares bases with others that would move "
+                    "it: make a new optimizer without it"
+                )
         if not self._agreed:
             self._check_start()
         loss = self._estimate(closure)
