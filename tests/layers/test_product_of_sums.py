@@ -233,6 +233,9 @@ def test_layers_may_be_made_without_values():
     made = ProductOfSumsLinear(8, 8, factors, bias=2, seed=4)
     with torch.device("meta"):
         empty = ProductOfSumsLinear(8, 8, factors, bias=2, seed=4)
+        full = ProductOfSumsLinear(8, 8, factors, bias=2, seed=4, device="cpu")
+    full.load_state_dict(made.state_dict())
+    assert torch.equal(full.weight, made.weight)
     for other in (empty, ProductOfSumsLinear(8, 8, factors, bias=2, seed=4, device="meta")):
         assert all(p.is_meta for p in other.parameters())
         assert other.scales == made.scales
