@@ -200,6 +200,7 @@ WHOLE = [  # one for each class, and way to compute
     spectral("reduced", out_size=4),
     attention("lowrank", lambda net: factorize(net, rank=3)),
     attention("no-bias", lambda net: factorize(net, rank=3), bias=False),
+    attention("sums", lambda net: product_of_sums(net, {PROJECTIONS: recipes.hashed(5)})),
     attention("mixed", lambda net: factorize(
         product_of_sums(net, {"q_proj": recipes.hashed(5)}), rank=3)),
 ]  # fmt: skip
@@ -209,7 +210,10 @@ ATOMS = [
 ]
 
 
-LOWRANK = tuple(case.name for case in WHOLE if case.name.startswith(("lowrank", "attention")))
+LOWRANK = [
+    case.name for case in WHOLE
+    if case.name.startswith(("lowrank", "attention")) and case.name != "attention-sums"
+]  # fmt: skip
 # To be mended: layers/lowrank.py asks autocast about devices that it does not know (meta), and
 # casts float64, which PyTorch's leaves alone; slots.py takes a Factor for a foreign parameter.
 EXEMPT = {
