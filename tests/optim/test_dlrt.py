@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -324,6 +326,266 @@ def test_half_precision_factors():
         torch.testing.assert_close(gram, torch.eye(layer.rank), atol=0.02, rtol=0)
 
 
+# ---- gradients are gradients, and what others do to them -----------------------------------------
+
+
+def penalised(net):
+    """A loss with a second derivative in it."""
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    return loss_of(net) + slope.square().mean()
+
+
+@pytest.mark.parametrize("loss", [loss_of, penalised])
+def test_gradients_are_those_of_the_dense_network(loss):
+    net = mlp(4)
+    plain = merge(copy.deepcopy(net))
+    optimizer = DLRT(net, 0.1)
+    for network in (net, plain):
+        loss(network).backward()
+    for ours, theirs in ((net[0], plain[0]), (net[2], plain[2])):
+        G, (U, S, V) = theirs.weight.grad, (p.detach() for p in (ours.U, ours.S, ours.V))
+        torch.testing.assert_close(ours.U.grad, G @ V @ S.T)
+        torch.testing.assert_close(ours.V.grad, G.T @ U @ S)
+        torch.testing.assert_close(ours.tangents.k.grad, G @ V)
+        torch.testing.assert_close(ours.tangents.l.grad, G.T @ U)
+    optimizer.step()
+    assert not torch.equal(dense(net), dense(mlp(4)))
+
+
+def test_another_optimizer_goes_on():
+    """DLRT, then Adam on the factors: the trajectory is that of layers that DLRT never saw."""
+    net = mlp(4)
+    optimizer = DLRT(net, 0.1)
+    run(net, optimizer, 2)
+    twin = pickle.loads(pickle.dumps(net))
+    for network in (net, twin):  # the first with DLRT alive
+        adam = Adam(network.parameters(), 0.01)
+        for _ in range(3):
+            adam.zero_grad()
+            loss_of(network).backward()
+            adam.step()
+    torch.testing.assert_close(dense(net), dense(twin), rtol=1e-9, atol=1e-9)
+    del optimizer
+    gc.collect()
+    assert net[0].tangents is None
+
+
+def zeroed(net):
+    net[0].S.grad.zero_()
+
+
+CHANGES = {
+    "clipped by value": lambda net: nn.utils.clip_grad_value_(net.parameters(), 1e-3),
+    "one set to zero": zeroed,
+    "one scaled": lambda net: net[0].V.grad.mul_(0.999),
+    "decayed by hand": lambda net: [p.grad.add_(p, alpha=1e-4) for p in net.parameters()],
+    "one cleared": lambda net: setattr(net[0].U, "grad", None),
+    "noise": lambda net: net[0].U.grad.add_(1e-3 * torch.randn(16, 3, dtype=torch.float64)),
+    "computed once more": lambda net: torch.autograd.backward(loss_of(net), inputs=[net[0].S]),
+    "a penalty on factors": lambda net: sum(p.abs().sum() for p in net.parameters()).backward(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_changed_gradients_are_refused(change, dtype):
+    torch.manual_seed(0)
+    net = mlp(3, dtype)
+    optimizer, before = DLRT(net, 0.1, momentum=0.9), dense(net)
+    loss_of(net).backward()
+    with torch.set_grad_enabled("penalty" in change or "once more" in change):
+        CHANGES[change](net)
+    with pytest.raises(SubspanError, match="gradients of layer '0' are not what the last backward"):
+        optimizer.step()
+    assert torch.equal(dense(net), before)
+    run(net, optimizer, 1)  # clears them
+    assert not torch.equal(dense(net), before)
+
+
+@pytest.mark.parametrize("factor", [0.3, -2.0, 1e-5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scaled_gradients_scale_the_step(factor, dtype):
+    """Each layer by a number of its own."""
+    (net, twin), h = (mlp(3, dtype), mlp(3, dtype)), 0.5
+    optimizer, other = DLRT(net, h), DLRT(twin, h)
+    loss_of(net).backward()
+    for p in net[0].parameters():
+        p.grad.mul_(factor)
+    optimizer.step()
+    x = X.to(dtype)
+    hidden = twin[0](x)
+    hidden = factor * hidden + ((1 - factor) * hidden).detach()  # the same values
+    out = twin[2](twin[1](hidden))
+    cross_entropy(out.float() if dtype == torch.bfloat16 else out, Y).backward()
+    other.step()
+    rough = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 0.05)
+    torch.testing.assert_close(dense(net), dense(twin), rtol=rough, atol=rough)
+
+
+def test_gradients_of_the_last_step_are_not_taken_twice():
+    net = mlp()
+    optimizer = DLRT(net, 0.1)
+    loss_of(net).backward()
+    optimizer.step()
+    with pytest.raises(SubspanError, match="clear all of them before backward"):
+        optimizer.step()
+    loss_of(net).backward()  # on top of the old ones
+    with pytest.raises(SubspanError, match="clear all of them before backward"):
+        optimizer.step()
+    net.zero_grad()
+    loss_of(net).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "clear", [lambda net, o: o.zero_grad(False), lambda net, o: net.zero_grad()]
+)
+def test_gradients_without_a_step_are_cleared(clear):
+    net, twin = mlp(), mlp()
+    optimizer = DLRT(net, 0.1)
+    (3 * loss_of(net)).backward()
+    clear(net, optimizer)
+    loss_of(net).backward()
+    optimizer.step()
+    run(twin, DLRT(twin, 0.1), 1)
+    assert torch.equal(dense(net), dense(twin))
+
+
+def test_one_trains_a_layer_at_a_time():
+    net = mlp()
+    first, second = DLRT(net, 0.1), DLRT(net, 0.1)
+    loss_of(net).backward()
+    with pytest.raises(SubspanError, match="another DLRT has been made for layer '0' since"):
+        first.step()
+    second.step()
+
+
+class Experts(nn.Module):
+    """Two layers of which a batch uses one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)]).double()
+
+    def forward(self, x, expert):
+        return self.experts[expert](x)
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_layer_that_a_batch_does_not_use(integrator, base):
+    """It stays, and its memory, too: what it does later is what it would have done at once."""
+    settings = options(integrator, base=base, momentum=0.9 * (base == "sgd"))
+    trained = []
+    for order in ([0, 1, 0, 1], [0, 0, 1, 1]):
+        net = factorize(Experts(), rank=2)
+        optimizer = DLRT(net, 0.1, **settings)
+        for number, expert in enumerate(order):
+            optimizer.param_groups[0]["steps"] = 0 if integrator == "parallel" else number
+
+            def closure(net=net, optimizer=optimizer, expert=expert):
+                optimizer.zero_grad()
+                loss = cross_entropy(net(X, expert), Y)
+                loss.backward()
+                return loss
+
+            before = net.experts[1 - expert].weight.detach().clone()
+            optimizer.step(closure)
+            assert torch.equal(net.experts[1 - expert].weight, before)
+        trained.append(dense(net))
+    torch.testing.assert_close(*trained)
+
+
+def test_a_target_counts_layers_that_a_batch_does_not_use():
+    net = factorize(Experts(), rank=4)
+    optimizer = DLRT(net, 0.1, target_ratio=0.5, freeze_after=4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        cross_entropy(net(X, 0), Y).backward()
+        optimizer.step()
+    assert sum(r * 12 for r in optimizer.ranks.values()) <= 0.5 * 64
+
+
+def test_the_second_evaluation_uses_what_the_first_one_did():
+    net, calls = factorize(Experts(), rank=2), iter([0, 1])
+    optimizer, before = DLRT(net, 0.1, integrator="kls"), dense(net)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(net(X, next(calls)), Y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(SubspanError, match=r"does not use layer 'experts\.0', which the first one"):
+        optimizer.step(closure)
+    assert torch.equal(dense(net), before)
+
+
+def test_partly_frozen_layers_are_refused_before_anything_changes():
+    net = mlp()
+    optimizer, before = DLRT(net, 0.1), dense(net)
+    loss_of(net).backward()
+    net[2].U.requires_grad_(False)
+    with pytest.raises(SubspanError, match="some factors of layer '2' are frozen"):
+        optimizer.step()
+    assert torch.equal(dense(net), before)
+
+
+def test_images_without_a_batch():
+    net = factorize(nn.Sequential(nn.Conv2d(3, 8, 3)).double(), rank=4)
+    plain = merge(copy.deepcopy(net))
+    optimizer, x = DLRT(net, 0.1), torch.randn(3, 8, 8, dtype=torch.float64)
+    for network in (net, plain):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(net[0].tangents.l.grad, plain[0].weight.grad.flatten(1).T @ net[0].U)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_networks_train_alike(backend):
+    net, twin = mlp(4), mlp(4)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend=backend)
+    cross_entropy(compiled(X), Y)  # before anything watches it
+    ours, theirs = (DLRT(network, 0.1, tolerance=0.2) for network in (net, twin))
+    for _ in range(4):
+        ours.zero_grad()
+        cross_entropy(compiled(X), Y).backward()
+        ours.step()
+    run(twin, theirs, 4)
+    assert ours.ranks == theirs.ranks
+    torch.testing.assert_close(dense(net), dense(twin))
+
+
+def test_autocast_agrees_with_its_own_gradients():
+    net = mlp(3, torch.float32)
+    optimizer = DLRT(net, 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(net(X.float()).float(), Y)
+        loss.backward()
+        optimizer.step()
+
+
+def test_sparse_gradients_of_what_is_not_factored():
+    trained = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(10, 8, sparse=sparse), nn.Linear(8, 4))
+        factorize(net, rank=2)
+        optimizer = DLRT(net, 0.1, base="adam")
+        for _ in range(2):
+            optimizer.zero_grad()
+            cross_entropy(net(torch.arange(5)), torch.arange(5) % 4).backward()
+            optimizer.step()
+        trained.append(dense(net))
+    torch.testing.assert_close(*trained)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -351,6 +613,8 @@ def test_half_precision_factors():
         ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"base": "adam", "momentum": 0.9}, "base 'adam' has no momentum, got 0.9: leave it out"),
+        ({"betas": (0.5, 0.9)}, "base 'sgd' has no betas"),
         ({"workers": "independent"}, "unknown workers 'independent'"),
         ({"workers": "shared"}, "workers='shared' needs a process group"),
     ],
@@ -367,6 +631,8 @@ def test_networks_without_factors():
     net[0].S.requires_grad_(False)
     with pytest.raises(SubspanError, match="some factors of layer '0' are frozen"):
         DLRT(net)
+    with pytest.raises(SubspanError, match="every factored layer of the network is frozen"):
+        DLRT(net.requires_grad_(False))
 
 
 def test_closures_that_are_none():

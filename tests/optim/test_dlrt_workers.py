@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,84 @@ def _written():
     return int(Path("/proc/self/io").read_text().partition("wchar: ")[2].split()[0])
 
 
+class Experts(nn.Module):
+    """Two layers, of which each process uses one at a step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(8, 4) for _ in range(3)]).double()
+
+    def forward(self, x, expert):
+        return self.experts[expert](x)
+
+
+def routed(rank, world, *, ddp=False):
+    """Ranks use the first or the second expert, nobody the third."""
+    net = factorize(Experts(), rank=3)
+    if rank == -1:  # alone, the mean over that many processes
+        optimizer = DLRT(net, 0.2, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for each in range(world):
+                (cross_entropy(net(X[each::world], each % 2), Y[each::world]) / world).backward()
+            optimizer.step()
+        return dense(net)
+    optimizer = DLRT(net, 0.2, momentum=0.9, workers=None if ddp else "shared")
+    model = DistributedDataParallel(net, find_unused_parameters=True) if ddp else net
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(X[rank::world], rank % 2), Y[rank::world]).backward()
+        optimizer.step()
+    return dense(net)
+
+
+def changed(rank, world, *, ddp=False):
+    """The last rank clips by value: all refuse, and all go on afterwards."""
+    net = factorize(build("mlp", torch.float64), rank=4)
+    optimizer = DLRT(net, 0.1, workers=None if ddp else "shared")
+    model = DistributedDataParallel(net) if ddp else net
+    said = []
+    for step in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(X[rank::world]), Y[rank::world]).backward()
+        if step == 1 and rank == world - 1:
+            nn.utils.clip_grad_value_(net.parameters(), 1e-3)
+        try:
+            optimizer.step()
+            said.append(None)
+        except SubspanError as error:
+            said.append(str(error))
+    return {"said": said, "weights": dense(net)}
+
+
+def accumulated(rank, world):
+    """DDP's no_sync, a scaler and clipping, and processes that train on their own."""
+    found = []
+    for ddp in (True, False):
+        net = factorize(build("mlp", torch.float64), rank=4)
+        optimizer = DLRT(net, 0.1, momentum=0.9)
+        model = DistributedDataParallel(net) if ddp else net
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            part = slice(rank, None, world) if ddp else slice(None)
+            with model.no_sync() if ddp else contextlib.nullcontext():
+                scaler.scale(cross_entropy(model(X[part]), Y[part]) / 2).backward()
+            scaler.scale(cross_entropy(model(X[part]), Y[part]) / 2).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(dense(net))
+    for _ in range(rank):  # as many steps as it likes: nobody waits
+        optimizer.zero_grad()
+        cross_entropy(net(X), Y).backward()
+        optimizer.step()
+    dist.barrier()
+    return found
+
+
 ADAPTIVE = {"tolerance": 0.2}
 SETTINGS = {
     "parallel": ADAPTIVE,
@@ -96,6 +175,11 @@ SCENARIOS = {
     "the same": refused,
     "other factors": lambda *ranks: refused(*ranks, odd=True),
     "ranks under ddp": lambda *ranks: refused(*ranks, ddp=True),
+    "routed": routed,
+    "routed ddp": lambda *ranks: routed(*ranks, ddp=True),
+    "changed": changed,
+    "changed ddp": lambda *ranks: changed(*ranks, ddp=True),
+    "accumulated": accumulated,
     "bytes": bytes_sent,
 }
 
@@ -124,6 +208,30 @@ def test_the_factors_are_the_same_bits_everywhere(ranks, scenario):
 
 def test_plain_ddp_serves_where_ranks_stay(ranks):
     torch.testing.assert_close(ranks[0]["ddp"]["weights"], ranks[0]["fixed"]["weights"])
+
+
+@pytest.mark.parametrize("scenario", ["routed", "routed ddp"])
+def test_layers_that_some_processes_do_not_use(ranks, scenario):
+    expected = routed(-1, len(ranks))
+    for rank in ranks:
+        torch.testing.assert_close(rank[scenario], expected)
+
+
+@pytest.mark.parametrize("scenario", ["changed", "changed ddp"])
+def test_gradients_that_one_process_changes_are_refused_by_all(ranks, scenario):
+    for rank in ranks:
+        first, second, third = rank[scenario]["said"]
+        assert (first, third) == (None, None)
+        assert "are not what the last backward() left" in second
+        assert torch.equal(rank[scenario]["weights"], ranks[0][scenario]["weights"])
+    assert "layer '0'" in ranks[-1][scenario]["said"][1]
+
+
+def test_ddp_with_accumulation_scaling_and_clipping(ranks):
+    """The mean of equal parts is the joint batch, and clipping sees the same gradients."""
+    for rank in ranks:
+        ddp, alone = rank["accumulated"]
+        torch.testing.assert_close(ddp, alone)
 
 
 def test_what_travels_are_the_gradients_of_the_factors(ranks):

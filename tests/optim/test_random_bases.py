@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from subspan import SubspaceModel, SubspanError
 from subspan.optim import RandomBases
-from tests.nets import batch, build
 from tests.families.test_updates import Live
+from tests.nets import batch, build
 
 X = torch.randn(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(20) % 4
