@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from subspan import SubspaceModel, SubspanError
-from subspan.optim import RandomBases
+from subspan.optim import RandomBases, replay
 from tests.families.test_updates import Live
 from tests.nets import batch, build
 
@@ -436,6 +437,158 @@ def test_alignment_is_that_of_dense_matrices():
         assert found[name]["cosine"] == pytest.approx(float(own @ v / own.norm() / v.norm()))
         assert found[name]["share"] == pytest.approx(float(c.norm() / own.norm()))
     assert optimizer.steps == 2
+
+
+# ---- unusual tensors, noise, copies --------------------------------------------------------------
+
+
+def gaps():
+    return torch.arange(40, dtype=torch.float64).sin()[::2]
+
+
+TENSORS = {
+    "gaps": gaps,
+    "rows with gaps": lambda: gaps().view(4, 5)[:, ::2],
+    "turned": lambda: gaps().view(4, 5).T,
+    "scalar": lambda: torch.tensor(2.0, dtype=torch.float64),
+    "flipped in memory": lambda: gaps().clone().view(2, 5, 2).permute(2, 0, 1),
+}
+
+
+@JVP
+@pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
+@pytest.mark.parametrize("kind", TENSORS)
+def test_memory_does_not_matter(kind, estimator):
+    """A tensor and a contiguous copy take the same steps; what lies between its entries stays."""
+    moved = []
+    for tensor in (TENSORS[kind](), TENSORS[kind]().contiguous().clone()):
+        p = nn.Parameter(tensor)
+        other = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = RandomBases(
+            [("p", p), ("other", other)], 2, 0.1, estimator=estimator, momentum=0.5,
+            weight_decay=0.1, redraw_every=2,
+        )  # fmt: skip
+        for _ in range(3):
+            optimizer.zero_grad()
+            if estimator == "gradient":
+                (p.pow(3).sum() + other.sum()).backward()
+                optimizer.step()
+            else:
+                optimizer.step(lambda p=p, other=other: p.pow(3).sum() + other.sum())
+        moved.append(p.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-12, atol=1e-12)
+
+
+def test_between_the_entries_nothing_moves():
+    base = torch.ones(20)
+    p = nn.Parameter(base[::2])
+    p.sum().backward()
+    RandomBases([p], 3).step()
+    assert torch.equal(base[1::2], torch.ones(10))
+    assert not torch.equal(base[::2], torch.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(1, 4).expand(3, 4), "entries of p share memory"),
+        (torch.ones(6).as_strided((4, 3), (1, 1)), "entries of p share memory"),
+        (torch.ones(3, dtype=torch.complex64), "p is torch.complex64 and P c is real"),
+        (torch.ones(3, dtype=torch.int64), "p is torch.int64 and P c is real"),
+    ],
+)
+def test_tensors_that_cannot_be_moved(tensor, message):
+    q = nn.Parameter(torch.ones(5))
+    with pytest.raises(SubspanError, match=message):
+        RandomBases([("q", q), ("p", tensor)], 2)
+
+
+@JVP
+@pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
+def test_padding_rows_stay(estimator, tmp_path):
+    """Unless another layer has the same table, whose gradients reach them."""
+
+    def net(tied=False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4, padding_idx=2), nn.Linear(4, 9, bias=False)).double()
+        with torch.no_grad():
+            net[0].weight[2] = 1.0
+        if tied:
+            net[1].weight = net[0].weight
+        return net
+
+    ids, path = torch.tensor([1, 2, 2, 5]), tmp_path / "journal"
+    for tied in (False, True):
+        ours = net(tied)
+        more = {} if tied else {"journal": path}
+        optimizer = RandomBases(ours, 6, 0.1, estimator=estimator, weight_decay=0.1, **more)
+        before = ours[0].weight.detach().clone()
+
+        def closure(ours=ours, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = ours(ids).square().sum()
+            if not optimizer.needs_closure:
+                loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        assert torch.equal(ours[0].weight[2], before[2]) is not tied
+        others = [0, 1, *range(3, 9)]
+        assert (ours[0].weight[others] != before[others]).all()
+        if not tied:
+            again = net()
+            replay(path, again)
+            assert torch.equal(flat(again), flat(ours))
+
+
+def dropping():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4)).double()
+
+
+@JVP
+@pytest.mark.parametrize("estimator", ["forward", "evolution"])
+def test_evaluations_that_belong_together_draw_the_same_numbers(estimator):
+    """Forward mode gives backpropagation's coordinates for its mask, differences nearly so."""
+    found, losses = [], []
+    for how in ("gradient", estimator):
+        net = dropping()
+        # Each pair of differences has a mask of its own: of one vector there is one pair.
+        optimizer = RandomBases(net, 6 if estimator == "forward" else 1, estimator=how, sigma=1e-4)
+        torch.manual_seed(5)
+
+        def closure(net=net, how=how):
+            loss = cross_entropy(net(X), Y)
+            if how == "gradient":
+                loss.backward()
+            return loss
+
+        losses.append(float(optimizer.step(closure).detach()))
+        found.append(optimizer.coordinates)
+        after = torch.rand(3)
+        torch.manual_seed(5)
+        closure()
+        assert torch.equal(torch.rand(3), after)  # as after one evaluation
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_pairs_of_evaluations_draw_anew():
+    net, masks = dropping(), []
+    net[2].register_forward_hook(lambda _, x, y: masks.append((y != 0) | (x[0] == 0)))
+    RandomBases(net, 3, estimator="evolution", sigma=1e-9).step(lambda: cross_entropy(net(X), Y))
+    assert len(masks) == 6
+    for first, second in zip(masks[::2], masks[1::2], strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_what_cannot_be_copied(tmp_path):
+    optimizer = RandomBases(mlp(), 5, journal=tmp_path / "journal")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(SubspanError, match=r"with a journal cannot be copied.*load_state_dict"):
+            copied(optimizer)
 
 
 # ---- steps that fail -----------------------------------------------------------------------------
