@@ -325,7 +325,7 @@ def test_the_network_keeps_its_parameters_frozen_and_trains_its_coordinates():
     before = dict(net.named_parameters())
     model = SubspaceModel(net, 12)
     now = dict(net.named_parameters())
-    assert list(now) == [*before, "subspan_global"]
+    assert list(now) == ["subspan_global", *before]
     assert all(now[name] is p and not p.requires_grad for name, p in before.items())
     assert [p.shape for p in model.parameters()] == [(12,)]
     optimizer = Adam(net.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from subspan.compartments import Compartment, Piece
 from subspan.families.base import Projection, captured, compute, product
@@ -78,7 +79,9 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
     Returns:
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
     """
-    if captured(w) or torch._C._functorch.maybe_current_level() is not None:
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    transformed = transformed or forward_ad._current_level >= 0
+    if captured(w) or transformed or any(base.requires_grad for base in bases):
         return _theta(product, w, step, call, bases)
     return _Theta.apply(w, step, call, *bases)
 
@@ -128,9 +131,7 @@ class _Theta(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, step: Tensor, call: Call, *bases: Tensor) -> Any:
         ctx.call, ctx.step, ctx.device, ctx.dtype = call, step, w.device, w.dtype
         with torch._C.DisableTorchFunctionSubclass():
-            thetas = tuple(_theta(compute, w.detach(), step, call, bases))
-        ctx.like = [(theta.shape, theta.dtype, theta.device) for theta in thetas]
-        return thetas
+            return tuple(_theta(compute, w.detach(), step, call, bases))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -142,21 +143,6 @@ class _Theta(torch.autograd.Function):
         times = product if torch.is_grad_enabled() else compute  # a second derivative follows
         w_grad = times(g, ctx.step, call.recipe, call.start, call.stop, True)
         return w_grad, None, None, *(None for _ in grads)
-
-    @staticmethod
-    def jvp(ctx: Any, w: Tensor | None, *others: Any) -> Any:
-        call = ctx.call
-        bases = others[2:]  # of which no tangent is expected, but one may be given
-        if w is None:
-            return bases
-        rows = product(w, ctx.step, call.recipe, call.start, call.stop, False)
-        along = [
-            part.to(device, dtype).view(shape)
-            for part, (shape, dtype, device) in zip(_pieces(rows, call), ctx.like, strict=True)
-        ]
-        return tuple(
-            t if base is None else t + base for t, base in zip(along, bases, strict=True)
-        )
 
 
 def key(compartment: str) -> str:

@@ -13,9 +13,11 @@ a whole for parameters or a state (an optimizer, DDP, a trainer) sees frozen θ�
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,10 +38,16 @@ _saving = threading.local()  # .thetas: of a state_dict of θ that is being made
 
 
 class Link:
-    """What a module knows of the subspace: its tensors' names, by attribute."""
+    """What a module knows of the subspace.
 
-    def __init__(self, weights: Weights, tensors: dict[str, str]) -> None:
-        self.weights, self.tensors = weights, tensors
+    Args:
+        weights: of the network.
+        tensors: names of the module's trained tensors, by attribute.
+        order: of all parameters that the module had when it was wrapped.
+    """
+
+    def __init__(self, weights: Weights, tensors: dict[str, str], order: list[str]) -> None:
+        self.weights, self.tensors, self.order = weights, tensors, order
 
 
 # ---- tensors that refuse what would have no effect -----------------------------------------------
@@ -160,16 +168,15 @@ class Computed(Tensor):
         target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and not (name == "requires_grad_" and target._own(args, kwargs)):
+            if name == "requires_grad_":
+                raise target._not_alone()
             raise SubspanError(
-                f"{target.weight_name} is θ₀ + P w, computed when it is read, and {name} on it would be "
-                "lost: change the network before it is wrapped (or that of merge() or unwrap()), "
-                "and freeze a part of it by exclude="
+                f"{target.weight_name} is θ₀ + P w, computed when it is read, and a change of it "
+                f"({_property(func) or name}) would be lost: change the network before it is "
+                "wrapped, or that of merge() or unwrap()"
             )
         if name == "__set__" and _property(func) == "requires_grad" and not args[0]._own(args, {}):
-            raise SubspanError(
-                f"{args[0].weight_name} is trained through coordinates that it may share with others: "
-                "freeze a part of a network by exclude= when it is wrapped"
-            )
+            raise args[0]._not_alone()
         with _plain():
             out = func(*args, **kwargs)
             if type(out) is Tensor and args and type(args[0]) is Computed:
@@ -186,6 +193,12 @@ class Computed(Tensor):
             return self.is_leaf and not self._is_theta or bool(flag) == self.requires_grad
 
     _is_theta = False
+
+    def _not_alone(self) -> SubspanError:
+        return SubspanError(
+            f"{self.weight_name} is trained through coordinates that it may share with others, and "
+            "cannot be frozen alone: give exclude= when the network is wrapped"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with _plain():
@@ -285,13 +298,19 @@ class Part:
             else:
                 yield name, p
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a path, which of a trained one is frozen θ₀."""
+        path, _, attribute = target.rpartition(".")
+        p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
+        return p if type(p) is Base else super().get_parameter(target)  # type: ignore[misc]
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of every module; but a weight that is computed cannot become something else."""
         link: Link | None = vars(self).get(LINK)
         if link is not None:
             lost = [attr for attr in link.tensors if attr not in self._parameters]  # type: ignore[attr-defined]
-            for attr in lost:  # taken out by the caller a moment ago
-                self._parameters[attr] = link.weights.base_of(link.tensors[attr])  # type: ignore[attr-defined]
+            if lost:  # taken out by the caller a moment ago
+                link.weights.put_back(self, link)  # type: ignore[arg-type]
             if lost or name in link.tensors or type(param) is Computed:
                 tensor = link.tensors.get(lost[0] if lost else name, name)
                 raise SubspanError(
@@ -390,15 +409,19 @@ class Root(Part):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The network's own first, frozen at θ₀; coordinates last: they have a dtype of their own."""
-        last = []
+        """Frozen parameters at θ₀, and the coordinates.
+
+        A property of the network (``dtype`` in transformers) that looks at its first parameter
+        gets coordinates last: they have a dtype of their own.
+        """
+        vars(self)[LINK].weights.note()
         own = super(Part, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        for name, p in own:
-            if name.rpartition(".")[2].startswith(PREFIX):
-                last.append((name, p))
-            else:
-                yield name, p
-        yield from last
+        if not _asked_by_a_property(self):
+            yield from own
+            return
+        found = list(own)
+        found.sort(key=lambda pair: pair[0].rpartition(".")[2].startswith(PREFIX))
+        yield from found
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -449,22 +472,41 @@ def _remade(cls: type, names: tuple[str, ...], root: bool) -> Any:
     return own.__new__(own)
 
 
-def _asked_by_itself(net: Any) -> bool:
-    """Whether a method of the network, save_pretrained say, is being run: it gets what it had."""
+def _own_code(net: Any, properties: bool) -> set[Any]:
+    """The code of the methods, or of the properties, that a network's own classes define."""
     codes = set()
     for cls in type(net).__mro__:
-        if cls in (nn.Module, Part, Root, object):
+        if cls in (Root, Part, nn.Module):
             continue
         for value in vars(cls).values():
-            function = getattr(value, "__func__", value)
-            while hasattr(function, "__wrapped__"):
-                function = function.__wrapped__
-            if (code := getattr(function, "__code__", None)) is not None:
-                codes.add(code)
-    frame = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code in codes and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is net:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+            if isinstance(value, property) is not properties:
+                continue
+            function = (
+                value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            )
+            codes.add(
+                getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            )
+    return codes - {None}
+
+
+def _is_of(frame: FrameType, net: Any, codes: set[Any]) -> bool:
+    code = frame.f_code
+    return code in codes and code.co_argcount > 0 and frame.f_locals[code.co_varnames[0]] is net
+
+
+def _asked_by_itself(net: Any) -> bool:
+    """Whether a method of the network, save_pretrained say, is being run: it gets what it had."""
+    codes = _own_code(net, properties=False)
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not _is_of(frame, net, codes):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _asked_by_a_property(net: Any) -> bool:
+    """Whether a property of the network asks for its parameters."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("parameters", "<genexpr>", "<listcomp>"):
+        frame = frame.f_back
+    return frame is not None and _is_of(frame, net, _own_code(net, properties=True))

@@ -253,7 +253,9 @@ class SubspaceModel(nn.Module):
             for piece in part.pieces:
                 parts.setdefault(piece.tensor, []).append(part)
         rows = [
-            Row.of(name, self.subspace.stored(name), name in self.subspace.fully, parts.get(name, []))
+            Row.of(
+                name, self.subspace.stored(name), name in self.subspace.fully, parts.get(name, [])
+            )
             for name in self.subspace.requires_grad
         ]
         return Summary(tuple(rows), sum(part.dim for part in self.compartments))
@@ -271,6 +273,7 @@ class SubspaceModel(nn.Module):
 
         With duplicates (for exporters, which look tensors up by their paths) all that there are.
         """
+        self.subspace.note()
         if not remove_duplicate or not recurse:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
@@ -283,6 +286,13 @@ class SubspaceModel(nn.Module):
         for name, p in super().named_parameters(prefix):
             if id(p) not in ours and type(p) is not Base and (p.requires_grad or name in fully):
                 yield name, p
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a path, which of a trained one is frozen θ₀."""
+        inside = target.removeprefix("body.")
+        return (
+            super().get_parameter(target) if inside == target else self.body.get_parameter(inside)
+        )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze or unfreeze all that is trained."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,7 @@ class Weights:
         self.root, self.compartments = root, tuple(compartments)
         self.projections, self.slots = tuple(projections), tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
+        self.kept = dict(kept)
         self.calls = calls.plan(compartments, projections, kept)
         self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
@@ -80,6 +81,7 @@ class Weights:
         self._found = {name: _home(root, name) for name in requires_grad}
         self._homes = {slot.tensor: self._found[slot.tensor] for slot in places}
         self._checks: dict[str, tuple[torch.dtype, int] | None] = {}
+        self._owned: dict[str, Tensor] = {}
         # Where the pieces of a tensor are among all calls, and calls for this tensor alone.
         self._where: dict[str, list[tuple[int, int]]] = {}
         self._alone: dict[str, list[Call]] = {}
@@ -106,9 +108,7 @@ class Weights:
             module, attribute = slot.find(root)
             inside.setdefault(module, {})[attribute] = slot.tensor
         above = [
-            module
-            for module in root.modules()
-            if any(part in inside for part in module.modules())
+            module for module in root.modules() if any(part in inside for part in module.modules())
         ]
         changed: list[nn.Module] = []
         for module in above:
@@ -125,7 +125,7 @@ class Weights:
                 ) from None
             changed.append(module)
         for module in above:
-            module.__dict__[LINK] = Link(self, inside.get(module, {}))
+            module.__dict__[LINK] = Link(self, inside.get(module, {}), list(module._parameters))
             if isinstance(module, nn.RNNBase):
                 module.__dict__.pop("_flat_weights", None)
                 module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
@@ -146,12 +146,13 @@ class Weights:
             # Small integers as floats: the mean of equal ones is the same again.
             number = torch.tensor(digits, dtype=torch.float32, device=like.device)
             root.register_buffer(FINGERPRINT, number)
+        self.note()
         self.remember(name for name in self.requires_grad if name not in self.fully)
         _watch_optimizers()
 
     def detach(self, values: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Undo :meth:`attach`: ordinary parameters again, at θ₀ or at other values."""
-        root = self.root
+        root = self._root()
         for name in self.coordinate_names:
             del root._parameters[name]
         del root._buffers[FINGERPRINT]
@@ -214,7 +215,7 @@ class Weights:
     def call(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the network, or its ``forward``, as the outermost call if it is that."""
         if torch.compiler.is_compiling():
-            if self._traced is not None:
+            if self._traced is not None or _to_onnx():
                 return run(*args, **kwargs)
             self._traced = self.all()
             try:
@@ -237,7 +238,7 @@ class Weights:
     def read(self, tensor: str) -> Tensor:
         """θ of a tensor, for whoever reads it from its module."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            if _to_onnx():
                 return self._constant(tensor)
             return self.form(tensor) if self._traced is None else self._traced[tensor]
         for outer in reversed(_now.__dict__.get("calls", ())):
@@ -297,15 +298,35 @@ class Weights:
             outer.formed[n] = state, thetas
         return thetas
 
+    def put_back(self, module: nn.Module, link: Link) -> None:
+        """Undo the removal of parameters from a module."""
+        there = module._parameters | {a: self._owned[t] for a, t in link.tensors.items()}
+        module._parameters.clear()
+        module._parameters.update({a: there.pop(a) for a in link.order if a in there} | there)
+
+    def note(self) -> None:
+        """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
+        there = {tensor: self.base_of(tensor) for tensor in self._homes}
+        there |= {name: self.root._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
+        self._owned |= {name: p for name, p in there.items() if type(p) in (Base, nn.Parameter)}
+
     @torch.no_grad()
     def _constant(self, tensor: str) -> Tensor:
-        """θ for a format that knows no operator of ours."""
+        """θ as a number of ONNX, which knows no operator of ours.
+
+        The exporter has put stand-ins into the modules' places; the parameters themselves are kept.
+        """
         from torch._subclasses.fake_tensor import unset_fake_temporarily
         from torch.utils._python_dispatch import _disable_current_modes
 
         with _disable_current_modes(), unset_fake_temporarily(), _plain():
-            root, module = self.root._parameters, self._homes[tensor][0]._parameters
-            raise NotImplementedError
+            parts = []
+            for call in self._alone[tensor]:
+                (piece,) = call.pieces
+                base = self._owned[tensor].detach().reshape(-1)[piece.start : piece.stop]
+                w = self._owned[PREFIX + call.coordinates].detach()
+                parts.extend(calls.theta(w, self.step, call, [base]))
+            return torch.cat(parts).view(self._owned[tensor].shape)
 
     # ---- what people do to θ₀, to flags, to the structure -----------------------------------------
 
@@ -336,7 +357,7 @@ class Weights:
     def _checksum(self, tensor: str) -> tuple[torch.dtype, int] | None:
         """The bytes of θ₀ in 32 bits; None where there is nothing to read."""
         module, attribute = self._found[tensor]
-        base = module._parameters.get(attribute)
+        base = module._parameters[attribute] if attribute in module._parameters else None
         if not isinstance(base, nn.Parameter) or base.is_meta:
             return None
         with _plain():
@@ -407,9 +428,7 @@ class Weights:
         theirs = bytes(int(digit) % 256 for digit in fingerprint.double().round().tolist()).hex()
         if theirs[:32] != self.fingerprint[:32]:
             return "the initial weights"
-        return (
-            "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
-        )
+        return "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
 
     def _check_ranks(self) -> None:
         if different := self.difference(self.root._buffers[FINGERPRINT]):  # type: ignore[arg-type]
@@ -445,7 +464,7 @@ class Weights:
                 f"{different} of the model that this state_dict comes from differ from this "
                 "model's: build it from the same initial weights and with the same options"
             )
-        weights = {s.path: s.tensor for s in self.slots if prefix + s.path in state}
+        weights = {path: t for path, t in self._paths() if prefix + path in state}
         names = [name for name in self.coordinate_names if prefix + name in state]
         if not weights:
             return
@@ -457,6 +476,14 @@ class Weights:
         values = {t: state.pop(prefix + path) for path, t in weights.items()}
         state |= {prefix + name: w for name, w in self._coordinates_of(values).items()}
         state[prefix + FINGERPRINT] = self.root._buffers[FINGERPRINT]
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """Every path to a trained tensor, and the tensor's name."""
+        for path, module in self.root.named_modules(remove_duplicate=False):
+            link = vars(module).get(LINK)
+            if link is not None and link.weights is self:
+                for attribute, tensor in link.tensors.items():
+                    yield f"{path}.{attribute}" if path else attribute, tensor
 
     def _coordinates_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """w whose θ are these values, to within rounding.
@@ -475,25 +502,32 @@ class Weights:
         for name, part, projection in zip(
             self.coordinate_names, self.compartments, self.projections, strict=True
         ):
-            with _plain():
-                pieces = [
-                    (values[p.tensor].to(self.base_of(p.tensor)).double()
-                     - self.base_of(p.tensor).double()).reshape(-1)[p.start : p.stop]
-                    for p in part.pieces
-                ]  # fmt: skip
-                sizes = [values[p.tensor].double().abs().max() for p in part.pieces]
-                eps = max(torch.finfo(self.base_of(p.tensor).dtype).eps for p in part.pieces)
-            delta = torch.cat(pieces)
-            w = _least_squares(projection, delta)
-            error = (projection.matvec(w) - delta).abs().max()
-            if not error <= 8 * eps * max(sizes):
+            pieces, moved, size, eps = [], [], 0.0, 0.0
+            for piece in part.pieces:
+                with _plain():
+                    base = self.base_of(piece.tensor).detach()
+                value = values[piece.tensor].to(base.device, base.dtype)
+                delta = (value.double() - base.double()).reshape(-1)[piece.start : piece.stop]
+                kept = self.kept.get(piece.tensor, range(0))
+                entries = torch.arange(piece.start, piece.stop, device=base.device)
+                moved.append((entries < kept.start) | (entries >= kept.stop))
+                pieces.append(delta)
+                size = max(size, float(value.abs().max()))
+                eps = max(eps, torch.finfo(base.dtype).eps)
+            delta, mask = torch.cat(pieces), torch.cat(moved).double()
+            w = _least_squares(projection, delta, mask)
+            error = float((mask * projection.matvec(w) - delta).abs().max())
+            if not error <= 8 * eps * size:
                 raise SubspanError(
                     "the weights of this state_dict do not lie in this model's subspace: load them "
                     "into the network before it is wrapped, or into that of unwrap()"
                 )
-            like = self.root._parameters[name]
-            found[name] = w.to(like)  # type: ignore[arg-type]
+            found[name] = w.to(self.root._parameters[name])  # type: ignore[arg-type]
         return found
+
+
+def _to_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _home(root: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -502,18 +536,23 @@ def _home(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root.get_submodule(prefix), attribute
 
 
-def _least_squares(projection: Projection, delta: Tensor) -> Tensor:
-    """w with P w ≈ δ by conjugate gradients on PᵀP w = Pᵀδ (Hestenes and Stiefel 1952), float64.
+def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
+    """w with M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
 
     PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
+
+    Args:
+        projection: P.
+        delta: (D,) float64.
+        mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
     """
-    residual = projection.rmatvec(delta)
+    residual = projection.rmatvec(mask * delta)
     w, along, size = torch.zeros_like(residual), residual, residual.square().sum()
     least = 1e-28 * float(size)
     for _ in range(100):
         if float(size) <= least:
             break
-        image = projection.rmatvec(projection.matvec(along))
+        image = projection.rmatvec(mask * projection.matvec(along))
         step = size / (along @ image)
         w, residual = w + step * along, residual - step * image
         last, size = size, residual.square().sum()
