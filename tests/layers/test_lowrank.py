@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import SubspanError
 from subspan.layers import LowRankConv2d, LowRankLinear
-from subspan.layers.lowrank import Tangents
+from subspan.layers.watched import Tangents
 
 CONVOLUTIONS = [
     {},
@@ -113,6 +113,21 @@ def test_gradients_of_gradients_come_from_the_dense_one(case, watched, order):
     layer, x = copy.deepcopy(case[0]), case[1]
     tangents = watch(layer, watched)
     check(layer, found(layer, x), tangents, found(layer.dense(), x))
+
+
+@EVERY
+def test_gradients_of_parameters_gradients_are_those_of_ordinary_operations(case):
+    """What learns to learn differentiates them; no tangents of W are defined then."""
+    found = []
+    for watched in (False, True):
+        layer, x = copy.deepcopy(case[0]), case[1].clone().requires_grad_()
+        tangents = watch(layer, watched)
+        own = list(layer.parameters())
+        grads = torch.autograd.grad(layer(x).pow(3).sum(), own, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+        found.append([x.grad, *(p.grad for p in own)])
+        del tangents
+    torch.testing.assert_close(*found)
 
 
 @EVERY

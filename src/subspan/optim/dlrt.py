@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,9 +24,10 @@ from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
 from subspan.optim.base import BASES, SETTINGS, transport, turn_core
 from subspan.optim.copies import Copied
+from subspan.optim.gradients import Gradients, all_finite, dense, parameters, tensors
 from subspan.optim.integrators import Factors
 from subspan.optim.ranks import RankRule
-from subspan.optim.tangents import CHANGED, Watch
+from subspan.optim.tangents import Watch
 
 Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
 TWO_EVALUATIONS = ("kls", "kls-adaptive")
@@ -145,7 +146,7 @@ class DLRT(Copied, Optimizer):
                 raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
         self.integrator, self._base = integrator, BASES[base]
         self.check_every = check_every
-        factors = {id(p) for layer in self._layers.values() for p in _parameters(layer)}
+        factors = {id(p) for layer in self._layers.values() for p in parameters(layer)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         self._tensors = dict(named)
         groups = [
@@ -158,11 +159,12 @@ class DLRT(Copied, Optimizer):
         )
         self._workers = distributed.Workers("shared") if workers else None
         self._agreed = self._workers is None
-        self._watch = self._watching()
+        self._gradients = self._watching()
 
-    def _watching(self) -> Watch:
+    def _watching(self) -> Gradients:
         """Have autograd leave tangents from now on; "vanilla" needs none."""
-        return Watch({} if self.integrator == "vanilla" else self._layers)
+        watch = None if self.integrator == "vanilla" else Watch(self._layers)
+        return Gradients(self._layers, watch, self._workers)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, and the tangents.
@@ -171,7 +173,7 @@ class DLRT(Copied, Optimizer):
             set_to_none: whether gradients become None, or zeros.
         """
         super().zero_grad(set_to_none)
-        self._watch.clear()
+        self._gradients.clear()
 
     @property
     def steps(self) -> int:
@@ -228,7 +230,7 @@ class DLRT(Copied, Optimizer):
                 "ranks cannot change under DDP, nor without a word between processes: give "
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
-        self._watch.check()
+        self._gradients.check()
         copy = self.needs_closure  # which changes the layers on the way
         before = {
             name: _factors(layer, copy)
@@ -239,7 +241,8 @@ class DLRT(Copied, Optimizer):
         state = {p: dict(values) for p, values in self.state.items()}
         try:
             loss = self._evaluate(closure)
-            after = self._moved(before, self._gradients(before, closure), closure)
+            found = self._gradients.found(before, self._others, self.steps)
+            after = self._moved(before, found, closure)
         except BaseException:
             self.state.clear()
             self.state.update(state)
@@ -248,7 +251,7 @@ class DLRT(Copied, Optimizer):
             raise
         self._put(after)
         self._move_others()
-        self._watch.clear()
+        self._gradients.clear()
         for group in self.param_groups:
             group["steps"] += 1
         if self._workers and self.check_every and self.steps % self.check_every == 0:
@@ -301,7 +304,7 @@ class DLRT(Copied, Optimizer):
         if changing:
             after = self._truncated(before, after)
         for name, finite in zip(
-            after, _finite(_tensors(new) for new in after.values()), strict=True
+            after, all_finite(tensors(new) for new in after.values()), strict=True
         ):
             if not finite:
                 raise SubspanError(
@@ -318,7 +321,7 @@ class DLRT(Copied, Optimizer):
 
     def _slopes(self, layer: LowRank, gradient: Factors) -> Factors:
         """What the base makes of the gradients of K, S and L."""
-        group, (U, S, V) = self.param_groups[0], _parameters(layer)
+        group, (U, S, V) = self.param_groups[0], parameters(layer)
         # With a closure the core's turn comes at the new bases.
         return Factors(
             self._base(self.state[U], gradient.U, group),
@@ -334,9 +337,9 @@ class DLRT(Copied, Optimizer):
         self._put(at)
         for layer in self._layers.values():
             layer.S.grad = None  # whether the closure clears it or not
-        with self._watch.asleep():
+        with self._gradients.of_cores():
             self._evaluate(closure)
-        gradients = self._gradients(at, closure, core=True)
+        gradients = self._gradients.found(at, self._others, self.steps, core=True)
         if missing := at.keys() - gradients.keys():
             raise SubspanError(
                 f"the second evaluation of step {self.steps} does not use layer "
@@ -386,108 +389,15 @@ class DLRT(Copied, Optimizer):
             h = float(group["lr"])
             for p in group["params"]:
                 if p in others and p.grad is not None:
-                    slope = self._base(self.state[p], _dense(p.grad), group)
+                    slope = self._base(self.state[p], dense(p.grad), group)
                     p.mul_(1 - h * group["weight_decay"]).add_(slope, alpha=-h)
-
-    # ---- gradients -------------------------------------------------------------------------------
-
-    def _gradients(
-        self, at: Mapping[str, Factors], closure: Callable[[], Any] | None, core: bool = False
-    ) -> dict[str, Factors]:
-        """The gradients of the layers that have some, averaged over workers and checked.
-
-        Args:
-            at: the factors of all layers that they may belong to.
-            closure: what evaluated them, if anything did.
-            core: whether only that of S is wanted.
-
-        Returns:
-            ∂K, ∂S and ∂L by layer; of "vanilla" ∂U, ∂S and ∂V; with ``core`` ∂S in all places.
-        """
-        refusal = None
-        try:
-            found = self._own(at, core)
-        except SubspanError as error:
-            if self._workers is None:
-                raise
-            found, refusal = {}, error  # the others wait for this process
-        if self._workers:
-            found = self._averaged(found, at, core, refusal)
-        grads = [_dense(p.grad) for p in self._others if p.grad is not None]
-        if not found and not grads:
-            why = "the closure reaches none" if closure else "call loss.backward() first"
-            raise SubspanError(f"no parameter has a gradient: {why}")
-        grads += [t for slope in found.values() for t in _tensors(slope, core)]
-        if not all(_finite([g] for g in grads if g.numel())):
-            raise SubspanError(
-                f"a gradient of step {self.steps} is not finite: lower the learning rate"
-            )
-        return found
 
     @property
     def _others(self) -> list[Tensor]:
         """The parameters that are no factors and have not been frozen."""
-        factors = {id(p) for layer in self._layers.values() for p in _parameters(layer)}
+        factors = {id(p) for layer in self._layers.values() for p in parameters(layer)}
         every = (p for group in self.param_groups for p in group["params"])
         return [p for p in every if id(p) not in factors and p.requires_grad]
-
-    def _own(self, at: Mapping[str, Factors], core: bool) -> dict[str, Factors]:
-        """The gradients that this process has found."""
-        found: dict[str, Factors] = {}
-        for name, factors in at.items():
-            grads = [p.grad for p in _parameters(self._layers[name])]
-            if core:
-                grads = [grads[1]] * 3
-            there = [grad.to(factors.S.dtype) for grad in grads if grad is not None]
-            if len(there) == 3:
-                found[name] = Factors(*there)
-            elif there:
-                raise SubspanError(CHANGED.format(f"layer {name!r}"))
-        if core or self.integrator == "vanilla":
-            return found
-        return self._watch.tangents(found, at, alone=self._workers is not None)
-
-    def _averaged(
-        self, own: dict[str, Factors], at: Mapping[str, Factors], core: bool,
-        refusal: SubspanError | None,
-    ) -> dict[str, Factors]:  # fmt: skip
-        """Means over all workers, by one message; where a worker has no gradient, zeros count.
-
-        Those of the parameters that are no factors take the place of this worker's own.
-
-        Raises:
-            SubspanError: on all workers, if one of them refuses its gradients.
-        """
-        assert self._workers is not None
-        none = {
-            n: Factors(*map(torch.zeros_like, _tensors(f))) for n, f in at.items() if n not in own
-        }
-        found = [t for name in at for t in _tensors((own | none)[name], core)]
-        others = self._others
-        found += [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in others]
-        there = [name in own for name in at] + [p.grad is not None for p in others]
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in found) else torch.float32
-        flags = torch.tensor([*there, refusal is not None], dtype=wide, device=found[0].device)
-        flat = torch.cat([*(t.reshape(-1).to(wide) for t in found), flags])
-        mean = self._workers.combine(flat, self.steps)[0]
-        *parts, flags = mean.split([*(t.numel() for t in found), len(flags)])
-        *anywhere, refused = (flags > 0).tolist()
-        if refusal:
-            raise refusal
-        if refused:
-            raise SubspanError(CHANGED.format("a layer of another worker"))
-        means = iter(p.view_as(t).to(t.dtype) for p, t in zip(parts, found, strict=True))
-        some = iter(anywhere)
-        averaged: dict[str, Factors] = {}
-        for name in at:
-            own_means = [next(means) for _ in range(1 if core else 3)]
-            if next(some):
-                averaged[name] = Factors(*(own_means * 3 if core else own_means))
-        for p in others:
-            mean = next(means)
-            if next(some):
-                p.grad = mean
-        return averaged
 
     # ---- workers, state --------------------------------------------------------------------------
 
@@ -502,12 +412,12 @@ class DLRT(Copied, Optimizer):
                 "a DLRT with workers cannot be copied, for its processes have one between them: "
                 "make a new one in each process and load_state_dict() into it"
             )
-        return {name: v for name, v in super().__getstate__().items() if name != "_watch"}
+        return {name: v for name, v in super().__getstate__().items() if name != "_gradients"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the layers that have been copied with it."""
         super().__setstate__(state)
-        self._watch = self._watching()
+        self._gradients = self._watching()
 
     def _check_start(self) -> None:
         assert self._workers is not None
@@ -556,17 +466,13 @@ class DLRT(Copied, Optimizer):
             raise SubspanError(f"momentum must be in [0, 1), got {group['momentum']}")
 
 
-def _parameters(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    return layer.U, layer.S, layer.V
-
-
 def _trainable(name: str, layer: LowRank) -> bool:
     """Whether a layer is to be trained, and not frozen.
 
     Raises:
         SubspanError: if it is neither.
     """
-    trained = [p.requires_grad for p in _parameters(layer)]
+    trained = [p.requires_grad for p in parameters(layer)]
     if any(trained) and not all(trained):
         raise SubspanError(
             f"some factors of layer {name!r} are frozen, and no step can move the others alone: "
@@ -579,26 +485,4 @@ def _factors(layer: LowRank, copy: bool) -> Factors:
     """The factors of a layer, in a precision that bases can be orthonormal in."""
     wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
     with plain():
-        return Factors(*(p.detach().to(wide, copy=copy) for p in _parameters(layer)))
-
-
-def _finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
-    """Whether all numbers of each group of tensors are finite; the host is told once."""
-    norms = [
-        torch.stack([
-            torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-            for t in tensors
-        ]).sum()
-        for tensors in groups
-    ]  # fmt: skip
-    return torch.stack([t.to(norms[0].device) for t in norms]).isfinite().tolist() if norms else []
-
-
-def _tensors(at: Factors, core: bool = False) -> list[Tensor]:
-    """All three, or S alone."""
-    return [at.S] if core else [at.U, at.S, at.V]
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """A gradient in its parameter's shape; that of a sparse embedding is not."""
-    return grad.to_dense() if grad.is_sparse else grad
+        return Factors(*(p.detach().to(wide, copy=copy) for p in parameters(layer)))

@@ -1,7 +1,7 @@
 """The gradients of K, S and L that a step is made of, and whether they are those of the factors.
 
 Autograd leaves tangents ∂K and ∂L beside the gradients of U, S and V while a layer is watched
-(:mod:`subspan.layers.lowrank`). Between ``backward()`` and ``step()`` people clip, scale and
+(:mod:`subspan.layers.watched`). Between ``backward()`` and ``step()`` people clip, scale and
 average gradients, and know nothing of tangents. What autograd left obeys
 
     (U.grad, S.grad, V.grad) = c (∂K Sᵀ, Uᵀ ∂K, ∂L S)        with c = 1,
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.errors import SubspanError
-from subspan.layers.lowrank import LowRank, Tangents
+from subspan.layers.lowrank import LowRank
+from subspan.layers.watched import Tangents
 from subspan.optim.integrators import Factors
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative: what rounding may do
