@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
 from subspan.layers.lowrank import LowRank, LowRankConv2d, LowRankLinear
-from subspan.layers.places import check, chosen, named, places, put, replaced
+from subspan.layers.places import MADE, check, chosen, fresh, named, places, put, replaced
 from subspan.layers.product_of_sums import (
     ProductOfSums,
     ProductOfSumsConv2d,
@@ -26,14 +26,14 @@ from subspan.linalg import rank_of, svd
 Init = Literal["svd", "random"]
 
 FACTORS = ["U", "S", "V", "bias"]
-PLAIN = nn.Linear(1, 1, device="meta")
-FRESH: dict[type[nn.Module], nn.Module] = {  # layers as they are before anybody touches them
-    LowRankLinear: LowRankLinear(1, 1, 1, device="meta"),
-    LowRankConv2d: LowRankConv2d(1, 1, 1, 1, device="meta"),
-    ProductOfSumsLinear: ProductOfSumsLinear(1, 1, ["free"], device="meta"),
-    ProductOfSumsConv2d: ProductOfSumsConv2d(1, 1, 1, ["free"], device="meta"),
-    Attention: Attention(nn.MultiheadAttention(1, 1, device="meta")),
+OURS: dict[type[nn.Module], Callable[[], nn.Module]] = {
+    LowRankLinear: lambda: LowRankLinear(1, 1, 1),
+    LowRankConv2d: lambda: LowRankConv2d(1, 1, 1, 1),
+    ProductOfSumsLinear: lambda: ProductOfSumsLinear(1, 1, ["free"]),
+    ProductOfSumsConv2d: lambda: ProductOfSumsConv2d(1, 1, 1, ["free"]),
+    Attention: lambda: Attention(nn.MultiheadAttention(1, 1)),
 }
+MADE.update(OURS)
 
 
 def factorize(
@@ -156,18 +156,18 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
     for name, layer in net.named_modules():
         if not isinstance(layer, LowRank | ProductOfSums):
             continue
-        if type(layer) not in FRESH:
+        if type(layer) not in OURS:
             raise SubspanError(
                 f"layer {name!r} cannot be merged, since its class, {named(layer)}, is none of "
                 "subspan's and may compute anything: merge the SubspaceModel first, if it is one"
             )
         parameters, buffers = registry(layer) if isinstance(layer, ProductOfSums) else (FACTORS, [])
-        kinds = {type(p) for p in FRESH[type(layer)].parameters()}
+        kinds = {type(p) for p in fresh(type(layer)).parameters()}
         if why := obstacle(layer, parameters, buffers, kinds=kinds) or used.get(id(layer)):
             raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
         refuse_hooks(name, layer)
         plain = layer.two_factors() if factors and isinstance(layer, LowRank) else layer.dense()
-        new[id(layer)] = hand_over(name, layer, plain, FRESH[type(layer)])
+        new[id(layer)] = hand_over(name, layer, plain, fresh(type(layer)))
     if not new:
         raise SubspanError("the network has no factored layer to merge")
     for name, module in net.named_modules():
@@ -190,7 +190,7 @@ def _whole(
     why = obstacle(module, (), modules=PROJECTIONS) or used.get(id(module))
     for part, layer in zip(PROJECTIONS, layers, strict=True):
         why = why or obstacle(layer, ("weight", "bias")) or used.get(id(layer))
-        if part != "out_proj" and (extra := vars(layer).keys() - vars(PLAIN).keys()):
+        if part != "out_proj" and (extra := vars(layer).keys() - vars(fresh(nn.Linear)).keys()):
             why = why or f"nn.MultiheadAttention has no {part} for its attribute {min(extra)!r}"
     if why := why or module.obstacle(layers):
         raise SubspanError(f"layer {name!r} cannot be merged, since {why}")
@@ -198,8 +198,8 @@ def _whole(
     for part, layer in zip(PROJECTIONS, layers, strict=True):
         refuse_hooks(f"{name}.{part}", layer, called=False)
     whole = module.original(layers)
-    hand_over(f"{name}.out_proj", layers[-1], whole.out_proj, PLAIN)
-    hand_over(name, module, whole, FRESH[Attention], parts=True)
+    hand_over(f"{name}.out_proj", layers[-1], whole.out_proj, fresh(nn.Linear))
+    hand_over(name, module, whole, fresh(Attention), parts=True)
     return whole
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from subspan.compartments import Patterns, matches, select
@@ -174,11 +176,17 @@ def check(found: Mapping[str, Place], names: Sequence[str]) -> None:
             refuse_hooks(name, place.owner)
 
 
-FRESH: dict[type[nn.Module], nn.Module] = {
-    **{kind: kind(1, 1, device="meta") for kind in LINEAR},
-    nn.Conv2d: nn.Conv2d(1, 1, 1, device="meta"),
-    nn.MultiheadAttention: nn.MultiheadAttention(1, 1, device="meta"),
+MADE: dict[type[nn.Module], Callable[[], nn.Module]] = {
+    **{kind: functools.partial(kind, 1, 1) for kind in LINEAR},
+    nn.Conv2d: lambda: nn.Conv2d(1, 1, 1),
+    nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1),
 }
+
+
+def fresh(kind: type[nn.Module]) -> nn.Module:
+    """Make a layer of a class, as it is before anybody touches it."""
+    with torch.random.fork_rng(devices=[]):
+        return MADE[kind]()
 
 
 def put(net: nn.Module, found: Mapping[str, Place], layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -193,14 +201,14 @@ def put(net: nn.Module, found: Mapping[str, Place], layers: Mapping[str, nn.Modu
     new: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         place = found[name]
-        hand_over(name, place.plain, layer, FRESH[type(place.plain)])
+        hand_over(name, place.plain, layer, fresh(type(place.plain)))
         if place.attention is None:
             new[id(place.owner)] = layer
             continue
         setattr(place.attention, place.projection, layer)
         if id(place.owner) not in new:
-            whole, fresh = name.rpartition(".")[0], FRESH[nn.MultiheadAttention]
-            hand_over(whole, place.owner, place.attention, fresh, parts=True)
+            whole, like = name.rpartition(".")[0], fresh(nn.MultiheadAttention)
+            hand_over(whole, place.owner, place.attention, like, parts=True)
             new[id(place.owner)] = place.attention
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
