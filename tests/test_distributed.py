@@ -39,7 +39,8 @@ def train(model, x):
         model(x).square().mean().backward()
         seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         optimizer.step()
-    return {"gradients": seen, "parameters": [p.detach().clone() for p in model.parameters() if p.requires_grad]}
+    trained = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    return {"gradients": seen, "parameters": trained}
 
 
 def averaged(rank, world):

@@ -361,12 +361,19 @@ class Bag(nn.Module):
 
 IMAGES, WORDS = torch.rand(3, 3, 8, 8), torch.arange(20).view(4, 5) % 11
 KINDS = {
-    "torchvision": (lambda: nn.Sequential(Block(3, 8), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4)), IMAGES),
+    "torchvision": (
+        lambda: nn.Sequential(Block(3, 8), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4)), IMAGES
+    ),
     "timm": (Vision, IMAGES),
     "bag": (Bag, WORDS),
     "seq2seq": (lambda: nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True), None),
-    "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))), torch.rand(3, 8)),
-    "conv3d": (lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 2), nn.GroupNorm(2, 4)), torch.rand(2, 3, 2, 2, 2)),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))), batch("mlp")
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 2), nn.GroupNorm(2, 4)),
+        torch.rand(2, 3, 2, 2, 2),
+    ),
     **{name: (NETS[name], batch(name)) for name in NETS},
 }  # fmt: skip
 
@@ -426,7 +433,9 @@ WRITES = {
     "freeze a part": lambda net: net.body.requires_grad_(False),
     "freeze a weight": lambda net: net.head.weight.requires_grad_(False),
     "flag of a weight": lambda net: setattr(net.head.weight, "requires_grad", False),
-    "flags of a part": lambda net: [setattr(p, "requires_grad", False) for p in net.body.parameters()],
+    "flags of a part": lambda net: [
+        setattr(p, "requires_grad", False) for p in net.body.parameters()
+    ],
     "data parallel": lambda net: net._replicate_for_data_parallel(),
     "penalty over all": lambda net: net.penalty(),
     "a norm of all": lambda net: torch.no_grad()(net.penalty)(),
@@ -448,7 +457,8 @@ def test_reading_a_weight_is_not_writing_to_it():
     for read in (
         lambda w: w.data, lambda w: w.detach().clone().zero_() + w, lambda w: w.data[0],
         lambda w: copy.deepcopy(w), lambda w: pickle.loads(pickle.dumps(w.detach())),
-        lambda w: w.numpy(force=True), lambda w: w.tolist(), lambda w: w.sum(), lambda w: w.double(),
+        lambda w: w.numpy(force=True), lambda w: w.tolist(), lambda w: w.sum(),
+        lambda w: w.double(),
         lambda w: nn.Parameter(w.data), lambda w: nn.Parameter(w.detach().clone()), repr,
         lambda w: w.shape,
     ):  # fmt: skip
@@ -540,7 +550,7 @@ def test_a_frozen_weight_that_is_trained_besides_is_noticed(tmp_path):
     optimizer = SGD(model.body.parameters(), lr=0.1)
     model(x).sum().backward()
     optimizer.step()
-    with pytest.raises(SubspanError, match="θ₀ of head.bias, head.weight was changed"):
+    with pytest.raises(SubspanError, match=r"θ₀ of head.bias, head.weight was changed"):
         subspan.save(model, tmp_path / "m")
 
 
@@ -628,7 +638,7 @@ def test_states_of_the_network_are_small_and_load_back():
     other.load_state_dict(state)
     assert torch.equal(other(x), model(x))
     assert other.load_state_dict(state) == nn.Module().load_state_dict({})  # all keys match
-    with pytest.raises(RuntimeError, match="Missing key.*subspan_global"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*subspan_global"):
         other.load_state_dict({})
 
 

@@ -82,7 +82,7 @@ def contents(
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     model = SubspaceModel.of(model) or model
     if isinstance(model, SubspaceModel):
-        model.subspace.check_complete()
+        model.subspace.changes.check_complete()
         own = {**model.fully_trained(), **model.changed_buffers()}
         tensors = {f"body.{name}": tensor for name, tensor in own.items()}
         tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])

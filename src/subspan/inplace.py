@@ -76,9 +76,9 @@ _IN_PLACE = {
 class Base(nn.Parameter):
     """A parameter that is trained in a subspace: frozen, and it holds θ₀.
 
-    It may be moved, converted, copied and read; but whoever computes with it wants the weight, which
-    its module gives, and gets a refusal. ``requires_grad = …`` is taken as a wish, see
-    :meth:`Weights.check_wishes`.
+    It may be moved, converted, copied and read; but whoever computes with it wants the weight,
+    which its module gives, and gets a refusal. ``requires_grad = …`` is taken as a wish, see
+    :meth:`subspan.changes.Changes.check_flags`.
     """
 
     home: tuple[Weights, str]
@@ -94,7 +94,8 @@ class Base(nn.Parameter):
                 return func(*args, **kwargs)
         if name == "requires_grad_" or (name == "__set__" and _property(func) == "requires_grad"):
             wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-            args[0].home[0].wish(args[0].home[1], bool(wish))
+            weights, tensor = args[0].home
+            weights.changes.wishes[tensor] = bool(wish)
             return args[0] if name == "requires_grad_" else None
         with _plain():
             out = func(*args, **kwargs)
@@ -190,7 +191,7 @@ class Computed(Tensor):
         """Whether a flag requires_grad can be set: that of a detached copy, or as it is already."""
         with _plain():
             flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-            return self.is_leaf and not self._is_theta or bool(flag) == self.requires_grad
+            return (self.is_leaf and not self._is_theta) or bool(flag) == self.requires_grad
 
     _is_theta = False
 
@@ -272,7 +273,7 @@ class Part:
     qconfig = Quantised()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remade, self._subspan_class, self.__getstate__()  # type: ignore[attr-defined]
+        return _remade, self._subspan_class, self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
@@ -281,7 +282,7 @@ class Part:
         if (own := getattr(super(), "__deepcopy__", None)) is not None:
             return own(memo)
         twin = memo[id(self)] = _remade(*self._subspan_class)
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     # ---- parameters --------------------------------------------------------------------------
@@ -333,9 +334,10 @@ class Part:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""
         weights: Weights = vars(self)[LINK].weights
-        before = weights.changed(set(vars(self)[LINK].tensors.values()))
+        own = set(vars(self)[LINK].tensors.values())
+        before = weights.changes.changed(own)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
-        weights.remember(set(vars(self)[LINK].tensors.values()) - before)
+        weights.changes.remember(own - before)
         return out
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -353,7 +355,7 @@ class Part:
         weights: Weights = vars(self)[LINK].weights
         whole = weights.root is self and not _asked_by_itself(self)
         if whole:
-            weights.check_base()
+            weights.changes.check_base()
         _saving.thetas = None if whole else {}
         try:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -403,6 +405,7 @@ class Root(Part):
     """What the network itself has besides: its coordinates are among its parameters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; θ that is formed meanwhile is kept until it ends."""
         weights: Weights = vars(self)[LINK].weights
         return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
 
@@ -469,7 +472,7 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
 
 def _remade(cls: type, names: tuple[str, ...], root: bool) -> Any:
     own = made(cls, names, root)
-    return own.__new__(own)
+    return own.__new__(own)  # type: ignore[call-overload]
 
 
 def _own_code(net: Any, properties: bool) -> set[Any]:

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +136,10 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
                 f"{slot.path} is expanded, so that one number in memory is several weights: make "
                 "it contiguous first"
             )
-        if slot.path == slot.tensor and p.layout == torch.strided and p.is_contiguous() and p.numel():
-            start = p.storage_offset() * p.element_size()
-            end = start + p.numel() * p.element_size()
+        plain = p.layout == torch.strided and p.is_contiguous() and p.numel() > 0
+        if plain and slot.path == slot.tensor:
+            start = int(p.storage_offset()) * p.element_size()
+            end = start + p.nbytes
             memory.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, slot.tensor))
     for intervals in memory.values():
         for (_, end, one), (start, _, other) in itertools.pairwise(sorted(intervals)):

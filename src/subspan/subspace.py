@@ -129,7 +129,7 @@ class SubspaceModel(nn.Module):
     def _take(self, net: nn.Module, weights: Weights, signature_of: type) -> None:
         self.subspace = weights
         self.body = net
-        self.__class__ = _with_signature(type(self), signature_of)
+        self.__class__ = _with_signature(type(self), signature_of)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, net: nn.Module) -> SubspaceModel | None:
@@ -181,7 +181,7 @@ class SubspaceModel(nn.Module):
 
     @property
     def coordinates(self) -> Coordinates:
-        """w of each compartment, a parameter by the compartment's name."""
+        """W of each compartment, a parameter by the compartment's name."""
         return Coordinates(self.subspace)
 
     @property
@@ -297,7 +297,7 @@ class SubspaceModel(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze or unfreeze all that is trained."""
         for tensor in self.subspace.trained():
-            self.subspace.wish(tensor, requires_grad)
+            self.subspace.changes.wishes[tensor] = requires_grad
         return super().requires_grad_(requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +362,7 @@ class SubspaceModel(nn.Module):
         return name.startswith("_") and not hasattr(self.body, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remade, self._signature_of, self.__getstate__()  # type: ignore[attr-defined]
+        return _remade, self._signature_of, self.__getstate__()
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -442,7 +442,7 @@ def _with_signature(handle: type, net: type) -> type:
 
 def _remade(handle: type, net: type) -> Any:
     cls = _with_signature(handle, net)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 def _pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:

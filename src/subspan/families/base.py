@@ -326,7 +326,7 @@ def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 
 def captured(x: Tensor) -> bool:
     """Whether a graph of operators is being recorded, in which ours must be one operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
 

@@ -1,0 +1,163 @@
+"""What people do to a network after it was put into a subspace: it is noticed, and named.
+
+Whoever holds a network may change θ₀ in place, freeze parameters one by one, replace layers, or
+have an optimizer that knows nothing of coordinates. None of this can be forbidden where it happens;
+but coordinates that would mean another function are not saved, and no step is made in vain.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from subspan.errors import SubspanError
+from subspan.inplace import Base
+
+if TYPE_CHECKING:
+    from subspan.weights import Weights
+
+
+class Changes:
+    """What is known of a network since it was wrapped.
+
+    Args:
+        weights: of the network.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.wishes: dict[str, bool] = {}
+        self._sums: dict[str, tuple[torch.dtype, int] | None] = {}
+
+    def check_flags(self) -> None:
+        """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
+
+        ``wishes`` holds what was set of frozen θ₀: a loop over all parameters sets the flag of
+        coordinates, too, so that only afterwards it is known whether all of them were frozen.
+
+        Raises:
+            SubspanError: if a tensor is to stay whose coordinates are trained.
+        """
+        for name, part in zip(
+            self.weights.coordinate_names, self.weights.compartments, strict=True
+        ):
+            tensors = [piece.tensor for piece in part.pieces]
+            frozen = [tensor for tensor in tensors if not self.wishes.get(tensor, True)]
+            w = self.weights.root._parameters[name]
+            if frozen and isinstance(w, nn.Parameter) and w.requires_grad:
+                raise SubspanError(
+                    f"requires_grad of {frozen[0]} was set to False, but its coordinates "
+                    f"({name}) are trained: freeze those, too, or give exclude= when the network "
+                    "is wrapped"
+                )
+        if all(self.wishes.values()):
+            self.wishes.clear()
+
+    @torch.no_grad()
+    def _checksum(self, tensor: str) -> tuple[torch.dtype, int] | None:
+        """The bytes of θ₀ in 32 bits; None where there is nothing to read."""
+        module, attribute = self.weights.found[tensor]
+        if attribute not in module._parameters:  # which of TorchScript's has no get()
+            return None
+        base = module._parameters[attribute]
+        if base is None or base.is_meta:
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            flat = base.detach().cpu().contiguous().reshape(-1)
+            return base.dtype, zlib.crc32(flat.view(torch.uint8).numpy().data)
+
+    def remember(self, tensors: Iterable[str]) -> None:
+        """Take these tensors as they are now for what they were when the network was wrapped."""
+        for tensor in tensors:
+            self._sums[tensor] = self._checksum(tensor)
+
+    def changed(self, tensors: Iterable[str]) -> set[str]:
+        """Those of these tensors whose θ₀ has other values by now, in the same dtype."""
+        found = set()
+        for tensor in tensors:
+            was, now = self._sums.get(tensor), self._checksum(tensor)
+            if was is not None and now is not None and was[0] == now[0] and was != now:
+                found.add(tensor)
+        return found
+
+    def check_base(self) -> None:
+        """Refuse to speak of coordinates around another θ₀ than the one they were trained around.
+
+        Raises:
+            SubspanError: naming what has changed since the network was wrapped.
+        """
+        root = self.weights.network()
+        if changed := sorted(self.changed(self._sums)):
+            raise SubspanError(
+                f"θ₀ of {', '.join(changed[:3])}{' and others' * (len(changed) > 3)} was changed "
+                "after the network was wrapped, so that coordinates would mean another network "
+                "elsewhere: change it before; merge() gives this network as it is"
+            )
+        modules = dict(root.named_modules(remove_duplicate=False))
+        for slot in self.weights.slots:
+            path, _, attribute = slot.path.rpartition(".")
+            home = self.weights.homes[slot.tensor]
+            parameter = home[0]._parameters.get(home[1])
+            there = modules[path]._parameters.get(attribute) if path in modules else None
+            if there is not parameter:
+                raise SubspanError(
+                    f"{slot.path} was replaced after the network was wrapped, so that its "
+                    "coordinates mean nothing: unwrap() it, and wrap the new network; merge() "
+                    "gives this network as it is"
+                )
+
+    def check_complete(self) -> None:
+        """Refuse what a file of coordinates would not hold.
+
+        Raises:
+            SubspanError: naming a parameter that was added since the network was wrapped.
+        """
+        self.check_base()
+        known = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        known |= {id(w) for w in self.weights.coordinates().values()}
+        for name, p in self.weights.root.named_parameters():
+            if id(p) not in known:
+                raise SubspanError(
+                    f"{name} was added after the network was wrapped, and a file of coordinates "
+                    "would not hold it: add it before, and name it in train_fully; merge() gives "
+                    "this network as it is"
+                )
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_watching: list[Any] = []
+
+
+def watch_optimizers() -> None:
+    """Look at every optimizer's parameters before its first step from now on."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_check_optimizer))
+
+
+def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if _known.get(optimizer) == len(parameters):
+        return
+    there = {id(p) for p in parameters}
+    for p in parameters:
+        if type(p) is Base:
+            weights, tensor = p.home
+            if weights.root is not None and not any(
+                id(w) in there for w in weights.coordinates().values()
+            ):
+                raise SubspanError(
+                    f"the optimizer has {tensor}, which is frozen since it is trained in a "
+                    "subspace, and not the coordinates that train it: make it anew, of the "
+                    "parameters of the SubspaceModel or of the whole network"
+                )
+    _known[optimizer] = len(parameters)
