@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subspan import calls, families
 from subspan.calls import Call
@@ -158,6 +158,50 @@ def entries(tensor: Tensor, piece: Piece) -> Tensor:
     """The entries of a piece, contiguous; of a sparse gradient, too."""
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     return dense.contiguous().reshape(-1)[piece.start : piece.stop]
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two entries may lie in one place, as those of an expanded tensor do."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
+
+
+def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:
+    """Entries start … stop−1 of padding rows, by the id of the embedding's table.
+
+    Their gradient is zero and an ordinary optimizer never moves them, unless another layer shares
+    the table.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    shared: set[int] = set()
+    for module in net.modules():
+        for tensor in module._parameters.values():
+            row = getattr(module, "padding_idx", None)
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and row is not None:
+                length = module.embedding_dim
+                found[id(tensor)] = row * length, (row + 1) * length
+            else:
+                shared.add(id(tensor))
+    return {key: row for key, row in found.items() if key not in shared}
+
+
+def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    """The parameters of every group by name; by running numbers where they have none."""
+    found: list[dict[str, Tensor]] = []
+    number = 0
+    for group in groups:
+        names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
+        number += len(names)
+        found.append(dict(zip(names, group["params"], strict=True)))
+    names = [name for group in found for name in group]
+    if len(set(names)) < len(names):  # of two networks
+        return [{f"{n}/{name}": t for name, t in g.items()} for n, g in enumerate(found)]
+    return found
 
 
 def divide(

@@ -27,7 +27,16 @@ from subspan.families import projections
 from subspan.optim import estimators
 from subspan.optim.copies import Copied
 from subspan.optim.journal import Journal, Record, header_of, move, redraw
-from subspan.optim.parts import Part, divide, entries, layout, parts
+from subspan.optim.parts import (
+    Part,
+    divide,
+    entries,
+    layout,
+    named_tensors,
+    overlaps,
+    padding_rows,
+    parts,
+)
 
 Estimator = Literal["gradient", "forward", "evolution"]
 Workers = Literal["shared", "independent"]
@@ -122,7 +131,7 @@ class RandomBases(Copied, Optimizer):
         padding: dict[int, tuple[int, int]] = {}
         if isinstance(params, nn.Module):
             slots.slots(params)  # refuses parameters without values
-            padding = _padding(params)
+            padding = padding_rows(params)
             params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "dim": dim,
@@ -144,7 +153,7 @@ class RandomBases(Copied, Optimizer):
         independent = self._workers is not None and workers == "independent"
         self._bases = self._workers.world if self._workers and independent else 1
         self._basis = self._workers.rank if self._workers and independent else 0
-        named = _named(self.param_groups)
+        named = named_tensors(self.param_groups)
         divided = [
             (tensors, divide(tensors, group["dim"], group["compartments"], group["allocation"]))
             for tensors, group in zip(named, self.param_groups, strict=True)
@@ -350,10 +359,10 @@ class RandomBases(Copied, Optimizer):
                 "momentum needs a basis that stays: coordinates of different bases cannot be "
                 "added; use redraw_every=n or None"
             )
-        for name, tensor in _named([group])[0].items():
+        for name, tensor in named_tensors([group])[0].items():
             if not tensor.is_floating_point():
                 raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
-            if _overlaps(tensor):
+            if overlaps(tensor):
                 raise SubspanError(
                     f"entries of {name} share memory (it is expanded), and cannot move on their "
                     "own: give the tensor that it was expanded from, or a clone() of it"
@@ -449,47 +458,3 @@ class RandomBases(Copied, Optimizer):
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two entries may lie in one place, as those of an expanded tensor do."""
-    reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
-    return False
-
-
-def _padding(net: nn.Module) -> dict[int, tuple[int, int]]:
-    """Entries start … stop−1 of padding rows, by the id of the embedding's table.
-
-    Their gradient is zero and an ordinary optimizer never moves them, unless another layer shares
-    the table.
-    """
-    found: dict[int, tuple[int, int]] = {}
-    shared: set[int] = set()
-    for module in net.modules():
-        for tensor in module._parameters.values():
-            row = getattr(module, "padding_idx", None)
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and row is not None:
-                length = module.embedding_dim
-                found[id(tensor)] = row * length, (row + 1) * length
-            else:
-                shared.add(id(tensor))
-    return {key: row for key, row in found.items() if key not in shared}
-
-
-def _named(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    """The parameters of every group by name; by running numbers where they have none."""
-    found: list[dict[str, Tensor]] = []
-    number = 0
-    for group in groups:
-        names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
-        number += len(names)
-        found.append(dict(zip(names, group["params"], strict=True)))
-    names = [name for group in found for name in group]
-    if len(set(names)) < len(names):  # of two networks
-        return [{f"{n}/{name}": t for name, t in g.items()} for n, g in enumerate(found)]
-    return found
