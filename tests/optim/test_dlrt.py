@@ -433,9 +433,10 @@ def test_gradients_of_the_last_step_are_not_taken_twice():
     loss_of(net).backward()  # on top of the old ones
     with pytest.raises(SubspanError, match="clear all of them before backward"):
         optimizer.step()
-    net.zero_grad()
-    loss_of(net).backward()
-    optimizer.step()
+    for set_to_none in (True, False):
+        net.zero_grad(set_to_none)
+        loss_of(net).backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
