@@ -82,6 +82,7 @@ class Base(nn.Parameter):
     """
 
     home: tuple[Weights, str]
+    kind: type[nn.Parameter]  # that it had, and gets back
 
     @classmethod
     def __torch_function__(
@@ -120,12 +121,12 @@ class Base(nn.Parameter):
             with _plain():
                 twin = type(self)(self.data.clone(memory_format=torch.preserve_format), False)
             memo[id(self)] = twin
-            twin.home = copy.deepcopy(self.home, memo)
+            vars(twin).update(copy.deepcopy(vars(self), memo))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _plain():  # and its home afterwards, which holds this parameter
-            return _base, (self.data.detach(),), self.home, None, None, _settle
+            return _base, (self.data.detach(),), vars(self), None, None, _settle
 
 
 _HARMLESS = frozenset({
@@ -138,8 +139,8 @@ def _base(data: Tensor) -> Base:
     return Base(data, False)
 
 
-def _settle(base: Base, home: tuple[Weights, str]) -> None:
-    base.home = home
+def _settle(base: Base, attributes: dict[str, Any]) -> None:
+    vars(base).update(attributes)
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:

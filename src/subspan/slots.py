@@ -125,7 +125,8 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
                 f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "
                 "itself: exclude it, or give the part as it was before"
             )
-        if slot.tensor in chosen and type(p) is not nn.Parameter:
+        ordinary = type(p) is nn.Parameter or getattr(type(p), "may_be_computed", False)
+        if slot.tensor in chosen and not ordinary:
             raise SubspanError(
                 f"{slot.path} is a {type(p).__name__}, a parameter of a kind of its own: exclude it"
             )

@@ -130,6 +130,7 @@ class Weights:
         for tensor, (module, attribute) in self.homes.items():
             parameter = module._parameters[attribute]
             assert parameter is not None
+            parameter.kind = type(parameter)  # type: ignore[attr-defined]
             parameter.__class__ = Base
             parameter.home = (self, tensor)  # type: ignore[attr-defined]
         like = self.base_of(self.compartments[0].pieces[0].tensor)
@@ -162,8 +163,8 @@ class Weights:
                 with _plain():
                     if values is not None and tensor in values:
                         parameter.data = values[tensor].detach()
-                    parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-                    del parameter.home
+                    parameter.__class__ = parameter.kind  # type: ignore[assignment]
+                    del parameter.home, parameter.kind
         for module in self._parts:
             if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
                 module._init_flat_weights()

@@ -210,29 +210,9 @@ ATOMS = [
 ]
 
 
-LOWRANK = [
-    case.name for case in WHOLE
-    if case.name.startswith(("lowrank", "attention")) and case.name != "attention-sums"
-]  # fmt: skip
-# To be mended: layers/lowrank.py asks autocast about devices that it does not know (meta), and
-# casts float64, which PyTorch's leaves alone; slots.py takes a Factor for a foreign parameter.
-EXEMPT = {
-    (law, name)
-    for law in (
-        layer_laws.autocast_gives_the_type_that_it_gives_ordinary_layers,
-        layer_laws.a_network_made_without_values_is_filled_from_a_state,
-        layer_laws.a_subspace_begins_where_the_layer_is,
-    )
-    for name in LOWRANK
-}
-
-
 def cases(of: list[Case], held_to: list[layer_laws.Law]) -> list[Any]:
     return [
-        pytest.param(
-            law, case, id=f"{law.__name__}-{case.name}",
-            marks=[pytest.mark.xfail(strict=True)] if (law, case.name) in EXEMPT else [],
-        )
+        pytest.param(law, case, id=f"{law.__name__}-{case.name}")
         for case in of
         for law in held_to
     ]  # fmt: skip

@@ -52,10 +52,12 @@ class Value(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function on ordinary tensors, but for sums of factors of different layers."""
-        kwargs = kwargs or {}
-        name = func.__name__
+        kwargs, name = kwargs or {}, func.__name__
         if name == "__get__":
-            name = "data" if func.__self__ is Tensor.data else ""
+            if func.__self__ is not Tensor.data:  # the common ones: grad, shape, dtype, …
+                with plain():
+                    return func(*args)
+            name = "data"
         each, name = name.startswith("_foreach_"), name.removeprefix("_foreach_")
         name = "isub" if name == "sub_" else name.strip("_")  # which changes a factor
         if name in SUMS or name == "copy":
@@ -97,6 +99,8 @@ class Value(Tensor):
 
 class Factor(Value, nn.Parameter):
     """U, S or V of a layer: a parameter like any other, but for averages."""
+
+    may_be_computed = True  # in a subspace, where it is one weight among others
 
 
 def adopt(factor: str, parameter: nn.Parameter) -> None:

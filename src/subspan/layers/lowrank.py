@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.layers import factors
 from subspan.layers.factors import plain
-from subspan.layers.plain import Convolution, filled, linear
+from subspan.layers.plain import Convolution, autocast_type, filled, linear
 from subspan.layers.watched import Geometry, Tangents, Watched, down, filters, out, transformed
 
 
@@ -206,8 +206,7 @@ class LowRank(nn.Module, ABC):
             return self._product(x, how)
 
     def _product(self, x: Tensor, how: Geometry | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_type(x))
         kind, watched = x.dtype, self._watched()
         bias = None if self.bias is None else self.bias.to(kind)
         if watched is not None:

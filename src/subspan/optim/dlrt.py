@@ -172,7 +172,8 @@ class DLRT(Copied, Optimizer):
         Args:
             set_to_none: whether gradients become None, or zeros.
         """
-        super().zero_grad(set_to_none)
+        with plain():
+            super().zero_grad(set_to_none)
         self._gradients.clear()
 
     @property
@@ -249,8 +250,9 @@ class DLRT(Copied, Optimizer):
             if copy:
                 self._put(before)
             raise
-        self._put(after)
-        self._move_others()
+        with plain():
+            self._put(after)
+            self._move_others()
         self._gradients.clear()
         for group in self.param_groups:
             group["steps"] += 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.distributed import Workers
 from subspan.errors import SubspanError
+from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim.integrators import Factors
 from subspan.optim.tangents import CHANGED, Watch
@@ -62,6 +63,12 @@ class Gradients:
             SubspanError: if there are none at all, if they have been changed so that tangents are
                 not known, or if they are not finite; with workers, in all of them.
         """
+        with plain():
+            return self._found(at, others, step, core)
+
+    def _found(
+        self, at: Mapping[str, Factors], others: Sequence[Tensor], step: int, core: bool
+    ) -> dict[str, Factors]:
         refusal = None
         try:
             found = self._own(at, core)
