@@ -309,6 +309,8 @@ class Part:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of every module; but a weight that is computed cannot become something else."""
         link: Link | None = vars(self).get(LINK)
+        if link is not None and param is not None and param is self._parameters.get(name):  # type: ignore[attr-defined]
+            return  # tied once more
         if link is not None:
             lost = [attr for attr in link.tensors if attr not in self._parameters]  # type: ignore[attr-defined]
             if lost:  # taken out by the caller a moment ago
