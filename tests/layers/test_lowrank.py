@@ -78,8 +78,8 @@ def check(layer, found, tangents, dense):
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name] if name in expected else dense[name])
     if tangents is not None:
-        torch.testing.assert_close(tangents.k.grad, G @ V)
-        torch.testing.assert_close(tangents.l.grad, G.T @ U)
+        torch.testing.assert_close(tangents.of_k, G @ V)
+        torch.testing.assert_close(tangents.of_l, G.T @ U)
 
 
 @EVERY
@@ -156,7 +156,7 @@ def test_tangents_accumulate_and_are_cleared_with_the_gradients():
 
     def backward():
         layer(x).square().sum().backward()
-        return tangents.k.grad.clone()
+        return tangents.of_k.clone()
 
     once, twice = backward(), backward()
     torch.testing.assert_close(twice, 2 * once)
@@ -187,18 +187,18 @@ def test_what_watches_a_layer_leaves_nothing_behind():
     layer.requires_grad_(False)
     held = watch(layer)
     assert not layer(x).requires_grad
-    assert held.k.grad is None
+    assert held.of_k is None
 
 
 def test_tangents_move_with_their_layer():
     layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
     tangents = watch(layer)
     layer.float()(x.float()).sum().backward()
-    assert tangents.k.grad.dtype == torch.float32
+    assert tangents.of_k.dtype == torch.float32
     layer.set_factors(layer.U[:, :2], layer.S[:2, :2], layer.V[:, :2])
-    assert tangents.k.grad is None
+    assert tangents.of_k is None
     layer(x.float()).sum().backward()
-    assert tangents.l.grad.shape == (7, 2)
+    assert tangents.of_l.shape == (7, 2)
 
 
 # PyTorch's own forward mode scripts a few functions when it is first used.
@@ -216,7 +216,7 @@ def test_transforms_of_functions_see_an_ordinary_layer():
     torch.testing.assert_close(found, expected)
     _, slope = torch.func.jvp(lambda x: loss(weights, x), (x,), (torch.ones_like(x),))
     assert torch.isfinite(slope)
-    assert tangents.k.grad is None
+    assert tangents.of_k is None
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
@@ -292,8 +292,8 @@ def test_autocast_reaches_both_passes(kind, watched):
     found = {name: p.grad for name, p in layer.named_parameters()}
     assert {g.dtype for g in found.values()} == {torch.float32}
     if watched:  # in the precision of the factors, whatever that of the products is
-        torch.testing.assert_close(found["U"], tangents.k.grad @ layer.S.detach().T)
-        torch.testing.assert_close(found["V"], tangents.l.grad @ layer.S.detach())
+        torch.testing.assert_close(found["U"], tangents.of_k @ layer.S.detach().T)
+        torch.testing.assert_close(found["V"], tangents.of_l @ layer.S.detach())
     layer.zero_grad()
     layer(x).sum().backward()
     for name, p in layer.named_parameters():

@@ -347,8 +347,8 @@ def test_gradients_are_those_of_the_dense_network(loss):
         G, (U, S, V) = theirs.weight.grad, (p.detach() for p in (ours.U, ours.S, ours.V))
         torch.testing.assert_close(ours.U.grad, G @ V @ S.T)
         torch.testing.assert_close(ours.V.grad, G.T @ U @ S)
-        torch.testing.assert_close(ours.tangents.k.grad, G @ V)
-        torch.testing.assert_close(ours.tangents.l.grad, G.T @ U)
+        torch.testing.assert_close(ours.tangents.of_k, G @ V)
+        torch.testing.assert_close(ours.tangents.of_l, G.T @ U)
     optimizer.step()
     assert not torch.equal(dense(net), dense(mlp(4)))
 
@@ -540,7 +540,7 @@ def test_images_without_a_batch():
     optimizer, x = DLRT(net, 0.1), torch.randn(3, 8, 8, dtype=torch.float64)
     for network in (net, plain):
         network(x).square().sum().backward()
-    torch.testing.assert_close(net[0].tangents.l.grad, plain[0].weight.grad.flatten(1).T @ net[0].U)
+    torch.testing.assert_close(net[0].tangents.of_l, plain[0].weight.grad.flatten(1).T @ net[0].U)
     optimizer.step()
 
 

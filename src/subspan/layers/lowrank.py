@@ -116,7 +116,7 @@ class LowRank(nn.Module, ABC):
         with plain():
             U, S, V = self.U, self.S, self.V
             W, watched = U @ S @ V.T, self._watched()
-            return W if watched is None else W + watched.k @ V.T + U @ watched.l.T
+            return W if watched is None else W + watched.k.T @ V.T + U @ watched.l
 
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
         """Take other factors, perhaps of another rank; the parameters stay the same objects.
@@ -149,7 +149,7 @@ class LowRank(nn.Module, ABC):
         found = self.tangents
         if found is None:
             return
-        was = found.k.shape[1], found.l.shape[1], found.k.dtype, found.k.device
+        was = len(found.k), len(found.l), found.k.dtype, found.k.device
         if was != (self.S.shape[1], self.S.shape[0], self.S.dtype, self.S.device):
             found.renew(self)
 

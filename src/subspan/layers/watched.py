@@ -47,8 +47,8 @@ class Tangents:
         layer: the layer to watch.
 
     Attributes:
-        k: (n, r), zeros that require a gradient.
-        l: (m, r), zeros that require a gradient.
+        k: (r, n), zeros that require a gradient: kᵀ, for its gradient is formed in this order.
+        l: (r, m), likewise lᵀ.
         awake: whether passes through the layer have tangents; true at first.
     """
 
@@ -65,7 +65,17 @@ class Tangents:
         # An integrator may pass through a core that is not square.
         (n, m), (left, right) = layer.shape, layer.S.shape
         zero = layer.S.detach().new_zeros(())
-        self.k, self.l = (zero.expand(s).requires_grad_() for s in ((n, right), (m, left)))
+        self.k, self.l = (zero.expand(s).requires_grad_() for s in ((right, n), (left, m)))
+
+    @property
+    def of_k(self) -> Tensor | None:
+        """∂K (n, r), if there is one."""
+        return None if self.k.grad is None else self.k.grad.T
+
+    @property
+    def of_l(self) -> Tensor | None:
+        """∂L (m, r), if there is one."""
+        return None if self.l.grad is None else self.l.grad.T
 
     def clear(self) -> None:
         """Forget ∂K and ∂L."""
@@ -173,10 +183,10 @@ class Watched(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             p = _up(q, s.T, how)
             if twice:  # the terms of k and l are zero, and their derivatives are not
-                p = p + _up(gy, k.to(kind).T, how)
+                p = p + _up(gy, k.to(kind), how)
             gx = _down_adjoint(p, v, x, how)
             if twice:
-                gx = gx + _down_adjoint(q, l.to(kind), x, how)
+                gx = gx + _down_adjoint(q, l.to(kind).T, x, how)
         if ctx.needs_input_grad[4]:
             bias = gy.sum(dim=(0, 2, 3)) if how else gy.reshape(-1, gy.shape[-1]).sum(dim=0)
-        return gx, gU, gS, gV, bias, gK, gL, None
+        return gx, gU, gS, gV, bias, gK.T, gL.T, None

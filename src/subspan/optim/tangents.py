@@ -113,11 +113,11 @@ class Watch:
 
     def _left(self, name: str, like: Factors) -> Factors:
         """∂K and ∂L as autograd has left them beside another ∂S; zeros where it has not."""
-        k, l = self._tangents[name].k.grad, self._tangents[name].l.grad  # noqa: E741
+        K, L = self._tangents[name].of_k, self._tangents[name].of_l
         return Factors(
-            torch.zeros_like(like.U) if k is None else k.to(like.U.dtype),
+            torch.zeros_like(like.U) if K is None else K.to(like.U.dtype),
             like.S,
-            torch.zeros_like(like.V) if l is None else l.to(like.V.dtype),
+            torch.zeros_like(like.V) if L is None else L.to(like.V.dtype),
         )
 
     def _compared(
