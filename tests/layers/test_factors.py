@@ -131,6 +131,13 @@ def test_federated_means(how, way, kind):
     assert torch.equal(server[0].weight, clients[0][0].weight)
 
 
+def test_means_are_refused_where_they_are_formed():
+    factors = [net()[0].U, other()[0].U]
+    for mean in FEDERATED.values():
+        with REFUSED:
+            mean(factors)
+
+
 def test_the_mean_of_equal_factors_is_theirs():
     state = net().state_dict()
     file = io.BytesIO()
