@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import vmap
 from torch.optim import SGD
 
-from subspan import SubspaceModel, SubspanError
+from subspan import SubspaceModel, SubspanError, weights
 from tests.in_place.network import Net, pair
 from tests.nets import NETS, batch, build, scatter, wrap
 
@@ -241,3 +241,35 @@ def test_copies_and_pickles_of_the_network_itself(name):
         handle = SubspaceModel.of(twin)
         assert torch.equal(handle.merge()(x), twin(x))
         assert list(handle.unwrap().state_dict()) == list(build(name).state_dict())
+
+
+def test_a_weight_that_cannot_be_computed_is_no_theta0(monkeypatch):
+    """Python asks Module.__getattr__, which has θ₀, where a descriptor raises AttributeError."""
+    model, _, x = pair()
+
+    def fail(*_):
+        raise AttributeError("of something inside")
+
+    monkeypatch.setattr("subspan.calls.theta", fail)
+    for read in (lambda: model(x), lambda: model.body.head.weight, lambda: model.body.head(x)):
+        with pytest.raises(RuntimeError, match=r"\.\w+ could not be computed"):
+            read()
+
+
+def test_what_a_thread_keeps_during_a_call_is_its_own():
+    model, _, x = pair()
+    seen = []
+
+    def look(*_):
+        seen.append(len(vars(weights._now).get("calls", ())))
+
+    def from_another_thread(*_):
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    model.body.head.register_forward_hook(from_another_thread)
+    model(x)
+    look()
+    assert seen == [1, 0, 0]

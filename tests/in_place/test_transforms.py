@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
 import subspan
+from subspan import SubspaceModel
 from tests.in_place.network import pair
 from tests.nets import batch, scatter, wrap
 
@@ -102,3 +104,31 @@ def test_forward_mode_with_a_random_basis_over_coordinates():
         steps.append(optimizer.coordinates.clone())
     torch.testing.assert_close(*steps)
     assert steps[0].any()
+
+
+@FORWARD_MODE
+def test_transforms_inside_of_a_forward():
+    """What a transform formed is not there any more when it has ended."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def energy(self, x):
+            return self.second(self.first(x).tanh()).square().sum()
+
+        def forward(self, x):
+            slopes = vmap(grad(self.energy))(x)
+            _, along = jvp(self.energy, (x,), (slopes.detach(),))
+            return slopes + self.first(x) + along + vmap(grad(self.energy))(x)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Inside(), 10)), torch.randn(3, 4)
+    merged = model.merge()
+    torch.testing.assert_close(model(x), merged(x))
+    model(x).sum().backward()
+    merged(x).sum().backward()
+    slope = torch.cat([p.grad.flatten() for p in merged.parameters()])
+    want = model.projections[0].rmatvec(slope)
+    torch.testing.assert_close(model.coordinates["global"].grad, want, rtol=1e-4, atol=1e-5)

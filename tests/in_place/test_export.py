@@ -1,0 +1,77 @@
+"""Exported programs, ONNX and traces of a network in a subspace, with a batch of any size."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from subspan import SubspaceModel
+from tests.nets import COMPARTMENTS, batch, scatter, wrap
+
+NETS = ("mlp", "cnn", "raw", "encoder")
+WAYS = ("handle", "network", "merged")
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch and ONNX have many of their own
+
+
+def net_of(model: SubspaceModel, way: str) -> nn.Module:
+    return {"handle": model, "network": model.body, "merged": model.merge()}[way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETS)
+def test_an_exported_program(name, way):
+    model, x = scatter(wrap(name)).eval(), batch(name)
+    want, size = model(x), {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(net_of(model, way), (x,), dynamic_shapes=(size,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for run in (program.module(), torch.export.load(file).module()):
+        torch.testing.assert_close(run(x), want)
+        torch.testing.assert_close(run(x[:2]), want[:2])
+    if way != "merged":  # the program has coordinates, and is one of them
+        coordinates = [p for key, p in program.state_dict.items() if "subspan_global" in key]
+        assert [w.shape for w in coordinates] == [(12,)]
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("compartments", COMPARTMENTS, ids=str)
+def test_any_name_of_a_compartment_can_be_exported(compartments):
+    model, x = scatter(wrap("mlp", compartments)).eval(), batch("mlp")
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETS)
+def test_onnx(name, way, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    compartments = "uniform:3" if name == "mlp" else "global"
+    model, x = scatter(wrap(name, compartments)).eval(), batch(name)
+    want = model(x)
+    program = torch.onnx.export(
+        net_of(model, way), (x,), dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+    )  # fmt: skip
+    program.save(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (given,) = session.get_inputs()
+    for rows in (x, x[:2]):
+        (found,) = session.run(None, {given.name: rows.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), want[: len(rows)], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(x), want)
+    model.train()(x).sum().backward()
+    assert model.coordinates[next(iter(model.coordinates))].grad.any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trace_runs_and_is_saved(way):
+    model, x = scatter(wrap("mlp")).eval(), batch("mlp")
+    traced, file = torch.jit.trace(net_of(model, way), (x,)), io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for run in (traced, torch.jit.load(file)):
+        torch.testing.assert_close(run(x), model(x))
+        torch.testing.assert_close(run(x[:2]), model(x[:2]))
