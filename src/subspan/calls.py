@@ -79,11 +79,32 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
     Returns:
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
     """
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    transformed = transformed or forward_ad._current_level >= 0
-    if captured(w) or transformed or any(base.requires_grad for base in bases):
+    if captured(w) or _transformed() or any(base.requires_grad for base in bases):
         return _theta(product, w, step, call, bases)
     return _Theta.apply(w, step, call, *bases)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is under way."""
+    functorch = torch._C._functorch.maybe_current_level() is not None
+    return functorch or forward_ad._current_level >= 0
+
+
+def with_dense_gradient(theta: Tensor) -> Tensor:
+    """A weight whose gradient may be sparse, as embeddings have it, where its parts take none."""
+    if not theta.requires_grad or captured(theta) or _transformed():
+        return theta
+    return _Dense.apply(theta)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor) -> Tensor:
+        return theta.view_as(theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
 
 
 def _theta(

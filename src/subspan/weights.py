@@ -269,7 +269,8 @@ class Weights:
     def _joined(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part.reshape(-1) for part in parts]).view(self.base_of(tensor).shape)
+        theta = torch.cat([part.reshape(-1) for part in parts]).view(self.base_of(tensor).shape)
+        return calls.with_dense_gradient(theta)
 
     def _theta(self, call: Call) -> Sequence[Tensor]:
         w = self.network()._parameters[PREFIX + call.coordinates]

@@ -225,3 +225,16 @@ def test_unwrapping_gives_everything_back():
             with pytest.raises(SubspanError, match="this SubspaceModel was unwrapped"):
                 use()
         SubspaceModel(net, 12)
+
+
+@pytest.mark.parametrize("compartments", ["global", "uniform:3"])
+def test_sparse_gradients_are_those_of_dense_ones(compartments):
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(11, 6, sparse=sparse), nn.Linear(6, 2))
+        model = scatter(SubspaceModel(net, 9, compartments=compartments))
+        model(WORDS).square().sum().backward()
+        found.append(torch.cat([w.grad for w in model.parameters()]))
+    torch.testing.assert_close(*found)
+    assert found[0].any()
