@@ -100,21 +100,22 @@ class Base(nn.Parameter):
             return args[0] if name == "requires_grad_" else None
         with _plain():
             out = func(*args, **kwargs)
-            if (
-                type(out) is Tensor and out.is_floating_point() and name not in _HARMLESS
-                and not name.endswith("_") and not name.endswith("_like")
-                and not name.startswith(("new_", "__i"))
-            ):  # fmt: skip
-                bases = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Base]
-                if bases and not any(_shares_memory(out, base) for base in bases):
-                    weights, tensor = bases[0].home
-                    raise SubspanError(
-                        f"{tensor} among parameters() is θ₀, and {name} of it is not that of the "
-                        f"weight, which is trained through coordinates: read it from its module "
-                        f"(net.{tensor}), from a part's parameters() or from weights() of the "
-                        "SubspaceModel"
-                    )
+            if not _is_harmless(name) and (computed := cls._behind(out, (args, kwargs))):
+                raise SubspanError(
+                    f"{computed} among parameters() is θ₀, and {name} of it is not that of the "
+                    f"weight, which is trained through coordinates: read it from its module "
+                    f"(net.{computed}), from a part's parameters() or from weights() of the "
+                    "SubspaceModel"
+                )
         return out
+
+    @classmethod
+    def _behind(cls, out: Any, arguments: Any) -> str:
+        """The name of the θ₀ that numbers were computed from; "" of views, and if there are none."""
+        numbers = [t for t in tree_leaves(out) if type(t) is Tensor and t.is_floating_point()]
+        bases = [t for t in tree_leaves(arguments) if type(t) is cls] if numbers else []
+        views = any(_shares_memory(number, base) for number in numbers for base in bases)
+        return "" if views or not bases else bases[0].home[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         if id(self) not in memo:
@@ -133,6 +134,13 @@ _HARMLESS = frozenset({
     "detach", "clone", "to", "cpu", "cuda", "type", "type_as", "float", "half", "double",
     "bfloat16", "contiguous", "pin_memory", "empty_like", "zeros_like", "__deepcopy__",
 })  # fmt: skip
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether a function moves, converts or changes a parameter, and computes nothing from it."""
+    if name in _HARMLESS or name.endswith("_like") or name.startswith(("new_", "__i")):
+        return True
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _base(data: Tensor) -> Base:

@@ -46,6 +46,9 @@ WRITES = {
     ],
     "data parallel": lambda net: net._replicate_for_data_parallel(),
     "penalty over all": lambda net: net.penalty(),
+    "norms of all": lambda net: torch._foreach_norm(list(net.parameters())),
+    "a decomposition": lambda net: torch.linalg.svd(net.get_parameter("head.weight")),
+    "a product": lambda net: torch.ones(4) @ net.get_parameter("head.weight"),
     "a norm of all": lambda net: torch.no_grad()(net.penalty)(),
 }  # fmt: skip
 
@@ -203,3 +206,15 @@ def test_the_network_and_the_handle_train_alike():
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
     assert torch.equal(one(x), other(x))
+
+
+def test_what_is_added_is_in_a_state_and_cannot_be_in_a_file(tmp_path):
+    model, _, x = pair()
+    model.body.adapter = nn.Linear(4, 4)
+    assert "adapter.weight" in model.body.state_dict()
+    assert "body.adapter.weight" in dict(model.named_parameters())
+    with pytest.raises(SubspanError, match=r"adapter.weight was added after the network was wrap"):
+        subspan.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    del model.body.adapter
+    subspan.save(model, tmp_path / "m")
