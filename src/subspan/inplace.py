@@ -111,7 +111,7 @@ class Base(nn.Parameter):
 
     @classmethod
     def _behind(cls, out: Any, arguments: Any) -> str:
-        """The name of the θ₀ that numbers were computed from; "" of views, and if there are none."""
+        """The name of θ₀ that numbers were computed from; "" of views, and if there are none."""
         numbers = [t for t in tree_leaves(out) if type(t) is Tensor and t.is_floating_point()]
         bases = [t for t in tree_leaves(arguments) if type(t) is cls] if numbers else []
         views = any(_shares_memory(number, base) for number in numbers for base in bases)

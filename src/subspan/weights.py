@@ -278,6 +278,11 @@ class Weights:
             bases = []
             for piece in call.pieces:
                 base = self.base_of(piece.tensor)
+                if type(base).__name__ == "DTensor":
+                    raise SubspanError(
+                        f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
+                        "use DistributedDataParallel, which sends coordinates only"
+                    )
                 if torch.compiler.is_compiling() and type(base) is Base:
                     base = base.detach()  # the graph runs without this context
                 whole = len(piece) == base.numel()

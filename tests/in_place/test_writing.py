@@ -209,7 +209,7 @@ def test_the_network_and_the_handle_train_alike():
 
 
 def test_what_is_added_is_in_a_state_and_cannot_be_in_a_file(tmp_path):
-    model, _, x = pair()
+    model, _, _ = pair()
     model.body.adapter = nn.Linear(4, 4)
     assert "adapter.weight" in model.body.state_dict()
     assert "body.adapter.weight" in dict(model.named_parameters())
