@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan.errors import SubspanError
-from subspan.inplace import Base
+from subspan.guards import Base
 
 if TYPE_CHECKING:
     from subspan.weights import Weights

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from subspan import calls, families, init, slots
 from subspan.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.errors import SubspanError, unknown
-from subspan.inplace import FINGERPRINT, LINK, PREFIX, Base
+from subspan.guards import Base
+from subspan.inplace import FINGERPRINT, LINK, PREFIX
 from subspan.summary import Row, Summary
 from subspan.weights import Weights
 

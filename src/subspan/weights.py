@@ -21,7 +21,8 @@ from subspan.changes import Changes, watch_optimizers
 from subspan.compartments import Compartment
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.inplace import FINGERPRINT, LINK, PREFIX, Base, Link, guarded, made
+from subspan.guards import Base, guarded
+from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
 _plain = torch._C.DisableTorchFunctionSubclass
