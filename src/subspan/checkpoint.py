@@ -152,6 +152,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     return header, tensors
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained
 def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     """Rebuild a saved model around a network.
 

@@ -120,6 +120,11 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
             raise SubspanError(
                 f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
             )
+        if slot.tensor in fully and p.is_inference():
+            raise SubspanError(
+                f"{slot.path} was made under inference_mode and cannot be trained fully: make the "
+                "network outside of it"
+            )
         if slot.tensor in chosen and isinstance(module, torch.jit.ScriptModule):
             raise SubspanError(
                 f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "

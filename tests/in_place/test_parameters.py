@@ -182,6 +182,18 @@ def test_under_another_default_device_and_mode():
     SGD(model.parameters(), lr=0.1).step()
 
 
+def test_a_file_that_is_loaded_under_inference_mode_can_be_trained(tmp_path):
+    model = SubspaceModel.from_seed(Net, 20, init_seed=1, train_fully="head")
+    subspan.save(model, tmp_path / "m")
+    with torch.inference_mode():
+        loaded = subspan.load(tmp_path / "m", Net)
+        made_there = Net()
+    loaded(torch.randn(5, 8)).sum().backward()
+    SGD(loaded.parameters(), lr=0.1).step()
+    with pytest.raises(SubspanError, match=r"head.weight was made under inference_mode"):
+        SubspaceModel(made_there, 20, train_fully="head")
+
+
 def test_a_failing_wrap_leaves_classes_alone(monkeypatch):
     class Slotted(nn.Linear):
         __slots__ = ("extra",)
