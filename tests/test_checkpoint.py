@@ -227,8 +227,8 @@ def test_one_sorted_metadata_key_and_the_same_bytes_each_time(tmp_path):
     assert list(metadata) == ["subspan"]
     assert metadata["subspan"] == json.dumps(header, sort_keys=True, separators=(",", ":"))
     assert list(header) == [
-        "digest", "extra", "fingerprint", "format", "init_seed", "kind", "layout", "recipe",
-        "weights",
+        "digest", "extra", "fingerprint", "format", "init_seed", "kind", "layout", "parameters",
+        "recipe", "weights",
     ]  # fmt: skip
     assert (header["format"], header["kind"], header["init_seed"]) == (1, "subspace", None)
 
@@ -330,3 +330,27 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "m").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_network_that_was_unwrapped_after_training(tmp_path):
+    """Its buffers are no longer those of before; the file has them all."""
+    model = trained("cnn")
+    subspan.save(model, tmp_path / "m")
+    x, want = batch("cnn"), model(batch("cnn"))
+    net = model.unwrap()
+    loaded = subspan.load(tmp_path / "m", net).eval()
+    assert torch.equal(loaded(x), want)
+    subspan.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
+    assert torch.equal(subspan.load(tmp_path / "again", build("cnn")).eval()(x), want)
+
+    some = SubspaceModel(build("cnn"), DIM)
+    with torch.no_grad():
+        some.body.norm.running_mean.add_(1)
+    subspan.save(some, tmp_path / "some")
+    other = build("cnn")
+    other.norm.running_var.mul_(2)
+    with pytest.raises(SubspanError, match=r"a buffer is not \(norm.running_var or another\)"):
+        subspan.load(tmp_path / "some", other)
+    assert isinstance(other.conv.weight, torch.nn.Parameter)
+    assert other.conv.weight.requires_grad

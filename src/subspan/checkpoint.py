@@ -94,6 +94,8 @@ def contents(
             "layout": model.layout,
             "weights": model.summary().weights,
         }
+        if slots.saved_buffers(model.body):
+            header["parameters"] = model.subspace.parameters_digest()
     else:
         tensors = _stored(model)
         ranks = {name: layer.rank for name, layer in _factored(model).items()}
@@ -193,7 +195,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     else:
         before = []
     try:
-        model = _wrapped(path, network, header)
+        model = _wrapped(path, network, header, tensors)
         restore(model, tensors)
     except BaseException:
         if (begun := SubspaceModel.of(network)) is not None:
@@ -265,17 +267,40 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _wrapped(
-    path: str | os.PathLike[str], net: nn.Module, header: Mapping[str, Any]
-) -> SubspaceModel:
+    path: str | os.PathLike[str], net: nn.Module, header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> SubspaceModel:  # fmt: skip
     """The model of a recipe, if this is its network."""
     try:
         # Files from before padding rows were kept say nothing of them.
         model = SubspaceModel(net, **{"padding": "train"} | header["recipe"])
     except (SubspanError, TypeError, ValueError) as error:
         raise SubspanError(f"{path} does not fit this network: {error}") from None
+    _take_buffers(path, model, header, tensors)
     check_base(path, model, header)
     model.init_seed = header["init_seed"]
     return model
+
+
+def _take_buffers(
+    path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Accept a network whose buffers have changed (by training, before unwrap()) if all are here.
+
+    Raises:
+        SubspanError: if the file leaves some buffers to the network, and they may be others.
+    """
+    weights = model.subspace
+    same = "parameters" in header and header["parameters"] == weights.parameters_digest()
+    if not same or model.base_fingerprint == header["fingerprint"]:
+        return
+    if left := [name for name in weights.base_buffers if f"body.{name}" not in tensors]:
+        raise SubspanError(
+            f"{path} was trained from other initial weights: the parameters are the same, but a "
+            f"buffer is not ({left[0]} or another): give the network as it was before training"
+        )
+    weights.take_fingerprint(header["fingerprint"])
 
 
 def check_base(

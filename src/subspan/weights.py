@@ -356,6 +356,19 @@ class Weights:
             )
         self.ranks_checked = True
 
+    def parameters_digest(self) -> str:
+        """A digest of θ₀ without buffers."""
+        names = [name for name in self.requires_grad if name not in self.fully]
+        with _plain():
+            return slots.digest({name: self.stored(name) for name in names})
+
+    @torch.no_grad()
+    def take_fingerprint(self, base: str) -> None:
+        """Take θ₀'s digest from a file that has all buffers, which are then stored again."""
+        self.fingerprint, self.base_buffers = base + self.fingerprint[32:], {}
+        number = self.root.get_buffer(FINGERPRINT)
+        number.copy_(torch.tensor(list(bytes.fromhex(self.fingerprint))))
+
     def before_loading(self, state: dict[str, Any], prefix: str) -> None:
         """See :func:`subspan.states.before_loading`."""
         states.before_loading(self, state, prefix)
