@@ -180,6 +180,11 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise SubspanError(f"expected a function that makes the network, got {network!r} from it")
     slots.slots(network)  # refuses parameters without values
+    if any(SubspaceModel.of(module) for module in network.modules()):
+        raise SubspanError(
+            "the network is in a subspace already: load the file around another one, or unwrap() "
+            "its SubspaceModel first"
+        )
     weights = count(network).dense
     if weights != header["weights"]:
         raise SubspanError(

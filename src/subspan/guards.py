@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
 
@@ -26,6 +26,10 @@ _plain = torch._C.DisableTorchFunctionSubclass
 def _property(function: Any) -> str:
     """The name of the property whose getter or setter this is; "" of an ordinary function."""
     return getattr(getattr(function, "__self__", None), "__name__", "")
+
+
+def _sets(function: Any, name: str) -> bool:
+    return getattr(function, "__name__", "") == "__set__" and _property(function) == name
 
 
 def _changes_first(function: Any, kwargs: dict[str, Any]) -> bool:
@@ -43,16 +47,13 @@ _IN_PLACE = {
 }  # fmt: skip
 
 
-class Base(nn.Parameter):
-    """A parameter that is trained in a subspace: frozen, and it holds θ₀.
+class Theta0(Tensor):
+    """A view of θ₀: whoever computes with it wants the weight, and gets a refusal.
 
-    It may be moved, converted, copied and read; but whoever computes with it wants the weight,
-    which its module gives, and gets a refusal. ``requires_grad = …`` is taken as a wish, see
-    :meth:`subspan.changes.Changes.check_flags`.
+    It may be moved, converted, copied, read and changed.
     """
 
     home: tuple[Weights, str]
-    kind: type[nn.Parameter]  # that it had, and gets back
 
     @classmethod
     def __torch_function__(
@@ -60,32 +61,51 @@ class Base(nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__get__" or isinstance(func, torch._ops.OpOverload):  # of a compiled graph
+        if isinstance(func, torch._ops.OpOverload):  # of a compiled graph
             with _plain():
                 return func(*args, **kwargs)
-        if name == "requires_grad_" or (name == "__set__" and _property(func) == "requires_grad"):
+        if isinstance(args[0], Base) and (name == "requires_grad_" or _sets(func, "requires_grad")):
             wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
             weights, tensor = args[0].home
             weights.changes.wishes[tensor] = bool(wish)
             return args[0] if name == "requires_grad_" else None
         with _plain():
             out = func(*args, **kwargs)
-            if not _is_harmless(name) and (computed := cls._behind(out, (args, kwargs))):
-                raise SubspanError(
-                    f"{computed} among parameters() is θ₀, and {name} of it is not that of the "
-                    f"weight, which is trained through coordinates: read it from its module "
-                    f"(net.{computed}), from a part's parameters() or from weights() of the "
-                    "SubspaceModel"
-                )
-        return out
+            if name == "__get__" and _property(func) not in _VIEWS:
+                return out
+            if name == "__iter__":
+                out = list(out)
+            elif name in ("detach", "__set__") or _is_harmless(name):
+                return out
+            bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
+            out = tree_map_only(Tensor, lambda t: _seen(t, bases, name), out)
+        return iter(out) if name == "__iter__" else out
 
-    @classmethod
-    def _behind(cls, out: Any, arguments: Any) -> str:
-        """The name of θ₀ that numbers were computed from; "" of views, and if there are none."""
-        numbers = [t for t in tree_leaves(out) if type(t) is Tensor and t.is_floating_point()]
-        bases = [t for t in tree_leaves(arguments) if type(t) is cls] if numbers else []
-        views = any(_shares_memory(number, base) for number in numbers for base in bases)
-        return "" if views or not bases else bases[0].home[1]
+
+def _seen(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
+    """What comes of θ₀: a view of it that is as careful, a refusal, or what is no number."""
+    if type(out) is not Tensor or not out.is_floating_point():
+        return out
+    for base in bases:
+        if _shares_memory(out, base):
+            out = out.as_subclass(Theta0)
+            out.home = base.home
+            return out
+    weights, tensor = bases[0].home
+    raise SubspanError(
+        f"{tensor} among parameters() is θ₀, and {name} of it is not that of the weight, which is "
+        f"trained through coordinates: read it from its module (net.{tensor}), from a part's "
+        "parameters() or from weights() of the SubspaceModel"
+    )
+
+
+class Base(Theta0, nn.Parameter):
+    """A parameter that is trained in a subspace: frozen, and it holds θ₀.
+
+    ``requires_grad = …`` is taken as a wish, see :meth:`subspan.changes.Changes.check_flags`.
+    """
+
+    kind: type[nn.Parameter]  # that it had, and gets back
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         if id(self) not in memo:
@@ -100,10 +120,23 @@ class Base(nn.Parameter):
             return _base, (self.data.detach(),), vars(self), None, None, _settle
 
 
+OWN = ("home", "kind")  # attributes of a Base that are ours
+
+
+def freeze(parameter: Any, weights: Weights, tensor: str) -> None:
+    """Make a parameter the frozen θ₀ of a tensor; it stays the same object."""
+    kind = type(parameter)
+    parameter.requires_grad_(False)
+    parameter.__class__ = Base
+    parameter.home, parameter.kind = (weights, tensor), kind
+
+
 _HARMLESS = frozenset({
     "detach", "clone", "to", "cpu", "cuda", "type", "type_as", "float", "half", "double",
-    "bfloat16", "contiguous", "pin_memory", "empty_like", "zeros_like", "__deepcopy__",
+    "bfloat16", "contiguous", "pin_memory", "__deepcopy__", "new", "view_as", "expand_as",
+    "reshape_as",
 })  # fmt: skip
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real"})
 
 
 def _is_harmless(name: str) -> bool:
@@ -155,15 +188,27 @@ class Computed(Tensor):
                 f"({_property(func) or name}) would be lost: change the network before it is "
                 "wrapped, or that of merge() or unwrap()"
             )
-        if name == "__set__" and _property(func) == "requires_grad" and not args[0]._own(args, {}):
+        if _sets(func, "requires_grad") and not args[0]._own(args, {}):
             raise args[0]._not_alone()
+        of_gradients = name in _OF_GRADIENTS or (name != "name" and _property(func) == "grad")
+        if of_gradients and args[0]._is_theta:
+            raise SubspanError(
+                f"{args[0].weight_name} is computed, and its gradient goes on to the coordinates "
+                "and is kept there alone: look at theirs, or read the weight inside of a call"
+            )
         with _plain():
+            if func is torch.autograd.grad:
+                return _gradients(func, args, kwargs)
             out = func(*args, **kwargs)
-            if type(out) is Tensor and args and type(args[0]) is Computed:
-                source = args[0]
-                if not out.is_sparse and _shares_memory(out, source):
-                    out = out.as_subclass(Computed)
-                    out.weight_name = source.weight_name
+            if args and type(args[0]) is Computed:
+                out = tree_map_only(Tensor, args[0]._same, out)
+        return out
+
+    def _same(self, out: Tensor) -> Tensor:
+        """A view of θ, as careful as θ itself."""
+        if type(out) is Tensor and not out.is_sparse and _shares_memory(out, self):
+            out = out.as_subclass(Computed)
+            out.weight_name = self.weight_name
         return out
 
     def _own(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -189,6 +234,33 @@ class Computed(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _plain():
             return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_OF_GRADIENTS = frozenset({
+    "register_hook", "register_post_accumulate_grad_hook", "retain_grad"
+})  # fmt: skip
+
+
+def _gradients(function: Any, args: Any, kwargs: Any) -> Any:
+    """The gradients of torch.autograd.grad; a θ that was read apart has none, which is refused."""
+    inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    lenient = {"allow_unused": True, "materialize_grads": False}
+    found = (
+        function(*args[:2], **(kwargs | lenient)) if len(args) < 3 else function(*args, **kwargs)
+    )
+    for tensor, gradient in zip(inputs, found, strict=True):
+        if gradient is None and type(tensor) is Computed:
+            raise SubspanError(
+                f"{tensor.weight_name} is computed at each read, and this read is not the one that "
+                "was used: read it once, and use what was read, or ask for the coordinates"
+            )
+    if any(gradient is None for gradient in found) and not kwargs.get("allow_unused"):
+        return function(*args, **kwargs)  # with its own words
+    if kwargs.get("materialize_grads"):
+        pairs = zip(inputs, found, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g for t, g in pairs)
+    return found
 
 
 def guarded(theta: Tensor, name: str) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace as fx
 
 from subspan import calls, slots, states
 from subspan.calls import Call
@@ -21,7 +22,7 @@ from subspan.changes import Changes, watch_optimizers
 from subspan.compartments import Compartment
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.guards import Base, guarded
+from subspan.guards import OWN, Base, freeze, guarded
 from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
@@ -37,7 +38,35 @@ class Outermost:
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
-        self.formed: dict[int, tuple[tuple[Any, ...], Sequence[Tensor]]] = {}
+        self.formed: dict[int, Formed] = {}
+
+    def check_unwritten(self) -> None:
+        """Refuse a forward that writes to its own weights: computed ones would not keep it.
+
+        Raises:
+            SubspanError: if θ that was formed has been changed in place.
+        """
+        for n, formed in self.formed.items():
+            for theta, version in zip(formed.thetas, formed.versions, strict=True):
+                if _version(theta) != version:
+                    names = ", ".join(piece.tensor for piece in self.weights.calls[n].pieces[:3])
+                    raise SubspanError(
+                        f"the network changed a weight of its own during a call (one of {names}), "
+                        "which is computed from coordinates and would not keep that: exclude it"
+                    )
+
+
+@dataclass(frozen=True)
+class Formed:
+    """θ of one call of the operator, what it was formed from, and versions of its tensors."""
+
+    state: tuple[Any, ...]
+    thetas: Sequence[Tensor]
+    versions: Sequence[int]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Weights:
@@ -79,6 +108,12 @@ class Weights:
         self.found = {name: _home(root, name) for name in requires_grad}
         self.homes = {slot.tensor: self.found[slot.tensor] for slot in places}
         self._owned: dict[str, Tensor] = {}
+        # Embeddings that shrink rows in place before they are read: each read has memory of its own.
+        self._renormed = {
+            slot.tensor
+            for slot in places
+            if getattr(slot.find(root)[0], "max_norm", None) is not None
+        }
         # Where the pieces of a tensor are among all calls, and calls for this tensor alone.
         self._where: dict[str, list[tuple[int, int]]] = {}
         self._alone: dict[str, list[Call]] = {}
@@ -112,7 +147,7 @@ class Weights:
             names = tuple(inside.get(module, ()))
             try:
                 module.__class__ = made(type(module), names, module is root)
-            except TypeError as error:
+            except Exception as error:  # a class may refuse to be derived from in its own words
                 for done in self._parts:
                     done.__class__ = done._subspan_class[0]  # type: ignore[assignment,index]
                 name = next(n for n, m in root.named_modules() if m is module)
@@ -129,11 +164,7 @@ class Weights:
         for name in self.requires_grad:
             self.stored(name).requires_grad_(name in self.fully)
         for tensor, (module, attribute) in self.homes.items():
-            parameter = module._parameters[attribute]
-            assert parameter is not None
-            parameter.kind = type(parameter)  # type: ignore[attr-defined]
-            parameter.__class__ = Base
-            parameter.home = (self, tensor)  # type: ignore[attr-defined]
+            freeze(module._parameters[attribute], self, tensor)
         like = self.base_of(self.compartments[0].pieces[0].tensor)
         with torch.inference_mode(False), torch.no_grad():
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -144,6 +175,12 @@ class Weights:
             # Small integers as floats: the mean of equal ones is the same again.
             number = torch.tensor(digits, dtype=torch.float32, device=like.device)
             root.register_buffer(FINGERPRINT, number)
+        if root.get_buffer(FINGERPRINT).device != like.device:
+            self.detach()
+            raise SubspanError(
+                "parameters that are made here go to another device (by init_empty_weights of "
+                "accelerate, say): wrap the network outside of that context"
+            )
         self.note()
         self.changes.remember(name for name in self.requires_grad if name not in self.fully)
         watch_optimizers()
@@ -160,7 +197,7 @@ class Weights:
                 module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
         for tensor, (module, attribute) in self.homes.items():
             parameter = module._parameters.get(attribute)
-            if type(parameter) is Base:
+            if type(parameter) is Base and parameter.home[0] is self:
                 with _plain():
                     if values is not None and tensor in values:
                         parameter.data = values[tensor].detach()
@@ -234,7 +271,9 @@ class Weights:
             return run(*args, **kwargs)
         stack.append(Outermost(self))
         try:
-            return run(*args, **kwargs)
+            out = run(*args, **kwargs)
+            stack[-1].check_unwritten()
+            return out
         finally:
             stack.pop()
 
@@ -244,16 +283,44 @@ class Weights:
             if _to_onnx():
                 return self._constant(tensor)
             return self.form(tensor) if self._traced is None else self._traced[tensor]
+        if (given := self._given(tensor)) is not None:
+            return given
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
                 parts = [self._kept(n, outer)[m] for n, m in self._where[tensor]]
-                return parts[0] if len(parts) == 1 else self._joined(tensor, parts)
+                theta = parts[0] if len(parts) == 1 else self._joined(tensor, parts)
+                return self._dressed(tensor, theta)
+        if fx._is_fx_tracing_flag:
+            raise SubspanError(
+                f"{tensor} would be a constant of the graph that torch.fx traces: trace the "
+                "merge() of the SubspaceModel"
+            )
         if self.changes.wishes:
             self.changes.check_flags()
         theta = self.form(tensor)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
+        theta = self._dressed(tensor, theta)
         return theta if torch._C._is_tracing() else guarded(theta, tensor)
+
+    def _given(self, tensor: str) -> Tensor | None:
+        """The weight that a functional call, or somebody else, has put into a slot for θ.
+
+        Where coordinates are given, too, the slot holds a base: so do all parameters together.
+        """
+        base = self.base_of(tensor)
+        if type(base) is Base and base.home[0] is self:
+            return None
+        names = {PREFIX + call.coordinates for call in self._alone[tensor]}
+        own = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
+        return base if own and type(base).__name__ != "DTensor" else None
+
+    def _dressed(self, tensor: str, theta: Tensor) -> Tensor:
+        """θ with the attributes that people gave the parameter."""
+        base = self.base_of(tensor)
+        if type(base) is Base and len(vars(base)) > 2:
+            vars(theta).update({k: v for k, v in vars(base).items() if k not in OWN})
+        return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
     def form(self, tensor: str) -> Tensor:
         """θ of one tensor, differentiable in w."""
@@ -279,6 +346,8 @@ class Weights:
             bases = []
             for piece in call.pieces:
                 base = self.base_of(piece.tensor)
+                if self._given(piece.tensor) is not None:
+                    base = self._owned[piece.tensor]
                 if type(base).__name__ == "DTensor":
                     raise SubspanError(
                         f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
@@ -298,13 +367,15 @@ class Weights:
         """
         w = self.network()._parameters[PREFIX + self.calls[n].coordinates]
         assert w is not None
-        version = -1 if w.is_inference() else w._version
-        state = (id(w), version, torch.is_grad_enabled())
-        if n in outer.formed and outer.formed[n][0] == state:
-            return outer.formed[n][1]
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        state = (w, _version(w), *modes)
+        if n in outer.formed:
+            formed = outer.formed[n]
+            if formed.state[0] is w and formed.state[1:] == state[1:]:
+                return formed.thetas
         thetas = self._theta(self.calls[n])
         if _level() == outer.level:
-            outer.formed[n] = state, thetas
+            outer.formed[n] = Formed(state, thetas, [_version(theta) for theta in thetas])
         return thetas
 
     def put_back(self, module: nn.Module, link: Link) -> None:
@@ -318,7 +389,7 @@ class Weights:
     def note(self) -> None:
         """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
         there = {tensor: self.base_of(tensor) for tensor in self.homes}
-        there |= {name: self.root._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
+        there |= {name: self.network()._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
         self._owned |= {name: p for name, p in there.items() if type(p) in (Base, nn.Parameter)}
 
     @torch.no_grad()
