@@ -49,6 +49,7 @@ class Changes:
             self.weights.coordinate_names, self.weights.compartments, strict=True
         ):
             tensors = [piece.tensor for piece in part.pieces]
+            wanted = [tensor for tensor in tensors if self.wishes.get(tensor, False)]
             frozen = [tensor for tensor in tensors if not self.wishes.get(tensor, True)]
             w = self.weights.root._parameters[name]
             if frozen and isinstance(w, nn.Parameter) and w.requires_grad:
@@ -56,6 +57,12 @@ class Changes:
                     f"requires_grad of {frozen[0]} was set to False, but its coordinates "
                     f"({name}) are trained: freeze those, too, or give exclude= when the network "
                     "is wrapped"
+                )
+            if wanted and isinstance(w, nn.Parameter) and not w.requires_grad:
+                raise SubspanError(
+                    f"requires_grad of {wanted[0]} was set to True, but its coordinates ({name}) "
+                    "are frozen: unfreeze them; a part alone is trained by targets= or exclude= "
+                    "when the network is wrapped"
                 )
         if all(self.wishes.values()):
             self.wishes.clear()

@@ -13,6 +13,7 @@ a whole for parameters or a state (an optimizer, DDP, a trainer) sees frozen θ�
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.guards import Base, Computed
+from subspan.guards import Base, Computed, freeze, guarded
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -106,8 +107,15 @@ class Part:
         for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
                 memo[id(leaf)] = leaf.detach().clone()
-        if (own := getattr(super(), "__deepcopy__", None)) is not None:
-            return own(memo)
+        own = getattr(super(), "__deepcopy__", None)
+        if own is not None:
+            twin = own(memo)
+            if type(twin) is not type(self) or LINK not in vars(twin):
+                raise SubspanError(
+                    f"{type(self).__name__} has a __deepcopy__ of its own, whose copies are not in "
+                    "the subspace: copy the network of unwrap(), or copy state_dict()"
+                )
+            return twin
         twin = memo[id(self)] = _remade(*self._subspan_class)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
@@ -162,12 +170,25 @@ class Part:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""
-        weights: Weights = vars(self)[LINK].weights
-        own = set(vars(self)[LINK].tensors.values())
-        before = weights.changes.changed(own)
+        link: Link = vars(self)[LINK]
+        changes, own = link.weights.changes, set(link.tensors.values())
+        before = changes.changed(own)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
-        weights.changes.remember(own - before)
+        for attribute, tensor in link.tensors.items():
+            parameter = self._parameters[attribute]  # type: ignore[attr-defined]
+            if type(parameter) is not Base:  # PyTorch has made another object
+                freeze(parameter, link.weights, tensor)
+        changes.remember(own - before)
         return out
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.parallel.distributed":
+            raise SubspanError(
+                "a part of a network in a subspace cannot be given to DDP, since its coordinates "
+                "are the network's: give the network, or the SubspaceModel"
+            )
+        return []  # to whoever lists attributes
 
     def _replicate_for_data_parallel(self) -> Any:
         raise SubspanError(
@@ -202,7 +223,7 @@ class Part:
                 destination.pop(prefix + attribute, None)
             elif prefix + attribute in destination:
                 if tensor not in thetas:
-                    theta = link.weights.form(tensor)
+                    theta = guarded(link.weights.form(tensor), tensor)
                     thetas[tensor] = theta if keep_vars else theta.detach()
                 destination[prefix + attribute] = thetas[tensor]
         if thetas is not None and link.weights.root is self:
@@ -261,6 +282,15 @@ class Root(Part):
         return vars(self)[LINK].weights.for_ddp("")
 
 
+class Listed:
+    """A list of parameters: a slice of it would be one of new parameters."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]  # type: ignore[arg-type]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
 class Recurrent:
     """A recurrent layer, which keeps a list of its weights beside them."""
 
@@ -282,6 +312,27 @@ class Recurrent:
         """Nothing to do: computed weights do not lie in one piece of memory."""
 
 
+@functools.cache
+def _metaclass(kind: type[type]) -> type[type]:
+    """The type of made classes, derived from that of the module's own class.
+
+    A made class equals the module's own (``type(m) == nn.Linear``), and calling it, as slices of
+    containers and class methods do, makes an ordinary module.
+    """
+
+    class Made(kind):  # type: ignore[valid-type,misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self._subspan_class[0](*args, **kwargs)
+
+        def __eq__(self, other: object) -> bool:
+            return self is other or self._subspan_class[0] is other
+
+        def __hash__(self) -> int:
+            return hash(self._subspan_class[0])
+
+    return Made
+
+
 _made: dict[tuple[type, tuple[str, ...], bool], type] = {}
 
 
@@ -292,16 +343,17 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
         bases = (Root if root else Part, cls)
         if issubclass(cls, nn.RNNBase):
             bases = (Recurrent, *bases)  # type: ignore[assignment]
+        if issubclass(cls, nn.ParameterList):
+            bases = (Listed, *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: Weight(name) for name in names}
         body |= {"_subspan_class": key, "__module__": cls.__module__, "__doc__": cls.__doc__}
         body["__qualname__"] = cls.__qualname__
-        _made[key] = type(cls.__name__, bases, body)
+        _made[key] = _metaclass(type(cls))(cls.__name__, bases, body)
     return _made[key]
 
 
 def _remade(cls: type, names: tuple[str, ...], root: bool) -> Any:
-    own = made(cls, names, root)
-    return own.__new__(own)  # type: ignore[call-overload]
+    return object.__new__(made(cls, names, root))
 
 
 def _own_code(net: Any, properties: bool) -> set[Any]:

@@ -130,6 +130,11 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
                 f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "
                 "itself: exclude it, or give the part as it was before"
             )
+        if slot.tensor in chosen and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise SubspanError(
+                f"{slot.path} has a hook on its gradient, which goes to the coordinates: remove "
+                "the hook, or exclude the parameter"
+            )
         ordinary = type(p) is nn.Parameter or getattr(type(p), "may_be_computed", False)
         if slot.tensor in chosen and not ordinary:
             raise SubspanError(

@@ -168,6 +168,7 @@ class SubspaceModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network at θ₀ + P w; arguments and results are the network's own."""
+        self.subspace.network()  # refuses what was unwrapped
         return self.body(*args, **kwargs)
 
     @property
@@ -223,6 +224,7 @@ class SubspaceModel(nn.Module):
             if name not in self.subspace.fully
         }
 
+    @torch.inference_mode(False)  # what is made in it could not be trained
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """An ordinary network with the weights θ₀ + P w; this model is left as it is."""
@@ -311,6 +313,10 @@ class SubspaceModel(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        plain = {slot.path for slot in self.subspace.slots}
+        if any(prefix + path in state_dict for path in plain):  # of the network without a handle
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[f"{prefix}body.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         for inner, own in self._renamed():
             if prefix + own in state_dict:
                 state_dict[prefix + inner] = state_dict.pop(prefix + own)
@@ -337,6 +343,11 @@ class SubspaceModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Attributes of the network are set there, as they are read there."""
+        taken = name == "body" or isinstance(getattr(SubspaceModel, name, None), property)
+        if taken and name != "init_seed" and "body" in vars(self).get("_modules", ()):
+            raise SubspanError(
+                f"{name} is the SubspaceModel's own: set that of the network by model.body.{name}"
+            )
         if self._is_own(name):
             super().__setattr__(name, value)
         else:
@@ -349,6 +360,21 @@ class SubspaceModel(nn.Module):
             super().__delattr__(name)
         else:
             delattr(self.body, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.body)})
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a part to the network."""
+        self.body.add_module(name, module)
+
+    def register_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Add a buffer to the network."""
+        self.body.register_buffer(*args, **kwargs)
+
+    def register_parameter(self, *args: Any, **kwargs: Any) -> None:
+        """Add a parameter to the network."""
+        self.body.register_parameter(*args, **kwargs)
 
     def _is_own(self, name: str) -> bool:
         """Whether an attribute is the handle's; what begins with _ and nobody has becomes so."""
@@ -430,15 +456,23 @@ def _with_signature(handle: type, net: type) -> type:
         "_signature_of": (handle, net), "__module__": handle.__module__,
         "__qualname__": handle.__qualname__, "__doc__": handle.__doc__,
     }  # fmt: skip
+    for name in ("__len__", "__getitem__", "__iter__", "__contains__", "__enter__", "__exit__"):
+        if hasattr(net, name):  # Python looks them up in the class
+            body[name] = functools.partialmethod(_of_the_network, name)
     with contextlib.suppress(TypeError, ValueError):  # some callables of C have none
 
         @functools.wraps(handle.forward)  # type: ignore[attr-defined]
         def forward(self: SubspaceModel, *args: Any, **kwargs: Any) -> Any:
+            self.subspace.network()  # refuses what was unwrapped
             return self.body(*args, **kwargs)
 
         forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
         body["forward"] = forward
     return type(handle.__name__, (handle,), body)
+
+
+def _of_the_network(handle: SubspaceModel, name: str, *args: Any) -> Any:
+    return getattr(type(handle.body), name)(handle.body, *args)
 
 
 def _remade(handle: type, net: type) -> Any:

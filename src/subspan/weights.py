@@ -108,7 +108,7 @@ class Weights:
         self.found = {name: _home(root, name) for name in requires_grad}
         self.homes = {slot.tensor: self.found[slot.tensor] for slot in places}
         self._owned: dict[str, Tensor] = {}
-        # Embeddings that shrink rows in place before they are read: each read has memory of its own.
+        # Embeddings that shrink rows in place before a look-up: each read has its own memory.
         self._renormed = {
             slot.tensor
             for slot in places
