@@ -10,18 +10,39 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from subspan import slots
 from subspan.errors import SubspanError
 from subspan.guards import Base
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
+
+
+BLOCKS = 256  # into which a tensor's sum is divided
+ROUNDING = 1e-5  # of a tensor's norm: what averages of equal tensors may differ by
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A tensor in a few numbers: a checksum of its bytes, sums of its blocks, and its norm."""
+
+    number: int
+    sums: Tensor
+    norm: float
+
+    def is_like(self, other: Sketch) -> bool:
+        """Whether the other tensor is the same, but for the rounding of averages with itself."""
+        if self.number == other.number:
+            return True
+        return bool((self.sums - other.sums).norm() <= ROUNDING * self.norm)
 
 
 class Changes:
@@ -34,7 +55,8 @@ class Changes:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
-        self._sums: dict[str, tuple[torch.dtype, int] | None] = {}
+        self._sums: dict[tuple[str, torch.dtype], Sketch] = {}
+        self._lost: set[str] = set()
 
     def check_flags(self) -> None:
         """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
@@ -68,8 +90,8 @@ class Changes:
             self.wishes.clear()
 
     @torch.no_grad()
-    def _checksum(self, tensor: str) -> tuple[torch.dtype, int] | None:
-        """The bytes of θ₀ in 32 bits; None where there is nothing to read."""
+    def _sketch(self, tensor: str) -> tuple[torch.dtype, Sketch] | None:
+        """What is remembered of θ₀; None where there is nothing to read."""
         module, attribute = self.weights.found[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
@@ -78,19 +100,36 @@ class Changes:
             return None
         with torch._C.DisableTorchFunctionSubclass():
             flat = base.detach().cpu().contiguous().reshape(-1)
-            return base.dtype, zlib.crc32(flat.view(torch.uint8).numpy().data)
+            number = zlib.crc32(flat.view(torch.uint8).numpy().data)
+            if not flat.is_floating_point():
+                return base.dtype, Sketch(number, flat.new_zeros(1), 0.0)
+            blocks = flat[: len(flat) // BLOCKS * BLOCKS].view(BLOCKS, -1)
+            sums = blocks.sum(dim=1, dtype=torch.float64)
+            rest = flat[len(flat) // BLOCKS * BLOCKS :].double()
+            norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+            return base.dtype, Sketch(number, torch.cat([sums, rest]), float(norm))
 
     def remember(self, tensors: Iterable[str]) -> None:
-        """Take these tensors as they are now for what they were when the network was wrapped."""
+        """Take these tensors for what they were, where nothing is known in their type.
+
+        A tensor without values (on the meta device) is lost: what comes back is something else.
+        """
         for tensor in tensors:
-            self._sums[tensor] = self._checksum(tensor)
+            found = self._sketch(tensor)
+            if found is None:
+                self._lost.add(tensor)
+            elif (tensor, found[0]) not in self._sums:
+                self._sums[tensor, found[0]] = found[1]
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
-        """Those of these tensors whose θ₀ has other values by now, in the same dtype."""
+        """Those of these tensors whose θ₀ has other values by now, by more than rounding."""
         found = set()
         for tensor in tensors:
-            was, now = self._sums.get(tensor), self._checksum(tensor)
-            if was is not None and now is not None and was[0] == now[0] and was != now:
+            now = self._sketch(tensor)
+            was = None if now is None else self._sums.get((tensor, now[0]))
+            if (tensor in self._lost and now is not None) or (
+                now is not None and was is not None and not was.is_like(now[1])
+            ):
                 found.add(tensor)
         return found
 
@@ -101,7 +140,7 @@ class Changes:
             SubspanError: naming what has changed since the network was wrapped.
         """
         root = self.weights.network()
-        if changed := sorted(self.changed(self._sums)):
+        if changed := sorted(self.changed({tensor for tensor, _ in self._sums})):
             raise SubspanError(
                 f"θ₀ of {', '.join(changed[:3])}{' and others' * (len(changed) > 3)} was changed "
                 "after the network was wrapped, so that coordinates would mean another network "
@@ -127,6 +166,13 @@ class Changes:
             SubspanError: naming a parameter that was added since the network was wrapped.
         """
         self.check_base()
+        for name in slots.saved_buffers(self.weights.root):
+            if name not in self.weights.buffer_names:
+                raise SubspanError(
+                    f"buffer {name} was added after the network was wrapped, and the network that "
+                    "the file is loaded around has none: add it before; merge() gives this network "
+                    "as it is"
+                )
         known = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
         known |= {id(w) for w in self.weights.coordinates().values()}
         for name, p in self.weights.root.named_parameters():

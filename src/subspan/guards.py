@@ -91,7 +91,7 @@ def _seen(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
             out = out.as_subclass(Theta0)
             out.home = base.home
             return out
-    weights, tensor = bases[0].home
+    tensor = bases[0].home[1]
     raise SubspanError(
         f"{tensor} among parameters() is θ₀, and {name} of it is not that of the weight, which is "
         f"trained through coordinates: read it from its module (net.{tensor}), from a part's "

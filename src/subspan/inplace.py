@@ -17,10 +17,11 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,21 @@ class Link:
         self.weights, self.tensors, self.order = weights, tensors, order
 
 
+def _link(module: Any) -> Link:
+    """The link of a module in a subspace.
+
+    Raises:
+        SubspanError: if it is a copy that lost it.
+    """
+    link: Link | None = vars(module).get(LINK)
+    if link is None:
+        raise SubspanError(
+            f"this {type(module).__name__} was copied by a method of its own and is not in the "
+            "subspace of the original: copy the network of unwrap() or merge(), or state_dict()"
+        )
+    return link
+
+
 class Weight:
     """The descriptor of a trained parameter: reading it gives θ."""
 
@@ -62,7 +78,7 @@ class Weight:
         base = module._parameters.get(self.name)
         if base is None:
             return _otherwise(module, self.name)
-        link: Link = module.__dict__[LINK]
+        link = _link(module)
         try:
             return link.weights.read(link.tensors[self.name])
         except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
@@ -158,6 +174,28 @@ class Part:
                 )
         super().register_parameter(name, param)  # type: ignore[misc]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of every module; a computed weight cannot be tied to another one."""
+        link: Link | None = vars(self).get(LINK)
+        if type(value) is Computed and link is not None and name in link.tensors:
+            raise SubspanError(
+                f"{link.tensors[name]} is computed from coordinates and cannot become "
+                f"{value.weight_name}: tie them before the network is wrapped"
+            )
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> Any:
+        """TorchScript, which asks here, would keep the weights of now; a trace follows them."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and not frame.f_code.co_name.startswith(("trace", "script")):
+            frame = frame.f_back
+        if frame.f_code.co_name.startswith("trace"):
+            return self
+        raise SubspanError(
+            "a network in a subspace cannot be scripted, since TorchScript would keep its weights "
+            "as they are now: trace it, or script the merge() of the SubspaceModel"
+        )
+
     def __delattr__(self, name: str) -> None:
         link: Link | None = vars(self).get(LINK)
         if link is not None and name in link.tensors and name in self._parameters:  # type: ignore[attr-defined]
@@ -170,7 +208,7 @@ class Part:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""
-        link: Link = vars(self)[LINK]
+        link = _link(self)
         changes, own = link.weights.changes, set(link.tensors.values())
         before = changes.changed(own)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
@@ -202,7 +240,7 @@ class Part:
         """Of a part, and for the network's own methods, at θ; of the network, coordinates."""
         if hasattr(_saving, "thetas"):  # of something around
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        weights: Weights = vars(self)[LINK].weights
+        weights = _link(self).weights
         whole = weights.root is self and not _asked_by_itself(self)
         if whole:
             weights.changes.check_base()
@@ -216,7 +254,7 @@ class Part:
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        link: Link = vars(self)[LINK]
+        link = _link(self)
         thetas = _saving.thetas
         for attribute, tensor in link.tensors.items():
             if thetas is None:
@@ -234,7 +272,7 @@ class Part:
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        link: Link = vars(self)[LINK]
+        link = _link(self)
         if link.weights.root is self:
             link.weights.before_loading(state_dict, prefix)
         for attribute, tensor in link.tensors.items():
@@ -256,7 +294,7 @@ class Root(Part):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; θ that is formed meanwhile is kept until it ends."""
-        weights: Weights = vars(self)[LINK].weights
+        weights = _link(self).weights
         return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
 
     def named_parameters(
@@ -267,7 +305,7 @@ class Root(Part):
         A property of the network (``dtype`` in transformers) that looks at its first parameter
         gets coordinates last: they have a dtype of their own.
         """
-        vars(self)[LINK].weights.note()
+        _link(self).weights.note()
         own = super(Part, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         if not _asked_by_a_property(self):
             yield from own
@@ -279,7 +317,7 @@ class Root(Part):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
-        return vars(self)[LINK].weights.for_ddp("")
+        return _link(self).weights.for_ddp("")
 
 
 class Listed:
@@ -297,7 +335,7 @@ class Recurrent:
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         names = vars(self)["_flat_weights_names"]
-        if not vars(self)[LINK].weights.ready:  # while copies are made
+        if not _link(self).weights.ready:  # while copies are made
             return [None] * len(names)
         return [getattr(self, name, None) for name in names]
 
@@ -348,8 +386,35 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
         body: dict[str, Any] = {name: Weight(name) for name in names}
         body |= {"_subspan_class": key, "__module__": cls.__module__, "__doc__": cls.__doc__}
         body["__qualname__"] = cls.__qualname__
+        if root and hasattr(cls, "save_pretrained"):
+            body["save_pretrained"] = _saving_all(cls.save_pretrained)
         _made[key] = _metaclass(type(cls))(cls.__name__, bases, body)
     return _made[key]
+
+
+def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``save_pretrained`` that takes a state of coordinates for the network's weights."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = kwargs.get("state_dict") or {}
+        coordinates = _link(self).weights.coordinates()
+        given = {
+            key: state[name]
+            for key in coordinates
+            for name in (PREFIX + key, f"coordinates.{key}")
+            if name in state
+        }
+        if given:
+            if not all(torch.equal(w, coordinates[key]) for key, w in given.items()):
+                raise SubspanError(
+                    "these coordinates are not those that the network has: load them, and save "
+                    "without state_dict="
+                )
+            kwargs["state_dict"] = None
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _remade(cls: type, names: tuple[str, ...], root: bool) -> Any:

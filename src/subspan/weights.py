@@ -101,6 +101,7 @@ class Weights:
         self.base_buffers = {
             name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
         }
+        self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
         self._traced: dict[str, Tensor] | None = None
@@ -300,8 +301,8 @@ class Weights:
         theta = self.form(tensor)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
-        theta = self._dressed(tensor, theta)
-        return theta if torch._C._is_tracing() else guarded(theta, tensor)
+        theta = theta if torch._C._is_tracing() else guarded(theta, tensor)
+        return self._dressed(tensor, theta)
 
     def _given(self, tensor: str) -> Tensor | None:
         """The weight that a functional call, or somebody else, has put into a slot for θ.

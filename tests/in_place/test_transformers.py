@@ -165,3 +165,17 @@ def test_a_trainer_trains_evaluates_and_resumes(through, tmp_path):
         again.subspace.stored("classifier.weight").detach(),
         whole.subspace.stored("classifier.weight").detach(),
     )
+
+
+@pytest.mark.parametrize("through", ["network", "handle"])
+def test_a_state_of_coordinates_that_is_given_saves_all_weights(through, tmp_path):
+    """As accelerate's guide has it: save_pretrained(dir, state_dict=get_state_dict(model))."""
+    model, x = wrapped("gpt2")
+    net = model if through == "handle" else model.body
+    net.save_pretrained(tmp_path, state_dict=net.state_dict())
+    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(tokens(plain, x, "greedy"), tokens(model, x, "greedy"))
+    state = net.state_dict()
+    scatter(model)
+    with pytest.raises(SubspanError, match="are not those that the network has"):
+        net.save_pretrained(tmp_path, state_dict=state)
