@@ -80,7 +80,9 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
     """
     if captured(w) or _transformed() or any(base.requires_grad for base in bases):
-        return _theta(product, w, step, call, bases)
+        # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
+        plain = [base if base.requires_grad else base.detach() for base in bases]
+        return _theta(product, w, step, call, plain)
     return _Theta.apply(w, step, call, *bases)
 
 

@@ -127,9 +127,8 @@ class Changes:
         for tensor in tensors:
             now = self._sketch(tensor)
             was = None if now is None else self._sums.get((tensor, now[0]))
-            if (tensor in self._lost and now is not None) or (
-                now is not None and was is not None and not was.is_like(now[1])
-            ):
+            differs = now is not None and was is not None and not was.is_like(now[1])
+            if differs or (now is not None and tensor in self._lost):
                 found.add(tensor)
         return found
 

@@ -40,13 +40,14 @@ class Outermost:
         self.weights, self.level = weights, _level()
         self.formed: dict[int, Formed] = {}
 
-    def check_unwritten(self) -> None:
+    def check_unwritten(self, *which: int) -> None:
         """Refuse a forward that writes to its own weights: computed ones would not keep it.
 
         Raises:
             SubspanError: if θ that was formed has been changed in place.
         """
-        for n, formed in self.formed.items():
+        for n in which or self.formed:
+            formed = self.formed[n]
             for theta, version in zip(formed.thetas, formed.versions, strict=True):
                 if _version(theta) != version:
                     names = ", ".join(piece.tensor for piece in self.weights.calls[n].pieces[:3])
@@ -354,8 +355,6 @@ class Weights:
                         f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
                         "use DistributedDataParallel, which sends coordinates only"
                     )
-                if torch.compiler.is_compiling() and type(base) is Base:
-                    base = base.detach()  # the graph runs without this context
                 whole = len(piece) == base.numel()
                 bases.append(base if whole else base.reshape(-1)[piece.start : piece.stop])
             return calls.theta(w, self.step, call, bases)  # type: ignore[arg-type]
@@ -374,6 +373,7 @@ class Weights:
             formed = outer.formed[n]
             if formed.state[0] is w and formed.state[1:] == state[1:]:
                 return formed.thetas
+            outer.check_unwritten(n)
         thetas = self._theta(self.calls[n])
         if _level() == outer.level:
             outer.formed[n] = Formed(state, thetas, [_version(theta) for theta in thetas])

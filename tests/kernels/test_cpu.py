@@ -240,6 +240,70 @@ def test_reference_by_the_environment() -> None:
         torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
 
 
+# ---- forked processes ----------------------------------------------------------------------------
+
+FORKED = """
+import os, sys
+import torch, subspan, subspan.kernels
+from torch.utils.data import DataLoader
+
+threads, families = int(sys.argv[1]), sys.argv[2:]
+torch.set_num_threads(threads)
+
+def products(family):
+    p = subspan.projection(family, out_dim=70_001, in_dim=70, seed=1 << 40)
+    w, g = torch.arange(70.0).sin(), torch.arange(70_001.0).cos()
+    return p.matvec(w), p.rmatvec(g), p.bitwise
+
+def compare(found, expected):
+    for ours, theirs in zip(found[:2], expected[:2]):
+        assert (ours - theirs).norm() <= 3e-6 * theirs.norm()
+    assert not found[2] or torch.equal(found[0], expected[0])
+
+class Items:
+    def __len__(self):
+        return len(families)
+
+    def __getitem__(self, k):
+        return products(families[k])
+
+expected = {family: products(family) for family in families}  # starts the threads of the parent
+child = os.fork()
+if child == 0:
+    try:
+        assert torch.get_num_threads() == 1
+        for family in families:
+            compare(products(family), expected[family])
+        grandchild = os.fork()
+        if grandchild == 0:
+            compare(products("hash"), expected["hash"])
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 7
+        os._exit(7)
+    finally:
+        os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+loader = DataLoader(Items(), None, num_workers=1, multiprocessing_context="fork")
+for family, found in zip(families, loader):
+    compare(found, expected[family])
+assert torch.get_num_threads() == threads  # and the parent still has kernels
+assert all(subspan.kernels.find(family, torch.ones(1)) for family in families)
+assert torch.equal(products("gaussian")[1], expected["gaussian"][1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_in_a_forked_process(threads: int) -> None:
+    """Neither killed nor waiting for ever, and the same to the last digits."""
+    result = subprocess.run(
+        [sys.executable, "-c", FORKED, str(threads), *FAMILIES],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 # ---- compiled code between processes -------------------------------------------------------------
 
 FIRST = """

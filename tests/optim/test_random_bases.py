@@ -417,6 +417,74 @@ def test_frozen_and_unused_parameters():
     assert not torch.equal(unused, torch.ones_like(unused))
 
 
+@JVP
+@pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
+def test_frozen_tensors_take_no_part_however_they_are_given(estimator, tmp_path):
+    """The module, its parameters, named or not, and groups: one trajectory, one journal."""
+    ways = {
+        "module": lambda net: net,
+        "named": lambda net: net.named_parameters(),
+        "group": lambda net: [{"params": net.named_parameters(), "lr": 0.1}],
+        "plain": lambda net: net.parameters(),
+        "list": lambda net: [*net.parameters(), torch.arange(3)],
+    }
+    weights, journals = {}, {}
+    for way, given in ways.items():
+        net = mlp()
+        net[0].weight.requires_grad_(False)
+        net[2].bias.requires_grad_(False)
+        begin = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer = RandomBases(
+            given(net), 6, 0.1, estimator=estimator, weight_decay=0.1, compartments="tensor",
+            journal=tmp_path / way,
+        )  # fmt: skip
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = loss_of(net)
+            if not optimizer.needs_closure:
+                loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        for name, p in net.named_parameters():
+            assert torch.equal(p, begin[name]) is not p.requires_grad
+        assert len(optimizer.state_dict()["param_groups"][0]["params"]) == 2
+        weights[way], journals[way] = flat(net), (tmp_path / way).read_bytes()
+    assert all(torch.equal(found, weights["module"]) for found in weights.values())
+    assert journals["module"] == journals["named"] == journals["group"]
+    assert journals["plain"] == journals["list"]
+    again = mlp()
+    replay(tmp_path / "module", again)
+    assert torch.equal(flat(again), weights["module"])
+
+
+def test_of_a_wrapped_network_only_coordinates_move():
+    for given in (lambda net: net, lambda net: net.parameters(), lambda net: net.named_parameters()):
+        net = mlp()
+        model = SubspaceModel(net, 12)
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer = RandomBases(given(net), 3)
+        loss_of(model).backward()
+        optimizer.step()
+        moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {"subspan_global"}
+
+
+def test_weights_that_are_computed_are_refused():
+    net, extra = mlp(), nn.Parameter(torch.ones(30))
+    SubspaceModel(net, 12)
+    message = r"^0.weight is computed from coordinates: give the coordinates"
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            weight = net[0].weight
+            part = net[0].parameters()
+            for given in ([weight], [("w", weight), ("e", extra)], [{"params": [weight]}], part):
+                with pytest.raises(SubspanError, match=message):
+                    RandomBases(given, 3)
+
+
 def test_alignment_is_that_of_dense_matrices():
     net = mlp()
     optimizer = RandomBases(net, 12, compartments="layer", distribution="gaussian", seed=1)
@@ -494,13 +562,12 @@ def test_between_the_entries_nothing_moves():
         (torch.ones(1, 4).expand(3, 4), "entries of p share memory"),
         (torch.ones(6).as_strided((4, 3), (1, 1)), "entries of p share memory"),
         (torch.ones(3, dtype=torch.complex64), "p is torch.complex64 and P c is real"),
-        (torch.ones(3, dtype=torch.int64), "p is torch.int64 and P c is real"),
     ],
 )
 def test_tensors_that_cannot_be_moved(tensor, message):
     q = nn.Parameter(torch.ones(5))
     with pytest.raises(SubspanError, match=message):
-        RandomBases([("q", q), ("p", tensor)], 2)
+        RandomBases([("q", q), ("p", tensor.requires_grad_())], 2)
 
 
 @JVP
@@ -657,5 +724,11 @@ def test_nothing_to_train():
     for nothing in (frozen, []):
         with pytest.raises(SubspanError, match="nothing to train"):
             RandomBases(nothing, 10)
-    with pytest.raises(SubspanError, match="int64 and P c is real"):
-        RandomBases([torch.ones(30, dtype=torch.int64)], 10)
+    trained, still = nn.Parameter(torch.ones(30)), torch.ones(30, dtype=torch.int64)
+    for frozen in (*([still], []), list(mlp().requires_grad_(False).named_parameters())):
+        groups = [{"params": frozen}]
+        if not frozen or isinstance(frozen[0], torch.Tensor):
+            groups.insert(0, {"params": [trained]})
+        message = f"nothing to train in group {len(groups) - 1} .* no tensor in it requires a grad"
+        with pytest.raises(SubspanError, match=message):
+            RandomBases(groups, 10)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from subspan import calls, families
 from subspan.calls import Call
 from subspan.compartments import Compartment, Piece, Rules, partition
+from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.families.base import from_recipe
+from subspan.guards import Computed
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,37 @@ def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:
             else:
                 shared.add(id(tensor))
     return {key: row for key, row in found.items() if key not in shared}
+
+
+def refuse_computed(params: Sequence[Any]) -> None:
+    """Refuse weights that are computed when they are read, alone or in pairs with a name.
+
+    Raises:
+        SubspanError: if there is one.
+    """
+    for given in params:
+        tensor = given[-1] if isinstance(given, tuple) and given else given
+        if isinstance(tensor, Computed):
+            raise SubspanError(
+                f"{tensor.weight_name} is computed from coordinates: give the coordinates, which "
+                "are among parameters() of the SubspaceModel"
+            )
+
+
+def leave_frozen(group: dict[str, Any], number: int) -> None:
+    """Keep of a group only the tensors that require a gradient, and their names.
+
+    Raises:
+        SubspanError: if none does.
+    """
+    trained = [tensor.requires_grad for tensor in group["params"]]
+    if not any(trained):
+        raise SubspanError(
+            f"there is nothing to train in group {number} of the parameters: no tensor in it "
+            "requires a gradient"
+        )
+    for key in {"params", "param_names"} & set(group):
+        group[key] = list(compress(group[key], trained))
 
 
 def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:

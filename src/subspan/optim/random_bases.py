@@ -32,10 +32,12 @@ from subspan.optim.parts import (
     divide,
     entries,
     layout,
+    leave_frozen,
     named_tensors,
     overlaps,
     padding_rows,
     parts,
+    refuse_computed,
 )
 
 Estimator = Literal["gradient", "forward", "evolution"]
@@ -52,6 +54,8 @@ class RandomBases(Copied, Optimizer):
       projected: the decay acts along the basis only, like everything else.
     - *A parameter without a gradient* is one whose gradient is zero: what moves it are the basis
       and the momentum that it shares with others of its compartment, and its decay.
+    - *A frozen parameter*, one that does not require a gradient, takes no part: it has no
+      coordinates and never moves.
     - *Padding rows* of embeddings in a module stay where they are, as with every optimizer.
     - *Momentum* μ sums coordinates, u ← μ u + c, and coordinates mean something in their own basis
       only: the sum begins anew at each redraw. With ``redraw_every=1`` there is nothing to sum,
@@ -132,7 +136,7 @@ class RandomBases(Copied, Optimizer):
         if isinstance(params, nn.Module):
             slots.slots(params)  # refuses parameters without values
             padding = padding_rows(params)
-            params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
+            params = params.named_parameters()
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "dim": dim,
             "compartments": compartments, "allocation": allocation,
@@ -167,7 +171,6 @@ class RandomBases(Copied, Optimizer):
         self._parts = parts(divided, distribution, seed, self._bases, options, kept)
         self._sizes = [sum(part.dim for part in compartments) for _, compartments in divided]
         self._tensors = {name: tensor for group in named for name, tensor in group.items()}
-        self._trained = {name: tensor.requires_grad for name, tensor in self._tensors.items()}
         self.layout = layout(self._parts)
         for group in self.param_groups:
             group["layout"] = int(self.layout[:15], 16)
@@ -223,7 +226,7 @@ class RandomBases(Copied, Optimizer):
             SubspanError: if there is no gradient, or workers do not fit together or are lost.
         """
         for name, tensor in self._tensors.items():
-            if self._trained[name] and not tensor.requires_grad:
+            if not tensor.requires_grad:
                 raise SubspanError(
                     f"{name} has been frozen since, and shares bases with others that would move "
                     "it: make a new optimizer without it"
@@ -346,8 +349,13 @@ class RandomBases(Copied, Optimizer):
                 "parameters cannot be added later: the bases are drawn for all of them together; "
                 "make a new optimizer"
             )
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):  # of which torch takes one and refuses the other
+            param_group["params"] = given = list(given)
+            refuse_computed(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        leave_frozen(group, len(self.param_groups) - 1)
         for name, least in (("lr", 0.0), ("weight_decay", 0.0)):
             if not least <= float(group[name]) < float("inf"):
                 raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
