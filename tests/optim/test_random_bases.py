@@ -461,7 +461,11 @@ def test_frozen_tensors_take_no_part_however_they_are_given(estimator, tmp_path)
 
 
 def test_of_a_wrapped_network_only_coordinates_move():
-    for given in (lambda net: net, lambda net: net.parameters(), lambda net: net.named_parameters()):
+    for given in (
+        lambda net: net,
+        lambda net: net.parameters(),
+        lambda net: net.named_parameters(),
+    ):
         net = mlp()
         model = SubspaceModel(net, 12)
         before = {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -339,10 +339,11 @@ class RandomBases(Copied, Optimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Of the constructor's; afterwards the compartments are fixed, and no group can be added.
+        """The constructor calls this; afterwards compartments are fixed, and no group can be added.
 
         Raises:
-            SubspanError: for a group that is added later, or whose values make no sense.
+            SubspanError: for a group that is added later, in which nothing requires a gradient, or
+                whose values make no sense.
         """
         if self._parts:
             raise SubspanError(
