@@ -95,6 +95,7 @@ class Weights:
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
         self.kept = dict(kept)
         self.calls = calls.plan(compartments, projections, kept)
+        self._names = [PREFIX + call.coordinates for call in self.calls]
         self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
@@ -285,13 +286,21 @@ class Weights:
             if _to_onnx():
                 return self._constant(tensor)
             return self.form(tensor) if self._traced is None else self._traced[tensor]
-        if (given := self._given(tensor)) is not None:
+        module, attribute = self.homes[tensor]
+        base = module._parameters[attribute]
+        special = type(base) is not Base or base.home[0] is not self
+        special = special or len(vars(base)) > len(OWN) or tensor in self._renormed
+        if special and (given := self._given(tensor)) is not None:
             return given
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
-                parts = [self._kept(n, outer)[m] for n, m in self._where[tensor]]
-                theta = parts[0] if len(parts) == 1 else self._joined(tensor, parts)
-                return self._dressed(tensor, theta)
+                where = self._where[tensor]
+                if len(where) == 1:
+                    theta = self._kept(where[0][0], outer)[where[0][1]]
+                else:
+                    parts = [self._kept(n, outer)[m] for n, m in where]
+                    theta = self._joined(tensor, parts)
+                return self._dressed(tensor, theta) if special else theta
         if fx._is_fx_tracing_flag:
             raise SubspanError(
                 f"{tensor} would be a constant of the graph that torch.fx traces: trace the "
@@ -303,7 +312,7 @@ class Weights:
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
         theta = theta if torch._C._is_tracing() else guarded(theta, tensor)
-        return self._dressed(tensor, theta)
+        return self._dressed(tensor, theta) if special else theta
 
     def _given(self, tensor: str) -> Tensor | None:
         """The weight that a functional call, or somebody else, has put into a slot for θ.
@@ -320,7 +329,7 @@ class Weights:
     def _dressed(self, tensor: str, theta: Tensor) -> Tensor:
         """θ with the attributes that people gave the parameter."""
         base = self.base_of(tensor)
-        if type(base) is Base and len(vars(base)) > 2:
+        if type(base) is Base:
             vars(theta).update({k: v for k, v in vars(base).items() if k not in OWN})
         return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
@@ -348,7 +357,7 @@ class Weights:
             bases = []
             for piece in call.pieces:
                 base = self.base_of(piece.tensor)
-                if self._given(piece.tensor) is not None:
+                if type(base) is not Base and self._given(piece.tensor) is not None:
                     base = self._owned[piece.tensor]
                 if type(base).__name__ == "DTensor":
                     raise SubspanError(
@@ -365,7 +374,7 @@ class Weights:
         It is formed anew if other coordinates have come into their place, or they have changed, or
         a graph is wanted that was not; and inside a transform that began after the call.
         """
-        w = self.network()._parameters[PREFIX + self.calls[n].coordinates]
+        w = self.network()._parameters[self._names[n]]
         assert w is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         state = (w, _version(w), *modes)
