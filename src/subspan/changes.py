@@ -1,4 +1,4 @@
-"""What people do to a network after it was put into a subspace: it is noticed, and named.
+"""Changes that people make to a network in a subspace are noticed here, and named.
 
 Whoever holds a network may change θ₀ in place, freeze parameters one by one, replace layers, or
 have an optimizer that knows nothing of coordinates. None of this can be forbidden where it happens;
@@ -46,7 +46,7 @@ class Sketch:
 
 
 class Changes:
-    """What is known of a network since it was wrapped.
+    """Keeps what is known of a network since it was wrapped.
 
     Args:
         weights: of the network.
@@ -91,7 +91,7 @@ class Changes:
 
     @torch.no_grad()
     def _sketch(self, tensor: str) -> tuple[torch.dtype, Sketch] | None:
-        """What is remembered of θ₀; None where there is nothing to read."""
+        """Return the sketch of θ₀ and its type; None where there is nothing to read."""
         module, attribute = self.weights.found[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
@@ -122,7 +122,7 @@ class Changes:
                 self._sums[tensor, found[0]] = found[1]
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
-        """Those of these tensors whose θ₀ has other values by now, by more than rounding."""
+        """Return the tensors whose θ₀ has other values by now, by more than rounding."""
         found = set()
         for tensor in tensors:
             now = self._sketch(tensor)

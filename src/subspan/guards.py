@@ -83,7 +83,7 @@ class Theta0(Tensor):
 
 
 def _seen(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
-    """What comes of θ₀: a view of it that is as careful, a refusal, or what is no number."""
+    """Return a view of θ₀ as careful as θ₀ itself, and refuse numbers computed from it."""
     if type(out) is not Tensor or not out.is_floating_point():
         return out
     for base in bases:

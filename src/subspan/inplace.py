@@ -39,7 +39,7 @@ _saving = threading.local()  # .thetas: of a state_dict of θ that is being made
 
 
 class Link:
-    """What a module knows of the subspace.
+    """Connects a module to its network's subspace.
 
     Args:
         weights: of the network.
@@ -111,7 +111,7 @@ class Quantised:
 
 
 class Part:
-    """What every module above a trained parameter has."""
+    """The behaviour of every module that has a trained parameter, or a part with one."""
 
     _subspan_class: ClassVar[tuple[type, tuple[str, ...], bool]]
     qconfig = Quantised()
@@ -157,7 +157,7 @@ class Part:
         return p if type(p) is Base else super().get_parameter(target)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; but a weight that is computed cannot become something else."""
+        """Register a parameter; a weight that is computed cannot become something else."""
         link: Link | None = vars(self).get(LINK)
         if link is not None and param is not None and param is self._parameters.get(name):  # type: ignore[attr-defined]
             return  # tied once more
@@ -175,7 +175,7 @@ class Part:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of every module; a computed weight cannot be tied to another one."""
+        """Set an attribute; a computed weight cannot be tied to another one."""
         link: Link | None = vars(self).get(LINK)
         if type(value) is Computed and link is not None and name in link.tensors:
             raise SubspanError(
@@ -237,7 +237,7 @@ class Part:
     # ---- states ------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Of a part, and for the network's own methods, at θ; of the network, coordinates."""
+        """Return θ of a part, and for the network's own methods; else the coordinates."""
         if hasattr(_saving, "thetas"):  # of something around
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
         weights = _link(self).weights
@@ -290,7 +290,7 @@ class Part:
 
 
 class Root(Part):
-    """What the network itself has besides: its coordinates are among its parameters."""
+    """The behaviour of the network itself: its coordinates are among its parameters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; θ that is formed meanwhile is kept until it ends."""

@@ -272,7 +272,7 @@ class SubspaceModel(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained: coordinates first, then the network's own that require a gradient.
+        """Yield what is trained: coordinates, then the network's own that require a gradient.
 
         With duplicates (for exporters, which look tensors up by their paths) all that there are.
         """

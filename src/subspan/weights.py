@@ -227,7 +227,7 @@ class Weights:
         return {name.removeprefix(PREFIX): parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
 
     def base_of(self, tensor: str) -> Tensor:
-        """What lies in the slot of a tensor: θ₀, or what a functional call has put there."""
+        """Return the content of a tensor's slot: θ₀, or what a functional call has put there."""
         module, attribute = self.homes[tensor]
         base = module._parameters[attribute]
         assert base is not None
@@ -423,7 +423,7 @@ class Weights:
     # ---- other processes ---------------------------------------------------------------------
 
     def difference(self, fingerprint: Tensor) -> str:
-        """What makes coordinates under another fingerprint meaningless here; empty if nothing."""
+        """Name what makes coordinates under another fingerprint meaningless here, or return ""."""
         theirs = bytes(int(digit) % 256 for digit in fingerprint.double().round().tolist()).hex()
         if theirs[:32] != self.fingerprint[:32]:
             return "the initial weights"

@@ -1,4 +1,4 @@
-"""What is wrong with a file of options, in a sentence, before anything is done with it."""
+"""Say in a sentence what is wrong with a file of options, before it is used."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Value(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What files hold are ordinary tensors."""
+        """Pickle an ordinary tensor: files hold nothing else."""
         with plain():
             data = self.detach()
             if isinstance(self, nn.Parameter):

@@ -95,7 +95,7 @@ class LowRank(nn.Module, ABC):
 
     @property
     def tangents(self) -> Tangents | None:
-        """What watches this layer now, if anything does."""
+        """Return the object that watches this layer, if there is one."""
         return None if self._watcher is None else self._watcher()
 
     def _watched(self) -> Tangents | None:

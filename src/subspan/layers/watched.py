@@ -166,7 +166,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Those of x, U, S, V, b, k and l."""
+        """Return the gradients of x, U, S, V, b, k and l."""
         x, h, U, S, V, k, l = ctx.saved_tensors  # noqa: E741
         if not torch.compiler.is_compiling() and U.is_leaf and U.grad is None:
             # Somebody has cleared the gradients, and could not know of these.

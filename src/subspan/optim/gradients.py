@@ -18,7 +18,7 @@ from subspan.optim.tangents import CHANGED, Watch
 
 
 class Gradients:
-    """What ``backward()`` has left for an optimizer of factored layers.
+    """Holds what ``backward()`` has left for an optimizer of factored layers.
 
     Args:
         layers: by name.

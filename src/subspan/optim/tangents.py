@@ -124,7 +124,7 @@ class Watch:
         self, gradients: Mapping[str, Factors], found: Mapping[str, Factors],
         at: Mapping[str, Factors],
     ) -> tuple[dict[str, float], str | None]:  # fmt: skip
-        """What scales each layer, and the name of one whose gradients do not fit, if there is."""
+        """Return each layer's scale, and the name of a layer whose gradients do not fit."""
         if not gradients:
             return {}, None
         told = compared([(gradients[name], found[name], at[name]) for name in gradients]).tolist()

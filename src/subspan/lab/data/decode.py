@@ -239,7 +239,7 @@ def _channels(array: np.ndarray) -> int:
 
 
 def _notes_of_levels(parts: list[list[np.ndarray]], train: Split, depth: str) -> tuple[str, ...]:
-    """What to say of images that are not plain ones of 8 bits."""
+    """Describe images that are not plain ones of 8 bits."""
     notes = []
     transparent = sum(_channels(array) in (2, 4) for part in parts for array in part)
     if transparent:
