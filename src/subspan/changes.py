@@ -56,7 +56,6 @@ class Changes:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
         self._sums: dict[tuple[str, torch.dtype], Sketch] = {}
-        self._lost: set[str] = set()
 
     def check_flags(self) -> None:
         """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
@@ -110,16 +109,11 @@ class Changes:
             return base.dtype, Sketch(number, torch.cat([sums, rest]), float(norm))
 
     def remember(self, tensors: Iterable[str]) -> None:
-        """Take these tensors for what they were, where nothing is known in their type.
-
-        A tensor without values (on the meta device) is lost: what comes back is something else.
-        """
+        """Take these tensors for what they were, where nothing is known in their type."""
         for tensor in tensors:
             found = self._sketch(tensor)
-            if found is None:
-                self._lost.add(tensor)
-            elif (tensor, found[0]) not in self._sums:
-                self._sums[tensor, found[0]] = found[1]
+            if found is not None:
+                self._sums.setdefault((tensor, found[0]), found[1])
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors whose θ₀ has other values by now, by more than rounding."""
@@ -127,8 +121,7 @@ class Changes:
         for tensor in tensors:
             now = self._sketch(tensor)
             was = None if now is None else self._sums.get((tensor, now[0]))
-            differs = now is not None and was is not None and not was.is_like(now[1])
-            if differs or (now is not None and tensor in self._lost):
+            if now is not None and was is not None and not was.is_like(now[1]):
                 found.add(tensor)
         return found
 
