@@ -204,6 +204,11 @@ class Part:
                 "computed from another tensor: do this before the network is wrapped, or on the "
                 "network of merge() or unwrap()"
             )
+        if link is not None and {name + end for end in ("_orig", "_g", "_v")} & link.tensors.keys():
+            raise SubspanError(
+                f"{name} is computed from parameters that are computed from coordinates: take "
+                "pruning or a norm away from the network of merge() or unwrap()"
+            )
         super().__delattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

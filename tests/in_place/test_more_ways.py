@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.optim import LBFGS
 
 import subspan
@@ -355,3 +356,20 @@ def test_a_class_that_may_not_be_derived_from():
     with pytest.raises(SubspanError, match=r"module 1 is a Final, .*\(final\): exclude it"):
         SubspaceModel(net, 5)
     assert [type(m) for m in net.modules()] == kinds
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "spectral_norm"])
+def test_what_computes_a_weight_is_not_taken_away(how):
+    layer = nn.Linear(8, 8)
+    if how == "prune":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    else:
+        getattr(nn.utils, how)(layer)
+    remove = {
+        "prune": lambda: prune.remove(layer, "weight"),
+        "weight_norm": lambda: nn.utils.remove_weight_norm(layer),
+        "spectral_norm": lambda: nn.utils.remove_spectral_norm(layer),
+    }
+    model = scatter(SubspaceModel(nn.Sequential(layer).eval(), 20)).eval()
+    same_function(model, torch.randn(3, 8), remove[how])
