@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from subspan.compartments import Compartment, Piece
-from subspan.families.base import Projection, captured, compute, product
+from subspan.families.base import Projection, captured, compute, product, transformed
 
 GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
 
@@ -79,22 +78,16 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
     Returns:
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
     """
-    if captured(w) or _transformed() or any(base.requires_grad for base in bases):
+    if captured(w) or transformed() or any(base.requires_grad for base in bases):
         # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
         plain = [base if base.requires_grad else base.detach() for base in bases]
         return _theta(product, w, step, call, plain)
     return _Theta.apply(w, step, call, *bases)
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is under way."""
-    functorch = torch._C._functorch.maybe_current_level() is not None
-    return functorch or forward_ad._current_level >= 0
-
-
 def with_dense_gradient(theta: Tensor) -> Tensor:
     """A weight whose gradient may be sparse, as embeddings have it, where its parts take none."""
-    if not theta.requires_grad or captured(theta) or _transformed():
+    if not theta.requires_grad or captured(theta) or transformed():
         return theta
     return _Dense.apply(theta)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from subspan import kernels
 from subspan.errors import SubspanError, unknown
@@ -329,6 +330,12 @@ def captured(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is under way."""
+    functorch = torch._C._functorch.maybe_current_level() is not None
+    return functorch or forward_ad._current_level >= 0
 
 
 class _Product(torch.autograd.Function):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.families.base import transformed
 from subspan.layers import factors
 from subspan.layers.factors import plain
 from subspan.layers.plain import Convolution, autocast_type, filled, linear
-from subspan.layers.watched import Geometry, Tangents, Watched, down, filters, out, transformed
+from subspan.layers.watched import Geometry, Tangents, Watched, down, filters, out
 
 
 class LowRank(nn.Module, ABC):

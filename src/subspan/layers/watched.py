@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
@@ -132,11 +131,6 @@ def _outer(gy: Tensor, h: Tensor, how: Geometry | None) -> Tensor:
 def filters(A: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """The columns of A (in · k², r) as filters (r, in, k, k)."""
     return A.T.reshape(A.shape[1], -1, *kernel)
-
-
-def transformed() -> bool:
-    """Whether functions are being transformed by torch.func, or by forward mode."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class Watched(torch.autograd.Function):
