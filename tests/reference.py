@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 WORD = 2**32
+SHUFFLE = (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1, 0x27D4EB2F)
 DOMAINS = {
     "gaussian": 1, "rademacher": 2, "hash": 3, "orthogonal": 4, "fastfood": 5, "kronecker": 6,
     "sparse": 7, "sparse-original": 8, "sparse2": 9, "sparse2full": 10,
@@ -87,6 +88,21 @@ class Numbers:
             if x < size:
                 return x
 
+    def shuffled(self, x: int, size: int) -> int:
+        """The image of x under the shuffle of [0, size)."""
+        first = number = 0
+        for bits in (*[32] * (size // 2**32), *range(31, 9, -1)):
+            if bits < 32 and size // 2**bits % 2 == 0:
+                continue
+            if x < first + 2**bits:
+                y = x - first
+                for key, m in zip(self.call(number, 1), SHUFFLE, strict=True):
+                    y = (y ^ key) * m % 2**bits
+                    y ^= y // 2 ** math.ceil(bits / 2)
+                return first + y
+            first, number = first + 2**bits, number + 1
+        return first + self.permuted(x - first, size - first, 0)
+
 
 def mix(x: int) -> int:
     """MurmurHash3's finaliser."""
@@ -122,10 +138,10 @@ class Matrix:
         return self.numbers.sign(i, j) / math.sqrt(self.D)
 
     def _hash(self, i: int, j: int) -> float:
-        if self.numbers.permuted(i, self.D, 1) % self.d != j:
+        if self.numbers.shuffled(i, self.D) % self.d != j:
             return 0.0
         held = self.D // self.d + (j < self.D % self.d)
-        return self.numbers.sign(i, 0) * (1 / math.sqrt(held))
+        return self.numbers.sign(i % 2**39, 2 + i // 2**39) * (1 / math.sqrt(held))
 
     def _orthogonal(self, i: int, j: int) -> float:
         x = [0.0] * self.D

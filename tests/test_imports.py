@@ -16,6 +16,7 @@ SOURCE = Path(subspan.__file__).parent
 LAYERS = [
     ("errors", "cache", "files"),
     ("philox",),
+    ("shuffle",),
     ("kernels",),
     ("families",),
     ("compartments", "slots", "init", "calls", "summary"),

@@ -26,6 +26,15 @@ FAR = (2**33 + 7, 6, 2**32 + 5, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
 # The transforms of these two make a reference of so many rows slow; their blocks and butterflies
 # are reached by a moderate D.
 MIDDLE = (10_007, 6, 9_990, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
+# Where a shuffle passes from one block to the next, from the last into the tail, and the signs of
+# one column end.
+MORE = {
+    "hash": [
+        (2**16 + 2**11 + 77, 6, 2**16 - 5, 11, 3, 0, 0),
+        (2**16 + 2**11 + 77, 6, 2**16 + 2**11 - 5, 11, 3, 0, 1),
+        (2**40 - 3, 6, 2**39 - 4, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4),
+    ]
+}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sparse": [{"s": 3}, {"s": 2.5}, {"s": "sqrt_d"}, {"s": "sqrt_D"}],
     "sparse2full": [{"s": "sqrt_d"}],
@@ -37,7 +46,7 @@ def projections() -> list[dict[str, Any]]:
     cases = []
     for family in DOMAINS:
         last = MIDDLE if family in ("orthogonal", "fastfood") else FAR
-        for D, d, start, rows, seed, stream, step in (SMALL, CUT, last):
+        for D, d, start, rows, seed, stream, step in (SMALL, CUT, last, *MORE.get(family, [])):
             for options in OPTIONS.get(family, [{}]):
                 P = Matrix(family, D, d, seed, stream, step, **options)
                 entries = [

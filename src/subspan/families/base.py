@@ -37,7 +37,7 @@ class Projection(ABC):
     ``docs/format.md``. Columns have unit Euclidean norm, exactly or in expectation.
 
     Args:
-        out_dim: D, the number of weights (rows), in [d, 2³⁴].
+        out_dim: D, the number of weights (rows), in [d, 2³⁴]; of ``hash`` in [d, 2⁴⁰].
         in_dim: d, the number of coordinates (columns), at least 1 and below 2³¹.
         seed: in [0, 2⁶⁴).
         stream: in [0, 2²⁴); tells projections of one seed apart.
@@ -63,6 +63,8 @@ class Projection(ABC):
     """Whether PᵀP = I exactly."""
     bitwise: ClassVar[bool] = False
     """Whether P w is one product per weight, hence bit-equal on every backend; else sums round."""
+    most: ClassVar[int] = 1 << 34
+    """The largest D."""
     local: ClassVar[bool] = True
     """Whether a range of rows costs in proportion to its length; else as much as all rows."""
 
@@ -75,7 +77,7 @@ class Projection(ABC):
             _families[family] = cls
 
     def __post_init__(self) -> None:
-        for name, low, high in (("in_dim", 1, (1 << 31) - 1), ("out_dim", 1, 1 << 34)):
+        for name, low, high in (("in_dim", 1, (1 << 31) - 1), ("out_dim", 1, self.most)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise SubspanError(f"{name} must be an integer in [{low}, {high}], got {value!r}")

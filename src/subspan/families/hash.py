@@ -7,6 +7,8 @@ A keyed permutation π deals the D weights to the d buckets like cards, b(i) = �
 bucket b holds n_b = ⌊D/d⌋ + [b < D mod d] weights and every column norm is known in closed form:
 P is an isometry onto its range. Doubling d splits each bucket in two, for π(i) mod 2d mod d is
 π(i) mod d; hence the subspace of d lies inside that of k·d for the same seed, D and signs.
+
+π is the permutation of :mod:`subspan.shuffle`.
 """
 
 from __future__ import annotations
@@ -20,28 +22,39 @@ from torch import Tensor
 
 from subspan.cache import cache
 from subspan.families.base import Projection
+from subspan.shuffle import shuffled
 
 CHUNK = 1 << 22  # rows indexed at once
+SIGNS, SPAN = 2, 1 << 39  # the column with the signs, and of how many rows; then the next one
 
 
 @dataclass(frozen=True)
 class Hash(Projection, family="hash"):
     """One signed coordinate per weight, equal buckets (HashedNets, Chen 2015): an isometry in O(D).
 
-    Sequence 0 of the source holds the signs, sequence 1 the keys of the permutation.
+    Sequences 0 and 1 of the source hold the keys of the permutation, sequence 2 the signs (and 3
+    those of rows from 2³⁹ on).
     """
 
     domain = 3
     norm = "exact"
     orthonormal = True
     bitwise = True
+    most = 1 << 40
 
     def _index(self, step: Tensor, start: int, stop: int, device: torch.device) -> tuple[Tensor]:
         """2·b(i) + [sign is minus] for rows start … stop−1, int64 (stop − start,)."""
-        rows = torch.arange(start, stop, device=device)
-        bucket = self.source.permutation(self.out_dim, column=1, step=step)(rows) % self.in_dim
-        bits = self.source.signbits(start, stop, column=0, step=step, device=device)
-        return (2 * bucket + bits,)
+        bits = []
+        for span in range(start // SPAN, (stop - 1) // SPAN + 1):
+            low, high = max(start, span * SPAN), min(stop, (span + 1) * SPAN)
+            bits.append(
+                self.source.signbits(
+                    low - span * SPAN, high - span * SPAN,
+                    column=SIGNS + span, step=step, device=device,
+                )  # fmt: skip
+            )
+        place = shuffled(self.source, self.out_dim, start, stop, step=step, device=device)
+        return (2 * (place % self.in_dim) + torch.cat(bits),)
 
     def _indices(
         self, step: Tensor, start: int, stop: int, device: torch.device

@@ -1,9 +1,8 @@
-"""``hash``: rows are dealt to buckets by a keyed permutation, and both products follow its index.
+"""``hash``: both products follow an index of the rows, which is made where it is used.
 
-Rounds of the permutation run over a tile of rows at once, lane by lane; the indices that left
-[0, D) are then gathered and sent through again together, so that no lane waits for another. The
-index of a small matrix is kept between calls: following it costs a fifth of making it. That of a
-large one is made tile by tile, and used at once.
+A tile of rows lies in one block, whose rounds run over all of its lanes at once; only the tail of
+fewer than 1,024 rows has a permutation that walks. Making the index costs about as much as following
+it: that of a small matrix, which is at hand in the cache, is kept between calls.
 """
 
 from __future__ import annotations
@@ -19,54 +18,110 @@ from subspan.cache import cache
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     SIGN,
+    add_signs,
     as_bits,
     as_float,
     inline,
     permuted,
+    philox,
     round_keys,
     sequence,
+    shift_right,
 )
+from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SMALLEST, TAIL
 
-TILE = 1024  # rows whose index is made together, in the first cache level
+TILE = 1 << SMALLEST  # rows whose index is made together, in the first cache level
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
-NOTHING = np.empty(0, np.uint32)
+SIGNS, SPAN = 2, 1 << 39  # as in families/hash.py
+M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
+NOTHING, NO_BASE = np.empty(0, np.uint32), np.empty(0, np.float32)
+
+
+@inline
+def _round(x, key, multiplier, mask, shift):
+    x = uint32(uint32(uint32(x ^ key) * multiplier) & mask)
+    return uint32(x ^ shift_right(x, shift))
+
+
+@inline
+def _images(out, x, bits, keys):
+    """Images within a block of 2^bits rows of its rows x, x + 1, …"""
+    mask, shift = uint32((uint64(1) << uint64(bits)) - uint64(1)), uint32((bits + 1) // 2)
+    k0, k1, k2, k3 = keys
+    for i in range(TILE):
+        y = _round(uint32(x + uint32(i)), k0, M0, mask, shift)
+        y = _round(y, k1, M1, mask, shift)
+        y = _round(y, k2, M2, mask, shift)
+        out[i] = _round(y, k3, M3, mask, shift)
+
+
+@inline
+def _modulo(out, offset, d):
+    """(x + offset) mod d, for offset < d, by a product.
+
+    With 2^k ≤ d < 2^(k+1), the quotient x ⌊(2^(32+k) − 1)/d⌋ div 2^(32+k) is right or too small by
+    one, and then the rest is too large by d; x − d wraps, and is larger than x, if it is right.
+    """
+    k = 0
+    while d >> (k + 1) > 0:
+        k += 1
+    factor, shift = uint32(((1 << (32 + k)) - 1) // d), uint32(k)
+    d, offset = uint32(d), uint32(offset)
+    for i in range(TILE):
+        high = uint32((uint64(out[i]) * uint64(factor)) >> uint64(32))
+        rest = uint32(out[i] - uint32(shift_right(high, shift) * d))
+        rest = uint32(min(rest, uint32(rest - d)) + offset)
+        out[i] = min(rest, uint32(rest - d))
+
+
+@inline
+def _block(first, size):
+    """Number, first row and bits of the block that holds a row; bits 0 of the tail."""
+    number = first >> LARGEST
+    start, bits = number << LARGEST, LARGEST
+    if number == size >> LARGEST:  # no block of 2³² rows is left
+        while bits > 0:
+            bits -= 1
+            if bits < SMALLEST:
+                bits = 0
+            elif size >> bits & 1:
+                if first < start + (1 << bits):
+                    break
+                start += 1 << bits
+                number += 1
+    return number, start, bits
 
 
 @common.function
-def _index(out, tile, size, buckets, keys, widths, address):
-    """Bucket, and in the highest bit the sign, of the rows of a tile."""
-    room = np.empty((3, TILE), np.uint32)  # here, so that the compiler knows it is not ``out``
+def _index(out, signs, tile, size, d, widths, address):
+    """Bucket, and in the highest bit the sign, of a tile's rows; ``signs`` is room of (8, 4)."""
     first = tile * TILE
-    count = min(TILE, size - first)
-    permuted(out, room, first, count, uint32(size - 1), keys, widths)
-    # x mod d by a product: with 2^k ≤ d < 2^(k+1), the quotient (x ⌊2^(32+k)/d⌋) div 2^(32+k) is
-    # right or too small by one, and then the rest is too large by d; x − d wraps if it is right.
-    k = 0
-    while buckets >> (k + 1) > 0:
-        k += 1
-    d, factor, shift = uint32(buckets), uint64((1 << (32 + k)) // buckets), uint64(32 + k)
-    for i in range(count):
-        rest = uint32(out[i] - uint32((uint64(out[i]) * factor) >> shift) * d)
-        out[i] = min(rest, uint32(rest - d))
-    words = room[0, : TILE // 32].reshape(TILE // 128, 4)
-    sequence(words, first // 128, TILE // 128, 0, address)
-    for n in range(TILE // 32):
-        word = room[0, n]
-        for bit in range(widths[3]):
-            out[n * 32 + bit] |= (word << uint32(31 - bit)) & SIGN
+    number, start, bits = _block(first, size)
+    if bits:
+        _images(out, uint32(first - start), bits, philox(number, KEYS, address))
+    else:
+        keys, count = round_keys(widths[0], TAIL, address), size - first
+        room = np.empty((3, TILE), np.uint32)
+        permuted(out, room, 0, count, uint32(count - 1), keys, widths)
+        out[count:] = 0
+    _modulo(out, start % d, d)
+    sequence(signs, first % SPAN // 128, TILE // 128, SIGNS + first // SPAN, address)
+    for n in range(TILE // 128):
+        for m in range(4):
+            add_signs(out, n * 128 + m * 32, signs[n, m])
 
 
 @common.kernel
-def _fill(out, start, buckets, size, widths, address):
+def _fill(out, start, d, size, widths, address):
     """The index of the rows from ``start`` on."""
-    keys, stop = round_keys(widths[0], 1, address), start + out.size
+    stop = start + out.size
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
-        index = np.empty(TILE, np.uint32)
+        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if first < last:
-                _index(index, tile, size, buckets, keys, widths, address)
+                _index(index, signs, tile, size, d, widths, address)
                 out[first - start : last - start] = index[first - tile * TILE : last - tile * TILE]
 
 
@@ -81,85 +136,100 @@ def _scale(out, x, size):
 
 
 @common.kernel
-def _matvec(w, start, out, kept, size, widths, address):
-    """out_i = ±w_b/√n_b, by the index that is kept or, if that is empty, is made."""
-    keys, stop = round_keys(widths[0], 1, address), start + out.size
+def _matvec(w, base, start, out, kept, size, widths, address):
+    """out_i = ±w_b/√n_b, added to the base if there is one, by an index that is kept or made."""
+    stop = start + out.size
     table = np.empty(w.size, np.float32)
     _scale(table, w, size)
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
-        index = np.empty(TILE, np.uint32)
+        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
+        found = np.empty(TILE, np.float32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if first < last:
                 if kept.size:
                     words = kept[first - start : last - start]
                 else:
-                    _index(index, tile, size, table.size, keys, widths, address)
+                    _index(index, signs, tile, size, table.size, widths, address)
                     words = index[first - tile * TILE : last - tile * TILE]
                 rows = out[first - start : last - start]
                 for i in range(rows.size):
-                    word = words[i]
-                    rows[i] = as_float(as_bits(table[word & ~SIGN]) ^ (word & SIGN))
+                    found[i] = table[words[i] & ~SIGN]
+                if base.size:
+                    own = base[first - start : last - start]
+                    for i in range(rows.size):
+                        rows[i] = own[i] + as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
+                else:
+                    for i in range(rows.size):
+                        rows[i] = as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
 
 
 @common.kernel
 def _rmatvec(g, start, total, partial, chunk, kept, size, widths, address):
     """total[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task]."""
-    keys, stop = round_keys(widths[0], 1, address), start + g.size
-    begin, end, buckets = start // TILE, (stop + TILE - 1) // TILE, total.size
+    stop = start + g.size
+    begin, end, d = start // TILE, (stop + TILE - 1) // TILE, total.size
     for task in prange(len(partial)):
         sums = partial[task]
         sums[:] = 0
-        index = np.empty(TILE, np.uint32)
+        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
+        signed = np.empty(TILE, np.float32)
         for tile in range(begin + task * chunk, min(end, begin + (task + 1) * chunk)):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if kept.size:
                 words = kept[first - start : last - start]
             else:
-                _index(index, tile, size, buckets, keys, widths, address)
+                _index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
             rows = g[first - start : last - start]
             for i in range(rows.size):
-                word = words[i]
-                sums[word & ~SIGN] += as_float(as_bits(rows[i]) ^ (word & SIGN))
+                signed[i] = as_float(as_bits(rows[i]) ^ uint32(words[i] & SIGN))
+            for i in range(rows.size):
+                sums[words[i] & ~SIGN] += signed[i]
     total[:] = 0
     for task in range(len(partial)):
-        for bucket in range(buckets):
+        for bucket in range(d):
             total[bucket] += partial[task, bucket]
     _scale(total, total, size)
 
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
     """The index that is kept, and from what it is made."""
-    made_of = p.out_dim, common.widths(p.out_dim), common.address(p, step)
+    tail = max(1, p.out_dim % TILE)
+    made_of = p.out_dim, common.widths(tail), common.address(p, step)
 
     def build() -> tuple[Tensor]:
         index = np.empty(stop - start, np.uint32)
-        common.threads(8 * index.size)
+        common.threads(4 * index.size)
         _fill(index, start, p.in_dim, *made_of)
         return (torch.from_numpy(index),)
 
-    if 4 * p.out_dim > common.KEPT:
+    if 4 * p.out_dim > common.KEPT or int(step):  # a basis that is drawn again is used twice
         return NOTHING, *made_of
-    (index,) = cache.get(("hash", p, int(step), start, stop, "numba"), build)
+    (index,) = cache.get(("hash", p, start, stop, "numba"), build)
     return index.numpy(), *made_of
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    if p.out_dim > 1 << 32:  # kernels count rows in 32 bits
-        return p._matvec(w, step, start, stop)
+    return _rows(p, w, NO_BASE, step, start, stop)
+
+
+def added(p: Any, base: Tensor, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of θ₀ + P w."""
+    return _rows(p, w, base.numpy(), step, start, stop)
+
+
+def _rows(p: Any, w: Tensor, base: Any, step: Tensor, start: int, stop: int) -> Tensor:
     out = np.empty(stop - start, np.float32)
     arguments = _arguments(p, step, start, stop)
     common.threads(2 * out.size)
-    _matvec(w.numpy(), start, out, *arguments)
+    _matvec(w.numpy(), base, start, out, *arguments)
     return torch.from_numpy(out)
 
 
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
-    if p.out_dim > 1 << 32:
-        return p._rmatvec(g, step, start, stop)
     # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
     # a power of 2, as the number of threads mostly is.
     tiles = -(-stop // TILE) - start // TILE
