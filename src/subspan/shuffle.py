@@ -1,10 +1,10 @@
-"""A keyed permutation of any number of rows that costs the same for each and never walks.
+"""A keyed permutation of any number of rows in which no row takes longer than another.
 
 :class:`~subspan.philox.Permutation` sends an index that leaves [0, n) through its rounds again, so
-that the lanes of a processor wait for each other. Here the rows are cut into blocks of 2^k rows, one
-for each binary digit of their number, and each block is permuted by rounds that are bijections of k
-bits: an exclusive or with a key, a product with an odd number, and a shift. Only the tail of fewer
-than 2¹⁰ rows has a permutation of the other kind, as so few bits need.
+that the lanes of a processor wait for each other. Here the rows are cut into blocks of 2^k rows,
+one for each binary digit of their number, and each block is permuted by rounds that are bijections
+of k bits: an exclusive or with a key, a product with an odd number, and a shift. Only the tail of
+fewer than 2¹⁰ rows has a permutation of the other kind, as so few bits need.
 """
 
 from __future__ import annotations

@@ -46,13 +46,9 @@ class Hash(Projection, family="hash"):
         """2·b(i) + [sign is minus] for rows start … stop−1, int64 (stop − start,)."""
         bits = []
         for span in range(start // SPAN, (stop - 1) // SPAN + 1):
-            low, high = max(start, span * SPAN), min(stop, (span + 1) * SPAN)
-            bits.append(
-                self.source.signbits(
-                    low - span * SPAN, high - span * SPAN,
-                    column=SIGNS + span, step=step, device=device,
-                )  # fmt: skip
-            )
+            low, high = (min(max(row - span * SPAN, 0), SPAN) for row in (start, stop))
+            where = {"column": SIGNS + span, "step": step, "device": device}
+            bits.append(self.source.signbits(low, high, **where))
         place = shuffled(self.source, self.out_dim, start, stop, step=step, device=device)
         return (2 * (place % self.in_dim) + torch.cat(bits),)
 

@@ -114,7 +114,7 @@ def as_bits(context: Any, value: Any) -> Any:
 
 @intrinsic
 def shift_right(context: Any, x: Any, count: Any) -> Any:
-    """Shift a word by less than 32, in 32 bits: Numba would widen it to 64, which is half the lanes."""
+    """Shift a word by less than 32 in 32 bits; Numba would widen it to 64, with half the lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.lshr(args[0], args[1])

@@ -1,8 +1,7 @@
 """``hash``: both products follow an index of the rows, which is made where it is used.
 
-A tile of rows lies in one block, whose rounds run over all of its lanes at once; only the tail of
-fewer than 1,024 rows has a permutation that walks. Making the index costs about as much as following
-it: that of a small matrix, which is at hand in the cache, is kept between calls.
+A tile of rows lies in one block of the shuffle, whose rounds run over all of its lanes at once. The
+index of a small matrix is kept between calls, where making it takes longer than following it.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _round(x, key, multiplier, mask, shift):
 
 @inline
 def _images(out, x, bits, keys):
-    """Images within a block of 2^bits rows of its rows x, x + 1, …"""
+    """Images of the rows x, x + 1, … of a block of 2^bits rows, as places in it."""
     mask, shift = uint32((uint64(1) << uint64(bits)) - uint64(1)), uint32((bits + 1) // 2)
     k0, k1, k2, k3 = keys
     for i in range(TILE):
