@@ -252,3 +252,27 @@ def test_tensors_that_do_not_fit_are_refused(tensors, tmp_path):
     with pytest.raises(SubspanError, match=r"has shape .* in the file"):
         checkpoint.restore(model, tensors)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_no_file_of_tensors_holds_is_not_left_out(wrapped, tmp_path):
+    class Counts(nn.Linear):
+        calls = None
+
+        def get_extra_state(self):
+            return self.calls
+
+        def set_extra_state(self, state):
+            self.calls = state
+
+    net = nn.Sequential(Counts(4, 4))
+    model = SubspaceModel(net, 3) if wrapped else net
+    subspan.save(model, tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    net[0].calls = 3
+    with pytest.raises(
+        SubspanError, match=r"0 \(Counts\) has state of its own \(get_extra_state\)"
+    ):
+        subspan.save(model, tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == before
+    assert model.state_dict()

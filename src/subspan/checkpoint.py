@@ -60,8 +60,8 @@ def save(
         The size of the file in bytes.
 
     Raises:
-        SubspanError: if there is no such folder, ``extra`` is not JSON, or a SubspaceModel lies
-            inside another module.
+        SubspanError: if there is no such folder, ``extra`` is not JSON, a SubspaceModel lies
+            inside another module, or a module has state beside parameters and buffers.
         OSError: if the file cannot be written; one that was there before is then still whole.
     """
     path = Path(path)
@@ -81,6 +81,7 @@ def contents(
     """
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     model = SubspaceModel.of(model) or model
+    _check_only_tensors(model)
     if isinstance(model, SubspaceModel):
         model.subspace.changes.check_complete()
         own = {**model.fully_trained(), **model.changed_buffers()}
@@ -114,6 +115,22 @@ def contents(
     return header, {
         n: t.detach().to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
     }
+
+
+def _check_only_tensors(model: nn.Module) -> None:
+    """Refuse state that is no parameter and no buffer, which no file here could hold.
+
+    Raises:
+        SubspanError: naming a module that has some.
+    """
+    for name, module in model.named_modules():
+        own = type(module).get_extra_state is not nn.Module.get_extra_state
+        if own and module.get_extra_state() is not None:
+            raise SubspanError(
+                f"{name or 'the network'} ({type(module).__name__}) has state of its own "
+                "(get_extra_state), which a file of tensors would lose: keep it in buffers, or "
+                "save state_dict() by torch.save"
+            )
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
