@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, Self
 
@@ -277,10 +278,14 @@ class SubspaceModel(nn.Module):
         With duplicates (for exporters, which look tensors up by their paths) all that there are.
         """
         self.subspace.note()
+        start = f"{prefix}." if prefix else ""
+        if not recurse and _asked_by_a_checkpoint():
+            # It goes from module to module, and wants every name of a parameter.
+            for key, w in self.coordinates.items():
+                yield f"{start}coordinates.{key}", w
         if not remove_duplicate or not recurse:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        start = f"{prefix}." if prefix else ""
         coordinates = self.coordinates
         for key, w in coordinates.items():
             yield f"{start}coordinates.{key}", w
@@ -345,15 +350,19 @@ class SubspaceModel(nn.Module):
         """Attributes of the network are set there, as they are read there."""
         taken = name == "body" or isinstance(getattr(SubspaceModel, name, None), property)
         if taken and name != "init_seed" and "body" in vars(self).get("_modules", ()):
-            raise SubspanError(
-                f"{name} is the SubspaceModel's own: set that of the network by model.body.{name}"
-            )
-        if self._is_own(name):
+            raise self._taken(name)
+        new = name.startswith("_") and not hasattr(self, name)
+        if self._is_own(name) or (new and self._asked_by_another_package()):
             super().__setattr__(name, value)
         else:
             setattr(self.body, name, value)
             if hasattr(type(self), name):  # of every module: reading it would find that
                 vars(self)[name] = value
+
+    def _taken(self, name: str) -> SubspanError:
+        return SubspanError(
+            f"{name} is the SubspaceModel's own: set that of the network by model.body.{name}"
+        )
 
     def __delattr__(self, name: str) -> None:
         if self._is_own(name):
@@ -366,7 +375,11 @@ class SubspaceModel(nn.Module):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a part to the network."""
-        self.body.add_module(name, module)
+        if name == "body":  # put back by somebody who goes over the handle's parts
+            if module is not self.body:
+                raise self._taken(name)
+        else:
+            self.body.add_module(name, module)
 
     def register_buffer(self, *args: Any, **kwargs: Any) -> None:
         """Add a buffer to the network."""
@@ -376,23 +389,37 @@ class SubspaceModel(nn.Module):
         """Add a parameter to the network."""
         self.body.register_parameter(*args, **kwargs)
 
+    def _asked_by_another_package(self) -> bool:
+        """Whether an installed program, other than the network's, marks what it was given."""
+        frame = sys._getframe(2)
+        asks, ours = frame.f_globals.get("__name__", ""), type(self.body).__module__
+        installed = "site-packages" in frame.f_code.co_filename
+        return installed and asks.partition(".")[0] != ours.partition(".")[0]
+
     def _is_own(self, name: str) -> bool:
-        """Whether an attribute is the handle's; what begins with _ and nobody has becomes so."""
+        """Whether an attribute is the handle's; what nobody has becomes the network's."""
         if "body" not in vars(self).get("_modules", ()) or name == "body":
             return True
-        if name in vars(SubspaceModel):
+        if name in vars(SubspaceModel) or (name in vars(self) and not hasattr(type(self), name)):
             return True
         if name in vars(self.body):  # even if every module has something of this name
             return name in _OF_EVERY_MODULE
-        if name in vars(self) or hasattr(type(self), name):
-            return True
-        return name.startswith("_") and not hasattr(self.body, name)
+        return name in vars(self) or hasattr(type(self), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remade, self._signature_of, self.__getstate__()
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+def _asked_by_a_checkpoint() -> bool:
+    """Whether parameters are listed for torch.distributed.checkpoint."""
+    if torch.compiler.is_compiling():
+        return False
+    return sys._getframe(2).f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {
+    name for name in vars(nn.Module) if name.startswith("_")
+}
 
 
 class Coordinates(nn.Module):
