@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from subspan.compartments import Compartment, Piece
-from subspan.families.base import Projection, captured, compute, product, transformed
+from subspan.families.base import (
+    Projection,
+    add,
+    captured,
+    from_recipe,
+    gather,
+    product,
+    transformed,
+)
 
 GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
 
@@ -66,7 +74,9 @@ def _inside(kept: range, piece: Piece) -> range:
     return range(start - piece.start, stop - piece.start) if start < stop else range(0)
 
 
-def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Sequence[Tensor]:
+def theta(
+    w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Sequence[Tensor]:
     """θ₀ + P w of a call's pieces.
 
     Args:
@@ -74,6 +84,7 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
         step: which redraw of P, 0-D int64.
         call: which rows.
         bases: θ₀ of every piece, in any shape, on any device.
+        dtype: of the results, where it is not that of each base.
 
     Returns:
         Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
@@ -81,8 +92,9 @@ def theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> Seque
     if captured(w) or transformed() or any(base.requires_grad for base in bases):
         # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
         plain = [base if base.requires_grad else base.detach() for base in bases]
-        return _theta(product, w, step, call, plain)
-    return _Theta.apply(w, step, call, *bases)
+        thetas = _theta(w, step, call, plain)
+        return thetas if dtype is None else [theta.to(dtype) for theta in thetas]
+    return _Theta.apply(w, step, call, dtype, *bases)
 
 
 def with_dense_gradient(theta: Tensor) -> Tensor:
@@ -102,37 +114,33 @@ class _Dense(torch.autograd.Function):
         return grad.to_dense() if grad.is_sparse else grad
 
 
-def _theta(
-    times: Callable[..., Tensor], w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]
-) -> list[Tensor]:
-    rows = times(w, step, call.recipe, call.start, call.stop, False)
-    added = _added_in_place if times is compute else _added
+def _theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> list[Tensor]:
+    """θ₀ + P w by operators that autograd and compilers see."""
+    rows = product(w, step, call.recipe, call.start, call.stop, False)
+    parts = rows.split([len(piece) for piece in call.pieces])
     return [
-        added(base, part.view(base.shape))
-        for base, part in zip(bases, _pieces(rows, call), strict=True)
+        (base + _without(part, kept).view(base.shape).to(base.device)).to(base.dtype)
+        for base, part, kept in zip(bases, parts, call.kept, strict=True)
     ]
 
 
-def _pieces(rows: Tensor, call: Call) -> list[Tensor]:
-    """Cut rows of P w, or of a gradient, into pieces; weights that are kept at θ₀ have zeros."""
-    parts = rows.split([len(piece) for piece in call.pieces]) if len(call.pieces) > 1 else [rows]
-    return [_without(part, kept) for part, kept in zip(parts, call.kept, strict=True)]
+def form(
+    w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """θ₀ + P w as numbers, without a graph: see :func:`theta`."""
+    thetas = add(from_recipe(call.recipe), bases, w, step, call.start, dtype=dtype)
+    for theta, base, kept in zip(thetas, bases, call.kept, strict=True):
+        if kept:
+            own = slice(kept.start, kept.stop)
+            theta[own] = base.reshape(-1)[own]
+    return [theta.view(base.shape) for theta, base in zip(thetas, bases, strict=True)]
 
 
 def _without(part: Tensor, kept: range) -> Tensor:
+    """Rows of P w, or of a gradient, with zeros for weights that stay at θ₀."""
     if not kept:
         return part
     return torch.cat([part[: kept.start], part.new_zeros(len(kept)), part[kept.stop :]])
-
-
-def _added(base: Tensor, part: Tensor) -> Tensor:
-    return (base + part.to(base.device)).to(base.dtype)
-
-
-def _added_in_place(base: Tensor, part: Tensor) -> Tensor:
-    if base.dtype != part.dtype or base.device != part.device:
-        return _added(base, part)
-    return part.add_(base)  # rows of P w that were made a moment ago
 
 
 class _Theta(torch.autograd.Function):
@@ -144,21 +152,25 @@ class _Theta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, step: Tensor, call: Call, *bases: Tensor) -> Any:
-        ctx.call, ctx.step, ctx.device, ctx.dtype = call, step, w.device, w.dtype
+    def forward(
+        ctx: Any, w: Tensor, step: Tensor, call: Call, dtype: torch.dtype | None, *bases: Tensor
+    ) -> Any:
+        ctx.call, ctx.step, ctx.w = call, step, w.detach()
         with torch._C.DisableTorchFunctionSubclass():
-            return tuple(_theta(compute, w.detach(), step, call, bases))
+            return tuple(form(ctx.w, step, call, bases, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         call, parts = ctx.call, []
         for grad, kept in zip(grads, call.kept, strict=True):
             dense = grad.to_dense() if grad.is_sparse else grad
-            parts.append(_without(dense.to(ctx.device, ctx.dtype).reshape(-1), kept))
-        g = parts[0] if len(parts) == 1 else torch.cat(parts)
-        times = product if torch.is_grad_enabled() else compute  # a second derivative follows
-        w_grad = times(g, ctx.step, call.recipe, call.start, call.stop, True)
-        return w_grad, None, None, *(None for _ in grads)
+            parts.append(_without(dense.reshape(-1), kept))
+        if torch.is_grad_enabled():  # a second derivative follows
+            g = torch.cat([part.to(ctx.w.device, ctx.w.dtype) for part in parts])
+            along = product(g, ctx.step, call.recipe, call.start, call.stop, True)
+        else:
+            along = gather(from_recipe(call.recipe), parts, ctx.w, ctx.step, call.start)
+        return along, None, None, None, *(None for _ in grads)
 
 
 def key(compartment: str) -> str:

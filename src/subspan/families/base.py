@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -158,7 +158,10 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, theta, "theta", step, rows)
-        for block in self._blocks_of(rows):
+        if abs(alpha) == 1:  # the sign of every product, exactly
+            add(self, [theta], w * alpha, as_step(step), rows.start, out=theta)
+            return theta
+        for block in self.blocks_of(rows):
             part = theta[block.start - rows.start : block.stop - rows.start]
             along = product(w, as_step(step), self.recipe, block.start, block.stop, False)
             part.add_(along, alpha=alpha)
@@ -188,13 +191,10 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, g, "g", step, rows)
-        for block in self._blocks_of(rows):
-            part = g[block.start - rows.start : block.stop - rows.start].to(w.dtype)
-            own = product(part, as_step(step), self.recipe, block.start, block.stop, True)
-            w.add_(own, alpha=alpha)
-        return w
+        return w.add_(gather(self, [g], w, as_step(step), rows.start), alpha=alpha)
 
-    def _blocks_of(self, rows: range) -> Iterator[range]:
+    def blocks_of(self, rows: range) -> Iterator[range]:
+        """Cut rows into ranges of BLOCK, or into one where a part costs as much as the whole."""
         size = BLOCK if self.local else max(1, len(rows))
         for start in range(rows.start, rows.stop, size):
             yield range(start, min(start + size, rows.stop))
@@ -314,6 +314,74 @@ def projection(
 def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
     """The bare product P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers."""
     return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+
+
+def add(
+    p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, *,
+    out: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """θ₀ + P w for rows from ``start`` on, unseen by autograd and compilers.
+
+    Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
+    at a time.
+
+    Args:
+        p: the projection.
+        bases: vectors of θ₀, whose rows follow each other.
+        w: (d,) coordinates.
+        step: 0-D int64.
+        start: the row of the first weight.
+        out: where to, for one vector: contiguous, perhaps θ₀ itself.
+        dtype: of the results; that of each vector by default.
+
+    Returns:
+        A vector for each of ``bases``, on its device.
+    """
+    flat = [base.reshape(-1) for base in bases]
+    sizes = [base.numel() for base in flat]
+    kernel = kernels.find(p.family, w)
+    if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(flat, w):
+        room = w.new_empty(sum(sizes)) if out is None else out
+        kernel.added(p, flat, w.contiguous(), step, start, room)
+        return [room] if len(sizes) == 1 else list(room.split(sizes))
+    if len(flat) > 1:
+        rows = p._apply(w, step, start, start + sum(sizes), adjoint=False).split(sizes)
+        return [
+            part.add_(base) if _of_one_kind([base], part) and dtype in (None, part.dtype)
+            else (base + part.to(base.device)).to(dtype or base.dtype)
+            for base, part in zip(flat, rows, strict=True)
+        ]  # fmt: skip
+    (base,) = flat
+    room = torch.empty_like(base, dtype=dtype) if out is None else out
+    for block in p.blocks_of(range(start, start + len(base))):
+        inside = slice(block.start - start, block.stop - start)
+        rows = p._apply(w, step, block.start, block.stop, adjoint=False).to(base.device)
+        room[inside] = rows.add_(base[inside])
+    return [room]
+
+
+def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
+    """Pᵀ g for vectors of g whose rows follow each other from ``start`` on: (d,) like ``w``.
+
+    A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
+    they are. Autograd and compilers do not see it.
+    """
+    flat = [part.reshape(-1) for part in parts]
+    kernel = kernels.find(p.family, w)
+    if kernel and kernel.gathered and _of_one_kind(flat, w):
+        return kernel.gathered(p, [part.contiguous() for part in flat], step, start)
+    if len(flat) > 1:
+        flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
+    out = torch.zeros_like(w)
+    for block in p.blocks_of(range(start, start + len(flat[0]))):
+        own = flat[0][block.start - start : block.stop - start].to(w.device, w.dtype)
+        out.add_(p._apply(own, step, block.start, block.stop, adjoint=True))
+    return out
+
+
+def _of_one_kind(tensors: Sequence[Tensor], w: Tensor) -> bool:
+    """Whether all tensors are of the dtype and on the device of ``w``."""
+    return all(t.dtype == w.dtype and t.device == w.device for t in tensors)
 
 
 def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:

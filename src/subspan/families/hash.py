@@ -47,8 +47,8 @@ class Hash(Projection, family="hash"):
         bits = []
         for span in range(start // SPAN, (stop - 1) // SPAN + 1):
             low, high = (min(max(row - span * SPAN, 0), SPAN) for row in (start, stop))
-            where = {"column": SIGNS + span, "step": step, "device": device}
-            bits.append(self.source.signbits(low, high, **where))
+            column = SIGNS + span
+            bits.append(self.source.signbits(low, high, column=column, step=step, device=device))
         place = shuffled(self.source, self.out_dim, start, stop, step=step, device=device)
         return (2 * (place % self.in_dim) + torch.cat(bits),)
 

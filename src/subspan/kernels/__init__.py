@@ -24,6 +24,10 @@ class Kernel(NamedTuple):
 
     matvec: Product
     rmatvec: Product
+    added: Callable[..., Tensor] | None = None
+    """θ₀ + P w for vectors of θ₀ whose rows follow each other."""
+    gathered: Callable[..., Tensor] | None = None
+    """Pᵀ g for vectors of g whose rows follow each other."""
 
 
 @functools.cache

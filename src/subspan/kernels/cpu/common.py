@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types, uint32, uint64
+from numba import carray, njit, types, uint32, uint64  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -120,6 +120,20 @@ def shift_right(context: Any, x: Any, count: Any) -> Any:
         return builder.lshr(args[0], args[1])
 
     return types.uint32(types.uint32, types.uint32), generate
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@inline
+def floats_at(address, size):
+    """The float32 vector of ``size`` numbers at an address."""
+    return carray(_pointer(address), size)
 
 
 @intrinsic
@@ -299,6 +313,13 @@ def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
 def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
     source = Source(seed, domain, stream)
     return tuple(np.uint32(word) for word in (source.tag, *source.key))
+
+
+def vectors(parts: Sequence[Tensor]) -> tuple[Any, Any]:
+    """Addresses of contiguous float32 vectors, and where they begin if they are laid end to end."""
+    bounds = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([part.numel() for part in parts], out=bounds[1:])
+    return np.array([part.data_ptr() for part in parts], np.int64), bounds
 
 
 def padded(w: Tensor, divisor: float = 1.0) -> Any:

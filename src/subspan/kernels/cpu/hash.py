@@ -6,6 +6,7 @@ index of a small matrix is kept between calls, where making it takes longer than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from subspan.kernels.cpu.common import (
     add_signs,
     as_bits,
     as_float,
+    floats_at,
     inline,
     permuted,
     philox,
@@ -34,7 +36,7 @@ TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
 SIGNS, SPAN = 2, 1 << 39  # as in families/hash.py
 M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
-NOTHING, NO_BASE = np.empty(0, np.uint32), np.empty(0, np.float32)
+NOTHING = np.empty(0, np.uint32)
 
 
 @inline
@@ -134,9 +136,22 @@ def _scale(out, x, size):
         out[bucket] = x[bucket] * (large if bucket < more else small)
 
 
+@inline
+def _piece(addresses, bounds, row):
+    """Which of several vectors, laid end to end, holds a row."""
+    n = 0
+    while bounds[n + 1] <= row:
+        n += 1
+    return n
+
+
 @common.kernel
-def _matvec(w, base, start, out, kept, size, widths, address):
-    """out_i = ±w_b/√n_b, added to the base if there is one, by an index that is kept or made."""
+def _matvec(w, addresses, bounds, start, out, kept, size, widths, address):
+    """out_i = ±w_b/√n_b, added to vectors laid end to end if there are any.
+
+    The index is kept, or made here. Vectors are given by their addresses, and ``bounds`` are the
+    rows at which they begin, counted from ``start``.
+    """
     stop = start + out.size
     table = np.empty(w.size, np.float32)
     _scale(table, w, size)
@@ -145,28 +160,38 @@ def _matvec(w, base, start, out, kept, size, widths, address):
         found = np.empty(TILE, np.float32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
-            if first < last:
-                if kept.size:
-                    words = kept[first - start : last - start]
-                else:
-                    _index(index, signs, tile, size, table.size, widths, address)
-                    words = index[first - tile * TILE : last - tile * TILE]
-                rows = out[first - start : last - start]
+            if first >= last:
+                continue
+            if kept.size:
+                words = kept[first - start : last - start]
+            else:
+                _index(index, signs, tile, size, table.size, widths, address)
+                words = index[first - tile * TILE : last - tile * TILE]
+            for i in range(last - first):
+                found[i] = table[words[i] & ~SIGN]
+            for i in range(last - first):
+                found[i] = as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
+            done, stopped = first - start, last - start
+            if not addresses.size:
+                out[done:stopped] = found[: last - first]
+            while addresses.size and done < stopped:
+                n = _piece(addresses, bounds, done)
+                until, place = min(stopped, bounds[n + 1]), done - (first - start)
+                base = floats_at(addresses[n], bounds[n + 1] - bounds[n])
+                own, rows = base[done - bounds[n] : until - bounds[n]], out[done:until]
+                along = found[place : place + rows.size]
                 for i in range(rows.size):
-                    found[i] = table[words[i] & ~SIGN]
-                if base.size:
-                    own = base[first - start : last - start]
-                    for i in range(rows.size):
-                        rows[i] = own[i] + as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
-                else:
-                    for i in range(rows.size):
-                        rows[i] = as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
+                    rows[i] = own[i] + along[i]
+                done = until
 
 
 @common.kernel
-def _rmatvec(g, start, total, partial, chunk, kept, size, widths, address):
-    """total[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task]."""
-    stop = start + g.size
+def _rmatvec(addresses, bounds, start, total, partial, chunk, kept, size, widths, address):
+    """total[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task].
+
+    g are vectors laid end to end, as of :func:`_matvec`.
+    """
+    stop = start + bounds[-1]
     begin, end, d = start // TILE, (stop + TILE - 1) // TILE, total.size
     for task in prange(len(partial)):
         sums = partial[task]
@@ -180,10 +205,17 @@ def _rmatvec(g, start, total, partial, chunk, kept, size, widths, address):
             else:
                 _index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
-            rows = g[first - start : last - start]
-            for i in range(rows.size):
-                signed[i] = as_float(as_bits(rows[i]) ^ uint32(words[i] & SIGN))
-            for i in range(rows.size):
+            done, stopped = first - start, last - start
+            while done < stopped:
+                n = _piece(addresses, bounds, done)
+                until = min(stopped, bounds[n + 1])
+                g = floats_at(addresses[n], bounds[n + 1] - bounds[n])
+                rows, place = g[done - bounds[n] : until - bounds[n]], done - (first - start)
+                part, own = signed[place : place + rows.size], words[place : place + rows.size]
+                for i in range(rows.size):
+                    part[i] = as_float(as_bits(rows[i]) ^ uint32(own[i] & SIGN))
+                done = until
+            for i in range(last - first):
                 sums[words[i] & ~SIGN] += signed[i]
     total[:] = 0
     for task in range(len(partial)):
@@ -211,32 +243,44 @@ def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    return _rows(p, w, NO_BASE, step, start, stop)
+    return _rows(p, w, (), step, start, stop)
 
 
-def added(p: Any, base: Tensor, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of θ₀ + P w."""
-    return _rows(p, w, base.numpy(), step, start, stop)
+def added(
+    p: Any, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, out: Tensor | None = None
+) -> Tensor:
+    """Rows of θ₀ + P w from ``start`` on, for vectors of θ₀ laid end to end; ``out`` may be θ₀."""
+    stop = start + sum(base.numel() for base in bases)
+    return _rows(p, w, bases, step, start, stop, out)
 
 
-def _rows(p: Any, w: Tensor, base: Any, step: Tensor, start: int, stop: int) -> Tensor:
-    out = np.empty(stop - start, np.float32)
+def _rows(
+    p: Any, w: Tensor, bases: Sequence[Tensor], step: Tensor, start: int, stop: int,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(stop - start) if out is None else out
     arguments = _arguments(p, step, start, stop)
-    common.threads(2 * out.size)
-    _matvec(w.numpy(), base, start, out, *arguments)
-    return torch.from_numpy(out)
+    common.threads(2 * (stop - start))
+    _matvec(w.numpy(), *common.vectors(bases), start, out.numpy(), *arguments)
+    return out
 
 
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
+    return gathered(p, (g,), step, start)
+
+
+def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tensor:
+    """Pᵀ g for the rows from ``start`` on, for vectors of g laid end to end."""
     # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
     # a power of 2, as the number of threads mostly is.
+    stop = start + sum(part.numel() for part in parts)
     tiles = -(-stop // TILE) - start // TILE
     tasks = min(TASKS, max(1, (stop - start) // (16 * p.in_dim)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
     partial = np.empty((-(-tiles // chunk), p.in_dim), np.float32)
-    total = np.empty(p.in_dim, np.float32)
+    total = torch.empty(p.in_dim)
     arguments = _arguments(p, step, start, stop)
     common.threads(2 * (stop - start))
-    _rmatvec(g.numpy(), start, total, partial, chunk, *arguments)
-    return torch.from_numpy(total)
+    _rmatvec(*common.vectors(parts), start, total.numpy(), partial, chunk, *arguments)
+    return total
