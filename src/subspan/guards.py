@@ -8,7 +8,9 @@ ordinary tensors; both look at a function of PyTorch before it is called.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +63,11 @@ class Theta0(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if isinstance(func, torch._ops.OpOverload):  # of a compiled graph
-            with _plain():
-                return func(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload):
+            if _asked_by_a_graph():
+                with _plain():
+                    return func(*args, **kwargs)
+            name = name.partition(".")[0]  # of its overload
         if isinstance(args[0], Base) and (name == "requires_grad_" or _sets(func, "requires_grad")):
             wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
             weights, tensor = args[0].home
@@ -80,6 +84,19 @@ class Theta0(Tensor):
             bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
             out = tree_map_only(Tensor, lambda t: _seen(t, bases, name), out)
         return iter(out) if name == "__iter__" else out
+
+
+def _asked_by_a_graph() -> bool:
+    """Whether a compiled or exported graph calls an operator: it has θ₀ + P w from others."""
+    if torch.compiler.is_dynamo_compiling():  # of a person's
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+    return "eval_with_key" in file or "torchinductor" in file or module.startswith("torch.")
 
 
 def _seen(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
@@ -103,6 +120,7 @@ class Base(Theta0, nn.Parameter):
     """A parameter that is trained in a subspace: frozen, and it holds θ₀.
 
     ``requires_grad = …`` is taken as a wish, see :meth:`subspan.changes.Changes.check_flags`.
+    Pickled it is an ordinary parameter, which its module takes for θ₀ again if it comes along.
     """
 
     kind: type[nn.Parameter]  # that it had, and gets back
@@ -116,8 +134,10 @@ class Base(Theta0, nn.Parameter):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _plain():  # and its home afterwards, which holds this parameter
-            return _base, (self.data.detach(),), vars(self), None, None, _settle
+        with _plain():
+            plain = nn.Parameter(self.data, False)
+            vars(plain).update({k: v for k, v in vars(self).items() if k not in OWN})
+            return plain.__reduce_ex__(protocol)
 
 
 OWN = ("home", "kind")  # attributes of a Base that are ours
@@ -134,7 +154,7 @@ def freeze(parameter: Any, weights: Weights, tensor: str) -> None:
 _HARMLESS = frozenset({
     "detach", "clone", "to", "cpu", "cuda", "type", "type_as", "float", "half", "double",
     "bfloat16", "contiguous", "pin_memory", "__deepcopy__", "new", "view_as", "expand_as",
-    "reshape_as",
+    "reshape_as", "_to_copy",
 })  # fmt: skip
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real"})
 
@@ -144,14 +164,6 @@ def _is_harmless(name: str) -> bool:
     if name in _HARMLESS or name.endswith("_like") or name.startswith(("new_", "__i")):
         return True
     return name.endswith("_") and not name.endswith("__")
-
-
-def _base(data: Tensor) -> Base:
-    return Base(data, False)
-
-
-def _settle(base: Base, attributes: dict[str, Any]) -> None:
-    vars(base).update(attributes)
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:
@@ -196,6 +208,8 @@ class Computed(Tensor):
                 f"{args[0].weight_name} is computed, and its gradient goes on to the coordinates "
                 "and is kept there alone: look at theirs, or read the weight inside of a call"
             )
+        if name == "type" or _property(func) == "is_leaf":
+            args[0]._check_use()
         with _plain():
             if func is torch.autograd.grad:
                 return _gradients(func, args, kwargs)
@@ -216,6 +230,29 @@ class Computed(Tensor):
         with _plain():
             flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
             return (self.is_leaf and not self._is_theta) or bool(flag) == self.requires_grad
+
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse, as any change: PyTorch does not ask above for this one."""
+        return self.__torch_function__(Tensor.set_, (), (self, *args), kwargs)
+
+    def _check_use(self) -> None:
+        """Refuse what PyTorch is about to refuse, or not to notice, in words of ours."""
+        if torch.compiler.is_compiling():
+            return
+        frame = sys._getframe(2)
+        asks, before = frame.f_code.co_name, frame.f_back
+        if asks == "add_param_group" and self._is_theta:
+            raise SubspanError(
+                f"{self.weight_name} is computed, and an optimizer has nothing of it to change: "
+                "give it the parameters of the SubspaceModel or of the whole network"
+            )
+        sets = before is not None and before.f_code.co_name in ("__setattr__", "register_parameter")
+        if asks == "typename" and sets:
+            raise SubspanError(
+                f"{self.weight_name} is computed from coordinates and cannot be a parameter of "
+                "another module, too: tie or convert modules before the network is wrapped, or "
+                "those of merge()"
+            )
 
     _is_theta = False
 

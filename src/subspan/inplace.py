@@ -17,12 +17,16 @@ import functools
 import inspect
 import sys
 import threading
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace as fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
@@ -79,6 +83,8 @@ class Weight:
         if base is None:
             return _otherwise(module, self.name)
         link = _link(module)
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            _check_trace(link)
         try:
             return link.weights.read(link.tensors[self.name])
         except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
@@ -86,6 +92,31 @@ class Weight:
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         module.__dict__[self.name] = value  # of a module whose parameter has been taken away
+
+
+def _check_trace(link: Link) -> None:
+    """Refuse to trace what would not have coordinates.
+
+    Raises:
+        SubspanError: for the ONNX exporter that traces, and for a part alone.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise SubspanError(
+            "torch.onnx.export(dynamo=False) knows no operator of a network in a subspace: leave "
+            "dynamo=False out, or export the merge() of the SubspaceModel"
+        )
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "trace_module":
+        frame = frame.f_back
+    if frame is not None and link.weights.root not in list(frame.f_locals["mod"].modules()):
+        raise _only_whole("traced")
+
+
+def _only_whole(done: str) -> SubspanError:
+    return SubspanError(
+        f"a part of a network in a subspace cannot be {done} alone, since its coordinates are the "
+        "network's: give the network, or the part in the merge() of the SubspaceModel"
+    )
 
 
 def _otherwise(module: nn.Module, name: str) -> Any:
@@ -116,6 +147,18 @@ class Part:
     _subspan_class: ClassVar[tuple[type, tuple[str, ...], bool]]
     qconfig = Quantised()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep made classes from people's lists of classes, which have the modules' own."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled, and its trained parameters for θ₀."""
+        super().__setstate__(state)  # type: ignore[misc]
+        link: Link | None = vars(self).get(LINK)
+        for attribute, tensor in ({} if link is None else link.tensors).items():
+            parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
+            if isinstance(parameter, nn.Parameter) and type(parameter) is not Base:
+                freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remade, self._subspan_class, self.__getstate__()
 
@@ -142,6 +185,10 @@ class Part:
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """A part's parameters at θ; of one module alone, as FSDP asks, those that are stored."""
+        if not torch.compiler.is_compiling():
+            asks = sys._getframe(1).f_globals.get("__name__", "")
+            if asks.startswith(("torch.export", "torch._export")):
+                raise _only_whole("exported")
         own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for name, p in own:
             if recurse and type(p) is Base:
@@ -149,6 +196,18 @@ class Part:
                 yield name, weights.read(tensor)
             else:
                 yield name, p
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts, which nobody may put into layers of another kind."""
+        compiled = torch.compiler.is_compiling()
+        if not compiled and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            for tensor, key in _keys(self, ""):  # type: ignore[arg-type]
+                if isinstance(self.get_submodule(key.rpartition(".")[0]), _BatchNorm):  # type: ignore[attr-defined]
+                    raise SubspanError(
+                        f"{tensor} is computed from coordinates and cannot become that of a "
+                        "SyncBatchNorm: convert layers before the network is wrapped"
+                    )
+        return super().named_children()  # type: ignore[misc]
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter of a path, which of a trained one is frozen θ₀."""
@@ -280,8 +339,8 @@ class Part:
         link = _link(self)
         if link.weights.root is self:
             link.weights.before_loading(state_dict, prefix)
-        for attribute, tensor in link.tensors.items():
-            if prefix + attribute in state_dict:
+        for tensor, key in _keys(self, prefix):  # type: ignore[arg-type]
+            if key in state_dict:  # of a part below, too: nothing is loaded yet
                 raise SubspanError(
                     f"{tensor} is computed from coordinates, and a part alone cannot be loaded: "
                     "load a state of the whole network, or load before the network is wrapped"
@@ -294,12 +353,27 @@ class Part:
         missing_keys[:] = [key for key in missing_keys if key in before or key not in own]
 
 
+def _keys(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """The trained tensors of a module and its parts, and their keys in its state."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        link: Link | None = vars(part).get(LINK)
+        for attribute, tensor in ({} if link is None else link.tensors).items():
+            yield tensor, prefix + (f"{path}.{attribute}" if path else attribute)
+
+
 class Root(Part):
     """The behaviour of the network itself: its coordinates are among its parameters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; θ that is formed meanwhile is kept until it ends."""
         weights = _link(self).weights
+        if not torch.compiler.is_compiling() and fx._is_fx_tracing_flag:
+            tensor = next(iter(weights.homes))
+            if type(weights.base_of(tensor)) is Base:  # else it was given, with coordinates
+                raise SubspanError(
+                    f"{tensor} and others would be constants of the graph that torch.fx traces: "
+                    "trace the merge() of the SubspaceModel"
+                )
         return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
 
     def named_parameters(
@@ -332,6 +406,20 @@ class Listed:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]  # type: ignore[arg-type]
         return super().__getitem__(index)  # type: ignore[misc]
+
+
+class Parametrized:
+    """Parameters of which PyTorch computes a weight."""
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Refuse to assign the weight, where that would change what coordinates give."""
+        for tensor in _link(self).tensors.values():
+            raise SubspanError(
+                f"{tensor} is computed from coordinates, and a weight that is computed from it "
+                "cannot be assigned: do this before the network is wrapped, or on the network of "
+                "merge() or unwrap()"
+            )
+        super().right_inverse(value)  # type: ignore[misc]
 
 
 class Recurrent:
@@ -373,6 +461,14 @@ def _metaclass(kind: type[type]) -> type[type]:
         def __hash__(self) -> int:
             return hash(self._subspan_class[0])
 
+        def __delattr__(self, name: str) -> None:
+            if name not in vars(self) and hasattr(self, name):
+                raise SubspanError(
+                    f"{name} of {self.__name__} cannot be taken away from a network in a subspace: "
+                    "do this before it is wrapped, or on the network of merge() or unwrap()"
+                )
+            super().__delattr__(name)
+
     return Made
 
 
@@ -388,12 +484,17 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (Recurrent, *bases)  # type: ignore[assignment]
         if issubclass(cls, nn.ParameterList):
             bases = (Listed, *bases)  # type: ignore[assignment]
+        if issubclass(cls, ParametrizationList):
+            bases = (Parametrized, *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: Weight(name) for name in names}
         body |= {"_subspan_class": key, "__module__": cls.__module__, "__doc__": cls.__doc__}
         body["__qualname__"] = cls.__qualname__
         if root and hasattr(cls, "save_pretrained"):
             body["save_pretrained"] = _saving_all(cls.save_pretrained)
-        _made[key] = _metaclass(type(cls))(cls.__name__, bases, body)
+        # The metaclass, too, is not asked: it may keep a list of all classes.
+        kind = _metaclass(type(cls))
+        new = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+        _made[key] = new(kind, cls.__name__, bases, body)
     return _made[key]
 
 

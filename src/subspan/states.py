@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None:
     """Check a state that is to be loaded, and turn one of all weights into coordinates.
 
+    Nothing of the network is loaded before. Modules around it to which PyTorch came earlier keep
+    what they took when this refuses: nobody asks here before them.
+
     Args:
         weights: of the network.
         state: changed in place.

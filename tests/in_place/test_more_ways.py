@@ -346,18 +346,6 @@ def test_parts_in_other_hands_are_refused(tmp_path):
     same_function(model, x, lambda: setattr(model.body.head, "weight", model.body.body[0].weight))
 
 
-def test_a_class_that_may_not_be_derived_from():
-    class Final(nn.Linear):
-        def __init_subclass__(cls):
-            raise RuntimeError("final")
-
-    net = nn.Sequential(nn.Linear(4, 4), Final(4, 4))
-    kinds = [type(m) for m in net.modules()]
-    with pytest.raises(SubspanError, match=r"module 1 is a Final, .*\(final\): exclude it"):
-        SubspaceModel(net, 5)
-    assert [type(m) for m in net.modules()] == kinds
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("how", ["prune", "weight_norm", "spectral_norm"])
 def test_what_computes_a_weight_is_not_taken_away(how):

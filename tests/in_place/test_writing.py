@@ -106,6 +106,10 @@ def test_attributes_of_the_network_are_written_through_the_handle():
     del model.note
     assert not hasattr(model.body, "note")
     model._private = 3
+    assert model.body._private == 3
+    model.body._private += 1
+    assert model._private == 4
+    del model._private
     assert not hasattr(model.body, "_private")
     model.eval()
     assert not model.training
@@ -190,8 +194,13 @@ def test_an_optimizer_of_before_is_refused_at_its_first_step():
 
 def test_an_optimizer_of_parts_is_refused():
     model, _, _ = pair()
-    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
-        Adam([{"params": model.body.body.parameters()}, {"params": model.body.head.parameters()}])
+    parts = [{"params": model.body.body.parameters()}, {"params": model.body.head.parameters()}]
+    for grad in (True, False):  # without one a weight that is read is a leaf
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(SubspanError, match=r"body\.0\.weight is computed, and an optimizer has"),
+        ):
+            Adam(parts)
 
 
 def test_the_network_and_the_handle_train_alike():
