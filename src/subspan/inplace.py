@@ -368,12 +368,10 @@ class Root(Part):
         """Run the network; θ that is formed meanwhile is kept until it ends."""
         weights = _link(self).weights
         if not torch.compiler.is_compiling() and fx._is_fx_tracing_flag:
-            tensor = next(iter(weights.homes))
-            if type(weights.base_of(tensor)) is Base:  # else it was given, with coordinates
-                raise SubspanError(
-                    f"{tensor} and others would be constants of the graph that torch.fx traces: "
-                    "trace the merge() of the SubspaceModel"
-                )
+            raise SubspanError(
+                "weights of a network in a subspace would be constants of the graph that torch.fx "
+                "traces: trace the merge() of the SubspaceModel"
+            )
         return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
 
     def named_parameters(

@@ -210,8 +210,8 @@ def test_graphs_of_operators():
     said = same_function(model, x, lambda: torch.fx.symbolic_trace(outer))
     assert "of the graph that torch.fx traces" in said
     given = {name: p.detach() for name, p in model.body.named_parameters()}
-    graph = make_fx(lambda p, x: functional_call(model.body, p, (x,)))(given, x)
-    torch.testing.assert_close(graph(given, x), model(x))
+    trace = make_fx(lambda p, x: functional_call(model.body, p, (x,)))  # P is a constant there, too
+    assert "of the graph that torch.fx traces" in same_function(model, x, lambda: trace(given, x))
 
 
 # ---- states --------------------------------------------------------------------------------------
