@@ -1,5 +1,7 @@
 """How fast an H100 could make entries of P at best: instructions of the kernels' inner loops.
 
+Of ``hash``, which has none, all instructions of a program outside of the tail.
+
 Needs no GPU: Triton compiles for one, its own ``nvdisasm`` shows the machine code, and what each
 kind of instruction costs stands in NVIDIA's CUDA C++ programming guide (throughput of native
 instructions, compute capability 9.0). A bound, not a measurement. From the root of the repository:
@@ -20,6 +22,7 @@ import triton
 from tests.kernels.compile_gpu import CASES, Case, compiled
 
 from subspan.kernels.gpu import dense, rademacher
+from subspan.kernels.gpu import hash as hash_
 
 SMS, CLOCK = 132, 1.7e9
 STORED = 3e12 / 4  # entries per second of a float32 matrix that is read at 3 TB/s
@@ -46,20 +49,46 @@ LOOPS = {
 }
 
 
-def loops(case: Case) -> Iterator[list[str]]:
-    """The instructions of every loop of a kernel, innermost first."""
+# kernel, entries that a thread makes
+STRAIGHT = {"hash P w": (hash_._matvec, hash_.TILE // 32)}
+
+
+def disassembled(case: Case) -> list[str]:
+    """Has a kernel compiled, and gives the lines of its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled(case).asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True)
+    return text.stdout.splitlines()
+
+
+def instruction(line: str) -> str | None:
+    """The instruction of a line, if it has one."""
+    found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+    return found and found[1]
+
+
+def straight(case: Case) -> list[str]:
+    """All instructions of a kernel up to its end; what it calls stands behind that."""
+    code: list[str] = []
+    for line in disassembled(case):
+        if found := instruction(line):
+            code.append(found)
+            if found == "EXIT" and "@" not in line:
+                break
+    return code
+
+
+def loops(case: Case) -> Iterator[list[str]]:
+    """The instructions of every loop of a kernel, innermost first."""
     labels: dict[str, int] = {}
     code: list[str] = []
-    for line in text.stdout.splitlines():
+    for line in disassembled(case):
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            code.append(found[1])
+        elif found := instruction(line):
+            code.append(found)
             jump = re.search(r"BRA `\((\.L_\w+)\)", line)
             if jump and labels.get(jump[1], len(code)) < len(code) - 1:
                 yield code[labels[jump[1]] :]
@@ -84,25 +113,33 @@ def clocks(found: dict[str, Counter[str]]) -> dict[str, float]:
     return cost
 
 
+def show(name: str, instructions: list[str], made: int) -> None:
+    """Prints what a thread's instructions for ``made`` entries cost, and the bound that follows."""
+    found = count(instructions)
+    cost = clocks(found)
+    total = sum(kind.total() for kind in found.values())
+    limit = max(cost, key=lambda kind: cost[kind])
+    bound = made * 32 / cost[limit] * SMS * CLOCK
+    print(f"\n### {name}: {total} instructions for {made} entries, {total / made:.2f} each\n")
+    print("| kind | instructions | clocks per 32 lanes |\n| --- | --- | --- |")
+    for kind, names in found.items():
+        text = ", ".join(f"{n} {instruction}" for instruction, n in names.most_common())
+        print(f"| {kind} | {text or 'none'} | {cost.get(kind, 0):.0f} |")
+    print(f"| all | {total} | {cost['issue']:.0f} |")
+    print(
+        f"\nAt most {bound:.2g} entries per second ({limit}), {bound / STORED:.1f} times a "
+        "stored matrix."
+    )
+
+
 def main() -> None:
     """Prints the tables of gpu-instructions.md."""
     for (name, kernel, entries), made in LOOPS.items():
         case = next(c for c in CASES if c[0] is kernel and c[3].get("ENTRIES") is entries)
-        found = count(next(loops(case)))
-        cost = clocks(found)
-        total = sum(kind.total() for kind in found.values())
-        limit = max(cost, key=lambda kind: cost[kind])
-        bound = made * 32 / cost[limit] * SMS * CLOCK
-        print(f"\n### {name}: {total} instructions for {made} entries, {total / made:.2f} each\n")
-        print("| kind | instructions | clocks per 32 lanes |\n| --- | --- | --- |")
-        for kind, names in found.items():
-            text = ", ".join(f"{n} {instruction}" for instruction, n in names.most_common())
-            print(f"| {kind} | {text or 'none'} | {cost.get(kind, 0):.0f} |")
-        print(f"| all | {total} | {cost['issue']:.0f} |")
-        print(
-            f"\nAt most {bound:.2g} entries per second ({limit}), {bound / STORED:.1f} times a "
-            "stored matrix."
-        )
+        show(name, next(loops(case)), made)
+    for name, (kernel, made) in STRAIGHT.items():
+        case = next(c for c in CASES if c[0] is kernel)
+        show(name, straight(case), made)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ from subspan.kernels.gpu import (  # noqa: E402
     fastfood_passes,
     fixed,
     kronecker,
+    launch,
     rademacher,
     sparse,
 )
+from subspan.kernels.gpu import hash as hash_  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = {"stream": (1 << 24) - 1, "seed": (1 << 64) - (1 << 33) + 5}
@@ -132,10 +134,86 @@ def test_the_place_of_a_nonzero_in_a_long_block() -> None:
         assert torch.equal(ours[j], torch.tensor(entry))
 
 
-@pytest.mark.parametrize("D", [(1 << 32) - 1, 1 << 32, (1 << 32) + 1])
+@launch.kernel
+def _permuted(index, out, last, step, tag, k0, k1, BITS: tl.constexpr, ROUNDS: tl.constexpr):
+    place = tl.arange(0, 128)
+    x = tl.load(index + place)
+    x = x.to(tl.uint32) if BITS <= 32 else x.to(tl.uint64)
+    column = tl.full((1,), 1, tl.uint32)
+    image = draws.permute(x, last, BITS, ROUNDS, column, step, tag, k0, k1)
+    tl.store(out + place, image.to(tl.int64))
+
+
+@pytest.mark.parametrize("D", [20, 33, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, (1 << 34) - 3])
 def test_permutations_about_32_bits(D: int) -> None:
-    p = subspan.projection("hash", out_dim=D, in_dim=1000, **EVERYTHING)
-    check(p, 5, range(D - 130, D))
+    """Of orthogonal and fastfood, up to 2³⁴ elements; and the two numbers of rounds."""
+    p = subspan.projection("orthogonal", out_dim=D, in_dim=3, **EVERYTHING)
+    index = torch.cat((torch.arange(64) % D, D - 1 - torch.arange(64) % D))
+    ours = torch.empty(128, dtype=torch.int64, device=DEVICE)
+    arguments = (D - 1, *launch.counter(p, torch.tensor(5)), *draws.rounds(D))
+    _permuted[(1,)](index.to(DEVICE), ours, *arguments)
+    assert torch.equal(ours.cpu(), p.source.permutation(D, column=1, step=5)(index))
+
+
+TWENTY = (1 << 20) + (1 << 11) + 77  # two blocks and a tail
+
+
+@pytest.mark.parametrize(
+    ("D", "d", "rows"),
+    [
+        (20, 3, range(20)),  # a tail of 32 rounds
+        (1000, 9, range(7, 1000)),  # and one of 8
+        (1024, 1, range(1024)),  # one block
+        (3 << 10, 1000, range(1000, 3 << 10)),  # two, and programs that begin before the range
+        (3 << 10, 7, range(2048, 2100)),
+        ((1 << 12) + 1, 64, range((1 << 12) - 1, (1 << 12) + 1)),  # a tail of one row
+        (TWENTY, 5000, range((1 << 20) - 130, (1 << 20) + 1)),
+        (TWENTY, 12_345, range((1 << 20) + 2000, TWENTY)),
+        ((1 << 32) - 1, 1000, range((1 << 32) - 1500, (1 << 32) - 1)),  # 22 blocks
+        (1 << 32, 1000, range((1 << 32) - 130, 1 << 32)),
+        ((1 << 32) + (1 << 31) + 5, 77, range((1 << 32) - 50, (1 << 32) + 50)),
+        ((1 << 32) + (1 << 31) + 5, 1 << 16, range(3 << 31, (3 << 31) + 5)),
+        (1 << 40, 100_003, range((1 << 39) - 1100, (1 << 39) + 1100)),  # signs of two columns
+        (1 << 40, 2, range((1 << 40) - 1100, 1 << 40)),
+        ((1 << 40) - 3, 70, range((1 << 40) - 2100, (1 << 40) - 3)),
+    ],
+)
+def test_shuffled_rows(D: int, d: int, rows: range) -> None:
+    """In blocks of all sizes, across their borders and in the tail, the bits of the definition."""
+    p = subspan.projection("hash", out_dim=D, in_dim=d, **EVERYTHING)
+    w = vector(d)
+    assert torch.equal(project(p, w, 5, rows, False), project(p, w, 5, rows, False, kernel=False))
+    check(p, 5, rows)
+
+
+def test_only_the_tail_is_part_of_the_program() -> None:
+    """Projections whose tails are about as long share a kernel, however large they are."""
+    constants = set()
+    for blocks in (0, 1, 1 << 10, 1 << 29):
+        p = subspan.projection("hash", out_dim=(blocks << 10) + 1000, in_dim=9)
+        grid, arguments = hash_._arguments(p, torch.tensor(0), 0, p.out_dim)
+        assert grid == (blocks + 1,)
+        constants.add(arguments[-2:])
+    assert constants == {(10, 8)}
+
+
+@launch.kernel
+def _rest(x, out, lead, d, factor):
+    place = tl.arange(0, 128)
+    word, factor = tl.load(x + place).to(tl.uint32), factor.to(tl.uint32).to(tl.uint64)
+    rest = hash_._modulo(word, lead.to(tl.uint32), d.to(tl.uint32), factor)
+    tl.store(out + place, rest.to(tl.int64))
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 641, 1 << 16, (1 << 30) + 1, 1 << 30, (1 << 31) - 1])
+def test_remainders(d: int) -> None:
+    """Words about multiples of d, where a quotient that is wrong by one shows."""
+    multiples = torch.linspace(0, (1 << 32) // d, 32, dtype=torch.float64).long() * d
+    x = torch.cat([multiples + k for k in (-1, 0, 1, d // 2)]).clamp(0, (1 << 32) - 1)
+    for offset in (0, d - 1, d // 3):
+        ours = torch.empty(128, dtype=torch.int64, device=DEVICE)
+        _rest[(1,)](x.to(DEVICE), ours, offset, d, launch.word(((1 << 32) - 1) // d))
+        assert torch.equal(ours.cpu(), (x + offset) % d)
 
 
 @pytest.mark.parametrize("family", ["hash", "kronecker", "orthogonal", "gaussian", "sparse"])

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from subspan.philox import FEISTEL_ROUNDS, FEISTEL_ROUNDS_SMALL, MULTIPLIERS, ROUNDS, WEYL
 
-_ROUNDS = tl.constexpr(ROUNDS)
+_ROUNDS, _ONCE = tl.constexpr(ROUNDS), tl.constexpr(FEISTEL_ROUNDS)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in WEYL)
 
@@ -80,13 +80,16 @@ def encrypt(x, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, 
     HIGH: tl.constexpr = BITS - LOW
     low = (x & ((1 << LOW) - 1)).to(tl.uint32)
     high = (x >> LOW).to(tl.uint32)
-    for quad in tl.static_range(ROUNDS // 4):
-        call = tl.full((1,), quad, tl.uint32)
-        a, b, c, d = philox(call, column, step, tag, k0, k1)
-        high ^= mix(low ^ a) & ((1 << HIGH) - 1)
-        low ^= mix(high ^ b) & ((1 << LOW) - 1)
-        high ^= mix(low ^ c) & ((1 << HIGH) - 1)
-        low ^= mix(high ^ d) & ((1 << LOW) - 1)
+    low, _ = tl.broadcast(low, column)  # a loop keeps shapes as they are
+    high, _ = tl.broadcast(high, column)
+    for turn in range(ROUNDS // _ONCE):  # 32 rounds unrolled take Triton long
+        for quad in tl.static_range(_ONCE // 4):
+            call = tl.full((1,), turn * (_ONCE // 4) + quad, tl.uint32)
+            a, b, c, d = philox(call, column, step, tag, k0, k1)
+            high ^= mix(low ^ a) & ((1 << HIGH) - 1)
+            low ^= mix(high ^ b) & ((1 << LOW) - 1)
+            high ^= mix(low ^ c) & ((1 << HIGH) - 1)
+            low ^= mix(high ^ d) & ((1 << LOW) - 1)
     return (high.to(x.dtype) << LOW) | low.to(x.dtype)
 
 

@@ -17,7 +17,8 @@ from subspan.kernels import Product
 kernel = triton.jit(
     do_not_specialize=[
         "n", "d", "size", "start", "begin", "end", "first", "last", "lead", "rows", "blocks", "s",
-        "column", "copies", "depth", "stride", "trips", "most", "scale", "step", "tag", "k0", "k1",
+        "column", "copies", "depth", "stride", "trips", "most", "scale", "factor", "top",
+        "step", "tag", "k0", "k1",
     ]
 )  # fmt: skip
 
