@@ -50,8 +50,8 @@ def test_the_published_ones():
     assert list(experiments()) == [
         "dlrt-cifar-resnet", "dlrt-cifar-vgg", "dlrt-fc", "dlrt-lenet5", "dlrt-pruning",
         "dlrt-timing",
-        "gressmann-compartments", "gressmann-distributed", "gressmann-table1",
-        "gressmann-table1-fashion",
+        "gressmann-compartments", "gressmann-distributed", "gressmann-families",
+        "gressmann-table1", "gressmann-table1-fashion",
         "li-cifar-lenet", "li-mnist-fc", "li-mnist-lenet", "li-shuffled-labels",
         "minut-cifar-lenet", "minut-cifar-mlp", "minut-mnist-lenet", "minut-mnist-mlp",
         "minut-small-nets", "minut-sparse-benchmark",
@@ -200,6 +200,7 @@ def test_the_networks_have_the_published_size(name, real_data):
         "prodsumnet-linear": 7_850,
         "prodsumnet-mlp": 1_333_770,
         "prodsumnet-table1": 431_080,
+        "gressmann-families": 101_770,
         "gressmann-table1": 101_770,
         "gressmann-distributed": 101_770,
         "gressmann-compartments": 93_322,

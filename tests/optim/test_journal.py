@@ -27,6 +27,7 @@ def trained(path, steps=6, dtype=torch.float32, **options):
     [
         {}, {"redraw_every": 3, "momentum": 0.9}, {"redraw_every": None, "compartments": "layer"},
         {"distribution": "orthogonal", "compartments": "uniform:3", "weight_decay": 0.01},
+        {"distribution": "rademacher", "compartments": "tensor"},
     ],
 )  # fmt: skip
 def test_replay_gives_the_bits_of_every_step(tmp_path, dtype, options):
@@ -164,6 +165,19 @@ def test_another_network_is_refused(tmp_path):
     for options in ({"seed": 1}, {"redraw_every": 2}, {"compartments": "layer"}):
         with pytest.raises(SubspanError, match="journal of another training"):
             RandomBases(mlp(torch.float32), 10, journal=tmp_path / "journal", **options)
+
+
+def test_a_journal_knows_its_family(tmp_path):
+    """One that was written when another family was the default is replayed, and goes on by name."""
+    _, _, seen = trained(tmp_path / "journal", distribution="rademacher")
+    net = mlp(torch.float32)
+    assert replay(tmp_path / "journal", net) == 6
+    assert torch.equal(flat(net), seen[-1])
+    family = r"a training with distribution='rademacher', not 'hash'"
+    with pytest.raises(SubspanError, match=family):
+        RandomBases(mlp(torch.float32), 10, 0.5, journal=tmp_path / "journal")
+    options = {"distribution": "rademacher", "journal": tmp_path / "journal"}
+    assert RandomBases(mlp(torch.float32), 10, 0.5, **options).steps == 6
 
 
 def test_steps_that_are_not_there(tmp_path):

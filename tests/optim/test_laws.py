@@ -114,6 +114,7 @@ def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Te
 CASES: list[Case] = [
     bases("rbd"),
     bases("rbd-tensor", compartments="tensor", weight_decay=0.1),
+    bases("rbd-signs", distribution="rademacher"),
     bases("rbd-sparse", distribution="sparse"),
     bases("rbd-momentum", redraw_every=3, momentum=0.9),
     bases("fpd", redraw_every=None),

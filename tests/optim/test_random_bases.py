@@ -87,9 +87,50 @@ def test_a_step_goes_down_the_projected_gradient(family):
     assert not torch.equal(dense(optimizer, 0), dense(optimizer, 1))
 
 
+@pytest.mark.parametrize("family", ["rademacher", "hash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compartments", ["global", "layer", "uniform:3"])
+def test_low_precisions_take_the_same_step(compartments, dtype, family):
+    """By kernels, and rounded once, the step of float64."""
+    exact, net = mlp(), mlp(dtype)
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), net.parameters(), strict=True):
+            p.copy_(q)
+    g = torch.randn(WEIGHTS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for trained, gradients in ((net, g), (exact, g.to(dtype).double())):
+        give(trained, gradients)
+        RandomBases(trained, 12, 0.7, distribution=family, compartments=compartments).step()
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(flat(net), flat(exact), rtol=2 * rounding, atol=2 * rounding)
+
+
+def test_a_compiled_step_is_the_same():
+    nets = [mlp(torch.float32) for _ in range(2)]
+    optimizers = [RandomBases(net, 10, 0.5) for net in nets]
+    step = torch.compile(lambda: optimizers[1].step(), backend="eager")
+    for _ in range(2):
+        for net, optimizer, do in zip(nets, optimizers, (optimizers[0].step, step), strict=True):
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            do()
+    torch.testing.assert_close(flat(nets[0]), flat(nets[1]))
+
+
+def test_tensors_that_share_memory_each_move():
+    """Whatever order their entries have in it."""
+    shared = torch.zeros(4, 3, dtype=torch.float64)
+    p, q = nn.Parameter(shared), nn.Parameter(shared.T)
+    optimizer = RandomBases([("p", p), ("q", q)], 5, 1.0)
+    p.grad, q.grad = torch.ones_like(p), torch.full_like(q, 2.0)
+    P = dense(optimizer, 0)
+    moved = -P @ (P.T @ torch.cat([p.grad.reshape(-1), q.grad.reshape(-1)]))
+    optimizer.step()
+    torch.testing.assert_close(p.data, moved[:12].view(4, 3) + moved[12:].view(3, 4).T)
+
+
 @pytest.mark.parametrize("compartments", ["global", "layer", "tensor", "uniform:3"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("family", ["rademacher", "orthogonal"])
+@pytest.mark.parametrize("family", ["hash", "rademacher", "orthogonal"])
 def test_a_basis_that_stays_is_a_subspace_trained_by_sgd(family, momentum, compartments):
     """FPD: two programs, one trajectory."""
     net, options = mlp(), {"compartments": compartments, "seed": 5}
@@ -330,7 +371,8 @@ def test_a_state_of_other_bases_is_refused():
     state = RandomBases(mlp(), 10).state_dict()
     for other in (
         RandomBases(mlp(), 10, seed=1), RandomBases(mlp(), 11),
-        RandomBases(mlp(), 10, compartments="layer"), RandomBases(mlp(), 10, distribution="hash"),
+        RandomBases(mlp(), 10, compartments="layer"),
+        RandomBases(mlp(), 10, distribution="rademacher"),
     ):  # fmt: skip
         with pytest.raises(SubspanError, match="this state belongs to other bases"):
             other.load_state_dict(state)
@@ -611,6 +653,18 @@ def test_padding_rows_stay(estimator, tmp_path):
             again = net()
             replay(path, again)
             assert torch.equal(flat(again), flat(ours))
+
+
+def test_what_others_write_into_the_gradient_of_a_padding_row_is_left_out():
+    table = nn.Embedding(9, 4, padding_idx=2).double()
+    table.weight.grad = torch.ones(9, 4, dtype=torch.float64)
+    optimizer = RandomBases(table, 6, 0.1)
+    g = table.weight.grad.clone()
+    g[2] = 0
+    P = dense(optimizer, 0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.coordinates, P.T @ g.reshape(-1))
+    assert (table.weight.grad == 1).all()
 
 
 def dropping():

@@ -162,14 +162,12 @@ def redraw(step: int, every: int | None) -> int:
 
 def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: int | None) -> None:
     """Make a step: θ ← θ − η P v, for every basis and every group with its own rate."""
-    rates = torch.tensor(record.rates, dtype=torch.float64)
-    along = rates.repeat_interleave(torch.tensor(groups)).to(record.coordinates)
-    lengths = record.coordinates * along
-    for basis in range(len(lengths)):
+    parts = record.coordinates.split(list(groups), dim=1)
+    lengths = [part * rate for part, rate in zip(parts, record.rates, strict=True)]
+    along = lengths[0] if len(lengths) == 1 else torch.cat(lengths, dim=1)
+    for basis, own in enumerate(along.neg()):
         for part in found:
-            part.add_weights(
-                lengths[basis], basis=basis, step=redraw(record.step, every), alpha=-1.0
-            )
+            part.add_weights(own, basis=basis, step=redraw(record.step, every))
 
 
 @torch.no_grad()

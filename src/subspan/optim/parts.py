@@ -6,6 +6,7 @@ never redrawn both train the same subspace.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,15 @@ from subspan.calls import Call
 from subspan.compartments import Compartment, Piece, Rules, partition
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.families.base import from_recipe
+from subspan.families.base import (
+    add,
+    as_step,
+    captured,
+    compute,
+    from_recipe,
+    gather,
+    product,
+)
 from subspan.guards import Computed
 
 
@@ -67,19 +76,23 @@ class Part:
             step: which redraw.
             alpha: a factor.
         """
-        own, projection = coordinates[self.place], self.projections[basis]
-        for call in self.calls:
+        own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
+        for call, whole in zip(self.calls, self._whole, strict=True):
             found = [vectors[piece.tensor] for piece in call.pieces]
             if all(vector is None for vector in found):
                 continue
             flat = [
-                own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
+                own.new_zeros(len(piece)) if vector is None
+                else vector if whole and not vector.is_sparse
+                else self._entries(vector, piece)
                 for piece, vector in zip(call.pieces, found, strict=True)
-            ]
-            if len(flat) > 1:
-                flat = [torch.cat([part.to(own.device, own.dtype) for part in flat])]
-            rows = range(call.start, call.stop)
-            projection.addrmv_(own, flat[0].to(own.device), alpha=alpha, step=step, rows=rows)
+            ]  # fmt: skip
+            if captured(own):
+                g = torch.cat([part.reshape(-1).to(own) for part in flat])
+                along = product(g, redraw, projection.recipe, call.start, call.stop, True)
+            else:
+                along = gather(projection, flat, own, redraw, call.start)
+            own.add_(along, alpha=alpha)
 
     def add_weights(
         self, coordinates: Tensor, *, basis: int, step: int, alpha: float = 1.0
@@ -92,18 +105,27 @@ class Part:
             step: which redraw.
             alpha: a factor.
         """
-        own, projection = coordinates[self.place], self.projections[basis]
-        for call in self.calls:
-            rows = range(call.start, call.stop)
-            if len(call.pieces) == 1:
-                with self._flat(call.pieces[0]) as flat:
-                    projection.addmv_(flat, own.to(flat.device), alpha=alpha, step=step, rows=rows)
+        own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
+        own = own if alpha == 1 else own * alpha
+        for call, whole in zip(self.calls, self._whole, strict=True):
+            if len(call.pieces) == 1 and not captured(own):
+                flat = self._flat(call.pieces[0])
+                lengths = own.to(flat.part.device)
+                add(projection, [flat.part], lengths, redraw, call.start, out=flat.part)
+                flat.close()
                 continue
-            product = projection.matvec(own, step=step, rows=rows)
-            parts = product.split([len(piece) for piece in call.pieces])
+            times = product if captured(own) else compute
+            rows = times(own, redraw, projection.recipe, call.start, call.stop, False)
+            parts = rows.split_with_sizes([len(piece) for piece in call.pieces])
+            tensors = [self.tensors[piece.tensor] for piece in call.pieces]
+            if whole and all(tensor.device == rows.device for tensor in tensors):
+                shaped = [part.view_as(t) for t, part in zip(tensors, parts, strict=True)]
+                torch._foreach_add_(tensors, shaped)
+                continue
             for piece, part in zip(call.pieces, parts, strict=True):
-                with self._flat(piece) as flat:
-                    flat.add_(part.to(flat.device), alpha=alpha)
+                flat = self._flat(piece)
+                flat.part.add_(part.to(flat.part.device))
+                flat.close()
 
     def vectors(self, coordinates: Tensor, *, basis: int, step: int) -> dict[str, Tensor]:
         """P c as tensors by name, in the tensors' shapes: zero outside of this compartment."""
@@ -120,10 +142,21 @@ class Part:
     def _entries(self, vector: Tensor, piece: Piece) -> Tensor:
         """The entries of a piece, contiguous; zeros where weights are kept."""
         found, kept = entries(vector, piece), self._kept(piece)
-        if kept.stop > kept.start:
+        if bool(found[kept].any()):  # seldom: the gradient of a padding row is zero
             found = found.clone()
             found[kept] = 0
         return found
+
+    @functools.cached_property
+    def _whole(self) -> tuple[bool, ...]:
+        """Of every call, whether its pieces are whole tensors in which nothing is kept."""
+        return tuple(
+            all(
+                len(piece) == self.tensors[piece.tensor].numel() and piece.tensor not in self.kept
+                for piece in call.pieces
+            )
+            for call in self.calls
+        )
 
     def _kept(self, piece: Piece) -> slice:
         """Which entries of a piece are kept."""
@@ -132,7 +165,7 @@ class Part:
 
 
 class Flat:
-    """Entries of a tensor as a contiguous vector, that can be changed in place.
+    """Entries of a tensor as a contiguous vector ``part``, that is changed in place and closed.
 
     Args:
         tensor: in any order of memory.
@@ -141,18 +174,17 @@ class Flat:
     """
 
     def __init__(self, tensor: Tensor, piece: Piece, kept: slice) -> None:
-        self.tensor, self.piece, self.kept = tensor.detach(), piece, kept
+        self.tensor, self.kept = tensor.detach(), kept
         self.copied = not self.tensor.is_contiguous()
         # `reshape` alone would leave a vector with gaps as it is.
         self.whole = self.tensor.contiguous().reshape(-1)
+        self.part = self.whole[piece.start : piece.stop]
+        self.before = self.part[kept].clone() if kept.stop > kept.start else None
 
-    def __enter__(self) -> Tensor:
-        self.part = self.whole[self.piece.start : self.piece.stop]
-        self.before = self.part[self.kept].clone()
-        return self.part
-
-    def __exit__(self, *_: object) -> None:
-        self.part[self.kept] = self.before
+    def close(self) -> None:
+        """Put back what is kept, and the whole into a tensor in another order of memory."""
+        if self.before is not None:
+            self.part[self.kept] = self.before
         if self.copied:
             self.tensor.copy_(self.whole.view(self.tensor.shape))
 

@@ -24,7 +24,7 @@ DIM = Option("dim", int | str, "d, coordinates of a step; or 150+100: those of e
 OPTIONS = (
     DIM,
     *SHARED,
-    Option("distribution", str, "the family of the bases: rademacher, gaussian, hash, …"),
+    Option("distribution", str, "the family of the bases: hash (default), rademacher, gaussian, …"),
     Option("momentum", float, "of coordinates; begins anew with each basis"),
     Option("nonfinite", str, "a step with a coordinate that is no number: skip, or error"),
     Option("workers", str, "with many processes: shared bases, or independent ones"),

@@ -30,7 +30,7 @@ def _sweep(part: str, epochs: int, seeds: int) -> Sweep:
     )
     return Sweep(
         training, methods=("rbd",), dims=("250",), lrs=(rate,), seeds=seeds,
-        options={"compartments": compartments}, baseline=None,
+        options={"distribution": "rademacher", "compartments": compartments}, baseline=None,
     )  # fmt: skip
 
 

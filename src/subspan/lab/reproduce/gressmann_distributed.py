@@ -21,7 +21,7 @@ def _sweep(processes: int, workers: str, epochs: int, seeds: int, baseline: bool
         dims=("250",),
         lrs=(1.0,),
         seeds=seeds,
-        options={"workers": workers},
+        options={"distribution": "rademacher", "workers": workers},
         baseline="full" if baseline else None,
         baseline_lrs=(0.01,),
         processes=processes,

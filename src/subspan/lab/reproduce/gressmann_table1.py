@@ -36,6 +36,7 @@ def _sweep(
     )  # fmt: skip
     return Sweep(
         training, methods=tuple(lrs), dims=(str(D),), seeds=seeds, lrs=lrs,
+        options={"distribution": "rademacher"},
         baseline="full" if baseline else None, baseline_lrs=(0.01,),
     )  # fmt: skip
 
