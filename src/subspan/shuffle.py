@@ -18,7 +18,10 @@ from subspan.philox import Source
 
 LARGEST, SMALLEST = 32, 10  # log₂ of the rows of a block
 MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1, 0x27D4EB2F)  # one for each round
-TAIL, KEYS = 0, 1  # columns of random numbers: round keys of the tail, and keys of the blocks
+# Columns of random numbers: round keys of the tail, keys of the blocks, and then the signs of rows,
+# SPAN to a column.
+TAIL, KEYS, SIGNS = 0, 1, 2
+SPAN = 1 << 39
 
 
 def blocks(size: int) -> Iterator[tuple[int, int]]:

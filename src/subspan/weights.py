@@ -7,21 +7,24 @@ of other people's changes :mod:`subspan.changes`; states to load are :mod:`subsp
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace as fx
 
-from subspan import calls, slots, states
+from subspan import calls, formed, slots, states
 from subspan.calls import Call
 from subspan.changes import Changes, watch_optimizers
-from subspan.compartments import Compartment
+from subspan.compartments import Compartment, Piece
 from subspan.errors import SubspanError
 from subspan.families import Projection
+from subspan.formed import Formula, Outermost, version_of
 from subspan.guards import OWN, Base, freeze, guarded
 from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
 
@@ -29,45 +32,9 @@ _now = threading.local()  # .calls: of every network that is being called in thi
 _plain = torch._C.DisableTorchFunctionSubclass
 _level = torch._C._functorch.maybe_current_level
 
-
-class Outermost:
-    """A call of a network that is not inside another call of it.
-
-    θ that was formed is kept until its end: small tensors together, and a tied weight once.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights, self.level = weights, _level()
-        self.formed: dict[int, Formed] = {}
-
-    def check_unwritten(self, *which: int) -> None:
-        """Refuse a forward that writes to its own weights: computed ones would not keep it.
-
-        Raises:
-            SubspanError: if θ that was formed has been changed in place.
-        """
-        for n in which or self.formed:
-            formed = self.formed[n]
-            for theta, version in zip(formed.thetas, formed.versions, strict=True):
-                if _version(theta) != version:
-                    names = ", ".join(piece.tensor for piece in self.weights.calls[n].pieces[:3])
-                    raise SubspanError(
-                        f"the network changed a weight of its own during a call (one of {names}), "
-                        "which is computed from coordinates and would not keep that: exclude it"
-                    )
-
-
-@dataclass(frozen=True)
-class Formed:
-    """θ of one call of the operator, what it was formed from, and versions of its tensors."""
-
-    state: tuple[Any, ...]
-    thetas: Sequence[Tensor]
-    versions: Sequence[int]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+_CAST = {  # forwards that use their weight in autocast's precision only
+    kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
 
 
 class Weights:
@@ -103,6 +70,7 @@ class Weights:
         self.base_buffers = {
             name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
         }
+        self.large = sum(part.weights for part in self.compartments) > formed.KEPT
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
@@ -272,10 +240,14 @@ class Weights:
         stack = _now.__dict__.setdefault("calls", [])
         if any(outer.weights is self for outer in stack):
             return run(*args, **kwargs)
-        stack.append(Outermost(self))
+        outer = Outermost(self)
+        stack.append(outer)
         try:
-            out = run(*args, **kwargs)
-            stack[-1].check_unwritten()
+            with outer.saving() if self.large else contextlib.nullcontext():
+                out = run(*args, **kwargs)
+            outer.check_unwritten()
+            if self.changes.wishes:  # which the network has set meanwhile
+                self.changes.check_flags()
             return out
         finally:
             stack.pop()
@@ -295,7 +267,9 @@ class Weights:
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
                 where = self._where[tensor]
-                if len(where) == 1:
+                if self.large:
+                    theta = self._passing(tensor, outer)
+                elif len(where) == 1:
                     theta = self._kept(where[0][0], outer)[where[0][1]]
                 else:
                     parts = [self._kept(n, outer)[m] for n, m in where]
@@ -333,9 +307,9 @@ class Weights:
             vars(theta).update({k: v for k, v in vars(base).items() if k not in OWN})
         return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
-    def form(self, tensor: str) -> Tensor:
+    def form(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
         """θ of one tensor, differentiable in w."""
-        return self._joined(tensor, [self._theta(call)[0] for call in self._alone[tensor]])
+        return self._joined(tensor, [self._theta(call, dtype)[0] for call in self._alone[tensor]])
 
     def all(self) -> dict[str, Tensor]:
         """θ of every trained tensor, differentiable in w."""
@@ -351,22 +325,24 @@ class Weights:
         theta = torch.cat([part.reshape(-1) for part in parts]).view(self.base_of(tensor).shape)
         return calls.with_dense_gradient(theta)
 
-    def _theta(self, call: Call) -> Sequence[Tensor]:
+    def _theta(self, call: Call, dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         w = self.network()._parameters[PREFIX + call.coordinates]
         with _plain():
-            bases = []
-            for piece in call.pieces:
-                base = self.base_of(piece.tensor)
-                if type(base) is not Base and self._given(piece.tensor) is not None:
-                    base = self._owned[piece.tensor]
-                if type(base).__name__ == "DTensor":
-                    raise SubspanError(
-                        f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
-                        "use DistributedDataParallel, which sends coordinates only"
-                    )
-                whole = len(piece) == base.numel()
-                bases.append(base if whole else base.reshape(-1)[piece.start : piece.stop])
-            return calls.theta(w, self.step, call, bases)  # type: ignore[arg-type]
+            bases = [self._base(piece) for piece in call.pieces]
+            return calls.theta(w, self.step, call, bases, dtype)  # type: ignore[arg-type]
+
+    def _base(self, piece: Piece) -> Tensor:
+        """θ₀ of a piece of a tensor."""
+        base = self.base_of(piece.tensor)
+        if type(base) is not Base and self._given(piece.tensor) is not None:
+            base = self._owned[piece.tensor]
+        if type(base).__name__ == "DTensor":
+            raise SubspanError(
+                f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
+                "use DistributedDataParallel, which sends coordinates only"
+            )
+        whole = len(piece) == base.numel()
+        return base if whole else base.reshape(-1)[piece.start : piece.stop]
 
     def _kept(self, n: int, outer: Outermost) -> Sequence[Tensor]:
         """θ of call n, formed once during an outermost call of the network.
@@ -377,16 +353,51 @@ class Weights:
         w = self.network()._parameters[self._names[n]]
         assert w is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        state = (w, _version(w), *modes)
-        if n in outer.formed:
-            formed = outer.formed[n]
-            if formed.state[0] is w and formed.state[1:] == state[1:]:
-                return formed.thetas
-            outer.check_unwritten(n)
+        state = (*_state(w), *modes)
+        if (thetas := outer.get(n, state)) is not None:
+            return thetas
+        outer.drop(n)
         thetas = self._theta(self.calls[n])
         if _level() == outer.level:
-            outer.formed[n] = Formed(state, thetas, [_version(theta) for theta in thetas])
+            outer.keep(n, state, thetas, [piece.tensor for piece in self.calls[n].pieces])
         return thetas
+
+    def _passing(self, tensor: str, outer: Outermost) -> Tensor:
+        """θ of a tensor of a large network, which lives as long as who has read it needs it."""
+        parts = []
+        for call in self._alone[tensor]:
+            w = self.network()._parameters[PREFIX + call.coordinates]
+            assert w is not None
+            with _plain():
+                parts.append((w, self.step, call, self._base(call.pieces[0])))
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        dtype = self._autocast(tensor, parts[0][-1])
+        state = (*(x for w, *_ in parts for x in _state(w)), dtype, *modes)
+        if (known := outer.get(tensor, state)) is not None:
+            return known[0]
+        size = sum(len(call.pieces[0]) for call in self._alone[tensor])
+        outer.make_room(tensor, size)
+        theta = self.form(tensor, dtype)
+        if _level() == outer.level and type(theta) is Tensor:
+            outer.keep(tensor, state, [theta], [tensor])
+            outer.know(theta, Formula.of(tensor, parts, theta.dtype))
+        return theta
+
+    def _autocast(self, tensor: str, base: Tensor) -> torch.dtype | None:
+        """The dtype to which autocast would cast a copy of θ, if its layer's own forward reads it.
+
+        The copy would be what autograd saves, and it is not known as θ.
+        """
+        module, attribute = self.homes[tensor]
+        kind = base.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if attribute != "weight" or not casts:
+            return None
+        reader = sys._getframe(
+            3
+        ).f_code  # this function, _passing, read, the descriptor, the reader
+        own = reader in _CAST and module._subspan_class[0].forward.__code__ is reader  # type: ignore[union-attr,index]
+        return torch.get_autocast_dtype(kind) if own and base.dtype == torch.float32 else None
 
     def put_back(self, module: nn.Module, link: Link) -> None:
         """Undo the removal of parameters from a module."""
@@ -462,6 +473,12 @@ class Weights:
         self.ranks_checked = False
         before = [f"{compiled}{prefix}" for compiled in ("", "_orig_mod.")]
         return [f"{start}{slot.path}" for start in before for slot in self.slots]
+
+
+def _state(w: Tensor) -> tuple[Any, ...]:
+    """What coordinates are now; only their address tells that ``w.data = …`` changed them."""
+    place = w.data_ptr() if type(w) is nn.Parameter else 0
+    return w, version_of(w), w.requires_grad, place
 
 
 def _to_onnx() -> bool:

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam
 import subspan
 from subspan import SubspaceModel, SubspanError
 from tests.in_place.network import Net, pair, same_function
+from tests.nets import scatter
 
 WRITES = {
     "data": lambda net: net.head.weight.data.zero_(),
@@ -227,3 +228,21 @@ def test_what_is_added_is_in_a_state_and_cannot_be_in_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
     del model.body.adapter
     subspan.save(model, tmp_path / "m")
+
+
+def test_a_forward_that_replaces_coordinates_or_sets_flags():
+    class Sets(Net):
+        def forward(self, x):
+            hidden = self.body(x)
+            self.how()
+            return self.head(hidden)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Sets(), 20)), torch.randn(5, 8)
+    w, hidden = model.coordinates["global"], model.merge().body(x)
+    model.body.how = lambda: setattr(w, "data", w.data * 0)
+    y = model(x)
+    torch.testing.assert_close(y, model.merge().head(hidden))  # w is 0 by now
+    model.body.how = lambda: [p.requires_grad_(p.dim() == 1) for p in model.body.parameters()]
+    with pytest.raises(SubspanError, match="was set to False, but its coordinates"):
+        model(x)

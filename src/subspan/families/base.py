@@ -337,7 +337,7 @@ def add(
     Returns:
         A vector for each of ``bases``, on its device.
     """
-    flat = [base.reshape(-1) for base in bases]
+    flat = [base.reshape(-1).contiguous() for base in bases]  # a slice of one axis is a view
     sizes = [base.numel() for base in flat]
     kernel = kernels.find(p.family, w)
     if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(flat, w):

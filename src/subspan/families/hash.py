@@ -22,10 +22,9 @@ from torch import Tensor
 
 from subspan.cache import cache
 from subspan.families.base import Projection
-from subspan.shuffle import shuffled
+from subspan.shuffle import SIGNS, SPAN, shuffled
 
 CHUNK = 1 << 22  # rows indexed at once
-SIGNS, SPAN = 2, 1 << 39  # the column with the signs, and of how many rows; then the next one
 
 
 @dataclass(frozen=True)

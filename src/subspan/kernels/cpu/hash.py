@@ -29,12 +29,11 @@ from subspan.kernels.cpu.common import (
     sequence,
     shift_right,
 )
-from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SMALLEST, TAIL
+from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
 
 TILE = 1 << SMALLEST  # rows whose index is made together, in the first cache level
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
-SIGNS, SPAN = 2, 1 << 39  # as in families/hash.py
 M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
 NOTHING = np.empty(0, np.uint32)
 

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspan.families.hash import SIGNS, SPAN
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, permute, philox, pick, rounds
 from subspan.kernels.gpu.fixed import Sums, deposit
 from subspan.kernels.gpu.launch import counter, kernel, on_device, word
-from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SMALLEST, TAIL
+from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
 
 SPREAD = 1 << 14  # sums of Pᵀ g: few buckets are summed in copies, or all rows would wait for them
 TILE = 1 << SMALLEST

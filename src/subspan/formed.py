@@ -1,0 +1,239 @@
+"""How long θ lives: what a call of the network keeps, and what the backward pass forms again.
+
+θ of a network of up to KEPT weights is formed once for each call, small tensors together. Of a
+larger one, each tensor is formed when it is read and dropped after the operator that used it; what
+autograd would keep of it for the backward pass is how it was formed, and there it is formed again.
+So the peak is θ₀, the largest tensor's θ and gradient, and the activations.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from subspan import calls
+from subspan.calls import Call
+from subspan.errors import SubspanError
+from subspan.families.base import transformed
+
+if TYPE_CHECKING:
+    from subspan.weights import Weights
+
+KEPT = 1 << 22  # weights whose θ is kept during a call
+
+_level = torch._C._functorch.maybe_current_level
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; −1 of one that cannot tell."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Formed:
+    """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
+
+    state: tuple[Any, ...]
+    thetas: Sequence[Tensor]
+    versions: Sequence[int]
+    names: Sequence[str]
+
+    def check_unwritten(self) -> None:
+        """Refuse a forward that writes to its own weights: computed ones would not keep it.
+
+        Raises:
+            SubspanError: if θ has been changed in place since it was formed.
+        """
+        for theta, version in zip(self.thetas, self.versions, strict=True):
+            if version_of(theta) != version:
+                raise SubspanError(
+                    "the network changed a weight of its own during a call (one of "
+                    f"{', '.join(self.names[:3])}), which is computed from coordinates and would "
+                    "not keep that: exclude it"
+                )
+
+
+class Outermost:
+    """A call of a network that is not inside another call of it.
+
+    It keeps the latest θ that were formed, of KEPT weights together or the last alone.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.level = weights, _level()
+        self.formed: dict[Any, Formed] = {}  # oldest first
+        # How θ was formed, by its address, where autograd is asked to save that.
+        self.formulas: dict[int, tuple[weakref.ref[Tensor], Formula]] | None = None
+
+    def get(self, key: Any, state: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        """θ that was formed from the same things, or None."""
+        formed = self.formed.get(key)
+        if formed is None or not _same(formed.state, state):
+            return None
+        return formed.thetas
+
+    def drop(self, key: Any) -> None:
+        """Drop θ under a key, if there is one."""
+        if key in self.formed:
+            self.formed.pop(key).check_unwritten()
+
+    def make_room(self, key: Any, size: int) -> None:
+        """Drop θ under a key, and the oldest until ``size`` more weights may be kept."""
+        self.drop(key)
+        sizes = {k: sum(t.numel() for t in formed.thetas) for k, formed in self.formed.items()}
+        held = sum(sizes.values())
+        while self.formed and held + size > KEPT:
+            oldest = next(iter(self.formed))
+            held -= sizes[oldest]
+            self.formed.pop(oldest).check_unwritten()
+
+    def keep(
+        self, key: Any, state: tuple[Any, ...], thetas: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        """Keep θ until the end of the call, or until there is no room."""
+        self.formed[key] = Formed(state, thetas, [version_of(theta) for theta in thetas], names)
+
+    def check_unwritten(self) -> None:
+        """See :meth:`Formed.check_unwritten`."""
+        for formed in self.formed.values():
+            formed.check_unwritten()
+
+    def know(self, theta: Tensor, formula: Formula) -> None:
+        """Remember how θ was formed, for as long as it lives."""
+        if self.formulas is not None:
+            self.formulas[theta.untyped_storage().data_ptr()] = weakref.ref(theta), formula
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Have autograd save how θ was formed in its place, where a graph is made and it can.
+
+        Raises:
+            SubspanError: if the network itself uses transforms of torch.func, which PyTorch refuses
+                where tensors are saved in another way.
+        """
+        enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        if not enabled or not torch.is_grad_enabled() or transformed():
+            yield
+            return
+        self.formulas = {}
+        around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack_other, unpack_other = (None, None) if around is None else around
+
+        def pack(tensor: Tensor) -> Any:
+            if formula := self._formula(tensor):
+                return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+            if pack_other is not None:
+                return _Other(pack_other(tensor), unpack_other)
+            return tensor, version_of(tensor)
+
+        try:
+            with saved_tensors_hooks(pack, _unpack):
+                yield
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise SubspanError(
+                "the network uses torch.func inside of its forward, and PyTorch refuses that where "
+                "the weights of a large network are formed again in the backward pass: call it "
+                "inside of torch.autograd.graph.disable_saved_tensors_hooks(''), which keeps them"
+            ) from error
+
+    def _formula(self, tensor: Tensor) -> Formula | None:
+        """How a tensor was formed that is θ or a view of it."""
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
+            return None
+        assert self.formulas is not None
+        theta, formula = self.formulas.get(tensor.untyped_storage().data_ptr(), (None, None))
+        alive = None if theta is None else theta()
+        return formula if alive is not None and alive.dtype == tensor.dtype else None
+
+
+def _same(state: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two states are the same; tensors are, if they are one object."""
+    return len(state) == len(other) and all(
+        a is b if isinstance(a, Tensor) else a == b for a, b in zip(state, other, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What θ of a tensor was formed from.
+
+    Args:
+        name: of the tensor.
+        parts: for each call of the operator: coordinates, which redraw, the call, θ₀.
+        dtype: of θ.
+    """
+
+    name: str
+    parts: tuple[tuple[Tensor, Tensor, Call, Tensor], ...]
+    dtype: torch.dtype
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, name: str, parts: Sequence[tuple[Tensor, Tensor, Call, Tensor]], dtype: torch.dtype
+    ) -> Formula:
+        """A formula of the tensors as they are now."""
+        return cls(name, tuple(parts), dtype, _versions(parts))
+
+    @torch.no_grad()
+    def again(self) -> Tensor:
+        """θ once more, flat.
+
+        Raises:
+            RuntimeError: if the coordinates or θ₀ have been changed, as autograd has it.
+        """
+        if _versions(self.parts) != self.versions:
+            raise RuntimeError(
+                f"the coordinates of {self.name}, or its initial weights, were modified by an "
+                "inplace operation between forward and backward: its gradient cannot be computed"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = [
+                calls.form(w.detach(), step, call, [base], self.dtype)[0].reshape(-1)
+                for w, step, call, base in self.parts
+            ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _versions(parts: Sequence[tuple[Tensor, Tensor, Call, Tensor]]) -> tuple[int, ...]:
+    return tuple(version_of(tensor) for w, _, _, base in parts for tensor in (w, base))
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """θ, or a view of it, in autograd's hands: how it was formed, and size, stride, offset."""
+
+    formula: Formula
+    where: tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class _Other:
+    """What hooks around the call have made of a tensor, and what makes it a tensor again."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, _Saved):
+        return saved.formula.again().as_strided(*saved.where)
+    if isinstance(saved, _Other):
+        return saved.unpack(saved.packed)
+    tensor, version = saved
+    if version_of(tensor) != version:  # PyTorch does not look where there are hooks
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {tensor.dtype} of shape {tuple(tensor.shape)} is at version "
+            f"{version_of(tensor)}; expected version {version} instead"
+        )
+    return tensor
