@@ -1,6 +1,13 @@
 """The cost of P w and Pᵀ g against D (1e5 … 1e9) and d (1e2 … 1e6), with fitted exponents.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling-NAME
+    python benchmarks/scaling.py --parts adding --out benchmarks/results/adding-NAME
+
+Two parts. ``families`` times both products of every family together. ``adding`` times each product
+of ``hash`` against adding one vector of D numbers to another in place, which is the least that any
+training step does to D weights: D = 1e6 … 1e9, d = 1,000, 10,000 and 100,000.
+
+## families
 
 Times are medians of a few calls, after one that does not count. Where both products would take
 longer than ``--seconds``, only as many of the first rows are computed as that allows, and the time
@@ -8,13 +15,23 @@ is multiplied up: a range of rows costs in proportion for the families with ``lo
 measured are marked ("rows"), the others left out. Every point is written when it is measured, and
 a run that was interrupted goes on where it was. The picture and the exponents of t ~ D^a d^b,
 fitted where t exceeds a millisecond, are made from the file.
+
+## adding
+
+The sum and all products take turns, and a ratio is one of medians. Vectors have 2²⁷ numbers at most
+(0.5 GB), and are gone over again and again where D is larger: that is far more than any cache, so
+that it costs what D numbers cost. P w is formed by pieces of 2²² rows, as a network's tensors are:
+malloc gives such a piece the room of the last one. ``P w, new`` makes one new vector of D (where D
+is at most 2²⁷), and shows what the system takes for giving the memory, page by page.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +43,19 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 import subspan
 from subspan.files import write_atomically
 from subspan.lab import records
+from subspan.lab.bench.timing import interleaved
 from subspan.lab.report import pictures
 
 FAMILIES = ("hash", "fastfood", "orthogonal", "kronecker", "sparse2full", "rademacher", "gaussian")
 WEIGHTS = tuple(10**k for k in range(5, 10))
 DIMS = tuple(10**k for k in range(2, 7))
 AT_DIM, AT_WEIGHTS = 10**3, 10**7  # of the picture's two panels
+PARTS = ("families", "adding")
+# The part adding: what is compared, the largest vector, and rows of P w that are formed at once.
+ADDING_WEIGHTS, ADDING_DIMS = tuple(10**k for k in range(6, 10)), (10**3, 10**4, 10**5)
+VECTOR, PIECE = 1 << 27, 1 << 22
+PRODUCTS = {"forward": "P w", "backward": "Pᵀ g", "new": "P w, new"}
+LINEAR = (10**6, 10**8)  # the time per weight of the second is held against that of the first
 
 
 def measure(family: str, D: int, d: int, seconds: float, rate: float) -> dict[str, Any] | None:
@@ -56,6 +80,105 @@ def measure(family: str, D: int, d: int, seconds: float, rate: float) -> dict[st
         "family": family, "out_dim": D, "in_dim": d, "rows": len(some),
         "seconds": float(np.median(times[1:])) * D / len(some),
     }  # fmt: skip
+
+
+def pieces(D: int, size: int) -> list[range]:
+    """Cut [0, D) into ranges of a size."""
+    return [range(start, min(start + size, D)) for start in range(0, D, size)]
+
+
+def add(a: torch.Tensor, b: torch.Tensor, D: int) -> None:
+    """Add D numbers to others in place."""
+    for rows in pieces(D, len(a)):
+        a[: len(rows)] += b[: len(rows)]
+
+
+def forward(p: subspan.Projection, w: torch.Tensor, size: int) -> None:
+    """P w, some rows at a time."""
+    for rows in pieces(p.out_dim, size):
+        p.matvec(w, rows=rows)
+
+
+def backward(p: subspan.Projection, g: torch.Tensor) -> torch.Tensor:
+    """Pᵀ g, the same numbers standing for rows after the first 2²⁷."""
+    out = torch.zeros(p.in_dim)
+    for rows in pieces(p.out_dim, len(g)):
+        out += p.rmatvec(g[: len(rows)], rows=rows)
+    return out
+
+
+def against_adding(D: int, dims: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Times of both products of ``hash`` and of adding a vector of D to another in place.
+
+    Returns:
+        ``out_dim``, the timing ``add`` and for every d in ``dims`` (as text) timings of
+        :data:`PRODUCTS`, all of all D weights.
+    """
+    a, b = torch.zeros(min(D, VECTOR)), torch.ones(min(D, VECTOR))
+    candidates: dict[str, Callable[[], object]] = {"add": functools.partial(add, a, b, D)}
+    for d in dims:
+        p = subspan.projection("hash", out_dim=D, in_dim=d)
+        w = torch.randn(d)
+        candidates[f"{d} forward"] = functools.partial(forward, p, w, PIECE)
+        candidates[f"{d} backward"] = functools.partial(backward, p, b)
+        if D <= VECTOR:
+            candidates[f"{d} new"] = functools.partial(forward, p, w, D)
+    timings = interleaved(candidates, seconds, torch.device("cpu"))
+    found: dict[str, Any] = {"out_dim": D, "add": timings.pop("add"), "dims": {}}
+    for name, timing in timings.items():
+        d_of, product = name.split()
+        found["dims"].setdefault(d_of, {})[product] = timing
+    return found
+
+
+def say_adding(rows: list[dict[str, Any]]) -> str:
+    """Put the table into words: nanoseconds a weight, and times the sum."""
+    lines = [f"{'D':>13}  {'d':>7}  {'what':8}  ns a weight  × adding"]
+    for row in rows:
+        D, whole = row["out_dim"], row["add"]["median"]
+        lines.append(f"{D:13,}  {'':7}  {'adding':8}  {1e9 * whole / D:11.3f}  {1:8.2f}")
+        for d, timings in row["dims"].items():
+            for key, name in PRODUCTS.items():
+                if key in timings:
+                    time = timings[key]["median"]
+                    cells = f"{1e9 * time / D:11.3f}  {time / whole:8.2f}"
+                    lines.append(f"{D:13,}  {int(d):7,}  {name:8}  {cells}")
+    for d in map(str, ADDING_DIMS):
+        for key in ("forward", "backward"):
+            times = {
+                row["out_dim"]: row["dims"][d][key]["median"] / row["out_dim"]
+                for row in rows if d in row["dims"]
+            }  # fmt: skip
+            low, high = LINEAR
+            if low in times and high in times:
+                lines.append(
+                    f"{PRODUCTS[key]}, d = {int(d):,}: a weight of {high:,} takes "
+                    f"{times[high] / times[low]:.2f} times as long as one of {low:,}"
+                )
+    return "\n".join(lines)
+
+
+@pictures.styled
+def draw_adding(rows: list[dict[str, Any]], device: str) -> Figure:
+    """Both products against D, as multiples of adding, a line for every d."""
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    for number, key in enumerate(("forward", "backward"), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        for n, d in enumerate(ADDING_DIMS):
+            line = [
+                (row["out_dim"], row["dims"][str(d)][key]["median"] / row["add"]["median"])
+                for row in rows if str(d) in row["dims"]
+            ]  # fmt: skip
+            axes.plot(*zip(*line, strict=True), marker="os^"[n], label=f"d = {d:,}")
+        axes.axhline(1, color="0.3", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("D")
+        axes.set_ylabel(f"{PRODUCTS[key]}, times adding a vector of D")
+        if number == 1:
+            axes.legend()
+    figure.suptitle(device, fontsize=6.5, color="0.4")
+    return figure
 
 
 def exponents(points: list[dict[str, Any]]) -> tuple[float, float] | None:
@@ -104,16 +227,25 @@ def draw(points: list[dict[str, Any]], device: str) -> Figure:
 
 
 def main() -> None:
-    """Measure what is not there yet, then draw."""
+    """Read the command line, measure what is not there yet, then draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="a folder")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for one point's products")
+    parser.add_argument(
+        "--parts", default="families,adding", help="families, adding or both, see above"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0,
+        help="for one point's products; of adding for each product (five turns at least)",
+    )  # fmt: skip
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
     parser.add_argument("--most-weights", type=float, default=1e9, help="the largest D")
     given = parser.parse_args()
-    families = given.families.split(",")
+    parts, families = given.parts.split(","), given.families.split(",")
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: one of {', '.join(PARTS)}")
     for family in families:
         if family not in FAMILIES:
             parser.error(f"unknown family {family!r}: one of {', '.join(FAMILIES)}")
@@ -124,18 +256,44 @@ def main() -> None:
     if record is None:
         machine = {"device": records.device_name(torch.device("cpu"))}
         record = {"machine": machine | {"versions": records.versions()}, "points": []}
+    if "families" in parts:
+        measure_families(record, families, file, given.seconds, given.most_weights)
+    if "adding" in parts:
+        measure_adding(record, file, given.seconds, given.most_weights)
+
+
+def measure_adding(record: dict[str, Any], file: Path, seconds: float, most_weights: float) -> None:
+    """Measure every D of the part ``adding`` that is not there yet, then draw."""
+    rows = record.setdefault("adding", [])
+    for D in ADDING_WEIGHTS:
+        if most_weights >= D and all(row["out_dim"] != D for row in rows):
+            rows.append(against_adding(D, ADDING_DIMS, seconds))
+            rows.sort(key=lambda row: row["out_dim"])
+            records.write_json(file, record)
+    if rows:
+        figure = draw_adding(rows, record["machine"]["device"])
+        for name, content in (("png", pictures.png(figure)), ("svg", pictures.svg(figure))):
+            write_atomically(file.with_name(f"adding.{name}"), content)
+        print(say_adding(rows))
+        print(f"picture: {file.with_name('adding.png')}")
+
+
+def measure_families(
+    record: dict[str, Any], families: list[str], file: Path, seconds: float, most_weights: float
+) -> None:
+    """Measure every point of these families that is not there yet, then draw."""
     there = {(p["family"], p["out_dim"], p["in_dim"]) for p in record["points"]}
     for family in families:
         rates: dict[tuple[int, int], float] = {}
         for d in DIMS:
             for D in WEIGHTS:
-                if d > D or given.most_weights < D:
+                if d > D or most_weights < D:
                     continue
                 # A tenth of the rate at a tenth of d, or that of fewer weights: too low, if wrong.
                 rate = rates.get((D, d // 10), 1e10) / 10
                 rate = min(rate, rates.get((D // 10, d), rate))
                 if (family, D, d) not in there:
-                    point = measure(family, D, d, given.seconds, rate)
+                    point = measure(family, D, d, seconds, rate)
                     if point is None:
                         continue
                     record["points"].append(point)
@@ -145,19 +303,19 @@ def main() -> None:
                         + ("" if point["rows"] == D else f"  (from {point['rows']:,} rows)"),
                         flush=True,
                     )
-                [seconds] = [
+                [of_all] = [
                     p["seconds"] for p in record["points"]
                     if (p["family"], p["out_dim"], p["in_dim"]) == (family, D, d)
                 ]  # fmt: skip
-                rates[D, d] = D / seconds
+                rates[D, d] = D / of_all
     figure = draw(record["points"], record["machine"]["device"])
     for name, content in (("png", pictures.png(figure)), ("svg", pictures.svg(figure))):
-        write_atomically(given.out / f"scaling.{name}", content)
+        write_atomically(file.with_name(f"scaling.{name}"), content)
     for family in families:
         found = exponents([p for p in record["points"] if p["family"] == family])
         if found:
             print(f"{family:12} t ~ D^{found[0]:.2f} d^{found[1]:.2f}")
-    print(f"picture: {given.out / 'scaling.png'}")
+    print(f"picture: {file.with_name('scaling.png')}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import scaling
+
+import subspan
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +50,70 @@ def test_exponents_are_those_of_the_law():
     assert scaling.exponents(points[:3]) is None  # too few
     fast = [point | {"seconds": 1e-5} for point in points]
     assert scaling.exponents(fast) is None  # overheads
+
+
+# ---- against adding ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Vectors of 2,000 numbers, pieces of 1,000."""
+    monkeypatch.setattr(scaling, "VECTOR", 2000)
+    monkeypatch.setattr(scaling, "PIECE", 1000)
+    monkeypatch.setattr(scaling, "ADDING_WEIGHTS", (1500, 4500))
+    monkeypatch.setattr(scaling, "ADDING_DIMS", (10, 100))
+    monkeypatch.setattr(scaling, "LINEAR", (1500, 4500))
+
+
+def test_vectors_that_are_gone_over_again_are_whole_ones():
+    """As many numbers are added, and as many rows multiplied, as if they were there at once."""
+    a = torch.zeros(2000)
+    scaling.add(a, torch.ones(2000), 4500)
+    assert a.sum() == 4500
+    p, g = subspan.projection("hash", out_dim=4500, in_dim=10), torch.randn(2000)
+    whole = torch.cat((g, g, g[:500]))
+    torch.testing.assert_close(scaling.backward(p, g), p.rmatvec(whole))
+    assert scaling.pieces(4500, 2000) == [range(2000), range(2000, 4000), range(4000, 4500)]
+
+
+def test_products_against_adding(small, tmp_path, capsys):
+    record = {"machine": {"device": "a processor"}}
+    scaling.measure_adding(record, tmp_path / "scaling.json", 1e-3, 1e9)
+    first, second = record["adding"]
+    assert [first["out_dim"], second["out_dim"]] == [1500, 4500]
+    assert list(first["dims"]) == ["10", "100"]
+    assert set(first["dims"]["10"]) == {"forward", "backward", "new"}
+    assert set(second["dims"]["10"]) == {"forward", "backward"}  # a new vector would be too large
+    for row in record["adding"]:
+        for timing in (row["add"], *row["dims"]["10"].values(), *row["dims"]["100"].values()):
+            assert 0 < timing["low"] <= timing["median"] <= timing["high"] < 1
+    assert json.loads((tmp_path / "scaling.json").read_text()) == record
+    assert (tmp_path / "adding.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    times = [row["dims"]["100"]["backward"]["median"] / row["out_dim"] for row in (first, second)]
+    assert f"Pᵀ g, d = 100: a weight of 4,500 takes {times[1] / times[0]:.2f} times as long" in said
+    line = next(line for line in said.splitlines() if line.split()[:3] == ["4,500", "10", "P"])
+    time, whole = second["dims"]["10"]["forward"]["median"], second["add"]["median"]
+    assert line.split()[4:] == [f"{1e9 * time / 4500:.3f}", f"{time / whole:.2f}"]
+    left = scaling.draw_adding(record["adding"], "a processor").axes[0].lines[0]
+    assert left.get_ydata()[1] == pytest.approx(time / whole)
+
+
+def test_adding_goes_on_where_it_was(small, tmp_path, monkeypatch):
+    record = {"machine": {"device": "a processor"}}
+    scaling.measure_adding(record, tmp_path / "scaling.json", 1e-3, 2000)
+    assert [row["out_dim"] for row in record["adding"]] == [1500]
+    before = record["adding"][0]
+    scaling.measure_adding(record, tmp_path / "scaling.json", 1e-3, 1e9)
+    assert [row["out_dim"] for row in record["adding"]] == [1500, 4500]
+    assert record["adding"][0] is before
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    said = run(tmp_path / "out", "--parts", "add")
+    assert said.returncode == 2
+    assert "unknown part 'add': one of families, adding" in said.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_family_is_refused(tmp_path):

@@ -326,9 +326,13 @@ def bench(argv: Arguments) -> None:
 
     ``products``: P w and Pᵀ g; ``steps``: training in a fixed subspace; ``memory``: the peaks of
     that; ``optimizers``: training in bases that are redrawn at every step; ``lowrank``: five
-    layers of low rank against dense ones; ``sums``: products of sums, a layer and LeNet. Only if it
-    is named, ``laboratory``: an epoch of subspan train, as it is and in a subspace, against an
-    epoch of a bare loop over the same batches.
+    layers of low rank against dense ones; ``sums``: products of sums, a layer and LeNet. Only if
+    they are named: ``laboratory``, an epoch of subspan train, as it is and in a subspace, against
+    an epoch of a bare loop over the same batches; ``blocks``, a large network of dense blocks (24
+    of 1024 → 4096 → 1024, 201 million weights: minutes, and up to 8 GB), and ``transformer``, a
+    decoder: peak memory beyond the weights and the time of a step, for all weights trained with
+    Adam (full), for none (frozen), for d numbers (subspan), the same with activation checkpointing,
+    and for LoRA of rank 8 if PEFT is installed. Each runs in a process of its own.
 
     Everything is measured in turns, and given as a ratio: products against a matrix that is
     stored, steps and memory against plain Adam (or SGD) on all weights.
@@ -373,6 +377,28 @@ def bench(argv: Arguments) -> None:
         "--batch_size", type=int, default=defaults.batch_size, help="images in a step"
     )
     parser.add_argument(
+        "--blocks", type=str, default=defaults.blocks,
+        help="the network of blocks: how many, their width and their hidden width; 1x16x64 is tiny",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", type=list[int] | str | int, default=",".join(map(str, defaults.batches)),
+        help=f"vectors in a step of blocks, {lists}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decoder", type=float, default=defaults.decoder,
+        help="weights of the decoder of transformer, which has as many and few more: 1e9",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", type=str, default=defaults.dtype,
+        help="of the decoder's weights, float32 or bfloat16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=defaults.tokens, help="in a step of the decoder"
+    )
+    parser.add_argument(
+        "--large_dim", type=int, default=defaults.large_dim, help="d of blocks and transformer"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=defaults.seconds,
         help="to spend on each timing; never fewer than five rounds",
     )  # fmt: skip
@@ -390,6 +416,12 @@ def bench(argv: Arguments) -> None:
         width=given.width,
         ranks=tuple(int(rank) for rank in config.floats(given.ranks, "ranks")),
         batch_size=given.batch_size,
+        blocks=given.blocks,
+        batches=tuple(int(batch) for batch in config.floats(given.batches, "batches")),
+        decoder=int(given.decoder),
+        dtype=given.dtype,
+        tokens=given.tokens,
+        large_dim=given.large_dim,
         seconds=given.seconds,
         device=given.device,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from subspan.lab import bench as module
 from subspan.lab.bench import (
     Bench,
     bench,
+    blocks,
     candidates,
     laboratory,
     lowrank,
@@ -26,8 +28,11 @@ from subspan.lab.bench import (
     steps,
     sums,
     timing,
+    transformer,
+    variants,
 )
-from subspan.lab.bench.apart import apart
+from subspan.lab.bench.apart import ALLOCATOR, Worker, apart
+from subspan.lab.bench.resident import Beyond
 from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from tests.lab.runs import contents
 
@@ -245,6 +250,14 @@ def test_a_measurement_that_fails_is_an_error():
         ({"dim": 0}, "dim must be positive, got 0"),
         ({"seconds": -1.0}, "seconds must be positive"),
         ({"device": "gpu"}, "'gpu'"),
+        ({"blocks": "24x1024"}, r"as in 24x1024x4096 .*got '24x1024'"),
+        ({"blocks": "0x16x64"}, "got '0x16x64'"),
+        ({"batches": (4, 0)}, "batches must be positive, got 0"),
+        ({"large_dim": 0}, "large_dim must be positive, got 0"),
+        ({"parts": ("blocks",), "blocks": "1x4x8", "large_dim": 10**4}, "d=10000 does not fit"),
+        ({"parts": ("transformer",), "decoder": 10**3}, "240,000 weights at least, got 1,000"),
+        ({"parts": ("transformer",), "dtype": "float16"}, "float32, bfloat16, got 'float16'"),
+        ({"parts": ("transformer",), "tokens": 1}, "tokens must be at least 2.*got 1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_measured(settings, message):
@@ -452,3 +465,195 @@ def test_the_laboratory_is_measured_if_it_is_named(few_images, in_tmp_path, cli)
     assert ends == pytest.approx([1, ratio])
     with pytest.raises(SubspanError, match="d=1000000 does not fit"):
         Bench(parts=("laboratory",), nets=("mlp-8",), dim=10**6)
+
+
+# ---- large networks ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_peft(monkeypatch):
+    """PEFT is not installed, whatever is."""
+    found = variants.importlib.util.find_spec
+    monkeypatch.setattr(
+        variants.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
+    )
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Workers in this process, which has started already; and who took turns, by variant."""
+    turns = []
+
+    class Near:
+        def __init__(self, function, variant, *arguments, allocator):
+            self.variant, self.values = variant, function(variant, *arguments)
+
+        def turn(self):
+            turns.append(self.variant)
+            return json.loads(json.dumps(next(self.values)))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.values.close()
+
+    monkeypatch.setattr(variants, "Worker", Near)
+    return turns
+
+
+def of(rows):
+    return {row["projection"]: row for row in rows}
+
+
+@pytest.mark.parametrize("size", ["24x1024x4096", "3x5x7"])
+def test_the_weights_of_blocks_are_counted(size):
+    with torch.device("meta"):
+        net = blocks.Blocks(*blocks.parsed(size))
+    assert sum(p.numel() for p in net.parameters()) == blocks.weights(size)
+
+
+@pytest.mark.parametrize("wanted", [transformer.LEAST, 10**6, 20_000_000, 10**9, 7 * 10**9])
+def test_a_decoder_has_the_weights_that_are_wanted(wanted):
+    with torch.device("meta"):
+        net = transformer.decoder(transformer.shape(wanted), torch.bfloat16, checkpointed=False)
+    weights = sum(p.numel() for p in net.parameters())
+    assert weights == transformer.weights(wanted)
+    assert wanted <= weights < (1.5 if wanted < 10**7 else 1.1) * wanted
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_blocks_are_trained_in_turns(no_peft, here):
+    told = []
+    rows = blocks.measure("2x8x16", (4,), 20, 1e-3, CPU, told.append)
+    assert told == [
+        "blocks 2x8x16, batch of 4, given back at once",
+        "blocks 2x8x16, batch of 4, as glibc keeps it",
+    ]
+    assert [row["allocator"] for row in rows[::5]] == list(blocks.ALLOCATORS)
+    found = of(rows[:5])
+    assert list(found) == ["full", "frozen", "subspan", "subspan, checkpointed", "lora"]
+    assert found.pop("lora")["skipped"] == "not installed: pip install peft"
+    weights = 2 * (2 * 8 * 16 + 8 + 16)
+    assert [row["numbers"] for row in found.values()] == [weights, 0, 20, 20]
+    for name, row in found.items():
+        assert (row["weights"], row["weight_bytes"], row["dim"]) == (weights, 4 * weights, 20)
+        assert row["largest_bytes"] == 4 * 8 * 16
+        assert row["step"]["calls"] == ROUNDS[0]  # the first step is none of them
+        assert 0 < row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert row["peak_bytes"] >= row["sampled_bytes"] >= 0
+        first, last = row["losses"]
+        assert first == found["full"]["losses"][0]  # the same network and batch
+        assert last == first if name == "frozen" else last < first
+    assert found["subspan"]["losses"] == found["subspan, checkpointed"]["losses"]
+    begun, turns = here[:4], here[4 : len(here) // 2]
+    assert begun == list(found)
+    by_round = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert all(sorted(order) == sorted(found) for order in by_round)
+    assert len({tuple(order) for order in by_round}) > 1
+
+
+def test_a_decoder_is_trained(no_peft, here):
+    told = []
+    rows = transformer.measure(transformer.LEAST, "bfloat16", 4, 50, 1e-3, CPU, told.append)
+    weights = transformer.weights(transformer.LEAST)
+    assert told == [f"a decoder of {weights:,} weights, bfloat16"]
+    found = of(rows)
+    assert found.pop("lora")["skipped"] == "not installed: pip install peft"
+    for name, row in found.items():
+        assert (row["weights"], row["weight_bytes"]) == (weights, 2 * weights)
+        assert row["allowed_bytes"] == 3 * row["largest_bytes"] + found["frozen"]["peak_bytes"]
+        first, last = row["losses"]
+        # As far as guessing among all words, from where all are alike.
+        assert first == pytest.approx(float(torch.tensor(16.0 * 64).log()), rel=0.1)
+        assert last == first if name == "frozen" else last < first
+
+
+def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, monkeypatch):
+    free = SimpleNamespace(available=10**6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    some = (variants.FULL, variants.FROZEN, variants.SUBSPAN)
+
+    def measure(weight_bytes):
+        here.clear()
+        arguments = ("1x8x16", 4, 20, "cpu")
+        return variants.measure(blocks.steps, arguments, some, weight_bytes, 1e-3, {})
+
+    assert all("step" in row for row in measure(10**4))
+    assert here[:3] == ["full", "frozen", "subspan"]
+    assert all("step" in row for row in measure(10**5))
+    assert here == [name for name in some for _ in range(1 + ROUNDS[0])]
+    full, frozen, _ = measure(10**6)
+    assert full["skipped"] == "needs 0.0 of 0.0 GB"
+    assert "step" in frozen
+
+
+def test_memory_of_blocks_is_what_training_them_takes(no_peft):
+    """In processes of their own: two moments and a gradient, or nothing but activations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "VARIANTS", (variants.FULL, variants.FROZEN))
+        patch.setattr(blocks, "ALLOCATORS", {"given back at once": ALLOCATOR})
+        full, frozen = blocks.measure("4x512x2048", (4,), 100, 1e-3, CPU, print)
+    for key in ("peak_bytes", "sampled_bytes"):
+        # A step of Adam needs a temporary or two of one tensor beside these.
+        assert 2.9 < full[key] / full["weight_bytes"] < 3.8
+        assert frozen[key] / frozen["weight_bytes"] < 0.15
+
+
+def test_a_worker_hands_on_values_and_failures():
+    with Worker(counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
+        assert [worker.turn(), worker.turn()] == [[2, "1"], [1, "1"]]
+        with pytest.raises(SubspanError, match=r"^no more numbers$"):
+            worker.turn()
+    assert worker.process.poll() is not None
+
+
+def counting(start):
+    """Runs in the other process."""
+    print("what libraries say is no value")
+    for number in range(start, 0, -1):
+        yield number, os.environ.get("MALLOC_ARENA_MAX")
+    raise SubspanError("no more numbers")
+
+
+def test_a_peak_is_seen_by_the_thread_and_by_the_kernel():
+    size = 64 << 20
+    beyond = Beyond(CPU)
+    with beyond.watching():
+        block = torch.ones(size // 4)
+        for _ in range(30):
+            block.add_(1)
+        del block
+    for bytes_ in (beyond.sampled, beyond.peak):
+        assert 0.9 * size < bytes_ < 1.5 * size
+
+
+def test_the_command_shows_large_networks(in_tmp_path, cli, no_peft, here):
+    words = ["--parts", "blocks,transformer", "--blocks", "1x8x16", "--batches", "4"]
+    words += ["--decoder", "240000", "--tokens", "4", "--large-dim", "20", "--seconds", "0.001"]
+    said = cli("bench", *words, "--out", "b")
+    assert (said.code, said.err) == (0, "")
+    for title in (
+        "blocks 1x8x16, batch of 4, memory given back at once: 280 weights, d = 20",
+        "blocks 1x8x16, batch of 4, memory as glibc keeps it: 280 weights, d = 20",
+        "a decoder in float32, 4 tokens: ",
+        "× (3 × largest + activations)",
+        "not installed: pip install peft",
+    ):
+        assert title in said.out
+    record = json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    axes = picture.draw(record).axes
+    assert len(axes) == 3
+    names = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert names == [*list(of(record["blocks"]))[:4], "lora (skipped)"]
+    ends = [bar.get_x() + bar.get_width() for bar in axes[0].patches]
+    full, frozen = record["blocks"][:2]
+    assert ends[-4] == pytest.approx(1)  # four steps, after peaks that may be 0 and have no bar
+    assert ends[-3] == pytest.approx(frozen["step"]["median"] / full["step"]["median"])
+
+
+def test_large_networks_are_measured_if_they_are_named():
+    assert not {"blocks", "transformer"} & set(Bench().parts)
+    settings = Bench(parts=("blocks", "transformer"), batches=(1, 2, 3))
+    assert module.total(settings) == 1 + 3 * len(blocks.ALLOCATORS) + 1

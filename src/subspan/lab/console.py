@@ -262,8 +262,45 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
                 row["projection"], _milliseconds(row["step"]), _ratio(row["step"], bare["step"])
             )
         console.print(table)
+    for (blocks, batch, allocator), rows in grouped(
+        record.get("blocks", ()), "blocks", "batch_size", "allocator"
+    ):  # fmt: skip
+        _large(f"blocks {blocks}, batch of {batch}, memory {allocator}", rows)
+    for (dtype, tokens), rows in grouped(record.get("transformer", ()), "dtype", "tokens"):
+        _large(f"a decoder in {dtype}, {tokens} tokens", rows)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
+
+
+def _large(what: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The table of a large network: each way to train it, with its time, memory and loss."""
+    first = rows[0]
+    say(f"\n{what}: {first['weights']:,} weights, d = {first['dim']:,}")
+    known = next((row for row in rows if "peak_bytes" in row), None)
+    if known is not None:
+        say(
+            f"θ₀ takes {known['weight_bytes'] / 1e6:,.1f} MB, its largest tensor "
+            f"{known['largest_bytes'] / 1e6:,.1f} MB, the libraries "
+            f"{known['library_bytes'] / 1e6:,.0f} MB or so; the peaks are beyond these"
+        )
+    allowed = any("allowed_bytes" in row for row in rows)
+    table = _table(
+        "trained by", "numbers", "step ms", "× full", "peak MB", "× θ₀",
+        *["× (3 × largest + activations)"] * allowed, "loss", "after",
+    )  # fmt: skip
+    for row in rows:
+        if "skipped" in row:
+            table.add_row(row["projection"], row["skipped"])
+            continue
+        cells = [f"{row['numbers']:,}", _milliseconds(row["step"])]
+        cells.append(_ratio(row["step"], first["step"]) if "step" in first else "")
+        cells.append(f"{row['peak_bytes'] / 1e6:,.1f}")
+        cells.append(f"{row['peak_bytes'] / row['weight_bytes']:.3f}")
+        if allowed:
+            cells.append(f"{row['peak_bytes'] / row['allowed_bytes']:.2f}")
+        cells += [f"{loss:.5g}" for loss in row["losses"]]
+        table.add_row(row["projection"], *cells)
+    console.print(table)
 
 
 def _table(*names: str) -> Table:

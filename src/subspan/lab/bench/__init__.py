@@ -16,6 +16,7 @@ import torch
 from subspan.errors import SubspanError, unknown
 from subspan.lab import nets, records
 from subspan.lab.bench import (
+    blocks,
     candidates,
     laboratory,
     lowrank,
@@ -24,12 +25,13 @@ from subspan.lab.bench import (
     products,
     steps,
     sums,
+    transformer,
 )
 from subspan.lab.bench.timing import copy_bandwidth
 
 FILE = "bench.json"
 USUAL = ("products", "steps", "memory", "optimizers", "lowrank", "sums")
-PARTS = (*USUAL, "laboratory")
+PARTS = (*USUAL, "laboratory", "blocks", "transformer")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Bench:
         parts: of "products" (P w and Pᵀ g), "steps" (of training in a fixed subspace), "memory"
             (their peaks), "optimizers" (steps in bases that are redrawn), "lowrank" (layers of low
             rank against dense ones: steps, inference, memory), "sums" (products of sums: a layer,
-            LeNet) and, only if it is named, "laboratory" (epochs of ``subspan train`` against those
-            of a bare loop).
+            LeNet) and, only if they are named, "laboratory" (epochs of ``subspan train`` against
+            those of a bare loop), "blocks" and "transformer" (memory and steps of a large network
+            of blocks, and of a decoder).
         methods: families, and stored-dense, stored-coo, stored-csr, stored-csc; empty for all.
         sizes: D by d for products and memory, "61706x1000".
         nets: networks whose training steps are timed.
@@ -49,6 +52,12 @@ class Bench:
         width: units of the five hidden layers of "lowrank", and of the layer of "sums".
         ranks: of the layers of "lowrank".
         batch_size: images in a step.
+        blocks: the network of "blocks": how many, their width and their hidden width.
+        batches: vectors in a step of "blocks"; each is measured.
+        decoder: weights of the decoder of "transformer", which has at least so many.
+        dtype: of the decoder, "float32" or "bfloat16".
+        tokens: in a step of the decoder.
+        large_dim: d of "blocks" and "transformer".
         seconds: to spend on each timing; at least five rounds are made.
         device: "cpu", "cuda"; "auto" for the GPU where there is one.
     """
@@ -61,6 +70,12 @@ class Bench:
     width: int = 1024
     ranks: tuple[int, ...] = (8, 32, 128)
     batch_size: int = 128
+    blocks: str = "24x1024x4096"
+    batches: tuple[int, ...] = (64, 256)
+    decoder: int = 20_000_000
+    dtype: str = "float32"
+    tokens: int = 32
+    large_dim: int = 10_000
     seconds: float = 1.0
     device: str = "auto"
 
@@ -71,14 +86,23 @@ class Bench:
         for rank in self.ranks:
             if not 1 <= rank <= self.width:
                 raise SubspanError(f"ranks must be in [1, {self.width}], the width, got {rank}")
-        for name in ("dim", "width", "batch_size", "seconds"):
+        for name in ("dim", "width", "batch_size", "large_dim", "seconds"):
             if getattr(self, name) <= 0:
                 raise SubspanError(f"{name} must be positive, got {getattr(self, name)}")
+        for batch in self.batches:
+            if batch <= 0:
+                raise SubspanError(f"batches must be positive, got {batch}")
         candidates.chosen(self.methods)
         for out_dim, in_dim in self.pairs():
             candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
         for net in self.nets if {"steps", "optimizers", "laboratory"} & set(self.parts) else ():
             candidates.make("hash", nets.weights(net, steps.SHAPE), self.dim)
+        blocks.parsed(self.blocks)
+        if "blocks" in self.parts:
+            candidates.make("hash", blocks.weights(self.blocks), self.large_dim)
+        if "transformer" in self.parts:
+            transformer.check(self.decoder, self.dtype, self.tokens)
+            candidates.make("hash", transformer.weights(self.decoder), self.large_dim)
         _ = self.place
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -160,6 +184,13 @@ def bench(
         "laboratory": lambda: laboratory.measure(
             settings.nets, settings.dim, settings.batch_size, settings.seconds, device, done
         ),
+        "blocks": lambda: blocks.measure(
+            settings.blocks, settings.batches, settings.large_dim, settings.seconds, device, done
+        ),
+        "transformer": lambda: transformer.measure(
+            settings.decoder, settings.dtype, settings.tokens, settings.large_dim,
+            settings.seconds, device, done,
+        ),
     }  # fmt: skip
     for part in PARTS:
         if part in settings.parts and part not in record:
@@ -175,6 +206,7 @@ def total(settings: Bench) -> int:
     sizes, nets = len(settings.sizes), len(settings.nets)
     counts = {
         "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1,
-        "sums": 2, "laboratory": nets * len(laboratory.METHODS),
+        "sums": 2, "laboratory": nets * len(laboratory.METHODS), "transformer": 1,
+        "blocks": len(settings.batches) * len(blocks.allocators(settings.place)),
     }  # fmt: skip
     return 1 + sum(counts[part] for part in settings.parts)

@@ -12,13 +12,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 from subspan.errors import SubspanError
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 CODE = "import json, sys, {m} as m; print(json.dumps(m.{f}(*json.loads(sys.argv[1]))))"
+# What the libraries print goes to stderr; stdout carries one line for every value.
+TURNS = """
+import json, sys, {m} as m
+out, sys.stdout = sys.stdout, sys.stderr
+for value in m.{f}(*json.loads(sys.argv[1])):
+    print(json.dumps(value), file=out, flush=True)
+    if not sys.stdin.readline():
+        break
+"""
 
 
 def apart(function: Callable[..., Any], *arguments: Any, of: str) -> Any:
@@ -39,3 +49,59 @@ def apart(function: Callable[..., Any], *arguments: Any, of: str) -> Any:
         last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
         raise SubspanError(f"the memory of {of} could not be measured: {last[0]}")
     return json.loads(result.stdout)
+
+
+class Worker:
+    """A process that runs a generator and waits after each value, so that several take turns.
+
+    Leaving the ``with`` block ends the process.
+
+    Args:
+        function: a generator of a module's top level; arguments and values are such as JSON has.
+        arguments: its own.
+        allocator: environment variables of glibc's malloc; others of its that this process has are
+            not handed on.
+    """
+
+    def __init__(
+        self, function: Callable[..., Iterator[Any]], *arguments: Any, allocator: Mapping[str, str]
+    ) -> None:
+        code = TURNS.format(m=function.__module__, f=function.__name__)
+        around = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(arguments)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.said, text=True, env=around | dict(allocator),
+        )  # fmt: skip
+        self.started = False
+
+    def turn(self) -> Any:
+        """Let the generator run to its next value, and return that.
+
+        Raises:
+            SubspanError: if the process fails, with the last line that it said.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if self.started:
+            try:
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                pass  # it has ended: the next line says how
+        self.started = True
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self.process.wait()
+        self.said.seek(0)
+        last = self.said.read().strip().splitlines()[-1:] or [f"exit {code}"]
+        raise SubspanError(last[0].removeprefix("subspan.errors.SubspanError: "))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.said.close()

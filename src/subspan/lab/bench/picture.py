@@ -49,6 +49,14 @@ def draw(record: dict[str, Any]) -> Figure:
         panels.append((_steps, f"{what}, batch {rows[0]['batch_size']}", rows))
     for (net, name), rows in grouped(record.get("laboratory", ()), "net", "method"):
         panels.append((_steps, f"epoch of {net}, {name}, batch {rows[0]['batch_size']}", rows))
+    for (_, batch, allocator), rows in grouped(
+        record.get("blocks", ()), "blocks", "batch_size", "allocator"
+    ):  # fmt: skip
+        title = f"{rows[0]['weights']:,} weights, batch {batch}, memory {allocator}"
+        panels.append((_large, title, rows))
+    for (dtype, tokens), rows in grouped(record.get("transformer", ()), "dtype", "tokens"):
+        title = f"decoder of {rows[0]['weights']:,} weights, {dtype}, {tokens} tokens"
+        panels.append((_large, title, rows))
     columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
@@ -88,6 +96,21 @@ def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ]
     _bars(axes, rows, [(values, _ONE, "")])
     axes.set_xlabel("times the weights in float32")
+
+
+def _large(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Steps against training all weights, and peak memory beyond θ₀ in units of θ₀."""
+    whole = rows[0]["step"]["median"] if "step" in rows[0] else None
+    memory, times = [], []
+    for row in rows:
+        there = "peak_bytes" in row
+        memory.append(row["peak_bytes"] / row["weight_bytes"] if there else None)
+        times.append(row["step"]["median"] / whole if there and whole else None)
+    bars = [(memory, _FORWARD, "peak memory beyond θ₀, × θ₀")]
+    if whole:
+        bars.append((times, _ONE, "step, × that of full"))
+    _bars(axes, rows, bars)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _by_rank(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -59,10 +59,11 @@ def interleaved(
         for name in order:
             turn = [once(candidates[name]) for _ in range(calls[name])]
             times[name] += turn[len(turn) // 4 :]
-    return {name: _timing(measured) for name, measured in times.items()}
+    return {name: spread(measured) for name, measured in times.items()}
 
 
-def _timing(seconds: list[float]) -> Timing:
+def spread(seconds: list[float]) -> Timing:
+    """Return the median and the quartiles of some calls."""
     low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "low": low, "high": high, "calls": len(seconds)}
 

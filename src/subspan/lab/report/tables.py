@@ -143,7 +143,8 @@ def _mean(values: Sequence[float], unit: float) -> str:
 _KEYS = {  # by which the rows of a part belong together
     "products": ("out_dim", "in_dim"), "memory": ("out_dim", "in_dim"), "steps": ("net",),
     "optimizers": ("net",), "lowrank": ("width",), "sums": ("what",),
-    "laboratory": ("net", "method"),
+    "laboratory": ("net", "method"), "blocks": ("batch_size", "allocator"),
+    "transformer": ("dtype",),
 }  # fmt: skip
 _WORDS = {
     "forward": "P w", "backward": "Pᵀ g", "step": "a training step",
