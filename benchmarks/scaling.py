@@ -112,7 +112,8 @@ def against_adding(D: int, dims: Sequence[int], seconds: float) -> dict[str, Any
 
     Returns:
         ``out_dim``, the timing ``add`` and for every d in ``dims`` (as text) timings of
-        :data:`PRODUCTS`, all of all D weights.
+        :data:`PRODUCTS`, all of all D weights. At the larger D of :data:`LINEAR` also
+        "forward-small" and "backward-small", at the smaller D in the same turns.
     """
     a, b = torch.zeros(min(D, VECTOR)), torch.ones(min(D, VECTOR))
     candidates: dict[str, Callable[[], object]] = {"add": functools.partial(add, a, b, D)}
@@ -123,6 +124,10 @@ def against_adding(D: int, dims: Sequence[int], seconds: float) -> dict[str, Any
         candidates[f"{d} backward"] = functools.partial(backward, p, b)
         if D <= VECTOR:
             candidates[f"{d} new"] = functools.partial(forward, p, w, D)
+        if LINEAR[1] == D:
+            small = subspan.projection("hash", out_dim=LINEAR[0], in_dim=d)
+            candidates[f"{d} forward-small"] = functools.partial(forward, small, w, PIECE)
+            candidates[f"{d} backward-small"] = functools.partial(backward, small, b[: LINEAR[0]])
     timings = interleaved(candidates, seconds, torch.device("cpu"))
     found: dict[str, Any] = {"out_dim": D, "add": timings.pop("add"), "dims": {}}
     for name, timing in timings.items():
@@ -143,18 +148,16 @@ def say_adding(rows: list[dict[str, Any]]) -> str:
                     time = timings[key]["median"]
                     cells = f"{1e9 * time / D:11.3f}  {time / whole:8.2f}"
                     lines.append(f"{D:13,}  {int(d):7,}  {name:8}  {cells}")
-    for d in map(str, ADDING_DIMS):
-        for key in ("forward", "backward"):
-            times = {
-                row["out_dim"]: row["dims"][d][key]["median"] / row["out_dim"]
-                for row in rows if d in row["dims"]
-            }  # fmt: skip
-            low, high = LINEAR
-            if low in times and high in times:
-                lines.append(
-                    f"{PRODUCTS[key]}, d = {int(d):,}: a weight of {high:,} takes "
-                    f"{times[high] / times[low]:.2f} times as long as one of {low:,}"
-                )
+    low, high = LINEAR
+    for row in rows:
+        for d, timings in row["dims"].items():
+            for key in ("forward", "backward"):
+                if f"{key}-small" in timings:
+                    times = timings[key]["median"] / high, timings[f"{key}-small"]["median"] / low
+                    lines.append(
+                        f"{PRODUCTS[key]}, d = {int(d):,}: a weight of {high:,} takes "
+                        f"{times[0] / times[1]:.2f} times as long as one of {low:,}"
+                    )
     return "\n".join(lines)
 
 

@@ -406,6 +406,8 @@ def bench(argv: Arguments) -> None:
     parser.add_argument("--json", action="store_true", help="print the record and no tables")
     _add_out(parser, "runs/bench", overwrite="measure again, and replace what is there")
     given = _parse(parser, argv)
+    if not float(given.decoder).is_integer():
+        raise SubspanError(f"decoder must be a whole number of weights, got {given.decoder:g}")
 
     settings = lab_bench.Bench(
         parts=split(given.parts, "parts"),

@@ -657,3 +657,12 @@ def test_large_networks_are_measured_if_they_are_named():
     assert not {"blocks", "transformer"} & set(Bench().parts)
     settings = Bench(parts=("blocks", "transformer"), batches=(1, 2, 3))
     assert module.total(settings) == 1 + 3 * len(blocks.ALLOCATORS) + 1
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e6.5", "300000.5"])
+def test_a_decoder_of_no_whole_number_of_weights(in_tmp_path, cli, number):
+    said = cli("bench", "--parts", "transformer", "--decoder", number)
+    assert said.code == 2
+    assert "decoder" in said.err
+    assert "Traceback" not in said.err
+    assert not list(in_tmp_path.iterdir())
