@@ -251,6 +251,7 @@ class Weights:
             return out
         finally:
             stack.pop()
+            outer.formed.clear()  # autograd holds on to the hooks, and they to the call
 
     def read(self, tensor: str) -> Tensor:
         """θ of a tensor, for whoever reads it from its module."""
@@ -393,9 +394,7 @@ class Weights:
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if attribute != "weight" or not casts:
             return None
-        reader = sys._getframe(
-            3
-        ).f_code  # this function, _passing, read, the descriptor, the reader
+        reader = sys._getframe(4).f_code  # beyond _passing, read and the descriptor
         own = reader in _CAST and module._subspan_class[0].forward.__code__ is reader  # type: ignore[union-attr,index]
         return torch.get_autocast_dtype(kind) if own and base.dtype == torch.float32 else None
 

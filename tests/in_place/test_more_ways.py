@@ -16,6 +16,8 @@ from subspan import SubspaceModel, SubspanError
 from tests.in_place.network import Net, pair, same_function
 from tests.nets import scatter
 
+pytestmark = pytest.mark.usefixtures("forming")
+
 # ---- weights that are given ----------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from subspan import SubspaceModel, projections
 from tests.in_place.network import Bag
 from tests.nets import NETS, batch, scatter
 
+pytestmark = pytest.mark.usefixtures("forming")
+
 
 class Block(nn.Module):
     """A residual block as of torchvision, with a shortcut."""

@@ -16,6 +16,8 @@ from subspan import SubspaceModel, SubspanError, weights
 from tests.in_place.network import Net, pair
 from tests.nets import NETS, batch, build, scatter, wrap
 
+pytestmark = pytest.mark.usefixtures("forming")
+
 every_net = pytest.mark.parametrize("name", NETS)
 
 

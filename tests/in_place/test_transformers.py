@@ -7,7 +7,10 @@ from subspan import SubspaceModel, SubspanError
 from tests.nets import scatter
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers has many of its own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # transformers has many of its own
+    pytest.mark.usefixtures("forming"),
+]
 
 SMALL = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
