@@ -162,12 +162,14 @@ def redraw(step: int, every: int | None) -> int:
 
 def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: int | None) -> None:
     """Make a step: θ ← θ − η P v, for every basis and every group with its own rate."""
-    parts = record.coordinates.split(list(groups), dim=1)
-    lengths = [part * rate for part, rate in zip(parts, record.rates, strict=True)]
-    along = lengths[0] if len(lengths) == 1 else torch.cat(lengths, dim=1)
-    for basis, own in enumerate(along.neg()):
+    if len(groups) == 1:
+        lengths = record.coordinates * -record.rates[0]
+    else:
+        own = record.coordinates.split(list(groups), dim=1)
+        lengths = torch.cat([c * -rate for c, rate in zip(own, record.rates, strict=True)], dim=1)
+    for basis in range(len(lengths)):
         for part in found:
-            part.add_weights(own, basis=basis, step=redraw(record.step, every))
+            part.add_weights(lengths[basis], basis=basis, step=redraw(record.step, every))
 
 
 @torch.no_grad()

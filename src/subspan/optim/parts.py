@@ -81,17 +81,19 @@ class Part:
             found = [vectors[piece.tensor] for piece in call.pieces]
             if all(vector is None for vector in found):
                 continue
-            flat = [
-                own.new_zeros(len(piece)) if vector is None
-                else vector if whole and not vector.is_sparse
-                else self._entries(vector, piece)
-                for piece, vector in zip(call.pieces, found, strict=True)
-            ]  # fmt: skip
-            if captured(own):
-                g = torch.cat([part.reshape(-1).to(own) for part in flat])
-                along = product(g, redraw, projection.recipe, call.start, call.stop, True)
+            if whole and len(found) > 1 and all(_is_plain(v, own.device) for v in found):
+                together = torch._utils._flatten_dense_tensors(found).to(own)
             else:
-                along = gather(projection, flat, own, redraw, call.start)
+                flat = [
+                    own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
+                    for piece, vector in zip(call.pieces, found, strict=True)
+                ]
+                if len(flat) == 1 and not captured(own):
+                    own.add_(gather(projection, flat, own, redraw, call.start), alpha=alpha)
+                    continue
+                together = torch.cat([part.to(own) for part in flat])
+            times = product if captured(own) else compute
+            along = times(together, redraw, projection.recipe, call.start, call.stop, True)
             own.add_(along, alpha=alpha)
 
     def add_weights(
@@ -116,12 +118,12 @@ class Part:
                 continue
             times = product if captured(own) else compute
             rows = times(own, redraw, projection.recipe, call.start, call.stop, False)
-            parts = rows.split_with_sizes([len(piece) for piece in call.pieces])
             tensors = [self.tensors[piece.tensor] for piece in call.pieces]
             if whole and all(tensor.device == rows.device for tensor in tensors):
-                shaped = [part.view_as(t) for t, part in zip(tensors, parts, strict=True)]
-                torch._foreach_add_(tensors, shaped)
+                parts = torch._utils._unflatten_dense_tensors(rows, tensors)
+                torch._foreach_add_(tensors, parts)
                 continue
+            parts = rows.split([len(piece) for piece in call.pieces])
             for piece, part in zip(call.pieces, parts, strict=True):
                 flat = self._flat(piece)
                 flat.part.add_(part.to(flat.part.device))
@@ -187,6 +189,11 @@ class Flat:
             self.part[self.kept] = self.before
         if self.copied:
             self.tensor.copy_(self.whole.view(self.tensor.shape))
+
+
+def _is_plain(vector: Tensor | None, device: torch.device) -> bool:
+    """Whether it can be laid end to end with others by PyTorch's own function."""
+    return vector is not None and not vector.is_sparse and vector.device == device
 
 
 def entries(tensor: Tensor, piece: Piece) -> Tensor:

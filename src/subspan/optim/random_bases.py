@@ -240,7 +240,7 @@ class RandomBases(Copied, Optimizer):
         found = self._own.unsqueeze(0)
         if self._workers:
             found = self._workers.combine(self._own, self.steps)
-        if bool(torch.isfinite(found).all()):
+        if _all_finite(found):
             rates = tuple(float(group["lr"]) for group in self.param_groups)
             record = Record(self.steps, rates, self._with_momentum(found))
             move(self._parts, self._sizes, record, self.redraw_every)
@@ -284,6 +284,8 @@ class RandomBases(Copied, Optimizer):
 
     def _with_momentum(self, found: Tensor) -> Tensor:
         """(bases, d): the coordinates, or where there is momentum their running sums."""
+        if not any(group.get("momentum") for group in self.param_groups):
+            return found
         fresh = self.redraw_every is not None and self.steps % self.redraw_every == 0
         sums = []
         for group, own in zip(self.param_groups, found.split(self._sizes, dim=1), strict=True):
@@ -293,7 +295,7 @@ class RandomBases(Copied, Optimizer):
                     own = own + group["momentum"] * before.to(own)
                 group["velocity"] = own.clone()
             sums.append(own)
-        return sums[0].clone() if len(sums) == 1 else torch.cat(sums, dim=1)
+        return torch.cat(sums, dim=1)
 
     def _group_of(self, part: Part) -> dict[str, Any]:
         end = 0
@@ -471,6 +473,11 @@ class RandomBases(Copied, Optimizer):
         if writes:
             journal.cut()
         self._journal = journal
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    # The sum of finite numbers may still be too large; what is no number, no sum hides.
+    return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
 def _families(parts: Sequence[Mapping[str, Any]]) -> str:
