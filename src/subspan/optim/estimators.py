@@ -23,7 +23,7 @@ from subspan.optim.parts import Part
 Closure = Callable[[], Tensor]
 
 
-def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int) -> None:
+def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int | Tensor) -> None:
     """Coordinates of the gradients that are there, added to ``out``.
 
     Raises:
@@ -36,7 +36,9 @@ def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int) -> None:
         part.add_projected(out, grads, basis=basis, step=step)
 
 
-def forward(parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: Closure) -> Tensor:
+def forward(
+    parts: Sequence[Part], out: Tensor, basis: int, step: int | Tensor, closure: Closure
+) -> Tensor:
     """Derivatives along each vector, added to ``out``; returns the loss.
 
     All are derivatives of one function: every evaluation draws the same random numbers.
@@ -58,7 +60,12 @@ def forward(parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: 
 
 
 def evolution(
-    parts: Sequence[Part], out: Tensor, basis: int, step: int, closure: Closure, sigma: float
+    parts: Sequence[Part],
+    out: Tensor,
+    basis: int,
+    step: int | Tensor,
+    closure: Closure,
+    sigma: float,
 ) -> Tensor:
     """Central differences of length σ along each vector, added to ``out``; returns the mean loss.
 

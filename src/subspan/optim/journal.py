@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from subspan import slots
 from subspan.errors import SubspanError
+from subspan.families.base import as_step
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim import parts as parts_
 from subspan.optim.parts import Part
@@ -165,11 +166,12 @@ def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: in
     if len(groups) == 1:
         lengths = record.coordinates * -record.rates[0]
     else:
-        own = record.coordinates.split(list(groups), dim=1)
-        lengths = torch.cat([c * -rate for c, rate in zip(own, record.rates, strict=True)], dim=1)
-    for basis in range(len(lengths)):
+        along = record.coordinates.split(list(groups), dim=1)
+        lengths = torch.cat([c * -rate for c, rate in zip(along, record.rates, strict=True)], dim=1)
+    step = as_step(redraw(record.step, every))
+    for basis, own in enumerate(lengths.unbind()):
         for part in found:
-            part.add_weights(lengths[basis], basis=basis, step=redraw(record.step, every))
+            part.add_weights(own, basis=basis, step=step)
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ class Part:
     # ---- the products ----------------------------------------------------------------------------
 
     def add_projected(
-        self, coordinates: Tensor, vectors: Mapping[str, Tensor | None], *, basis: int, step: int,
-        alpha: float = 1.0,
+        self, coordinates: Tensor, vectors: Mapping[str, Tensor | None], *, basis: int,
+        step: int | Tensor, alpha: float = 1.0,
     ) -> None:  # fmt: skip
         """Coordinates += α Pᵀ v, in place.
 
@@ -97,7 +97,7 @@ class Part:
             own.add_(along, alpha=alpha)
 
     def add_weights(
-        self, coordinates: Tensor, *, basis: int, step: int, alpha: float = 1.0
+        self, coordinates: Tensor, *, basis: int, step: int | Tensor, alpha: float = 1.0
     ) -> None:
         """Weights += α P c, in place; 16-bit weights are added up in float32 and rounded once.
 
@@ -129,7 +129,7 @@ class Part:
                 flat.part.add_(part.to(flat.part.device))
                 flat.close()
 
-    def vectors(self, coordinates: Tensor, *, basis: int, step: int) -> dict[str, Tensor]:
+    def vectors(self, coordinates: Tensor, *, basis: int, step: int | Tensor) -> dict[str, Tensor]:
         """P c as tensors by name, in the tensors' shapes: zero outside of this compartment."""
         found = {
             piece.tensor: torch.zeros_like(self.tensors[piece.tensor])

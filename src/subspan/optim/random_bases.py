@@ -26,6 +26,7 @@ from subspan import distributed, slots
 from subspan.compartments import Rules
 from subspan.errors import SubspanError, unknown
 from subspan.families import projections
+from subspan.families.base import as_step
 from subspan.optim import estimators
 from subspan.optim.copies import Copied
 from subspan.optim.journal import Journal, Record, header_of, move, redraw
@@ -261,7 +262,7 @@ class RandomBases(Copied, Optimizer):
     def _estimate(self, closure: Callable[[], Any] | None) -> Any:
         """This process's coordinates of the step, into ``_own``."""
         self._own.zero_()
-        basis, step = self._basis, redraw(self.steps, self.redraw_every)
+        basis, step = self._basis, as_step(redraw(self.steps, self.redraw_every))
         loss = None
         if not self.needs_closure:
             if closure is not None:
