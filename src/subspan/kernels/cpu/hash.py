@@ -28,6 +28,7 @@ from subspan.kernels.cpu.common import (
     round_keys,
     sequence,
     shift_right,
+    widest,
 )
 from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
 
@@ -117,6 +118,7 @@ def _fill(out, start, d, size, widths, address):
     """The index of the rows from ``start`` on."""
     stop = start + out.size
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
+        widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
@@ -155,6 +157,7 @@ def _matvec(w, addresses, bounds, start, out, kept, size, widths, address):
     table = np.empty(w.size, np.float32)
     _scale(table, w, size)
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
+        widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
         found = np.empty(TILE, np.float32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
@@ -195,6 +198,7 @@ def _rmatvec(addresses, bounds, start, total, partial, chunk, kept, size, widths
     for task in prange(len(partial)):
         sums = partial[task]
         sums[:] = 0
+        widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
         signed = np.empty(TILE, np.float32)
         for tile in range(begin + task * chunk, min(end, begin + (task + 1) * chunk)):
