@@ -158,7 +158,7 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, theta, "theta", step, rows)
-        if abs(alpha) == 1:  # the sign of every product, exactly
+        if abs(alpha) == 1 and not captured(w):  # the sign of every product, exactly
             add(self, [theta], w * alpha, as_step(step), rows.start, out=theta)
             return theta
         for block in self.blocks_of(rows):
@@ -191,7 +191,13 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, g, "g", step, rows)
-        return w.add_(gather(self, [g], w, as_step(step), rows.start), alpha=alpha)
+        if not captured(w):
+            return w.add_(gather(self, [g], w, as_step(step), rows.start), alpha=alpha)
+        for block in self.blocks_of(rows):
+            part = g[block.start - rows.start : block.stop - rows.start].to(w.dtype)
+            own = product(part, as_step(step), self.recipe, block.start, block.stop, True)
+            w.add_(own, alpha=alpha)
+        return w
 
     def blocks_of(self, rows: range) -> Iterator[range]:
         """Cut rows into ranges of BLOCK, or into one where a part costs as much as the whole."""

@@ -336,9 +336,15 @@ def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
 
 def vectors(parts: Sequence[Tensor]) -> tuple[Any, Any]:
     """Addresses of contiguous float32 vectors, and where they begin if they are laid end to end."""
-    bounds = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([part.numel() for part in parts], out=bounds[1:])
-    return np.array([part.data_ptr() for part in parts], np.int64), bounds
+    if not parts:
+        return NO_VECTORS
+    bounds = [0]
+    for part in parts:
+        bounds.append(bounds[-1] + part.numel())
+    return np.array([part.data_ptr() for part in parts], np.int64), np.array(bounds, np.int64)
+
+
+NO_VECTORS = np.empty(0, np.int64), np.zeros(1, np.int64)
 
 
 def padded(w: Tensor, divisor: float = 1.0) -> Any:
