@@ -203,7 +203,14 @@ def _frozen(kind: type) -> type[Base]:
     if kind.__module__.partition(".")[0] not in ("bitsandbytes", "torchao"):
         return Base
     own = Wrapped if hasattr(kind, "__tensor_flatten__") else Packed
-    return type(kind.__name__, (own, kind), {"__module__": kind.__module__})
+    body = {"__module__": kind.__module__, "__new__": kind.__new__, "kind": kind}
+    return type(kind.__name__, (own, kind), body)
+
+
+def thaw(parameter: Base) -> None:
+    """Undo :func:`freeze`, but for ``requires_grad``."""
+    parameter.__class__ = parameter.kind  # type: ignore[assignment]
+    del parameter.home, parameter.kind
 
 
 _HARMLESS = frozenset({

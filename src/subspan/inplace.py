@@ -30,7 +30,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.guards import Base, Computed, freeze, guarded
+from subspan.guards import Base, Computed, Packed, freeze, guarded, thaw
 from subspan.quantised import Multiplied, own_product
 
 if TYPE_CHECKING:
@@ -276,6 +276,9 @@ class Part:
         link = _link(self)
         changes, own = link.weights.changes, set(link.tensors.values())
         before = changes.changed(own)
+        for attribute in link.tensors:
+            if isinstance(packed := self._parameters[attribute], Packed):  # type: ignore[attr-defined]
+                thaw(packed)  # for the library, which may make another object
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, tensor in link.tensors.items():
             parameter = self._parameters[attribute]  # type: ignore[attr-defined]
@@ -504,6 +507,11 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(getattr(self, "config", None), "quantization_config", None) is not None:
+            raise SubspanError(
+                "save_pretrained would call dense weights quantised, as the configuration of this "
+                "network does: use it on the merge() of the SubspaceModel, or subspan.save"
+            )
         state = kwargs.get("state_dict") or {}
         coordinates = _link(self).weights.coordinates()
         given = {

@@ -13,7 +13,6 @@ parameter and its module; neither library is imported before a weight or module 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,10 +70,9 @@ class Stored:
         """Entries start … stop−1 of the flattened weight."""
         return replace(self, entries=slice(start, stop))
 
-    @torch.no_grad()
     def dense(self) -> Tensor:
         """Dequantise: an ordinary tensor that nobody else has."""
-        with _plain():
+        with _plain(), torch.no_grad():
             found = self.make()
         return found if self.entries is None else found.reshape(-1)[self.entries]
 
@@ -91,7 +89,25 @@ def stored(module: nn.Module, attribute: str) -> Stored | None:
     """What is known of a module's weight, if it is quantised."""
     parameter = module._parameters[attribute]
     kind = _kind(type(module), _own_class(parameter))
-    return None if kind is None else kind(parameter, module)
+    if kind is None or (kind is not _torchao and attribute != "weight"):
+        return None
+    return kind(parameter, module, parameter)
+
+
+def known(kind: str, parameter: Any, module: Any, like: Any) -> Stored:
+    """The same of a weight whose kind is known, for programs that compilers read.
+
+    Args:
+        kind: of :class:`Stored`.
+        parameter: or what an exporter has put into its place.
+        module: that it belongs to.
+        like: the parameter itself, which has what else is needed.
+    """
+    if kind.startswith("torchao"):
+        return _torchao(parameter, module, like)
+    if kind == "bitsandbytes-int8":
+        return _eight_bits(parameter, module, like)
+    return _four_bits(parameter, module, like)
 
 
 def _own_class(parameter: Any) -> type:
@@ -99,7 +115,7 @@ def _own_class(parameter: Any) -> type:
 
 
 @functools.cache
-def _kind(module: type, parameter: type) -> Callable[[Any, Any], Stored | None] | None:
+def _kind(module: type, parameter: type) -> Callable[[Any, Any, Any], Stored] | None:
     """How weights of a class in modules of a class are stored; a pickled one has lost its class."""
     if _is(parameter, "torchao", ""):
         return _torchao
@@ -116,11 +132,9 @@ def _is(cls: type, library: str, name: str) -> bool:
     )
 
 
-def _four_bits(parameter: Any, module: Any) -> Stored | None:
-    """A weight of ``bitsandbytes.nn.Linear4bit``; its bias is none."""
-    if parameter is not module._parameters.get("weight"):
-        return None
-    state = vars(parameter).get("quant_state") or module.quant_state
+def _four_bits(parameter: Any, module: Any, like: Any) -> Stored:
+    """A weight of ``bitsandbytes.nn.Linear4bit``."""
+    state = getattr(like, "quant_state", None) or module.quant_state
     if state is None:
         return _not_yet(parameter, f"bitsandbytes-{getattr(parameter, 'quant_type', '4bit')}")
     with _plain():
@@ -140,7 +154,9 @@ def _four_bits(parameter: Any, module: Any) -> Stored | None:
         )
 
     def make() -> Tensor:
-        return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed, state)
 
     return Stored(
         f"bitsandbytes-{state.quant_type}", torch.Size(state.shape), state.dtype, parts, make, text,
@@ -148,13 +164,11 @@ def _four_bits(parameter: Any, module: Any) -> Stored | None:
     )  # fmt: skip
 
 
-def _eight_bits(parameter: Any, module: Any) -> Stored | None:
+def _eight_bits(parameter: Any, module: Any, like: Any) -> Stored:
     """A weight of ``bitsandbytes.nn.Linear8bitLt``, whose scales move from it to its module."""
-    if parameter is not module._parameters.get("weight"):
-        return None
     with _plain():
         numbers = parameter.detach()
-    scales = getattr(parameter, "SCB", None)
+    scales = getattr(like, "SCB", None)
     scales = module.state.SCB if scales is None else scales
     if module.state.has_fp16_weights:
         refusal = (
@@ -166,7 +180,9 @@ def _eight_bits(parameter: Any, module: Any) -> Stored | None:
         return _not_yet(parameter, "bitsandbytes-int8")
 
     def make() -> Tensor:
-        return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(numbers, scales)
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(numbers, scales)
 
     parts = {"packed": numbers, "scales": scales}
     return Stored("bitsandbytes-int8", numbers.shape, torch.float32, parts, make)
@@ -183,9 +199,9 @@ def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> Stored:
     return Stored(kind, data.shape, data.dtype, {"packed": data}, data.clone, "none yet", refusal)
 
 
-def _torchao(parameter: Any, module: Any) -> Stored:
+def _torchao(parameter: Any, module: Any, like: Any) -> Stored:
     """A parameter of torchao: a subclass that is made of tensors."""
-    cls = _own_class(parameter)
+    cls = _own_class(like)
     with _plain():
         parts = dict(_inner(parameter))
     for name in ("act_quant_kwargs", "activation_quantization", "act_quant_scale"):
@@ -202,7 +218,7 @@ def _torchao(parameter: Any, module: Any) -> Stored:
         )  # fmt: skip
 
     def make() -> Tensor:
-        return cls.dequantize(parameter).contiguous()  # type: ignore[attr-defined]
+        return cls.dequantize(parameter).to(parameter.dtype).contiguous()  # type: ignore[attr-defined]
 
     return Stored(
         f"torchao-{cls.__name__}", parameter.shape, parameter.dtype, parts, make, "", refusal

@@ -25,7 +25,7 @@ from subspan.compartments import Compartment, Piece
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.formed import Formula, Outermost, version_of
-from subspan.guards import OWN, Base, freeze, guarded
+from subspan.guards import OWN, Base, freeze, guarded, thaw
 from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
 from subspan.quantised import Stored
 
@@ -179,8 +179,7 @@ class Weights:
                 with _plain():
                     if values is not None and tensor in values:
                         parameter.data = values[tensor].detach()
-                    parameter.__class__ = parameter.kind  # type: ignore[assignment]
-                    del parameter.home, parameter.kind
+                    thaw(parameter)
         for module in self._parts:
             if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
                 module._init_flat_weights()
@@ -195,8 +194,8 @@ class Weights:
     def _make_dense(self, tensor: str, value: Tensor) -> None:
         """Put θ into the places of a quantised tensor, whose layers become ordinary ones."""
         module, attribute = self.homes[tensor]
-        found = quantised.stored(module, attribute)
-        assert found is not None
+        found = self.held(tensor)
+        assert isinstance(found, Stored)
         dtype = quantised.resting_dtype(module, found, self.root)
         parameter = nn.Parameter(value.detach().to(dtype), False)
         for slot in self.slots:
@@ -238,8 +237,8 @@ class Weights:
         p = self.stored(name)
         if name not in self.packed or (type(p) in _ORDINARY and p.is_floating_point()):
             return p  # or a dense one, which a functional call has put there
-        found = quantised.stored(*self.found[name])
-        return p if found is None else found
+        like = p if isinstance(p, Base) else self._owned.get(name, p)
+        return quantised.known(self.packed[name], p, self.found[name][0], like)
 
     def resting(self, name: str) -> Tensor:
         """The dense weights of a tensor without P w."""
@@ -332,8 +331,8 @@ class Weights:
         Where coordinates are given, too, the slot holds a base: so do all parameters together.
         """
         base = self.base_of(tensor)
-        if isinstance(base, Base) and base.home[0] is self:
-            return None
+        if isinstance(base, Base) and getattr(base, "home", (self,))[0] is self:
+            return None  # one without a home is an exporter's
         names = {PREFIX + call.coordinates for call in self._alone[tensor]}
         own = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
         return base if own and type(base).__name__ != "DTensor" else None
@@ -453,7 +452,9 @@ class Weights:
         """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
         there = {tensor: self.base_of(tensor) for tensor in self.homes}
         there |= {name: self.network()._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
-        self._owned |= {name: p for name, p in there.items() if type(p) in (Base, nn.Parameter)}
+        self._owned |= {
+            name: p for name, p in there.items() if isinstance(p, Base) or type(p) is nn.Parameter
+        }
 
     @torch.no_grad()
     def _constant(self, tensor: str) -> Tensor:
