@@ -149,7 +149,7 @@ def freeze(parameter: Any, weights: Weights, tensor: str) -> None:
     """Make a parameter the frozen θ₀ of a tensor; it stays the same object."""
     kind = type(parameter)
     parameter.requires_grad_(False)
-    parameter.__class__ = _frozen(kind)
+    parameter.__class__ = _frozen(kind)  # type: ignore[arg-type]
     parameter.home, parameter.kind = (weights, tensor), kind
 
 
@@ -160,11 +160,9 @@ class Packed(Base):
         """The same tensor as an object of the library's."""
         with _plain():
             if is_traceable_wrapper_subclass(self):
-                names, rest = self.__tensor_flatten__()  # type: ignore[attr-defined]
+                names, rest = self.__tensor_flatten__()
                 inside = {name: getattr(self, name) for name in names}
-                twin: Any = self.kind.__tensor_unflatten__(  # type: ignore[attr-defined]
-                    inside, rest, self.shape, self.stride()
-                )
+                twin: Any = self.kind.__tensor_unflatten__(inside, rest, self.shape, self.stride())
             else:
                 twin = Tensor._make_subclass(self.kind, self.data, False)
             vars(twin).update({k: v for k, v in vars(self).items() if k not in OWN})
@@ -185,7 +183,7 @@ class Wrapped(Packed):
     """The same of a tensor that is made of others: operators get the library's own object."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(

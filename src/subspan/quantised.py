@@ -23,7 +23,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
-from subspan.guards import Base
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -88,7 +87,7 @@ def dense(base: Tensor | Stored) -> Tensor:
 def stored(module: nn.Module, attribute: str) -> Stored | None:
     """What is known of a module's weight, if it is quantised."""
     parameter = module._parameters[attribute]
-    kind = _kind(type(module), _own_class(parameter))
+    kind = _kind(type(module), _own_class(parameter))  # type: ignore[arg-type]
     if kind is None or (kind is not _torchao and attribute != "weight"):
         return None
     return kind(parameter, module, parameter)
@@ -111,7 +110,7 @@ def known(kind: str, parameter: Any, module: Any, like: Any) -> Stored:
 
 
 def _own_class(parameter: Any) -> type:
-    return parameter.kind if isinstance(parameter, Base) else type(parameter)
+    return getattr(parameter, "kind", type(parameter))  # that a frozen one had
 
 
 @functools.cache
@@ -231,6 +230,8 @@ def _inner(tensor: Any) -> Iterable[tuple[str, Tensor]]:
         return
     for name in sorted(tensor.__tensor_flatten__()[0]):
         inside = getattr(tensor, name)
+        if inside is None:
+            continue
         if is_traceable_wrapper_subclass(inside):
             yield from ((f"{name}.{more}", part) for more, part in _inner(inside))
         else:
@@ -354,7 +355,7 @@ def resting_dtype(module: nn.Module, found: Stored, net: nn.Module) -> torch.dty
         return found.dtype
     others = [module._parameters.get("bias"), *net.parameters()]
     for p in others:
-        if p is not None and type(p) in (nn.Parameter, Base) and p.is_floating_point():
+        if p is not None and p.is_floating_point() and not is_traceable_wrapper_subclass(p):
             return p.dtype
     return found.dtype
 

@@ -45,7 +45,8 @@ def slots(net: nn.Module) -> list[Slot]:
     """Every parameter slot of a network, each once, in the order of ``named_parameters``.
 
     Raises:
-        SubspanError: for a parameter without values (a lazy one, or one on the meta device).
+        SubspanError: for a parameter without values (a lazy one, one on the meta device, or one
+            that is offloaded).
     """
     found, first_name = [], dict[int, str]()
     for prefix, module in net.named_modules():  # visits a shared module once
@@ -53,6 +54,11 @@ def slots(net: nn.Module) -> list[Slot]:
             if tensor is None:
                 continue
             path = f"{prefix}.{attribute}" if prefix else attribute
+            if tensor.is_meta and getattr(module, "_hf_hook", None) is not None:
+                raise SubspanError(
+                    f"{path} is offloaded (by accelerate) and θ₀ must be in memory: load the "
+                    "network without offloading, with a device_map of one device or none"
+                )
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
             found.append(Slot(path, first_name.setdefault(id(tensor), path)))
@@ -225,7 +231,7 @@ def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if isinstance(tensor, Stored):
-            sha.update(f"{tensor.kind} {tensor.text}\n".encode())
+            sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
             parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
             sha.update(digest(parts).encode())
             continue

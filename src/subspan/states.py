@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
@@ -68,6 +69,13 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
     """
     found = {}
     for tensor, value in values.items():
+        if tensor in weights.packed and (
+            is_traceable_wrapper_subclass(value) or not value.is_floating_point()
+        ):
+            raise SubspanError(
+                f"{tensor} is quantised in this state_dict, that is, without coordinates: load it "
+                "into the network before it is wrapped, or into that of unwrap()"
+            )
         shape = weights.held(tensor).shape
         if value.shape != shape:
             raise SubspanError(

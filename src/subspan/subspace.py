@@ -107,14 +107,16 @@ class SubspaceModel(nn.Module):
             )
             for k, part in enumerate(parts)
         )
-        base = {name: packed.get(name, t) for name, t in tensors.items() if name not in fully}
+        base: dict[str, Tensor | quantised.Stored] = {
+            name: packed.get(name, tensor) for name, tensor in tensors.items() if name not in fully
+        }
         inside = [slot for slot in places if slot.tensor in sizes]
         kept = slots.padding(net, inside) if padding == "keep" else {}
         own = options | ({"padding": "keep"} if kept else {})
         weights = Weights(
             net, parts, projections, inside,
             {name: tensor.requires_grad for name, tensor in tensors.items()}, fully, kept,
-            slots.digest(base | slots.saved_buffers(net))
+            slots.digest({**base, **slots.saved_buffers(net)})
             + calls.layout(parts, projection, seed, own),
             {name: found.kind for name, found in packed.items()},
         )  # fmt: skip

@@ -285,6 +285,7 @@ class Weights:
             return out
         finally:
             stack.pop()
+            outer.formed.clear()  # a graph holds hooks, and through them this call
 
     def read(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
         """θ of a tensor, for whoever reads it from its module; rounded once to ``dtype``, if given.
