@@ -13,6 +13,7 @@ parameter and its module; neither library is imported before a weight or module 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -153,9 +154,7 @@ def _four_bits(parameter: Any, module: Any, like: Any) -> Stored:
         )
 
     def make() -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(packed, state)
+        return sys.modules["bitsandbytes.functional"].dequantize_4bit(packed, state)
 
     return Stored(
         f"bitsandbytes-{state.quant_type}", torch.Size(state.shape), state.dtype, parts, make, text,
@@ -179,9 +178,8 @@ def _eight_bits(parameter: Any, module: Any, like: Any) -> Stored:
         return _not_yet(parameter, "bitsandbytes-int8")
 
     def make() -> Tensor:
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        return int8_vectorwise_dequant(numbers, scales)
+        library = sys.modules["bitsandbytes.functional"]
+        return library.int8_vectorwise_dequant(numbers, scales)
 
     parts = {"packed": numbers, "scales": scales}
     return Stored("bitsandbytes-int8", numbers.shape, torch.float32, parts, make)
