@@ -212,8 +212,9 @@ def dense_tensors():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_dense_copy_is_kept_of_a_large_network(kind, monkeypatch):
-    model = wrapped(kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_dense_copy_is_kept_of_a_large_network(kind, dtype, monkeypatch):
+    model = wrapped(kind, dtype)
     model.subspace.large = True
     seen, made = [], quantised.Stored.dense
 
@@ -234,7 +235,7 @@ def test_no_dense_copy_is_kept_of_a_large_network(kind, monkeypatch):
     assert not [t for t in dense_tensors() if id(t) not in before]
     out.sum().backward()
     assert len(seen) > forward  # again in the backward pass
-    want = wrapped(kind)
+    want = wrapped(kind, dtype)
     want(X).sum().backward()
     (w,), (v,) = model.parameters(), want.parameters()
     assert torch.allclose(w.grad, v.grad, atol=1e-5)

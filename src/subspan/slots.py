@@ -75,8 +75,8 @@ def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
 
 def trained(
     tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
-    targets: Patterns, exclude: Patterns, fully: set[str], packed: Mapping[str, Stored],
-    foreign: Mapping[str, str],
+    targets: Patterns, exclude: Patterns, fully: set[str],
+    packed: Mapping[str, Stored] | None = None, foreign: Mapping[str, str] | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """The tensors to train in the subspace and their sizes, in the network's order.
 
@@ -93,6 +93,7 @@ def trained(
     Raises:
         SubspanError: for a tensor that cannot be trained, and if none is left.
     """
+    packed, foreign = packed or {}, foreign or {}
     every = {**names, **{name: [name] for name in foreign if name not in names}}
     if targets is None:
         chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
