@@ -338,7 +338,8 @@ def keep_packing(net: nn.Module) -> list[nn.Module]:
 def let_pack(modules: Iterable[nn.Module]) -> None:
     """Undo :func:`keep_packing`."""
     for module in modules:
-        setattr(module, _REPACKS, True)
+        if _REPACKS in vars(module):  # it is no ordinary layer by now
+            setattr(module, _REPACKS, True)
 
 
 # ---- dense again ---------------------------------------------------------------------------------
@@ -359,7 +360,13 @@ def resting_dtype(module: nn.Module, found: Stored, net: nn.Module) -> torch.dty
 
 
 def plain(module: Any) -> None:
-    """Make a module of bitsandbytes an ordinary ``nn.Linear``; its weight is dense already."""
+    """Make a module of bitsandbytes an ordinary ``nn.Linear``; its weight is dense already.
+
+    Of one that torchao has quantised only its description is another.
+    """
+    described = getattr(vars(module).get("extra_repr"), "__func__", None)
+    if isinstance(described, functools.partial) and described.func.__module__.startswith("torchao"):
+        del module.extra_repr
     if not own_product(type(module)):
         return
     module.__class__ = nn.Linear

@@ -69,6 +69,7 @@ class Weights:
         self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
+        self._packing: list[nn.Module] = []
         self.init_seed: int | None = None
         self.base_buffers = {
             name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
