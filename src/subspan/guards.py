@@ -172,7 +172,8 @@ class Packed(Base):
         if id(self) not in memo:
             twin = memo[id(self)] = copy.deepcopy(self.as_it_was(), memo)
             weights, tensor = copy.deepcopy(self.home, memo)
-            freeze(twin, weights, tensor)
+            if not isinstance(twin, Base):  # or its module has done so meanwhile
+                freeze(twin, weights, tensor)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
