@@ -19,7 +19,7 @@ LAYERS = [
     ("shuffle",),
     ("kernels",),
     ("families",),
-    ("compartments", "slots", "init", "calls", "summary"),
+    ("compartments", "quantised", "slots", "init", "calls", "summary"),
     ("guards", "inplace", "changes", "states", "formed", "weights"),
     ("subspace",),
     ("linalg",),

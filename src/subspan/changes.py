@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from subspan import slots
 from subspan.errors import SubspanError
 from subspan.guards import Base
+from subspan.quantised import stored
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -97,6 +98,9 @@ class Changes:
         base = module._parameters[attribute]
         if base is None or base.is_meta:
             return None
+        if (packed := stored(module, attribute)) is not None:
+            number = int(slots.digest({tensor: packed}), 16)
+            return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
         with torch._C.DisableTorchFunctionSubclass():
             flat = base.detach().cpu().contiguous().reshape(-1)
             number = zlib.crc32(flat.view(torch.uint8).numpy().data)
@@ -195,7 +199,7 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     there = {id(p) for p in parameters}
     for p in parameters:
-        if type(p) is Base:
+        if isinstance(p, Base):
             weights, tensor = p.home
             if weights.root is not None and not any(
                 id(w) in there for w in weights.coordinates().values()

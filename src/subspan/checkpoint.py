@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -95,6 +96,8 @@ def contents(
             "layout": model.layout,
             "weights": model.summary().weights,
         }
+        if packed := model.subspace.packed:
+            header["quantised"] = _counted(packed.values())
         if slots.saved_buffers(model.body):
             header["parameters"] = model.subspace.parameters_digest()
     else:
@@ -333,6 +336,11 @@ def check_base(
     Raises:
         SubspanError: if the header's θ₀ is not this model's, or another part of it is trained.
     """
+    if (here := _counted(model.subspace.packed.values())) != (there := header.get("quantised", {})):
+        raise SubspanError(
+            f"{path} was trained around a network with {_kinds(there)}, and this one has "
+            f"{_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
+        )
     if model.base_fingerprint != header["fingerprint"]:
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
@@ -343,6 +351,17 @@ def check_base(
             f"{path} was trained with other parameters frozen (requires_grad=False) than this "
             "network has: freeze the same ones"
         )
+
+
+def _counted(kinds: Iterable[str]) -> dict[str, int]:
+    """How many quantised tensors of each kind there are."""
+    return dict(sorted(Counter(kinds).items()))
+
+
+def _kinds(counted: Mapping[str, int]) -> str:
+    """The same in words."""
+    tensors = ", ".join(f"{number} of {kind}" for kind, number in counted.items())
+    return f"quantised tensors ({tensors})" if tensors else "no quantised tensors"
 
 
 def _factored(model: nn.Module) -> dict[str, LowRank]:
@@ -366,7 +385,13 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
             f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "
             "DDP, `._orig_mod` of torch.compile), or put its merge() there"
         )
-    parameters = {name: model.get_parameter(name) for name in slots.aliases(slots.slots(model))}
+    places = slots.slots(model)
+    for name, found in slots.quantised_of(model, places).items():
+        raise SubspanError(
+            f"{name} is quantised ({found.kind}), and a file of a whole network holds dense "
+            "weights only: save state_dict() by torch.save, or coordinates around it"
+        )
+    parameters = {name: model.get_parameter(name) for name in slots.aliases(places)}
     return {**parameters, **slots.saved_buffers(model)}
 
 

@@ -64,7 +64,9 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
     net = SubspaceModel.of(net) or net
     buffers = sum(b.numel() for b in slots.saved_buffers(net).values())
     trained = [p for p in net.parameters() if p.requires_grad]
+    packed = {} if isinstance(net, SubspaceModel) else slots.quantised_of(net, slots.slots(net))
     numbers = sum(p.numel() for p in net.parameters())
+    numbers += sum(t.numel() - net.get_parameter(name).numel() for name, t in packed.items())
     training = numbers + sum(p.numel() for p in trained)
     if optimizer is not None:
         training += sum(

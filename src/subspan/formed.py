@@ -22,17 +22,22 @@ from subspan import calls
 from subspan.calls import Call
 from subspan.errors import SubspanError
 from subspan.families.base import transformed
+from subspan.quantised import Stored, dense
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
+
+Part = tuple[Tensor, Tensor, Call, Tensor | Stored]  # coordinates, redraw, call, stored θ₀
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
 
 _level = torch._C._functorch.maybe_current_level
 
 
-def version_of(tensor: Tensor) -> int:
+def version_of(tensor: Tensor | Stored) -> Any:
     """How often a tensor was changed in place; −1 of one that cannot tell."""
+    if isinstance(tensor, Stored):
+        return tensor.version
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -168,18 +173,22 @@ class Formula:
 
     Args:
         name: of the tensor.
-        parts: for each call of the operator: coordinates, which redraw, the call, θ₀.
+        parts: for each call of the operator: coordinates, which redraw, the call, θ₀ as it is
+            stored.
         dtype: of θ.
     """
 
     name: str
-    parts: tuple[tuple[Tensor, Tensor, Call, Tensor], ...]
+    parts: tuple[Part, ...]
     dtype: torch.dtype
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
 
     @classmethod
     def of(
-        cls, name: str, parts: Sequence[tuple[Tensor, Tensor, Call, Tensor]], dtype: torch.dtype
+        cls,
+        name: str,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
     ) -> Formula:
         """A formula of the tensors as they are now."""
         return cls(name, tuple(parts), dtype, _versions(parts))
@@ -198,13 +207,13 @@ class Formula:
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = [
-                calls.form(w.detach(), step, call, [base], self.dtype)[0].reshape(-1)
+                calls.form(w.detach(), step, call, [dense(base)], self.dtype)[0].reshape(-1)
                 for w, step, call, base in self.parts
             ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _versions(parts: Sequence[tuple[Tensor, Tensor, Call, Tensor]]) -> tuple[int, ...]:
+def _versions(parts: Sequence[Part]) -> tuple[Any, ...]:
     return tuple(version_of(tensor) for w, _, _, base in parts for tensor in (w, base))
 
 

@@ -8,6 +8,7 @@ ordinary tensors; both look at a function of PyTorch before it is called.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
@@ -147,8 +149,67 @@ def freeze(parameter: Any, weights: Weights, tensor: str) -> None:
     """Make a parameter the frozen θ₀ of a tensor; it stays the same object."""
     kind = type(parameter)
     parameter.requires_grad_(False)
-    parameter.__class__ = Base
+    parameter.__class__ = _frozen(kind)  # type: ignore[arg-type]
     parameter.home, parameter.kind = (weights, tensor), kind
+
+
+class Packed(Base):
+    """θ₀ that another library keeps quantised: it stays what that made of it, too."""
+
+    def as_it_was(self) -> Any:
+        """The same tensor as an object of the library's."""
+        with _plain():
+            if is_traceable_wrapper_subclass(self):
+                names, rest = self.__tensor_flatten__()
+                inside = {name: getattr(self, name) for name in names}
+                twin: Any = self.kind.__tensor_unflatten__(inside, rest, self.shape, self.stride())
+            else:
+                twin = Tensor._make_subclass(self.kind, self.data, False)
+            vars(twin).update({k: v for k, v in vars(self).items() if k not in OWN})
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            twin = memo[id(self)] = copy.deepcopy(self.as_it_was(), memo)
+            weights, tensor = copy.deepcopy(self.home, memo)
+            if not isinstance(twin, Base):  # or its module has done so meanwhile
+                freeze(twin, weights, tensor)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_it_was().__reduce_ex__(protocol)
+
+
+class Wrapped(Packed):
+    """The same of a tensor that is made of others: operators get the library's own object."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(
+            *tree_map_only(cls, _as_it_was, args), **tree_map_only(cls, _as_it_was, kwargs or {})
+        )
+
+
+def _as_it_was(base: Packed) -> Any:
+    return base.as_it_was()
+
+
+@functools.cache
+def _frozen(kind: type) -> type[Base]:
+    """The class of frozen θ₀ that was a parameter of a class."""
+    if kind.__module__.partition(".")[0] not in ("bitsandbytes", "torchao"):
+        return Base
+    own = Wrapped if hasattr(kind, "__tensor_flatten__") else Packed
+    body = {"__module__": kind.__module__, "__new__": kind.__new__, "kind": kind}
+    return type(kind.__name__, (own, kind), body)
+
+
+def thaw(parameter: Base) -> None:
+    """Undo :func:`freeze`, but for ``requires_grad``."""
+    parameter.__class__ = parameter.kind  # type: ignore[assignment]
+    del parameter.home, parameter.kind
 
 
 _HARMLESS = frozenset({

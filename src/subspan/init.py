@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.philox import Source
+from subspan.quantised import stored
 from subspan.slots import slots
 
 DOMAIN = 16
@@ -49,6 +50,11 @@ def initialize(net: nn.Module, seed: int) -> None:
     for position, slot in enumerate(owners):
         module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)
+        if (packed := stored(module, attribute)) is not None:
+            raise SubspanError(
+                f"{slot.path} is quantised ({packed.kind}), and initial weights cannot be drawn "
+                "into it: give the network with its own weights"
+            )
         bound = _bound(module, attribute, tensor)
         if bound is not None:
             tensor.copy_(_uniform(source, position, tensor) * bound)

@@ -30,7 +30,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.guards import Base, Computed, freeze, guarded
+from subspan.guards import Base, Computed, Packed, freeze, guarded, thaw
+from subspan.quantised import Multiplied, own_product
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -156,7 +157,7 @@ class Part:
         link: Link | None = vars(self).get(LINK)
         for attribute, tensor in ({} if link is None else link.tensors).items():
             parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
-            if isinstance(parameter, nn.Parameter) and type(parameter) is not Base:
+            if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
                 freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -191,7 +192,7 @@ class Part:
                 raise _only_whole("exported")
         own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for name, p in own:
-            if recurse and type(p) is Base:
+            if recurse and isinstance(p, Base):
                 weights, tensor = p.home
                 yield name, weights.read(tensor)
             else:
@@ -213,7 +214,7 @@ class Part:
         """The parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
         p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
-        return p if type(p) is Base else super().get_parameter(target)  # type: ignore[misc]
+        return p if isinstance(p, Base) else super().get_parameter(target)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""
@@ -275,10 +276,13 @@ class Part:
         link = _link(self)
         changes, own = link.weights.changes, set(link.tensors.values())
         before = changes.changed(own)
+        for attribute in link.tensors:
+            if isinstance(packed := self._parameters[attribute], Packed):  # type: ignore[attr-defined]
+                thaw(packed)  # for the library, which may make another object
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, tensor in link.tensors.items():
             parameter = self._parameters[attribute]  # type: ignore[attr-defined]
-            if type(parameter) is not Base:  # PyTorch has made another object
+            if not isinstance(parameter, Base):  # PyTorch has made another object
                 freeze(parameter, link.weights, tensor)
         changes.remember(own - before)
         return out
@@ -482,6 +486,8 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (Recurrent, *bases)  # type: ignore[assignment]
         if issubclass(cls, nn.ParameterList):
             bases = (Listed, *bases)  # type: ignore[assignment]
+        if "weight" in names and own_product(cls):
+            bases = (bases[0], Multiplied, *bases[1:])  # type: ignore[assignment]
         if issubclass(cls, ParametrizationList):
             bases = (Parametrized, *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: Weight(name) for name in names}
@@ -501,6 +507,11 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(getattr(self, "config", None), "quantization_config", None) is not None:
+            raise SubspanError(
+                "save_pretrained would call dense weights quantised, as the configuration of this "
+                "network does: use it on the merge() of the SubspaceModel, or subspan.save"
+            )
         state = kwargs.get("state_dict") or {}
         coordinates = _link(self).weights.coordinates()
         given = {

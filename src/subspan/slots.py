@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.compartments import Patterns, select
 from subspan.errors import SubspanError
+from subspan.quantised import Stored, refuse_foreign, stored
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def slots(net: nn.Module) -> list[Slot]:
     """Every parameter slot of a network, each once, in the order of ``named_parameters``.
 
     Raises:
-        SubspanError: for a parameter without values (a lazy one, or one on the meta device).
+        SubspanError: for a parameter without values (a lazy one, one on the meta device, or one
+            that is offloaded).
     """
     found, first_name = [], dict[int, str]()
     for prefix, module in net.named_modules():  # visits a shared module once
@@ -52,6 +54,11 @@ def slots(net: nn.Module) -> list[Slot]:
             if tensor is None:
                 continue
             path = f"{prefix}.{attribute}" if prefix else attribute
+            if tensor.is_meta and getattr(module, "_hf_hook", None) is not None:
+                raise SubspanError(
+                    f"{path} is offloaded (by accelerate) and θ₀ must be in memory: load the "
+                    "network without offloading, with a device_map of one device or none"
+                )
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
             found.append(Slot(path, first_name.setdefault(id(tensor), path)))
@@ -69,6 +76,7 @@ def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
 def trained(
     tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
     targets: Patterns, exclude: Patterns, fully: set[str],
+    packed: Mapping[str, Stored] | None = None, foreign: Mapping[str, str] | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """The tensors to train in the subspace and their sizes, in the network's order.
 
@@ -78,19 +86,28 @@ def trained(
         targets: as for :class:`~subspan.subspace.SubspaceModel`.
         exclude: as there.
         fully: the names of those that are trained directly.
+        packed: of :func:`quantised_of`; these count as if they required a gradient, since none of
+            them can.
+        foreign: of :func:`subspan.quantised.foreign`: what cannot be trained, and no tensor is.
 
     Raises:
         SubspanError: for a tensor that cannot be trained, and if none is left.
     """
+    packed, foreign = packed or {}, foreign or {}
+    every = {**names, **{name: [name] for name in foreign if name not in names}}
     if targets is None:
         chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
+        chosen |= packed.keys() | foreign.keys()
     else:
-        chosen = select(names, targets, "targets")
-    chosen -= select(names, exclude, "exclude") | fully
+        chosen = select(every, targets, "targets")
+    chosen -= select(every, exclude, "exclude") | fully
+    for name in chosen & foreign.keys():
+        raise refuse_foreign(foreign[name])
     for name, tensor in tensors.items():
-        if name in chosen and not tensor.is_floating_point():
+        if name in chosen and name not in packed and not tensor.is_floating_point():
             raise SubspanError(f"{name} is {tensor.dtype} and P w is real: exclude it")
-    sizes = {name: t.numel() for name, t in tensors.items() if name in chosen and t.numel()}
+    sizes = {name: packed.get(name, t).numel() for name, t in tensors.items() if name in chosen}
+    sizes = {name: size for name, size in sizes.items() if size}
     if not sizes:
         raise SubspanError(
             "no parameter is left to train in the subspace: give targets, or unfreeze some, "
@@ -99,7 +116,16 @@ def trained(
     return sizes
 
 
-def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[str]) -> None:
+def quantised_of(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
+    """What is known of a network's quantised tensors, by name."""
+    found = {slot.tensor: stored(*slot.find(net)) for slot in places if slot.path == slot.tensor}
+    return {name: packed for name, packed in found.items() if packed is not None}
+
+
+def check(
+    net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[str],
+    packed: Mapping[str, Stored],
+) -> None:  # fmt: skip
     """Refuse tensors that cannot be trained as they are.
 
     Args:
@@ -107,6 +133,7 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
         places: all of its slots.
         chosen: names of tensors to train in the subspace.
         fully: names of tensors to train directly.
+        packed: of :func:`quantised_of`.
 
     Raises:
         SubspanError: naming the tensor, why, and what to do.
@@ -116,6 +143,15 @@ def check(net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[s
         module, attribute = slot.find(net)
         p = module._parameters[attribute]
         assert p is not None
+        if slot.tensor in packed:
+            if slot.tensor in fully:
+                raise SubspanError(
+                    f"{slot.path} is quantised ({packed[slot.tensor].kind}) and cannot be trained "
+                    "directly: leave it out of train_fully, and it is trained in the subspace"
+                )
+            if slot.tensor in chosen and packed[slot.tensor].refusal:
+                raise SubspanError(f"{slot.path} {packed[slot.tensor].refusal}")
+            continue
         if slot.tensor in fully and not (p.is_floating_point() or p.is_complex()):
             raise SubspanError(
                 f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
@@ -190,11 +226,16 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
     """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if isinstance(tensor, Stored):
+            sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
+            parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
+            sha.update(digest(parts).encode())
+            continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
@@ -68,11 +69,18 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
     """
     found = {}
     for tensor, value in values.items():
-        base = weights.base_of(tensor)
-        if value.shape != base.shape:
+        if tensor in weights.packed and (
+            is_traceable_wrapper_subclass(value) or not value.is_floating_point()
+        ):
+            raise SubspanError(
+                f"{tensor} is quantised in this state_dict, that is, without coordinates: load it "
+                "into the network before it is wrapped, or into that of unwrap()"
+            )
+        shape = weights.held(tensor).shape
+        if value.shape != shape:
             raise SubspanError(
                 f"the state_dict is of another network: {tensor} has shape "
-                f"{list(value.shape)} there and {list(base.shape)} here"
+                f"{list(value.shape)} there and {list(shape)} here"
             )
     for name, part, projection in zip(
         weights.coordinate_names, weights.compartments, weights.projections, strict=True
@@ -80,7 +88,7 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
         pieces, moved, size, eps = [], [], 0.0, 0.0
         for piece in part.pieces:
             with torch._C.DisableTorchFunctionSubclass():
-                base = weights.base_of(piece.tensor).detach()
+                base = weights.resting(piece.tensor)
             value = values[piece.tensor].to(base.device, base.dtype)
             delta = (value.double() - base.double()).reshape(-1)[piece.start : piece.stop]
             kept = weights.kept.get(piece.tensor, range(0))

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from subspan import calls, families, init, slots
+from subspan import calls, families, init, quantised, slots
 from subspan.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.errors import SubspanError, unknown
 from subspan.guards import Base
@@ -95,8 +95,11 @@ class SubspaceModel(nn.Module):
         names = slots.aliases(places)
         tensors = {name: net.get_parameter(name) for name in names}
         fully = select(names, train_fully, "train_fully")
-        sizes = slots.trained(tensors, names, targets, exclude, fully)
-        slots.check(net, places, set(sizes), fully)
+        packed = slots.quantised_of(net, places)
+        sizes = slots.trained(
+            tensors, names, targets, exclude, fully, packed, quantised.foreign(net)
+        )
+        slots.check(net, places, set(sizes), fully, packed)
         parts = partition(sizes, names, dim, compartments, allocation)
         projections = tuple(
             families.projection(
@@ -104,15 +107,18 @@ class SubspaceModel(nn.Module):
             )
             for k, part in enumerate(parts)
         )
-        base = {name: tensor for name, tensor in tensors.items() if name not in fully}
+        base: dict[str, Tensor | quantised.Stored] = {
+            name: packed.get(name, tensor) for name, tensor in tensors.items() if name not in fully
+        }
         inside = [slot for slot in places if slot.tensor in sizes]
         kept = slots.padding(net, inside) if padding == "keep" else {}
         own = options | ({"padding": "keep"} if kept else {})
         weights = Weights(
             net, parts, projections, inside,
             {name: tensor.requires_grad for name, tensor in tensors.items()}, fully, kept,
-            slots.digest(base | slots.saved_buffers(net))
+            slots.digest({**base, **slots.saved_buffers(net)})
             + calls.layout(parts, projection, seed, own),
+            {name: found.kind for name, found in packed.items()},
         )  # fmt: skip
         weights.recipe = own | {
             "dim": list(dim) if isinstance(dim, Sequence) else dim,
@@ -220,7 +226,7 @@ class SubspaceModel(nn.Module):
         """The weights of every tensor that is not trained fully, by name; θ is differentiable."""
         thetas = self.subspace.all()
         return {
-            name: thetas[name] if name in thetas else self.body.get_parameter(name).detach()
+            name: thetas[name] if name in thetas else self.subspace.resting(name)
             for name in self.subspace.requires_grad
             if name not in self.subspace.fully
         }
@@ -228,7 +234,11 @@ class SubspaceModel(nn.Module):
     @torch.inference_mode(False)  # what is made in it could not be trained
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """An ordinary network with the weights θ₀ + P w; this model is left as it is."""
+        """An ordinary network with the weights θ₀ + P w; this model is left as it is.
+
+        Layers whose quantised weights are trained become dense ones: ``nn.Linear`` in the dtype
+        that was quantised.
+        """
         thetas = self.subspace.all()
         twin = copy.deepcopy(self)
         return twin.subspace.detach({name: theta.clone() for name, theta in thetas.items()})
@@ -258,7 +268,10 @@ class SubspaceModel(nn.Module):
                 parts.setdefault(piece.tensor, []).append(part)
         rows = [
             Row.of(
-                name, self.subspace.stored(name), name in self.subspace.fully, parts.get(name, [])
+                name,
+                self.subspace.held(name).shape,
+                name in self.subspace.fully,
+                parts.get(name, []),
             )
             for name in self.subspace.requires_grad
         ]
@@ -292,7 +305,7 @@ class SubspaceModel(nn.Module):
         ours = {id(w) for w in coordinates.values()}
         fully = {f"{start}body.{name}" for name in self.subspace.fully}
         for name, p in super().named_parameters(prefix):
-            if id(p) not in ours and type(p) is not Base and (p.requires_grad or name in fully):
+            if id(p) not in ours and not isinstance(p, Base) and (p.requires_grad or name in fully):
                 yield name, p
 
     def get_parameter(self, target: str) -> nn.Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from subspan.compartments import Compartment
 
@@ -30,11 +30,11 @@ class Row:
     coordinates: int
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, fully: bool, parts: Sequence[Compartment]) -> Row:
+    def of(cls, name: str, shape: torch.Size, fully: bool, parts: Sequence[Compartment]) -> Row:
         """The row of a tensor that lies in these compartments."""
         label = ", ".join(part.name for part in parts) or ("fully trained" if fully else "frozen")
-        numbers = tensor.numel() if fully else sum(part.dim for part in parts)
-        return cls(name, tuple(tensor.shape), tensor.numel(), label, numbers)
+        numbers = shape.numel() if fully else sum(part.dim for part in parts)
+        return cls(name, tuple(shape), shape.numel(), label, numbers)
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace as fx
 
-from subspan import calls, formed, slots, states
+from subspan import calls, formed, quantised, slots, states
 from subspan.calls import Call
 from subspan.changes import Changes, watch_optimizers
 from subspan.compartments import Compartment, Piece
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.formed import Formula, Outermost, version_of
-from subspan.guards import OWN, Base, freeze, guarded
+from subspan.guards import OWN, Base, freeze, guarded, thaw
 from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
+from subspan.quantised import Stored
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
 _plain = torch._C.DisableTorchFunctionSubclass
 _level = torch._C._functorch.maybe_current_level
+_ORDINARY = (Tensor, nn.Parameter)
 
 _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,23 +51,25 @@ class Weights:
         fully: names of tensors that are trained as they are.
         kept: entries of tensors that stay at θ₀, see :func:`subspan.calls.plan`.
         fingerprint: of θ₀ and of what coordinates mean, 64 hexadecimal digits.
+        packed: the kinds of all tensors that are quantised, by name.
     """
 
     def __init__(
         self, root: nn.Module, compartments: Sequence[Compartment],
         projections: Sequence[Projection], places: Sequence[slots.Slot],
         requires_grad: Mapping[str, bool], fully: Iterable[str], kept: Mapping[str, range],
-        fingerprint: str,
+        fingerprint: str, packed: Mapping[str, str],
     ) -> None:  # fmt: skip
         self.root, self.compartments = root, tuple(compartments)
         self.projections, self.slots = tuple(projections), tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
-        self.kept = dict(kept)
+        self.kept, self.packed = dict(kept), dict(packed)
         self.calls = calls.plan(compartments, projections, kept)
         self._names = [PREFIX + call.coordinates for call in self.calls]
         self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
+        self._packing: list[nn.Module] = []
         self.init_seed: int | None = None
         self.base_buffers = {
             name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
@@ -152,6 +156,7 @@ class Weights:
                 "parameters that are made here go to another device (by init_empty_weights of "
                 "accelerate, say): wrap the network outside of that context"
             )
+        self._packing = quantised.keep_packing(root)
         self.note()
         self.changes.remember(name for name in self.requires_grad if name not in self.fully)
         watch_optimizers()
@@ -168,19 +173,37 @@ class Weights:
                 module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
         for tensor, (module, attribute) in self.homes.items():
             parameter = module._parameters.get(attribute)
-            if type(parameter) is Base and parameter.home[0] is self:
+            if isinstance(parameter, Base) and parameter.home[0] is self:
+                if values is not None and tensor in self.packed:
+                    self._make_dense(tensor, values[tensor])
+                    continue
                 with _plain():
                     if values is not None and tensor in values:
                         parameter.data = values[tensor].detach()
-                    parameter.__class__ = parameter.kind  # type: ignore[assignment]
-                    del parameter.home, parameter.kind
+                    thaw(parameter)
         for module in self._parts:
             if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
                 module._init_flat_weights()
         for name, flag in self.requires_grad.items():
             self.stored(name).requires_grad_(flag)
+        quantised.let_pack(self._packing)
+        if values is not None and self.packed:
+            quantised.unmark(root)
         self.root = None  # type: ignore[assignment]
         return root
+
+    def _make_dense(self, tensor: str, value: Tensor) -> None:
+        """Put θ into the places of a quantised tensor, whose layers become ordinary ones."""
+        module, attribute = self.homes[tensor]
+        found = self.held(tensor)
+        assert isinstance(found, Stored)
+        dtype = quantised.resting_dtype(module, found, self.root)
+        parameter = nn.Parameter(value.detach().to(dtype), False)
+        for slot in self.slots:
+            if slot.tensor == tensor:
+                module, attribute = slot.find(self.root)
+                module._parameters[attribute] = parameter
+                quantised.plain(module)
 
     @property
     def ready(self) -> bool:
@@ -209,6 +232,18 @@ class Weights:
         """The parameter of a name: θ₀ of a trained tensor."""
         module, attribute = self.found[name]
         return module._parameters[attribute]  # type: ignore[return-value]
+
+    def held(self, name: str) -> Tensor | Stored:
+        """What is in a tensor's slot, a quantised one with all that belongs to it."""
+        p = self.stored(name)
+        if name not in self.packed or (type(p) in _ORDINARY and p.is_floating_point()):
+            return p  # or a dense one, which a functional call has put there
+        like = p if isinstance(p, Base) else self._owned.get(name, p)
+        return quantised.known(self.packed[name], p, self.found[name][0], like)
+
+    def resting(self, name: str) -> Tensor:
+        """The dense weights of a tensor without P w."""
+        return quantised.dense(self.held(name)).detach()
 
     def network(self) -> nn.Module:
         """The network.
@@ -253,8 +288,11 @@ class Weights:
             stack.pop()
             outer.formed.clear()  # autograd holds on to the hooks, and they to the call
 
-    def read(self, tensor: str) -> Tensor:
-        """θ of a tensor, for whoever reads it from its module."""
+    def read(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
+        """θ of a tensor, for whoever reads it from its module; rounded once to ``dtype``, if given.
+
+        Outside of calls, and where weights are not computed one by one, it may have its own.
+        """
         if torch.compiler.is_compiling():
             if _to_onnx():
                 return self._constant(tensor)
@@ -268,8 +306,8 @@ class Weights:
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
                 where = self._where[tensor]
-                if self.large:
-                    theta = self._passing(tensor, outer)
+                if self.large or dtype is not None:
+                    theta = self._passing(tensor, outer, dtype)
                 elif len(where) == 1:
                     theta = self._kept(where[0][0], outer)[where[0][1]]
                 else:
@@ -283,7 +321,7 @@ class Weights:
             )
         if self.changes.wishes:
             self.changes.check_flags()
-        theta = self.form(tensor)
+        theta = self.form(tensor, dtype)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
         theta = theta if torch._C._is_tracing() else guarded(theta, tensor)
@@ -295,8 +333,8 @@ class Weights:
         Where coordinates are given, too, the slot holds a base: so do all parameters together.
         """
         base = self.base_of(tensor)
-        if type(base) is Base and base.home[0] is self:
-            return None
+        if isinstance(base, Base) and getattr(base, "home", (self,))[0] is self:
+            return None  # one without a home is an exporter's
         names = {PREFIX + call.coordinates for call in self._alone[tensor]}
         own = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
         return base if own and type(base).__name__ != "DTensor" else None
@@ -323,18 +361,22 @@ class Weights:
     def _joined(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
-        theta = torch.cat([part.reshape(-1) for part in parts]).view(self.base_of(tensor).shape)
+        theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
         return calls.with_dense_gradient(theta)
 
     def _theta(self, call: Call, dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         w = self.network()._parameters[PREFIX + call.coordinates]
         with _plain():
-            bases = [self._base(piece) for piece in call.pieces]
+            bases = [quantised.dense(self._base(piece)) for piece in call.pieces]
             return calls.theta(w, self.step, call, bases, dtype)  # type: ignore[arg-type]
 
-    def _base(self, piece: Piece) -> Tensor:
+    def _base(self, piece: Piece) -> Tensor | Stored:
         """θ₀ of a piece of a tensor."""
         base = self.base_of(piece.tensor)
+        if piece.tensor in self.packed:
+            found = self.held(piece.tensor)
+            if isinstance(found, Stored):
+                return found if len(piece) == found.numel() else found.cut(piece.start, piece.stop)
         if type(base) is not Base and self._given(piece.tensor) is not None:
             base = self._owned[piece.tensor]
         if type(base).__name__ == "DTensor":
@@ -363,7 +405,7 @@ class Weights:
             outer.keep(n, state, thetas, [piece.tensor for piece in self.calls[n].pieces])
         return thetas
 
-    def _passing(self, tensor: str, outer: Outermost) -> Tensor:
+    def _passing(self, tensor: str, outer: Outermost, dtype: torch.dtype | None) -> Tensor:
         """θ of a tensor of a large network, which lives as long as who has read it needs it."""
         parts = []
         for call in self._alone[tensor]:
@@ -372,7 +414,7 @@ class Weights:
             with _plain():
                 parts.append((w, self.step, call, self._base(call.pieces[0])))
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        dtype = self._autocast(tensor, parts[0][-1])
+        dtype = dtype or self._autocast(tensor, parts[0][-1])
         state = (*(x for w, *_ in parts for x in _state(w)), dtype, *modes)
         if (known := outer.get(tensor, state)) is not None:
             return known[0]
@@ -384,7 +426,7 @@ class Weights:
             outer.know(theta, Formula.of(tensor, parts, theta.dtype))
         return theta
 
-    def _autocast(self, tensor: str, base: Tensor) -> torch.dtype | None:
+    def _autocast(self, tensor: str, base: Tensor | Stored) -> torch.dtype | None:
         """The dtype to which autocast would cast a copy of θ, if its layer's own forward reads it.
 
         The copy would be what autograd saves, and it is not known as θ.
@@ -410,7 +452,9 @@ class Weights:
         """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
         there = {tensor: self.base_of(tensor) for tensor in self.homes}
         there |= {name: self.network()._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
-        self._owned |= {name: p for name, p in there.items() if type(p) in (Base, nn.Parameter)}
+        self._owned |= {
+            name: p for name, p in there.items() if isinstance(p, Base) or type(p) is nn.Parameter
+        }
 
     @torch.no_grad()
     def _constant(self, tensor: str) -> Tensor:
@@ -451,7 +495,7 @@ class Weights:
         """A digest of θ₀ without buffers."""
         names = [name for name in self.requires_grad if name not in self.fully]
         with _plain():
-            return slots.digest({name: self.stored(name) for name in names})
+            return slots.digest({name: self.held(name) for name in names})
 
     @torch.no_grad()
     def take_fingerprint(self, base: str) -> None:
