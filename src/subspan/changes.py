@@ -56,6 +56,7 @@ class Changes:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
         self._sums: dict[tuple[str, Any], Sketch] = {}
+        self.lost: set[str] = set()  # that were changed before they were spread over processes
 
     def check_flags(self) -> None:
         """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
@@ -121,7 +122,7 @@ class Changes:
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors whose θ₀ has other values by now, by more than rounding."""
-        found = set()
+        found = self.lost.intersection(tensors := list(tensors))
         for tensor in tensors:
             now = self._sketch(tensor)
             was = None if now is None else self._sums.get((tensor, now[0]))

@@ -241,10 +241,10 @@ class Part:
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a computed weight cannot be tied to another one."""
         link: Link | None = vars(self).get(LINK)
-        if link is not None and isinstance(value, nn.Parameter) and name in self._parameters:  # type: ignore[attr-defined]
-            if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
-                Shards.put(self, name, value)  # type: ignore[arg-type]
-                return
+        stored = link is not None and name in self._parameters  # type: ignore[attr-defined]
+        if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+            Shards.put(self, name, value)  # type: ignore[arg-type]
+            return
         if type(value) is Computed and link is not None and name in link.tensors:
             raise SubspanError(
                 f"{link.tensors[name]} is computed from coordinates and cannot become "

@@ -1,9 +1,9 @@
 """A network in a subspace whose θ₀ lies in shards: ``fully_shard`` of PyTorch (FSDP2).
 
-FSDP keeps a shard of each parameter in the module's slot, and puts the whole parameter there for the
-length of the module's call, and again for its backward pass. θ is formed of what stands there; w is
-whole in every process, and its gradient is averaged over them: d numbers. Outside of its module's
-call a weight is the shard of θ that belongs to the shard of θ₀, formed without any message.
+FSDP keeps a shard of each parameter in the module's slot, and puts the whole parameter there for
+the length of the module's call, and again for its backward pass. θ is formed of what stands there.
+Coordinates are whole in every process, their gradient is averaged: d numbers. Outside of its
+module's call a weight is the shard of θ that belongs to the shard of θ₀, formed without messages.
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class Shards:
             kept = {k: v for k, v in vars(before).items() if k not in (*OWN, "_fsdp_orig_uid")}
             weights.shards.marks[tensor] = kept
             weights._owned.pop(tensor, None)  # or θ₀ would stay whole
-            changed = weights.changes.changed({tensor})
+            weights.changes.lost |= weights.changes.changed({tensor})
         if tensor is not None:
             setattr(value, HOME, (weights, tensor))
         module._parameters[attribute] = value
-        if tensor is not None and type(before) is Base and not changed:
+        if tensor is not None and type(before) is Base:
             weights.changes.remember({tensor})
 
     # ---- θ of shards -------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Shards:
         own = base.detach()._local_tensor
         _, (first, *_) = place(base.shape, base.device_mesh, base.placements)
         begin = first * (base.numel() // max(1, base.shape[0]))
-        parts = []
+        parts: list[Tensor] = []
         for call in weights._alone[tensor]:
             (piece,) = call.pieces
             start, stop = max(piece.start, begin), min(piece.stop, begin + own.numel())
@@ -258,20 +258,21 @@ class Shards:
         )
 
 
-def refuse_whole(weights: Weights, what: str) -> None:
+AROUND = "subspan.save() its coordinates, and subspan.load() them around the whole network as it was before"
+
+
+def refuse_whole(weights: Weights, what: str, instead: str = AROUND) -> None:
     """Refuse what needs all of θ₀ in one process.
 
     Args:
         weights: of the network.
         what: cannot be done.
+        instead: what can.
 
     Raises:
         SubspanError: if the network is sharded, with what to do.
     """
     if weights.shards is not None:
         raise SubspanError(
-            f"a network whose weights are sharded over processes cannot be {what}: subspan.save() "
-            "its coordinates, and subspan.load() them around the whole network as it was before"
+            f"a network whose weights are sharded over processes cannot be {what}: {instead}"
         )
-
-

@@ -47,7 +47,7 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
             "this state_dict has weights beside coordinates, or some of the weights only: load "
             "that of a model in the same subspace, or a complete one of its network"
         )
-    refuse_whole(weights, "given a state of all weights")
+    refuse_whole(weights, "given a state of all weights", "load it before fully_shard")
     values = {t: state.pop(prefix + path) for path, t in given.items()}
     state |= {prefix + name: w for name, w in _coordinates_of(weights, values).items()}
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]

@@ -268,7 +268,7 @@ class Weights:
         special = type(base) is not Base or base.home[0] is not self
         special = special or len(vars(base)) > len(OWN) or tensor in self._renormed
         if special and is_shard(base) and home_of(base) is not None:
-            return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)
+            return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
         for outer in reversed(_now.__dict__.get("calls", ())):
