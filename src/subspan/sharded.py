@@ -258,7 +258,10 @@ class Shards:
         )
 
 
-AROUND = "subspan.save() its coordinates, and subspan.load() them around the whole network as it was before"
+AROUND = (
+    "subspan.save() its coordinates, and subspan.load() them around the whole network as it was "
+    "before"
+)
 
 
 def refuse_whole(weights: Weights, what: str, instead: str = AROUND) -> None:
