@@ -234,6 +234,43 @@ def checkpointed_inside(rank, world, large):
     return train(model, rows(joint("mlp"), rank, world), large=large)
 
 
+def fully(rank, world, how):
+    """What is trained fully, and FSDP does not have: it leaves plain parameters only."""
+    model = mlp(train_fully=r"2\..*")
+    head = model.body[2]
+    if how == "ignored":
+        fully_shard(model.body, ignored_params=set(head.parameters()))
+    else:
+        fully_shard(model.body[0])
+    assert not any(isinstance(p, DTensor) for p in head.parameters())
+    result = train(model, rows(joint("mlp"), rank, world))
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    SGD(model.parameters(), 0.0, foreach=True).step()
+    return result
+
+
+def compiled(rank, world, what):
+    torch._dynamo.reset()
+    model = shard(mlp(), "both")
+    for layer in model.body if what == "layers" else ():
+        layer.compile(backend="aot_eager")
+    run = torch.compile(model, backend="aot_eager") if what == "model" else model
+    return train(model, rows(joint("mlp"), rank, world), run=run)
+
+
+def frozen(rank, world):
+    """All parameters, as a loop over a GAN's has it: θ₀ takes the flag for a wish."""
+    model = shard(mlp(), "both")
+    model(joint("mlp"))
+    for flag in (False, True):
+        for p in model.body.parameters():
+            p.requires_grad_(flag)
+    assert [p.requires_grad for p in model.body.parameters()] == [True] + [False] * 4
+    result = train(model, rows(joint("mlp"), rank, world))
+    assert [p.grad is None for p in model.body.parameters()] == [False] + [True] * 4
+    return result
+
+
 def methods(rank, world):
     """What FSDP's modules can do."""
     model = shard(mlp(), "both")
@@ -435,6 +472,17 @@ def refused(rank, world):
     found["optimizer"] = sentence(SGD([model.body[0]._parameters["weight"]], 0.1).step)
     merged = scatter(mlp()).merge().state_dict()
     found["state of all"] = sentence(model.body.load_state_dict, merged)
+    theta, base = model.body[0].weight, model.body.get_parameter("0.weight")
+    with torch.no_grad():
+        found["write"] = sentence(theta.add_, 1)
+        found["write data"] = sentence(theta.data.zero_)
+    found["compute with base"] = sentence(lambda: (base * 2).sum())
+    found["compute with data"] = sentence(lambda: base.data.norm())
+    assert pickle.dumps(theta.detach())
+    base.requires_grad_(False)
+    found["freeze one"] = sentence(model, joint("mlp"))
+    base.requires_grad_(True)
+    found["own method"] = sentence(saving().save_all)
     loss = model(joint("mlp")).square().mean()
     w = next(iter(model.coordinates.values()))
     found["create_graph"] = sentence(torch.autograd.grad, loss, w, create_graph=True)
@@ -460,6 +508,17 @@ def refused(rank, world):
     shard(before, "both")
     found["changed before"] = sentence(subspan.save, before, f"changed{rank}")
     return found
+
+
+class Saving(MLP):
+    """A network with a method that saves it, as those of transformers have."""
+
+    def save_all(self):
+        return self.state_dict()
+
+
+def saving():
+    return shard(SubspaceModel(Saving(), 12), "both").body
 
 
 def load_around(rank):
@@ -505,12 +564,17 @@ SCENARIOS |= {
     "checkpointed, reentrant": functools.partial(checkpointed, reentrant=True),
     "checkpointed inside": functools.partial(checkpointed_inside, large=False),
     "checkpointed inside, large": functools.partial(checkpointed_inside, large=True),
+    "fully, ignored": functools.partial(fully, how="ignored"),
+    "fully, left": functools.partial(fully, how="left"),
+    "frozen": frozen,
     "methods": methods,
     "converted": converted,
     "ignored": ignored,
     "beside": beside_ordinary,
     "assigned": assigned,
     "memory": memory,
+    "compiled model": functools.partial(compiled, what="model"),
+    "compiled layers": functools.partial(compiled, what="layers"),
     "saved": saved,
     "loaded": loaded,
     "other base": functools.partial(odd, what="base"),
@@ -573,13 +637,21 @@ def test_training_is_that_of_one_process_on_the_joint_batch(ranks, scenario):
     [
         "resharded", "resharded, small", "never resharded", "two dimensions", "offloaded",
         "checkpointed", "checkpointed, reentrant", "checkpointed inside",
-        "checkpointed inside, large", "methods", "ignored", "assigned",
+        "checkpointed inside, large", "methods", "ignored", "assigned", "frozen", "compiled model",
+        "compiled layers",
     ],
 )  # fmt: skip
 def test_so_it_is_with_whatever_fsdp_can_do(ranks, scenario):
     alone = train(mlp(), joint("mlp"))
     for rank in ranks:
         same(picked(rank[scenario], "gradients", "parameters"), alone)
+
+
+@pytest.mark.parametrize("how", ["ignored", "left"])
+def test_what_is_trained_fully_and_stays_whole_is_averaged_too(ranks, how):
+    alone = train(mlp(train_fully=r"2\..*"), joint("mlp"))
+    for rank in ranks:
+        same(picked(rank[f"fully, {how}"], "gradients", "parameters"), alone)
 
 
 def test_tied_weights_are_one(ranks):
@@ -734,6 +806,12 @@ BEFORE = "around the whole network as it was before"
         ("deepcopy", "FSDP does not support deepcopy"),
         ("optimizer", "SubspanError: the optimizer has 0.weight, which is frozen"),
         ("state of all", "SubspanError: .* a state of all weights: load it before fully_shard"),
+        ("write", "SubspanError: 0.weight is θ₀ .* P w, computed .*add_.* would be lost"),
+        ("write data", "SubspanError: 0.weight is θ₀ .* P w, computed .*zero_.* would be lost"),
+        ("compute with base", "SubspanError: 0.weight among parameters.* is a shard of θ₀"),
+        ("compute with data", "SubspanError: 0.weight among parameters.* is a shard of θ₀"),
+        ("freeze one", "SubspanError: requires_grad of 0.weight was set to False"),
+        ("own method", f"cannot be saved with all its weights: .*{BEFORE}"),
         ("create_graph", "SubspanError: .*differentiated again"),
         ("other dimension", "SubspanError: 0.weight is sharded along another dimension"),
         ("other mesh", "SubspanError: 2.weight would be sharded over other processes"),

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.guards import Base, Computed, freeze, guarded
-from subspan.sharded import HOME, Shards, asked_by_fsdp, home_of, is_shard, refuse_whole
+from subspan.sharded import Shards, asked_by_fsdp, home_of, is_shard, mark, refuse_whole
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -218,7 +218,7 @@ class Part:
         """The parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
         p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
-        return p if type(p) is Base else super().get_parameter(target)  # type: ignore[misc]
+        return p if home_of(p) is not None else super().get_parameter(target)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""
@@ -288,7 +288,7 @@ class Part:
         for attribute, tensor in link.tensors.items():
             parameter = self._parameters[attribute]  # type: ignore[attr-defined]
             if is_shard(parameter):
-                setattr(parameter, HOME, (link.weights, tensor))
+                mark(parameter, link.weights, tensor)
             elif type(parameter) is not Base:  # PyTorch has made another object
                 freeze(parameter, link.weights, tensor)
         changes.remember(own - before)
@@ -319,6 +319,8 @@ class Part:
         whole = weights.root is self and not _asked_by_itself(self)
         if whole:
             weights.changes.check_base()
+        elif weights.root is self:
+            refuse_whole(weights, "saved with all its weights")
         _saving.thetas = None if whole else {}
         try:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]

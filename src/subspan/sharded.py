@@ -8,21 +8,26 @@ module's call a weight is the shard of θ that belongs to the shard of θ₀, fo
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from subspan import calls, slots
 from subspan.errors import SubspanError
-from subspan.guards import OWN, Base
+from subspan.guards import OWN, Base, _changes_first, _is_harmless, _property, _sets, _shares_memory
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
 
-HOME = "_subspan_home"  # of a parameter that FSDP made of θ₀: as Base.home
+HOME = "_subspan_home"  # of a tensor that FSDP, or we, have made: of what, and whether it is θ
+TAKEN = "_subspan_taken"  # by FSDP: of parameters that it puts into slots
 
 
 def asked_by_fsdp(frame: FrameType) -> bool:
@@ -35,11 +40,79 @@ def is_shard(tensor: Any) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+@functools.cache
+def _guarded() -> type[Tensor]:
+    """Return the kind of DTensor that shards of θ₀ and of θ are, as careful as whole ones."""
+    from torch.distributed.tensor import DTensor
+
+    def function(
+        cls: type, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first: Any = args[0] if args else None
+        if type(first) is Guarded:
+            weights, tensor, theta = getattr(first, HOME, (None, "", False))
+            flag = name == "requires_grad_" or _sets(func, "requires_grad")
+            if weights is not None and flag and not theta:
+                wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+                weights.changes.wishes[tensor] = bool(wish)
+                return first if name == "requires_grad_" else None
+            if theta and _changes_first(func, kwargs):
+                raise SubspanError(
+                    f"{tensor} is θ₀ + P w, computed when it is read, and a change of it "
+                    f"({_property(func) or name}) would be lost: change the network before it is "
+                    "wrapped"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            views = name == "detach" or _property(func) == "data"
+            if views and is_shard(out) and _shares_memory(local(out), local(first)):
+                mark(out, *getattr(first, HOME))
+            if name in ("__get__", "__set__") or _is_harmless(name):
+                return out
+            for leaf in tree_leaves((args, kwargs)):
+                _, tensor, theta = getattr(leaf, HOME, None) or (None, "", True)
+                if type(leaf) is Guarded and not theta and _computes(out, leaf):
+                    raise SubspanError(
+                        f"{tensor} among parameters() is a shard of θ₀, and {name} of it is not "
+                        "that of the weight, which is trained through coordinates: read it from "
+                        f"its module (net.{tensor}) or from weights() of the SubspaceModel"
+                    )
+        return out
+
+    def reduced(self: Tensor, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.detach().__reduce_ex__(protocol)
+
+    body: dict[str, Any] = {"__torch_function__": classmethod(function), "__reduce_ex__": reduced}
+    Guarded = type("DTensor", (DTensor,), body | {"__module__": DTensor.__module__})
+    return Guarded
+
+
+def _computes(out: Any, base: Any) -> bool:
+    """Whether a result has numbers that are not those of a shard itself."""
+    return any(
+        isinstance(t, Tensor)
+        and t.is_floating_point()
+        and not _shares_memory(local(t), base._local_tensor)
+        for t in tree_leaves(out)
+    )
+
+
+def mark(parameter: Any, weights: Weights, tensor: str, theta: bool = False) -> None:
+    """Note whose θ₀ (or θ) a tensor is that FSDP, or we, have made."""
+    setattr(parameter, HOME, (weights, tensor, theta))
+    if is_shard(parameter):
+        parameter.__class__ = _guarded()
+
+
 def home_of(parameter: Any) -> tuple[Weights, str] | None:
     """Whose θ₀ a parameter is, or was before FSDP took it; None of any other."""
     if type(parameter) is Base:
         return parameter.home
-    return getattr(parameter, HOME, None)
+    weights, tensor, theta = getattr(parameter, HOME, (None, "", True))
+    return None if theta or weights is None else (weights, tensor)
 
 
 def refuse_sharded(net: nn.Module) -> None:
@@ -91,7 +164,7 @@ class Shards:
     def __init__(self, weights: Weights, mesh: Any) -> None:
         self.weights, self.mesh = weights, mesh
         self.marks: dict[str, dict[str, Any]] = {}  # that people made on parameters, by tensor
-        self._averaged: dict[str, nn.Parameter] = {}  # coordinates that have the hook
+        self._averaged: dict[str, weakref.ref[nn.Parameter]] = {}  # what has the hook
         # Files name it where there are buffers, and later no process has all of θ₀.
         saved = slots.saved_buffers(weights.root)
         self.digest = weights.parameters_digest() if saved else None
@@ -129,8 +202,9 @@ class Shards:
             weights.shards.marks[tensor] = kept
             weights._owned.pop(tensor, None)  # or θ₀ would stay whole
             weights.changes.lost |= weights.changes.changed({tensor})
+        setattr(value, TAKEN, True)
         if tensor is not None:
-            setattr(value, HOME, (weights, tensor))
+            mark(value, weights, tensor)
         module._parameters[attribute] = value
         if tensor is not None and type(before) is Base:
             weights.changes.remember({tensor})
@@ -179,10 +253,12 @@ class Shards:
             shards *= base.device_mesh.size(n)
         if theta.requires_grad:  # each process has its rows' part of the gradient, not the mean
             theta.register_hook(lambda grad: grad * shards)
-        return DTensor.from_local(
+        spread_theta = DTensor.from_local(
             theta, base.device_mesh, base.placements, run_check=False, shape=base.shape,
             stride=base.stride(),
         )  # fmt: skip
+        mark(spread_theta, weights, tensor, theta=True)
+        return spread_theta
 
     def _w(self, coordinates: str) -> Tensor:
         return self.weights.network()._parameters["subspan_" + coordinates]  # type: ignore[return-value]
@@ -190,14 +266,23 @@ class Shards:
     # ---- coordinates -------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """See to it that the gradient of every coordinate that is trained will be averaged."""
+        """See to it that the gradients of all that is trained whole will be averaged."""
+        for name, w in self._trained():
+            # Once; but a state that was loaded by assign=True has other parameters.
+            if w.requires_grad and self._averaged.get(name, lambda: None)() is not w:
+                w.register_hook(self._average)
+                self._averaged[name] = weakref.ref(w)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Coordinates, and what is trained fully and FSDP does not have."""
         for name in self.weights.coordinate_names:
             w = self.weights.root._parameters[name]
-            if type(w) is not nn.Parameter or not w.requires_grad:
-                continue
-            if self._averaged.get(name) is not w:  # also if a state was loaded by assign=True
-                w.register_hook(self._average)
-                self._averaged[name] = w
+            if type(w) is nn.Parameter:
+                yield name, w
+        for name in self.weights.fully:
+            p = self.weights.stored(name)
+            if type(p) is nn.Parameter and not hasattr(p, TAKEN):
+                yield name, p
 
     def _average(self, grad: Tensor) -> Tensor:
         """Average the gradient of one backward pass over all processes."""
@@ -238,9 +323,9 @@ class Shards:
         import torch.distributed as dist
 
         weights = self.weights
-        ws = [w.detach().reshape(-1).double() for w in weights.coordinates().values()]
+        ws = [w.detach().reshape(-1).double() for _, w in self._trained()]
         number = torch.tensor(list(bytes.fromhex(weights.fingerprint)), dtype=torch.float64)
-        own = torch.cat([number.to(ws[0].device), *ws])
+        own = torch.cat([number.to(self.mesh.device_type), *ws])
         most, least = own.clone(), own.clone()
         for n in range(self.mesh.ndim):
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.mesh.get_group(n))
@@ -248,7 +333,7 @@ class Shards:
         differs = most != least
         if not bool(differs.any()):
             return
-        what = "coordinates"
+        what = "coordinates, or other parameters that are trained"
         if bool(differs[: len(number)].any()):
             base = bool(differs[: len(number) // 2].any())
             what = "initial weights" if base else "projections or compartments"

@@ -229,7 +229,7 @@ class Weights:
     def call(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the network, or its ``forward``, as the outermost call if it is that."""
         if torch.compiler.is_compiling():
-            if self._traced is not None or _to_onnx():
+            if self._traced is not None or self.shards is not None or _to_onnx():
                 return run(*args, **kwargs)
             self._traced = self.all()
             try:
