@@ -136,6 +136,14 @@ def resharded(rank, world, how, large=True):
     return train(model, rows(joint("mlp"), rank, world), large=large)
 
 
+def in_part(rank, world):
+    """A layer is sharded, and another is left whole."""
+    model = mlp()
+    fully_shard(model.body[0])
+    assert kind(model) == ["Base", "DTensor"]
+    return train(model, rows(joint("mlp"), rank, world))
+
+
 def in_two_dimensions(rank, world):
     model = shard(mlp(), "both", mesh=mesh_of(2, world // 2))
     return train(model, rows(joint("mlp"), rank, world))
@@ -552,6 +560,8 @@ SCENARIOS |= {
     "resharded": functools.partial(resharded, how=True),
     "resharded, small": functools.partial(resharded, how=True, large=False),
     "never resharded": functools.partial(resharded, how=False),
+    "resharded to two": lambda rank, world: resharded(rank, world, 2 if world == 4 else True),
+    "in part": in_part,
     "two dimensions": in_two_dimensions,
     "accumulated": accumulated,
     "accumulated, no sync": functools.partial(accumulated, sync=False),
@@ -635,7 +645,8 @@ def test_training_is_that_of_one_process_on_the_joint_batch(ranks, scenario):
 @pytest.mark.parametrize(
     "scenario",
     [
-        "resharded", "resharded, small", "never resharded", "two dimensions", "offloaded",
+        "resharded", "resharded, small", "never resharded", "resharded to two", "in part",
+        "two dimensions", "offloaded",
         "checkpointed", "checkpointed, reentrant", "checkpointed inside",
         "checkpointed inside, large", "methods", "ignored", "assigned", "frozen", "compiled model",
         "compiled layers",

@@ -138,7 +138,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or this process's part of it."""
-    return tensor.detach()._local_tensor if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor._local_tensor.detach() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def copy_into(target: Tensor, value: Tensor) -> None:
@@ -320,27 +320,34 @@ class Shards:
         Raises:
             SubspanError: in every process, if one has other initial weights or coordinates.
         """
-        import torch.distributed as dist
-
-        weights = self.weights
-        ws = [w.detach().reshape(-1).double() for _, w in self._trained()]
-        number = torch.tensor(list(bytes.fromhex(weights.fingerprint)), dtype=torch.float64)
-        own = torch.cat([number.to(self.mesh.device_type), *ws])
-        most, least = own.clone(), own.clone()
-        for n in range(self.mesh.ndim):
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.mesh.get_group(n))
-            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.mesh.get_group(n))
-        differs = most != least
-        if not bool(differs.any()):
+        digits = list(bytes.fromhex(self.weights.fingerprint))
+        half = len(digits) // 2
+        what = None
+        if self._differs([torch.tensor(digits[:half], dtype=torch.float64)]):
+            what = "initial weights"
+        elif self._differs([torch.tensor(digits[half:], dtype=torch.float64)]):
+            what = "projections or compartments"
+        elif self._differs([w.detach().reshape(-1).double() for _, w in self._trained()]):
+            what = "coordinates, or other parameters that are trained"
+        if what is None:
             return
-        what = "coordinates, or other parameters that are trained"
-        if bool(differs[: len(number)].any()):
-            base = bool(differs[: len(number) // 2].any())
-            what = "initial weights" if base else "projections or compartments"
         raise SubspanError(
             f"the processes that share this network have different {what}: build and load it in "
             "the same way in every process before fully_shard"
         )
+
+    def _differs(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these numbers are others in another process; all get the same answer."""
+        import torch.distributed as dist
+
+        if not tensors:  # coordinates that are given, by functional_call say
+            return False
+        own = torch.cat([tensor.to(self.mesh.device_type) for tensor in tensors]).nan_to_num()
+        most, least = own.clone(), own.clone()
+        for n in range(self.mesh.ndim):
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.mesh.get_group(n))
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.mesh.get_group(n))
+        return not torch.equal(most, least)
 
 
 AROUND = (
