@@ -188,6 +188,44 @@ def listed_by(tensors):
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
+class Uneven(nn.Module):
+    """Rows that do not divide, fewer than ranks, and one that stays at θ₀."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6, padding_idx=3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.words(x))
+
+
+def uneven(rank=0, world=1):
+    """Weights that are read, and gradients of a loss of nothing but one of them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = scatter(SubspaceModel(Uneven().double(), 12))
+    if world > 1:
+        shard(model, "both")
+    model(rows(torch.arange(8), rank, world)).square().mean().backward()
+    head = model.body.head.bias.square().sum()
+    (head.full_tensor() if world > 1 else head).backward()
+    return {
+        "weights": listed_by(model.weights()),
+        "gradient": [w.grad for w in model.coordinates.values()],
+    }
+
+
+def buffers(rank, world):
+    """A network with buffers, which a file names, and a part that is frozen and sharded first."""
+    model = scatter(wrap("cnn", exclude=r"head\..*"))
+    fully_shard(model.body.head)
+    shard(model.eval(), "root")
+    if rank == 0:
+        subspan.save(model, "buffers.safetensors")
+    with torch.no_grad():
+        return model(batch("cnn"))
+
+
 def penalty(net):
     """Of weights that are read outside of a call, and of a part's parameters."""
     first = net[0].weight.square().sum()
@@ -567,6 +605,8 @@ SCENARIOS |= {
     "accumulated, no sync": functools.partial(accumulated, sync=False),
     "divided": divided,
     "reads": reads,
+    "uneven": uneven,
+    "buffers": buffers,
     "bfloat16, both": functools.partial(reduced, way="both"),
     "bfloat16, root": functools.partial(reduced, way="root"),
     "offloaded": offloaded,
@@ -713,6 +753,24 @@ def test_weights_outside_of_calls_are_shards_of_theta(ranks):
         torch.testing.assert_close(seen["parameters"], names)
         torch.testing.assert_close(seen["state"], names)
         torch.testing.assert_close(seen["gradient"], gradient)
+
+
+def test_shards_may_be_uneven_and_empty(ranks):
+    alone = uneven()
+    for rank in ranks:
+        same(rank["uneven"], alone)
+
+
+def test_a_network_with_buffers_is_saved_by_one_rank(world):
+    folder, ranks = world
+    net = build("cnn")
+    with torch.no_grad():
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                buffer *= 1.5
+    model = subspan.load(f"{folder}/buffers.safetensors", net).eval()
+    for rank in ranks:
+        torch.testing.assert_close(rank["buffers"], model(batch("cnn")))
 
 
 @pytest.mark.parametrize("way", ["both", "root"])
