@@ -20,7 +20,7 @@ LAYERS = [
     ("kernels",),
     ("families",),
     ("compartments", "quantised", "slots", "init", "calls", "summary"),
-    ("guards", "inplace", "changes", "states", "formed", "weights"),
+    ("guards", "sharded", "inplace", "changes", "states", "formed", "weights"),
     ("subspace",),
     ("linalg",),
     ("layers",),

@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan import slots
 from subspan.errors import SubspanError
-from subspan.guards import Base
 from subspan.quantised import stored
+from subspan.sharded import home_of, is_shard, local
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -56,7 +56,8 @@ class Changes:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
-        self._sums: dict[tuple[str, torch.dtype], Sketch] = {}
+        self._sums: dict[tuple[str, Any], Sketch] = {}
+        self.lost: set[str] = set()  # that were changed before they were spread over processes
 
     def check_flags(self) -> None:
         """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
@@ -90,8 +91,11 @@ class Changes:
             self.wishes.clear()
 
     @torch.no_grad()
-    def _sketch(self, tensor: str) -> tuple[torch.dtype, Sketch] | None:
-        """Return the sketch of θ₀ and its type; None where there is nothing to read."""
+    def _sketch(self, tensor: str) -> tuple[Any, Sketch] | None:
+        """Return the sketch of θ₀, or of its shard here, and of what kind that is.
+
+        None where there is nothing to read.
+        """
         module, attribute = self.weights.found[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
@@ -102,15 +106,16 @@ class Changes:
             number = int(slots.digest({tensor: packed}), 16)
             return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
         with torch._C.DisableTorchFunctionSubclass():
-            flat = base.detach().cpu().contiguous().reshape(-1)
+            kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
+            flat = local(base).detach().cpu().contiguous().reshape(-1)
             number = zlib.crc32(flat.view(torch.uint8).numpy().data)
             if not flat.is_floating_point():
-                return base.dtype, Sketch(number, flat.new_zeros(1), 0.0)
+                return kind, Sketch(number, flat.new_zeros(1), 0.0)
             blocks = flat[: len(flat) // BLOCKS * BLOCKS].view(BLOCKS, -1)
             sums = blocks.sum(dim=1, dtype=torch.float64)
             rest = flat[len(flat) // BLOCKS * BLOCKS :].double()
             norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-            return base.dtype, Sketch(number, torch.cat([sums, rest]), float(norm))
+            return kind, Sketch(number, torch.cat([sums, rest]), float(norm))
 
     def remember(self, tensors: Iterable[str]) -> None:
         """Take these tensors for what they were, where nothing is known in their type."""
@@ -121,7 +126,7 @@ class Changes:
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors whose θ₀ has other values by now, by more than rounding."""
-        found = set()
+        found = self.lost.intersection(tensors := list(tensors))
         for tensor in tensors:
             now = self._sketch(tensor)
             was = None if now is None else self._sums.get((tensor, now[0]))
@@ -199,8 +204,8 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     there = {id(p) for p in parameters}
     for p in parameters:
-        if isinstance(p, Base):
-            weights, tensor = p.home
+        if (home := home_of(p)) is not None:
+            weights, tensor = home
             if weights.root is not None and not any(
                 id(w) in there for w in weights.coordinates().values()
             ):

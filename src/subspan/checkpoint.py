@@ -29,6 +29,7 @@ from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers.factorize import factorize_like
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums, product_of_sums_like
+from subspan.sharded import copy_into, whole
 from subspan.subspace import SubspaceModel
 
 FORMAT = 1
@@ -116,7 +117,7 @@ def contents(
     # Copies: safetensors refuses tensors that overlap in memory.
     layout = torch.contiguous_format
     return header, {
-        n: t.detach().to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
+        n: whole(t.detach()).to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
     }
 
 
@@ -284,7 +285,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         factorize_like(model, ranks)
         own |= _stored(model)
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        copy_into(own[name], tensor)
     if isinstance(model, SubspaceModel):
         parts = tensors[COORDINATES].split([part.dim for part in model.compartments])
         for w, part in zip(model.coordinates.values(), parts, strict=True):

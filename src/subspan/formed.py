@@ -206,6 +206,14 @@ class Formula:
                 "inplace operation between forward and backward: its gradient cannot be computed"
             )
         with torch._C.DisableTorchFunctionSubclass():
+            for *_, base in self.parts:
+                held = isinstance(base, Tensor) and base.numel()
+                if held and not base.untyped_storage().nbytes():  # FSDP has freed it
+                    raise RuntimeError(
+                        f"the backward pass needs {self.name}, which is sharded over processes and "
+                        "was not gathered for it (set_unshard_in_backward(False), or a part whose "
+                        "own call was passed by): let FSDP gather it"
+                    )
             found = [
                 calls.form(w.detach(), step, call, [dense(base)], self.dtype)[0].reshape(-1)
                 for w, step, call, base in self.parts

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from subspan.errors import SubspanError
 from subspan.guards import Base, Computed, Packed, freeze, guarded, thaw
 from subspan.quantised import Multiplied, own_product
+from subspan.sharded import Shards, asked_by_fsdp, home_of, is_shard, mark, refuse_whole
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -161,6 +162,7 @@ class Part:
                 freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_whole(_link(self).weights, "copied or pickled")
         return _remade, self._subspan_class, self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -186,14 +188,17 @@ class Part:
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """A part's parameters at θ; of one module alone, as FSDP asks, those that are stored."""
+        fsdp = False
         if not torch.compiler.is_compiling():
             asks = sys._getframe(1).f_globals.get("__name__", "")
+            fsdp = asked_by_fsdp(sys._getframe(1))
             if asks.startswith(("torch.export", "torch._export")):
                 raise _only_whole("exported")
         own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for name, p in own:
-            if recurse and isinstance(p, Base):
-                weights, tensor = p.home
+            home = home_of(p) if recurse and not fsdp else None
+            if home is not None:
+                weights, tensor = home
                 yield name, weights.read(tensor)
             else:
                 yield name, p
@@ -214,7 +219,7 @@ class Part:
         """The parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
         p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
-        return p if isinstance(p, Base) else super().get_parameter(target)  # type: ignore[misc]
+        return p if home_of(p) is not None else super().get_parameter(target)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""
@@ -237,6 +242,10 @@ class Part:
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a computed weight cannot be tied to another one."""
         link: Link | None = vars(self).get(LINK)
+        stored = link is not None and name in self._parameters  # type: ignore[attr-defined]
+        if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+            Shards.put(self, name, value)  # type: ignore[arg-type]
+            return
         if type(value) is Computed and link is not None and name in link.tensors:
             raise SubspanError(
                 f"{link.tensors[name]} is computed from coordinates and cannot become "
@@ -282,7 +291,9 @@ class Part:
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, tensor in link.tensors.items():
             parameter = self._parameters[attribute]  # type: ignore[attr-defined]
-            if not isinstance(parameter, Base):  # PyTorch has made another object
+            if is_shard(parameter):
+                mark(parameter, link.weights, tensor)
+            elif not isinstance(parameter, Base):  # PyTorch has made another object
                 freeze(parameter, link.weights, tensor)
         changes.remember(own - before)
         return out
@@ -312,6 +323,8 @@ class Part:
         whole = weights.root is self and not _asked_by_itself(self)
         if whole:
             weights.changes.check_base()
+        elif weights.root is self:
+            refuse_whole(weights, "saved with all its weights")
         _saving.thetas = None if whole else {}
         try:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -329,7 +342,8 @@ class Part:
                 destination.pop(prefix + attribute, None)
             elif prefix + attribute in destination:
                 if tensor not in thetas:
-                    theta = guarded(link.weights.form(tensor), tensor)
+                    theta = link.weights.form(tensor)
+                    theta = theta if is_shard(theta) else guarded(theta, tensor)
                     thetas[tensor] = theta if keep_vars else theta.detach()
                 destination[prefix + attribute] = thetas[tensor]
         if thetas is not None and link.weights.root is self:
@@ -388,6 +402,10 @@ class Root(Part):
         """
         _link(self).weights.note()
         own = super(Part, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+            # Coordinates are whole in every process, and no business of FSDP's.
+            yield from (pair for pair in own if not pair[0].startswith(PREFIX))
+            return
         if not _asked_by_a_property(self):
             yield from own
             return
@@ -461,6 +479,8 @@ def _metaclass(kind: type[type]) -> type[type]:
             return self is other or self._subspan_class[0] is other
 
         def __hash__(self) -> int:
+            if asked_by_fsdp(sys._getframe(1)):  # which keeps a class for each class
+                return type.__hash__(self)
             return hash(self._subspan_class[0])
 
         def __delattr__(self, name: str) -> None:

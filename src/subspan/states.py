@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.inplace import FINGERPRINT, LINK
+from subspan.sharded import refuse_whole
 
 if TYPE_CHECKING:
     from subspan.weights import Weights
@@ -47,6 +48,7 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
             "this state_dict has weights beside coordinates, or some of the weights only: load "
             "that of a model in the same subspace, or a complete one of its network"
         )
+    refuse_whole(weights, "given a state of all weights", "load it before fully_shard")
     values = {t: state.pop(prefix + path) for path, t in given.items()}
     state |= {prefix + name: w for name, w in _coordinates_of(weights, values).items()}
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from subspan import calls, families, init, quantised, slots
 from subspan.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.errors import SubspanError, unknown
-from subspan.guards import Base
 from subspan.inplace import FINGERPRINT, LINK, PREFIX
+from subspan.sharded import home_of, refuse_sharded, refuse_whole
 from subspan.summary import Row, Summary
 from subspan.weights import Weights
 
@@ -90,6 +90,7 @@ class SubspaceModel(nn.Module):
                     f"{name or 'the network'} is in a subspace already: merge or unwrap that "
                     "SubspaceModel first"
                 )
+        refuse_sharded(net)
         targets, exclude, train_fully = _plain(targets), _plain(exclude), _plain(train_fully)
         places = slots.slots(net)
         names = slots.aliases(places)
@@ -239,6 +240,7 @@ class SubspaceModel(nn.Module):
         Layers whose quantised weights are trained become dense ones: ``nn.Linear`` in the dtype
         that was quantised.
         """
+        refuse_whole(self.subspace, "merged")
         thetas = self.subspace.all()
         twin = copy.deepcopy(self)
         return twin.subspace.detach({name: theta.clone() for name, theta in thetas.items()})
@@ -305,7 +307,7 @@ class SubspaceModel(nn.Module):
         ours = {id(w) for w in coordinates.values()}
         fully = {f"{start}body.{name}" for name in self.subspace.fully}
         for name, p in super().named_parameters(prefix):
-            if id(p) not in ours and not isinstance(p, Base) and (p.requires_grad or name in fully):
+            if id(p) not in ours and home_of(p) is None and (p.requires_grad or name in fully):
                 yield name, p
 
     def get_parameter(self, target: str) -> nn.Parameter:

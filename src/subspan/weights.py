@@ -28,6 +28,7 @@ from subspan.formed import Formula, Outermost, version_of
 from subspan.guards import OWN, Base, freeze, guarded, thaw
 from subspan.inplace import FINGERPRINT, LINK, PREFIX, Link, made
 from subspan.quantised import Stored
+from subspan.sharded import Shards, asked_by_fsdp, home_of, is_shard, refuse_whole, whole
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -78,6 +79,7 @@ class Weights:
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
+        self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
         self.changes = Changes(self)
         self.found = {name: _home(root, name) for name in requires_grad}
@@ -164,6 +166,7 @@ class Weights:
     def detach(self, values: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Undo :meth:`attach`: ordinary parameters again, at θ₀ or at other values."""
         root = self.network()
+        refuse_whole(self, "unwrapped or merged")
         for name in self.coordinate_names:
             del root._parameters[name]
         del root._buffers[FINGERPRINT]
@@ -261,7 +264,7 @@ class Weights:
     def call(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the network, or its ``forward``, as the outermost call if it is that."""
         if torch.compiler.is_compiling():
-            if self._traced is not None or _to_onnx():
+            if self._traced is not None or self.shards is not None or _to_onnx():
                 return run(*args, **kwargs)
             self._traced = self.all()
             try:
@@ -270,6 +273,8 @@ class Weights:
                 self._traced = None
         if self.changes.wishes:
             self.changes.check_flags()
+        if self.shards is not None:
+            self.shards.watch()
         if not self.ranks_checked:
             self._check_ranks()
         stack = _now.__dict__.setdefault("calls", [])
@@ -301,12 +306,14 @@ class Weights:
         base = module._parameters[attribute]
         special = type(base) is not Base or base.home[0] is not self
         special = special or len(vars(base)) > len(OWN) or tensor in self._renormed
+        if special and is_shard(base) and home_of(base) is not None:
+            return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
                 where = self._where[tensor]
-                if self.large or dtype is not None:
+                if self.large or dtype is not None or self.shards is not None:
                     theta = self._passing(tensor, outer, dtype)
                 elif len(where) == 1:
                     theta = self._kept(where[0][0], outer)[where[0][1]]
@@ -333,25 +340,32 @@ class Weights:
         Where coordinates are given, too, the slot holds a base: so do all parameters together.
         """
         base = self.base_of(tensor)
-        if isinstance(base, Base) and getattr(base, "home", (self,))[0] is self:
-            return None  # one without a home is an exporter's
+        home = home_of(base)
+        if home is not None and home[0] is self:
+            return None
         names = {PREFIX + call.coordinates for call in self._alone[tensor]}
         own = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
-        return base if own and type(base).__name__ != "DTensor" else None
+        return base if own and not is_shard(base) else None
 
     def _dressed(self, tensor: str, theta: Tensor) -> Tensor:
         """θ with the attributes that people gave the parameter."""
         base = self.base_of(tensor)
         if type(base) is Base:
             vars(theta).update({k: v for k, v in vars(base).items() if k not in OWN})
+        elif self.shards is not None:
+            vars(theta).update(self.shards.marks.get(tensor, {}))
         return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
     def form(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
         """θ of one tensor, differentiable in w."""
+        if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
+            return self.shards.theta(tensor)
         return self._joined(tensor, [self._theta(call, dtype)[0] for call in self._alone[tensor]])
 
     def all(self) -> dict[str, Tensor]:
         """θ of every trained tensor, differentiable in w."""
+        if self.shards is not None:  # calls have tensors of modules that are whole at other times
+            return {tensor: self.form(tensor) for tensor in self._where}
         calls = [self._theta(call) for call in self.calls]
         return {
             tensor: self._joined(tensor, [calls[n][m] for n, m in where])
@@ -379,10 +393,10 @@ class Weights:
                 return found if len(piece) == found.numel() else found.cut(piece.start, piece.stop)
         if type(base) is not Base and self._given(piece.tensor) is not None:
             base = self._owned[piece.tensor]
-        if type(base).__name__ == "DTensor":
+        if is_shard(base):
             raise SubspanError(
-                f"{piece.tensor} is sharded over processes, and a subspace needs it whole: "
-                "use DistributedDataParallel, which sends coordinates only"
+                f"{piece.tensor} was spread over processes after the network was wrapped, by "
+                "something else than fully_shard, and a subspace needs it whole"
             )
         whole = len(piece) == base.numel()
         return base if whole else base.reshape(-1)[piece.start : piece.stop]
@@ -450,7 +464,8 @@ class Weights:
 
     def note(self) -> None:
         """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
-        there = {tensor: self.base_of(tensor) for tensor in self.homes}
+        marks = {} if self.shards is None else self.shards.marks
+        there = {tensor: self.base_of(tensor) for tensor in self.homes if tensor not in marks}
         there |= {name: self.network()._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
         self._owned |= {
             name: p for name, p in there.items() if isinstance(p, Base) or type(p) is nn.Parameter
@@ -484,7 +499,9 @@ class Weights:
         return "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
 
     def _check_ranks(self) -> None:
-        if different := self.difference(self.root._buffers[FINGERPRINT]):  # type: ignore[arg-type]
+        if self.shards is not None:
+            self.shards.check_ranks()
+        elif different := self.difference(self.root._buffers[FINGERPRINT]):  # type: ignore[arg-type]
             raise SubspanError(
                 f"{different} of this process differ from those of rank 0: build the model from "
                 "the same seed or file and with the same options on every rank"
@@ -493,9 +510,16 @@ class Weights:
 
     def parameters_digest(self) -> str:
         """A digest of θ₀ without buffers."""
+        if self.shards is not None and self.shards.digest is not None:
+            return self.shards.digest
         names = [name for name in self.requires_grad if name not in self.fully]
         with _plain():
-            return slots.digest({name: self.held(name) for name in names})
+            return slots.digest(
+                {
+                    name: self.held(name) if name in self.packed else whole(self.stored(name))
+                    for name in names
+                }
+            )
 
     @torch.no_grad()
     def take_fingerprint(self, base: str) -> None:
