@@ -207,8 +207,7 @@ class Formula:
             )
         with torch._C.DisableTorchFunctionSubclass():
             for *_, base in self.parts:
-                held = isinstance(base, Tensor) and base.numel()
-                if held and not base.untyped_storage().nbytes():  # FSDP has freed it
+                if isinstance(base, Tensor) and freed(base):
                     raise RuntimeError(
                         f"the backward pass needs {self.name}, which is sharded over processes and "
                         "was not gathered for it (set_unshard_in_backward(False), or a part whose "
@@ -219,6 +218,11 @@ class Formula:
                 for w, step, call, base in self.parts
             ]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def freed(base: Tensor) -> bool:
+    """Whether FSDP has taken the memory of a tensor back."""
+    return base.numel() > 0 and not base.untyped_storage().nbytes()
 
 
 def _versions(parts: Sequence[Part]) -> tuple[Any, ...]:
