@@ -627,3 +627,22 @@ def test_neither_library_is_imported_for_networks_without_them():
         "assert not {'bitsandbytes', 'torchao'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class CopiesItself(nn.Linear):
+    """A layer that copies its attributes one by one."""
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+def test_a_layer_may_copy_itself():
+    configs = pytest.importorskip("torchao.quantization", reason=NEEDS_TORCHAO)
+    net = nn.Sequential(CopiesItself(64, 32))
+    configs.quantize_(net, configs.Int8WeightOnlyConfig())
+    model = scatter(SubspaceModel(net, 20))
+    twin, x = copy.deepcopy(model), torch.randn(3, 64)
+    assert isinstance(twin.body[0]._parameters["weight"], subspan.guards.Base)
+    assert torch.equal(twin(x), model(x))
