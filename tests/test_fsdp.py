@@ -515,6 +515,9 @@ def refused(rank, world):
     found["pickle"] = sentence(pickle.dumps, model.body)
     found["torch.save"] = sentence(torch.save, model, io.BytesIO())
     found["deepcopy"] = sentence(copy.deepcopy, model.body)
+    outer = mlp()
+    fully_shard(outer)
+    found["deepcopy inside"] = sentence(copy.deepcopy, outer.body)
     found["optimizer"] = sentence(SGD([model.body[0]._parameters["weight"]], 0.1).step)
     merged = scatter(mlp()).merge().state_dict()
     found["state of all"] = sentence(model.body.load_state_dict, merged)
@@ -869,6 +872,7 @@ BEFORE = "around the whole network as it was before"
         ("unwrap", f"cannot be unwrapped .*{BEFORE}"),
         ("pickle", f"cannot be copied or pickled: .*{BEFORE}"),
         ("torch.save", f"cannot be copied or pickled: .*{BEFORE}"),
+        ("deepcopy inside", f"cannot be copied or pickled: .*{BEFORE}"),
         ("deepcopy", "FSDP does not support deepcopy"),
         ("optimizer", "SubspanError: the optimizer has 0.weight, which is frozen"),
         ("state of all", "SubspanError: .* a state of all weights: load it before fully_shard"),

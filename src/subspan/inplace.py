@@ -162,10 +162,13 @@ class Part:
                 freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        refuse_whole(_link(self).weights, "copied or pickled")
+        if (link := vars(self).get(LINK)) is not None:
+            refuse_whole(link.weights, "copied or pickled")
         return _remade, self._subspan_class, self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if (link := vars(self).get(LINK)) is not None:
+            refuse_whole(link.weights, "copied or pickled")
         for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
                 memo[id(leaf)] = leaf.detach().clone()
