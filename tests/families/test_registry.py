@@ -43,7 +43,7 @@ def test_the_families() -> None:
         ({"in_dim": "2"}, "^in_dim must be an integer"),
         ({"in_dim": 10}, "dimension d=10 does not fit in D=9 weights; use d <= 9$"),
         ({"out_dim": 0}, "^out_dim must be an integer"),
-        ({"out_dim": (1 << 34) + 1}, "^out_dim must be an integer"),
+        ({"out_dim": 2**40 + 1}, "^out_dim must be an integer"),
         ({"seed": -1}, "^seed must be an integer"),
         ({"seed": 1 << 64}, "^seed must be an integer"),
         ({"stream": 1 << 24}, "^stream must be an integer"),

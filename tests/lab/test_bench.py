@@ -570,6 +570,7 @@ def test_a_decoder_is_trained(no_peft, here):
         assert last == first if name == "frozen" else last < first
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, monkeypatch):
     free = SimpleNamespace(available=10**6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
@@ -629,6 +630,7 @@ def test_a_peak_is_seen_by_the_thread_and_by_the_kernel():
         assert 0.9 * size < bytes_ < 1.5 * size
 
 
+@pytest.mark.slow
 def test_the_command_shows_large_networks(in_tmp_path, cli, no_peft, here):
     words = ["--parts", "blocks,transformer", "--blocks", "1x8x16", "--batches", "4"]
     words += ["--decoder", "240000", "--tokens", "4", "--large-dim", "20", "--seconds", "0.001"]
