@@ -175,6 +175,8 @@ def draw_adding(rows: list[dict[str, Any]], device: str) -> Figure:
             axes.plot(*zip(*line, strict=True), marker="os^"[n], label=f"d = {d:,}")
         axes.axhline(1, color="0.3", linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda D, _: f"{D:.0e}".replace("e+0", "e")))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(bottom=0)
         axes.set_xlabel("D")
         axes.set_ylabel(f"{PRODUCTS[key]}, times adding a vector of D")

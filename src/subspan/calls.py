@@ -164,9 +164,10 @@ class _Theta(torch.autograd.Function):
         call, parts = ctx.call, []
         for grad, kept in zip(grads, call.kept, strict=True):
             dense = grad.to_dense() if grad.is_sparse else grad
-            parts.append(_without(dense.reshape(-1), kept))
+            parts.append(_without(dense.reshape(-1), kept) if kept else dense)
         if torch.is_grad_enabled():  # a second derivative follows
-            g = torch.cat([part.to(ctx.w.device, ctx.w.dtype) for part in parts])
+            flat = [part.reshape(-1).to(ctx.w.device, ctx.w.dtype) for part in parts]
+            g = torch.cat(flat)
             along = product(g, ctx.step, call.recipe, call.start, call.stop, True)
         else:
             along = gather(from_recipe(call.recipe), parts, ctx.w, ctx.step, call.start)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 BLOCKS = 256  # into which a tensor's sum is divided
+AT_ONCE = 1 << 20  # entries of a tensor that are summed together
 ROUNDING = 1e-5  # of a tensor's norm: what averages of equal tensors may differ by
 
 
@@ -112,10 +113,12 @@ class Changes:
             if not flat.is_floating_point():
                 return kind, Sketch(number, flat.new_zeros(1), 0.0)
             blocks = flat[: len(flat) // BLOCKS * BLOCKS].view(BLOCKS, -1)
-            sums = blocks.sum(dim=1, dtype=torch.float64)
+            # A few blocks at a time: PyTorch makes a copy in float64 of what it sums so.
+            few = blocks.split(max(1, AT_ONCE // max(1, blocks.shape[1])))
+            sums = [part.sum(dim=1, dtype=torch.float64) for part in few]
             rest = flat[len(flat) // BLOCKS * BLOCKS :].double()
-            norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-            return kind, Sketch(number, torch.cat([sums, rest]), float(norm))
+            norm = sum(float(part.double().square().sum()) for part in (*few, rest)) ** 0.5
+            return kind, Sketch(number, torch.cat([*sums, rest]), norm)
 
     def remember(self, tensors: Iterable[str]) -> None:
         """Take these tensors for what they were, where nothing is known in their type."""

@@ -45,6 +45,7 @@ def version_of(tensor: Tensor | Stored) -> Any:
 class Formed:
     """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
 
+    coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
     thetas: Sequence[Tensor]
     versions: Sequence[int]
@@ -80,9 +81,7 @@ class Outermost:
     def get(self, key: Any, state: tuple[Any, ...]) -> Sequence[Tensor] | None:
         """θ that was formed from the same things, or None."""
         formed = self.formed.get(key)
-        if formed is None or not _same(formed.state, state):
-            return None
-        return formed.thetas
+        return formed.thetas if formed is not None and formed.state == state else None
 
     def drop(self, key: Any) -> None:
         """Drop θ under a key, if there is one."""
@@ -100,10 +99,21 @@ class Outermost:
             self.formed.pop(oldest).check_unwritten()
 
     def keep(
-        self, key: Any, state: tuple[Any, ...], thetas: Sequence[Tensor], names: Sequence[str]
-    ) -> None:
-        """Keep θ until the end of the call, or until there is no room."""
-        self.formed[key] = Formed(state, thetas, [version_of(theta) for theta in thetas], names)
+        self, key: Any, coordinates: Sequence[Tensor], state: tuple[Any, ...],
+        thetas: Sequence[Tensor], names: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Keep θ until the end of the call, or until there is no room.
+
+        Args:
+            key: of the call of the operator, or of the tensor.
+            coordinates: that θ was formed from; they live as long, so that the state may name them
+                by their identity.
+            state: what they were, and in which mode.
+            thetas: what was formed.
+            names: of the tensors.
+        """
+        versions = [version_of(theta) for theta in thetas]
+        self.formed[key] = Formed(coordinates, state, thetas, versions, names)
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""
@@ -158,13 +168,6 @@ class Outermost:
         theta, formula = self.formulas.get(tensor.untyped_storage().data_ptr(), (None, None))
         alive = None if theta is None else theta()
         return formula if alive is not None and alive.dtype == tensor.dtype else None
-
-
-def _same(state: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two states are the same; tensors are, if they are one object."""
-    return len(state) == len(other) and all(
-        a is b if isinstance(a, Tensor) else a == b for a, b in zip(state, other, strict=True)
-    )
 
 
 @dataclass(frozen=True)

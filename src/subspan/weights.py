@@ -416,7 +416,7 @@ class Weights:
         outer.drop(n)
         thetas = self._theta(self.calls[n])
         if _level() == outer.level:
-            outer.keep(n, state, thetas, [piece.tensor for piece in self.calls[n].pieces])
+            outer.keep(n, [w], state, thetas, [piece.tensor for piece in self.calls[n].pieces])
         return thetas
 
     def _passing(self, tensor: str, outer: Outermost, dtype: torch.dtype | None) -> Tensor:
@@ -436,7 +436,7 @@ class Weights:
         outer.make_room(tensor, size)
         theta = self.form(tensor, dtype)
         if _level() == outer.level and type(theta) is Tensor:
-            outer.keep(tensor, state, [theta], [tensor])
+            outer.keep(tensor, [w for w, *_ in parts], state, [theta], [tensor])
             outer.know(theta, Formula.of(tensor, parts, theta.dtype))
         return theta
 
@@ -545,7 +545,7 @@ class Weights:
 def _state(w: Tensor) -> tuple[Any, ...]:
     """What coordinates are now; only their address tells that ``w.data = …`` changed them."""
     place = w.data_ptr() if type(w) is nn.Parameter else 0
-    return w, version_of(w), w.requires_grad, place
+    return id(w), version_of(w), w.requires_grad, place
 
 
 def _to_onnx() -> bool:

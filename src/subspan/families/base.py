@@ -343,13 +343,14 @@ def add(
     Returns:
         A vector for each of ``bases``, on its device.
     """
-    flat = [base.reshape(-1).contiguous() for base in bases]  # a slice of one axis is a view
-    sizes = [base.numel() for base in flat]
+    sizes = [base.numel() for base in bases]
     kernel = kernels.find(p.family, w)
-    if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(flat, w):
+    if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(bases, w):
         room = w.new_empty(sum(sizes)) if out is None else out
-        kernel.added(p, flat, w.contiguous(), step, start, room)
+        whole = [base.contiguous() for base in bases]
+        kernel.added(p, whole, w.contiguous(), step, start, room)
         return [room] if len(sizes) == 1 else list(room.split(sizes))
+    flat = [base.reshape(-1) for base in bases]
     if len(flat) > 1:
         rows = p._apply(w, step, start, start + sum(sizes), adjoint=False).split(sizes)
         return [
@@ -372,10 +373,10 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
     they are. Autograd and compilers do not see it.
     """
-    flat = [part.reshape(-1) for part in parts]
     kernel = kernels.find(p.family, w)
-    if kernel and kernel.gathered and _of_one_kind(flat, w):
-        return kernel.gathered(p, [part.contiguous() for part in flat], step, start)
+    if kernel and kernel.gathered and _of_one_kind(parts, w):
+        return kernel.gathered(p, [part.contiguous() for part in parts], step, start)
+    flat = [part.reshape(-1) for part in parts]
     if len(flat) > 1:
         flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
     out = torch.zeros_like(w)
