@@ -165,7 +165,7 @@ def measure(
     for variant in variants:
         needed = (HELD[variant] + 0.5) * weight_bytes
         if variant == LORA and importlib.util.find_spec("peft") is None:
-            rows[variant]["skipped"] = "not installed: pip install peft"
+            rows[variant]["skipped"] = "not installed: pip install 'subspan[peft]'"
         elif variant == FULL and needed > 0.8 * there:
             rows[variant]["skipped"] = f"needs {needed / 1e9:.1f} of {there / 1e9:.1f} GB"
         else:
