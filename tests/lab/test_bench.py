@@ -534,7 +534,7 @@ def test_blocks_are_trained_in_turns(no_peft, here):
     assert [row["allocator"] for row in rows[::5]] == list(blocks.ALLOCATORS)
     found = of(rows[:5])
     assert list(found) == ["full", "frozen", "subspan", "subspan, checkpointed", "lora"]
-    assert found.pop("lora")["skipped"] == "not installed: pip install peft"
+    assert found.pop("lora")["skipped"] == "not installed: pip install 'subspan[peft]'"
     weights = 2 * (2 * 8 * 16 + 8 + 16)
     assert [row["numbers"] for row in found.values()] == [weights, 0, 20, 20]
     for name, row in found.items():
@@ -560,7 +560,7 @@ def test_a_decoder_is_trained(no_peft, here):
     weights = transformer.weights(transformer.LEAST)
     assert told == [f"a decoder of {weights:,} weights, bfloat16"]
     found = of(rows)
-    assert found.pop("lora")["skipped"] == "not installed: pip install peft"
+    assert found.pop("lora")["skipped"] == "not installed: pip install 'subspan[peft]'"
     for name, row in found.items():
         assert (row["weights"], row["weight_bytes"]) == (weights, 2 * weights)
         assert row["allowed_bytes"] == 3 * row["largest_bytes"] + found["frozen"]["peak_bytes"]
@@ -641,7 +641,7 @@ def test_the_command_shows_large_networks(in_tmp_path, cli, no_peft, here):
         "blocks 1x8x16, batch of 4, memory as glibc keeps it: 280 weights, d = 20",
         "a decoder in float32, 4 tokens: ",
         "× (3 × largest + activations)",
-        "not installed: pip install peft",
+        "not installed: pip install 'subspan[peft]'",
     ):
         assert title in said.out
     record = json.loads((in_tmp_path / "b" / "bench.json").read_text())
