@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel, calls, projection
 from subspan.compartments import Compartment, Piece
+from subspan.families.base import add
 from subspan.weights import Weights
 from tests.nets import scatter
 
@@ -124,3 +125,11 @@ def test_what_others_did_before_is_their_affair():
     model = SubspaceModel(nn.Linear(3, 3), 5)
     model(before).sum().backward()
     assert model.coordinates["global"].grad.any()
+
+
+@pytest.mark.parametrize("family", ["hash", "rademacher"])
+def test_a_float64_tensor_of_a_float32_network_keeps_its_digits(family):
+    p = projection(family, out_dim=50, in_dim=4)
+    base, w = torch.rand(50, dtype=torch.float64), torch.randn(4)
+    (theta,) = add(p, [base], w, torch.tensor(0), 0)
+    assert torch.equal(theta, base + p.matvec(w))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -158,7 +158,7 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, theta, "theta", step, rows)
-        if abs(alpha) == 1 and not captured(w):  # the sign of every product, exactly
+        if abs(alpha) == 1:  # the sign of every product, exactly
             add(self, [theta], w * alpha, as_step(step), rows.start, out=theta)
             return theta
         for block in self.blocks_of(rows):
@@ -191,13 +191,7 @@ class Projection(ABC):
             SubspanError: for a vector, range or step that does not fit; nothing is changed then.
         """
         rows = self._check_update(w, g, "g", step, rows)
-        if not captured(w):
-            return w.add_(gather(self, [g], w, as_step(step), rows.start), alpha=alpha)
-        for block in self.blocks_of(rows):
-            part = g[block.start - rows.start : block.stop - rows.start].to(w.dtype)
-            own = product(part, as_step(step), self.recipe, block.start, block.stop, True)
-            w.add_(own, alpha=alpha)
-        return w
+        return w.add_(gather(self, [g], w, as_step(step), rows.start), alpha=alpha)
 
     def blocks_of(self, rows: range) -> Iterator[range]:
         """Cut rows into ranges of BLOCK, or into one where a part costs as much as the whole."""
@@ -326,7 +320,7 @@ def add(
     p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, *,
     out: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """θ₀ + P w for rows from ``start`` on, unseen by autograd and compilers.
+    """θ₀ + P w for rows from ``start`` on, unseen by autograd.
 
     Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
     at a time.
@@ -344,7 +338,7 @@ def add(
         A vector for each of ``bases``, on its device.
     """
     sizes = [base.numel() for base in bases]
-    kernel = kernels.find(p.family, w)
+    kernel, times = _kernel_and_product(p, w)
     if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(bases, w):
         room = w.new_empty(sum(sizes)) if out is None else out
         whole = [base.contiguous() for base in bases]
@@ -352,7 +346,7 @@ def add(
         return [room] if len(sizes) == 1 else list(room.split(sizes))
     flat = [base.reshape(-1) for base in bases]
     if len(flat) > 1:
-        rows = p._apply(w, step, start, start + sum(sizes), adjoint=False).split(sizes)
+        rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
         return [
             part.add_(base) if _of_one_kind([base], part) and dtype in (None, part.dtype)
             else (base + part.to(base.device)).to(dtype or base.dtype)
@@ -362,8 +356,8 @@ def add(
     room = torch.empty_like(base, dtype=dtype) if out is None else out
     for block in p.blocks_of(range(start, start + len(base))):
         inside = slice(block.start - start, block.stop - start)
-        rows = p._apply(w, step, block.start, block.stop, adjoint=False).to(base.device)
-        room[inside] = rows.add_(base[inside])
+        rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
+        room[inside] = base[inside] + rows  # in the wider dtype of both
     return [room]
 
 
@@ -371,9 +365,9 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     """Pᵀ g for vectors of g whose rows follow each other from ``start`` on: (d,) like ``w``.
 
     A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
-    they are. Autograd and compilers do not see it.
+    they are. Autograd does not see it.
     """
-    kernel = kernels.find(p.family, w)
+    kernel, times = _kernel_and_product(p, w)
     if kernel and kernel.gathered and _of_one_kind(parts, w):
         return kernel.gathered(p, [part.contiguous() for part in parts], step, start)
     flat = [part.reshape(-1) for part in parts]
@@ -382,8 +376,15 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     out = torch.zeros_like(w)
     for block in p.blocks_of(range(start, start + len(flat[0]))):
         own = flat[0][block.start - start : block.stop - start].to(w.device, w.dtype)
-        out.add_(p._apply(own, step, block.start, block.stop, adjoint=True))
+        out.add_(times(own, step, p.recipe, block.start, block.stop, True))
     return out
+
+
+def _kernel_and_product(
+    p: Projection, w: Tensor
+) -> tuple[kernels.Kernel | None, Callable[..., Tensor]]:
+    """The kernel for vectors like ``w``, and the bare product: in a graph, one operator alone."""
+    return (None, product) if captured(w) else (kernels.find(p.family, w), compute)
 
 
 def _of_one_kind(tensors: Sequence[Tensor], w: Tensor) -> bool:

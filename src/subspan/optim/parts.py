@@ -82,19 +82,13 @@ class Part:
             if all(vector is None for vector in found):
                 continue
             if whole and len(found) > 1 and all(_is_plain(v, own.device) for v in found):
-                together = torch._utils._flatten_dense_tensors(found).to(own)
+                flat = [torch._utils._flatten_dense_tensors(found)]
             else:
                 flat = [
                     own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
                     for piece, vector in zip(call.pieces, found, strict=True)
                 ]
-                if len(flat) == 1 and not captured(own):
-                    own.add_(gather(projection, flat, own, redraw, call.start), alpha=alpha)
-                    continue
-                together = torch.cat([part.to(own) for part in flat])
-            times = product if captured(own) else compute
-            along = times(together, redraw, projection.recipe, call.start, call.stop, True)
-            own.add_(along, alpha=alpha)
+            own.add_(gather(projection, flat, own, redraw, call.start), alpha=alpha)
 
     def add_weights(
         self, coordinates: Tensor, *, basis: int, step: int | Tensor, alpha: float = 1.0
@@ -110,7 +104,7 @@ class Part:
         own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
         own = own if alpha == 1 else own * alpha
         for call, whole in zip(self.calls, self._whole, strict=True):
-            if len(call.pieces) == 1 and not captured(own):
+            if len(call.pieces) == 1:
                 flat = self._flat(call.pieces[0])
                 lengths = own.to(flat.part.device)
                 add(projection, [flat.part], lengths, redraw, call.start, out=flat.part)
@@ -151,7 +145,7 @@ class Part:
 
     @functools.cached_property
     def _whole(self) -> tuple[bool, ...]:
-        """Of every call, whether its pieces are whole tensors in which nothing is kept."""
+        """Whether the pieces of each call are whole tensors in which nothing is kept."""
         return tuple(
             all(
                 len(piece) == self.tensors[piece.tensor].numel() and piece.tensor not in self.kept
