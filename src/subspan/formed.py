@@ -172,7 +172,7 @@ class Outermost:
 
 @dataclass(frozen=True)
 class Formula:
-    """What θ of a tensor was formed from.
+    """Holds what θ of a tensor was formed from, to form it again.
 
     Args:
         name: of the tensor.
@@ -242,7 +242,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class _Other:
-    """What hooks around the call have made of a tensor, and what makes it a tensor again."""
+    """A tensor as hooks around the call have packed it, and how they unpack it."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]

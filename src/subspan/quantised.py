@@ -86,7 +86,7 @@ def dense(base: Tensor | Stored) -> Tensor:
 
 
 def stored(module: nn.Module, attribute: str) -> Stored | None:
-    """What is known of a module's weight, if it is quantised."""
+    """Describe a module's weight if it is quantised; else return None."""
     parameter = module._parameters[attribute]
     kind = _kind(type(module), _own_class(parameter))  # type: ignore[arg-type]
     if kind is None or (kind is not _torchao and attribute != "weight"):

@@ -108,7 +108,7 @@ def mark(parameter: Any, weights: Weights, tensor: str, theta: bool = False) -> 
 
 
 def home_of(parameter: Any) -> tuple[Weights, str] | None:
-    """Whose θ₀ a parameter is, or was before FSDP took it; None of any other."""
+    """Return the network and the name whose θ₀ a parameter is, FSDP's included, or None."""
     if isinstance(parameter, Base):
         return getattr(parameter, "home", None)  # one without is an exporter's
     weights, tensor, theta = getattr(parameter, HOME, (None, "", True))

@@ -1,4 +1,4 @@
-"""What training a large network through few numbers costs: memory beyond θ₀, and steps.
+"""Measures what it costs to train a large network through few numbers: memory and steps.
 
 The network is a row of residual blocks n → h → n. Memory is in units of all weights: 3 is what
 training them with Adam takes (a gradient, two moments). Everything is measured twice, with a

@@ -59,10 +59,10 @@ class Beyond:
 
     @property
     def sampled(self) -> int:
-        """What the thread saw."""
+        """The peak that the thread saw, in bytes."""
         return self.most - self.start
 
     @property
     def peak(self) -> int:
-        """What the kernel counted (PyTorch on a GPU), or the thread saw if that is more."""
+        """The peak that the kernel counted (on a GPU PyTorch), or the thread's if that is more."""
         return max(self.kernels.read(), self.most) - self.start

@@ -1,4 +1,4 @@
-"""What training a decoder of a given size through few numbers costs: memory, steps, the loss.
+"""Measures what it costs to train a decoder through few numbers: memory, steps, the loss.
 
 The decoder is a Llama of random weights, by Hugging Face's transformers. What it may hold beside
 θ₀ is three times its largest tensor (θ of one module, its gradient, and one to spare) and the
