@@ -7,7 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+
+Kept = Tensor | np.ndarray
 
 
 class Cache:
@@ -19,11 +23,11 @@ class Cache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.held = 0  # bytes
-        self._items: OrderedDict[Any, tuple[Tensor, ...]] = OrderedDict()
+        self._items: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Any, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The tensors under ``key``, built at the first call and after they were dropped."""
+    def get(self, key: Any, build: Callable[[], tuple[Kept, ...]]) -> tuple[Any, ...]:
+        """The arrays under ``key``, built at the first call and after they were dropped."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)  # newest last
@@ -48,8 +52,8 @@ class Cache:
         self.held -= self._bytes(self._items.pop(key, ()))
 
     @staticmethod
-    def _bytes(tensors: tuple[Tensor, ...]) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def _bytes(arrays: tuple[Kept, ...]) -> int:
+        return sum(array.nbytes for array in arrays)
 
 
 cache = Cache(budget=1 << 28)

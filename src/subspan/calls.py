@@ -132,8 +132,8 @@ def form(
     for theta, base, kept in zip(thetas, bases, call.kept, strict=True):
         if kept:
             own = slice(kept.start, kept.stop)
-            theta[own] = base.reshape(-1)[own]
-    return [theta.view(base.shape) for theta, base in zip(thetas, bases, strict=True)]
+            theta.view(-1)[own] = base.reshape(-1)[own]
+    return thetas
 
 
 def _without(part: Tensor, kept: range) -> Tensor:

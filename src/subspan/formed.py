@@ -41,7 +41,7 @@ def version_of(tensor: Tensor | Stored) -> Any:
     return -1 if tensor.is_inference() else tensor._version
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Formed:
     """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd import forward_ad
 
 from subspan import kernels
@@ -335,30 +336,32 @@ def add(
         dtype: of the results; that of each vector by default.
 
     Returns:
-        A vector for each of ``bases``, on its device.
+        A tensor like each of ``bases``, on its device; ``out``, if it is given.
     """
-    sizes = [base.numel() for base in bases]
     kernel, times = _kernel_and_product(p, w)
-    if kernel and kernel.added and dtype in (None, w.dtype) and _of_one_kind(bases, w):
-        room = w.new_empty(sum(sizes)) if out is None else out
-        whole = [base.contiguous() for base in bases]
-        kernel.added(p, whole, w.contiguous(), step, start, room)
-        return [room] if len(sizes) == 1 else list(room.split(sizes))
+    own = dtype is None or dtype == w.dtype
+    if kernel and kernel.added and own and (ready := _ready(bases, w)):
+        room = kernel.added(p, ready, w.contiguous(), step, start, out)
+        if len(bases) > 1:
+            return list(_unflatten_dense_tensors(room, bases))
+        return [room.view(bases[0].shape)]
     flat = [base.reshape(-1) for base in bases]
     if len(flat) > 1:
+        sizes = [len(base) for base in flat]
         rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
-        return [
-            part.add_(base) if _of_one_kind([base], part) and dtype in (None, part.dtype)
+        thetas = [
+            part.add_(base) if own and _ready([base], part)
             else (base + part.to(base.device)).to(dtype or base.dtype)
             for base, part in zip(flat, rows, strict=True)
         ]  # fmt: skip
+        return [theta.view(base.shape) for theta, base in zip(thetas, bases, strict=True)]
     (base,) = flat
     room = torch.empty_like(base, dtype=dtype) if out is None else out
     for block in p.blocks_of(range(start, start + len(base))):
         inside = slice(block.start - start, block.stop - start)
         rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
         room[inside] = base[inside] + rows  # in the wider dtype of both
-    return [room]
+    return [room.view(bases[0].shape)]
 
 
 def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
@@ -368,8 +371,8 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     they are. Autograd does not see it.
     """
     kernel, times = _kernel_and_product(p, w)
-    if kernel and kernel.gathered and _of_one_kind(parts, w):
-        return kernel.gathered(p, [part.contiguous() for part in parts], step, start)
+    if kernel and kernel.gathered and (ready := _ready(parts, w)):
+        return kernel.gathered(p, ready, step, start)
     flat = [part.reshape(-1) for part in parts]
     if len(flat) > 1:
         flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
@@ -387,9 +390,14 @@ def _kernel_and_product(
     return (None, product) if captured(w) else (kernels.find(p.family, w), compute)
 
 
-def _of_one_kind(tensors: Sequence[Tensor], w: Tensor) -> bool:
-    """Whether all tensors are of the dtype and on the device of ``w``."""
-    return all(t.dtype == w.dtype and t.device == w.device for t in tensors)
+def _ready(tensors: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """The tensors as kernels take them; none if one has another dtype or device than ``w``."""
+    dtype, device, ready = w.dtype, w.device, []
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != device:
+            return []
+        ready.append(tensor.contiguous())
+    return ready
 
 
 def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:

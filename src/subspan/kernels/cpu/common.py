@@ -22,7 +22,7 @@ from numba import carray, njit, types, uint32, uint64  # type: ignore[attr-defin
 from numba.extending import intrinsic
 from torch import Tensor
 
-from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, Source, rounds
+from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, rounds
 
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
@@ -325,23 +325,26 @@ def threads(work: float) -> None:
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Where the numbers of a projection are: Philox's step, tag and key."""
-    return np.uint32(int(step)), *_place(p.seed, p.domain, p.stream)
+    return np.uint32(int(step)), *place(p)
 
 
 @functools.lru_cache(maxsize=4096)
-def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
-    source = Source(seed, domain, stream)
-    return tuple(np.uint32(word) for word in (source.tag, *source.key))
+def place(p: Any) -> tuple[np.uint32, ...]:
+    """The same without the step."""
+    return tuple(np.uint32(word) for word in (p.source.tag, *p.source.key))
 
 
 def vectors(parts: Sequence[Tensor]) -> tuple[Any, Any]:
     """Addresses of contiguous float32 vectors, and where they begin if they are laid end to end."""
     if not parts:
         return NO_VECTORS
-    bounds = [0]
-    for part in parts:
-        bounds.append(bounds[-1] + part.numel())
-    return np.array([part.data_ptr() for part in parts], np.int64), np.array(bounds, np.int64)
+    addresses = np.array([part.data_ptr() for part in parts], np.int64)
+    return addresses, _bounds(*(part.numel() for part in parts))
+
+
+@functools.lru_cache(maxsize=4096)
+def _bounds(*sizes: int) -> Any:
+    return np.cumsum((0, *sizes), dtype=np.int64)
 
 
 NO_VECTORS = np.empty(0, np.int64), np.zeros(1, np.int64)

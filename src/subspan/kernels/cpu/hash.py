@@ -6,6 +6,7 @@ index of a small matrix is kept between calls, where making it takes longer than
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -229,42 +230,44 @@ def _rmatvec(addresses, bounds, start, total, partial, chunk, kept, size, widths
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
     """The index that is kept, and from what it is made."""
-    tail = max(1, p.out_dim % TILE)
-    made_of = p.out_dim, common.widths(tail), common.address(p, step)
+    made_of, number = _made_of(p), int(step)
+    address = (np.uint32(number), *made_of[2])
 
-    def build() -> tuple[Tensor]:
+    def build() -> tuple[Any]:
         index = np.empty(stop - start, np.uint32)
         common.threads(4 * index.size)
-        _fill(index, start, p.in_dim, *made_of)
-        return (torch.from_numpy(index),)
+        _fill(index, start, p.in_dim, *made_of[:2], address)
+        return (index,)
 
-    if 4 * p.out_dim > common.KEPT or int(step):  # a basis that is drawn again is used twice
-        return NOTHING, *made_of
+    if 4 * p.out_dim > common.KEPT or number:  # a basis that is drawn again is used twice
+        return NOTHING, *made_of[:2], address
     (index,) = cache.get(("hash", p, start, stop, "numba"), build)
-    return index.numpy(), *made_of
+    return index, *made_of[:2], address
+
+
+@functools.lru_cache(maxsize=4096)
+def _made_of(p: Any) -> tuple[Any, ...]:
+    return p.out_dim, common.widths(max(1, p.out_dim % TILE)), common.place(p)
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    return _rows(p, w, (), step, start, stop)
+    return _rows(p, w, common.NO_VECTORS, step, start, torch.empty(stop - start))
 
 
 def added(
     p: Any, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, out: Tensor | None = None
 ) -> Tensor:
     """Rows of θ₀ + P w from ``start`` on, for vectors of θ₀ laid end to end; ``out`` may be θ₀."""
-    stop = start + sum(base.numel() for base in bases)
-    return _rows(p, w, bases, step, start, stop, out)
+    vectors = common.vectors(bases)
+    out = torch.empty(int(vectors[1][-1])) if out is None else out
+    return _rows(p, w, vectors, step, start, out)
 
 
-def _rows(
-    p: Any, w: Tensor, bases: Sequence[Tensor], step: Tensor, start: int, stop: int,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    out = torch.empty(stop - start) if out is None else out
-    arguments = _arguments(p, step, start, stop)
-    common.threads(2 * (stop - start))
-    _matvec(w.numpy(), *common.vectors(bases), start, out.numpy(), *arguments)
+def _rows(p: Any, w: Tensor, bases: Any, step: Tensor, start: int, out: Tensor) -> Tensor:
+    arguments = _arguments(p, step, start, start + out.numel())
+    common.threads(2 * out.numel())
+    _matvec(w.numpy(), *bases, start, out.numpy(), *arguments)
     return out
 
 
@@ -277,7 +280,8 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     """Pᵀ g for the rows from ``start`` on, for vectors of g laid end to end."""
     # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
     # a power of 2, as the number of threads mostly is.
-    stop = start + sum(part.numel() for part in parts)
+    addresses, bounds = common.vectors(parts)
+    stop = start + int(bounds[-1])
     tiles = -(-stop // TILE) - start // TILE
     tasks = min(TASKS, max(1, (stop - start) // (16 * p.in_dim)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
@@ -285,5 +289,5 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     total = torch.empty(p.in_dim)
     arguments = _arguments(p, step, start, stop)
     common.threads(2 * (stop - start))
-    _rmatvec(*common.vectors(parts), start, total.numpy(), partial, chunk, *arguments)
+    _rmatvec(addresses, bounds, start, total.numpy(), partial, chunk, *arguments)
     return total
