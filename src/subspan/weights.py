@@ -7,7 +7,6 @@ of other people's changes :mod:`subspan.changes`; states to load are :mod:`subsp
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -278,12 +277,15 @@ class Weights:
         if not self.ranks_checked:
             self._check_ranks()
         stack = _now.__dict__.setdefault("calls", [])
-        if any(outer.weights is self for outer in stack):
+        if stack and any(outer.weights is self for outer in stack):
             return run(*args, **kwargs)
         outer = Outermost(self)
         stack.append(outer)
         try:
-            with outer.saving() if self.large else contextlib.nullcontext():
+            if self.large:
+                with outer.saving():
+                    out = run(*args, **kwargs)
+            else:
                 out = run(*args, **kwargs)
             outer.check_unwritten()
             if self.changes.wishes:  # which the network has set meanwhile
@@ -304,8 +306,8 @@ class Weights:
             return self.form(tensor) if self._traced is None else self._traced[tensor]
         module, attribute = self.homes[tensor]
         base = module._parameters[attribute]
-        special = type(base) is not Base or base.home[0] is not self
-        special = special or len(vars(base)) > len(OWN) or tensor in self._renormed
+        known = type(base) is Base and base.home[0] is self and len(vars(base)) == len(OWN)
+        special = not known or tensor in self._renormed
         if special and is_shard(base) and home_of(base) is not None:
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
@@ -387,6 +389,9 @@ class Weights:
     def _base(self, piece: Piece) -> Tensor | Stored:
         """θ₀ of a piece of a tensor."""
         base = self.base_of(piece.tensor)
+        whole = len(piece) == base.numel()
+        if whole and type(base) is Base:  # mostly
+            return base
         if piece.tensor in self.packed:
             found = self.held(piece.tensor)
             if isinstance(found, Stored):
@@ -398,7 +403,6 @@ class Weights:
                 f"{piece.tensor} was spread over processes after the network was wrapped, by "
                 "something else than fully_shard, and a subspace needs it whole"
             )
-        whole = len(piece) == base.numel()
         return base if whole else base.reshape(-1)[piece.start : piece.stop]
 
     def _kept(self, n: int, outer: Outermost) -> Sequence[Tensor]:

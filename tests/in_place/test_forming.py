@@ -126,7 +126,7 @@ def test_the_peak_is_that_of_one_tensor(monkeypatch, autocast, dtype):
     assert peak(step) < 3.3 * one
     monkeypatch.setattr(formed, "KEPT", 1 << 22)
     model = scatter(SubspaceModel(model.unwrap(), 30))
-    assert peak(step) > 9 * one
+    assert peak(step) > 8 * one
 
 
 def test_coordinates_that_change_before_the_backward_pass(monkeypatch):

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 from torch.autograd import forward_ad
 
 from subspan import kernels
@@ -341,10 +340,9 @@ def add(
     kernel, times = _kernel_and_product(p, w)
     own = dtype is None or dtype == w.dtype
     if kernel and kernel.added and own and (ready := _ready(bases, w)):
-        room = kernel.added(p, ready, w.contiguous(), step, start, out)
-        if len(bases) > 1:
-            return list(_unflatten_dense_tensors(room, bases))
-        return [room.view(bases[0].shape)]
+        outs = [torch.empty_like(base) for base in ready] if out is None else [out]
+        kernel.added(p, ready, w.contiguous(), step, start, outs)
+        return outs
     flat = [base.reshape(-1) for base in bases]
     if len(flat) > 1:
         sizes = [len(base) for base in flat]

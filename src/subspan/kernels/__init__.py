@@ -24,8 +24,8 @@ class Kernel(NamedTuple):
 
     matvec: Product
     rmatvec: Product
-    added: Callable[..., Tensor] | None = None
-    """θ₀ + P w for vectors of θ₀ whose rows follow each other."""
+    added: Callable[..., None] | None = None
+    """θ₀ + P w for vectors of θ₀ whose rows follow each other, into vectors of the same sizes."""
     gathered: Callable[..., Tensor] | None = None
     """Pᵀ g for vectors of g whose rows follow each other."""
 
@@ -54,4 +54,6 @@ def available(device_type: str) -> dict[str, Kernel]:
 
 def find(family: str, x: Tensor) -> Kernel | None:
     """The kernel for ``family`` and vectors like ``x``, or None: then torch code computes it."""
-    return available(x.device.type).get(family) if x.dtype == torch.float32 else None
+    if x.dtype != torch.float32:
+        return None
+    return available("cpu" if x.is_cpu else x.device.type).get(family)

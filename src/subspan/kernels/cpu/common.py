@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from numba import carray, njit, types, uint32, uint64  # type: ignore[attr-defin
 from numba.extending import intrinsic
 from torch import Tensor
 
-from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, rounds
+from subspan.philox import MASK, MULTIPLIERS, ROUNDS, WEYL, Permutation, Source, rounds
 
 LANES = 64  # columns generated together
 CHUNK = 1 << 16  # rows that one task adds up before partial sums are added, in order
@@ -155,7 +156,7 @@ def floats_at(address, size):
 
 @intrinsic
 def add_signs(context: Any, out: Any, place: Any, word: Any) -> Any:
-    """Set bit 31 of words ``place`` … ``place`` + 31 of ``out`` where the bits of ``word`` are 1.
+    """Words ``place`` … ``place`` + 31 of ``out``, doubled, plus the bits of ``word``.
 
     As vectors, because compilers make a loop over 32 bits three times as slow.
     """
@@ -165,11 +166,12 @@ def add_signs(context: Any, out: Any, place: Any, word: Any) -> Any:
         kind = ir.VectorType(ir.IntType(32), 32)
         alone = builder.insert_element(ir.Constant(kind, ir.Undefined), word, _INT(0))
         every = builder.shuffle_vector(alone, alone, ir.Constant(kind, [0] * 32))
-        high = builder.shl(every, ir.Constant(kind, [31 - bit for bit in range(32)]))
-        signs = builder.and_(high, ir.Constant(kind, [1 << 31] * 32))
+        low = builder.lshr(every, ir.Constant(kind, list(range(32))))
+        signs = builder.and_(low, ir.Constant(kind, [1] * 32))
         data = context.make_array(signature.args[0])(context, builder, array).data
         pointer = builder.bitcast(builder.gep(data, [place]), kind.as_pointer())
-        builder.store(builder.or_(builder.load(pointer, align=4), signs), pointer, align=4)
+        doubled = builder.shl(builder.load(pointer, align=4), ir.Constant(kind, [1] * 32))
+        builder.store(builder.or_(doubled, signs), pointer, align=4)
         return context.get_dummy_value()
 
     return types.void(out, types.intp, types.uint32), generate
@@ -310,6 +312,9 @@ def eight(a, b, c, d, e, f, g, h):
 # ---- from Python ---------------------------------------------------------------------------------
 
 
+_here = threading.local()  # .number: of Numba's threads that this thread has asked for
+
+
 def threads(work: float) -> None:
     """As many threads as torch uses, but one for each GRAIN of ``work`` operations at most.
 
@@ -317,37 +322,37 @@ def threads(work: float) -> None:
     """
     wanted = torch.get_num_threads()
     number = max(1, min(wanted, MOST, int(work / GRAIN)))
-    if numba.get_num_threads() != number:
+    if _here.__dict__.get("number") != number:  # Numba takes a lock to be asked
         numba.set_num_threads(number)
+        _here.number = number
     if torch.get_num_threads() != wanted:  # Numba's pool started, and reset the OpenMP they share
         torch.set_num_threads(wanted)
 
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Where the numbers of a projection are: Philox's step, tag and key."""
-    return np.uint32(int(step)), *place(p)
+    return np.uint32(int(step)), *_place(p.seed, p.domain, p.stream)
 
 
 @functools.lru_cache(maxsize=4096)
-def place(p: Any) -> tuple[np.uint32, ...]:
-    """The same without the step."""
-    return tuple(np.uint32(word) for word in (p.source.tag, *p.source.key))
+def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
+    source = Source(seed, domain, stream)
+    return tuple(np.uint32(word) for word in (source.tag, *source.key))
 
 
-def vectors(parts: Sequence[Tensor]) -> tuple[Any, Any]:
-    """Addresses of contiguous float32 vectors, and where they begin if they are laid end to end."""
-    if not parts:
-        return NO_VECTORS
-    addresses = np.array([part.data_ptr() for part in parts], np.int64)
-    return addresses, _bounds(*(part.numel() for part in parts))
+def addresses(parts: Sequence[Tensor]) -> Any:
+    """Where contiguous float32 vectors are, for :func:`floats_at`."""
+    return np.array([part.data_ptr() for part in parts], np.int64)
+
+
+def bounds(parts: Sequence[Tensor]) -> Any:
+    """Where vectors begin if they are laid end to end, and where the last one ends."""
+    return _bounds(*[part.numel() for part in parts])
 
 
 @functools.lru_cache(maxsize=4096)
 def _bounds(*sizes: int) -> Any:
     return np.cumsum((0, *sizes), dtype=np.int64)
-
-
-NO_VECTORS = np.empty(0, np.int64), np.zeros(1, np.int64)
 
 
 def padded(w: Tensor, divisor: float = 1.0) -> Any:

@@ -6,7 +6,6 @@ index of a small matrix is kept between calls, where making it takes longer than
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from subspan.cache import cache
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
-    SIGN,
     add_signs,
     as_bits,
     as_float,
@@ -37,7 +35,8 @@ TILE = 1 << SMALLEST  # rows whose index is made together, in the first cache le
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
 M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
-NOTHING = np.empty(0, np.uint32)
+FEW = 1 << 12  # coordinates whose negatives have places of their own, in the first cache level
+NOTHING, NOWHERE = np.empty(0, np.uint32), np.empty(0, np.int64)
 
 
 @inline
@@ -97,7 +96,7 @@ def _block(first, size):
 
 @common.function
 def _index(out, signs, tile, size, d, widths, address):
-    """Bucket, and in the highest bit the sign, of a tile's rows; ``signs`` is room of (8, 4)."""
+    """2·bucket + [sign is minus] of a tile's rows; ``signs`` is room of (8, 4)."""
     first = tile * TILE
     number, start, bits = _block(first, size)
     if bits:
@@ -129,17 +128,17 @@ def _fill(out, start, d, size, widths, address):
 
 
 @inline
-def _scale(out, x, size):
-    """out_b = x_b/√n_b: the root and the quotient in float64, then float32 (docs/format.md)."""
-    more = size % x.size  # the first so many buckets hold one row more
-    large = np.float32(1.0 / np.sqrt(float(size // x.size + 1)))
-    small = np.float32(1.0 / np.sqrt(float(size // x.size)))
-    for bucket in range(x.size):
-        out[bucket] = x[bucket] * (large if bucket < more else small)
+def _scales(size, d):
+    """1/√n_b of the first buckets and of the rest, and how many the first are.
+
+    The root and the quotient are of float64, then rounded to float32 (docs/format.md).
+    """
+    large = np.float32(1.0 / np.sqrt(float(size // d + 1)))
+    return large, np.float32(1.0 / np.sqrt(float(size // d))), size % d
 
 
 @inline
-def _piece(addresses, bounds, row):
+def _piece(bounds, row):
     """Which of several vectors, laid end to end, holds a row."""
     n = 0
     while bounds[n + 1] <= row:
@@ -147,16 +146,28 @@ def _piece(addresses, bounds, row):
     return n
 
 
-@common.kernel
-def _matvec(w, addresses, bounds, start, out, kept, size, widths, address):
-    """out_i = ±w_b/√n_b, added to vectors laid end to end if there are any.
+@inline
+def _flipped(x, word):
+    """A number times the sign of a word of the index."""
+    return as_float(as_bits(x) ^ uint32(word << uint32(31)))
 
-    The index is kept, or made here. Vectors are given by their addresses, and ``bounds`` are the
-    rows at which they begin, counted from ``start``.
+
+@common.kernel
+def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
+    """out_i = ±w_b/√n_b, added to θ₀ if there is any.
+
+    The index is kept, or made here. All vectors are given by their addresses; those of θ₀ and of
+    the results are laid end to end, and ``bounds`` are the rows at which they begin, counted from
+    ``start``. Of few coordinates, the table holds the negative ones, too.
     """
-    stop = start + out.size
-    table = np.empty(w.size, np.float32)
-    _scale(table, w, size)
+    stop, w, signed = start + bounds[-1], floats_at(w_at, d), d <= FEW
+    table, (large, small, first) = np.empty(2 * d, np.float32), _scales(size, d)
+    for bucket in range(d):
+        value = w[bucket] * (large if bucket < first else small)
+        if signed:
+            table[2 * bucket], table[2 * bucket + 1] = value, -value
+        else:
+            table[bucket] = value
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
         widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
@@ -168,40 +179,49 @@ def _matvec(w, addresses, bounds, start, out, kept, size, widths, address):
             if kept.size:
                 words = kept[first - start : last - start]
             else:
-                _index(index, signs, tile, size, table.size, widths, address)
+                _index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
-            for i in range(last - first):
-                found[i] = table[words[i] & ~SIGN]
-            for i in range(last - first):
-                found[i] = as_float(as_bits(found[i]) ^ uint32(words[i] & SIGN))
+            if signed:
+                for i in range(last - first):
+                    found[i] = table[words[i]]
+            else:
+                for i in range(last - first):
+                    found[i] = table[words[i] >> uint32(1)]
+                for i in range(last - first):
+                    found[i] = _flipped(found[i], words[i])
             done, stopped = first - start, last - start
-            if not addresses.size:
-                out[done:stopped] = found[: last - first]
-            while addresses.size and done < stopped:
-                n = _piece(addresses, bounds, done)
+            while done < stopped:
+                n = _piece(bounds, done)
                 until, place = min(stopped, bounds[n + 1]), done - (first - start)
-                base = floats_at(addresses[n], bounds[n + 1] - bounds[n])
-                own, rows = base[done - bounds[n] : until - bounds[n]], out[done:until]
+                out = floats_at(outs[n], bounds[n + 1] - bounds[n])
+                rows = out[done - bounds[n] : until - bounds[n]]
                 along = found[place : place + rows.size]
-                for i in range(rows.size):
-                    rows[i] = own[i] + along[i]
+                if bases.size:
+                    base = floats_at(bases[n], bounds[n + 1] - bounds[n])
+                    own = base[done - bounds[n] : until - bounds[n]]
+                    for i in range(rows.size):
+                        rows[i] = own[i] + along[i]
+                else:
+                    for i in range(rows.size):
+                        rows[i] = along[i]
                 done = until
 
 
 @common.kernel
-def _rmatvec(addresses, bounds, start, total, partial, chunk, kept, size, widths, address):
-    """total[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task].
+def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths, address):
+    """out[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task].
 
-    g are vectors laid end to end, as of :func:`_matvec`.
+    g are vectors laid end to end, as of :func:`_matvec`. Of few coordinates, what is added and what
+    is subtracted have sums of their own.
     """
-    stop = start + bounds[-1]
-    begin, end, d = start // TILE, (stop + TILE - 1) // TILE, total.size
+    stop, signed, out = start + bounds[-1], d <= FEW, floats_at(out_at, d)
+    begin, end = start // TILE, (stop + TILE - 1) // TILE
     for task in prange(len(partial)):
         sums = partial[task]
         sums[:] = 0
         widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
-        signed = np.empty(TILE, np.float32)
+        values = np.empty(TILE, np.float32)
         for tile in range(begin + task * chunk, min(end, begin + (task + 1) * chunk)):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if kept.size:
@@ -211,64 +231,72 @@ def _rmatvec(addresses, bounds, start, total, partial, chunk, kept, size, widths
                 words = index[first - tile * TILE : last - tile * TILE]
             done, stopped = first - start, last - start
             while done < stopped:
-                n = _piece(addresses, bounds, done)
-                until = min(stopped, bounds[n + 1])
-                g = floats_at(addresses[n], bounds[n + 1] - bounds[n])
-                rows, place = g[done - bounds[n] : until - bounds[n]], done - (first - start)
-                part, own = signed[place : place + rows.size], words[place : place + rows.size]
-                for i in range(rows.size):
-                    part[i] = as_float(as_bits(rows[i]) ^ uint32(own[i] & SIGN))
+                n = _piece(bounds, done)
+                until, place = min(stopped, bounds[n + 1]), done - (first - start)
+                g = floats_at(parts[n], bounds[n + 1] - bounds[n])
+                rows = g[done - bounds[n] : until - bounds[n]]
+                if signed:
+                    own = words[place : place + rows.size]
+                    for i in range(rows.size):
+                        sums[own[i]] += rows[i]
+                else:
+                    own, value = words[place : place + rows.size], values[: rows.size]
+                    for i in range(rows.size):
+                        value[i] = _flipped(rows[i], own[i])
+                    for i in range(rows.size):
+                        sums[own[i] >> uint32(1)] += value[i]
                 done = until
-            for i in range(last - first):
-                sums[words[i] & ~SIGN] += signed[i]
-    total[:] = 0
-    for task in range(len(partial)):
-        for bucket in range(d):
-            total[bucket] += partial[task, bucket]
-    _scale(total, total, size)
+    large, small, first = _scales(size, d)
+    for bucket in range(d):
+        total = np.float32(0.0)
+        for task in range(len(partial)):
+            if signed:
+                total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
+            else:
+                total += partial[task, bucket]
+        out[bucket] = total * (large if bucket < first else small)
 
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
     """The index that is kept, and from what it is made."""
-    made_of, number = _made_of(p), int(step)
-    address = (np.uint32(number), *made_of[2])
+    size, widths, address = (
+        p.out_dim,
+        common.widths(max(1, p.out_dim % TILE)),
+        common.address(p, step),
+    )
 
     def build() -> tuple[Any]:
         index = np.empty(stop - start, np.uint32)
         common.threads(4 * index.size)
-        _fill(index, start, p.in_dim, *made_of[:2], address)
+        _fill(index, start, p.in_dim, size, widths, address)
         return (index,)
 
-    if 4 * p.out_dim > common.KEPT or number:  # a basis that is drawn again is used twice
-        return NOTHING, *made_of[:2], address
-    (index,) = cache.get(("hash", p, start, stop, "numba"), build)
-    return index, *made_of[:2], address
-
-
-@functools.lru_cache(maxsize=4096)
-def _made_of(p: Any) -> tuple[Any, ...]:
-    return p.out_dim, common.widths(max(1, p.out_dim % TILE)), common.place(p)
+    if 4 * size > common.KEPT or address[0]:  # a basis that is drawn again is used twice
+        return NOTHING, size, widths, address
+    (index,) = cache.get(("hash", p.recipe, start, stop, "numba"), build)
+    return index, size, widths, address
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    return _rows(p, w, common.NO_VECTORS, step, start, torch.empty(stop - start))
+    out = torch.empty(stop - start)
+    _rows(p, w, NOWHERE, [out], step, start)
+    return out
 
 
 def added(
-    p: Any, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, out: Tensor | None = None
-) -> Tensor:
-    """Rows of θ₀ + P w from ``start`` on, for vectors of θ₀ laid end to end; ``out`` may be θ₀."""
-    vectors = common.vectors(bases)
-    out = torch.empty(int(vectors[1][-1])) if out is None else out
-    return _rows(p, w, vectors, step, start, out)
+    p: Any, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, outs: Sequence[Tensor]
+) -> None:
+    """Put rows of θ₀ + P w from ``start`` on into ``outs``, for vectors of θ₀ laid end to end."""
+    _rows(p, w, common.addresses(bases), outs, step, start)
 
 
-def _rows(p: Any, w: Tensor, bases: Any, step: Tensor, start: int, out: Tensor) -> Tensor:
-    arguments = _arguments(p, step, start, start + out.numel())
-    common.threads(2 * out.numel())
-    _matvec(w.numpy(), *bases, start, out.numpy(), *arguments)
-    return out
+def _rows(p: Any, w: Tensor, bases: Any, outs: Sequence[Tensor], step: Tensor, start: int) -> None:
+    bounds = common.bounds(outs)
+    rows = int(bounds[-1])
+    arguments = _arguments(p, step, start, start + rows)
+    common.threads(2 * rows)
+    _matvec(w.data_ptr(), p.in_dim, bases, common.addresses(outs), bounds, start, *arguments)
 
 
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
@@ -278,16 +306,17 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tensor:
     """Pᵀ g for the rows from ``start`` on, for vectors of g laid end to end."""
-    # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
+    # The number of tasks depends on sizes alone, and their sums stay below an eighth of g; it is
     # a power of 2, as the number of threads mostly is.
-    addresses, bounds = common.vectors(parts)
-    stop = start + int(bounds[-1])
-    tiles = -(-stop // TILE) - start // TILE
-    tasks = min(TASKS, max(1, (stop - start) // (16 * p.in_dim)), tiles)
+    bounds, d = common.bounds(parts), p.in_dim
+    rows, sums = int(bounds[-1]), 2 * d if d <= FEW else d
+    tiles = -(-(start + rows) // TILE) - start // TILE
+    tasks = min(TASKS, max(1, rows // (8 * sums)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
-    partial = np.empty((-(-tiles // chunk), p.in_dim), np.float32)
-    total = torch.empty(p.in_dim)
-    arguments = _arguments(p, step, start, stop)
-    common.threads(2 * (stop - start))
-    _rmatvec(addresses, bounds, start, total.numpy(), partial, chunk, *arguments)
-    return total
+    partial = np.empty((-(-tiles // chunk), sums), np.float32)
+    out = torch.empty(d)
+    arguments = _arguments(p, step, start, start + rows)
+    common.threads(2 * rows)
+    places = common.addresses(parts), bounds, start, out.data_ptr()
+    _rmatvec(*places, d, partial, chunk, *arguments)
+    return out
