@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspan.cache import Cache
+from subspan.cache import Cache, Rooms
 
 
 def tensors(*sizes: int) -> tuple[Tensor, ...]:
@@ -88,3 +88,31 @@ def test_threads_share_it() -> None:
         sys.setswitchinterval(interval)
     assert errors == []
     assert cache.held == sum(t.numel() for item in cache._items.values() for t in item) <= 50
+
+
+def test_memory_is_lent_again_once_nobody_has_it():
+    rooms = Rooms(budget=100)
+    first = rooms.take(40)
+    place = first.data_ptr()
+    part = first.view(torch.float32)[3:]
+    assert rooms.take(40).data_ptr() != place
+    del first
+    assert rooms.take(40).data_ptr() != place  # a view still has it
+    del part
+    taken = [rooms.take(40).data_ptr() for _ in range(2)]
+    assert place in taken
+
+
+def test_memory_of_another_size_or_thread_is_not_lent_and_old_memory_goes():
+    rooms, places = Rooms(budget=100), []
+    here = rooms.take(60)
+    thread = threading.Thread(target=lambda: places.append(rooms.take(60).data_ptr()))
+    thread.start()
+    thread.join()
+    assert places != [here.data_ptr()]
+    assert len(rooms.take(50)) == 50  # the older one has to go
+    assert [room.nbytes for room, _ in rooms._rooms] == [50]
+    here.fill_(7)
+    assert bool((here == 7).all())  # whoever has it keeps it
+    assert len(rooms.take(1000)) == 1000
+    assert rooms._rooms == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Kept = Tensor | np.ndarray
@@ -56,3 +58,32 @@ class Cache:
 
 
 cache = Cache(budget=1 << 28)
+
+
+class Rooms(threading.local):
+    """Memory that is lent again once nobody has it, up to a budget of bytes in each thread.
+
+    Fresh memory is slow: the system clears every page when it is first written to, which takes
+    longer than computing a projection into it.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._rooms: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # newest last
+
+    def take(self, size: int) -> Tensor:
+        """Lend ``size`` bytes until the last tensor that shares them has gone."""
+        for place, (room, borrower) in enumerate(self._rooms):
+            if room.nbytes == size and borrower() is None:
+                del self._rooms[place]
+                break
+        else:
+            room = np.empty(size, np.uint8)
+        lent = room.view()  # torch holds on to this object as long as it uses the memory
+        self._rooms.append((room, weakref.ref(lent)))
+        while sum(room.nbytes for room, _ in self._rooms) > self.budget:
+            self._rooms.pop(0)
+        return torch.from_numpy(lent)
+
+
+rooms = Rooms(budget=1 << 26)

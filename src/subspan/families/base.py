@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from subspan import kernels
+from subspan.cache import rooms
 from subspan.errors import SubspanError, unknown
 from subspan.philox import Source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+LARGE = 1 << 22  # bytes of θ whose memory is used again
 BLOCK = 1 << 20  # rows that an update in place computes at once
 
 _families: dict[str, type[Projection]] = {}
@@ -340,7 +342,7 @@ def add(
     kernel, times = _kernel_and_product(p, w)
     own = dtype is None or dtype == w.dtype
     if kernel and kernel.added and own and (ready := _ready(bases, w)):
-        outs = [torch.empty_like(base) for base in ready] if out is None else [out]
+        outs = [_room(base, base.dtype) for base in ready] if out is None else [out]
         kernel.added(p, ready, w.contiguous(), step, start, outs)
         return outs
     flat = [base.reshape(-1) for base in bases]
@@ -354,7 +356,7 @@ def add(
         ]  # fmt: skip
         return [theta.view(base.shape) for theta, base in zip(thetas, bases, strict=True)]
     (base,) = flat
-    room = torch.empty_like(base, dtype=dtype) if out is None else out
+    room = _room(base, dtype or base.dtype) if out is None else out
     for block in p.blocks_of(range(start, start + len(base))):
         inside = slice(block.start - start, block.stop - start)
         rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
@@ -386,6 +388,14 @@ def _kernel_and_product(
 ) -> tuple[kernels.Kernel | None, Callable[..., Tensor]]:
     """The kernel for vectors like ``w``, and the bare product: in a graph, one operator alone."""
     return (None, product) if captured(w) else (kernels.find(p.family, w), compute)
+
+
+def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor of a shape; a large one has what another one had before."""
+    size = like.numel() * dtype.itemsize
+    if size < LARGE or not like.is_cpu:
+        return torch.empty_like(like, dtype=dtype)
+    return rooms.take(size).view(dtype).view(like.shape)
 
 
 def _ready(tensors: Sequence[Tensor], w: Tensor) -> list[Tensor]:

@@ -35,7 +35,7 @@ TILE = 1 << SMALLEST  # rows whose index is made together, in the first cache le
 TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
 M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
-FEW = 1 << 12  # coordinates whose negatives have places of their own, in the first cache level
+FEW = 1 << 10  # coordinates whose negatives have places of their own, in the first cache level
 NOTHING, NOWHERE = np.empty(0, np.uint32), np.empty(0, np.int64)
 
 
