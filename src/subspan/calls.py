@@ -137,10 +137,13 @@ def form(
 
 
 def _without(part: Tensor, kept: range) -> Tensor:
-    """Rows of P w, or of a gradient, with zeros for weights that stay at θ₀."""
-    if not kept:
-        return part
-    return torch.cat([part[: kept.start], part.new_zeros(len(kept)), part[kept.stop :]])
+    """Rows of P w with zeros for weights that stay at θ₀."""
+    return torch.cat(_around(part, kept)) if kept else part
+
+
+def _around(part: Tensor, kept: range) -> list[Tensor]:
+    """A vector with zeros for weights that stay at θ₀, in pieces of which none is a copy."""
+    return [part[: kept.start], part.new_zeros(len(kept)), part[kept.stop :]]
 
 
 class _Theta(torch.autograd.Function):
@@ -164,7 +167,7 @@ class _Theta(torch.autograd.Function):
         call, parts = ctx.call, []
         for grad, kept in zip(grads, call.kept, strict=True):
             dense = grad.to_dense() if grad.is_sparse else grad
-            parts.append(_without(dense.reshape(-1), kept) if kept else dense)
+            parts.extend(_around(dense.reshape(-1), kept) if kept else [dense])
         if torch.is_grad_enabled():  # a second derivative follows
             flat = [part.reshape(-1).to(ctx.w.device, ctx.w.dtype) for part in parts]
             g = torch.cat(flat)

@@ -51,6 +51,11 @@ class Formed:
     versions: Sequence[int]
     names: Sequence[str]
 
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return sum(theta.numel() for theta in self.thetas)
+
     def check_unwritten(self) -> None:
         """Refuse a forward that writes to its own weights: computed ones would not keep it.
 
@@ -75,6 +80,7 @@ class Outermost:
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
         self.formed: dict[Any, Formed] = {}  # oldest first
+        self.held = 0  # weights of them
         # How θ was formed, by its address, where autograd is asked to save that.
         self.formulas: dict[int, tuple[weakref.ref[Tensor], Formula]] | None = None
 
@@ -86,17 +92,15 @@ class Outermost:
     def drop(self, key: Any) -> None:
         """Drop θ under a key, if there is one."""
         if key in self.formed:
-            self.formed.pop(key).check_unwritten()
+            dropped = self.formed.pop(key)
+            self.held -= dropped.size
+            dropped.check_unwritten()
 
     def make_room(self, key: Any, size: int) -> None:
         """Drop θ under a key, and the oldest until ``size`` more weights may be kept."""
         self.drop(key)
-        sizes = {k: sum(t.numel() for t in formed.thetas) for k, formed in self.formed.items()}
-        held = sum(sizes.values())
-        while self.formed and held + size > KEPT:
-            oldest = next(iter(self.formed))
-            held -= sizes[oldest]
-            self.formed.pop(oldest).check_unwritten()
+        while self.formed and self.held + size > KEPT:
+            self.drop(next(iter(self.formed)))
 
     def keep(
         self, key: Any, coordinates: Sequence[Tensor], state: tuple[Any, ...],
@@ -114,6 +118,7 @@ class Outermost:
         """
         versions = [version_of(theta) for theta in thetas]
         self.formed[key] = Formed(coordinates, state, thetas, versions, names)
+        self.held += self.formed[key].size
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""
