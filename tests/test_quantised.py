@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import subspan
-from subspan import SubspaceModel, SubspanError, count, quantised
+from subspan import SubspaceModel, SubspanError, count, formed, quantised
 from subspan.checkpoint import inspect
 from tests.nets import scatter
 
@@ -214,8 +214,8 @@ def dense_tensors():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_dense_copy_is_kept_of_a_large_network(kind, dtype, monkeypatch):
+    monkeypatch.setattr(formed, "KEPT", 0)
     model = wrapped(kind, dtype)
-    model.subspace.large = True
     seen, made = [], quantised.Stored.dense
 
     def watched(self):
@@ -242,9 +242,9 @@ def test_no_dense_copy_is_kept_of_a_large_network(kind, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_base_that_changes_between_forward_and_backward_is_an_error(kind):
+def test_a_base_that_changes_between_forward_and_backward_is_an_error(kind, monkeypatch):
+    monkeypatch.setattr(formed, "KEPT", 0)
     model = wrapped(kind)
-    model.subspace.large = True
     out = model(X)
     next(iter(quantised.stored(model.body.out, "weight").parts.values())).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -75,14 +76,15 @@ def _inside(kept: range, piece: Piece) -> range:
 
 
 def theta(
-    w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor], dtype: torch.dtype | None = None
-) -> Sequence[Tensor]:
-    """θ₀ + P w of a call's pieces.
+    w: Tensor, step: Tensor, calls: Sequence[Call], bases: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """θ₀ + P w of the pieces of calls.
 
     Args:
         w: (d,) coordinates.
         step: which redraw of P, 0-D int64.
-        call: which rows.
+        calls: which rows.
         bases: θ₀ of every piece, in any shape, on any device.
         dtype: of the results, where it is not that of each base.
 
@@ -92,9 +94,23 @@ def theta(
     if captured(w) or transformed() or any(base.requires_grad for base in bases):
         # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
         plain = [base if base.requires_grad else base.detach() for base in bases]
-        thetas = _theta(w, step, call, plain)
+        thetas = _each(functools.partial(_theta, w, step), calls, plain)
         return thetas if dtype is None else [theta.to(dtype) for theta in thetas]
-    return _Theta.apply(w, step, call, dtype, *bases)
+    return _Theta.apply(w, step, calls, dtype, *bases)
+
+
+def _each(
+    compute: Callable[[Call, Sequence[Tensor]], list[Tensor]], calls: Sequence[Call],
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """What ``compute`` makes of every call and its share of the tensors, in one list."""
+    if len(calls) == 1:
+        return compute(calls[0], tensors)
+    found, place = [], 0
+    for call in calls:
+        found += compute(call, tensors[place : place + len(call.pieces)])
+        place += len(call.pieces)
+    return found
 
 
 def with_dense_gradient(theta: Tensor) -> Tensor:
@@ -125,9 +141,16 @@ def _theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> list
 
 
 def form(
-    w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor], dtype: torch.dtype | None = None
-) -> list[Tensor]:
+    w: Tensor, step: Tensor, calls: Sequence[Call], bases: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
     """θ₀ + P w as numbers, without a graph: see :func:`theta`."""
+    return _each(functools.partial(_form, w, step, dtype), calls, bases)
+
+
+def _form(
+    w: Tensor, step: Tensor, dtype: torch.dtype | None, call: Call, bases: Sequence[Tensor]
+) -> list[Tensor]:
     thetas = add(from_recipe(call.recipe), bases, w, step, call.start, dtype=dtype)
     for theta, base, kept in zip(thetas, bases, call.kept, strict=True):
         if kept:
@@ -156,25 +179,30 @@ class _Theta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, step: Tensor, call: Call, dtype: torch.dtype | None, *bases: Tensor
-    ) -> Any:
-        ctx.call, ctx.step, ctx.w = call, step, w.detach()
+        ctx: Any, w: Tensor, step: Tensor, calls: Sequence[Call], dtype: torch.dtype | None,
+        *bases: Tensor,
+    ) -> Any:  # fmt: skip
+        ctx.calls, ctx.step, ctx.w = calls, step, w.detach()
         with torch._C.DisableTorchFunctionSubclass():
-            return tuple(form(ctx.w, step, call, bases, dtype))
+            return tuple(form(ctx.w, step, calls, bases, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        call, parts = ctx.call, []
-        for grad, kept in zip(grads, call.kept, strict=True):
-            dense = grad.to_dense() if grad.is_sparse else grad
-            parts.extend(_around(dense.reshape(-1), kept) if kept else [dense])
-        if torch.is_grad_enabled():  # a second derivative follows
-            flat = [part.reshape(-1).to(ctx.w.device, ctx.w.dtype) for part in parts]
-            g = torch.cat(flat)
-            along = product(g, ctx.step, call.recipe, call.start, call.stop, True)
-        else:
-            along = gather(from_recipe(call.recipe), parts, ctx.w, ctx.step, call.start)
-        return along, None, None, None, *(None for _ in grads)
+        along = _each(functools.partial(_project, ctx.w, ctx.step), ctx.calls, grads)
+        total = along[0] if len(along) == 1 else torch.stack(along).sum(0)
+        return total, None, None, None, *(None for _ in grads)
+
+
+def _project(w: Tensor, step: Tensor, call: Call, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Pᵀ g of a call, alone in a list."""
+    parts = []
+    for grad, kept in zip(grads, call.kept, strict=True):
+        dense = grad.to_dense() if grad.is_sparse else grad
+        parts.extend(_around(dense.reshape(-1), kept) if kept else [dense])
+    if torch.is_grad_enabled():  # a second derivative follows
+        flat = [part.reshape(-1).to(w.device, w.dtype) for part in parts]
+        return [product(torch.cat(flat), step, call.recipe, call.start, call.stop, True)]
+    return [gather(from_recipe(call.recipe), parts, w, step, call.start)]
 
 
 def key(compartment: str) -> str:

@@ -3,7 +3,9 @@
 θ of a network of up to KEPT weights is formed once for each call, small tensors together. Of a
 larger one, each tensor is formed when it is read and dropped after the operator that used it; what
 autograd would keep of it for the backward pass is how it was formed, and there it is formed again.
-So the peak is θ₀, the largest tensor's θ and gradient, and the activations.
+So the peak is θ₀, the largest tensor's θ and gradient, and the activations. Two things cost little
+memory and save time: small tensors of a large network are formed together and kept, and autograd
+gets the first θ as they are, up to as many weights as the largest tensor has.
 """
 
 from __future__ import annotations
@@ -51,11 +53,6 @@ class Formed:
     versions: Sequence[int]
     names: Sequence[str]
 
-    @property
-    def size(self) -> int:
-        """Weights."""
-        return sum(theta.numel() for theta in self.thetas)
-
     def check_unwritten(self) -> None:
         """Refuse a forward that writes to its own weights: computed ones would not keep it.
 
@@ -74,15 +71,18 @@ class Formed:
 class Outermost:
     """A call of a network that is not inside another call of it.
 
-    It keeps the latest θ that were formed, of KEPT weights together or the last alone.
+    It keeps the latest θ that were formed, of KEPT weights together or the last alone, and θ of
+    small tensors to its end.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
         self.formed: dict[Any, Formed] = {}  # oldest first
-        self.held = 0  # weights of them
+        self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.
         self.formulas: dict[int, tuple[weakref.ref[Tensor], Formula]] | None = None
+        self._spared_places = set[int]()
+        self.spare = 0 if weights.shards is not None else min(weights.largest, 4 * KEPT)
 
     def get(self, key: Any, state: tuple[Any, ...]) -> Sequence[Tensor] | None:
         """θ that was formed from the same things, or None."""
@@ -92,15 +92,14 @@ class Outermost:
     def drop(self, key: Any) -> None:
         """Drop θ under a key, if there is one."""
         if key in self.formed:
-            dropped = self.formed.pop(key)
-            self.held -= dropped.size
-            dropped.check_unwritten()
+            self.passing.pop(key, None)
+            self.formed.pop(key).check_unwritten()
 
     def make_room(self, key: Any, size: int) -> None:
-        """Drop θ under a key, and the oldest until ``size`` more weights may be kept."""
+        """Drop θ under a key, and the oldest that pass until ``size`` weights more may be kept."""
         self.drop(key)
-        while self.formed and self.held + size > KEPT:
-            self.drop(next(iter(self.formed)))
+        while self.passing and sum(self.passing.values()) + size > KEPT:
+            self.drop(next(iter(self.passing)))
 
     def keep(
         self, key: Any, coordinates: Sequence[Tensor], state: tuple[Any, ...],
@@ -118,15 +117,15 @@ class Outermost:
         """
         versions = [version_of(theta) for theta in thetas]
         self.formed[key] = Formed(coordinates, state, thetas, versions, names)
-        self.held += self.formed[key].size
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""
         for formed in self.formed.values():
             formed.check_unwritten()
 
-    def know(self, theta: Tensor, formula: Formula) -> None:
-        """Remember how θ was formed, for as long as it lives."""
+    def passes(self, key: Any, theta: Tensor, formula: Formula) -> None:
+        """Let θ that is kept be dropped for others; remember how it was formed while it lives."""
+        self.passing[key] = theta.numel()
         if self.formulas is not None:
             self.formulas[theta.untyped_storage().data_ptr()] = weakref.ref(theta), formula
 
@@ -147,7 +146,7 @@ class Outermost:
         pack_other, unpack_other = (None, None) if around is None else around
 
         def pack(tensor: Tensor) -> Any:
-            if formula := self._formula(tensor):
+            if (formula := self._formula(tensor)) and not self._spared(tensor):
                 return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
             if pack_other is not None:
                 return _Other(pack_other(tensor), unpack_other)
@@ -164,6 +163,16 @@ class Outermost:
                 "the weights of a large network are formed again in the backward pass: call it "
                 "inside of torch.autograd.graph.disable_saved_tensors_hooks(''), which keeps them"
             ) from error
+
+    def _spared(self, theta: Tensor) -> bool:
+        """Whether autograd gets θ as it is, for as long as there is room."""
+        place = theta.untyped_storage().data_ptr()
+        if place not in self._spared_places:
+            if theta.numel() > self.spare:
+                return False
+            self.spare -= theta.numel()
+            self._spared_places.add(place)
+        return True
 
     def _formula(self, tensor: Tensor) -> Formula | None:
         """How a tensor was formed that is θ or a view of it."""
@@ -222,7 +231,7 @@ class Formula:
                         "own call was passed by): let FSDP gather it"
                     )
             found = [
-                calls.form(w.detach(), step, call, [dense(base)], self.dtype)[0].reshape(-1)
+                calls.form(w.detach(), step, [call], [dense(base)], self.dtype)[0].reshape(-1)
                 for w, step, call, base in self.parts
             ]
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -243,7 +243,7 @@ class Shards:
                 kept=(calls._inside(weights.kept.get(tensor, range(0)), inside),),
             )  # fmt: skip
             rows = own.reshape(-1)[start - begin : stop - begin]
-            parts.extend(calls.theta(self._w(call.coordinates), weights.step, cut, [rows]))
+            parts.extend(calls.theta(self._w(call.coordinates), weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
             parts = [self._w(weights._alone[tensor][0].coordinates)[:0].to(own)]
         theta = torch.cat(parts).view(own.shape)

@@ -65,7 +65,6 @@ class Weights:
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
         self.kept, self.packed = dict(kept), dict(packed)
         self.calls = calls.plan(compartments, projections, kept)
-        self._names = [PREFIX + call.coordinates for call in self.calls]
         self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
@@ -74,7 +73,8 @@ class Weights:
         self.base_buffers = {
             name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
         }
-        self.large = sum(part.weights for part in self.compartments) > formed.KEPT
+        sizes = [len(piece) for part in self.compartments for piece in part.pieces]
+        self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
@@ -102,6 +102,24 @@ class Weights:
                 self._where.setdefault(piece.tensor, []).append((n, m))
                 self._alone.setdefault(piece.tensor, []).append(one)
                 start += len(piece)
+        # What is formed together and kept during a call of the network: all, or what is small.
+        self._groups: list[tuple[Call, ...]] = [(call,) for call in self.calls]
+        self._groups_with = self._where
+        if self.large:
+            self._groups, self._groups_with = self._small()
+
+    def _small(self) -> tuple[list[tuple[Call, ...]], dict[str, list[tuple[int, int]]]]:
+        """Groups of the calls for small tensors, and where in them a tensor is."""
+        groups: dict[str, list[Call]] = {}
+        for own in self._alone.values():
+            if sum(len(call.pieces[0]) for call in own) <= formed.KEPT >> 9:
+                for call in own:
+                    groups.setdefault(call.coordinates, []).append(call)
+        places: dict[str, list[tuple[int, int]]] = {}
+        for n, group in enumerate(groups.values()):
+            for m, call in enumerate(group):
+                places.setdefault(call.pieces[0].tensor, []).append((n, m))
+        return [tuple(group) for group in groups.values()], places
 
     # ---- taking a network over, and giving it back -------------------------------------------
 
@@ -314,8 +332,8 @@ class Weights:
             return given
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
-                where = self._where[tensor]
-                if self.large or dtype is not None or self.shards is not None:
+                where = self._groups_with.get(tensor, ())
+                if not where or dtype is not None or self.shards is not None:
                     theta = self._passing(tensor, outer, dtype)
                 elif len(where) == 1:
                     theta = self._kept(where[0][0], outer)[where[0][1]]
@@ -362,13 +380,14 @@ class Weights:
         """θ of one tensor, differentiable in w."""
         if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
             return self.shards.theta(tensor)
-        return self._joined(tensor, [self._theta(call, dtype)[0] for call in self._alone[tensor]])
+        parts = [self._theta([call], dtype)[0] for call in self._alone[tensor]]
+        return self._joined(tensor, parts)
 
     def all(self) -> dict[str, Tensor]:
         """θ of every trained tensor, differentiable in w."""
         if self.shards is not None:  # calls have tensors of modules that are whole at other times
             return {tensor: self.form(tensor) for tensor in self._where}
-        calls = [self._theta(call) for call in self.calls]
+        calls = [self._theta([call]) for call in self.calls]
         return {
             tensor: self._joined(tensor, [calls[n][m] for n, m in where])
             for tensor, where in self._where.items()
@@ -380,17 +399,18 @@ class Weights:
         theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
         return calls.with_dense_gradient(theta)
 
-    def _theta(self, call: Call, dtype: torch.dtype | None = None) -> Sequence[Tensor]:
-        w = self.network()._parameters[PREFIX + call.coordinates]
+    def _theta(self, group: Sequence[Call], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
+        """θ of calls for the same coordinates."""
+        w = self.network()._parameters[PREFIX + group[0].coordinates]
         with _plain():
-            bases = [quantised.dense(self._base(piece)) for piece in call.pieces]
-            return calls.theta(w, self.step, call, bases, dtype)  # type: ignore[arg-type]
+            bases = [quantised.dense(self._base(piece)) for call in group for piece in call.pieces]
+            return calls.theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
 
     def _base(self, piece: Piece) -> Tensor | Stored:
         """θ₀ of a piece of a tensor."""
         base = self.base_of(piece.tensor)
         whole = len(piece) == base.numel()
-        if whole and type(base) is Base:  # mostly
+        if whole and type(base) is Base and piece.tensor not in self.packed:  # mostly
             return base
         if piece.tensor in self.packed:
             found = self.held(piece.tensor)
@@ -406,21 +426,23 @@ class Weights:
         return base if whole else base.reshape(-1)[piece.start : piece.stop]
 
     def _kept(self, n: int, outer: Outermost) -> Sequence[Tensor]:
-        """θ of call n, formed once during an outermost call of the network.
+        """θ of group n, formed once during an outermost call of the network.
 
         It is formed anew if other coordinates have come into their place, or they have changed, or
         a graph is wanted that was not; and inside a transform that began after the call.
         """
-        w = self.network()._parameters[self._names[n]]
+        group = self._groups[n]
+        w = self.network()._parameters[PREFIX + group[0].coordinates]
         assert w is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         state = (*_state(w), *modes)
         if (thetas := outer.get(n, state)) is not None:
             return thetas
         outer.drop(n)
-        thetas = self._theta(self.calls[n])
+        thetas = self._theta(group)
         if _level() == outer.level:
-            outer.keep(n, [w], state, thetas, [piece.tensor for piece in self.calls[n].pieces])
+            names = [piece.tensor for call in group for piece in call.pieces]
+            outer.keep(n, [w], state, thetas, names)
         return thetas
 
     def _passing(self, tensor: str, outer: Outermost, dtype: torch.dtype | None) -> Tensor:
@@ -441,7 +463,7 @@ class Weights:
         theta = self.form(tensor, dtype)
         if _level() == outer.level and type(theta) is Tensor:
             outer.keep(tensor, [w for w, *_ in parts], state, [theta], [tensor])
-            outer.know(theta, Formula.of(tensor, parts, theta.dtype))
+            outer.passes(tensor, theta, Formula.of(tensor, parts, theta.dtype))
         return theta
 
     def _autocast(self, tensor: str, base: Tensor | Stored) -> torch.dtype | None:
@@ -490,7 +512,7 @@ class Weights:
                 (piece,) = call.pieces
                 base = self._owned[tensor].detach().reshape(-1)[piece.start : piece.stop]
                 w = self._owned[PREFIX + call.coordinates].detach()
-                parts.extend(calls.theta(w, self.step, call, [base]))
+                parts.extend(calls.theta(w, self.step, [call], [base]))
             return torch.cat(parts).view(self._owned[tensor].shape)
 
     # ---- other processes ---------------------------------------------------------------------

@@ -267,3 +267,35 @@ def test_gradient_checkpointing_of_transformers(forming, reentrant):
         net(input_ids=words, labels=words, use_cache=how is None).loss.backward()
         gradients.append(model.coordinates["global"].grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def large(monkeypatch, *layers):
+    """A model of more weights than are kept, where 2⁹ of them make a tensor small."""
+    monkeypatch.setattr(formed, "KEPT", 1 << 18)
+    torch.manual_seed(0)
+    return scatter(SubspaceModel(nn.Sequential(*layers), 30))
+
+
+def test_small_tensors_of_a_large_network_are_formed_together_and_once(monkeypatch):
+    layers = [nn.Linear(300, 300) for _ in range(4)]
+    model, x = large(monkeypatch, *layers), torch.randn(2, 300)
+    formed_now, once = [], calls.form
+    monkeypatch.setattr(calls, "form", lambda *a, **k: formed_now.append(a[2]) or once(*a, **k))
+    loss = model(x).square().mean()
+    assert [len(group) for group in formed_now] == [1, 4, 1, 1, 1]
+    loss.backward()
+    merged = model.merge()
+    merged(x).square().mean().backward()
+    g = torch.cat([p.grad.flatten() for p in merged.parameters()])
+    (w,), (p,) = model.parameters(), model.subspace.projections
+    torch.testing.assert_close(w.grad, p.rmatvec(g), atol=1e-6, rtol=1e-4)
+
+
+def test_autograd_gets_as_many_weights_as_the_largest_tensor_has(monkeypatch):
+    layers = nn.Embedding(700, 300), nn.Linear(300, 400, False), nn.Linear(400, 300, False)
+    model = large(monkeypatch, *layers)
+    assert model.subspace.largest == 210_000
+    again, made_again = formed.Formula.again, []
+    monkeypatch.setattr(formed.Formula, "again", lambda f: made_again.append(f.name) or again(f))
+    model(torch.arange(5)).sum().backward()
+    assert made_again == ["2.weight"]  # 120,000 weights of the first and as many of the second
