@@ -116,6 +116,17 @@ def test_a_compiled_step_is_the_same():
     torch.testing.assert_close(flat(nets[0]), flat(nets[1]))
 
 
+def test_a_step_between_forward_and_backward_is_noticed():
+    """As with PyTorch's optimizers: autograd may have saved the weights that the step changes."""
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
+    optimizer = RandomBases(layer, 5, 1.0)
+    loss = layer(x).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_tensors_that_share_memory_each_move():
     """Whatever order their entries have in it."""
     shared = torch.zeros(4, 3, dtype=torch.float64)

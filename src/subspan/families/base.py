@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from subspan import kernels
 from subspan.cache import rooms
@@ -161,7 +162,7 @@ class Projection(ABC):
         """
         rows = self._check_update(w, theta, "theta", step, rows)
         if abs(alpha) == 1:  # the sign of every product, exactly
-            add(self, [theta], w * alpha, as_step(step), rows.start, out=theta)
+            add_(self, [theta], w * alpha, as_step(step), rows.start)
             return theta
         for block in self.blocks_of(rows):
             part = theta[block.start - rows.start : block.stop - rows.start]
@@ -320,7 +321,7 @@ def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 
 def add(
     p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, *,
-    out: Tensor | None = None, dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """θ₀ + P w for rows from ``start`` on, unseen by autograd.
 
@@ -329,39 +330,51 @@ def add(
 
     Args:
         p: the projection.
-        bases: vectors of θ₀, whose rows follow each other.
+        bases: tensors of θ₀, whose rows follow each other.
         w: (d,) coordinates.
         step: 0-D int64.
         start: the row of the first weight.
-        out: where to, for one vector: contiguous, perhaps θ₀ itself.
-        dtype: of the results; that of each vector by default.
+        dtype: of the results; that of each tensor by default.
 
     Returns:
-        A tensor like each of ``bases``, on its device; ``out``, if it is given.
+        A tensor like each of ``bases``, on its device.
     """
+    outs = [_room(base, dtype or base.dtype) for base in bases]
+    _add(p, bases, w, step, start, outs)
+    return outs
+
+
+def add_(p: Projection, thetas: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> None:
+    """θ ← θ + P w in place, for contiguous tensors; else as :func:`add`."""
+    _add(p, thetas, w, step, start, thetas)
+    increment_version([theta for theta in thetas if not theta.is_inference()])
+
+
+def _add(
+    p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int,
+    outs: Sequence[Tensor],
+) -> None:  # fmt: skip
     kernel, times = _kernel_and_product(p, w)
-    own = dtype is None or dtype == w.dtype
-    if kernel and kernel.added and own and (ready := _ready(bases, w)):
-        outs = [_room(base, base.dtype) for base in ready] if out is None else [out]
+    if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
         kernel.added(p, ready, w.contiguous(), step, start, outs)
-        return outs
-    flat = [base.reshape(-1) for base in bases]
-    if len(flat) > 1:
-        sizes = [len(base) for base in flat]
+        return
+    sizes = [base.numel() for base in bases]
+    if len(sizes) > 1:
         rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
-        thetas = [
-            part.add_(base) if own and _ready([base], part)
-            else (base + part.to(base.device)).to(dtype or base.dtype)
-            for base, part in zip(flat, rows, strict=True)
-        ]  # fmt: skip
-        return [theta.view(base.shape) for theta, base in zip(thetas, bases, strict=True)]
-    (base,) = flat
-    room = _room(base, dtype or base.dtype) if out is None else out
+        for base, part, out in zip(bases, rows, outs, strict=True):
+            along = part.view(base.shape).to(base.device)
+            if out is base:
+                out.add_(along)
+            elif base.dtype == along.dtype == out.dtype:
+                torch.add(base, along, out=out)
+            else:
+                out.copy_(base + along)
+        return
+    base, out = bases[0].reshape(-1), outs[0].view(-1)
     for block in p.blocks_of(range(start, start + len(base))):
         inside = slice(block.start - start, block.stop - start)
         rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
-        room[inside] = base[inside] + rows  # in the wider dtype of both
-    return [room.view(bases[0].shape)]
+        out[inside] = base[inside] + rows  # in the wider dtype of both
 
 
 def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:

@@ -6,7 +6,6 @@ never redrawn both train the same subspace.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,10 @@ from subspan.compartments import Compartment, Piece, Rules, partition
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.families.base import (
-    add,
+    add_,
     as_step,
-    captured,
-    compute,
     from_recipe,
     gather,
-    product,
 )
 from subspan.guards import Computed
 
@@ -77,17 +73,14 @@ class Part:
             alpha: a factor.
         """
         own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
-        for call, whole in zip(self.calls, self._whole, strict=True):
+        for call in self.calls:
             found = [vectors[piece.tensor] for piece in call.pieces]
             if all(vector is None for vector in found):
                 continue
-            if whole and len(found) > 1 and all(_is_plain(v, own.device) for v in found):
-                flat = [torch._utils._flatten_dense_tensors(found)]
-            else:
-                flat = [
-                    own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
-                    for piece, vector in zip(call.pieces, found, strict=True)
-                ]
+            flat = [
+                own.new_zeros(len(piece)) if vector is None else self._entries(vector, piece)
+                for piece, vector in zip(call.pieces, found, strict=True)
+            ]
             own.add_(gather(projection, flat, own, redraw, call.start), alpha=alpha)
 
     def add_weights(
@@ -103,25 +96,15 @@ class Part:
         """
         own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
         own = own if alpha == 1 else own * alpha
-        for call, whole in zip(self.calls, self._whole, strict=True):
-            if len(call.pieces) == 1:
-                flat = self._flat(call.pieces[0])
-                lengths = own.to(flat.part.device)
-                add(projection, [flat.part], lengths, redraw, call.start, out=flat.part)
-                flat.close()
-                continue
-            times = product if captured(own) else compute
-            rows = times(own, redraw, projection.recipe, call.start, call.stop, False)
-            tensors = [self.tensors[piece.tensor] for piece in call.pieces]
-            if whole and all(tensor.device == rows.device for tensor in tensors):
-                parts = torch._utils._unflatten_dense_tensors(rows, tensors)
-                torch._foreach_add_(tensors, parts)
-                continue
-            parts = rows.split([len(piece) for piece in call.pieces])
-            for piece, part in zip(call.pieces, parts, strict=True):
-                flat = self._flat(piece)
-                flat.part.add_(part.to(flat.part.device))
-                flat.close()
+        for call in self.calls:
+            start = call.start
+            for pieces in self._in_turn(call):
+                flats = [self._flat(piece) for piece in pieces]
+                parts = [flat.part for flat in flats]
+                add_(projection, parts, own.to(parts[0].device), redraw, start)
+                for flat in flats:
+                    flat.close()
+                start += sum(len(piece) for piece in pieces)
 
     def vectors(self, coordinates: Tensor, *, basis: int, step: int | Tensor) -> dict[str, Tensor]:
         """P c as tensors by name, in the tensors' shapes: zero outside of this compartment."""
@@ -132,27 +115,26 @@ class Part:
         replace(self, tensors=found).add_weights(coordinates, basis=basis, step=step)
         return found
 
+    def _in_turn(self, call: Call) -> list[tuple[Piece, ...]]:
+        """Pieces that are changed together; one by one if some share memory, or are copied."""
+        tensors = [self.tensors[piece.tensor] for piece in call.pieces]
+        memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        if len(memories) == len(tensors) and all(tensor.is_contiguous() for tensor in tensors):
+            return [call.pieces]
+        return [(piece,) for piece in call.pieces]
+
     def _flat(self, piece: Piece) -> Flat:
         return Flat(self.tensors[piece.tensor], piece, self._kept(piece))
 
     def _entries(self, vector: Tensor, piece: Piece) -> Tensor:
-        """The entries of a piece, contiguous; zeros where weights are kept."""
-        found, kept = entries(vector, piece), self._kept(piece)
+        """The entries of a piece, in any shape; zeros where weights are kept."""
+        if piece.tensor not in self.kept:
+            return entries(vector, piece)
+        found, kept = entries(vector, piece).reshape(-1), self._kept(piece)
         if bool(found[kept].any()):  # seldom: the gradient of a padding row is zero
             found = found.clone()
             found[kept] = 0
         return found
-
-    @functools.cached_property
-    def _whole(self) -> tuple[bool, ...]:
-        """Whether the pieces of each call are whole tensors in which nothing is kept."""
-        return tuple(
-            all(
-                len(piece) == self.tensors[piece.tensor].numel() and piece.tensor not in self.kept
-                for piece in call.pieces
-            )
-            for call in self.calls
-        )
 
     def _kept(self, piece: Piece) -> slice:
         """Which entries of a piece are kept."""
@@ -161,7 +143,7 @@ class Part:
 
 
 class Flat:
-    """Entries of a tensor as a contiguous vector ``part``, that is changed in place and closed.
+    """Entries of a tensor as a contiguous one ``part``, that is changed in place and closed.
 
     Args:
         tensor: in any order of memory.
@@ -173,27 +155,26 @@ class Flat:
         self.tensor, self.kept = tensor.detach(), kept
         self.copied = not self.tensor.is_contiguous()
         # `reshape` alone would leave a vector with gaps as it is.
-        self.whole = self.tensor.contiguous().reshape(-1)
-        self.part = self.whole[piece.start : piece.stop]
-        self.before = self.part[kept].clone() if kept.stop > kept.start else None
+        self.whole = self.tensor.contiguous() if self.copied else self.tensor
+        self.part = self.whole
+        if len(piece) != tensor.numel():
+            self.part = self.whole.reshape(-1)[piece.start : piece.stop]
+        self.before = self.part.view(-1)[kept].clone() if kept.stop > kept.start else None
 
     def close(self) -> None:
         """Put back what is kept, and the whole into a tensor in another order of memory."""
         if self.before is not None:
-            self.part[self.kept] = self.before
+            self.part.view(-1)[self.kept] = self.before
         if self.copied:
-            self.tensor.copy_(self.whole.view(self.tensor.shape))
-
-
-def _is_plain(vector: Tensor | None, device: torch.device) -> bool:
-    """Whether it can be laid end to end with others by PyTorch's own function."""
-    return vector is not None and not vector.is_sparse and vector.device == device
+            self.tensor.copy_(self.whole)
 
 
 def entries(tensor: Tensor, piece: Piece) -> Tensor:
     """The entries of a piece, contiguous; of a sparse gradient, too."""
-    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-    return dense.contiguous().reshape(-1)[piece.start : piece.stop]
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor).detach().contiguous()
+    if len(piece) == dense.numel():
+        return dense
+    return dense.reshape(-1)[piece.start : piece.stop]
 
 
 def overlaps(tensor: Tensor) -> bool:
