@@ -29,11 +29,11 @@ def gradient(parts: Sequence[Part], out: Tensor, basis: int, step: int | Tensor)
     Raises:
         SubspanError: if no tensor has a gradient.
     """
-    if all(t.grad is None for part in parts for t in part.tensors.values()):
+    grads = [{name: tensor.grad for name, tensor in part.tensors.items()} for part in parts]
+    if all(grad is None for found in grads for grad in found.values()):
         raise SubspanError("no parameter has a gradient: call backward() before step()")
-    for part in parts:
-        grads = {name: tensor.grad for name, tensor in part.tensors.items()}
-        part.add_projected(out, grads, basis=basis, step=step)
+    for part, found in zip(parts, grads, strict=True):
+        part.add_projected(out, found, basis=basis, step=step)
 
 
 def forward(

@@ -97,14 +97,15 @@ class Part:
         own, projection, redraw = coordinates[self.place], self.projections[basis], as_step(step)
         own = own if alpha == 1 else own * alpha
         for call in self.calls:
+            if tensors := self._as_they_are(call):
+                add_(projection, tensors, own.to(tensors[0].device), redraw, call.start)
+                continue
             start = call.start
-            for pieces in self._in_turn(call):
-                flats = [self._flat(piece) for piece in pieces]
-                parts = [flat.part for flat in flats]
-                add_(projection, parts, own.to(parts[0].device), redraw, start)
-                for flat in flats:
-                    flat.close()
-                start += sum(len(piece) for piece in pieces)
+            for piece in call.pieces:
+                flat = Flat(self.tensors[piece.tensor], piece, self._kept(piece))
+                add_(projection, [flat.part], own.to(flat.part.device), redraw, start)
+                flat.close()
+                start += len(piece)
 
     def vectors(self, coordinates: Tensor, *, basis: int, step: int | Tensor) -> dict[str, Tensor]:
         """P c as tensors by name, in the tensors' shapes: zero outside of this compartment."""
@@ -115,16 +116,17 @@ class Part:
         replace(self, tensors=found).add_weights(coordinates, basis=basis, step=step)
         return found
 
-    def _in_turn(self, call: Call) -> list[tuple[Piece, ...]]:
-        """Pieces that are changed together; one by one if some share memory, or are copied."""
-        tensors = [self.tensors[piece.tensor] for piece in call.pieces]
-        memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        if len(memories) == len(tensors) and all(tensor.is_contiguous() for tensor in tensors):
-            return [call.pieces]
-        return [(piece,) for piece in call.pieces]
-
-    def _flat(self, piece: Piece) -> Flat:
-        return Flat(self.tensors[piece.tensor], piece, self._kept(piece))
+    def _as_they_are(self, call: Call) -> list[Tensor]:
+        """The tensors of a call, if all of each can be changed at once; else none."""
+        tensors, memories = [], set()
+        for piece in call.pieces:
+            tensor = self.tensors[piece.tensor]
+            whole = len(piece) == tensor.numel() and piece.tensor not in self.kept
+            if not whole or not tensor.is_contiguous():
+                return []
+            tensors.append(tensor)
+            memories.add(tensor.untyped_storage().data_ptr())
+        return tensors if len(memories) == len(tensors) else []
 
     def _entries(self, vector: Tensor, piece: Piece) -> Tensor:
         """The entries of a piece, in any shape; zeros where weights are kept."""
@@ -143,7 +145,7 @@ class Part:
 
 
 class Flat:
-    """Entries of a tensor as a contiguous one ``part``, that is changed in place and closed.
+    """Entries of a tensor as a contiguous vector ``part``, that is changed in place and closed.
 
     Args:
         tensor: in any order of memory.
@@ -155,23 +157,21 @@ class Flat:
         self.tensor, self.kept = tensor.detach(), kept
         self.copied = not self.tensor.is_contiguous()
         # `reshape` alone would leave a vector with gaps as it is.
-        self.whole = self.tensor.contiguous() if self.copied else self.tensor
-        self.part = self.whole
-        if len(piece) != tensor.numel():
-            self.part = self.whole.reshape(-1)[piece.start : piece.stop]
-        self.before = self.part.view(-1)[kept].clone() if kept.stop > kept.start else None
+        self.whole = self.tensor.contiguous().reshape(-1)
+        self.part = self.whole[piece.start : piece.stop]
+        self.before = self.part[kept].clone() if kept.stop > kept.start else None
 
     def close(self) -> None:
         """Put back what is kept, and the whole into a tensor in another order of memory."""
         if self.before is not None:
-            self.part.view(-1)[self.kept] = self.before
+            self.part[self.kept] = self.before
         if self.copied:
-            self.tensor.copy_(self.whole)
+            self.tensor.copy_(self.whole.view(self.tensor.shape))
 
 
 def entries(tensor: Tensor, piece: Piece) -> Tensor:
-    """The entries of a piece, contiguous; of a sparse gradient, too."""
-    dense = (tensor.to_dense() if tensor.is_sparse else tensor).detach().contiguous()
+    """The entries of a piece, in the tensor's shape if they are all; of a sparse one, too."""
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor).detach()
     if len(piece) == dense.numel():
         return dense
     return dense.reshape(-1)[piece.start : piece.stop]
