@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test slow lint types format clean
+.PHONY: demo test test-core slow lint types format clean
 
 demo: .venv/installed
 	$(BIN)/subspan sweep --net mlp --data digits --methods hash --dims 10,30,100,200,400,1000 \
@@ -23,6 +23,11 @@ demo: .venv/installed
 # Two at a time, of one thread each: more threads than cores wait for each other.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Everything below `training`, for the inner loop.
+test-core: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/lab \
+		--ignore=tests/test_examples.py --ignore=tests/test_readme.py
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

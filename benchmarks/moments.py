@@ -21,11 +21,11 @@ from unittest.mock import patch
 import torch
 
 from subspan.files import write_atomically
-from subspan.lab import records
-from subspan.lab.config import Run, Training
-from subspan.lab.train import train
 from subspan.optim import dlrt
 from subspan.optim.integrators import Factors
+from subspan.training import records
+from subspan.training.config import Run, Training
+from subspan.training.train import train
 
 RATES = {"sgd": 0.03, "adam": 0.002}
 

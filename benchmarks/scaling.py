@@ -41,10 +41,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 import subspan
+from subspan.bench.timing import interleaved
 from subspan.files import write_atomically
-from subspan.lab import records
-from subspan.lab.bench.timing import interleaved
-from subspan.lab.report import pictures
+from subspan.report import pictures
+from subspan.training import records
 
 FAMILIES = ("hash", "fastfood", "orthogonal", "kronecker", "sparse2full", "rademacher", "gaussian")
 WEIGHTS = tuple(10**k for k in range(5, 10))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from subspan.lab.score import Score
-from subspan.lab.tasks import Part, Task
+from subspan.training.score import Score
+from subspan.training.tasks import Part, Task
 
 CONTEXT = 12  # characters that the next one is told from
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from subspan import report
 from subspan.cli import main as subspan
-from subspan.lab import report
-from subspan.lab.config import Run, Training
-from subspan.lab.train import train
+from subspan.training.config import Run, Training
+from subspan.training.train import train
 
 OUT = Path("runs/own_data")
 SHAPES = ("disc", "square", "cross")

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from subspan.lab.score import Score
-from subspan.lab.tasks import Part, Task
+from subspan.training.score import Score
+from subspan.training.tasks import Part, Task
 
 
 def solution(points: Tensor) -> Tensor:

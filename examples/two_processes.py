@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
 import subspan
-from subspan.lab.records import bytes_sent  # by this process so far; where Linux counts it
 from subspan.optim import RandomBases
+from subspan.training.records import bytes_sent  # by this process so far; where Linux counts it
 
 STEPS, DIM = 300, 300
 

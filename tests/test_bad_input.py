@@ -31,8 +31,8 @@ BAD = {
     "train --lr": "--lr: expected one argument",
     "train --net lenett": "unknown net 'lenett': did you mean lenet",
     "train --net nowhere:f": "there is no module 'nowhere'",
-    "train --net subspan.lab.nets:bild": "of subspan.lab.nets 'bild': did you mean build",
-    "train --net subspan.lab.nets:names": "must return a torch.nn.Module, got list",
+    "train --net subspan.training.nets:bild": "of subspan.training.nets 'bild': did you mean build",
+    "train --net subspan.training.nets:names": "must return a torch.nn.Module, got list",
     "train --net lenet": "net 'lenet' takes images of at least 12x12 pixels, got 8x8",
     "train --data digts": "unknown data set 'digts': did you mean digits?",
     "train --data ''": "unknown data set ''",
@@ -290,7 +290,7 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):
 
 
 def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):
-    from subspan.lab import console
+    from subspan.commands import console
 
     monkeypatch.setattr(console.TrainingProgress, "epoch", lambda *_: ctrl_c())
     said = cli(*TRAIN, "--dim", "5", "--epochs", "3")

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from subspan import SubspaceModel, calls, projection
-from subspan.compartments import Compartment, Piece
+from subspan import SubspaceModel, projection
 from subspan.families.base import add
-from subspan.weights import Weights
+from subspan.subspace import calls
+from subspan.subspace.compartments import Compartment, Piece
+from subspan.subspace.weights import Weights
 from tests.nets import scatter
 
 SIZES = (30, 10, 5, 200, 7)

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 import subspan
-from subspan import SubspaceModel, SubspanError, checkpoint, slots
+from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan.subspace import slots
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
@@ -186,7 +187,7 @@ def test_compartments_do_not_make_files_grow(compartments, tmp_path):
 
 CODE = """
 import sys, torch, subspan
-from subspan.slots import digest
+from subspan.subspace.slots import digest
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 torch.set_num_threads({threads})
 for name in NETS:

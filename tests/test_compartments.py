@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspan.compartments import (
+from subspan.errors import SubspanError
+from subspan.subspace.compartments import (
     ALLOCATIONS,
     Piece,
     allocate,
@@ -13,7 +14,6 @@ from subspan.compartments import (
     partition,
     select,
 )
-from subspan.errors import SubspanError
 
 SIZES = {"enc.conv1.weight": 40, "enc.conv1.bias": 4, "enc.fc.weight": 100, "fc.weight": 60, "s": 1}
 ALIASES = {name: [name] for name in SIZES} | {"enc.fc.weight": ["enc.fc.weight", "tied.weight"]}

@@ -7,9 +7,9 @@ from torch.optim import SGD, Adam
 
 import subspan
 from subspan import SubspaceModel, count
-from subspan.lab import nets
 from subspan.layers import factorize, merge
 from subspan.optim import DLRT
+from subspan.training import nets
 from tests.nets import batch, build
 
 # Erratum of Schotthöfer 2022, LeNet5: ranks, the published count, the numbers really stored.

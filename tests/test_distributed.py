@@ -10,7 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from subspan import SubspaceModel, SubspanError, slots
+from subspan import SubspaceModel, SubspanError
+from subspan.subspace import slots
 from tests.nets import batch, build
 from tests.ranks import go_through
 

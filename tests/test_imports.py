@@ -19,8 +19,6 @@ LAYERS = [
     ("shuffle",),
     ("kernels",),
     ("families",),
-    ("compartments", "quantised", "slots", "init", "calls", "summary"),
-    ("guards", "sharded", "inplace", "changes", "states", "formed", "weights"),
     ("subspace",),
     ("linalg",),
     ("layers",),
@@ -28,7 +26,12 @@ LAYERS = [
     ("distributed",),
     ("optim",),
     ("checkpoint",),
-    ("lab",),
+    ("training",),
+    ("sweeps",),
+    ("report",),
+    ("bench",),
+    ("experiments",),
+    ("commands",),
     ("cli",),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -104,7 +107,9 @@ def test_no_import_comes_back() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if rank(name) < RANK["lab"]))
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if rank(name) < RANK["training"])
+)
 def test_the_core_needs_four_packages(module: str) -> None:
     outside = {name.split(".")[0] for name in imports(TREES[module])}
     others = outside - set(sys.stdlib_module_names) - CORE_NEEDS - {"subspan"}
@@ -141,7 +146,7 @@ from subspan import families, subspace, checkpoint
 after = {{name.split(".")[0] for name in sys.modules}}
 assert after - before - set(sys.stdlib_module_names) == {{"subspan"}}, after - before
 assert not {{"numba", "llvmlite", "triton"}} & after
-assert not [name for name in sys.modules if name.startswith("subspan.lab")]
+assert not [name for name in sys.modules if name.startswith("subspan.training")]
 p = subspan.projection("hash", out_dim=70_000, in_dim=10)
 assert "numba" not in sys.modules
 p.matvec(torch.ones(10))

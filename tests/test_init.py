@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from subspan import SubspanError
-from subspan.init import build, initialize
-from subspan.slots import digest
+from subspan.subspace.init import build, initialize
+from subspan.subspace.slots import digest
 from tests.nets import NETS
 
 H = 40  # of the recurrent layers
@@ -135,8 +135,8 @@ def test_golden_values():
 
 CODE = """
 import torch
-from subspan.init import build
-from subspan.slots import digest
+from subspan.subspace.init import build
+from subspan.subspace.slots import digest
 from tests.nets import NETS
 torch.set_num_threads({threads})
 for name, make in NETS.items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from subspan.init import initialize
+from subspan.subspace.init import initialize
 from tests.reference import Numbers
 
 SEED = (1 << 63) + 12345

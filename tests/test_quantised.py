@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 import subspan
-from subspan import SubspaceModel, SubspanError, count, formed, quantised
+from subspan import SubspaceModel, SubspanError, count
 from subspan.checkpoint import inspect
+from subspan.subspace import formed, quantised
 from tests.nets import scatter
 
 BITSANDBYTES = ("nf4", "nf4-plain", "fp4", "int8")
@@ -404,7 +405,7 @@ def test_what_is_made_of_the_base_alone(kind):
     base = model.body.get_parameter("fc.weight")
     assert type(base.detach().clone()) is type(parameter.detach().clone()) or kind in BITSANDBYTES
     twin = copy.deepcopy(base)
-    assert isinstance(twin, subspan.guards.Base)
+    assert isinstance(twin, subspan.subspace.guards.Base)
     assert twin.home[1] == "fc.weight"
 
 
@@ -414,7 +415,7 @@ def test_moving_and_converting(kind):
     out = model(X)
     assert torch.equal(model.cpu().to("cpu").float()(X), out)
     model.state_dict()
-    assert isinstance(model.body.fc._parameters["weight"], subspan.guards.Base)
+    assert isinstance(model.body.fc._parameters["weight"], subspan.subspace.guards.Base)
     if kind in BITSANDBYTES:
         assert torch.allclose(model.bfloat16()(X).float(), out, atol=0.1)
 
@@ -644,5 +645,5 @@ def test_a_layer_may_copy_itself():
     configs.quantize_(net, configs.Int8WeightOnlyConfig())
     model = scatter(SubspaceModel(net, 20))
     twin, x = copy.deepcopy(model), torch.randn(3, 64)
-    assert isinstance(twin.body[0]._parameters["weight"], subspan.guards.Base)
+    assert isinstance(twin.body[0]._parameters["weight"], subspan.subspace.guards.Base)
     assert torch.equal(twin(x), model(x))

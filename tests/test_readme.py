@@ -20,8 +20,8 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
 
 def test_the_guide_to_tasks(tmp_path, monkeypatch):
     """Its task is trained as it says."""
-    from subspan.lab.config import Sweep, Training
-    from subspan.lab.sweep import sweep
+    from subspan.sweeps.sweep import sweep
+    from subspan.training.config import Sweep, Training
 
     [code] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (tmp_path / "guide_to_tasks.py").write_text(code)

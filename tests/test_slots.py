@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from subspan import slots
 from subspan.errors import SubspanError
+from subspan.subspace import slots
 from tests.nets import NETS, build
 
 

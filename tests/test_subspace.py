@@ -6,7 +6,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD, Adam
 
-from subspan import SubspaceModel, calls
+from subspan import SubspaceModel
+from subspan.subspace import calls
 from tests.nets import COMPARTMENTS, NETS, PROJECTIONS, batch, build, fit, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)

@@ -1,7 +1,7 @@
 import torch
 
 from subspan import SubspaceModel
-from subspan.summary import Row
+from subspan.subspace.summary import Row
 from tests.nets import build
 
 

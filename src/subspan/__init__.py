@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from subspan.families import Projection as Projection
     from subspan.families import projection as projection
     from subspan.families import projections as projections
-    from subspan.subspace import SubspaceModel as SubspaceModel
+    from subspan.subspace.model import SubspaceModel as SubspaceModel
 
 __version__ = "0.1.0"
 

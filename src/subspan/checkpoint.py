@@ -22,15 +22,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from subspan import init, slots
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers.factorize import factorize_like
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums, product_of_sums_like
-from subspan.sharded import copy_into, whole
-from subspan.subspace import SubspaceModel
+from subspan.subspace import init, slots
+from subspan.subspace.model import SubspaceModel
+from subspan.subspace.sharded import copy_into, whole
 
 FORMAT = 1
 KEY = "subspan"

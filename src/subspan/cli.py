@@ -18,7 +18,7 @@ from subspan.errors import Stopped, SubspanError, unknown
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from subspan.lab.config import Run
+    from subspan.training.config import Run
 
 Arguments = Sequence[str]
 
@@ -35,6 +35,7 @@ def main(argv: Arguments | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
+        arguments = _import(arguments)
         COMMANDS[arguments[0]][0](arguments[1:])
     except SubspanError as error:
         print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
@@ -49,6 +50,28 @@ def main(argv: Arguments | None = None) -> int:
         print(f"\nsubspan {arguments[0]}: interrupted; what was complete is kept", file=sys.stderr)
         return 130
     return 0
+
+
+def _import(arguments: list[str]) -> list[str]:
+    """Import the modules of ``--import``, which may add to every registry; returns the rest.
+
+    They stand in the environment, too, from which processes that are started for this command,
+    workers of a sweep say, have them.
+    """
+    given, rest, words = [], [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--import":
+            given.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    if given:
+        from subspan.training.own import load, remember
+
+        for module in given:
+            load(module)
+        remember(given)
+    return rest
 
 
 def overview() -> str:
@@ -80,10 +103,10 @@ def overview() -> str:
 def train(argv: Arguments) -> None:
     """Train one network by one method."""
     from subspan import distributed
-    from subspan.lab import console
-    from subspan.lab.config import Run, Training
-    from subspan.lab.methods import method
-    from subspan.lab.train import train as run_training
+    from subspan.commands import console
+    from subspan.training.config import Run, Training
+    from subspan.training.methods import method
+    from subspan.training.train import train as run_training
 
     parser = _parser("train", train.__doc__, _methods_help())
     parser.add_class_arguments(Training, as_group=False)
@@ -125,8 +148,8 @@ def train(argv: Arguments) -> None:
 
 def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
     """The run of a record, and its trackers; options that are given must be the record's own."""
-    from subspan.lab.config import Run
-    from subspan.lab.records import changes, differences, read_json
+    from subspan.training.config import Run
+    from subspan.training.records import changes, differences, read_json
 
     record = read_json(out / "record.json")
     if record is None:
@@ -147,11 +170,13 @@ def sweep(argv: Arguments) -> None:
     """Accuracy against the number of coordinates, and the intrinsic dimension."""
     from dataclasses import replace
 
+    from subspan import report
+    from subspan.commands import console
+    from subspan.experiments.many import sweep_parts
     from subspan.files import readable
-    from subspan.lab import config, console, report
-    from subspan.lab.parts import sweep_parts
-    from subspan.lab.smaller import beside
-    from subspan.lab.sweep import total_runs
+    from subspan.sweeps.smaller import beside
+    from subspan.sweeps.sweep import total_runs
+    from subspan.training import config
 
     parser = _parser("sweep", sweep.__doc__, _methods_help())
     parser.add_class_arguments(config.Training, as_group=False)
@@ -238,9 +263,9 @@ def sweep(argv: Arguments) -> None:
 
 def reproduce(argv: Arguments) -> None:
     """Run a published experiment, or all, and show published and measured side by side."""
-    from subspan.lab import console
-    from subspan.lab.everything import reproduce_all
-    from subspan.lab.reproduce import experiments
+    from subspan.commands import console
+    from subspan.experiments import experiments
+    from subspan.experiments.everything import reproduce_all
 
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = _parser("reproduce", reproduce.__doc__, f"experiments:\n{listing}")
@@ -288,11 +313,11 @@ def reproduce(argv: Arguments) -> None:
 
 def _reproduced(name: str, out: Path, given: Namespace) -> None:
     """Run one experiment and show what came of it."""
-    from subspan.lab import console
-    from subspan.lab.bench import total as bench_total
-    from subspan.lab.reproduce import Timing, experiment
-    from subspan.lab.reproduce import reproduce as run_experiment
-    from subspan.lab.sweep import total_runs
+    from subspan.bench import total as bench_total
+    from subspan.commands import console
+    from subspan.experiments import Timing, experiment
+    from subspan.experiments import reproduce as run_experiment
+    from subspan.sweeps.sweep import total_runs
 
     chosen = experiment(name)
     how = {
@@ -339,10 +364,11 @@ def bench(argv: Arguments) -> None:
     """
     import json
 
-    from subspan.lab import bench as lab_bench
-    from subspan.lab import config, console
-    from subspan.lab.bench import candidates, picture
-    from subspan.lab.config import split
+    from subspan import bench as lab_bench
+    from subspan.bench import candidates, picture
+    from subspan.commands import console
+    from subspan.training import config
+    from subspan.training.config import split
 
     lists = "separated by commas, or a YAML list"
     names = "\n".join(f"  {name}" for name in candidates.names())
@@ -444,9 +470,9 @@ def bench(argv: Arguments) -> None:
 
 def evaluate(argv: Arguments) -> None:
     """Test score of a checkpoint, rebuilt from its file."""
-    from subspan.lab import console
-    from subspan.lab.config import DECODING
-    from subspan.lab.evaluate import evaluate_checkpoint
+    from subspan.commands import console
+    from subspan.training.config import DECODING
+    from subspan.training.evaluate import evaluate_checkpoint
 
     parser = _parser("eval", evaluate.__doc__)
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
@@ -466,7 +492,7 @@ def evaluate(argv: Arguments) -> None:
 def inspect(argv: Arguments) -> None:
     """What a checkpoint says of itself."""
     from subspan.checkpoint import inspect as header
-    from subspan.lab import console
+    from subspan.commands import console
 
     parser = _parser("inspect", inspect.__doc__)
     parser.add_argument("checkpoint", type=str, help="a file that subspan saved")
@@ -475,7 +501,7 @@ def inspect(argv: Arguments) -> None:
 
 def export(argv: Arguments) -> None:
     """Write the merged weights of a checkpoint as a plain safetensors file."""
-    from subspan.lab.export import export as write_weights
+    from subspan.training.export import export as write_weights
 
     parser = _parser("export", export.__doc__)
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
@@ -489,7 +515,7 @@ def replay(argv: Arguments) -> None:
 
     ``subspan train --method rbd --journal true`` writes one beside its record.
     """
-    from subspan.lab.replay import replay as rebuild_weights
+    from subspan.training.replay import replay as rebuild_weights
 
     parser = _parser("replay", replay.__doc__)
     parser.add_argument("journal", type=str, help="the file")
@@ -508,7 +534,7 @@ def replay(argv: Arguments) -> None:
 
 def report(argv: Arguments) -> None:
     """Draw the pictures and the page of a folder that train or sweep wrote."""
-    from subspan.lab.report import write
+    from subspan.report import write
 
     parser = _parser("report", report.__doc__)
     parser.add_argument("folder", type=str, help="with a sweep.json or a record.json")
@@ -522,7 +548,7 @@ def gallery(argv: Arguments) -> None:
     The folder holds a folder for each of them, as runs does after some subspan reproduce. A page
     FILE.html has the pictures inside, FILE.md links to them.
     """
-    from subspan.lab.report.gallery import write
+    from subspan.experiments.gallery import write
 
     parser = _parser("gallery", gallery.__doc__)
     parser.add_argument("folder", type=str, help="with the experiments' folders")
@@ -533,8 +559,8 @@ def gallery(argv: Arguments) -> None:
 
 def doctor(argv: Arguments) -> None:
     """What works on this machine: kernels, devices, the generator's known answers, versions."""
-    from subspan.lab import console
-    from subspan.lab.doctor import examine
+    from subspan.commands import console
+    from subspan.commands.doctor import examine
 
     _parse(_parser("doctor", doctor.__doc__), argv)
     findings = examine()
@@ -574,6 +600,11 @@ def _parser(command: str, description: str | None, epilog: str = "") -> Argument
         formatter_class=Formatter, exit_on_error=False, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser.add_argument(
+        "--import", dest="imports", type=str | None, metavar="MODULE",
+        help="import a module of yours first, which adds projections, methods, kinds of atoms or "
+        "experiments; may be given several times",
+    )  # fmt: skip
     return parser
 
 
@@ -581,7 +612,7 @@ def _parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
     """Parse; every option is known by its name with dashes, too."""
     from argparse import ArgumentError
 
-    from subspan.lab.options_file import check_file, check_value
+    from subspan.training.options_file import check_file, check_value
 
     for action in parser._actions:
         if "--print_config" in action.option_strings:  # jsonargparse looks for this very word
@@ -620,7 +651,7 @@ def _refusal(message: str, parser: ArgumentParser) -> SubspanError:
 
 
 def _methods_help() -> str:
-    from subspan.lab.methods import methods
+    from subspan.training.methods import methods
 
     lines = [f"  {name:16} {how.help}" for name, how in sorted(methods().items())]
     return "\n".join(["methods:", *lines])
@@ -628,7 +659,7 @@ def _methods_help() -> str:
 
 def _add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
     """The options of all methods; each run is told only those that were given."""
-    from subspan.lab.methods import methods
+    from subspan.training.methods import methods
 
     owners: dict[str, dict[str, list[str]]] = {}  # by name and by what it means to them
     options = {}
@@ -650,7 +681,7 @@ def _add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
 
 def _options(given: Namespace) -> dict[str, Any]:
     """The methods' options that were given."""
-    from subspan.lab.methods import methods
+    from subspan.training.methods import methods
 
     names = {option.name for how in methods().values() for option in how.options}
     return {n: given[n] for n in sorted(names) if given.get(n) is not None}
@@ -664,7 +695,7 @@ def _instance(cls: type, given: Namespace) -> Any:
 
 def _swept(result: dict[str, Any], files: Sequence[Path]) -> None:
     """Show a sweep; one without a good run has failed."""
-    from subspan.lab import console
+    from subspan.commands import console
 
     console.swept(result, files)
     if not result["rows"] and not result["baseline"]:
@@ -690,7 +721,7 @@ def _add_log(parser: ArgumentParser) -> None:
 
 
 def _trackers(given: Namespace) -> tuple[str, ...]:
-    from subspan.lab.config import split
+    from subspan.training.config import split
 
     return () if given.log is None else split(given.log, "log")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from subspan import slots
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums
-from subspan.subspace import SubspaceModel
+from subspan.subspace import slots
+from subspan.subspace.model import SubspaceModel
 
 
 @dataclass(frozen=True)

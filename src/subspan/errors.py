@@ -51,8 +51,11 @@ def check_options(owner: str, options: Iterable[str], make: Callable[..., object
     """
     parameters = {k: v for k, v in signature(make).parameters.items() if k not in ("n", "m")}
     given = list(options)
+    rest = [k for k, v in parameters.items() if v.kind is Parameter.VAR_KEYWORD]
+    for name in rest:  # the function looks at all other options itself
+        del parameters[name]
     for option in given:
-        if option not in parameters:
+        if option not in parameters and not rest:
             if not parameters:
                 raise SubspanError(f"{owner} has no options, got {option!r}")
             raise unknown(f"option of {owner}", option, parameters)

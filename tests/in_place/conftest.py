@@ -2,7 +2,7 @@
 
 import pytest
 
-from subspan import formed
+from subspan.subspace import formed
 
 
 @pytest.fixture(params=["kept", "formed"])

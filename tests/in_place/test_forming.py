@@ -8,8 +8,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from subspan import SubspaceModel, SubspanError, calls, formed
+from subspan import SubspaceModel, SubspanError
 from subspan.families import base
+from subspan.subspace import calls, formed
 from tests.nets import scatter
 
 

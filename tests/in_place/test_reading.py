@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import vmap
 from torch.optim import SGD
 
-from subspan import SubspaceModel, SubspanError, weights
+from subspan import SubspaceModel, SubspanError
+from subspan.subspace import weights
 from tests.in_place.network import Net, pair
 from tests.nets import NETS, batch, build, scatter, wrap
 
@@ -252,7 +253,7 @@ def test_a_weight_that_cannot_be_computed_is_no_theta0(monkeypatch):
     def fail(*_):
         raise AttributeError("of something inside")
 
-    monkeypatch.setattr("subspan.calls.theta", fail)
+    monkeypatch.setattr("subspan.subspace.calls.theta", fail)
     for read in (lambda: model(x), lambda: model.body.head.weight, lambda: model.body.head(x)):
         with pytest.raises(RuntimeError, match=r"\.\w+ could not be computed"):
             read()

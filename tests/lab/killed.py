@@ -20,7 +20,7 @@ import torch.distributed.fsdp  # noqa: F401
 
 import subspan.kernels.cpu.hash  # noqa: F401
 from subspan import files
-from subspan.lab.train import train
+from subspan.training.train import train
 from tests.lab.runs import a_run
 
 RUN = a_run(dim=30, epochs=6, net="mlp-40", patience=5)

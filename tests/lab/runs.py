@@ -81,7 +81,7 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache_once: None) -> Path:
     """The folder of a run that is complete: hash, d = 40, two epochs. Copy it to change it."""
-    from subspan.lab.train import train
+    from subspan.training.train import train
 
     out = tmp_path_factory.mktemp("trained") / "run"
     train(a_run(dim=40, epochs=2), out)
@@ -90,7 +90,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_once: None) -> Path:
 
 def a_run(method: str = "hash", *, lr: float = 0.3, seed: int = 0, **settings: Any) -> Any:
     """A :class:`Run`; settings are the training's, and what is none of these the method's."""
-    from subspan.lab.config import Run, Training
+    from subspan.training.config import Run, Training
 
     fields = Training.__dataclass_fields__
     training = {"net": NET, "epochs": 1} | {k: v for k, v in settings.items() if k in fields}
@@ -100,7 +100,7 @@ def a_run(method: str = "hash", *, lr: float = 0.3, seed: int = 0, **settings: A
 
 def a_sweep(**settings: Any) -> Any:
     """A :class:`Sweep`, likewise; a run of it takes a second or less."""
-    from subspan.lab.config import Sweep, Training
+    from subspan.training.config import Sweep, Training
 
     fields = Training.__dataclass_fields__
     training = {"net": NET, "epochs": 1} | {k: v for k, v in settings.items() if k in fields}
@@ -127,7 +127,7 @@ def sweep_of(folder: Path) -> dict[str, Any]:
 
 def train_up_to(step: int, run: Any, out: Path) -> None:
     """Train, and fail after this step, of which the state on disk need not know yet."""
-    from subspan.lab.train import train
+    from subspan.training.train import train
 
     steps = itertools.count(1)
 

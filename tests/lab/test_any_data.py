@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from subspan import checkpoint
-from subspan.lab import records, state
-from subspan.lab.evaluate import evaluate_checkpoint
-from subspan.lab.train import train
+from subspan.training import records, state
+from subspan.training.evaluate import evaluate_checkpoint
+from subspan.training.train import train
 from tests.lab.data.makers import as_structs, encoded, folder_of, image_folder, parquet_folder
 from tests.lab.runs import STEPS, a_run, contents, record_of, train_up_to
 

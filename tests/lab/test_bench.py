@@ -11,10 +11,8 @@ import psutil
 import pytest
 import torch
 
-from subspan.cache import cache
-from subspan.errors import SubspanError
-from subspan.lab import bench as module
-from subspan.lab.bench import (
+from subspan import bench as module
+from subspan.bench import (
     Bench,
     bench,
     blocks,
@@ -31,9 +29,11 @@ from subspan.lab.bench import (
     transformer,
     variants,
 )
-from subspan.lab.bench.apart import ALLOCATOR, Worker, apart
-from subspan.lab.bench.resident import Beyond
-from subspan.lab.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
+from subspan.bench.apart import ALLOCATOR, Worker, apart
+from subspan.bench.resident import Beyond
+from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
+from subspan.cache import cache
+from subspan.errors import SubspanError
 from tests.lab.runs import contents
 
 CPU = torch.device("cpu")

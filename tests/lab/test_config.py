@@ -6,7 +6,7 @@ import math
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.config import Run, Sweep, Training, floats, rates, split
+from subspan.training.config import Run, Sweep, Training, floats, rates, split
 
 BAD_TRAINING = [
     ({"epochs": 0}, "epochs must be at least 1, got 0"),

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from subspan.lab import console
-from subspan.lab.doctor import Finding
-from subspan.lab.jobs import Job
-from subspan.lab.score import Score
+from subspan.commands import console
+from subspan.commands.doctor import Finding
+from subspan.sweeps.jobs import Job
+from subspan.training.score import Score
 from tests.lab.runs import a_run
 
 RECORD = {

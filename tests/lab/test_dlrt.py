@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from subspan import SubspanError, checkpoint
-from subspan.lab import nets, report
-from subspan.lab.evaluate import rebuild
-from subspan.lab.report import pictures, records
-from subspan.lab.sweep import sweep
-from subspan.lab.train import train
+from subspan import SubspanError, checkpoint, report
 from subspan.layers import LowRank
+from subspan.report import pictures, records
+from subspan.sweeps.sweep import sweep
+from subspan.training import nets
+from subspan.training.evaluate import rebuild
+from subspan.training.train import train
 from tests.lab.runs import NET, a_run, a_sweep, record_of
 
 DLRT = ["train", "--net", NET, "--method", "dlrt", "--out", "run"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from subspan import kernels
+from subspan.commands import doctor
+from subspan.commands.doctor import examine
 from subspan.families import projections
-from subspan.lab import doctor, records
-from subspan.lab.doctor import examine
+from subspan.training import records
 
 
 def test_all_is_well(cli):

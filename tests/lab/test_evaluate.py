@@ -13,12 +13,12 @@ from torch import nn
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.lab import data
-from subspan.lab.data import Split
-from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.lab.export import export
-from subspan.lab.tasks.classification import Classification
-from subspan.lab.train import train
+from subspan.training import data
+from subspan.training.data import Split
+from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.export import export
+from subspan.training.tasks.classification import Classification
+from subspan.training.train import train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
 

@@ -12,10 +12,10 @@ from urllib.parse import unquote
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.config import Sweep, Training
-from subspan.lab.report import exhibits, gallery, write
-from subspan.lab.report.exhibits import FAMILIES, sweep_command
-from subspan.lab.reproduce import Timing, experiments
+from subspan.experiments import Timing, exhibits, experiments, gallery
+from subspan.experiments.exhibits import FAMILIES, sweep_command
+from subspan.report import write
+from subspan.training.config import Sweep, Training
 from tests.lab.runs import contents
 from tests.lab.test_report import LI, Document, a_sweep, row, save
 
@@ -229,7 +229,7 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
         asked.append(json.loads(json.dumps(settings.as_dict())))
         raise SubspanError("asked")
 
-    monkeypatch.setattr("subspan.lab.parts.sweep_parts", run)
+    monkeypatch.setattr("subspan.experiments.many.sweep_parts", run)
     words = shlex.split(sweep_command(config))
     assert words[0] == "subspan"
     assert cli(*words[1:]).err.endswith("error: asked\n")

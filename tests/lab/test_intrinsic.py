@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.intrinsic import intrinsic_dimension
-from subspan.lab.score import Score
+from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.training.score import Score
 
 DIMS = [10, 100, 1000, 10000]
 LINE = [0.2, 0.4, 0.6, 0.8]  # 0.2 per decade

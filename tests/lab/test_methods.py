@@ -12,11 +12,11 @@ from torch import nn
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.families import projections
-from subspan.lab import methods as registry
-from subspan.lab.evaluate import evaluate_checkpoint
-from subspan.lab.methods import Method, method, methods
-from subspan.lab.methods.subspace import STORED
-from subspan.lab.train import train
+from subspan.training import methods as registry
+from subspan.training.evaluate import evaluate_checkpoint
+from subspan.training.methods import Method, method, methods
+from subspan.training.methods.subspace import STORED
+from subspan.training.train import train
 from tests.lab.runs import WEIGHTS, a_run, record_of
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
@@ -180,7 +180,7 @@ def last_layers(monkeypatch):
     methods()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(code, str(GUIDE), "exec"), {"__name__": "subspan.lab.methods.last_layer"})
+    exec(compile(code, str(GUIDE), "exec"), {"__name__": "subspan.training.methods.last_layer"})
     methods.cache_clear()
     yield "last-layers"
     methods.cache_clear()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from subspan import SubspanError
-from subspan.lab import nets
-from subspan.lab.bench import minilm
+from subspan.bench import minilm
+from subspan.training import nets
 
-NAME = "subspan.lab.bench.minilm:encoder"
+NAME = "subspan.bench.minilm:encoder"
 
 
 def test_it_has_the_size_of_minilm():

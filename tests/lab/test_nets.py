@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.lab import nets
+from subspan.training import nets
 
 MNIST, CIFAR, CIFAR_CROPPED = (1, 28, 28), (3, 32, 32), (3, 28, 28)
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from subspan import SubspanError, checkpoint
-from subspan.lab import state
-from subspan.lab.config import Run
-from subspan.lab.evaluate import evaluate_checkpoint
-from subspan.lab.sweep import sweep
-from subspan.lab.train import train
+from subspan.sweeps.sweep import sweep
+from subspan.training import state
+from subspan.training.config import Run
+from subspan.training.evaluate import evaluate_checkpoint
+from subspan.training.train import train
 from tests.lab.runs import STEPS, a_run, a_sweep, contents, record_of, train_up_to
 from tests.lab.test_resume import measured
 from tests.lab.test_trackers import has_all

@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from subspan import SubspanError
-from subspan.lab.report import pictures, records
-from subspan.lab.train import prepare, train
 from subspan.optim.journal import Journal
+from subspan.report import pictures, records
+from subspan.training.train import prepare, train
 from tests.lab.runs import NET, STEPS, a_run, record_of, train_up_to
 
 RBD = ["train", "--net", NET, "--method", "rbd", "--dim", "20", "--out", "run"]

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from subspan import SubspanError
-from subspan.lab import backends
-from subspan.lab.config import Training
-from subspan.lab.reproduce import reproduce
-from subspan.lab.sweep import sweep
+from subspan.experiments import reproduce
+from subspan.sweeps import backends
+from subspan.sweeps.sweep import sweep
+from subspan.training.config import Training
 from tests.lab.processes import RUNS, begun, ended, start, telling, until
 from tests.lab.runs import SWEEP, a_sweep, record_of, sweep_of
 

@@ -15,9 +15,9 @@ import matplotlib
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab.report import bars, page, pictures, records, write
-from subspan.lab.report.curves import measured_curves, number, published_curves
-from subspan.lab.score import Score
+from subspan.report import bars, page, pictures, records, write
+from subspan.report.curves import measured_curves, number, published_curves
+from subspan.training.score import Score
 
 EIGHT = [
     *("hash", "rademacher", "gaussian", "sparse"),

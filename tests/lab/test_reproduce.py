@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import subspan.lab.reproduce as module
+import subspan.experiments as module
 from subspan.errors import SubspanError
-from subspan.lab.config import Sweep, Training
-from subspan.lab.nets import weights
-from subspan.lab.report import bars, records
-from subspan.lab.reproduce import Experiment, Published, experiments, reproduce
-from subspan.lab.smaller import smaller
-from subspan.lab.sweep import _points, check, total_runs
-from subspan.lab.train import prepare
+from subspan.experiments import Experiment, Published, experiments, reproduce
+from subspan.report import bars, records
+from subspan.sweeps.smaller import smaller
+from subspan.sweeps.sweep import _points, check, total_runs
+from subspan.training.config import Sweep, Training
+from subspan.training.nets import weights
+from subspan.training.train import prepare
 from tests.lab.data.makers import encoded
 from tests.lab.runs import NET
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from subspan import SubspanError
 from subspan.errors import Stopped
-from subspan.lab import locks, loop, state
-from subspan.lab.tasks.classification import Classification
-from subspan.lab.train import train
+from subspan.training import locks, loop, state
+from subspan.training.tasks.classification import Classification
+from subspan.training.train import train
 from tests.lab.killed import RUN as KILLED
 from tests.lab.runs import a_run, contents, copied, record_of
 
@@ -162,7 +162,7 @@ TRAIN = ("train", "--net", "mlp-16", "--dim", "9", "--epochs", "3", "--out", "ru
 
 
 def stop_in_epoch(monkeypatch, epoch):
-    from subspan.lab import console
+    from subspan.commands import console
 
     plain = console.TrainingProgress.epoch
 
@@ -385,7 +385,7 @@ def test_generators():
 
 
 def test_what_is_no_configuration(tmp_path):
-    from subspan.lab.config import Run
+    from subspan.training.config import Run
 
     with pytest.raises(SubspanError, match="this is not the configuration of a run"):
         Run.from_dict({"epochs": 3})

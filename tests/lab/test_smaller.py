@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.lab import nets
-from subspan.lab.nets import weights
-from subspan.lab.report import pictures, read
-from subspan.lab.report.curves import small_curves
-from subspan.lab.report.exhibits import exhibits
-from subspan.lab.smaller import beside, smaller
-from subspan.lab.sweep import sweep, total_runs
+from subspan.experiments.exhibits import exhibits
+from subspan.report import pictures, read
+from subspan.report.curves import small_curves
+from subspan.sweeps.smaller import beside, smaller
+from subspan.sweeps.sweep import sweep, total_runs
+from subspan.training import nets
+from subspan.training.nets import weights
 from tests.lab.runs import NET, WEIGHTS, a_sweep, sweep_of
 
 

@@ -17,12 +17,13 @@ import pytest
 
 from subspan import SubspanError, files
 from subspan.errors import Stopped
-from subspan.lab import backends, claims, locks
-from subspan.lab import train as trainer
-from subspan.lab.claims import Claim
-from subspan.lab.config import Training
-from subspan.lab.pool import KILLED
-from subspan.lab.sweep import sweep
+from subspan.sweeps import backends, claims
+from subspan.sweeps.claims import Claim
+from subspan.sweeps.pool import KILLED
+from subspan.sweeps.sweep import sweep
+from subspan.training import locks
+from subspan.training import train as trainer
+from subspan.training.config import Training
 from tests.lab.processes import RUNS, begun, ended, start, telling, until
 from tests.lab.runs import a_run, a_sweep, contents, record_of, sweep_of
 
@@ -178,7 +179,7 @@ TWO = """
 import sys, time
 from pathlib import Path
 from torch import nn
-from subspan.lab.sweep import sweep
+from subspan.sweeps.sweep import sweep
 from tests.lab.runs import a_sweep
 
 class Paced(nn.Sequential):

@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-import subspan.lab.jobs as module
+import subspan.sweeps.jobs as module
 from subspan.errors import SubspanError
-from subspan.lab.intrinsic import intrinsic_dimension
-from subspan.lab.sweep import sweep
+from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.sweep import sweep
 from tests.lab.runs import NET, WEIGHTS, a_run, a_sweep, contents, copied, record_of, sweep_of
 
 

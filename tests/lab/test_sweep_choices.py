@@ -8,12 +8,12 @@ import os
 import joblib
 import pytest
 
-import subspan.lab.jobs as module
+import subspan.sweeps.jobs as module
 from subspan import files
 from subspan.errors import SubspanError
-from subspan.lab import records
-from subspan.lab.sweep import sweep, total_runs
-from subspan.lab.train import prepare
+from subspan.sweeps.sweep import sweep, total_runs
+from subspan.training import records
+from subspan.training.train import prepare
 from tests.lab.runs import a_sweep, contents, copied, sweep_of
 
 

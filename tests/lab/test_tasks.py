@@ -13,19 +13,19 @@ import safetensors.torch
 import torch
 
 from subspan.errors import SubspanError
-from subspan.lab import data, tasks
-from subspan.lab.config import Run, Training
-from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.lab.score import ACCURACY, Score
-from subspan.lab.sweep import sweep
-from subspan.lab.train import prepare, train
+from subspan.sweeps.sweep import sweep
+from subspan.training import data, tasks
+from subspan.training.config import Run, Training
+from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.score import ACCURACY, Score
+from subspan.training.train import prepare, train
 from tests.lab.runs import a_sweep, record_of
 
 OWN = '''
 import torch
 from torch import nn
-from subspan.lab.score import Score
-from subspan.lab.tasks import Task
+from subspan.training.score import Score
+from subspan.training.tasks import Task
 
 class Line(Task):
     """y = x A, of which a linear layer finds A."""
@@ -114,7 +114,7 @@ class Faulty(Line):
 def faulty(seed, data):
     return Faulty(seed, data)
 '''
-SHUFFLED = "subspan.lab.tasks.shuffled_labels:task"
+SHUFFLED = "subspan.training.tasks.shuffled_labels:task"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _fresh = itertools.count()
 
@@ -229,7 +229,7 @@ def test_a_run_goes_on(own):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("nothing", r"must return a subspan.lab.tasks.Task, got int"),
+        ("nothing", r"must return a subspan.training.tasks.Task, got int"),
         ("detached", "a tensor of one number with a gradient, got a tensor of shape .* without"),
         ("broken", "loss of two samples cannot be had: 'x'"),
         ("takes_nothing", "has no parameter data, its signature is .*: leave --data mnist out"),

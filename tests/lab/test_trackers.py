@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from subspan.errors import Stopped
-from subspan.lab import state, trackers
-from subspan.lab.train import train
+from subspan.training import state, trackers
+from subspan.training.train import train
 from tests.lab.runs import STEPS, SWEEP, TRAIN, a_run, contents, record_of
 from tests.lab.test_resume import stop_in_epoch
 

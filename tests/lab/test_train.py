@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-import subspan.lab.loop as loop
-import subspan.lab.train as trainer
+import subspan.training.loop as loop
+import subspan.training.train as trainer
 from subspan import files
 from subspan.errors import SubspanError
-from subspan.lab import data
-from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.lab.tasks import classification
-from subspan.lab.tasks.classification import Classification
-from subspan.lab.train import completed, prepare, train
+from subspan.training import data
+from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.tasks import classification
+from subspan.training.tasks.classification import Classification
+from subspan.training.train import completed, prepare, train
 from tests.lab.runs import STEPS, WEIGHTS, a_run, contents, copied, record_of
 
 KEYS = {
@@ -326,7 +326,7 @@ SAFE_TO_KILL = """
 import sys
 from pathlib import Path
 from tests.lab.runs import a_run
-from subspan.lab.train import train
+from subspan.training.train import train
 train(a_run(dim=30, epochs=400), Path(sys.argv[1]))
 """
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import subspan.lab.loop as loop
+import subspan.training.loop as loop
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.lab import train as trainer
-from subspan.lab.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.lab.loop import schedule
-from subspan.lab.train import prepare, train
+from subspan.training import train as trainer
+from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.loop import schedule
+from subspan.training.train import prepare, train
 from tests.lab.data.makers import image_folder
 from tests.lab.runs import a_run, record_of
 

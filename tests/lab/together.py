@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from subspan import distributed
-from subspan.lab.train import train
+from subspan.training.train import train
 from tests.lab.runs import a_run
 
 # Digits' 1,318 images for training leave a last batch of 38, which four do not share equally, and

@@ -60,6 +60,8 @@ class Sum(ABC):
     def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if kind is not None:
+            if kind in _kinds:
+                raise TypeError(f"a kind of atoms named {kind!r} is registered already")
             cls.kind = kind
             _kinds[kind] = cls
 
@@ -121,6 +123,10 @@ def atoms(kind: str, n: int, m: int, *, seed: int = 0, stream: int = 0, **option
         SubspanError: for an unknown kind or option, or a shape that the kind cannot have.
     """
     if kind in _kinds:
+        if kind in projections():
+            raise SubspanError(
+                f"{kind!r} is a kind of atoms and a projection: give the projection another name"
+            )
         return _kinds[kind](n, m, seed, stream, **options)
     if kind in projections():
         return Projected(n, m, seed, stream, family=kind, **options)
@@ -135,11 +141,10 @@ class Projected(Sum):
 
     kind = "projection"
 
-    def setup(self, family: str, p: int, s: Any = None) -> None:  # type: ignore[override]
-        """``p`` atoms; ``s`` of the sparse family."""
+    def setup(self, family: str, p: int, **options: Any) -> None:  # type: ignore[override]
+        """``p`` atoms, and the family's own options."""
         self.kind = family  # type: ignore[misc]
         self._count(p)
-        options = {} if s is None else {"s": s}
         self.projection = projection(
             family, out_dim=self.n * self.m, in_dim=p, seed=self.source.seed,
             stream=self.source.stream, **options,

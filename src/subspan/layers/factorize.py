@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
@@ -22,6 +21,7 @@ from subspan.layers.product_of_sums import (
     registry,
 )
 from subspan.linalg import rank_of, svd
+from subspan.subspace.compartments import Patterns, matches
 
 Init = Literal["svd", "random"]
 

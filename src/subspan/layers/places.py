@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from subspan.compartments import Patterns, matches, select
 from subspan.errors import SubspanError
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
+from subspan.subspace.compartments import Patterns, matches, select
 
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)

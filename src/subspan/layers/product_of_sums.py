@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from subspan.compartments import Patterns, matches
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import HALF, Sum, atoms
 from subspan.layers.handover import hand_over, refuse_hooks
 from subspan.layers.places import check, chosen, places, put, replaced
 from subspan.layers.plain import Convolution, autocast_type, linear
+from subspan.subspace.compartments import Patterns, matches
 
 
 def identity(a: Tensor) -> Tensor:

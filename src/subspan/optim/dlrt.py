@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from subspan import distributed, slots
+from subspan import distributed
 from subspan.errors import SubspanError, unknown
 from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
@@ -28,6 +28,7 @@ from subspan.optim.gradients import Gradients, all_finite, dense, parameters, te
 from subspan.optim.integrators import Factors
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
+from subspan.subspace import slots
 
 Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
 TWO_EVALUATIONS = ("kls", "kls-adaptive")

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from subspan import slots
 from subspan.errors import SubspanError
 from subspan.families.base import as_step
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim import parts as parts_
 from subspan.optim.parts import Part
+from subspan.subspace import slots
 
 MAGIC, FORMAT = b"SUBSPANJ", 1
 

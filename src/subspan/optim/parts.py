@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan import calls, families
-from subspan.calls import Call
-from subspan.compartments import Compartment, Piece, Rules, partition
+from subspan import families
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.families.base import (
@@ -27,7 +25,10 @@ from subspan.families.base import (
     from_recipe,
     gather,
 )
-from subspan.guards import Computed
+from subspan.subspace import calls
+from subspan.subspace.calls import Call
+from subspan.subspace.compartments import Compartment, Piece, Rules, partition
+from subspan.subspace.guards import Computed
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def divide(
     """The compartments of some tensors.
 
     Raises:
-        SubspanError: see :func:`subspan.compartments.partition`.
+        SubspanError: see :func:`subspan.subspace.compartments.partition`.
     """
     sizes = {name: tensor.numel() for name, tensor in tensors.items() if tensor.numel()}
     return partition(sizes, {name: [name] for name in tensors}, dim, rules, allocation)

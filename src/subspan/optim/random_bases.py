@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from subspan import distributed, slots
-from subspan.compartments import Rules
+from subspan import distributed
 from subspan.errors import SubspanError, unknown
 from subspan.families import projections
 from subspan.families.base import as_step
@@ -42,6 +41,8 @@ from subspan.optim.parts import (
     parts,
     refuse_computed,
 )
+from subspan.subspace import slots
+from subspan.subspace.compartments import Rules
 
 Estimator = Literal["gradient", "forward", "evolution"]
 Workers = Literal["shared", "independent"]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from subspan.lab.data import Split
+from subspan.training.data import Split
 
 
 def encoded(value, mode="L", size=(4, 3)):

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from subspan.lab import data
-from subspan.lab.data import cache, pixels, sources
-from subspan.lab.data.images import RawData
+from subspan.training import data
+from subspan.training.data import cache, pixels, sources
+from subspan.training.data.images import RawData
 from tests.lab.data.makers import encoded, image_folder, numbered
 
 

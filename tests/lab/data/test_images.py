@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from subspan.lab import data
-from subspan.lab.data.images import statistics
+from subspan.training import data
+from subspan.training.data.images import statistics
 
 
 def test_statistics_are_those_of_the_training_part():
@@ -38,7 +38,7 @@ def test_to_moves_every_tensor():
 def test_statistics_of_floats(scale, offset, monkeypatch):
     images = torch.rand(4, 2, 3, 5) * scale + offset
     for piece in (7, 2**20):
-        monkeypatch.setattr("subspan.lab.data.images.PIECE", piece)
+        monkeypatch.setattr("subspan.training.data.images.PIECE", piece)
         mean, std = statistics(images)
         pixels = images.double().transpose(0, 1).flatten(1) / 255
         torch.testing.assert_close(mean, pixels.mean(1).float())

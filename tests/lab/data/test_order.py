@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from subspan.errors import SubspanError
-from subspan.lab import data
-from subspan.lab.data import order
+from subspan.training import data
+from subspan.training.data import order
 from tests.lab.data.makers import image_folder, numbered
 
 

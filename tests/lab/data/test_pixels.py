@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from subspan.errors import SubspanError
-from subspan.lab import data
-from subspan.lab.data import pixels
+from subspan.training import data
+from subspan.training.data import pixels
 from tests.lab.data.makers import encoded, folder_of, image_folder, tiff, wide_png
 
 RNG = np.random.default_rng(0)

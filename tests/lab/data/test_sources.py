@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from subspan.errors import SubspanError
-from subspan.lab import data
+from subspan.training import data
 from tests.lab.data.makers import image_folder
 
 

@@ -1,0 +1,75 @@
+"""What is measured against each other: every family, and matrices that are stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from subspan.cache import cache
+from subspan.errors import unknown
+from subspan.families import Projection, projection, projections, stored
+from subspan.training.methods.subspace import STORED
+
+PLAIN = "adam"  # the ordinary training of all weights
+DENSE = "stored-dense"  # what products are held against
+
+
+def names() -> list[str]:
+    """All names, stored matrices last."""
+    return [name for name in projections() if name != "stored"] + list(STORED)
+
+
+def chosen(methods: Sequence[str]) -> list[str]:
+    """The names that were asked for, and the dense matrix that they are compared with.
+
+    Raises:
+        SubspanError: for an unknown name.
+    """
+    for name in methods:
+        if name not in names():
+            raise unknown("projection to measure", name, names())
+    return [name for name in names() if name in methods or name == DENSE]
+
+
+def options(name: str) -> dict[str, Any]:
+    """Arguments of :class:`~subspan.subspace.SubspaceModel` that make it use this projection."""
+    return {"projection": "stored", **STORED[name]} if name in STORED else {"projection": name}
+
+
+def make(name: str, out_dim: int, in_dim: int) -> Projection:
+    """The projection itself."""
+    arguments = options(name)
+    family = arguments.pop("projection")
+    return projection(family, out_dim=out_dim, in_dim=in_dim, **arguments)
+
+
+def needed(name: str, out_dim: int, in_dim: int) -> int:
+    """Bytes that exist at the same time while a stored matrix is made; 0 for others."""
+    if name not in STORED:
+        return 0
+    if STORED[name]["layout"] == "dense":
+        return 5 * out_dim * in_dim
+    return 100 * out_dim * math.isqrt(in_dim)  # while coordinates are sorted
+
+
+def too_large(name: str, out_dim: int, in_dim: int, device: torch.device) -> str:
+    """Why a candidate cannot be measured here; empty if it can."""
+    there = psutil.virtual_memory().available
+    if device.type == "cuda":
+        there = min(there, torch.cuda.mem_get_info(device)[0])
+    bytes_ = needed(name, out_dim, in_dim)
+    return f"needs {bytes_ / 1e9:.0f} of {there / 1e9:.0f} GB" if bytes_ > there else ""
+
+
+def bytes_of(p: Projection, device: torch.device) -> int:
+    """Bytes of P that exist between products: a stored matrix, or what is kept of an index."""
+    if isinstance(p, stored.Stored):
+        return stored.stored_bytes(p, device)
+    cache.clear()
+    g = torch.zeros(p.out_dim, device=device)
+    p.rmatvec(g)
+    return cache.held

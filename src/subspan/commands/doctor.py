@@ -1,0 +1,71 @@
+"""What works here: kernels, devices, the generator's known answers, versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from subspan import kernels
+from subspan.families import projection, projections
+from subspan.philox import philox4x32
+from subspan.training import records
+
+# Random123's published vectors: counter, key, result.
+KNOWN_ANSWERS = (
+    ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, whether it is well, and what was seen."""
+
+    subject: str
+    well: bool
+    seen: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything; nothing is raised, nothing is written."""
+    found = [Finding("version", True, f"{name} {v}") for name, v in records.versions().items()]
+    found.append(Finding("device", True, records.device_name(torch.device("cpu"))))
+    found += [
+        Finding("device", True, torch.cuda.get_device_name(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    found += [_known_answer(*vector) for vector in KNOWN_ANSWERS]
+    found += [_products(name) for name in projections()]
+    return found
+
+
+def _known_answer(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> Finding:
+    c0, c1, c2, c3 = (torch.tensor(word) for word in counter)
+    words = [int(word) for word in philox4x32((c0, c1, c2, c3), key)]
+    seen = " ".join(f"{word:08x}" for word in words)
+    return Finding("Philox4x32-10 known answer", words == list(expected), seen)
+
+
+def _products(name: str) -> Finding:
+    """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ in float32, by the kernel that users get, and P w against float64."""
+    p = projection(name, out_dim=1009, in_dim=37, seed=2**40 + 1)
+    kernel = "numba" if name in kernels.available("cpu") else "torch"
+    try:
+        w, g = torch.linspace(-1, 1, 37), torch.linspace(1, -2, 1009)
+        exact = p.matvec(w.double())
+        error = float((p.matvec(w) - exact).norm() / exact.norm())
+        adjoint = float((p.matvec(w) @ g - w @ p.rmatvec(g)).abs() / (exact.norm() * g.norm()))
+    except Exception as failure:  # the doctor reports what it finds
+        return Finding(f"projection {name}", False, f"{kernel}: {failure!r}")
+    well = max(error, adjoint) < 1e-5
+    return Finding(
+        f"projection {name}", well, f"{kernel}: error {error:.0e}, adjoint {adjoint:.0e}"
+    )

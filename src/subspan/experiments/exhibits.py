@@ -1,0 +1,347 @@
+"""Experiments that were run, one exhibit each, from the records that they left in a folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from subspan.bench import FILE as BENCH
+from subspan.bench.table import of_bench
+from subspan.errors import SubspanError
+from subspan.experiments import Budget, Experiment, Timing, experiments
+from subspan.report import bars, tables
+from subspan.report.curves import d_int_bound, d_int_name, number, title
+from subspan.report.records import Sweep, read
+from subspan.training.config import Sweep as Settings
+from subspan.training.config import Training
+from subspan.training.methods import methods
+from subspan.training.records import plain, read_json
+
+
+@dataclass(frozen=True)
+class Family:
+    """One idea of how a network gets by with fewer numbers, and what is told of it.
+
+    Attributes:
+        title: of its section.
+        text: one sentence.
+        module: where its methods are, under :mod:`subspan.training.methods`.
+        part: of a benchmark.
+        prefix: how the names of its experiments begin.
+    """
+
+    title: str
+    text: str
+    module: str
+    part: str
+    prefix: str
+
+
+FAMILIES = (
+    Family(
+        "Fixed random subspaces",
+        "θ = θ₀ + P w: a seed gives the projection P, and only the d numbers w are trained.",
+        module="subspace", part="products", prefix="li-",
+    ),
+    Family(
+        "Random bases that are drawn anew",
+        "Each step moves the weights along d random directions of its own (RBD), or always along "
+        "the same ones (FPD), or along those that evaluations alone have measured (NES).",
+        module="random_bases", part="optimizers", prefix="gressmann-",
+    ),
+    Family(
+        "Low rank from the start",
+        "Every layer is U S Vᵀ, and its rank adapts while it is trained (DLRT).",
+        module="dlrt", part="lowrank", prefix="dlrt-",
+    ),
+    Family(
+        "Products of sums",
+        "Every layer is Π Σ aⱼ Mⱼ with fixed matrices Mⱼ, and only the numbers a are trained.",
+        module="prodsum", part="sums", prefix="prodsumnet-",
+    ),
+)  # fmt: skip
+OTHERS = Family("Other experiments", "", module="", part="", prefix="")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What a page shows of one experiment.
+
+    Attributes:
+        folder: where its records are.
+        family: the section that it belongs to.
+        title: one line.
+        source: the paper; empty for a sweep of one's own.
+        differences: what is not as published; likewise.
+        effort: budget, seeds and epochs, in a sentence.
+        notes: what was found, and what is missing, in sentences.
+        command: what made it.
+        table: published and measured side by side.
+        pictures: PNG files; each has an SVG beside it.
+        reports: pages by the name of their part.
+    """
+
+    folder: Path
+    family: Family
+    title: str
+    source: str
+    differences: str
+    effort: str
+    notes: tuple[str, ...]
+    command: str
+    table: tables.Table
+    pictures: tuple[Path, ...]
+    reports: Mapping[str, Path]
+
+
+def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
+    """The experiments of a folder, in the order of its folders' names.
+
+    A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
+    whose folders have a ``sweep.json`` each is an experiment of several parts.
+
+    Args:
+        folder: with the experiments' folders.
+        damaged: gets a sentence for each experiment that cannot be shown; None raises it.
+
+    Raises:
+        SubspanError: if there is none, or a record is damaged.
+    """
+    if not folder.is_dir():
+        raise SubspanError(f"{folder} is no folder: give the one with the experiments' folders")
+    found = []
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        try:
+            if (exhibit := _exhibit(place)) is not None:
+                found.append(exhibit)
+        except SubspanError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    if not found and not damaged:
+        raise SubspanError(
+            f"no folder in {folder} has a sweep.json or bench.json: give the one with the "
+            "experiments' folders"
+        )
+    return found
+
+
+def _exhibit(place: Path) -> Exhibit | None:
+    """What a folder holds, if that is an experiment."""
+    try:
+        if (place / BENCH).is_file():
+            return _of_bench(place)
+        if (place / "sweep.json").is_file():
+            return _of_sweeps(place, {"": place})
+        if parts := {path.parent.name: path.parent for path in place.glob("*/sweep.json")}:
+            return _of_sweeps(place, dict(sorted(parts.items())))
+    except SubspanError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SubspanError(
+            f"a record in {place} is damaged ({error!r}): run the command that wrote it again"
+        ) from error
+    return None
+
+
+# ---- sweeps --------------------------------------------------------------------------------------
+
+
+def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
+    sweeps = {}
+    for part, place in places.items():
+        sweep = read(place)
+        assert isinstance(sweep, Sweep)  # read prefers sweep.json, and it is there
+        sweeps[part] = sweep
+    first = next(iter(sweeps.values()))
+    told = first.experiment
+    name, budget = told.get("name", ""), told.get("budget", "")
+    planned = _planned(name, budget)
+    order = list(planned)  # of the experiment; what it does not have any more comes last
+    sweeps = dict(sorted(sweeps.items(), key=lambda item: [*order, item[0]].index(item[0])))
+    known = experiments().get(name)
+    timed = isinstance(known, Experiment) and known.timed
+    configs = [sweep.config for sweep in sweeps.values()]
+    compared = f"{', '.join(str(config.get('net')) for config in configs)} at equal d"
+    ours = title(first) if len(sweeps) == 1 else compared
+    whole = [
+        path for name in ("summary", "comparison") if (path := folder / f"{name}.png").is_file()
+    ]
+    pictures = whole or [
+        places[part] / "curve.png" for part, sweep in sweeps.items() if _says_more(sweep)
+    ]  # fmt: skip
+    left = [part for part in planned if part not in sweeps]
+    notes = [f"Not run, of its parts: {', '.join(left)}."] if left else []
+    for part, sweep in sweeps.items():
+        notes += [f"{part}: {note}" if part else note for note in (*_d_int(sweep), *_lacks(sweep))]
+    if timed:
+        notes.append(f"Timed on {first.device}.")
+    return Exhibit(
+        folder=folder,
+        family=_family(sweeps.values(), name),
+        title=told.get("title") or ours,
+        source=told.get("source", ""),
+        differences=told.get("differences", ""),
+        effort=_effort(sweeps.values(), budget),
+        notes=tuple(notes),
+        command=_reproduce(first, planned) if told else sweep_command(*configs),
+        table=tables.of_sweeps(sweeps, timed=timed),
+        pictures=tuple(path for path in pictures if path.is_file()),
+        reports={part: page for part in sweeps if (page := places[part] / "report.html").is_file()},
+    )
+
+
+def _family(sweeps: Iterable[Sweep], name: str) -> Family:
+    """That of most of the methods; where none has one, as with all weights, that of the name."""
+    homes = Counter(
+        type(methods()[row.method]).__module__.rpartition(".")[2]
+        for sweep in sweeps
+        for row in sweep.rows
+        if row.method in methods()
+    )
+    for home, _ in homes.most_common():
+        for family in FAMILIES:
+            if family.module == home:
+                return family
+    return next((family for family in FAMILIES if name.startswith(family.prefix)), OTHERS)
+
+
+def _says_more(sweep: Sweep) -> bool:
+    """Whether its picture shows what the table does not: no point alone, none above another."""
+    dims = [row.dim for row in sweep.rows]
+    return bool(dims) and (
+        bars.suits(sweep) or sweep.baseline is not None or max(dims) > 1.5 * min(dims)
+    )
+
+
+def _effort(sweeps: Iterable[Sweep], budget: str) -> str:
+    """How much was spent, and what that means for the numbers."""
+    seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
+    epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
+    words = f"Budget {budget}: " if budget else ""
+    words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {epochs} epoch{'s' * (epochs != '1')}"
+    if seeds == "1":
+        words += ", so that no standard deviation is known and small differences mean nothing"
+    return f"{words}."
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""
+
+
+def _d_int(sweep: Sweep) -> list[str]:
+    """Intrinsic dimensions, where the curve crosses the threshold; and those published."""
+    found = []
+    for method, ours in sweep.d_int.items():
+        if ours.value is not None and not ours.note.startswith("upper bound"):
+            ends = [number(end) for end in (ours.low, ours.high) if end is not None]
+            between = f" ({' to '.join(ends)} over seeds)" if len(ends) == 2 else ""
+            found.append(f"{method} {d_int_bound(ours)}{between}")
+    found += [
+        f"{number(source.d_int)} published ({source.label})"
+        for source in sweep.published
+        if source.d_int is not None
+    ]
+    name = d_int_name(sweep.threshold)
+    return [f"Intrinsic dimension, {name}: {'; '.join(found)}."] if found else []
+
+
+def _lacks(sweep: Sweep) -> list[str]:
+    """What a sweep does not have: an end, runs."""
+    lacks = [] if sweep.status == "complete" else [f"Its status is {sweep.status!r}."]
+    if sweep.failed:
+        number_of = f"{len(sweep.failed)} run{'s' * (len(sweep.failed) > 1)}"
+        name, reason = sweep.failed[0]
+        lacks.append(f"{number_of} failed; {name}: {reason}")
+    return lacks
+
+
+def _planned(name: str, budget: str) -> dict[str, Settings]:
+    """The sweeps that a published experiment has, by part; none of what is not known here."""
+    known = experiments().get(name)
+    if not isinstance(known, Experiment) or budget not in known.sweeps:
+        return {}
+    return known.parts(cast(Budget, budget))
+
+
+def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
+    """The command of a published experiment, on other data if they are others."""
+    told = sweep.experiment
+    words = [f"subspan reproduce {told.get('name', '')}"]
+    if told.get("budget") == "full":
+        words.append("--budget full")
+    own = planned.get(told.get("part", ""))
+    data = str(sweep.config.get("data", ""))
+    if own and own.training.data != data:
+        words.append(f"--data {shlex.quote(data)}")
+    return " ".join(words)
+
+
+def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
+    """The ``subspan sweep`` of a configuration, as a person would type it; or of many networks."""
+    usual = Settings(Training()).as_dict() | {"small": []}
+    always = ("net", "data", "methods", "dims")
+    words = ["subspan sweep"]
+    if others:
+        words.append(f"--nets {_word([each.get('net') for each in (config, *others)])}")
+        auto = any(each.get("small") != config.get("small") for each in others)
+        config = {**config, "net": None} | ({"small": "auto"} if auto else {})
+    for name in (*always, *(key for key in usual if key not in always)):
+        value = config.get(name, usual[name])
+        if name == "options":
+            words += [f"--{option} {_word(given)}" for option, given in value.items()]
+        elif value != usual[name] if name not in always else value is not None:
+            words.append(f"--{name.replace('_', '-')} {_word(value)}")
+    return " ".join(words)
+
+
+def _word(value: Any) -> str:
+    """A value on the command line: a list with commas, what is nested as JSON."""
+    if isinstance(value, list | tuple) and not any(isinstance(v, list | dict) for v in value):
+        return shlex.quote(",".join(map(str, value)))
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------
+
+
+def _of_bench(folder: Path) -> Exhibit:
+    record = read_json(folder / BENCH)
+    assert record is not None  # it is there
+    known, budget = _timing(record["config"])
+    parts = record["config"].get("parts", ())
+    unfinished = record["status"] != "complete"
+    picture = folder / "bench.png"
+    return Exhibit(
+        folder=folder,
+        family=next((family for family in FAMILIES if [family.part] == list(parts)), OTHERS),
+        title=known.title if known else f"Benchmark of {', '.join(parts)}",
+        source=known.source if known else "",
+        differences=known.differences if known else "",
+        effort=(f"Budget {budget}. " if budget else "")
+        + f"Medians of calls in turns, on {record['machine']['device']}.",
+        notes=(f"Its status is {record['status']!r}.",) * unfinished,
+        command=f"subspan reproduce {known.name}" + " --budget full" * (budget == "full")
+        if known
+        else f"subspan bench --parts {','.join(parts)}",
+        table=of_bench(record),
+        pictures=(picture,) * picture.is_file(),
+        reports={},
+    )
+
+
+def _timing(config: Mapping[str, Any]) -> tuple[Timing | None, str]:
+    """The experiment that a benchmark's configuration is of: its record does not name it."""
+    for known in experiments().values():
+        if isinstance(known, Timing):
+            for budget, bench in known.benches.items():
+                ours = plain(asdict(bench))
+                if all(ours.get(key) == value for key, value in config.items()):
+                    return known, budget
+    return None, ""

@@ -1,0 +1,66 @@
+"""Several sweeps one after the other, each with a folder and a report of its own, and one picture.
+
+The parts of a published experiment are such, and so are the networks of a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from subspan import report
+from subspan.errors import SubspanError
+from subspan.sweeps import backends
+from subspan.sweeps.jobs import Outcome
+from subspan.sweeps.sweep import check, sweep, total_runs
+from subspan.training.config import Sweep
+
+
+def sweep_parts(
+    parts: Mapping[str, Sweep], out: Path, *, jobs: int = -1, backend: str = "loky",
+    ray_address: str | None = None, on_run: Callable[[Outcome, int], None] | None = None,
+    extra: Callable[[str], Mapping[str, Any]] = lambda part: {}, log: Sequence[str] = (),
+    **how: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run sweeps, those that are complete excepted, and write the report of each.
+
+    Args:
+        parts: by the name of their folder in ``out``; "" is ``out`` itself.
+        out: output folder.
+        jobs: as of :func:`subspan.sweeps.sweep.sweep`.
+        backend: likewise; parts share one cluster.
+        ray_address: likewise.
+        on_run: called after each run, with how many are left in all parts.
+        extra: what else the ``sweep.json`` of a part is to say.
+        log: likewise.
+        how: the other arguments of :func:`subspan.sweeps.sweep.sweep`.
+
+    Returns:
+        The content of ``sweep.json`` by part.
+
+    Raises:
+        SubspanError: as :func:`subspan.sweeps.sweep.sweep`.
+    """
+    for part, config in parts.items():  # all: what is wrong in the last one is not for hours later
+        try:
+            check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
+        except SubspanError as error:
+            raise SubspanError(f"{part}: {error}" if part else str(error)) from error
+    results = {}
+    left = sum(map(total_runs, parts.values()))
+    with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
+        for part, config in parts.items():
+            left -= total_runs(config)
+
+            def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
+                if on_run:
+                    on_run(outcome, left_in_part + later)
+
+            results[part] = sweep(
+                config, out / part, jobs=jobs, backend=backend, ray_address=ray_address,
+                on_run=one_run, extra=extra(part), log=log, checked=True, **how,
+            )  # fmt: skip
+            report.write(out / part)
+    return results

@@ -1,1 +1,0 @@
-"""The laboratory: data, networks, training, sweeps and reports (extra ``lab``)."""

@@ -1,0 +1,88 @@
+"""Pictures and a page of a sweep or of a single run, from the JSON that it left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from subspan.files import write_atomically
+from subspan.report.records import Sweep, read
+
+
+def write(folder: Path) -> list[Path]:
+    """Write ``curve.png``, ``curve.svg`` and ``report.html`` beside the record they show.
+
+    A sweep (``sweep.json``) gives accuracy against d with the intrinsic dimensions marked, or at a
+    single d what its methods reach and cost; a single run (``record.json``), where there is no
+    sweep, its losses and accuracy by epoch.
+    The page is self-contained: it loads nothing from anywhere.
+
+    Args:
+        folder: the output folder of the sweep or run.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SubspanError: neither record is in the folder, or the one found is damaged or of a newer
+            format; nothing is written then.
+    """
+    found = read(folder)
+    from subspan.report import bars, page, pictures
+
+    if isinstance(found, Sweep):
+        figure = bars.figure(found) if bars.suits(found) else pictures.sweep_figure(found)
+        contents = page.of_sweep(found, bars.CAPTION if bars.suits(found) else pictures.CAPTION)
+    else:
+        figure, contents = pictures.run_figure(found), page.of_run(found)
+    svg = pictures.svg(figure)
+    files = {
+        folder / "curve.png": pictures.png(figure),
+        folder / "curve.svg": svg,
+        folder / "report.html": page.render(contents, svg).encode(),
+    }
+    for path, content in files.items():
+        write_atomically(path, content)
+    return list(files)
+
+
+def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path]:
+    """Write ``summary.png`` and ``summary.svg``: what all parts of an experiment reached.
+
+    Args:
+        out: a folder.
+        parts: folders of sweeps by name.
+        title: one line.
+
+    Returns:
+        The files written.
+    """
+    from subspan.report import bars, pictures
+
+    found = {name: read(folder) for name, folder in parts.items()}
+    figure = bars.summary({n: s for n, s in found.items() if isinstance(s, Sweep)}, title)
+    files = {"summary.png": pictures.png(figure), "summary.svg": pictures.svg(figure)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]
+
+
+def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
+    """Write ``comparison.png`` and ``comparison.svg``: the curves of several networks together.
+
+    Args:
+        out: a folder.
+        parts: folders of sweeps by the name of their network.
+
+    Returns:
+        The files written.
+    """
+    from subspan.report import pictures
+
+    found = {name: read(folder) for name, folder in parts.items()}
+    sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, Sweep)}
+    figure = pictures.comparison_figure(sweeps)
+    files = {"comparison.png": pictures.png(figure), "comparison.svg": pictures.svg(figure)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]

@@ -1,0 +1,140 @@
+"""What a sweep's picture shows, as plain data: scores over d, and the words beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from subspan.report.records import Published, Run, Sweep
+from subspan.sweeps.intrinsic import IntrinsicDimension
+from subspan.training.config import title as what_on_what
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method, or one publication.
+
+    Attributes:
+        label: the legend's words.
+        dims: d of every point, increasing.
+        scores: the seeds' scores at each of the dims, accuracies in %.
+        d_int: the intrinsic dimension; None if not known.
+        interval: its ends; None where open.
+        target: the score that defines it; NaN if not known.
+        published: whether it comes from the literature.
+    """
+
+    label: str
+    dims: tuple[int, ...]
+    scores: tuple[tuple[float, ...], ...]
+    d_int: float | None
+    interval: tuple[float | None, float | None]
+    target: float
+    published: bool
+    joined: bool = True
+    """Whether a line through the points says anything: not of networks of several shapes."""
+
+    @property
+    def mean(self) -> list[float]:
+        """The mean over seeds at each of the dims."""
+        return [sum(seeds) / len(seeds) for seeds in self.scores]
+
+
+def measured_curves(sweep: Sweep) -> list[Curve]:
+    """One curve for each method of the sweep that has a good run."""
+    curves, scale = [], sweep.score.scale
+    rows = [row for row in sweep.rows if not row.small]
+    for method in sweep.methods:
+        points = sorted((row.dim, row.test_score) for row in rows if row.method == method)
+        found = sweep.d_int.get(method)
+        name = method
+        if found is not None:
+            name += f": {d_int_name(found.threshold)} {d_int_bound(found)}"
+        curves.append(
+            Curve(
+                label=name,
+                dims=tuple(dim for dim, _ in points),
+                scores=tuple(tuple(scale * a for a in seeds) for _, seeds in points),
+                d_int=found.value if found else None,
+                interval=(found.low, found.high) if found else (None, None),
+                target=scale * found.target if found else math.nan,
+                published=False,
+            )
+        )
+    return curves
+
+
+def small_curves(sweep: Sweep) -> list[Curve]:
+    """What smaller networks reach by themselves, over their weights: one curve, or none."""
+    points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
+    if not points:
+        return []
+    return [
+        Curve(
+            label="smaller networks, all weights",
+            dims=tuple(dim for dim, _ in points),
+            scores=tuple(tuple(sweep.score.scale * a for a in seeds) for _, seeds in points),
+            d_int=None,
+            interval=(None, None),
+            target=math.nan,
+            published=False,
+            joined=False,
+        )
+    ]
+
+
+def published_curves(sweep: Sweep) -> list[Curve]:
+    """One curve for each publication that the sweep is held against."""
+    curves = []
+    for source in sweep.published:
+        if not source.dims:  # known by their labels only
+            continue
+        points = sorted(zip(source.dims, source.accuracy, strict=True))
+        name = source.label
+        if source.d_int is not None:
+            name += f": {d_int_name(sweep.threshold)} = {number(source.d_int)}"
+        curves.append(
+            Curve(
+                label=name,
+                dims=tuple(dim for dim, _ in points),
+                scores=tuple((100 * a,) for _, a in points),
+                d_int=source.d_int,
+                interval=(None, None),
+                target=_published_target(source, sweep.threshold),
+                published=True,
+            )
+        )
+    return curves
+
+
+def _published_target(source: Published, threshold: float) -> float:
+    return math.nan if source.baseline is None else 100 * threshold * source.baseline
+
+
+def d_int_name(threshold: float) -> str:
+    """The field's name for the intrinsic dimension at a threshold: 0.9 gives ``d_int90``."""
+    return f"d_int{100 * threshold:g}"
+
+
+def d_int_bound(found: IntrinsicDimension) -> str:
+    """What is known of an intrinsic dimension: ``= 234``, ``≤ 10`` or ``not reached``."""
+    if found.value is None:
+        return "not reached"
+    return ("≤ " if found.note.startswith("upper bound") else "= ") + number(found.value)
+
+
+def number(value: float) -> str:
+    """A count for people: 7.3, 234, 61,706."""
+    return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:.2g}"
+
+
+def title(found: Sweep | Run) -> str:
+    """Net, data and D, and for a run its method and d, as far as they are known."""
+    config = found.config
+    words = what_on_what(config)
+    if isinstance(found, Run):
+        words += f", {found.row.method}" + (f" d = {found.row.label}" if found.row.label else "")
+        weights = found.row.weights
+    else:
+        weights = found.weights
+    return words if weights is None else f"{words}, D = {weights:,}"

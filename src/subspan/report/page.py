@@ -1,0 +1,333 @@
+"""The page of a report: what a sweep or a run has to say, as tables, and the template's filling."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from subspan.report.curves import d_int_bound, d_int_name, number, title
+from subspan.report.records import Published, Row, Run, Sweep
+from subspan.training.score import Score
+
+_DASH = "–"  # not recorded, or not known
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs and a table: of figures, set flush right, or of words."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+    text: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """All words of a page; the picture comes separately."""
+
+    title: str
+    lead: Sequence[str]
+    caption: str
+    sections: Sequence[Section]
+
+
+def render(page: Page, svg: bytes) -> str:
+    """The page as one self-contained HTML document with the picture inside.
+
+    The picture is an image in a data URI, so that nothing in it can run.
+    """
+    return template("page.html").render(page=page, picture=embedded(svg))
+
+
+def template(name: str, *, escape: bool = True) -> jinja2.Template:
+    """A template of this folder.
+
+    Args:
+        name: its file.
+        escape: for HTML; what is filled in is text then, whatever is in it.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""), autoescape=escape, trim_blocks=True,
+        undefined=jinja2.StrictUndefined, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+def embedded(picture: bytes) -> str:
+    """A picture, SVG or PNG, as an address that holds it."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "svg+xml"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def of_sweep(sweep: Sweep, caption: str) -> Page:
+    """The page of a sweep, with the caption of its picture."""
+    caption = caption.replace("{score}", sweep.score.name)
+    if sweep.published:
+        caption += " Dashed, with open markers: published."
+    protocol = (
+        "Mean ± standard deviation over seeds. The learning rate is the best on validation; the "
+        "test set is read once, at the end."
+    )
+    rows = [*sweep.rows, sweep.baseline] if sweep.baseline else sweep.rows
+    sections = [_intrinsic(sweep)] if sweep.d_int else []
+    sections.append(_scores(rows, sweep.score, protocol))
+    sections += [_side_by_side(source, sweep) for source in sweep.published]
+    sections.append(_cost(rows))
+    sections += [_counts(rows, sweep.score)] if any(row.counts for row in rows) else []
+    if sweep.failed:
+        sections.append(Section("Failed runs", ["run", "reason"], sweep.failed, words=True))
+    lead = _answer(sweep) + _unfinished(sweep)
+    return Page(title(sweep), lead, caption, sections + _facts(sweep))
+
+
+def of_run(run: Run) -> Page:
+    """The page of a single run."""
+    lead = [f"Test {run.score.name}: {run.score.show(value)}" for value in run.row.test_score]
+    lead += [*_unfinished(run), *([run.error] if run.error else [])]
+    caption = "Losses and validation score by epoch. The test set is read once, at the end."
+    sections = [_scores([run.row], run.score), _cost([run.row])]
+    sections += [_counts([run.row], run.score)] if run.row.counts else []
+    sections.append(_history(run))
+    return Page(title(run), lead, caption, sections + _facts(run))
+
+
+def _answer(sweep: Sweep) -> list[str]:
+    """The one thing a sweep is run for, in a sentence."""
+    if not sweep.rows:
+        return ["No run succeeded; the reasons are below."]
+    if not sweep.d_int or sweep.baseline is None:
+        return []
+    goal = f"{100 * sweep.threshold:g} % of the {sweep.score.name} of {sweep.baseline.label}"
+    reached = {m: found.value for m, found in sweep.d_int.items() if found.value is not None}
+    if not reached:
+        return [f"No method reaches {goal}."]
+    best = min(reached, key=lambda method: reached[method])
+    return [
+        f"{best} reaches {goal} at d {d_int_bound(sweep.d_int[best])}"
+        + (f" of D = {sweep.weights:,}." if sweep.weights else ".")
+    ]
+
+
+def _unfinished(found: Sweep | Run) -> list[str]:
+    if found.status == "complete":
+        return []
+    return [f"Status: {found.status}. The page shows what there is so far."]
+
+
+def _intrinsic(sweep: Sweep) -> Section:
+    rows, notes = [], []
+    for method, found in sweep.d_int.items():
+        ends = [_or_dash(number, end) for end in (found.low, found.high)]
+        share = 100 * found.value / sweep.weights if found.value and sweep.weights else None
+        rows.append(
+            [
+                method,
+                d_int_bound(found).removeprefix("= "),
+                f"{ends[0]} to {ends[1]}" if set(ends) != {_DASH} else _DASH,
+                _or_dash("{:.2g}".format, share),
+                shown([found.target], sweep.score),
+            ]
+        )
+        if found.note:
+            notes.append(f"{method}: {found.note}.")
+    name = d_int_name(sweep.threshold)
+    meaning = (
+        f"{name} is the least d at which the mean test {sweep.score.name} reaches "
+        f"{100 * sweep.threshold:g} "
+        "% of what training all weights reaches, interpolated linearly in log d. The interval is "
+        "a bootstrap over seeds, which is too narrow where there are fewer than about five."
+    )
+    columns = [
+        "method",
+        name,
+        "interval",
+        "share of D, %",
+        f"{sweep.score.name} to reach{_unit(sweep.score)}",
+    ]
+    return Section("Intrinsic dimension", columns, rows, text=[meaning, *notes])
+
+
+def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
+    return Section(
+        score.name[:1].upper() + score.name[1:],
+        [
+            *("method", "d", f"test{_unit(score)}", f"validation{_unit(score)}"),
+            *("seeds", "learning rate"),
+        ],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                shown(row.test_score, score),
+                shown(row.val_score, score),
+                str(len(row.test_score)),
+                _or_dash("{:g}".format, row.lr),
+            ]
+            for row in rows
+        ],
+        text=text,
+    )
+
+
+def _cost(rows: Sequence[Row]) -> Section:
+    counts = (
+        "Trained: every number that the optimizer moves. Stored: every number that inference needs "
+        "beyond seeds: the coordinates, what is trained in full, and buffers such as running "
+        "means. D: the weights of the network that they stand for, tied ones once. The file is "
+        "the checkpoint, with its names and shapes."
+    )
+    costs = "Time and memory are those of training on the device named below, means over seeds."
+    sent = any(row.bytes_sent_per_step for row in rows)
+    return Section(
+        "Size and cost",
+        [
+            *("method", "d", "trained", "stored", "weights D", "file, bytes"),
+            *("ms per step", "seconds", "memory, MB", *["bytes sent per step"] * sent),
+        ],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                *(
+                    _or_dash("{:,}".format, count)
+                    for count in (
+                        row.trainable_parameters,
+                        row.stored_parameters,
+                        row.weights,
+                        row.checkpoint_bytes,
+                    )
+                ),
+                _mean(row.seconds_per_step, 1e3),
+                _mean(row.seconds_total),
+                _mean(row.peak_memory_bytes, 1e-6),
+                *[_mean(row.bytes_sent_per_step)] * sent,
+            ]
+            for row in rows
+        ],
+        text=[counts, costs],
+    )
+
+
+def _counts(rows: Sequence[Row], score: Score) -> Section:
+    """What factored networks come to, counted in several ways."""
+    names = list(dict.fromkeys(name for row in rows for name in row.counts))
+    return Section(
+        "Ranks and counts",
+        ["method", "", f"test{_unit(score)}", "ranks", *names, "of D, %"],
+        [
+            [
+                row.method,
+                row.label or _DASH,
+                shown(row.test_score, score),
+                "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
+                *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
+                f"{100 * row.counts[names[0]] / row.weights:.1f}" if row.weights else _DASH,
+            ]
+            for row in rows
+            if row.counts
+        ],
+        text=["Numbers, biases and dense layers included; ranks layer by layer, seed by seed."],
+    )
+
+
+def _side_by_side(source: Published, sweep: Sweep) -> Section:
+    """Published and measured: in every cell the accuracy, and its lead over the published one."""
+
+    def line(name: str, published: float, measured: Sequence[Sequence[float]]) -> list[str]:
+        means = [100 * statistics.mean(seeds) if seeds else math.nan for seeds in measured]
+        cells = [_or_dash(lambda m: f"{m:.1f} ({m - 100 * published:+.1f})", m) for m in means]
+        return [name, f"{100 * published:.1f}", *cells]
+
+    accuracy: dict[tuple[str, int | str], Sequence[float]] = {}
+    for row in sweep.rows:
+        accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_score
+    known = [*sweep.methods, *["full"] * any(row.small for row in sweep.rows)]
+    methods = [method for method in known if source.method in (None, method)]
+    points: list[tuple[int | str, float]] = (
+        list(zip(source.labels, source.accuracy, strict=True))
+        if source.labels
+        else sorted(zip(source.dims, source.accuracy, strict=True))
+    )
+    rows = [
+        line(at if isinstance(at, str) else number(at), published,
+             [accuracy.get((method, at), ()) for method in methods])
+        for at, published in points
+    ]  # fmt: skip
+    if source.baseline is not None:
+        all_weights = sweep.baseline.test_score if sweep.baseline else ()
+        rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))
+    if source.d_int is not None:
+        found = [sweep.d_int.get(method) for method in methods]
+        bounds = [d_int_bound(f).removeprefix("= ") if f else _DASH for f in found]
+        rows.append([d_int_name(sweep.threshold), number(source.d_int), *bounds])
+    return Section(
+        f"Published and measured side by side: {source.label}",
+        ["at" if source.labels else "d", "published", *methods],
+        rows,
+        text=["Test accuracy in %, in brackets the difference from the published one in points."],
+    )
+
+
+def _history(run: Run) -> Section:
+    return Section(
+        "History",
+        [
+            *(
+                "epoch",
+                "training loss",
+                "validation loss",
+                f"validation {run.score.name}{_unit(run.score)}",
+            ),
+            *("learning rate", "seconds"),
+        ],
+        [
+            [
+                str(epoch.epoch),
+                _or_dash("{:.4g}".format, epoch.train_loss),
+                _or_dash("{:.4g}".format, epoch.val_loss),
+                _or_dash(lambda value: shown([value], run.score), epoch.val_score),
+                _or_dash("{:.3g}".format, epoch.learning_rate),
+                _or_dash("{:.1f}".format, epoch.seconds),
+            ]
+            for epoch in run.history
+        ],
+    )
+
+
+def _facts(found: Sweep | Run) -> list[Section]:
+    """What it takes to do it again: configuration, versions and device."""
+    versions = {**found.versions, "device": found.device}
+    return [
+        Section(heading, ["name", "value"], [[k, _plain(v)] for k, v in facts.items()], words=True)
+        for heading, facts in (("Configuration", found.config), ("Versions and device", versions))
+    ]
+
+
+def shown(values: Sequence[float], score: Score) -> str:
+    """The mean as people read it, and with several seeds the standard deviation."""
+    return score.summary(values) if values else _DASH
+
+
+def _unit(score: Score) -> str:
+    return ", %" if score.percent else ""
+
+
+def _mean(values: Sequence[float], scale: float = 1) -> str:
+    return f"{scale * statistics.mean(values):,.1f}" if values else _DASH
+
+
+def _or_dash(write: Callable[[Any], str], value: float | None) -> str:
+    return _DASH if value is None or math.isnan(value) else write(value)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,134 @@
+"""The table of an experiment: published and measured side by side, all parts in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from subspan.report.page import shown
+from subspan.report.records import Published, Row, Sweep
+from subspan.training.methods import methods
+from subspan.training.score import Score
+
+NONE = "–"  # not published, or not measured
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names of columns, and rows of as many cells; the first columns are words, not figures."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int
+
+
+def of_sweeps(parts: Mapping[str, Sweep], *, timed: bool = False) -> Table:
+    """What every row of an experiment's sweeps reached, and what was published.
+
+    Columns in which nothing would stand are left out, and those of costs unless they are a result.
+
+    Args:
+        parts: sweeps by the name of their part.
+        timed: whether times and memory are a result, too.
+    """
+    sources = [source.label for sweep in parts.values() for source in sweep.published]
+    one = len(set(sources)) == 1
+    score = next(iter(parts.values())).score  # parts are judged alike
+    unit = ", %" if score.percent else f", {score.name}"
+    columns = {
+        "part": any(parts), "method": True, "at": True, "numbers trained": True,
+        f"measured{unit}": True, "seeds": True,
+        (sources[0] if one else "published") + unit: bool(sources),
+        "ms per step": timed, "memory, MB": timed,
+        "bytes sent per step": any(
+            row.bytes_sent_per_step for sweep in parts.values() for row in _rows(sweep)
+        ),
+    }  # fmt: skip
+    lines = [
+        (part, *cells)
+        for part, sweep in parts.items()
+        for cells in (*_measured(sweep, one), *_only_published(sweep, one))
+    ]
+    kept = [
+        place
+        for place, (name, wanted) in enumerate(columns.items())
+        if wanted and (name != "at" or any(line[place] for line in lines))
+    ]
+    names = list(columns)
+    return Table(
+        tuple(names[place] for place in kept),
+        tuple(tuple(line[place] for place in kept) for line in lines),
+        words=sum(names[place] in ("part", "method", "at") for place in kept),
+    )
+
+
+def _rows(sweep: Sweep) -> list[Row]:
+    return [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
+
+
+def _measured(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
+    """The cells of what was measured, without the part."""
+    for row in _rows(sweep):
+        numbers = row.dim or row.trainable_parameters
+        yield (
+            row.method,
+            _at(row),
+            f"{numbers:,}" if numbers else NONE,
+            shown(row.test_score, sweep.score),
+            str(len(row.test_score)),
+            "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
+            *(_mean(values, unit) for values, unit in (
+                (row.seconds_per_step, 1e3), (row.peak_memory_bytes, 1e-6),
+                (row.bytes_sent_per_step, 1.0),
+            )),
+        )  # fmt: skip
+
+
+def _only_published(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
+    """The cells of published points that nothing here was measured at."""
+    for source in sweep.published:
+        rows = [row for row in sweep.rows if source.method in (None, row.method)]
+        here = {row.label if source.labels else row.dim for row in rows}
+        if not rows:
+            continue  # it belongs to another part
+        for place, accuracy in enumerate(source.accuracy):
+            at = source.labels[place] if source.labels else source.dims[place]
+            if at not in here:
+                numbers = f"{source.dims[place]:,}" if source.dims else NONE
+                label = source.labels[place] if source.labels else ""
+                cell = _published(accuracy, source, sweep.score, one)
+                yield source.method or "", label, numbers, NONE, NONE, cell, NONE, NONE, NONE
+
+
+def _at(row: Row) -> str:
+    """The value of the method's axis, where it says more than the count of numbers does."""
+    how = methods().get(row.method)
+    if row.label in ("", row.method, str(row.dim)) or how is None or how.axis is None:
+        return ""
+    return f"{'d' if how.axis == 'dim' else how.axis.replace('_', ' ')} = {row.label}"
+
+
+def _beside(row: Row, sweep: Sweep, one: bool) -> Iterator[str]:
+    """The published scores that a row is to be compared with."""
+    for source in sweep.published:
+        if row.dim == 0:
+            if source.baseline is not None:
+                yield shown([source.baseline], sweep.score)
+        elif source.method in (None, row.method):
+            for place, accuracy in enumerate(source.accuracy):
+                if source.labels and source.labels[place] == row.label:
+                    dims = source.dims[place] if source.dims else row.dim
+                    at = f" at {dims:,}" if dims != row.dim else ""
+                    yield _published(accuracy, source, sweep.score, one, at)
+                elif not source.labels and source.dims[place] == row.dim:
+                    yield _published(accuracy, source, sweep.score, one)
+
+
+def _published(value: float, source: Published, score: Score, one: bool, at: str = "") -> str:
+    whose = "" if one else f" ({source.label})"
+    return f"{shown([value], score)}{at}{whose}"
+
+
+def _mean(values: Sequence[float], unit: float) -> str:
+    return f"{unit * fmean(values):,.1f}" if values else NONE

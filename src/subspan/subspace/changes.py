@@ -1,0 +1,220 @@
+"""Changes that people make to a network in a subspace are noticed here, and named.
+
+Whoever holds a network may change θ₀ in place, freeze parameters one by one, replace layers, or
+have an optimizer that knows nothing of coordinates. None of this can be forbidden where it happens;
+but coordinates that would mean another function are not saved, and no step is made in vain.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from subspan.errors import SubspanError
+from subspan.subspace import slots
+from subspan.subspace.quantised import stored
+from subspan.subspace.sharded import home_of, is_shard, local
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+
+BLOCKS = 256  # into which a tensor's sum is divided
+AT_ONCE = 1 << 20  # entries of a tensor that are summed together
+ROUNDING = 1e-5  # of a tensor's norm: what averages of equal tensors may differ by
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A tensor in a few numbers: a checksum of its bytes, sums of its blocks, and its norm."""
+
+    number: int
+    sums: Tensor
+    norm: float
+
+    def is_like(self, other: Sketch) -> bool:
+        """Whether the other tensor is the same, but for the rounding of averages with itself."""
+        if self.number == other.number:
+            return True
+        return bool((self.sums - other.sums).norm() <= ROUNDING * self.norm)
+
+
+class Changes:
+    """Keeps what is known of a network since it was wrapped.
+
+    Args:
+        weights: of the network.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.wishes: dict[str, bool] = {}
+        self._sums: dict[tuple[str, Any], Sketch] = {}
+        self.lost: set[str] = set()  # that were changed before they were spread over processes
+
+    def check_flags(self) -> None:
+        """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
+
+        ``wishes`` holds what was set of frozen θ₀: a loop over all parameters sets the flag of
+        coordinates, too, so that only afterwards it is known whether all of them were frozen.
+
+        Raises:
+            SubspanError: if a tensor is to stay whose coordinates are trained.
+        """
+        for name, part in zip(
+            self.weights.coordinate_names, self.weights.compartments, strict=True
+        ):
+            tensors = [piece.tensor for piece in part.pieces]
+            wanted = [tensor for tensor in tensors if self.wishes.get(tensor, False)]
+            frozen = [tensor for tensor in tensors if not self.wishes.get(tensor, True)]
+            w = self.weights.root._parameters[name]
+            if frozen and isinstance(w, nn.Parameter) and w.requires_grad:
+                raise SubspanError(
+                    f"requires_grad of {frozen[0]} was set to False, but its coordinates "
+                    f"({name}) are trained: freeze those, too, or give exclude= when the network "
+                    "is wrapped"
+                )
+            if wanted and isinstance(w, nn.Parameter) and not w.requires_grad:
+                raise SubspanError(
+                    f"requires_grad of {wanted[0]} was set to True, but its coordinates ({name}) "
+                    "are frozen: unfreeze them; a part alone is trained by targets= or exclude= "
+                    "when the network is wrapped"
+                )
+        if all(self.wishes.values()):
+            self.wishes.clear()
+
+    @torch.no_grad()
+    def _sketch(self, tensor: str) -> tuple[Any, Sketch] | None:
+        """Return the sketch of θ₀, or of its shard here, and of what kind that is.
+
+        None where there is nothing to read.
+        """
+        module, attribute = self.weights.found[tensor]
+        if attribute not in module._parameters:  # which of TorchScript's has no get()
+            return None
+        base = module._parameters[attribute]
+        if base is None or base.is_meta:
+            return None
+        if (packed := stored(module, attribute)) is not None:
+            number = int(slots.digest({tensor: packed}), 16)
+            return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
+        with torch._C.DisableTorchFunctionSubclass():
+            kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
+            flat = local(base).detach().cpu().contiguous().reshape(-1)
+            number = zlib.crc32(flat.view(torch.uint8).numpy().data)
+            if not flat.is_floating_point():
+                return kind, Sketch(number, flat.new_zeros(1), 0.0)
+            blocks = flat[: len(flat) // BLOCKS * BLOCKS].view(BLOCKS, -1)
+            # A few blocks at a time: PyTorch makes a copy in float64 of what it sums so.
+            few = blocks.split(max(1, AT_ONCE // max(1, blocks.shape[1])))
+            sums = [part.sum(dim=1, dtype=torch.float64) for part in few]
+            rest = flat[len(flat) // BLOCKS * BLOCKS :].double()
+            norm = sum(float(part.double().square().sum()) for part in (*few, rest)) ** 0.5
+            return kind, Sketch(number, torch.cat([*sums, rest]), norm)
+
+    def remember(self, tensors: Iterable[str]) -> None:
+        """Take these tensors for what they were, where nothing is known in their type."""
+        for tensor in tensors:
+            found = self._sketch(tensor)
+            if found is not None:
+                self._sums.setdefault((tensor, found[0]), found[1])
+
+    def changed(self, tensors: Iterable[str]) -> set[str]:
+        """Return the tensors whose θ₀ has other values by now, by more than rounding."""
+        found = self.lost.intersection(tensors := list(tensors))
+        for tensor in tensors:
+            now = self._sketch(tensor)
+            was = None if now is None else self._sums.get((tensor, now[0]))
+            if now is not None and was is not None and not was.is_like(now[1]):
+                found.add(tensor)
+        return found
+
+    def check_base(self) -> None:
+        """Refuse to speak of coordinates around another θ₀ than the one they were trained around.
+
+        Raises:
+            SubspanError: naming what has changed since the network was wrapped.
+        """
+        root = self.weights.network()
+        if changed := sorted(self.changed({tensor for tensor, _ in self._sums})):
+            raise SubspanError(
+                f"θ₀ of {', '.join(changed[:3])}{' and others' * (len(changed) > 3)} was changed "
+                "after the network was wrapped, so that coordinates would mean another network "
+                "elsewhere: change it before; merge() gives this network as it is"
+            )
+        modules = dict(root.named_modules(remove_duplicate=False))
+        for slot in self.weights.slots:
+            path, _, attribute = slot.path.rpartition(".")
+            home = self.weights.homes[slot.tensor]
+            parameter = home[0]._parameters.get(home[1])
+            there = modules[path]._parameters.get(attribute) if path in modules else None
+            if there is not parameter:
+                raise SubspanError(
+                    f"{slot.path} was replaced after the network was wrapped, so that its "
+                    "coordinates mean nothing: unwrap() it, and wrap the new network; merge() "
+                    "gives this network as it is"
+                )
+
+    def check_complete(self) -> None:
+        """Refuse what a file of coordinates would not hold.
+
+        Raises:
+            SubspanError: naming a parameter that was added since the network was wrapped.
+        """
+        self.check_base()
+        for name in slots.saved_buffers(self.weights.root):
+            if name not in self.weights.buffer_names:
+                raise SubspanError(
+                    f"buffer {name} was added after the network was wrapped, and the network that "
+                    "the file is loaded around has none: add it before; merge() gives this network "
+                    "as it is"
+                )
+        known = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        known |= {id(w) for w in self.weights.coordinates().values()}
+        for name, p in self.weights.root.named_parameters():
+            if id(p) not in known:
+                raise SubspanError(
+                    f"{name} was added after the network was wrapped, and a file of coordinates "
+                    "would not hold it: add it before, and name it in train_fully; merge() gives "
+                    "this network as it is"
+                )
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_watching: list[Any] = []
+
+
+def watch_optimizers() -> None:
+    """Look at every optimizer's parameters before its first step from now on."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_check_optimizer))
+
+
+def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if _known.get(optimizer) == len(parameters):
+        return
+    there = {id(p) for p in parameters}
+    for p in parameters:
+        if (home := home_of(p)) is not None:
+            weights, tensor = home
+            if weights.root is not None and not any(
+                id(w) in there for w in weights.coordinates().values()
+            ):
+                raise SubspanError(
+                    f"the optimizer has {tensor}, which is frozen since it is trained in a "
+                    "subspace, and not the coordinates that train it: make it anew, of the "
+                    "parameters of the SubspaceModel or of the whole network"
+                )
+    _known[optimizer] = len(parameters)

@@ -1,0 +1,277 @@
+"""How long θ lives: what a call of the network keeps, and what the backward pass forms again.
+
+θ of a network of up to KEPT weights is formed once for each call, small tensors together. Of a
+larger one, each tensor is formed when it is read and dropped after the operator that used it; what
+autograd would keep of it for the backward pass is how it was formed, and there it is formed again.
+So the peak is θ₀, the largest tensor's θ and gradient, and the activations. Two things cost little
+memory and save time: small tensors of a large network are formed together and kept, and autograd
+gets the first θ as they are, up to as many weights as the largest tensor has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from subspan.errors import SubspanError
+from subspan.families.base import transformed
+from subspan.subspace import calls
+from subspan.subspace.calls import Call
+from subspan.subspace.quantised import Stored, dense
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+Part = tuple[Tensor, Tensor, Call, Tensor | Stored]  # coordinates, redraw, call, stored θ₀
+
+KEPT = 1 << 22  # weights whose θ is kept during a call
+
+_level = torch._C._functorch.maybe_current_level
+
+
+def version_of(tensor: Tensor | Stored) -> Any:
+    """How often a tensor was changed in place; −1 of one that cannot tell."""
+    if isinstance(tensor, Stored):
+        return tensor.version
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
+class Formed:
+    """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
+
+    coordinates: Sequence[Tensor]
+    state: tuple[Any, ...]
+    thetas: Sequence[Tensor]
+    versions: Sequence[int]
+    names: Sequence[str]
+
+    def check_unwritten(self) -> None:
+        """Refuse a forward that writes to its own weights: computed ones would not keep it.
+
+        Raises:
+            SubspanError: if θ has been changed in place since it was formed.
+        """
+        for theta, version in zip(self.thetas, self.versions, strict=True):
+            if version_of(theta) != version:
+                raise SubspanError(
+                    "the network changed a weight of its own during a call (one of "
+                    f"{', '.join(self.names[:3])}), which is computed from coordinates and would "
+                    "not keep that: exclude it"
+                )
+
+
+class Outermost:
+    """A call of a network that is not inside another call of it.
+
+    It keeps the latest θ that were formed, of KEPT weights together or the last alone, and θ of
+    small tensors to its end.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.level = weights, _level()
+        self.formed: dict[Any, Formed] = {}  # oldest first
+        self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
+        # How θ was formed, by its address, where autograd is asked to save that.
+        self.formulas: dict[int, tuple[weakref.ref[Tensor], Formula]] | None = None
+        self._spared_places = set[int]()
+        self.spare = 0 if weights.shards is not None else min(weights.largest, 4 * KEPT)
+
+    def get(self, key: Any, state: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        """θ that was formed from the same things, or None."""
+        formed = self.formed.get(key)
+        return formed.thetas if formed is not None and formed.state == state else None
+
+    def drop(self, key: Any) -> None:
+        """Drop θ under a key, if there is one."""
+        if key in self.formed:
+            self.passing.pop(key, None)
+            self.formed.pop(key).check_unwritten()
+
+    def make_room(self, key: Any, size: int) -> None:
+        """Drop θ under a key, and the oldest that pass until ``size`` weights more may be kept."""
+        self.drop(key)
+        while self.passing and sum(self.passing.values()) + size > KEPT:
+            self.drop(next(iter(self.passing)))
+
+    def keep(
+        self, key: Any, coordinates: Sequence[Tensor], state: tuple[Any, ...],
+        thetas: Sequence[Tensor], names: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Keep θ until the end of the call, or until there is no room.
+
+        Args:
+            key: of the call of the operator, or of the tensor.
+            coordinates: that θ was formed from; they live as long, so that the state may name them
+                by their identity.
+            state: what they were, and in which mode.
+            thetas: what was formed.
+            names: of the tensors.
+        """
+        versions = [version_of(theta) for theta in thetas]
+        self.formed[key] = Formed(coordinates, state, thetas, versions, names)
+
+    def check_unwritten(self) -> None:
+        """See :meth:`Formed.check_unwritten`."""
+        for formed in self.formed.values():
+            formed.check_unwritten()
+
+    def passes(self, key: Any, theta: Tensor, formula: Formula) -> None:
+        """Let θ that is kept be dropped for others; remember how it was formed while it lives."""
+        self.passing[key] = theta.numel()
+        if self.formulas is not None:
+            self.formulas[theta.untyped_storage().data_ptr()] = weakref.ref(theta), formula
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Have autograd save how θ was formed in its place, where a graph is made and it can.
+
+        Raises:
+            SubspanError: if the network itself uses transforms of torch.func, which PyTorch refuses
+                where tensors are saved in another way.
+        """
+        enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        if not enabled or not torch.is_grad_enabled() or transformed():
+            yield
+            return
+        self.formulas = {}
+        around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack_other, unpack_other = (None, None) if around is None else around
+
+        def pack(tensor: Tensor) -> Any:
+            if (formula := self._formula(tensor)) and not self._spared(tensor):
+                return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+            if pack_other is not None:
+                return _Other(pack_other(tensor), unpack_other)
+            return tensor, version_of(tensor)
+
+        try:
+            with saved_tensors_hooks(pack, _unpack):
+                yield
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise SubspanError(
+                "the network uses torch.func inside of its forward, and PyTorch refuses that where "
+                "the weights of a large network are formed again in the backward pass: call it "
+                "inside of torch.autograd.graph.disable_saved_tensors_hooks(''), which keeps them"
+            ) from error
+
+    def _spared(self, theta: Tensor) -> bool:
+        """Whether autograd gets θ as it is, for as long as there is room."""
+        place = theta.untyped_storage().data_ptr()
+        if place not in self._spared_places:
+            if theta.numel() > self.spare:
+                return False
+            self.spare -= theta.numel()
+            self._spared_places.add(place)
+        return True
+
+    def _formula(self, tensor: Tensor) -> Formula | None:
+        """How a tensor was formed that is θ or a view of it."""
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
+            return None
+        assert self.formulas is not None
+        theta, formula = self.formulas.get(tensor.untyped_storage().data_ptr(), (None, None))
+        alive = None if theta is None else theta()
+        return formula if alive is not None and alive.dtype == tensor.dtype else None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Holds what θ of a tensor was formed from, to form it again.
+
+    Args:
+        name: of the tensor.
+        parts: for each call of the operator: coordinates, which redraw, the call, θ₀ as it is
+            stored.
+        dtype: of θ.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    dtype: torch.dtype
+    versions: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+    ) -> Formula:
+        """A formula of the tensors as they are now."""
+        return cls(name, tuple(parts), dtype, _versions(parts))
+
+    @torch.no_grad()
+    def again(self) -> Tensor:
+        """θ once more, flat.
+
+        Raises:
+            RuntimeError: if the coordinates or θ₀ have been changed, as autograd has it.
+        """
+        if _versions(self.parts) != self.versions:
+            raise RuntimeError(
+                f"the coordinates of {self.name}, or its initial weights, were modified by an "
+                "inplace operation between forward and backward: its gradient cannot be computed"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            for *_, base in self.parts:
+                if isinstance(base, Tensor) and freed(base):
+                    raise RuntimeError(
+                        f"the backward pass needs {self.name}, which is sharded over processes and "
+                        "was not gathered for it (set_unshard_in_backward(False), or a part whose "
+                        "own call was passed by): let FSDP gather it"
+                    )
+            found = [
+                calls.form(w.detach(), step, [call], [dense(base)], self.dtype)[0].reshape(-1)
+                for w, step, call, base in self.parts
+            ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def freed(base: Tensor) -> bool:
+    """Whether FSDP has taken the memory of a tensor back."""
+    return base.numel() > 0 and not base.untyped_storage().nbytes()
+
+
+def _versions(parts: Sequence[Part]) -> tuple[Any, ...]:
+    return tuple(version_of(tensor) for w, _, _, base in parts for tensor in (w, base))
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """θ, or a view of it, in autograd's hands: how it was formed, and size, stride, offset."""
+
+    formula: Formula
+    where: tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A tensor as hooks around the call have packed it, and how they unpack it."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, _Saved):
+        return saved.formula.again().as_strided(*saved.where)
+    if isinstance(saved, _Other):
+        return saved.unpack(saved.packed)
+    tensor, version = saved
+    if version_of(tensor) != version:  # PyTorch does not look where there are hooks
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {tensor.dtype} of shape {tuple(tensor.shape)} is at version "
+            f"{version_of(tensor)}; expected version {version} instead"
+        )
+    return tensor

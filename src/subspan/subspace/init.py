@@ -1,0 +1,107 @@
+"""Initial weights from a seed: θ₀ that any machine rebuilds bit for bit.
+
+Sources: He, Zhang, Ren and Sun, ICCV 2015 (linear and convolutional layers, with the negative slope
+a = √5 of PyTorch's own layers, so that a net starts at the scale that its users know: among He,
+Glorot and this, it also trained best in a subspace, see ``docs/design.md``); Glorot and Bengio,
+AISTATS 2010 (the others). Uniform rather than normal variants, because a uniform float32 needs no
+logarithm and comes out the same on every backend: 2u − 1 is exact and one product follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.philox import Source
+from subspan.subspace.quantised import stored
+from subspan.subspace.slots import slots
+
+DOMAIN = 16
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@torch.no_grad()
+def initialize(net: nn.Module, seed: int) -> None:
+    """Overwrite a network's parameters in place by draws from ``seed``.
+
+    ===============================  ==========================================================
+    weight of Linear, Conv           He with a = √5: uniform in ±√(1 / fan_in)
+    Embedding                        uniform in ±√3 (variance 1)
+    other tensors of 2 dimensions    Glorot: uniform in ±√(6 / (fan_in + fan_out)); a recurrent
+    or more                          weight and ``in_proj_weight`` gate by gate
+    bias                             0
+    other vectors and scalars        as the constructor left them (1 in normalisations)
+    ===============================  ==========================================================
+
+    The p-th tensor (in the order of ``named_parameters``) takes sequence p of the generator.
+
+    Args:
+        net: any module; its buffers are left alone.
+        seed: in [0, 2⁶⁴).
+    """
+    source = Source(seed, DOMAIN)
+    # A tied tensor takes the rule of the first module that holds it.
+    owners = [slot for slot in slots(net) if slot.path == slot.tensor]
+    for position, slot in enumerate(owners):
+        module, attribute = slot.find(net)
+        tensor = module.get_parameter(attribute)
+        if (packed := stored(module, attribute)) is not None:
+            raise SubspanError(
+                f"{slot.path} is quantised ({packed.kind}), and initial weights cannot be drawn "
+                "into it: give the network with its own weights"
+            )
+        bound = _bound(module, attribute, tensor)
+        if bound is not None:
+            tensor.copy_(_uniform(source, position, tensor) * bound)
+
+
+def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network from a function, initialised from ``seed``.
+
+    The function runs under a fixed seed of torch's own generator, which it leaves as it found it:
+    what :func:`initialize` does not draw comes out the same each time on one version of torch.
+
+    Raises:
+        SubspanError: for what is no seed, or no function that returns a module.
+    """
+    if isinstance(make, nn.Module):
+        raise SubspanError("expected a function that makes the network, got the network itself")
+    key = Source(seed, DOMAIN).seed % (1 << 63)  # refuses what is no seed
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key)  # and not those of other devices
+        net = make()
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"expected a function that returns a Module, got {type(net).__name__}")
+    initialize(net, seed)
+    return net
+
+
+def _uniform(source: Source, position: int, like: Tensor) -> Tensor:
+    """2u − 1 in the shape and on the device of ``like``, float32."""
+    draws = source.uniforms(0, like.numel(), column=position, device=like.device)
+    return (2 * draws - 1).view(like.shape)
+
+
+def _bound(module: nn.Module, attribute: str, tensor: Tensor) -> float | None:
+    """Half-width of the uniform distribution of a parameter; None leaves it as it is."""
+    if "bias" in attribute:
+        return 0.0
+    if tensor.dim() < 2 or not tensor.numel():
+        return None
+    if isinstance(module, nn.Embedding):
+        return math.sqrt(3)
+    fan_out, fan_in, receptive = tensor.shape[0], tensor[0].numel(), tensor[0, 0].numel()
+    if isinstance(module, TRANSPOSED):  # (inputs, outputs / groups, *kernel)
+        return math.sqrt(1 / (tensor.shape[0] // module.groups * receptive))
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        return math.sqrt(1 / fan_in)  # √(6 / ((1 + a²) fan_in))
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # the projection of an LSTM is no gate
+        fan_out = min(fan_out, module.hidden_size)
+    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        fan_out //= 3
+    return math.sqrt(6 / (fan_in + fan_out * receptive))

@@ -1,0 +1,381 @@
+"""A network in a subspace whose θ₀ lies in shards: ``fully_shard`` of PyTorch (FSDP2).
+
+FSDP keeps a shard of each parameter in the module's slot, and puts the whole parameter there for
+the length of the module's call, and again for its backward pass. θ is formed of what stands there.
+Coordinates are whole in every process, their gradient is averaged: d numbers. Outside of its
+module's call a weight is the shard of θ that belongs to the shard of θ₀, formed without messages.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from subspan.errors import SubspanError
+from subspan.subspace import calls, slots
+from subspan.subspace.guards import (
+    OWN,
+    Base,
+    _changes_first,
+    _is_harmless,
+    _property,
+    _sets,
+    _shares_memory,
+)
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+HOME = "_subspan_home"  # of a tensor that FSDP, or we, have made: of what, and whether it is θ
+TAKEN = "_subspan_taken"  # by FSDP: of parameters that it puts into slots
+
+
+def asked_by_fsdp(frame: FrameType) -> bool:
+    """Whether code of ``fully_shard`` asks."""
+    return "._fully_shard" in frame.f_globals.get("__name__", "")
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes; nothing is imported to know it."""
+    return type(tensor).__name__ == "DTensor"
+
+
+@functools.cache
+def _guarded() -> type[Tensor]:
+    """Return the kind of DTensor that shards of θ₀ and of θ are, as careful as whole ones."""
+    from torch.distributed.tensor import DTensor
+
+    def function(
+        cls: type, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first: Any = args[0] if args else None
+        if type(first) is Guarded:
+            weights, tensor, theta = getattr(first, HOME, (None, "", False))
+            flag = name == "requires_grad_" or _sets(func, "requires_grad")
+            if weights is not None and flag and not theta:
+                wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+                weights.changes.wishes[tensor] = bool(wish)
+                return first if name == "requires_grad_" else None
+            if theta and _changes_first(func, kwargs):
+                raise SubspanError(
+                    f"{tensor} is θ₀ + P w, computed when it is read, and a change of it "
+                    f"({_property(func) or name}) would be lost: change the network before it is "
+                    "wrapped"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            views = name == "detach" or _property(func) == "data"
+            if views and is_shard(out) and _shares_memory(local(out), local(first)):
+                mark(out, *getattr(first, HOME))
+            if name in ("__get__", "__set__") or _is_harmless(name):
+                return out
+            for leaf in tree_leaves((args, kwargs)):
+                _, tensor, theta = getattr(leaf, HOME, None) or (None, "", True)
+                if type(leaf) is Guarded and not theta and _computes(out, leaf):
+                    raise SubspanError(
+                        f"{tensor} among parameters() is a shard of θ₀, and {name} of it is not "
+                        "that of the weight, which is trained through coordinates: read it from "
+                        f"its module (net.{tensor}) or from weights() of the SubspaceModel"
+                    )
+        return out
+
+    def reduced(self: Tensor, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.detach().__reduce_ex__(protocol)
+
+    body: dict[str, Any] = {"__torch_function__": classmethod(function), "__reduce_ex__": reduced}
+    Guarded = type("DTensor", (DTensor,), body | {"__module__": DTensor.__module__})
+    return Guarded
+
+
+def _computes(out: Any, base: Any) -> bool:
+    """Whether a result has numbers that are not those of a shard itself."""
+    return any(
+        isinstance(t, Tensor)
+        and t.is_floating_point()
+        and not _shares_memory(local(t), base._local_tensor)
+        for t in tree_leaves(out)
+    )
+
+
+def mark(parameter: Any, weights: Weights, tensor: str, theta: bool = False) -> None:
+    """Note whose θ₀ (or θ) a tensor is that FSDP, or we, have made."""
+    setattr(parameter, HOME, (weights, tensor, theta))
+    if is_shard(parameter):
+        parameter.__class__ = _guarded()
+
+
+def home_of(parameter: Any) -> tuple[Weights, str] | None:
+    """Return the network and the name whose θ₀ a parameter is, FSDP's included, or None."""
+    if isinstance(parameter, Base):
+        return getattr(parameter, "home", None)  # one without is an exporter's
+    weights, tensor, theta = getattr(parameter, HOME, (None, "", True))
+    return None if theta or weights is None else (weights, tensor)
+
+
+def refuse_sharded(net: nn.Module) -> None:
+    """Refuse a network that is spread over processes already.
+
+    Raises:
+        SubspanError: naming a parameter, and the order that is right.
+    """
+    for prefix, module in net.named_modules():
+        for name, p in module._parameters.items():
+            if is_shard(p):
+                raise SubspanError(
+                    f"{prefix}.{name} is sharded over processes already, and a subspace is made of "
+                    "whole tensors: wrap the network first, SubspaceModel(net, …), and then call "
+                    "fully_shard on its layers and on it"
+                )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what its shards are together: then all processes must ask."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this process's part of it."""
+    return tensor._local_tensor.detach() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be spread over processes."""
+    if is_shard(target):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as place
+
+        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+        shape, offset = place(target.shape, mesh, placements)
+        inside = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        target, value = local(target), value[inside]
+    target.copy_(value)
+
+
+class Shards:
+    """What :class:`~subspan.subspace.weights.Weights` knows once FSDP has taken a tensor.
+
+    Args:
+        weights: of the network, with all trained tensors whole.
+        mesh: the processes over which the first tensor is about to be spread.
+    """
+
+    def __init__(self, weights: Weights, mesh: Any) -> None:
+        self.weights, self.mesh = weights, mesh
+        self.marks: dict[str, dict[str, Any]] = {}  # that people made on parameters, by tensor
+        self._averaged: dict[str, weakref.ref[nn.Parameter]] = {}  # what has the hook
+        # Files name it where there are buffers, and later no process has all of θ₀.
+        saved = slots.saved_buffers(weights.root)
+        self.digest = weights.parameters_digest() if saved else None
+        with torch.no_grad():
+            for name in weights.coordinate_names:
+                w = weights.root._parameters[name]
+                if w is not None and w.device.type != mesh.device_type:
+                    w.data = w.data.to(mesh.device_type)  # where FSDP brings the parameters
+        weights.ranks_checked = False
+        self.watch()
+
+    # ---- slots -------------------------------------------------------------------------------
+
+    @classmethod
+    def put(cls, module: nn.Module, attribute: str, value: nn.Parameter) -> None:
+        """Put a parameter of FSDP's into a slot of a module that is in a subspace.
+
+        Raises:
+            SubspanError: if the processes are not those that share the rest of the network.
+        """
+        link = vars(module)["_subspan"]
+        tensor, weights = link.tensors.get(attribute), link.weights
+        before = module._parameters[attribute]
+        if tensor is not None and type(before) is Base:
+            mesh = value.device_mesh  # type: ignore[attr-defined]
+            if weights.shards is None:
+                weights.shards = cls(weights, mesh)
+            elif weights.shards.mesh != mesh:
+                raise SubspanError(
+                    f"{tensor} would be sharded over other processes than the tensors before it, "
+                    "and the gradient of coordinates is averaged over all of one mesh: give every "
+                    "fully_shard the same mesh"
+                )
+            kept = {k: v for k, v in vars(before).items() if k not in (*OWN, "_fsdp_orig_uid")}
+            weights.shards.marks[tensor] = kept
+            weights._owned.pop(tensor, None)  # or θ₀ would stay whole
+            weights.changes.lost |= weights.changes.changed({tensor})
+        setattr(value, TAKEN, True)
+        if tensor is not None:
+            mark(value, weights, tensor)
+        module._parameters[attribute] = value
+        if tensor is not None and type(before) is Base:
+            weights.changes.remember({tensor})
+
+    # ---- θ of shards -------------------------------------------------------------------------
+
+    def theta(self, tensor: str) -> Tensor:
+        """θ where θ₀ lies in shards, spread in the same way; every process forms its own.
+
+        Raises:
+            SubspanError: if a shard is no range of rows.
+        """
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as place
+
+        weights = self.weights
+        base: Any = weights.base_of(tensor)
+        if not all(p == Shard(0) or type(p) is Replicate for p in base.placements):
+            raise SubspanError(
+                f"{tensor} is sharded along another dimension than the first, and can be read "
+                "inside of a call of its module only"
+            )
+        own = base.detach()._local_tensor
+        _, (first, *_) = place(base.shape, base.device_mesh, base.placements)
+        begin = first * (base.numel() // max(1, base.shape[0]))
+        parts: list[Tensor] = []
+        for call in weights._alone[tensor]:
+            (piece,) = call.pieces
+            start, stop = max(piece.start, begin), min(piece.stop, begin + own.numel())
+            if start >= stop:
+                continue
+            inside = replace(piece, start=start, stop=stop)
+            row = call.start + start - piece.start
+            cut = replace(
+                call, start=row, stop=row + stop - start, pieces=(inside,),
+                kept=(calls._inside(weights.kept.get(tensor, range(0)), inside),),
+            )  # fmt: skip
+            rows = own.reshape(-1)[start - begin : stop - begin]
+            parts.extend(calls.theta(self._w(call.coordinates), weights.step, [cut], [rows]))
+        if not parts:  # of a process without rows, which takes part in the average all the same
+            parts = [self._w(weights._alone[tensor][0].coordinates)[:0].to(own)]
+        theta = torch.cat(parts).view(own.shape)
+        spread = [n for n, p in enumerate(base.placements) if p.is_shard()]
+        shards = 1
+        for n in spread:
+            shards *= base.device_mesh.size(n)
+        if theta.requires_grad:  # each process has its rows' part of the gradient, not the mean
+            theta.register_hook(lambda grad: grad * shards)
+        spread_theta = DTensor.from_local(
+            theta, base.device_mesh, base.placements, run_check=False, shape=base.shape,
+            stride=base.stride(),
+        )  # fmt: skip
+        mark(spread_theta, weights, tensor, theta=True)
+        return spread_theta
+
+    def _w(self, coordinates: str) -> Tensor:
+        return self.weights.network()._parameters["subspan_" + coordinates]  # type: ignore[return-value]
+
+    # ---- coordinates -------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """See to it that the gradients of all that is trained whole will be averaged."""
+        for name, w in self._trained():
+            # Once; but a state that was loaded by assign=True has other parameters.
+            if w.requires_grad and self._averaged.get(name, lambda: None)() is not w:
+                w.register_hook(self._average)
+                self._averaged[name] = weakref.ref(w)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Coordinates, and what is trained fully and FSDP does not have."""
+        for name in self.weights.coordinate_names:
+            w = self.weights.root._parameters[name]
+            if type(w) is nn.Parameter:
+                yield name, w
+        for name in self.weights.fully:
+            p = self.weights.stored(name)
+            if type(p) is nn.Parameter and not hasattr(p, TAKEN):
+                yield name, p
+
+    def _average(self, grad: Tensor) -> Tensor:
+        """Average the gradient of one backward pass over all processes."""
+        import torch.distributed as dist
+
+        if grad.requires_grad:
+            raise SubspanError(
+                "a gradient of coordinates that is to be differentiated again (create_graph=True) "
+                "is not averaged over the processes that share a sharded network: take it in one "
+                "process"
+            )
+        total = grad.clone(memory_format=torch.contiguous_format)
+        for n in range(self.mesh.ndim):
+            dist.all_reduce(total, group=self.mesh.get_group(n))
+        return total.div_(self._divisor())
+
+    def _divisor(self) -> float:
+        """How many processes there are, or what ``set_gradient_divide_factor`` has said."""
+        factors = set()
+        for module in self.weights.root.modules():
+            state = getattr(module, "_get_fsdp_state", lambda: None)()
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                factors.add(getattr(group, "gradient_divide_factor", None))
+        if len(factors) > 1:
+            raise SubspanError(
+                "set_gradient_divide_factor differs between parts of the network, whose "
+                "coordinates are the same: set it for the whole network"
+            )
+        return float(next(iter(factors), None) or self.mesh.size())
+
+    @torch.no_grad()
+    def check_ranks(self) -> None:
+        """Compare all processes before the first call: all must ask.
+
+        Raises:
+            SubspanError: in every process, if one has other initial weights or coordinates.
+        """
+        digits = list(bytes.fromhex(self.weights.fingerprint))
+        half = len(digits) // 2
+        what = None
+        if self._differs([torch.tensor(digits[:half], dtype=torch.float64)]):
+            what = "initial weights"
+        elif self._differs([torch.tensor(digits[half:], dtype=torch.float64)]):
+            what = "projections or compartments"
+        elif self._differs([w.detach().reshape(-1).double() for _, w in self._trained()]):
+            what = "coordinates, or other parameters that are trained"
+        if what is None:
+            return
+        raise SubspanError(
+            f"the processes that share this network have different {what}: build and load it in "
+            "the same way in every process before fully_shard"
+        )
+
+    def _differs(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these numbers are others in another process; all get the same answer."""
+        import torch.distributed as dist
+
+        if not tensors:  # coordinates that are given, by functional_call say
+            return False
+        own = torch.cat([tensor.to(self.mesh.device_type) for tensor in tensors]).nan_to_num()
+        most, least = own.clone(), own.clone()
+        for n in range(self.mesh.ndim):
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.mesh.get_group(n))
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.mesh.get_group(n))
+        return not torch.equal(most, least)
+
+
+AROUND = (
+    "subspan.save() its coordinates, and subspan.load() them around the whole network as it was "
+    "before"
+)
+
+
+def refuse_whole(weights: Weights, what: str, instead: str = AROUND) -> None:
+    """Refuse what needs all of θ₀ in one process.
+
+    Args:
+        weights: of the network.
+        what: cannot be done.
+        instead: what can.
+
+    Raises:
+        SubspanError: if the network is sharded, with what to do.
+    """
+    if weights.shards is not None:
+        raise SubspanError(
+            f"a network whose weights are sharded over processes cannot be {what}: {instead}"
+        )

@@ -1,0 +1,242 @@
+"""Where the parameters of a network live, which of them can be trained in a subspace, and digests.
+
+A *slot* is one entry of one module's ``_parameters``; a *tensor* is what is in it. Tied weights are
+one tensor in several slots; a module that is reachable by two paths has each slot once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.compartments import Patterns, select
+from subspan.subspace.quantised import Stored, refuse_foreign, stored
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of one module: ``path`` leads there, ``tensor`` is the first path to its tensor."""
+
+    path: str
+    tensor: str
+
+    @functools.cached_property
+    def names(self) -> tuple[tuple[str, ...], str]:
+        """Names of the modules on the way, and of the attribute."""
+        *modules, attribute = self.path.split(".")
+        return tuple(modules), attribute
+
+    def find(self, net: nn.Module) -> tuple[nn.Module, str]:
+        """The module and its attribute; ``get_submodule`` would take a tenth of a small step."""
+        modules, attribute = self.names
+        for name in modules:
+            net = net._modules[name]  # type: ignore[assignment]
+        return net, attribute
+
+
+def slots(net: nn.Module) -> list[Slot]:
+    """Every parameter slot of a network, each once, in the order of ``named_parameters``.
+
+    Raises:
+        SubspanError: for a parameter without values (a lazy one, one on the meta device, or one
+            that is offloaded).
+    """
+    found, first_name = [], dict[int, str]()
+    for prefix, module in net.named_modules():  # visits a shared module once
+        for attribute, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            path = f"{prefix}.{attribute}" if prefix else attribute
+            if tensor.is_meta and getattr(module, "_hf_hook", None) is not None:
+                raise SubspanError(
+                    f"{path} is offloaded (by accelerate) and θ₀ must be in memory: load the "
+                    "network without offloading, with a device_map of one device or none"
+                )
+            if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
+            found.append(Slot(path, first_name.setdefault(id(tensor), path)))
+    return found
+
+
+def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
+    """For every tensor the paths of its slots."""
+    names: dict[str, list[str]] = {}
+    for slot in places:
+        names.setdefault(slot.tensor, []).append(slot.path)
+    return names
+
+
+def trained(
+    tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
+    targets: Patterns, exclude: Patterns, fully: set[str],
+    packed: Mapping[str, Stored] | None = None, foreign: Mapping[str, str] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """The tensors to train in the subspace and their sizes, in the network's order.
+
+    Args:
+        tensors: by name.
+        names: of :func:`aliases`.
+        targets: as for :class:`~subspan.subspace.SubspaceModel`.
+        exclude: as there.
+        fully: the names of those that are trained directly.
+        packed: of :func:`quantised_of`; these count as if they required a gradient, since none of
+            them can.
+        foreign: of :func:`subspan.subspace.quantised.foreign`: what cannot be trained, and no
+            tensor is.
+
+    Raises:
+        SubspanError: for a tensor that cannot be trained, and if none is left.
+    """
+    packed, foreign = packed or {}, foreign or {}
+    every = {**names, **{name: [name] for name in foreign if name not in names}}
+    if targets is None:
+        chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
+        chosen |= packed.keys() | foreign.keys()
+    else:
+        chosen = select(every, targets, "targets")
+    chosen -= select(every, exclude, "exclude") | fully
+    for name in chosen & foreign.keys():
+        raise refuse_foreign(foreign[name])
+    for name, tensor in tensors.items():
+        if name in chosen and name not in packed and not tensor.is_floating_point():
+            raise SubspanError(f"{name} is {tensor.dtype} and P w is real: exclude it")
+    sizes = {name: packed.get(name, t).numel() for name, t in tensors.items() if name in chosen}
+    sizes = {name: size for name, size in sizes.items() if size}
+    if not sizes:
+        raise SubspanError(
+            "no parameter is left to train in the subspace: give targets, or unfreeze some, "
+            f"of {', '.join(names) or 'none'}"
+        )
+    return sizes
+
+
+def quantised_of(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
+    """What is known of a network's quantised tensors, by name."""
+    found = {slot.tensor: stored(*slot.find(net)) for slot in places if slot.path == slot.tensor}
+    return {name: packed for name, packed in found.items() if packed is not None}
+
+
+def check(
+    net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[str],
+    packed: Mapping[str, Stored],
+) -> None:  # fmt: skip
+    """Refuse tensors that cannot be trained as they are.
+
+    Args:
+        net: the network.
+        places: all of its slots.
+        chosen: names of tensors to train in the subspace.
+        fully: names of tensors to train directly.
+        packed: of :func:`quantised_of`.
+
+    Raises:
+        SubspanError: naming the tensor, why, and what to do.
+    """
+    memory: dict[int, list[tuple[int, int, str]]] = {}
+    for slot in places:
+        module, attribute = slot.find(net)
+        p = module._parameters[attribute]
+        assert p is not None
+        if slot.tensor in packed:
+            if slot.tensor in fully:
+                raise SubspanError(
+                    f"{slot.path} is quantised ({packed[slot.tensor].kind}) and cannot be trained "
+                    "directly: leave it out of train_fully, and it is trained in the subspace"
+                )
+            if slot.tensor in chosen and packed[slot.tensor].refusal:
+                raise SubspanError(f"{slot.path} {packed[slot.tensor].refusal}")
+            continue
+        if slot.tensor in fully and not (p.is_floating_point() or p.is_complex()):
+            raise SubspanError(
+                f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
+            )
+        if slot.tensor in fully and p.is_inference():
+            raise SubspanError(
+                f"{slot.path} was made under inference_mode and cannot be trained fully: make the "
+                "network outside of it"
+            )
+        if slot.tensor in chosen and isinstance(module, torch.jit.ScriptModule):
+            raise SubspanError(
+                f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "
+                "itself: exclude it, or give the part as it was before"
+            )
+        if slot.tensor in chosen and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise SubspanError(
+                f"{slot.path} has a hook on its gradient, which goes to the coordinates: remove "
+                "the hook, or exclude the parameter"
+            )
+        ordinary = type(p) is nn.Parameter or getattr(type(p), "may_be_computed", False)
+        if slot.tensor in chosen and not ordinary:
+            raise SubspanError(
+                f"{slot.path} is a {type(p).__name__}, a parameter of a kind of its own: exclude it"
+            )
+        if slot.tensor in chosen and any(
+            step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)
+        ):
+            raise SubspanError(
+                f"{slot.path} is expanded, so that one number in memory is several weights: make "
+                "it contiguous first"
+            )
+        plain = p.layout == torch.strided and p.is_contiguous() and p.numel() > 0
+        if plain and slot.path == slot.tensor:
+            start = int(p.storage_offset()) * p.element_size()
+            end = start + p.nbytes
+            memory.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, slot.tensor))
+    for intervals in memory.values():
+        for (_, end, one), (start, _, other) in itertools.pairwise(sorted(intervals)):
+            if start < end and {one, other} & (chosen | fully):
+                raise SubspanError(
+                    f"{one} and {other} share memory and are two parameters: make them one "
+                    "parameter, or exclude both"
+                )
+
+
+def padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
+    """Entries of embeddings at ``padding_idx``, which have no gradient in ordinary training.
+
+    A tensor that is used elsewhere, too (as the head of a language model, say), has one there.
+    """
+    rows: dict[str, set[range]] = {}
+    for slot in places:
+        module, attribute = slot.find(net)
+        row = range(0)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and attribute == "weight":
+            index, width = module.padding_idx, module.embedding_dim
+            row = range(0) if index is None else range(index * width, (index + 1) * width)
+        rows.setdefault(slot.tensor, set()).add(row)
+    alike = {tensor: next(iter(found)) for tensor, found in rows.items() if len(found) == 1}
+    return {tensor: row for tensor, row in alike.items() if row}
+
+
+def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a network's ``state_dict``, by name, those of BatchNorm say."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in net.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and name not in module._non_persistent_buffers_set
+        and name != "subspan_fingerprint"  # which is ours
+    }
+
+
+def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
+    """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if isinstance(tensor, Stored):
+            sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
+            parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
+            sha.update(digest(parts).encode())
+            continue
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:32]

@@ -1,0 +1,135 @@
+"""Loading states into a network in a subspace: its own, or one of all weights as coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from subspan.errors import SubspanError
+from subspan.families import Projection
+from subspan.subspace.inplace import FINGERPRINT, LINK
+from subspan.subspace.sharded import refuse_whole
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+
+@torch.no_grad()
+def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None:
+    """Check a state that is to be loaded, and turn one of all weights into coordinates.
+
+    Nothing of the network is loaded before. Modules around it to which PyTorch came earlier keep
+    what they took when this refuses: nobody asks here before them.
+
+    Args:
+        weights: of the network.
+        state: changed in place.
+        prefix: of the network's keys.
+
+    Raises:
+        SubspanError: if it is another model's, or its weights lie outside of the subspace.
+    """
+    fingerprint = state.get(prefix + FINGERPRINT)
+    if fingerprint is not None and (different := weights.difference(fingerprint)):
+        raise SubspanError(
+            f"{different} of the model that this state_dict comes from differ from this "
+            "model's: build it from the same initial weights and with the same options"
+        )
+    given = {path: t for path, t in _paths(weights) if prefix + path in state}
+    names = [name for name in weights.coordinate_names if prefix + name in state]
+    if not given:
+        return
+    if names or set(given.values()) != set(weights.homes):
+        raise SubspanError(
+            "this state_dict has weights beside coordinates, or some of the weights only: load "
+            "that of a model in the same subspace, or a complete one of its network"
+        )
+    refuse_whole(weights, "given a state of all weights", "load it before fully_shard")
+    values = {t: state.pop(prefix + path) for path, t in given.items()}
+    state |= {prefix + name: w for name, w in _coordinates_of(weights, values).items()}
+    state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]
+
+
+def _paths(weights: Weights) -> Iterator[tuple[str, str]]:
+    """Every path to a trained tensor, and the tensor's name."""
+    for path, module in weights.root.named_modules(remove_duplicate=False):
+        link = vars(module).get(LINK)
+        if link is not None and link.weights is weights:
+            for attribute, tensor in link.tensors.items():
+                yield f"{path}.{attribute}" if path else attribute, tensor
+
+
+def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W whose θ are these values, to within rounding.
+
+    Raises:
+        SubspanError: if there is none.
+    """
+    found = {}
+    for tensor, value in values.items():
+        if tensor in weights.packed and (
+            is_traceable_wrapper_subclass(value) or not value.is_floating_point()
+        ):
+            raise SubspanError(
+                f"{tensor} is quantised in this state_dict, that is, without coordinates: load it "
+                "into the network before it is wrapped, or into that of unwrap()"
+            )
+        shape = weights.held(tensor).shape
+        if value.shape != shape:
+            raise SubspanError(
+                f"the state_dict is of another network: {tensor} has shape "
+                f"{list(value.shape)} there and {list(shape)} here"
+            )
+    for name, part, projection in zip(
+        weights.coordinate_names, weights.compartments, weights.projections, strict=True
+    ):
+        pieces, moved, size, eps = [], [], 0.0, 0.0
+        for piece in part.pieces:
+            with torch._C.DisableTorchFunctionSubclass():
+                base = weights.resting(piece.tensor)
+            value = values[piece.tensor].to(base.device, base.dtype)
+            delta = (value.double() - base.double()).reshape(-1)[piece.start : piece.stop]
+            kept = weights.kept.get(piece.tensor, range(0))
+            entries = torch.arange(piece.start, piece.stop, device=base.device)
+            moved.append((entries < kept.start) | (entries >= kept.stop))
+            pieces.append(delta)
+            size = max(size, float(value.abs().max()))
+            eps = max(eps, torch.finfo(base.dtype).eps)
+        delta, mask = torch.cat(pieces), torch.cat(moved).double()
+        w = _least_squares(projection, delta, mask)
+        error = float((mask * projection.matvec(w) - delta).abs().max())
+        if not error <= 8 * eps * size:
+            raise SubspanError(
+                "the weights of this state_dict do not lie in this model's subspace: load them "
+                "into the network before it is wrapped, or into that of unwrap()"
+            )
+        found[name] = w.to(weights.root._parameters[name])
+    return found
+
+
+def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
+    """W with M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
+
+    PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
+
+    Args:
+        projection: P.
+        delta: (D,) float64.
+        mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
+    """
+    residual = projection.rmatvec(mask * delta)
+    w, along, size = torch.zeros_like(residual), residual, residual.square().sum()
+    least = 1e-28 * float(size)
+    for _ in range(100):
+        if float(size) <= least:
+            break
+        image = projection.rmatvec(mask * projection.matvec(along))
+        step = size / (along @ image)
+        w, residual = w + step * along, residual - step * image
+        last, size = size, residual.square().sum()
+        along = residual + size / last * along
+    return w

@@ -1,0 +1,1 @@
+"""Many trainings: a grid of settings, its runs and what they come to."""

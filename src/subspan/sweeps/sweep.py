@@ -1,0 +1,309 @@
+"""Many runs: methods × dims × learning rates × seeds, in parallel, resumed run by run.
+
+At every point (method, dim) the learning rate is chosen by the validation score of seed 0; the
+other seeds run at that rate. The baseline is a point like the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from subspan.errors import Stopped, SubspanError
+from subspan.files import readable
+from subspan.sweeps import backends
+from subspan.sweeps.claims import Claim
+from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.jobs import FULL, Job, Outcome
+from subspan.sweeps.pool import Pool
+from subspan.training import records, trackers
+from subspan.training.config import Run, Sweep, Training
+from subspan.training.methods import method
+from subspan.training.score import Score
+from subspan.training.train import prepare
+
+
+@dataclass
+class Point:
+    """One method at one value of its axis, and the runs that are done there.
+
+    Or a smaller network, all of whose weights are trained.
+    """
+
+    method: str
+    label: str
+    options: dict[str, Any]
+    lrs: tuple[float, ...]
+    small: str = ""
+    done: dict[tuple[float, int], dict[str, Any]] = field(default_factory=dict)
+
+    def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
+        """The run with this learning rate and seed."""
+        at = f"-{self.label}" if self.label else ""
+        net = f"{readable(self.small)}-" if self.small else ""
+        name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
+        options = self.options
+        if sweep.processes > 1:  # as the command line of each of them will read it
+            options = {k: int(v) if str(v).isdecimal() else v for k, v in options.items()}
+        return Job(name, Run(self.training(sweep), self.method, options, lr, seed))
+
+    def training(self, sweep: Sweep) -> Training:
+        """Of the sweep, with this network."""
+        return replace(sweep.training, net=self.small) if self.small else sweep.training
+
+    def best_lr(self) -> float | None:
+        """The learning rate with the best validation score of seed 0, the first of equals.
+
+        None if no run succeeded.
+        """
+        best = None
+        for lr in self.lrs:
+            found = self.done.get((lr, 0))
+            if found and (
+                best is None
+                or Score.of(found).better(found["val_score"], self.done[best, 0]["val_score"])
+            ):
+                best = lr
+        return best
+
+
+def sweep(
+    config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
+    on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
+    backend: str = "loky", ray_address: str | None = None,
+    say: Callable[[str], None] = lambda what: None, log: Sequence[str] = (), checked: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
+
+    Several sweeps of one configuration may share a folder, at once, and divide the runs.
+
+    Args:
+        config: what to run.
+        out: output folder; runs are in ``out/runs``.
+        jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
+        overwrite: replace what another configuration left there.
+        on_run: called with each outcome and the number of runs still to do.
+        extra: what else ``sweep.json`` is to say.
+        backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
+            which must see ``out`` under this path.
+        ray_address: of a cluster; None starts one on this machine.
+        say: told in a sentence what else happens: a process died, another sweep is waited for.
+        log: trackers that are told every epoch of every run.
+        checked: whether :func:`check` has been called.
+
+    Returns:
+        The content of ``sweep.json``.
+
+    Raises:
+        SubspanError: for a configuration that cannot be run, with nothing written. A run that
+            fails is listed in the result, and the others go on.
+        Stopped: after SIGINT or SIGTERM, when the runs under way have saved where they are. A
+            second signal does not wait for that.
+        OSError: if the disk is full, likewise.
+    """
+    if not checked:
+        check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
+    points = _points(config)
+    failed: dict[str, str] = {}
+
+    def result(status: str) -> dict[str, Any]:
+        return _result(config, points, failed, status) | dict(extra or {})
+
+    claim = Claim(out, result("running"), overwrite=overwrite)
+    claim.check()
+    total = left = total_runs(config)
+    try:
+        with backends.opened(backend, ray_address, jobs, config.training, total) as chosen, claim:
+            pool = Pool(claim, chosen, overwrite, config.processes, say, log)
+            try:
+                with pool:
+                    for stage in _stages(config, points):
+                        where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
+                        for job, outcome in pool.outcomes([job for job, *_ in stage]):
+                            left -= 1
+                            point, lr, seed = where[job.name]
+                            if isinstance(outcome, dict):
+                                point.done[lr, seed] = outcome
+                            else:
+                                failed[job.name] = outcome
+                            claim.write(result("running"))
+                            if on_run:
+                                on_run((job, outcome), left)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    claim.write(result("interrupted"))
+                raise
+            found = result("complete")
+            claim.write(found)
+    except (Stopped, OSError) as error:
+        done = f"{sum(len(point.done) for point in points)} of {total} runs are complete"
+        again = "give the same command again"
+        if isinstance(error, Stopped):
+            raise Stopped(f"{error}, {done}; to go on, {again}", error.signal) from None
+        if error.errno in FULL:
+            words = f"{os.strerror(error.errno)}; {done} and kept: make room, and {again}"
+            raise OSError(error.errno, words) from error
+        raise
+    return found
+
+
+def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:
+    """The first seed at all rates, and then, when these are done, the others at the best.
+
+    Points with many coordinates take longest: begin with them, so that none is left for the end.
+    """
+    first = [(point.job(config, lr, 0), point, lr, 0) for point in points for lr in point.lrs]
+    yield first[::-1]
+    yield [
+        (point.job(config, lr, seed), point, lr, seed)
+        for point in points
+        for seed in range(1, config.seeds)
+        if (lr := point.best_lr()) is not None
+    ]
+
+
+def total_runs(config: Sweep) -> int:
+    """How many runs a sweep has if none fails."""
+    points = _points(config)
+    return sum(len(point.lrs) for point in points) + len(points) * (config.seeds - 1)
+
+
+def _points(config: Sweep) -> list[Point]:
+    """The baseline first, then every method at every value of its axis."""
+    points = []
+    names = [config.baseline] if config.baseline else []
+    for name in [*names, *(m for m in config.methods if m != config.baseline)]:
+        how = method(name)
+        own = {option.name for option in how.options}
+        options = {key: value for key, value in config.options.items() if key in own}
+        for value in [""] if how.axis is None else config.dims:
+            there = options | how.at(value)
+            lrs = config.lrs_of(name) or how.rates(there)
+            points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
+    for net in config.small:
+        lrs = config.baseline_lrs or method("full").rates({})
+        points.append(Point("full", "", {}, lrs, small=net))
+    return points
+
+
+def check(
+    config: Sweep, *, jobs: int = -1, backend: str = "loky", ray_address: str | None = None,
+    log: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Refuse all that can be refused before anything runs.
+
+    Args, and what is raised: as of :func:`sweep`.
+    """
+    backends.check(backend, ray_address, jobs)
+    trackers.check(log)
+    points = _points(config)
+    if config.baseline and (axis := method(config.baseline).axis):
+        raise SubspanError(
+            f"baseline {config.baseline!r} is varied by {axis} and has no one accuracy: use full, "
+            "or null for none"
+        )
+    known = {option.name for name in config.methods for option in method(name).options}
+    for option in config.options:
+        if option not in known:
+            for name in config.methods:
+                method(name).check([option])
+    labels: dict[tuple[str, int], str] = {}
+    for point in points:
+        ready = prepare(point.job(config, point.lrs[0], 0).run)
+        if point.small:
+            continue
+        at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
+        if at in labels and not ready.method.adapts:
+            raise SubspanError(
+                f"{labels[at]} and {point.label} are one point of the curve of {point.method}, "
+                f"{at[1]} numbers trained: leave one out"
+            )
+        labels[at] = point.label
+
+
+def _result(
+    config: Sweep, points: list[Point], failed: dict[str, str], status: str
+) -> dict[str, Any]:
+    rows = [row for point in points if (row := _row(point)) is not None]
+    baseline = next(
+        (row for row in rows if row["method"] == config.baseline and "small" not in row), None
+    )
+    rows = [row for row in rows if row is not baseline]
+    some = next((record for point in points for record in point.done.values()), {})
+    score = Score.of(some)
+    return {
+        "format": records.FORMAT,
+        "status": status,
+        "config": records.plain(config.as_dict()),
+        "score": score.as_dict(),
+        "baseline": baseline,
+        "rows": rows,
+        "d_int": _intrinsic(config, rows, baseline, score),
+        "failed": [{"run": name, "error": error} for name, error in sorted(failed.items())],
+        "versions": records.versions(),
+        "device": some.get("device", ""),
+    }
+
+
+def _row(point: Point) -> dict[str, Any] | None:
+    """What the seeds measured at a point, at the chosen learning rate."""
+    lr = point.best_lr()
+    if lr is None:
+        return None
+    done = [record for (rate, _), record in sorted(point.done.items()) if rate == lr]
+    seeds = [seed for rate, seed in sorted(point.done) if rate == lr]
+    first = done[0]
+    row: dict[str, Any] = {
+        "method": point.method,
+        "dim": round(statistics.fmean(record["trainable_parameters"] for record in done)),
+        "label": point.label.removeprefix(method(point.method).axis or "") or point.method,
+        "lr": lr,
+        "seeds": seeds,
+    }
+    if point.small:
+        row |= {"small": point.small, "label": point.small}
+    for key in ("test_score", "val_score", "seconds_total", "seconds_per_step",
+                "peak_memory_bytes"):  # fmt: skip
+        row[key] = [record[key] for record in done]
+    for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
+        row[key] = first[key]
+    if "counts" in first:
+        row["counts"] = {
+            name: round(statistics.fmean(record["counts"][name] for record in done))
+            for name in first["counts"]
+        }
+        row["ranks"] = [record["ranks"] for record in done]
+    row["bytes_sent_per_step"] = [record.get("bytes_sent_per_step") for record in done]
+    row["mean_test_score"] = statistics.fmean(row["test_score"])
+    row["tried_lrs"] = {
+        f"{r:g}": rec["val_score"] for (r, s), rec in sorted(point.done.items()) if s == 0
+    }
+    return row
+
+
+def _intrinsic(
+    config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None, score: Score
+) -> dict[str, Any]:
+    """The intrinsic dimension by method, where there is a curve and a baseline."""
+    if baseline is None:
+        return {}
+    if not score.better(statistics.fmean(baseline["test_score"]), score.zero):
+        return {}  # there is no way to take a share of
+    found = {}
+    for name in config.methods:
+        how = method(name)
+        own = [row for row in rows if row["method"] == name and how.axis and not how.adapts]
+        if own:
+            found[name] = intrinsic_dimension(
+                [row["dim"] for row in own],
+                [row["test_score"] for row in own],
+                baseline["test_score"],
+                threshold=config.threshold,
+                score=score,
+            ).as_dict()
+    return found

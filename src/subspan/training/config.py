@@ -1,0 +1,261 @@
+"""What a run and a sweep are told: plain data, read from flags and YAML, written into records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from subspan.errors import SubspanError, unknown
+from subspan.training.data.decode import parse_size
+
+DECODING = ("image_column", "label_column", "resize")  # how a data set is read
+Schedule = Literal["onecycle", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one network is trained on one data set.
+
+    Args:
+        net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
+            as package.module:function; null is mlp, or the task's own.
+        data: an image-classification set: digits (built in), mnist, fashion_mnist, cifar10, or any
+            name or folder that datasets.load_dataset reads (a folder of your own: a sub-folder of
+            images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
+            there is no test part a sixth of the images becomes one, the same for every seed. null
+            is digits, or the task's own.
+        task: your own, where it is not image classification, as package.module:function; see
+            examples/language_model.py. It gets net and data, validation and seed if it has
+            parameters of these names.
+        image_column: where the images are; null finds it by the columns' types and usual names.
+        label_column: where the labels are; null finds it likewise.
+        resize: 32, or 28x32 (height x width): what all images are resized to while they are read,
+            whatever their sizes and shapes; null leaves them, and they must have one size.
+        epochs: passes over the training part.
+        batch_size: images per step, over all processes together.
+        optimizer: adam or sgd (momentum 0.9).
+        schedule: of the learning rate: onecycle, cosine (to zero), or constant.
+        weight_decay: added to the gradient of what is trained, times its value.
+        patience: stop after so many epochs without a better validation score; null never does.
+        validation: share of the training images that is set aside for choices.
+        init: initial weights: seed draws them from our generator, so that the checkpoint need not
+            hold them; own keeps those that the network's function made; auto is seed for the
+            networks of this library and own for yours and for those of tasks.
+        mixed_precision: no, bf16 or fp16.
+        device: cpu, cuda, or auto.
+    """
+
+    net: str | None = None
+    data: str | None = None
+    task: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    resize: int | str | None = None
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["adam", "sgd"] = "adam"
+    schedule: Schedule = "onecycle"
+    weight_decay: float = 0.0
+    patience: int | None = None
+    validation: float = 1 / 12
+    init: Literal["auto", "seed", "own"] = "auto"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.decoding:
+            raise SubspanError(
+                f"{', '.join(self.decoding)} is for sets of images, and task {self.task} reads its "
+                "data itself: leave that out"
+            )
+        if self.task is None:
+            for name, usual in (("net", "mlp"), ("data", "digits")):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, usual)
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise unknown(name, getattr(self, name), get_args(kind))
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resize is not None:
+            parse_size(self.resize)
+        if self.patience is not None and self.patience < 1:
+            raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
+        if not 0 < self.validation < 1:
+            raise SubspanError(f"validation must be a share in (0, 1), got {self.validation}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SubspanError(
+                f"weight_decay must be a number that is not negative, got {self.weight_decay}"
+            )
+
+    @property
+    def title(self) -> str:
+        """What is trained on what, in words."""
+        return title(asdict(self))
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Of :data:`DECODING` what was asked for, as ``data.load`` takes it."""
+        return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """What is trained on what, of a configuration in a record: "lenet on mnist"."""
+    parts = [config.get("task"), config.get("net")]
+    what = ", ".join(str(part) for part in parts if part) or "network"
+    return f"{what} on {config['data']}" if config.get("data") else what
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a method with its options, a learning rate and a seed.
+
+    Args:
+        training: what is trained, on what and how long.
+        method: a name of :func:`subspan.training.methods.methods`.
+        options: the method's own, without those left at their defaults.
+        lr: the (highest) learning rate.
+        seed: of θ₀, of P, of the validation part and of the order of batches.
+    """
+
+    training: Training
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr)
+        if self.seed < 0:
+            raise SubspanError(f"seed must not be negative, got {self.seed}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in ``record.json``."""
+        return asdict(self.training) | {
+            "method": self.method, "options": self.options, "lr": self.lr, "seed": self.seed
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Run:
+        """Of :meth:`as_dict`.
+
+        Raises:
+            SubspanError: for anything else.
+        """
+        own = {f.name for f in fields(cls)} - {"training"}
+        training = {key: value for key, value in content.items() if key not in own}
+        try:
+            if not isinstance(content["options"], Mapping):
+                raise TypeError(f"options must be a mapping, got {content['options']!r}")
+            return cls(Training(**training), **{key: content[key] for key in own})
+        except (TypeError, KeyError) as error:
+            raise SubspanError(f"this is not the configuration of a run: {error}") from None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A family of runs: methods × dims × learning rates × seeds.
+
+    Args:
+        training: common to all runs.
+        methods: names of methods.
+        dims: values of the methods' axis, the numbers that are trained: 10,30,100; a sum such as
+            600+250 gives those of each compartment.
+        seeds: how many seeds, 0, 1, …
+        lrs: learning rates to choose from at every point, by validation score of seed 0; or by
+            method, {"rbd": (1.0, 2.0), "fpd": (4.0,)}. Where there are none, each method's own.
+        options: the methods' own, common to all.
+        threshold: share of the baseline's score at which the intrinsic dimension is read off.
+        baseline: the method that the others are held against; null for none.
+        baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
+        processes: of each run, started by torchrun on this machine.
+        small: smaller networks, by name, that are trained by all their weights: what as many
+            numbers reach without a projection.
+    """
+
+    training: Training
+    methods: tuple[str, ...] = ("hash",)
+    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
+    seeds: int = 1
+    lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    threshold: float = 0.9
+    baseline: str | None = "full"
+    baseline_lrs: tuple[float, ...] = ()
+    processes: int = 1
+    small: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise SubspanError("methods is empty: name at least one")
+        if not self.dims:
+            raise SubspanError("dims is empty: give at least one number of coordinates")
+        rates = [("baseline_lrs", self.baseline_lrs)]
+        if isinstance(self.lrs, Mapping):
+            for name in self.lrs:
+                if name not in self.methods:
+                    raise unknown("method of lrs", name, self.methods)
+            rates += [(f"lrs of {name}", values) for name, values in self.lrs.items()]
+        else:
+            rates += [("lrs", self.lrs)]
+        for name, lrs in rates:
+            for lr in lrs:
+                _check_rate(name, lr)
+        named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
+        listed = [("methods", self.methods), ("dims", self.dims), ("small", self.small)]
+        for name, values in [*listed, *named]:
+            if len(set(values)) < len(values):
+                raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
+        for name in ("seeds", "processes"):
+            if getattr(self, name) < 1:
+                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.threshold <= 1:
+            raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    def lrs_of(self, method: str) -> tuple[float, ...]:
+        """The learning rates to choose from for a method; none leaves it to the method."""
+        if method == self.baseline:
+            return self.baseline_lrs
+        return self.lrs.get(method, ()) if isinstance(self.lrs, Mapping) else self.lrs
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in ``sweep.json``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
+        for name, usual in (("processes", 1), ("small", ())):
+            if own[name] == usual:  # records of sweeps that knew no other stay the same
+                del own[name]
+        lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
+        return asdict(self.training) | own | lists
+
+
+def split(values: Any, name: str) -> tuple[str, ...]:
+    """A list as people type it, "10,30,100", or as YAML has it, or one value; as texts."""
+    if isinstance(values, str):
+        values = values.split(",")
+    parts = values if isinstance(values, Sequence) else [values]
+    cleaned = tuple(str(part).strip() for part in parts)
+    if any(not part for part in cleaned):
+        raise SubspanError(f"{name} has an empty entry: give values separated by commas")
+    return cleaned
+
+
+def floats(values: Any, name: str) -> tuple[float, ...]:
+    """:func:`split` into numbers."""
+    try:
+        return tuple(float(value) for value in split(values, name))
+    except ValueError:
+        raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
+
+
+def rates(values: Any, name: str) -> tuple[float, ...] | dict[str, tuple[float, ...]]:
+    """:func:`floats`, or those of each method."""
+    if isinstance(values, Mapping):
+        return {method: floats(own, f"{name} of {method}") for method, own in values.items()}
+    return floats(values, name)
+
+
+def _check_rate(name: str, lr: float) -> None:
+    if not 0 < lr < float("inf"):
+        raise SubspanError(f"{name} must be a positive number, got {lr}")

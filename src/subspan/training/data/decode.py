@@ -1,0 +1,283 @@
+"""From whatever ``datasets.load_dataset`` reads to tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError, unknown
+from subspan.training.data import parts, pixels
+from subspan.training.data.images import RawData, Split
+from subspan.training.data.order import TEST, hold_out
+from subspan.training.data.pixels import Size
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def read(
+    path: str,
+    *,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    size: Size | None = None,
+) -> RawData:
+    """Read and decode an image classification set.
+
+    It is streamed: ``datasets`` then leaves no copy of it in a cache of its own.
+
+    Args:
+        path: a local folder or a name on the Hub.
+        revision: the Hub's commit; None for a local folder.
+        image_column: where the images are; None finds it.
+        label_column: where the labels are; None finds it.
+        size: what every image is resized to; None leaves them as they are.
+
+    Raises:
+        SubspanError: the set cannot be read, or is not one of equally large, labelled images.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    with _readable(path):
+        layout = {} if revision else parts.layout(Path(path))
+        found = datasets.load_dataset(path, revision=revision, streaming=True, **layout)
+        features = next(iter(found.values())).features
+        if features is None:  # a format without types, such as text
+            features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
+    images = _column("image", path, features, datasets.Image, IMAGE_COLUMNS, image_column)
+    labels = _column("label", path, features, datasets.ClassLabel, LABEL_COLUMNS, label_column)
+    if not _may_hold_images(features[images]) or images == labels:
+        columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+        raise SubspanError(
+            f"{path} must have a column of images and another of labels, got {images!r} and "
+            f"{labels!r} of {columns}: name the right ones with --image-column and --label-column"
+        )
+    names = getattr(features[labels], "names", None)
+    train, test, notes = parts.choose(path, list(found))
+
+    arrays: list[list[np.ndarray]] = []
+    values: list[list[Any]] = []
+    looks: _Looks = {}
+    for name in [train, test] if test else [train]:
+        rows = found[name].select_columns([images, labels])
+        rows = rows.cast_column(images, datasets.Image(decode=False))
+        pairs = ((row[images], row[labels]) for row in rows)
+        part_arrays, part_values = _decode(path, name, pairs, size, looks)
+        arrays.append(part_arrays)
+        values.append(part_values)
+
+    stacked = _stack(arrays)
+    encoded, known = _encode(path, values, names)
+    splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
+    train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
+    numbers = all(str(name).isdecimal() for name in known)
+    [depth] = looks["depth"]
+    notes += _notes_of_levels(arrays, train_split, depth)
+    return RawData(
+        train_split, test_split, len(known), notes, () if numbers else known, depth=depth
+    )
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn what ``datasets`` and its readers raise, which is of many types, into one sentence."""
+    try:
+        yield
+    except SubspanError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SubspanError(
+            f"cannot read {path} as images ({cause}): expected a folder with one sub-folder of "
+            "images per class, parquet files, or another layout that datasets.load_dataset knows"
+        ) from error
+
+
+def _column(
+    kind: str,
+    path: str,
+    features: dict[str, Any],
+    feature_type: type,
+    usual: Sequence[str],
+    asked: str | None,
+) -> str:
+    """The column asked for; else the only one of the type; else one by its usual name."""
+    if asked is not None:
+        if asked not in features:
+            raise unknown(f"{kind} column of {path}", asked, features)
+        return asked
+    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    if len(typed) == 1:
+        return typed[0]
+    for name in usual:
+        if name in (typed or features):
+            return name
+    raise SubspanError(
+        f"{path} has no column that is plainly the {kind}: expected one {feature_type.__name__}, "
+        f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
+        f"with --{kind}-column, or of a folder of images make a sub-folder for each class, two at "
+        "least"
+    )
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Images, encoded files or paths of them; None is a column that does not say what it is."""
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & feature.keys())
+    encoded = ("string", "large_string", "binary", "large_binary")
+    return feature is None or _kind(feature) in ("Image", *encoded)
+
+
+def _kind(feature: Any) -> str:
+    kind = type(feature).__name__
+    return str(feature.dtype) if kind == "Value" else kind
+
+
+def parse_size(resize: int | str) -> Size:
+    """Height and width, of "28x32", or of one number for both.
+
+    Raises:
+        SubspanError: for anything else.
+    """
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", str(resize))
+    if found is None:
+        raise SubspanError(
+            f"resize must be a number of pixels, or height x width as in 28x32, got {resize!r}"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
+_Looks = dict[str, dict[str, str]]  # "size" or "depth": each that was seen, and in which file
+
+
+def _decode(
+    path: str, part: str, pairs: Iterable[tuple[dict[str, Any], Any]], size: Size | None,
+    looks: _Looks,
+) -> tuple[list[np.ndarray], list[Any]]:  # fmt: skip
+    """One part's images, resized to ``size`` and alike in what ``looks`` holds; and its labels."""
+    arrays, values = [], []
+    with _readable(path):
+        for row, (encoded, value) in enumerate(pairs, start=1):
+            name = (encoded or {}).get("path") or f"in row {row} of {part}"
+            try:
+                array = pixels.read(_content(encoded), size)
+            except Exception as error:  # of a damaged file Pillow raises any
+                cause = "" if isinstance(error, SubspanError) else f"{type(error).__name__}: "
+                raise SubspanError(
+                    f"cannot read the image {name} of {path} ({cause}{error}): "
+                    "replace it, or leave it out"
+                ) from error
+            # At once: large photographs would fill the memory.
+            sizes = looks.setdefault("size", {})
+            sizes.setdefault("{}x{}".format(*array.shape[-2:]), name)
+            if len(sizes) > 1:
+                raise SubspanError(
+                    f"all images of {path} must have one size, found {' and '.join(sizes)} "
+                    "(height x width): give the one to resize them to, as in --resize 32 or "
+                    "--resize 28x32"
+                )
+            depths = looks.setdefault("depth", {})
+            depths.setdefault(pixels.DEPTHS[array.dtype.name], name)
+            if len(depths) > 1:
+                (one, first), (other, second) = depths.items()
+                raise SubspanError(
+                    f"all images of {path} must have one depth, for a level means another "
+                    f"brightness in each: found {one} ({first}) and {other} ({second}): save them "
+                    "alike"
+                )
+            arrays.append(array)
+            values.append(value)
+    if not arrays:
+        raise SubspanError(f"the part {part!r} of {path} must have images, got none: add some")
+    return arrays, values
+
+
+def _content(encoded: dict[str, Any]) -> bytes:
+    """The bytes of an image file: in the row, on the disk, in an archive or on the Hub."""
+    from datasets.utils.file_utils import xopen
+
+    if encoded["bytes"] is not None:
+        return encoded["bytes"]
+    path = encoded["path"]
+    if "://" not in path:
+        return Path(path).read_bytes()
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
+def _stack(parts: list[list[np.ndarray]]) -> list[Tensor]:
+    """Each part as (N, C, H, W), uint8, or float32 where levels are deeper than 8 bits.
+
+    Grey images among colour ones become RGB, and opaque ones among transparent ones get an opacity.
+    """
+    channels = {_channels(array) for part in parts for array in part}
+    colours, alpha = 3 if channels & {3, 4} else 1, bool(channels & {2, 4})
+    first = parts[0][0]
+    dtype, opaque = (np.uint8, 0xFF) if first.dtype == np.uint8 else (np.float32, 0xFFFF)
+    shape = (colours + alpha, *first.shape[-2:])
+    stacked = [np.full((len(part), *shape), opaque, dtype) for part in parts]
+    for images, part in zip(stacked, parts, strict=True):
+        for image, array in zip(images, part, strict=True):
+            if _channels(array) in (2, 4):
+                image[:colours], image[colours] = array[:-1], array[-1]
+            else:
+                image[:colours] = array
+    return [torch.from_numpy(images) for images in stacked]
+
+
+def _channels(array: np.ndarray) -> int:
+    return 1 if array.ndim == 2 else len(array)
+
+
+def _notes_of_levels(parts: list[list[np.ndarray]], train: Split, depth: str) -> tuple[str, ...]:
+    """Describe images that are not plain ones of 8 bits."""
+    notes = []
+    transparent = sum(_channels(array) in (2, 4) for part in parts for array in part)
+    if transparent:
+        channels = train.images.shape[1]
+        notes.append(
+            f"transparent images: {transparent} of {sum(map(len, parts))}; opacity is channel "
+            f"{channels} of {channels}, and colours are as they are beneath it"
+        )
+    if depth != "8 bits":
+        low, high = float(train.images.min()), float(train.images.max())
+        notes.append(
+            f"images of {depth}: their levels, {low:g} to {high:g} in the training part, are kept "
+            "as they are, in float32"
+        )
+    return tuple(notes)
+
+
+def _encode(
+    path: str, parts: list[list[Any]], names: Sequence[str] | None
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Each part's labels as int64 (N,), and the names of the classes.
+
+    Without known ``names``, the distinct values (integers or strings) are numbered in order.
+    """
+    every = [value for part in parts for value in part]
+    types = {type(value) for value in every}
+    if types not in ({int}, {bool}, {str}):
+        found = ", ".join(sorted(kind.__name__ for kind in types))
+        raise SubspanError(
+            f"labels of {path} must all be integers or all strings, got {found}: name another "
+            "column with --label-column, or leave out images without a label"
+        )
+    known = range(len(names)) if names else sorted(set(every))
+    number = {value: i for i, value in enumerate(known)}
+    if unlabelled := set(every) - set(number):
+        raise SubspanError(
+            f"labels of {path} must be in [0, {len(known)}), got {min(unlabelled)}: "
+            "leave out images without a label"
+        )
+    encoded = [torch.tensor([number[value] for value in part]) for part in parts]
+    return encoded, tuple(map(str, names or known))

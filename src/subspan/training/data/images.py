@@ -1,0 +1,149 @@
+"""A data set as tensors: its splits, and the statistics that normalise it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE = 2**20  # levels that are in memory as float64 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some labelled images.
+
+    Attributes:
+        images: uint8 (N, C, H, W); float32 where the files have more levels than 256.
+        labels: int64 (N,), in [0, classes).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, index: Tensor) -> Split:
+        """The samples at ``index`` (int64, on the split's device), in that order."""
+        return Split(self.images.index_select(0, index), self.labels.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> Split:
+        """The split on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class RawData:
+    """What a source holds, before a validation part is drawn from its training part.
+
+    Attributes:
+        train: the whole training part.
+        test: the test part.
+        classes: number of classes.
+        notes: sentences that a reader of the results should know.
+        names: of the classes, in order; empty where they have but numbers.
+        depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
+    """
+
+    train: Split
+    test: Split
+    classes: int
+    notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    depth: str = "8 bits"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """An image classification set, ready to train on.
+
+    Choices (learning rate, best epoch, early stopping) look at ``validation``; ``test`` is for
+    the final evaluation alone.
+
+    Attributes:
+        name: what it was loaded by.
+        classes: number of classes.
+        image_shape: channels, height and width of every image.
+        train: the training part.
+        validation: the part of the set's training part that was drawn for choices.
+        test: the test part.
+        mean: float32 (C,), of the training part's levels, divided by 255.
+        std: float32 (C,), of the same.
+        notes: sentences that a reader of the results should know.
+        names: of the classes, in order; empty where they have but numbers.
+        depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
+    """
+
+    name: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    train: Split
+    validation: Split
+    test: Split
+    mean: Tensor
+    std: Tensor
+    notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    depth: str = "8 bits"
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bring pixels to mean 0 and standard deviation 1, channel by channel.
+
+        Args:
+            images: of one of the set's parts, (N, C, H, W), on its device.
+
+        Returns:
+            float32 (N, C, H, W).
+        """
+        mean, std = self.mean[:, None, None], self.std[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The set on another device."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+        )
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, of levels that are divided by 255.
+
+    Neither depends on the number of threads. Those of 8 bits are exact, from counts of the levels.
+
+    Args:
+        images: uint8 or float32 (N, C, H, W) on the CPU, N at least 1.
+
+    Returns:
+        float32 (C,) twice. The deviation is at least one level, 1/255 (of float32, 2^-20 of the
+        largest): a constant channel must not turn the rounding of its mean into a signal.
+    """
+    channels = images.transpose(0, 1).flatten(1)
+    if images.is_floating_point():
+        return _statistics_of_floats(channels)
+    counts = torch.stack([torch.bincount(c, minlength=256) for c in channels]).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(dim=1, keepdim=True)
+    mean = (share * levels).sum(dim=1)
+    variance = (share * (levels - mean[:, None]) ** 2).sum(dim=1)
+    return mean.float(), variance.sqrt().clamp(min=1 / 255).float()
+
+
+def _statistics_of_floats(channels: Tensor) -> tuple[Tensor, Tensor]:
+    # By NumPy, which adds with one thread; in pieces, for they are of twice the size.
+    means, deviations = [], []
+    for levels in channels.numpy():
+        mean = levels.mean(dtype=np.float64)
+        pieces = np.split(levels, range(PIECE, levels.size, PIECE))
+        variance = sum(float(np.square(piece - mean).sum()) for piece in pieces) / levels.size
+        floor = float(np.abs(levels).max()) * 2.0**-20 or 1.0
+        means.append(float(mean) / 255)
+        deviations.append(max(variance**0.5, floor) / 255)
+    return torch.tensor(means), torch.tensor(deviations)

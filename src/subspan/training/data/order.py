@@ -1,0 +1,112 @@
+"""In which order samples come: a pure function of the seed and the epoch.
+
+Permutations are those of `subspan.philox`, so that splits and batches outlive the versions of
+every library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError
+from subspan.philox import Source
+from subspan.training.data.images import Split
+
+# The generator's domain of everything about data (the families of projections count from 0), and
+# its streams: which samples are held out for the test, which for validation, the batches, and where
+# shuffled labels go.
+DOMAIN = 200
+TEST, VALIDATION, BATCHES, LABELS = range(4)
+
+
+def permutation(
+    size: int, *, seed: int, stream: int, epoch: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A permutation of [0, size): int64 (size,)."""
+    shuffle = Source(seed, DOMAIN, stream).permutation(size, step=epoch)
+    return shuffle(torch.arange(size, device=device))
+
+
+def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[Split, Split]:
+    """Divide a split at random into a rest and ``fraction`` of it; both keep their order.
+
+    Raises:
+        SubspanError: ``fraction`` is not in [0, 1), or one of the two parts would be empty
+            although the other is asked for.
+    """
+    held = round(fraction * len(split)) if 0 <= fraction < 1 else -1
+    if held < 0 or held == len(split) or (held == 0 and fraction > 0):
+        raise SubspanError(
+            "the part to hold out must be a fraction in [0, 1) that leaves a sample on both "
+            f"sides, got {fraction:.3g} of {len(split)} samples: have more samples"
+        )
+    order = permutation(len(split), seed=seed, stream=stream)
+    return split.select(order[held:].sort().values), split.select(order[:held].sort().values)
+
+
+def steps_per_epoch(size: int, batch_size: int) -> int:
+    """How many batches there are in an epoch of ``size`` samples.
+
+    Raises:
+        SubspanError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise SubspanError(f"batch size must be at least 1, got {batch_size}")
+    return -(-size // batch_size)
+
+
+def batches(
+    size: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, float]]:
+    """One epoch of batches: the indices of their samples, and what their mean weighs.
+
+    The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
+    of equal parts of each. Only the last, smaller batch may not be divisible: some parts then have
+    one sample less, and their means weigh less, so that the average over the ranks of weight times
+    mean is the mean of the joint batch.
+
+    Args:
+        size: how many samples there are.
+        batch_size: samples of one step over all ranks, a multiple of ``world``.
+        seed: of the order, in [0, 2⁶⁴).
+        epoch: of the order, in [0, 2³²).
+        rank: this process, in [0, world).
+        world: number of processes.
+        device: where the indices are to be.
+
+    Returns:
+        An iterator over the indices, int64 (n,) with n at least 1, and the weight: the share of the
+        batch that this part is, times ``world``. It is 1 but for a last, smaller batch, and 0 for
+        the sample of a rank to which none is left.
+
+    Raises:
+        SubspanError: at the call, not at the first batch: a size or rank out of its range.
+    """
+    steps = steps_per_epoch(size, batch_size)
+    if batch_size % world:
+        raise SubspanError(
+            f"batch size must be a multiple of the number of processes, got {batch_size} for "
+            f"{world} processes: use {batch_size + -batch_size % world}"
+        )
+    if not 0 <= rank < world:
+        raise SubspanError(f"rank must be in [0, {world}), got {rank}")
+    order = permutation(size, seed=seed, stream=BATCHES, epoch=epoch, device=device)
+    wholes = (order[step * batch_size :][:batch_size] for step in range(steps))
+    return (_part(whole, rank, world) for whole in wholes)
+
+
+def _part(whole: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
+    size = len(whole)
+    own = whole[size * rank // world : size * (rank + 1) // world]
+    # Everyone takes part in a step, if only by a sample that weighs nothing.
+    return own if len(own) else whole[:1], len(own) * world / size

@@ -1,0 +1,188 @@
+"""Where a data set comes from: its name to a folder, the Hub, or scikit-learn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from subspan.errors import SubspanError, unknown
+from subspan.files import readable
+from subspan.training.data import cache, decode, pixels
+from subspan.training.data.images import ImageData, RawData, Split, statistics
+from subspan.training.data.order import TEST, VALIDATION, hold_out
+
+HUB = {
+    "cifar10": "uoft-cs/cifar10",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "mnist": "ylecun/mnist",
+}
+FORMAT = 3  # of the decoded tensors: a change of what decoding gives must change it
+
+
+def names() -> list[str]:
+    """Short names that `load` knows; it takes a folder and any name on the Hub besides."""
+    return sorted(["digits", *HUB])
+
+
+def load(
+    name: str,
+    *,
+    validation: float = 1 / 12,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resize: int | str | None = None,
+) -> ImageData:
+    """Load an image classification set.
+
+    The name is, in this order: a sub-folder of ``$SUBSPAN_DATA``, one of `names`, a local folder,
+    or a set on the Hugging Face Hub. Folders and Hub sets may have any layout that
+    ``datasets.load_dataset`` reads. A set without a test part gets one, which ``notes`` say: its
+    validation part if it has one (which is not used otherwise), else 1/6 of its images.
+
+    The first load decodes the set and keeps its tensors (see `cache.fetch`). A folder is decoded
+    again when a file in it changes; a Hub set stays at the revision first loaded, which its
+    ``notes`` tell, until its cache file is deleted, and so needs no network again.
+
+    Args:
+        name: which set.
+        validation: share of the set's training part that is held out for choices, in [0, 1).
+        seed: of the draw of that share.
+        device: where the tensors go.
+        image_column: where the images are, if it cannot be told from the columns' types and names.
+        label_column: where the labels are, likewise.
+        resize: what all images are resized to while they are decoded: 32, or "28x32", height x
+            width. None leaves them as they are; they must then have one size.
+
+    Raises:
+        SubspanError: there is no such set, it cannot be reached or read, or it is not one of
+            equally large, labelled images.
+    """
+    size = None if resize is None else decode.parse_size(resize)
+    identity, read = _find(name, image_column, label_column, size)
+    digest = hashlib.blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=8).hexdigest()
+    title = readable(Path(identity[0]).name)
+
+    def read_with_status() -> RawData:
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"reading {name}"):
+            return read()
+
+    raw = cache.fetch(f"{title}-{digest}", read_with_status)
+    train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
+    mean, std = statistics(train.images)
+    channels, height, width = train.images.shape[1:]
+    return ImageData(
+        name=name,
+        classes=raw.classes,
+        image_shape=(channels, height, width),
+        train=train,
+        validation=held_out,
+        test=raw.test,
+        mean=mean,
+        std=std,
+        notes=raw.notes,
+        names=raw.names,
+        depth=raw.depth,
+    ).to(device)
+
+
+def _find(
+    name: str, image_column: str | None, label_column: str | None, size: pixels.Size | None
+) -> tuple[list[Any], Callable[[], RawData]]:
+    """What identifies the set's content, as JSON can hold it, and the function that reads it."""
+    if not name:
+        raise unknown("data set", name, names())
+    columns = {"image_column": image_column, "label_column": label_column}
+    resized = [] if size is None else [size]
+    folder = _local_folder(name)
+    if folder:
+        read = partial(decode.read, str(folder), size=size, **columns)
+        return [*_contents(folder), columns, *resized], read
+    if name == "digits":
+        for column, asked in columns.items():
+            if asked is not None:
+                raise SubspanError(f"digits has no columns, got {column} {asked!r}: leave it out")
+        return [name, *resized], partial(_read_digits, size)
+    hub_name = HUB.get(name, name)
+    read = partial(_read_hub, name, hub_name, size=size, **columns)
+    return [hub_name, columns, *resized], read
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that a name stands for, if it is one."""
+    if data := os.environ.get("SUBSPAN_DATA"):
+        folder = Path(data).expanduser() / name
+        if re.fullmatch(r"\w[\w.-]*", name) and folder.is_dir():
+            return folder.resolve()
+    if name in names():
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if name[0] in "./~" or name.count("/") > 1:  # no name on the Hub looks like this
+        raise SubspanError(f"there is no data folder {name}: give the path of one that exists")
+    return None
+
+
+def _contents(folder: Path) -> list[Any]:
+    """The folder's path, and the name, size and time of change of every file in it."""
+    files = [
+        (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+        for stat in [path.stat()]
+    ]
+    return [str(folder), files]
+
+
+def _read_digits(size: pixels.Size | None) -> RawData:
+    """The 1,797 digits of 8x8 pixels in 16 grey levels that come with scikit-learn."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    levels = (digits.images * (255 / 16)).round().astype("uint8")
+    arrays = [pixels.to_array(Image.fromarray(image), size) for image in levels]
+    images = torch.from_numpy(np.stack(arrays)).unsqueeze(1)
+    every = Split(images, torch.from_numpy(digits.target).long())
+    train, test = hold_out(every, 0.2, seed=0, stream=TEST)
+    return RawData(train, test, classes=10)
+
+
+def _read_hub(name: str, hub_name: str, **decoding: Any) -> RawData:
+    """Read the newest revision of a set on the Hub, and note which it is."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        revision = HfApi().dataset_info(hub_name, timeout=10).sha
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise _not_on_hub(name, "it has no such set") from error
+    except Exception as error:  # no network: the client's versions raise other types
+        raise _not_on_hub(name, f"{type(error).__name__}: {error}") from error
+    raw = decode.read(hub_name, revision=revision, **decoding)
+    return replace(raw, notes=(f"{hub_name} at revision {revision}", *raw.notes))
+
+
+def _not_on_hub(name: str, cause: str) -> SubspanError:
+    message = f"no folder {name!r} was found, and the Hugging Face Hub gave no data set ({cause})"
+    if "/" in name:
+        return SubspanError(f"{message}: check the name and the network, or give a local folder")
+    remedy = f"give a local folder, or set SUBSPAN_DATA to a folder with {name}/ in it"
+    if there := os.environ.get("SUBSPAN_DATA"):
+        remedy += f", which {there} is not"
+    nearest = "" if name in HUB else f"{unknown('data set', name, names())}; "
+    return SubspanError(f"{nearest}{message}: {remedy}")

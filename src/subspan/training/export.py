@@ -1,0 +1,47 @@
+"""From coordinates back to an ordinary file of weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.files import refuse_what_is_no_file, write_atomically
+from subspan.layers import LowRank, ProductOfSums, merge
+from subspan.subspace import slots
+from subspan.subspace.model import SubspaceModel
+from subspan.training.evaluate import rebuild
+
+
+def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
+    """Write the merged weights of a checkpoint as a plain safetensors ``state_dict``.
+
+    It loads without subspan, by ``safetensors.torch.load_file`` and ``net.load_state_dict``. Tied
+    weights are there once, under their first name: a network with such needs ``strict=False``.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        SubspanError: if the checkpoint is unusable, or the file cannot be where it is to be.
+    """
+    refuse_what_is_no_file(out)
+    if Path(out).resolve() == Path(path).resolve():
+        raise SubspanError(f"{out} is the checkpoint itself: give another file name")
+    model, _ = rebuild(path)
+    if isinstance(model, SubspaceModel):
+        model = model.merge()
+    elif any(isinstance(module, LowRank | ProductOfSums) for module in model.modules()):
+        model = merge(model)
+    return write_weights(model, out)
+
+
+def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:
+    """Write a network's weights and buffers, tied ones once; returns the size in bytes."""
+    tensors = {slot.tensor: net.get_parameter(slot.tensor) for slot in slots.slots(net)}
+    state = {name: t.detach().contiguous() for name, t in tensors.items()}
+    state |= {name: b.contiguous() for name, b in slots.saved_buffers(net).items()}
+    return write_atomically(out, safetensors.torch.save(state))

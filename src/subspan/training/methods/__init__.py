@@ -1,0 +1,200 @@
+"""Methods of training through few numbers, one file each.
+
+Training, sweeps, reports and the command line know no method by name: they ask :func:`methods`.
+A file in this folder that makes an instance of :class:`Method` has added it
+(``docs/add-a-method.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from subspan.errors import SubspanError, unknown
+from subspan.subspace import slots
+from subspan.training.config import Run
+from subspan.training.own import load_remembered
+
+_registry: dict[str, Method] = {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method: a flag on the command line, a key in a YAML file."""
+
+    name: str
+    type: Any
+    help: str
+
+
+class Method(ABC):
+    """What a method does to a network, which optimizer it takes, and what it counts.
+
+    Args:
+        name: what people type.
+        help: one line on what it is and whose.
+    """
+
+    options: tuple[Option, ...] = ()
+    """Beyond the network, the data and the training."""
+    axis: str | None = None
+    """The option that a sweep varies: how many numbers are trained; None if it cannot."""
+    adapts = False
+    """Whether training finds out how many numbers there are, and the axis only steers it."""
+    averages_gradients = True
+    """Whether processes share work by averaging gradients (DDP); else the optimizer sees to it."""
+    evaluates = False
+    """Whether the optimizer's step evaluates the loss itself, by a closure."""
+
+    def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
+        self.name, self.help = name, help
+        if name in _registry:
+            raise TypeError(f"a method named {name!r} is registered already")
+        _registry[name] = self
+
+    @abstractmethod
+    def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
+        """Make a network trainable by this method, in place.
+
+        Args:
+            net: with its initial weights.
+            seed: of what the method draws.
+            options: of :attr:`options`, those that were given.
+
+        Returns:
+            The module whose parameters are trained; :func:`subspan.save` must know it.
+
+        Raises:
+            SubspanError: for options that do not fit the network.
+        """
+
+    @abstractmethod
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Learning rates worth trying with Adam and these options; the middle is the default."""
+
+    def optimizer(
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
+        steps: int, resume: Mapping[str, Any] | None,
+    ) -> Optimizer:  # fmt: skip
+        """The optimizer of what requires a gradient.
+
+        Args:
+            model: of :meth:`wrap`.
+            run: with the name of the optimizer, its rate and weight decay.
+            out: the run's folder, for methods that keep files of their own.
+            extra: what such files should say of the run.
+            steps: of the whole training.
+            resume: the optimizer's state where a run goes on, for such files; it is loaded
+                afterwards. None for a run that begins.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise SubspanError(f"method {self.name!r} leaves nothing to train in this network")
+        decay = run.training.weight_decay
+        if run.training.optimizer == "sgd":
+            return SGD(parameters, run.lr, momentum=0.9, weight_decay=decay)
+        return Adam(parameters, run.lr, weight_decay=decay)
+
+    def step(
+        self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """One step: by default forward, backward, and the optimizer's.
+
+        Args:
+            optimizer: of :meth:`optimizer`.
+            loss: evaluates the loss of a batch.
+            backward: in place of ``loss.backward()``: mixed precision has a say in it.
+
+        Returns:
+            The loss.
+        """
+        optimizer.zero_grad()
+        value = loss()
+        backward(value)
+        optimizer.step()
+        return value
+
+    def needs_processes(self, options: Mapping[str, Any]) -> bool:
+        """Whether in another number of processes a run would be another, beyond rounding."""
+        return False
+
+    def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """What else an epoch's row should say, after its last step: JSON values by name."""
+        return {}
+
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
+        """Whether what is trained so far may be the best epoch; the last one must."""
+        return True
+
+    def after_epoch(
+        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
+    ) -> nn.Module | None:
+        """Change what is trained from here on; called after each epoch but the last.
+
+        Args:
+            model: of :meth:`wrap`.
+            optimizer: of :meth:`optimizer`; it must know the new parameters afterwards.
+            run: its options, and how many epochs there are.
+            history: the rows of all epochs so far.
+
+        Returns:
+            The model, if it has other parameters now.
+        """
+        return None
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """The true counts of a trained model.
+
+        Returns:
+            ``trainable_parameters``; ``stored_parameters``, every number that inference needs
+            beyond seeds (buffers that training changed, too); ``weights``, all of the network, tied
+            ones once. A method may add ``counts``, other numbers by what they are called.
+        """
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights = sum(p.numel() for p in model.parameters())
+        stored = weights + sum(b.numel() for b in slots.saved_buffers(model).values())
+        return {
+            "trainable_parameters": trainable, "stored_parameters": stored, "weights": weights
+        }  # fmt: skip
+
+    def check(self, options: Iterable[str]) -> None:
+        """Refuse options that this method does not have."""
+        known = [option.name for option in self.options]
+        for name in options:
+            if name not in known:
+                if not known:
+                    raise SubspanError(f"method {self.name!r} has no options, got --{name}")
+                raise unknown(f"option of {self.name}", name, known)
+
+    def at(self, value: str) -> dict[str, Any]:
+        """The options of a point of a sweep, from a text of ``--dims``."""
+        return {} if self.axis is None else {self.axis: value}
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """All methods by name; those of the user's modules, too."""
+    load_remembered()
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(_registry)
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        SubspanError: if there is none, with the nearest names.
+    """
+    if name not in methods():
+        raise unknown("method", name, methods())
+    return methods()[name]

@@ -1,0 +1,25 @@
+"""Ordinary training of all weights: what every other method is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from subspan.training.methods import Method
+
+
+class Full(Method):
+    """All weights, trained and stored as they are."""
+
+    def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
+        """The network itself."""
+        return net
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Around Adam's usual 1e-3."""
+        return (3e-4, 1e-3, 3e-3)
+
+
+Full("full", "ordinary training of all weights")

@@ -1,0 +1,128 @@
+"""Fixed random subspaces, θ = θ₀ + P w (Li 2018, Minut 2023): a method per family of P."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.families import Projection, projections
+from subspan.subspace.model import SubspaceModel
+from subspan.training.methods import Method, Option
+
+PATTERNS = str | list[str] | None
+
+COMMON = (
+    Option("dim", int | str, "d, the coordinates in all; or 600+250: those of each compartment"),
+    Option(
+        "compartments", str | dict[str, int],
+        "global | layer | tensor | uniform:k, or {pattern: dimension}",
+    ),
+    Option("allocation", str, "how d is divided: by the sqrt of compartments' sizes, equal, size"),
+    Option("targets", PATTERNS, "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀"),
+    Option("exclude", PATTERNS, "parameters that keep θ₀, likewise"),
+    Option("train_fully", PATTERNS, "parameters to train and store as they are, likewise"),
+)  # fmt: skip
+
+# Minut's matrices that are kept, as methods of their own, so that a sweep may hold several of them
+# against what is generated: a full one of signs, sparse ones of ⌈D/√d⌉ nonzeros in every column.
+STORED = {
+    "stored-dense": {"of": "rademacher", "layout": "dense"},
+    "stored-coo": {"of": "sparse2full", "layout": "coo"},
+    "stored-csr": {"of": "sparse2full", "layout": "csr"},
+    "stored-csc": {"of": "sparse2full", "layout": "csc"},
+}
+
+
+class Subspace(Method):
+    """A :class:`SubspaceModel` with one family of projections, some of whose options may be set."""
+
+    axis = "dim"
+
+    def __init__(self, family: type[Projection], name: str = "", **preset: Any) -> None:
+        first_line = (family.__doc__ or "").partition("\n")[0]
+        plain = re.sub(r":\w+:|`", "", first_line)  # a terminal shows no markup
+        if preset:
+            plain = ", ".join(f"{key} {value}" for key, value in preset.items())
+        super().__init__(name or family.family, f"θ₀ + P w: {plain}")
+        self.preset = {"projection": family.family} | preset
+        self.options = COMMON + tuple(o for o in options_of(family) if o.name not in preset)
+
+    def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> SubspaceModel:
+        """Put the network into the subspace."""
+        dims = parse_dims(self.name, options)
+        given = {key: value for key, value in options.items() if key != "dim"}
+        return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Around 3/√d, so that steps have one length at every d.
+
+        Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
+        """
+        dims = parse_dims(self.name, options) or list(options["compartments"].values())
+        d = dims if isinstance(dims, int) else sum(dims)
+        return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in (1, 3, 9))
+
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """Coordinates, what is trained fully, and buffers that training changed."""
+        assert isinstance(model, SubspaceModel)
+        summary = model.summary()
+        buffers = sum(b.numel() for b in model.changed_buffers().values())
+        return {
+            "trainable_parameters": summary.trainable,
+            "stored_parameters": summary.trainable + buffers,
+            "weights": summary.weights,
+        }
+
+
+def options_of(family: type[Projection]) -> list[Option]:
+    """A family's own arguments as options, each with what the family's docstring says of it."""
+    kinds, shared = get_type_hints(family), {field.name for field in fields(Projection)}
+    return [
+        Option(field.name, kinds[field.name], _said_of(field.name, family))
+        for field in fields(family)
+        if field.init and field.name not in shared
+    ]
+
+
+def _said_of(argument: str, family: type) -> str:
+    """What the "Args:" of a class, or of the class that it derives from, say of an argument."""
+    for cls in family.__mro__:
+        pattern = rf"^ *{argument}: (.*?)(?=\n\n|\n *\w+: |\Z)"
+        if found := re.search(pattern, cls.__doc__ or "", re.DOTALL | re.MULTILINE):
+            return " ".join(found[1].split()).rstrip(".")
+    return f"of {family.family}"  # type: ignore[attr-defined]
+
+
+def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
+    """The option ``dim``: 750 → 750, "600+250" → [600, 250]; None where rules give the dimensions.
+
+    Raises:
+        SubspanError: for anything that is no positive integer or sum of such.
+    """
+    if "dim" not in options:
+        if isinstance(options.get("compartments"), Mapping):
+            return None
+        raise SubspanError(f"method {name!r} needs --dim, the number of coordinates")
+    text = str(options["dim"])
+    try:
+        dims = [int(part) for part in text.split("+")]
+    except ValueError:
+        dims = []
+    if not dims or min(dims) < 1:
+        raise SubspanError(
+            "dim must be a positive integer, or a sum such as 600+250 of those of the "
+            f"compartments, got {options['dim']!r}"
+        )
+    return dims if "+" in text else dims[0]
+
+
+for _family in projections().values():
+    Subspace(_family)
+for _name, _preset in STORED.items():
+    Subspace(projections()["stored"], _name, **_preset)

@@ -1,0 +1,117 @@
+"""What users bring along: a network, a task, by the name ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from subspan.errors import SubspanError, unknown
+
+IMPORTS = "SUBSPAN_IMPORT"  # the environment's variable: modules, separated by commas
+
+
+def load(name: str) -> None:
+    """Import a module of the user's, for what it adds to the registries.
+
+    Raises:
+        SubspanError: if there is none, or it fails: with the file and the line.
+    """
+    if re.fullmatch(r"\w+(\.\w+)*", name) is None:
+        raise SubspanError(f"--import needs a module as 'package.module', got {name!r}")
+    try:
+        _module(name, f"--import {name}")
+    except SubspanError:
+        raise
+    except Exception as error:
+        found = importlib.util.find_spec(name)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if found and frame.filename == found.origin]
+        place = (own or frames)[-1].filename, (own or frames)[-1].lineno
+        if isinstance(error, SyntaxError):
+            place = error.filename or place[0], error.lineno
+        raise SubspanError(
+            f"--import {name} fails in {place[0]}, line {place[1]}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def remember(modules: Iterable[str]) -> None:
+    """Put modules into the environment, from which other processes of this command have them."""
+    known = filter(None, os.environ.get(IMPORTS, "").split(","))
+    os.environ[IMPORTS] = ",".join(dict.fromkeys([*known, *modules]))
+
+
+def load_remembered() -> None:
+    """Import what ``--import`` named in the process that started this one."""
+    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        load(name)
+
+
+def _module(name: str, what: str) -> ModuleType:
+    # An installed command has its own folder first on sys.path, not the user's.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is the user's to see in full.
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise SubspanError(
+            f"{what}: there is no module {error.name!r} in {os.getcwd()} or among the installed "
+            "packages: run from the folder that holds it, or install it"
+        ) from error
+
+
+def call(kind: str, name: str, offered: Mapping[str, Any], asked: Iterable[str] = ()) -> Any:
+    """Import ``package.module`` and call ``function`` with what it asks for by name.
+
+    Args:
+        kind: what the function is to make, in errors.
+        name: ``package.module:function``; a class will do, too.
+        offered: arguments by name; the function gets those that it has.
+        asked: which of them a user gave, so that it must have them.
+
+    Raises:
+        SubspanError: if it cannot be found, or be called with these.
+    """
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
+    if match is None:
+        raise SubspanError(
+            f"expected a {kind} of your own as 'package.module:function', got {name!r}"
+        )
+    module_name, attribute = match.groups()
+    module = _module(module_name, f"{kind} {name!r}")
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise unknown(f"function of {module_name}", attribute, public)
+    function = getattr(module, attribute)
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise SubspanError(
+            f"{kind} {name!r}: expected a function or class that makes a {kind}, "
+            f"got {type(function).__name__}"
+        )
+    signature = inspect.signature(function)
+    for key in asked:
+        if key not in signature.parameters:
+            raise SubspanError(
+                f"{kind} {name!r} has no parameter {key}, its signature is {signature}: leave "
+                f"--{key} {offered[key]} out"
+            )
+    arguments = {key: value for key, value in offered.items() if key in signature.parameters}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        names = " and ".join(filter(None, [", ".join(list(offered)[:-1]), *list(offered)[-1:]]))
+        raise SubspanError(
+            f"{kind} {name!r} is called with {names} if it has them, and with nothing "
+            f"else, but its signature is {signature}: give the other arguments defaults"
+        ) from error
+    return function(**arguments)

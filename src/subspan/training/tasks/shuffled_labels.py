@@ -1,0 +1,48 @@
+"""Images with labels that say nothing of them: how many numbers does it take to remember?
+
+Source: Li, Farkhoor, Liu and Yosinski, ICLR 2018, section 3.2, after Zhang et al., ICLR 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from subspan.errors import SubspanError
+from subspan.training import data as sets
+from subspan.training.data.order import LABELS, permutation
+from subspan.training.score import Score
+from subspan.training.tasks.classification import Classification
+
+
+class ShuffledLabels(Classification):
+    """Training images whose labels have changed places; the score is the share remembered.
+
+    There is nothing to be told of other images, so that choices and the score at the end are of
+    the images that are trained on.
+    """
+
+    score = Score("training accuracy")
+
+
+def task(net: str = "mlp", data: str = "mnist", seed: int = 0) -> ShuffledLabels:
+    """Of --data mnist, or mnist[:5000]: of so many images, drawn by the seed like their labels.
+
+    Raises:
+        SubspanError: if there is no such set, or not so many images.
+    """
+    name, some, rest = data.partition("[:")
+    images = sets.load(name, validation=0, seed=seed)
+    total = len(images.train)
+    text = rest.removesuffix("]") if some else str(total)
+    if not text.isdecimal() or not 0 < int(text) <= total:
+        raise SubspanError(
+            f"{name} has {total:,} training images: expected {name}[:N] with N of 1 to that, "
+            f"got {data}"
+        )
+    count = int(text)
+    order = permutation(total, seed=seed, stream=LABELS)
+    chosen, labels = order[:count].sort().values, images.train.labels[order[:count]]
+    # Drawn in a random order, and the images sorted: each gets the label of any of them.
+    part = sets.Split(images.train.images[chosen], labels)
+    everything = replace(images, train=part, validation=part, test=part)
+    return ShuffledLabels(everything, net)

@@ -1,0 +1,122 @@
+"""What a module of the user's adds is there on the command line: ``--import module``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from subspan.errors import SubspanError
+from subspan.layers.atoms import Sum, atoms
+
+MINE = """
+from dataclasses import dataclass
+from subspan.families import Hash
+
+@dataclass(frozen=True)
+class Scaled(Hash, family="scaled"):
+    \"\"\"Hash of another scale.
+
+    Args:
+        gain: how much longer the columns are.
+    \"\"\"
+
+    gain: float = 1.0
+
+    def _matvec(self, w, step, start, stop):
+        return self.gain * super()._matvec(w, step, start, stop)
+
+    def _rmatvec(self, g, step, start, stop):
+        return self.gain * super()._rmatvec(g, step, start, stop)
+"""
+TWICE = "from subspan.families import Hash\nclass Again(Hash, family='hash'): pass\n"
+DIGITS = ("--net", "mlp", "--data", "digits", "--epochs", "1")
+
+
+def subspan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that a person gives in a folder of their own."""
+    environment = {k: v for k, v in os.environ.items() if k != "SUBSPAN_IMPORT"}
+    command = [sys.executable, "-m", "subspan.cli", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_projection_of_the_users_trains_with_its_own_option(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    how = ("--import", "mine", *DIGITS, "--method", "scaled", "--dim", "30")
+    for gain in ("1", "3"):
+        done = subspan(tmp_path, "train", *how, "--gain", gain, "--out", gain)
+        assert done.returncode == 0, done.stderr
+    records = [json.loads((tmp_path / gain / "record.json").read_text()) for gain in ("1", "3")]
+    assert records[1]["config"]["options"]["gain"] == 3.0
+    assert records[0]["history"] != records[1]["history"]
+    shown = subspan(tmp_path, "train", "--import=mine", "--help").stdout
+    assert "--gain" in shown
+    assert "how much longer the columns are" in " ".join(shown.split())
+
+
+def test_workers_of_a_sweep_have_it_too(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    how = ("--import", "mine", *DIGITS, "--methods", "scaled", "--dims", "10,30", "--jobs", "2")
+    done = subspan(tmp_path, "sweep", *how, "--baseline", "null", "--lrs", "0.1", "--out", "curve")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "curve" / "sweep.json").read_text())["rows"]
+    assert [row["dim"] for row in rows] == [10, 30]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1\nraise ValueError('no licence')\n", ["mine.py, line 2", "ValueError: no licence"]),
+        ("def f(:\n", ["mine.py, line 1", "SyntaxError"]),
+        (TWICE, ["mine.py, line 2", "'hash' is registered"]),
+        ("import nowhere.to_be_found\n", ["mine.py, line 1", "nowhere"]),
+    ],
+)  # fmt: skip
+def test_an_import_that_fails_is_named_and_nothing_is_written(tmp_path, source, words):
+    (tmp_path / "mine.py").write_text(source)
+    done = subspan(tmp_path, "train", "--import", "mine", *DIGITS, "--out", "out")
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in words), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.part", "mine:f", "", "../mine"])
+def test_an_import_that_is_no_module(tmp_path, name):
+    done = subspan(tmp_path, "doctor", "--import", name)
+    assert done.returncode == 2
+    assert "no module" in done.stderr or "needs a module" in done.stderr
+
+
+def test_a_second_registration_of_a_name_is_an_error():
+    from subspan.experiments import Experiment, experiments
+    from subspan.training.methods import methods
+
+    with pytest.raises(TypeError, match="'toeplitz' is registered already"):
+
+        class Again(Sum, kind="toeplitz"):
+            """A second one."""
+
+    with pytest.raises(TypeError, match="a method named 'full' is registered already"):
+        type(methods()["full"])("full", "a second one")
+    known = next(e for e in experiments().values() if isinstance(e, Experiment))
+    with pytest.raises(TypeError, match="is registered already"):
+        Experiment(**{name: getattr(known, name) for name in known.__dataclass_fields__})
+
+
+def test_a_projection_that_has_the_name_of_a_kind_is_refused(monkeypatch):
+    from subspan.families import base
+
+    monkeypatch.setitem(base._families, "toeplitz", base._families["hash"])
+    with pytest.raises(SubspanError, match="is a kind of atoms and a projection"):
+        atoms("toeplitz", 4, 4)
+
+
+def test_atoms_that_are_projections_have_the_projections_options():
+    assert atoms("sparse", 8, 8, p=4, s=2).projection.s == 2
+    with pytest.raises(SubspanError, match="option of projection 'sparse'"):
+        atoms("sparse", 8, 8, p=4, gain=2)
