@@ -10,10 +10,11 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.layers.atoms import Sum, atoms
+from subspan.training import own
 
 MINE = """
 from dataclasses import dataclass
-from subspan.families import Hash
+from subspan.families.hash import Hash
 
 @dataclass(frozen=True)
 class Scaled(Hash, family="scaled"):
@@ -31,7 +32,7 @@ class Scaled(Hash, family="scaled"):
     def _rmatvec(self, g, step, start, stop):
         return self.gain * super()._rmatvec(g, step, start, stop)
 """
-TWICE = "from subspan.families import Hash\nclass Again(Hash, family='hash'): pass\n"
+TWICE = "from subspan.families.hash import Hash\nclass Again(Hash, family='hash'): pass\n"
 DIGITS = ("--net", "mlp", "--data", "digits", "--epochs", "1")
 
 
@@ -76,20 +77,29 @@ def test_workers_of_a_sweep_have_it_too(tmp_path):
         ("import nowhere.to_be_found\n", ["mine.py, line 1", "nowhere"]),
     ],
 )  # fmt: skip
-def test_an_import_that_fails_is_named_and_nothing_is_written(tmp_path, source, words):
+def test_an_import_that_fails_is_named(tmp_path, monkeypatch, source, words):
     (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(SubspanError) as error:
+        own.load("mine")
+    assert all(word in str(error.value) for word in words), error.value
+    assert "mine" not in sys.modules
+
+
+def test_nothing_is_written_then(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\nraise ValueError('no licence')\n")
     done = subspan(tmp_path, "train", "--import", "mine", *DIGITS, "--out", "out")
     assert done.returncode == 2
-    assert all(word in done.stderr for word in words), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert "mine.py, line 2: ValueError: no licence" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["absent", "absent.part", "mine:f", "", "../mine"])
-def test_an_import_that_is_no_module(tmp_path, name):
-    done = subspan(tmp_path, "doctor", "--import", name)
-    assert done.returncode == 2
-    assert "no module" in done.stderr or "needs a module" in done.stderr
+def test_an_import_that_is_no_module(name):
+    with pytest.raises(SubspanError, match=r"no module|needs a module"):
+        own.load(name)
 
 
 def test_a_second_registration_of_a_name_is_an_error():

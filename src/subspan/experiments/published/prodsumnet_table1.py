@@ -7,8 +7,8 @@ Convnets) and Zhou 2015 (KFC).
 
 from typing import Any
 
+from subspan.bench.sums import BIAS, CONVOLUTIONS, DENSE
 from subspan.experiments import Experiment, Published
-from subspan.experiments.published.prodsumnet_lenet import BIAS, CONVOLUTIONS, DENSE
 from subspan.training.config import Sweep, Training
 
 # At most 34,152 numbers, what Adaptive Fastfood leaves of Caffe's LeNet: 25,570 of convolutions,
