@@ -1,5 +1,6 @@
 """The cache of what is derived from seeds."""
 
+import os
 import sys
 import threading
 
@@ -116,3 +117,15 @@ def test_memory_of_another_size_or_thread_is_not_lent_and_old_memory_goes():
     assert bool((here == 7).all())  # whoever has it keeps it
     assert len(rooms.take(1000)) == 1000
     assert rooms._rooms == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+def test_a_forked_process_writes_into_memory_of_its_own():
+    lent = Rooms(budget=100).take(50)
+    lent.fill_(1)
+    child = os.fork()
+    if child == 0:
+        lent.fill_(2)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert bool((lent == 1).all())

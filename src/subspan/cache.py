@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,23 @@ class Rooms(threading.local):
                 del self._rooms[place]
                 break
         else:
-            room = np.empty(size, np.uint8)
+            room = np.frombuffer(_pages(size), np.uint8)
         lent = room.view()  # torch holds on to this object as long as it uses the memory
         self._rooms.append((room, weakref.ref(lent)))
         while sum(room.nbytes for room, _ in self._rooms) > self.budget:
             self._rooms.pop(0)
         return torch.from_numpy(lent)
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Fresh memory from the system itself, which leaves no holes among what malloc keeps."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # on Windows
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork's are its own
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel that has none
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 rooms = Rooms(budget=1 << 26)
