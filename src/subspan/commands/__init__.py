@@ -1,1 +1,1 @@
-"""What the command line shows."""
+"""The command line, a file for each command; :mod:`subspan.cli` dispatches."""

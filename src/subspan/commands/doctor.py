@@ -1,4 +1,4 @@
-"""What works here: kernels, devices, the generator's known answers, versions."""
+"""``subspan doctor``: kernels, devices, the generator's known answers, versions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from subspan import kernels
+from subspan.commands.parsing import Arguments, make_parser, parse
+from subspan.errors import SubspanError
 from subspan.families import projection, projections
 from subspan.philox import philox4x32
 from subspan.training import records
@@ -69,3 +71,14 @@ def _products(name: str) -> Finding:
     return Finding(
         f"projection {name}", well, f"{kernel}: error {error:.0e}, adjoint {adjoint:.0e}"
     )
+
+
+def main(argv: Arguments) -> None:
+    """What works on this machine: kernels, devices, the generator's known answers, versions."""
+    from subspan.commands import console
+
+    parse(make_parser("doctor", main.__doc__), argv)
+    findings = examine()
+    console.diagnosis(findings)
+    if ill := [finding.subject for finding in findings if not finding.well]:
+        raise SubspanError(f"not well: {', '.join(ill)}")

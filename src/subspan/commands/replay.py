@@ -1,0 +1,27 @@
+"""``subspan replay``."""
+
+from __future__ import annotations
+
+from subspan.commands.parsing import Arguments, make_parser, parse
+
+
+def main(argv: Arguments) -> None:
+    """Rebuild the weights of any step from the journal of a training in random bases.
+
+    ``subspan train --method rbd --journal true`` writes one beside its record.
+    """
+    from subspan.training.replay import replay as rebuild_weights
+
+    parser = make_parser("replay", main.__doc__)
+    parser.add_argument("journal", type=str, help="the file")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="how many steps to make; null: all"
+    )
+    parser.add_argument("--out", type=str, default="weights.safetensors", help="the file to write")
+    parser.add_argument(
+        "--base", type=str | None, default=None,
+        help="a safetensors file of the initial weights, for a journal of your own training",
+    )  # fmt: skip
+    given = parse(parser, argv)
+    steps, size = rebuild_weights(given.journal, given.out, step=given.step, base=given.base)
+    print(f"{given.out}: the weights after {steps:,} steps, {size:,} bytes")

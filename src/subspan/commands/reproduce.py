@@ -1,0 +1,106 @@
+"""``subspan reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from subspan.commands.parsing import (
+    Arguments,
+    add_jobs,
+    add_log,
+    add_out,
+    make_parser,
+    parse,
+    show_sweep,
+    trackers_given,
+)
+from subspan.errors import SubspanError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def main(argv: Arguments) -> None:
+    """Run a published experiment, or all, and show published and measured side by side."""
+    from subspan.commands import console
+    from subspan.experiments import experiments
+    from subspan.experiments.everything import reproduce_all
+
+    listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
+    parser = make_parser("reproduce", main.__doc__, f"experiments:\n{listing}")
+    parser.add_argument(
+        "name", nargs="?", default=None,
+        help="one of the experiments below; all: one after the other, and one page of them all",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the experiments and end")
+    parser.add_argument(
+        "--budget", type=Literal["quick", "full"], default="quick",
+        help="quick ends within ten minutes on two cores; full is nearer to the published recipe, "
+        "with three seeds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", type=str | None, default=None,
+        help="a data set in place of the published one, as fashion_mnist in place of mnist",
+    )  # fmt: skip
+    add_jobs(parser)
+    add_log(parser)
+    add_out(parser, None)
+    given = parse(parser, argv)
+
+    if given.list or given.name is None:
+        console.listing([(e.name, e.title, e.source) for e in experiments().values()])
+        return
+    other = f"-{Path(given.data).name}" if given.data else ""
+    out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
+    if given.name != "all":
+        _reproduced(given.name, out, given)
+        return
+    if given.data is not None:
+        raise SubspanError("all experiments have data of their own: leave --data out")
+
+    def one(name: str, folder: Path) -> None:
+        console.say(f"\n{name}: {experiments()[name].title}")
+        _reproduced(name, folder, given)
+
+    page, missing = reproduce_all(out, one)
+    for sentence in missing:
+        console.say(sentence, style="red")
+    if page is None:
+        raise SubspanError("no experiment could be run: see above")
+    console.say(f"\npage of all: {page}")
+
+
+def _reproduced(name: str, out: Path, given: Namespace) -> None:
+    """Run one experiment and show what came of it."""
+    from subspan.bench import total as bench_total
+    from subspan.commands import console
+    from subspan.experiments import Timing, experiment
+    from subspan.experiments import reproduce as run_experiment
+    from subspan.sweeps.sweep import total_runs
+
+    chosen = experiment(name)
+    how = {
+        "budget": given.budget, "data": given.data, "overwrite": given.overwrite,
+        "backend": given.backend, "ray_address": given.ray_address, "log": trackers_given(given),
+    }  # fmt: skip
+    if isinstance(chosen, Timing):
+        with console.measuring(bench_total(chosen.bench(given.budget))) as done:
+            [record] = run_experiment(name, out, done=done, **how).values()
+        console.benched(record, [out / "bench.json", out / "bench.png"])
+        console.say(f"published: {chosen.source}")
+        return
+    # Where all are run, those whose runs are timed go one at a time.
+    jobs = 1 if chosen.timed and given.name == "all" else given.jobs
+    parts = chosen.parts(given.budget)
+    with console.runs(sum(map(total_runs, parts.values()))) as progress:
+        results = run_experiment(
+            name, out, jobs=jobs, on_run=progress, say=console.say, **how
+        )  # fmt: skip
+    for part, result in results.items():
+        if part:
+            console.say(f"\n{part}")
+        folder = out / part
+        show_sweep(result, [*sorted(folder.glob("curve.*")), folder / "report.html"])
+    if len(results) > 1:
+        console.say(f"\npicture of all: {out / 'summary.png'}")
