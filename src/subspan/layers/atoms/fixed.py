@@ -1,0 +1,105 @@
+"""Matrices without coefficients: identity, permutation, subsample, Hadamard."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from subspan.errors import SubspanError
+from subspan.layers.atoms.base import Sum
+
+
+class Fixed(Sum):
+    """One matrix, without a coefficient."""
+
+    p = 0
+
+
+class Selection(Fixed):
+    """Coordinates that are picked: row i of M is a row of the identity."""
+
+    def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self._picked(),)
+
+    def _picked(self) -> Tensor:
+        """(n,) of the columns picked, no two of them equal."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Nothing to choose."""
+        if self.n > self.m:
+            raise SubspanError(
+                f"{self.kind} picks from {self.m} coordinates, it cannot give {self.n}"
+            )
+        self.energy = float(self.n)
+        self.matrix_cost = self.n * self.m
+        self.apply_cost = self.n
+
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return x[..., constants[0]]
+
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return y.new_zeros(*y.shape[:-1], self.m).index_copy(-1, constants[0], y)
+
+
+class Identity(Fixed, kind="identity"):
+    """Ones on the diagonal: the first n coordinates, or zeros behind all m of them."""
+
+    def setup(self) -> None:
+        """Nothing to choose."""
+        self.energy = float(min(self.n, self.m))
+        self.matrix_cost = self.n * self.m
+        self.apply_cost = self.n
+
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return F.pad(x, (0, self.n - self.m))  # a negative padding cuts off
+
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return F.pad(y, (0, self.m - self.n))
+
+
+class Subsample(Selection, kind="subsample"):
+    """n of m coordinates at random, in order: pixels of an image."""
+
+    def _picked(self) -> Tensor:
+        order = self.source.permutation(self.m)(torch.arange(self.m))
+        return order[: self.n].sort().values
+
+
+class Permutation(Selection, kind="permutation"):
+    """All coordinates in another order."""
+
+    def setup(self) -> None:
+        """Nothing to choose."""
+        self._square()
+        super().setup()
+
+    def _picked(self) -> Tensor:
+        return self.source.permutation(self.m)(torch.arange(self.m))
+
+
+class Hadamard(Fixed, kind="hadamard"):
+    """The Walsh–Hadamard matrix of Sylvester's order over √n, by the fast transform."""
+
+    def setup(self) -> None:
+        """Nothing to choose."""
+        self._square()
+        if self.n & (self.n - 1):
+            raise SubspanError(f"{self.kind} needs a power of 2, got {self.n} × {self.m}")
+        self.energy = float(self.n)
+        self.matrix_cost = self.n * self.n
+        self.apply_cost = 2 * self.n * self.n.bit_length()
+
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        shape, size = x.shape, 1
+        while size < self.n:
+            first, second = x.reshape(-1, self.n // (2 * size), 2, size).unbind(2)
+            x = torch.stack([first + second, first - second], dim=2)
+            size *= 2
+        return x.reshape(shape) / math.sqrt(self.n)
+
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+        return self.apply(y, a)  # symmetric
