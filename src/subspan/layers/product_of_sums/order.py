@@ -1,0 +1,86 @@
+"""In which order a product of factors is formed: the one with the fewest multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from subspan.layers.atoms import Sum
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to form an interval of the chain F₁ … F_k x.
+
+    Attributes:
+        cost: multiply-adds.
+        text: what is done, in parentheses; a factor with a dot acts without its matrix.
+        way: "matrix" of one factor, "vectors" (x itself), "product" of two intervals, "apply" one
+            factor to what stands on its right, "apply_t" to what stands on its left.
+        vectors: whether x is in the interval.
+        at: the factor, of those that act or are a matrix.
+        left: the plan of the left part.
+        right: of the right one.
+    """
+
+    cost: int
+    text: str
+    way: str
+    vectors: bool = False
+    at: int = -1
+    left: Plan | None = None
+    right: Plan | None = None
+
+    def __str__(self) -> str:
+        """Say what is done, and how much that is."""
+        return f"{self.text}: {self.cost:,} multiply-adds"
+
+
+def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
+    """Find the cheapest order for the product of all factors, and of a batch if there is one.
+
+    Args:
+        sums: F₁ … F_k.
+        batch: vectors on the right; None for the matrix W alone.
+        offset: of the first of them among the layer's factors.
+    """
+    k = len(sums)
+    sizes = [s.n for s in sums] + [sums[-1].m] + ([] if batch is None else [batch])
+    last = k - (batch is None)
+    best: dict[tuple[int, int], Plan] = {
+        (i, i): Plan(s.matrix_cost, s.kind, "matrix", at=i + offset) for i, s in enumerate(sums)
+    }
+    best[k, k] = Plan(0, "x", "vectors", vectors=True)
+    for length in range(1, last + 1):
+        for i in range(last + 1 - length):
+            j = i + length
+            ways = []
+            for cut in range(i, j):
+                left, right = best[i, cut], best[cut + 1, j]
+                cost = sizes[i] * sizes[cut + 1] * sizes[j + 1] + left.cost + right.cost
+                text = f"({left.text} {right.text})"
+                ways.append(Plan(cost, text, "product", right.vectors, left=left, right=right))
+            right = best[i + 1, j]
+            # What is empty meets matrices only: transforms of nothing are an error.
+            if (own := sums[i].apply_cost) is not None and (batch != 0 or not right.vectors):
+                cost, text = own * sizes[j + 1] + right.cost, f"({sums[i].kind}· {right.text})"
+                ways.append(Plan(cost, text, "apply", right.vectors, i + offset, right=right))
+            if j < k and (own := sums[j].apply_cost) is not None:
+                left = best[i, j - 1]
+                cost, text = own * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
+                ways.append(Plan(cost, text, "apply_t", False, j + offset, left=left))
+            best[i, j] = ways[0]
+            for plan in ways:  # a loop, since torch.compile takes no min with a key
+                if plan.cost < best[i, j].cost:
+                    best[i, j] = plan
+    return best[0, last]
+
+
+def expected(size: int) -> int:
+    """Return a size, or the example of one that torch.export leaves open: every order is right."""
+    if isinstance(size, torch.SymInt):
+        example = size.node.hint
+        return 1 if example is None else int(example)
+    return size
