@@ -33,11 +33,30 @@ STORED = 3e12 / 4  # entries per second of a float32 matrix that is read at 3 TB
 KINDS = {
     "float": (128, ("FADD", "FMUL", "FFMA", "HFMA2")),
     "multiply": (64, ("IMAD",)),
-    "integer": (64, ("LOP3", "SHF", "IADD3", "VIADD", "LEA", "SGXT", "ISETP", "SEL", "I2FP",
-                     "FSETP", "FSEL", "PRMT", "PLOP3", "IMNMX", "VIMNMX", "MOV")),
+    "integer": (
+        64,
+        (
+            "LOP3",
+            "SHF",
+            "IADD3",
+            "VIADD",
+            "LEA",
+            "SGXT",
+            "ISETP",
+            "SEL",
+            "I2FP",
+            "FSETP",
+            "FSEL",
+            "PRMT",
+            "PLOP3",
+            "IMNMX",
+            "VIMNMX",
+            "MOV",
+        ),
+    ),
     "special": (16, ("MUFU", "I2F")),
     "memory": (32, ("LDG", "STG", "LDS", "STS", "SHFL", "LDC")),
-}  # fmt: skip
+}
 ISSUE = 128  # four schedulers, a warp of 32 each
 
 # kernel, entries that a thread makes in one pass of its inner loop

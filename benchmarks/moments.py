@@ -71,9 +71,12 @@ def main() -> None:
             found = []
             for seed in range(args.seeds):
                 training = Training(
-                    net="lenet5-caffe", data="mnist", epochs=args.epochs, batch_size=128,
+                    net="lenet5-caffe",
+                    data="mnist",
+                    epochs=args.epochs,
+                    batch_size=128,
                     optimizer=base,
-                )  # fmt: skip
+                )
                 run = Run(training, "dlrt-ratio", {"target_ratio": 0.945}, lr, seed)
                 with contextlib.ExitStack() as patches:
                     for name, function in functions.items():
@@ -82,16 +85,22 @@ def main() -> None:
             accuracy = [record["test_accuracy"] for record in found]
             rows.append(
                 {
-                    "base": base, "memory": rule, "lr": lr, "test_accuracy": accuracy,
-                    "mean": statistics.fmean(accuracy), "spread": statistics.pstdev(accuracy),
+                    "base": base,
+                    "memory": rule,
+                    "lr": lr,
+                    "test_accuracy": accuracy,
+                    "mean": statistics.fmean(accuracy),
+                    "spread": statistics.pstdev(accuracy),
                     "stored_parameters": [record["stored_parameters"] for record in found],
                 }
-            )  # fmt: skip
+            )
             print(base, rule, accuracy, flush=True)
     record = {
-        "epochs": args.epochs, "device": records.device_name(torch.device("cpu")),
-        "versions": records.versions(), "rows": rows,
-    }  # fmt: skip
+        "epochs": args.epochs,
+        "device": records.device_name(torch.device("cpu")),
+        "versions": records.versions(),
+        "rows": rows,
+    }
     write_atomically(args.out / "moments.json", json.dumps(record, indent=1).encode())
 
 

@@ -77,9 +77,12 @@ def measure(family: str, D: int, d: int, seconds: float, rate: float) -> dict[st
         p.rmatvec(g, rows=some)
         times.append(time.perf_counter() - start)
     return {
-        "family": family, "out_dim": D, "in_dim": d, "rows": len(some),
+        "family": family,
+        "out_dim": D,
+        "in_dim": d,
+        "rows": len(some),
         "seconds": float(np.median(times[1:])) * D / len(some),
-    }  # fmt: skip
+    }
 
 
 def pieces(D: int, size: int) -> list[range]:
@@ -170,8 +173,9 @@ def draw_adding(rows: list[dict[str, Any]], device: str) -> Figure:
         for n, d in enumerate(ADDING_DIMS):
             line = [
                 (row["out_dim"], row["dims"][str(d)][key]["median"] / row["add"]["median"])
-                for row in rows if str(d) in row["dims"]
-            ]  # fmt: skip
+                for row in rows
+                if str(d) in row["dims"]
+            ]
             axes.plot(*zip(*line, strict=True), marker="os^"[n], label=f"d = {d:,}")
         axes.axhline(1, color="0.3", linewidth=0.8)
         axes.set_xscale("log")
@@ -213,9 +217,10 @@ def draw(points: list[dict[str, Any]], device: str) -> Figure:
             found = exponents(of_family)
             fit = f"  D^{found[0]:.2f} d^{found[1]:.2f}" if found else ""
             axes.plot(
-                *zip(*line, strict=True), marker="os^DvPX"[n],
+                *zip(*line, strict=True),
+                marker="os^DvPX"[n],
                 label=family + (fit if number == 1 else ""),
-            ) if line else None  # fmt: skip
+            ) if line else None
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis_of in (axes.xaxis, axes.yaxis):
@@ -241,9 +246,11 @@ def main() -> None:
         "--parts", default="families,adding", help="families, adding or both, see above"
     )
     parser.add_argument(
-        "--seconds", type=float, default=4.0,
+        "--seconds",
+        type=float,
+        default=4.0,
         help="for one point's products; of adding for each product (five turns at least)",
-    )  # fmt: skip
+    )
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
     parser.add_argument("--most-weights", type=float, default=1e9, help="the largest D")
     given = parser.parse_args()
@@ -309,9 +316,10 @@ def measure_families(
                         flush=True,
                     )
                 [of_all] = [
-                    p["seconds"] for p in record["points"]
+                    p["seconds"]
+                    for p in record["points"]
                     if (p["family"], p["out_dim"], p["in_dim"]) == (family, D, d)
-                ]  # fmt: skip
+                ]
                 rates[D, d] = D / of_all
     figure = draw(record["points"], record["machine"]["device"])
     for name, content in (("png", pictures.png(figure)), ("svg", pictures.svg(figure))):

@@ -55,8 +55,10 @@ def main() -> None:
     foreign = {
         type(m).__name__ for m in net.modules() if not type(m).__module__.startswith("torch")
     }
-    print(f"handed over: {numbers:,} numbers, {accuracy(net, *test):.1f} %, "
-          f"modules that are not PyTorch's: {foreign or 'none'}")  # fmt: skip
+    print(
+        f"handed over: {numbers:,} numbers, {accuracy(net, *test):.1f} %, "
+        f"modules that are not PyTorch's: {foreign or 'none'}"
+    )
     print(net)
 
 

@@ -24,9 +24,13 @@ VARIANTS = {"turned": (1, 0), "upside-down": (2, 0), "mirrored": (0, 1)}  # righ
 def build() -> nn.Module:
     """The architecture. What its weights are at first does not matter: a seed says it."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
         nn.Linear(256, 10),
-    )  # fmt: skip
+    )
 
 
 def images(turns: int = 0, mirror: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,8 +90,10 @@ def main() -> None:
         net = variant.merge()
         digests[name] = digest(net)
         print(f"{name}: {before:.1f} % before, {accuracy(net, x, y):.1f} % with {size:,} bytes")
-    print(f"ten thousand such variants: {1e4 * size / 1e6:.0f} MB, with all their weights "
-          f"{1e4 * 4 * weights / 1e9:.1f} GB")  # fmt: skip
+    print(
+        f"ten thousand such variants: {1e4 * size / 1e6:.0f} MB, with all their weights "
+        f"{1e4 * 4 * weights / 1e9:.1f} GB"
+    )
 
     command = [sys.executable, __file__, *VARIANTS]
     rebuilt = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()

@@ -28,7 +28,7 @@ def build() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(64, 160), nn.ReLU(), nn.Linear(160, 240), nn.ReLU(), nn.Linear(240, 10)
-    )  # fmt: skip
+    )
 
 
 def train(name: str, model: nn.Module, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -69,8 +69,12 @@ def main() -> None:
     train(f"DDP, SubspaceModel of {DIM}", model, subspace, Adam(model.parameters(), lr=0.1))
 
     net = build()  # no DDP
-    train(f"RandomBases, {DIM} new directions a step", net, net,
-          RandomBases(net, DIM, lr=12.0, workers="shared"))  # fmt: skip
+    train(
+        f"RandomBases, {DIM} new directions a step",
+        net,
+        net,
+        RandomBases(net, DIM, lr=12.0, workers="shared"),
+    )
 
     dist.destroy_process_group()
 

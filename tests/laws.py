@@ -268,9 +268,14 @@ def redraws_are_unrelated(p: Projection) -> None:
 
 STEPS = (1, 2, 1 << 8, (1 << 32) - 1)
 ADDRESSES: list[dict[str, Any]] = [
-    {"seed": 6}, {"seed": 5 << 32}, {"seed": 5 + (1 << 32)}, {"seed": (1 << 64) - 1},
-    {"stream": 1}, {"stream": (1 << 24) - 1}, {"seed": 6, "stream": 1},
-]  # fmt: skip
+    {"seed": 6},
+    {"seed": 5 << 32},
+    {"seed": 5 + (1 << 32)},
+    {"seed": (1 << 64) - 1},
+    {"stream": 1},
+    {"stream": (1 << 24) - 1},
+    {"seed": 6, "stream": 1},
+]
 
 
 # ---- pure data -----------------------------------------------------------------------------------

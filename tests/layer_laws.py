@@ -273,8 +273,9 @@ def autocast_gives_the_type_that_it_gives_ordinary_layers(case: Case) -> None:
                     assert y.dtype == dense(x).dtype
                 loss = loss_of(y.to(dtype))
             assert_near(y.to(dtype), exact, TOLERANCES[half])
-            for p, g in zip(net.parameters(), torch.autograd.grad(loss, [*net.parameters()]),
-                            strict=True):  # fmt: skip
+            for p, g in zip(
+                net.parameters(), torch.autograd.grad(loss, [*net.parameters()]), strict=True
+            ):
                 assert g.dtype == p.dtype
                 assert g.isfinite().all()
 
@@ -352,9 +353,10 @@ def a_call_changes_nothing(case: Case) -> None:
         yield {n: t.detach().clone() for n, t in (*net.named_parameters(), *net.named_buffers())}
         for module in net.modules():
             yield {
-                name: value for name, value in vars(module).items()
+                name: value
+                for name, value in vars(module).items()
                 if name not in case.own and not name.startswith(("_parameters", "_buffers"))
-            }  # fmt: skip
+            }
         yield torch.get_rng_state()
 
     before = [*seen()]
@@ -419,8 +421,9 @@ def transforms_of_functions_are_right(case: Case) -> None:
         _, forwards = jvp(lambda v: run(v, x), (values,), (direction,))
     _, backwards = torch.autograd.functional.jvp(  # by two backward passes
         lambda *v: run(dict(zip(values, v, strict=True)), x),
-        tuple(values.values()), tuple(direction.values()),
-    )  # fmt: skip
+        tuple(values.values()),
+        tuple(direction.values()),
+    )
     assert_near(forwards, backwards)
 
 

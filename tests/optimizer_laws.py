@@ -88,9 +88,13 @@ def weights(net: nn.Module) -> Tensor:
 
 
 def train(
-    case: Case, net: nn.Module, optimizer: Any, steps: int = 1,
-    loss: Callable[[nn.Module], Tensor] = loss_of, between: Callable[[], Any] = lambda: None,
-) -> list[Any]:  # fmt: skip
+    case: Case,
+    net: nn.Module,
+    optimizer: Any,
+    steps: int = 1,
+    loss: Callable[[nn.Module], Tensor] = loss_of,
+    between: Callable[[], Any] = lambda: None,
+) -> list[Any]:
     """Make some steps as the optimizer wants them; returns what they return.
 
     Args:

@@ -21,9 +21,12 @@ def _work(rank: int, world: int, module: str, folder: str) -> None:
     os.chdir(folder)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=world,
         timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+    )
     scenarios = importlib.import_module(module).SCENARIOS
     torch.save({name: run(rank, world) for name, run in scenarios.items()}, f"{rank}.pt")
     os._exit(0)  # no farewell: its peers may be waiting

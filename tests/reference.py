@@ -13,9 +13,17 @@ from functools import cached_property
 WORD = 2**32
 SHUFFLE = (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1, 0x27D4EB2F)
 DOMAINS = {
-    "gaussian": 1, "rademacher": 2, "hash": 3, "orthogonal": 4, "fastfood": 5, "kronecker": 6,
-    "sparse": 7, "sparse-original": 8, "sparse2": 9, "sparse2full": 10,
-}  # fmt: skip
+    "gaussian": 1,
+    "rademacher": 2,
+    "hash": 3,
+    "orthogonal": 4,
+    "fastfood": 5,
+    "kronecker": 6,
+    "sparse": 7,
+    "sparse-original": 8,
+    "sparse2": 9,
+    "sparse2full": 10,
+}
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:

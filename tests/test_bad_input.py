@@ -305,11 +305,25 @@ def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):
 def test_ctrl_c_in_a_process(command, in_tmp_path):
     words = ["--dim", "9"] if command == "train" else ["--dims", "9,10", "--jobs", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "subspan.cli", command, "--net", NET, "--epochs", "9999",
-         *words, "--out", "run"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [
+            sys.executable,
+            "-m",
+            "subspan.cli",
+            command,
+            "--net",
+            NET,
+            "--epochs",
+            "9999",
+            *words,
+            "--out",
+            "run",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     record = Path("run/record.json") if command == "train" else None
     while not (record or next(Path("run").glob("runs/*/record.json"), Path("no"))).exists():
         assert process.poll() is None
@@ -321,8 +335,9 @@ def test_ctrl_c_in_a_process(command, in_tmp_path):
     if command == "train":
         assert re.fullmatch(
             r"\nsubspan train: stopped after [\d,]+ of [\d,]+ steps; to go on: subspan train "
-            r"--resume --out run\n", err,
-        )  # fmt: skip
+            r"--resume --out run\n",
+            err,
+        )
     else:
         assert err == f"\nsubspan {command}: interrupted; what was complete is kept\n"
     name = "record.json" if command == "train" else "sweep.json"

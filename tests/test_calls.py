@@ -52,9 +52,14 @@ def test_the_layout_sees_all_that_gives_coordinates_a_meaning():
         return calls.layout([part], family, seed, options)
 
     others = [
-        digest(dim=5), digest(stop=8), digest(tensor="v"), digest(family="hash"), digest(seed=1),
-        digest(s=3), digest(s=4),
-    ]  # fmt: skip
+        digest(dim=5),
+        digest(stop=8),
+        digest(tensor="v"),
+        digest(family="hash"),
+        digest(seed=1),
+        digest(s=3),
+        digest(s=4),
+    ]
     assert len({digest(), *others}) == 8
     text = b'["sparse", 0, {}, [[4, [["t", 0, 9], ["u", 1, 3]]]]]'  # a part of the file format
     assert digest() == hashlib.sha256(text).hexdigest()[:32]

@@ -151,10 +151,19 @@ class LeNet(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(400, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, 10),
+        )
 
 
 class Deep(nn.Sequential):
@@ -208,8 +217,11 @@ def test_another_process_with_other_threads_restores_every_bit(tmp_path):
     code = CODE.format(threads=1 if torch.get_num_threads() > 1 else 2)
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert run.stdout.splitlines() == here
 
 
@@ -228,9 +240,17 @@ def test_one_sorted_metadata_key_and_the_same_bytes_each_time(tmp_path):
     assert list(metadata) == ["subspan"]
     assert metadata["subspan"] == json.dumps(header, sort_keys=True, separators=(",", ":"))
     assert list(header) == [
-        "digest", "extra", "fingerprint", "format", "init_seed", "kind", "layout", "parameters",
-        "recipe", "weights",
-    ]  # fmt: skip
+        "digest",
+        "extra",
+        "fingerprint",
+        "format",
+        "init_seed",
+        "kind",
+        "layout",
+        "parameters",
+        "recipe",
+        "weights",
+    ]
     assert (header["format"], header["kind"], header["init_seed"]) == (1, "subspace", None)
 
 
@@ -243,11 +263,17 @@ GOLDEN = {
     "kind": "subspace",
     "layout": "f281062db8914bdd696055b0ea52c807",
     "recipe": {
-        "allocation": "sqrt", "compartments": "global", "dim": 3, "exclude": None,
-        "projection": "hash", "seed": 4, "targets": None, "train_fully": None,
+        "allocation": "sqrt",
+        "compartments": "global",
+        "dim": 3,
+        "exclude": None,
+        "projection": "hash",
+        "seed": 4,
+        "targets": None,
+        "train_fully": None,
     },
     "weights": 8,
-}  # fmt: skip
+}
 
 
 def test_a_golden_header(tmp_path):

@@ -186,13 +186,30 @@ def test_what_is_given_must_make_a_network(tmp_path):
 # ---- forgeries: the digest is right, the content is not ------------------------------------------
 
 RECIPES = [
-    {"projection": "nothing"}, {"projection": []}, {"unknown": 3}, {"s": 4}, {"net": 1},
-    {"dim": "12"}, {"dim": 10**9}, {"dim": [12, 1]}, {"dim": None}, {"seed": -1}, {"seed": "a"},
-    {"allocation": []}, {"allocation": "x"}, {"compartments": 5}, {"compartments": [1]},
-    {"compartments": [["(", 3]]}, {"compartments": "uniform:9999999"}, {"targets": 5},
-    {"targets": [3]}, {"targets": "x"}, {"train_fully": {"a": 1}}, {"exclude": ".*"},
+    {"projection": "nothing"},
+    {"projection": []},
+    {"unknown": 3},
+    {"s": 4},
+    {"net": 1},
+    {"dim": "12"},
+    {"dim": 10**9},
+    {"dim": [12, 1]},
+    {"dim": None},
+    {"seed": -1},
+    {"seed": "a"},
+    {"allocation": []},
+    {"allocation": "x"},
+    {"compartments": 5},
+    {"compartments": [1]},
+    {"compartments": [["(", 3]]},
+    {"compartments": "uniform:9999999"},
+    {"targets": 5},
+    {"targets": [3]},
+    {"targets": "x"},
+    {"train_fully": {"a": 1}},
+    {"exclude": ".*"},
     {"train_fully": ".*"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change", RECIPES, ids=str)
@@ -211,12 +228,21 @@ def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "other"}, {"kind": None}, {"kind": []}, {"recipe": None}, {"recipe": []},
-        {"weights": "many"}, {"init_seed": "a"}, {"init_seed": -1}, {"fingerprint": 3},
-        {"layout": "0" * 32}, {"layout": None}, {"extra": []},
+        {"kind": "other"},
+        {"kind": None},
+        {"kind": []},
+        {"recipe": None},
+        {"recipe": []},
+        {"weights": "many"},
+        {"init_seed": "a"},
+        {"init_seed": -1},
+        {"fingerprint": 3},
+        {"layout": "0" * 32},
+        {"layout": None},
+        {"extra": []},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
     header, tensors = save(tmp_path / "m")
     write(tmp_path / "m", header | change, tensors)
@@ -242,7 +268,7 @@ def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
         | {"body.norm.running_var": torch.ones(1)},
     ],
     ids=lambda tensors: str({n: list(t.shape) for n, t in tensors.items()}),
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_refused(tensors, tmp_path):
     header, _ = save(tmp_path / "m", "cnn", train_fully="head.bias")
     write(tmp_path / "m", header, tensors)

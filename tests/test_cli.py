@@ -174,8 +174,11 @@ def test_sweep(in_tmp_path, cli):
     assert set(found["baseline"]["tried_lrs"]) == {"0.01", "0.001"}
     lines = said.out.splitlines()
     assert [line.partition(":")[0].removesuffix("-seed0") for line in lines[:4]] == [
-        "hash-dim6+20-lr0.3", "hash-dim5-lr0.3", "full-lr0.001", "full-lr0.01"
-    ]  # fmt: skip
+        "hash-dim6+20-lr0.3",
+        "hash-dim5-lr0.3",
+        "full-lr0.001",
+        "full-lr0.01",
+    ]
     assert lines[-3].startswith("intrinsic dimension of hash, 90 % of the baseline: ")
     assert lines[-2:] == ["picture: run/curve.png", "report: run/report.html"]
     assert all(line.strip() and line.isprintable() for line in lines)

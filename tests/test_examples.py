@@ -25,8 +25,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path) -> Callable[[str], str]:
     """What an example prints, on both streams; warnings are errors, and no cache is the user's."""
     env = os.environ | {
-        "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", "SUBSPAN_CACHE": str(place / "cache"),
-    }  # fmt: skip
+        "PYTHONWARNINGS": "error",
+        "OMP_NUM_THREADS": "1",
+        "SUBSPAN_CACHE": str(place / "cache"),
+    }
 
     def printed(name: str) -> str:
         *command, line = table()[name]

@@ -109,9 +109,12 @@ CASES = {  # of networks that train as in one process
 
 def model_of(case):
     name, options = CASES[case]
-    return wrap(name, options.get("compartments", "global"), torch.float64, **{
-        k: v for k, v in options.items() if k != "compartments"
-    })  # fmt: skip
+    return wrap(
+        name,
+        options.get("compartments", "global"),
+        torch.float64,
+        **{k: v for k, v in options.items() if k != "compartments"},
+    )
 
 
 def trained(rank, world, case, way, large):
@@ -179,10 +182,15 @@ def reads(rank, world):
     listed, state = listed_by(dict(net[2].named_parameters())), listed_by(net[2].state_dict())
     (model(rows(joint("mlp"), rank, world)).square().mean() + penalty(net)).backward()
     return {
-        "weights": found, "kinds": kinds, "handle": listed_by(model.weights()),
-        "gradient": [w.grad for w in model.coordinates.values()], "parameters": listed,
-        "state": state, "keys": list(net.state_dict()), "local": net[0].weight.to_local().shape,
-    }  # fmt: skip
+        "weights": found,
+        "kinds": kinds,
+        "handle": listed_by(model.weights()),
+        "gradient": [w.grad for w in model.coordinates.values()],
+        "parameters": listed,
+        "state": state,
+        "keys": list(net.state_dict()),
+        "local": net[0].weight.to_local().shape,
+    }
 
 
 def listed_by(tensors):
@@ -689,13 +697,25 @@ def test_training_is_that_of_one_process_on_the_joint_batch(ranks, scenario):
 @pytest.mark.parametrize(
     "scenario",
     [
-        "resharded", "resharded, small", "never resharded", "resharded to two", "in part",
-        "two dimensions", "offloaded",
-        "checkpointed", "checkpointed, reentrant", "checkpointed inside",
-        "checkpointed inside, large", "methods", "ignored", "assigned", "frozen", "compiled model",
+        "resharded",
+        "resharded, small",
+        "never resharded",
+        "resharded to two",
+        "in part",
+        "two dimensions",
+        "offloaded",
+        "checkpointed",
+        "checkpointed, reentrant",
+        "checkpointed inside",
+        "checkpointed inside, large",
+        "methods",
+        "ignored",
+        "assigned",
+        "frozen",
+        "compiled model",
         "compiled layers",
     ],
-)  # fmt: skip
+)
 def test_so_it_is_with_whatever_fsdp_can_do(ranks, scenario):
     alone = train(mlp(), joint("mlp"))
     for rank in ranks:

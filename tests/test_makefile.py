@@ -21,9 +21,7 @@ def make(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
 
     def run(*words):
-        return subprocess.run(
-            ["make", "-C", str(tmp_path), *words], capture_output=True, text=True
-        )  # fmt: skip
+        return subprocess.run(["make", "-C", str(tmp_path), *words], capture_output=True, text=True)
 
     return run
 

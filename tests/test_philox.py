@@ -33,14 +33,23 @@ lengths = st.integers(0, 300)
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000",
-         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            "00000000 00000000 00000000 00000000",
+            "00000000 00000000",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_known_answers_of_random123(counter: str, key: str, answer: str) -> None:
     c, k, expected = ([int(word, 16) for word in text.split()] for text in (counter, key, answer))
     c0, c1, c2, c3 = (torch.tensor(word) for word in c)
@@ -125,12 +134,22 @@ def test_every_part_of_the_address_matters() -> None:
     drawn = [
         Source(seed, domain, stream).sequence(0, 64, column=column, step=step)
         for seed, domain, stream, column, step in [
-            (0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (1 << 32, 0, 0, 0, 0), ((1 << 32) + 1, 0, 0, 0, 0),
-            (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0, 0, 0, 2**8, 0),
-            (0, 0, 0, 0, 2**8), (0, 255, 2**24 - 1, 0, 0), (2**64 - 1, 0, 0, 0, 0),
-            (0, 0, 0, 2**32 - 1, 0), (0, 0, 0, 0, 2**32 - 1),
+            (0, 0, 0, 0, 0),
+            (1, 0, 0, 0, 0),
+            (1 << 32, 0, 0, 0, 0),
+            ((1 << 32) + 1, 0, 0, 0, 0),
+            (0, 1, 0, 0, 0),
+            (0, 0, 1, 0, 0),
+            (0, 0, 0, 1, 0),
+            (0, 0, 0, 0, 1),
+            (0, 0, 0, 2**8, 0),
+            (0, 0, 0, 0, 2**8),
+            (0, 255, 2**24 - 1, 0, 0),
+            (2**64 - 1, 0, 0, 0, 0),
+            (0, 0, 0, 2**32 - 1, 0),
+            (0, 0, 0, 0, 2**32 - 1),
         ]
-    ]  # fmt: skip
+    ]
     for i, one in enumerate(drawn):
         for other in drawn[:i]:
             assert (one == other).sum() <= 1
@@ -279,10 +298,18 @@ def test_a_vector_of_columns_gives_permutations_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("seed", -1), ("seed", 1 << 64), ("seed", 1.0), ("seed", True), ("seed", "0"),
-        ("domain", -1), ("domain", 1 << 8), ("stream", -1), ("stream", 1 << 24), ("stream", None),
+        ("seed", -1),
+        ("seed", 1 << 64),
+        ("seed", 1.0),
+        ("seed", True),
+        ("seed", "0"),
+        ("domain", -1),
+        ("domain", 1 << 8),
+        ("stream", -1),
+        ("stream", 1 << 24),
+        ("stream", None),
     ],
-)  # fmt: skip
+)
 def test_addresses_out_of_range_are_refused(name: str, value: object) -> None:
     address: dict[str, Any] = {"seed": 0, "domain": 1} | {name: value}
     with pytest.raises(SubspanError, match=rf"^{name} must be an integer in \[0, 2\^\d+\), got"):

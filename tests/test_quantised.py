@@ -22,10 +22,13 @@ BITSANDBYTES = ("nf4", "nf4-plain", "fp4", "int8")
 TORCHAO = ("torchao-int8", "torchao-int4")
 KINDS = BITSANDBYTES + TORCHAO
 KIND_NAMES = {
-    "nf4": "bitsandbytes-nf4", "nf4-plain": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4",
-    "int8": "bitsandbytes-int8", "torchao-int8": "torchao-Int8Tensor",
+    "nf4": "bitsandbytes-nf4",
+    "nf4-plain": "bitsandbytes-nf4",
+    "fp4": "bitsandbytes-fp4",
+    "int8": "bitsandbytes-int8",
+    "torchao-int8": "torchao-Int8Tensor",
     "torchao-int4": "torchao-IntxUnpackedToInt8Tensor",
-}  # fmt: skip
+}
 NEEDS_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes (43 MB)"
 NEEDS_TORCHAO = "torchao is not installed: pip install torchao (4 MB)"
 
@@ -57,9 +60,10 @@ def quantise(net, kind, names=("fc", "out")):
     if kind in TORCHAO:
         configs = pytest.importorskip("torchao.quantization", reason=NEEDS_TORCHAO)
         config = (
-            configs.Int8WeightOnlyConfig() if kind == "torchao-int8"
+            configs.Int8WeightOnlyConfig()
+            if kind == "torchao-int8"
             else configs.IntxWeightOnlyConfig(torch.int4)
-        )  # fmt: skip
+        )
         configs.quantize_(net, config, filter_fn=lambda _, path: path in names)
         return net
     bnb = pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
@@ -207,9 +211,10 @@ def test_a_layer_computes_in_its_own_precision_or_in_that_of_autocast():
 
 def dense_tensors():
     return [
-        t for t in gc.get_objects()
+        t
+        for t in gc.get_objects()
         if type(t) is torch.Tensor and t.is_floating_point() and t.shape in ((96, 64), (32, 96))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,9 +469,13 @@ def test_functional_calls(kind):
 def test_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     network(kind)  # skips where the library is missing
@@ -539,8 +548,9 @@ def test_quantised_layers_that_are_not_trained_stay_as_they_are(kind, tmp_path):
 def test_flags_say_nothing_of_weights_that_cannot_require_a_gradient():
     net = network("nf4").requires_grad_(False)
     assert [row.tensor for row in SubspaceModel(net, 20).summary().rows if row.coordinates] == [
-        "fc.weight", "out.weight"
-    ]  # fmt: skip
+        "fc.weight",
+        "out.weight",
+    ]
 
 
 def test_layers_that_bitsandbytes_has_not_quantised_are_refused():

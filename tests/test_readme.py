@@ -20,9 +20,12 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     [name] = re.findall(r'from_pretrained\("(.*?)"\)', code)
     monkeypatch.chdir(tmp_path)
     tiny = transformers.BertConfig(
-        vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=1000,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         intermediate_size=64,
-    )  # fmt: skip
+    )
     transformers.BertModel(tiny).save_pretrained(name)
     exec(code, {"__name__": "readme"})
     head = 2 * 33
@@ -75,9 +78,11 @@ def test_the_guide_to_tasks(tmp_path, monkeypatch):
     (tmp_path / "guide_to_tasks.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = Sweep(
-        Training(task="guide_to_tasks:waves", epochs=40, batch_size=20), dims=("3", "10"),
-        lrs=(0.3,), baseline_lrs=(0.03,),
-    )  # fmt: skip
+        Training(task="guide_to_tasks:waves", epochs=40, batch_size=20),
+        dims=("3", "10"),
+        lrs=(0.3,),
+        baseline_lrs=(0.03,),
+    )
     result = sweep(config, tmp_path / "out", jobs=1)
     assert result["failed"] == []
     assert result["baseline"]["mean_test_score"] < 0.1

@@ -116,10 +116,17 @@ def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.tensor(1.5), torch.ones(0, 3), torch.ones(2, 3).T, torch.ones(2, dtype=torch.bfloat16),
-     torch.tensor([True, False]), torch.tensor(3), torch.ones(2, dtype=torch.complex64)],
+    [
+        torch.tensor(1.5),
+        torch.ones(0, 3),
+        torch.ones(2, 3).T,
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.tensor(3),
+        torch.ones(2, dtype=torch.complex64),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_any_tensor_has_a_digest(tensor):
     assert slots.digest({"x": tensor}) == slots.digest({"x": tensor.clone().contiguous()})
     assert len(slots.digest({"x": tensor})) == 32

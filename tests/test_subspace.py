@@ -252,8 +252,10 @@ def test_buffers_belong_to_the_network():
     for _ in range(2):  # at w = 0: both see the same activations
         model(x), plain(x)
     assert set(model.changed_buffers()) == {
-        "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"
-    }  # fmt: skip
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
     for net in (model.merge(), model.unwrap()):
         assert torch.equal(net.norm.running_var, plain.norm.running_var)
         assert net.norm.num_batches_tracked == 2
@@ -277,8 +279,10 @@ def test_targets_exclude_and_train_fully():
         "cnn", targets=["conv", r"norm\..*", "head.bias"], exclude=["bias"], train_fully="head"
     )
     assert {n for n, _ in model.named_parameters()} == {
-        "coordinates.global", "body.head.weight", "body.head.bias"
-    }  # fmt: skip
+        "coordinates.global",
+        "body.head.weight",
+        "body.head.bias",
+    }
     assert torch.equal(model(x), plain(x))
     fit(model, x)
     merged = model.merge()

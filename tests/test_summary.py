@@ -25,8 +25,9 @@ def test_rows_say_what_becomes_of_each_tensor():
 def test_tensors_of_one_compartment_share_its_coordinates():
     summary = raw(dim=7).summary()
     assert [(r.compartment, r.coordinates) for r in summary.rows if r.compartment == "global"] == [
-        ("global", 7), ("global", 7)
-    ]  # fmt: skip
+        ("global", 7),
+        ("global", 7),
+    ]
     assert summary.trainable == 11
 
 

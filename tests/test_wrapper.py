@@ -82,8 +82,10 @@ def test_a_state_of_another_model_is_refused(change, message):
     inside = {f"0.{key}": value for key, value in other.items()}
     model = wrap("mlp")
     for loader, state in (
-        (model, other), (copy.deepcopy(model), other), (nn.Sequential(model), inside)
-    ):  # fmt: skip
+        (model, other),
+        (copy.deepcopy(model), other),
+        (nn.Sequential(model), inside),
+    ):
         with pytest.raises(SubspanError, match=message):
             loader.load_state_dict(state)
         assert torch.equal(model(batch("mlp")), build("mlp")(batch("mlp")))
@@ -122,8 +124,10 @@ def test_signature_arguments_and_results_are_the_networks_own():
     model, plain, x = SubspaceModel(Talker(), 5), Talker(), torch.ones(2, 3)
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert list(inspect.signature(copy.deepcopy(model).forward).parameters) == [
-        "pixels", "labels", "scale"
-    ]  # fmt: skip
+        "pixels",
+        "labels",
+        "scale",
+    ]
     out = model(x, labels=1.0, scale=2.0)
     assert out.keys() == {"logits", "loss"}
     assert torch.equal(model(pixels=x, scale=2.0)["logits"], out["logits"])

@@ -40,10 +40,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     "lowrank": {"extra": dict, "weights": int, "ranks": dict},
     "product-of-sums": {"extra": dict, "weights": int, "ranks": dict, "sums": dict},
     "subspace": {
-        "extra": dict, "weights": int, "recipe": dict, "init_seed": (int, NoneType),
-        "fingerprint": str, "layout": str,
+        "extra": dict,
+        "weights": int,
+        "recipe": dict,
+        "init_seed": (int, NoneType),
+        "fingerprint": str,
+        "layout": str,
     },
-}  # fmt: skip
+}
 
 Net = nn.Module | Callable[[], nn.Module]
 
@@ -293,9 +297,11 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _wrapped(
-    path: str | os.PathLike[str], net: nn.Module, header: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-) -> SubspaceModel:  # fmt: skip
+) -> SubspaceModel:
     """The model of a recipe, if this is its network."""
     try:
         # Files from before padding rows were kept say nothing of them.
@@ -309,9 +315,11 @@ def _wrapped(
 
 
 def _take_buffers(
-    path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    model: SubspaceModel,
+    header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """Accept a network whose buffers have changed (by training, before unwrap()) if all are here.
 
     Raises:

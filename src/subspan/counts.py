@@ -86,9 +86,7 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
     published = {}
     if factored:
         inside = {id(p) for layer in factored for p in layer.parameters()}
-        matrices = sum(
-            p.numel() for p in net.parameters() if id(p) not in inside and p.dim() > 1
-        )  # fmt: skip
+        matrices = sum(p.numel() for p in net.parameters() if id(p) not in inside and p.dim() > 1)
         published = {
             "'params eval' of Schotthöfer 2022": sum(r * (n + 1) for n, _, r in sizes) + matrices,
             "'params train' of Schotthöfer 2022": sum(

@@ -112,9 +112,14 @@ class Source:
         return philox4x32((c0, c1, c2, c3), self.key)
 
     def _calls(
-        self, start: int, stop: int, per_call: int, column: Tensor | int, step: Tensor | int,
+        self,
+        start: int,
+        stop: int,
+        per_call: int,
+        column: Tensor | int,
+        step: Tensor | int,
         device: torch.device | str,
-    ) -> Words:  # fmt: skip
+    ) -> Words:
         """The calls that cover positions [start, stop), with ``per_call`` positions in each."""
         first, last = start // per_call, -(-stop // per_call)
         if last > 1 << 32:
@@ -128,9 +133,14 @@ class Source:
         return self.words(index, column, step)
 
     def sequence(
-        self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
+        self,
+        start: int,
+        stop: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
         device: torch.device | str = "cpu",
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         r"""Words start … stop−1: word n is word n mod 4 of call n div 4.
 
         Returns:
@@ -140,9 +150,14 @@ class Source:
         return call[start % 4 :][: stop - start]
 
     def signbits(
-        self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
+        self,
+        start: int,
+        stop: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
         device: torch.device | str = "cpu",
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         r"""Bits start … stop−1: bit n is bit n mod 32 of word (n mod 128) div 32 of call n div 128.
 
         Returns:
@@ -154,17 +169,29 @@ class Source:
         return bits[start % 128 :][: stop - start]
 
     def signs(
-        self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> Tensor:  # fmt: skip
+        self,
+        start: int,
+        stop: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """:meth:`signbits` as +1 and −1."""
         bits = self.signbits(start, stop, column=column, step=step, device=device)
         return (1 - 2 * bits).to(dtype)
 
     def uniforms(
-        self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> Tensor:  # fmt: skip
+        self,
+        start: int,
+        stop: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """(2 (word div 2⁹) + 1) / 2²⁴: 24 bits, inside (0, 1), symmetric about ½.
 
         Both u and 2u − 1 are exact in float32, so no backend can round them differently.
@@ -173,9 +200,15 @@ class Source:
         return ((2 * (words >> 9) + 1).double() * 2.0**-24).to(dtype)
 
     def normals(
-        self, start: int, stop: int, *, column: Tensor | int = 0, step: Tensor | int = 0,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> Tensor:  # fmt: skip
+        self,
+        start: int,
+        stop: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Standard normals by Box and Muller, eight of a call: word k holds numbers 2k and 2k + 1.
 
         z₂ₖ = ±√(−2 ln u) cos φ, z₂ₖ₊₁ = ±√(−2 ln u) sin φ. Of the word, the low 16 bits a make
@@ -192,9 +225,15 @@ class Source:
         return normals[start % 8 :][: stop - start].to(dtype)
 
     def integers(
-        self, start: int, stop: int, bound: int, *, column: Tensor | int = 0,
-        step: Tensor | int = 0, device: torch.device | str = "cpu",
-    ) -> Tensor:  # fmt: skip
+        self,
+        start: int,
+        stop: int,
+        bound: int,
+        *,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Integers in [0, bound): (word · bound) div 2³².
 
         A value's probability differs from 1/bound by less than 2⁻³²; ``bound`` is at most 2³¹.

@@ -52,7 +52,7 @@ def test_the_families() -> None:
         ({"name": "sparse", "t": 3}, "^unknown option of projection 'sparse' 't': known are s$"),
         ({"name": None}, "^unknown projection 'None'"),
     ],
-)  # fmt: skip
+)
 def test_refusals(arguments: dict[str, object], message: str) -> None:
     values = {"name": "hash", "out_dim": 9, "in_dim": 2} | arguments
     with pytest.raises(SubspanError, match=message):

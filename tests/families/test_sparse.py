@@ -13,7 +13,7 @@ ALL = [
     ("sparse-original", {}),
     ("sparse2", {}),
     ("sparse2full", {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("s", [1, 2, 3, 3.4, 10, 99, 101, 10**9, "sqrt_d", "sqrt_D"])

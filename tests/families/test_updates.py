@@ -73,9 +73,11 @@ def test_strided_vectors_are_refused() -> None:
     theta, w = torch.zeros(10), torch.zeros(3)
     strided_theta, strided_w = torch.zeros(20)[::2], torch.zeros(6)[::2]
     for update, arguments, name in (
-        (p.addmv_, (strided_theta, w), "theta"), (p.addmv_, (theta, strided_w), "w"),
-        (p.addrmv_, (strided_w, theta), "w"), (p.addrmv_, (w, strided_theta), "g"),
-    ):  # fmt: skip
+        (p.addmv_, (strided_theta, w), "theta"),
+        (p.addmv_, (theta, strided_w), "w"),
+        (p.addrmv_, (strided_w, theta), "w"),
+        (p.addrmv_, (w, strided_theta), "g"),
+    ):
         with pytest.raises(SubspanError, match=f"^{name} must be contiguous in an update"):
             update(*arguments)
 

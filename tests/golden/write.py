@@ -54,11 +54,17 @@ def projections() -> list[dict[str, Any]]:
                 ]
                 cases.append(
                     {
-                        "family": family, "out_dim": D, "in_dim": d, "seed": seed,
-                        "stream": stream, "options": options, "step": step,
-                        "start": start, "entries": entries,
+                        "family": family,
+                        "out_dim": D,
+                        "in_dim": d,
+                        "seed": seed,
+                        "stream": stream,
+                        "options": options,
+                        "step": step,
+                        "start": start,
+                        "entries": entries,
                     }
-                )  # fmt: skip
+                )
     return cases
 
 
@@ -74,8 +80,12 @@ def numbers() -> list[dict[str, Any]]:
         positions = range(start, start + 6)
         cases.append(
             {
-                "seed": seed, "domain": domain, "stream": stream, "step": step,
-                "column": column, "start": start,
+                "seed": seed,
+                "domain": domain,
+                "stream": stream,
+                "step": step,
+                "column": column,
+                "start": start,
                 "words": [f"{source.word(n, column):08x}" for n in positions],
                 "signbits": [source.signbit(n, column) for n in positions],
                 "integers_below_1000": [source.integer(n, 1000, column) for n in positions],
@@ -86,7 +96,7 @@ def numbers() -> list[dict[str, Any]]:
                     for size in (1, 2, 3, 7, 32, 33, 1000, 2**34)
                 },
             }
-        )  # fmt: skip
+        )
     return cases
 
 
@@ -102,10 +112,15 @@ def weights() -> list[dict[str, Any]]:
         ]
         cases.append(
             {
-                "out_dim": D, "in_dim": d, "seed": seed, "stream": stream, "step": step,
-                "start": start, "weights": [struct.pack(">f", x).hex() for x in row],
+                "out_dim": D,
+                "in_dim": d,
+                "seed": seed,
+                "stream": stream,
+                "step": step,
+                "start": start,
+                "weights": [struct.pack(">f", x).hex() for x in row],
             }
-        )  # fmt: skip
+        )
     return cases
 
 

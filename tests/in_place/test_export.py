@@ -52,9 +52,12 @@ def test_onnx(name, way, tmp_path):
     model, x = scatter(wrap(name, compartments)).eval(), batch(name)
     want = model(x)
     program = torch.onnx.export(
-        net_of(model, way), (x,), dynamo=True, verbose=False,
+        net_of(model, way),
+        (x,),
+        dynamo=True,
+        verbose=False,
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-    )  # fmt: skip
+    )
     program.save(tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     (given,) = session.get_inputs()

@@ -251,9 +251,13 @@ def test_autocast_forms_theta_in_its_precision_only_for_layers_that_cast_it(monk
 def test_gradient_checkpointing_of_transformers(forming, reentrant):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
     gradients = []
     for how in (None, {"use_reentrant": reentrant}):
         torch.manual_seed(0)

@@ -86,11 +86,17 @@ class Keeps(nn.Module):
 
 
 READS = {
-    "itself": lambda p: p, "t": lambda p: p.t(), "T": lambda p: p.T, "rows": lambda p: p[:, :4],
-    "view": lambda p: p.view(8, 8), "reshape": lambda p: p.reshape(4, 16).view(8, 8),
-    "split": lambda p: p.split(4, dim=1)[0], "unbind": lambda p: p.unbind(1)[0],
-    "iteration": lambda p: next(iter(p)), "vector": lambda p: torch.cat([p.view(-1)]).view(8, 8),
-}  # fmt: skip
+    "itself": lambda p: p,
+    "t": lambda p: p.t(),
+    "T": lambda p: p.T,
+    "rows": lambda p: p[:, :4],
+    "view": lambda p: p.view(8, 8),
+    "reshape": lambda p: p.reshape(4, 16).view(8, 8),
+    "split": lambda p: p.split(4, dim=1)[0],
+    "unbind": lambda p: p.unbind(1)[0],
+    "iteration": lambda p: next(iter(p)),
+    "vector": lambda p: torch.cat([p.view(-1)]).view(8, 8),
+}
 
 
 @pytest.mark.parametrize("what", READS)
@@ -215,8 +221,9 @@ def test_conversions_that_make_new_parameters(way):
 
 def test_a_base_that_lost_its_values_or_digits_is_noticed(tmp_path):
     for convert in (
-        lambda net: net.to("meta").to_empty(device="cpu"), lambda net: net.bfloat16().float()
-    ):  # fmt: skip
+        lambda net: net.to("meta").to_empty(device="cpu"),
+        lambda net: net.bfloat16().float(),
+    ):
         model, _, _ = pair()
         convert(model.body)
         with pytest.raises(SubspanError, match="was changed after the network was wrapped"):

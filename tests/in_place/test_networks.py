@@ -56,20 +56,22 @@ class Vision(nn.Module):
 IMAGES, WORDS = torch.rand(3, 3, 8, 8), torch.arange(20).view(4, 5) % 11
 KINDS = {
     "torchvision": (
-        lambda: nn.Sequential(Block(3, 8), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4)), IMAGES
+        lambda: nn.Sequential(Block(3, 8), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4)),
+        IMAGES,
     ),
     "timm": (Vision, IMAGES),
     "bag": (Bag, WORDS),
     "seq2seq": (lambda: nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True), None),
     "weight norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))), batch("mlp")
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))),
+        batch("mlp"),
     ),
     "conv3d": (
         lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 2), nn.GroupNorm(2, 4)),
         torch.rand(2, 3, 2, 2, 2),
     ),
     **{name: (NETS[name], batch(name)) for name in NETS},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", projections())

@@ -81,9 +81,11 @@ def halves(layer):
 
 
 KINDS = (
-    parametrizations.orthogonal, parametrizations.weight_norm, parametrizations.spectral_norm,
+    parametrizations.orthogonal,
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
     halves,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("how", KINDS)
@@ -194,11 +196,12 @@ def test_the_old_exporter_of_onnx_is_refused():
     model, _, x = pair()
     for net, given in ((model, x), (model.body, x), (model.body.head, torch.randn(2, 16))):
         said = same_function(
-            model, x,
+            model,
+            x,
             lambda net=net, given=given: torch.onnx.export(
                 net, (given,), io.BytesIO(), dynamo=False
             ),
-        )  # fmt: skip
+        )
         assert "torch.onnx.export(dynamo=False) knows no operator" in said
 
 

@@ -87,8 +87,9 @@ def unusual():
     expanded = nn.ParameterList(
         [nn.Parameter(torch.ones(1).expand(4)), nn.Parameter(torch.ones(3))]
     )
-    integers = nn.ParameterList([nn.Parameter(torch.arange(4), requires_grad=False),
-                                 nn.Parameter(torch.ones(3))])  # fmt: skip
+    integers = nn.ParameterList(
+        [nn.Parameter(torch.arange(4), requires_grad=False), nn.Parameter(torch.ones(3))]
+    )
     complex_ = nn.ParameterList([nn.Parameter(torch.ones(4, dtype=torch.complex64))])
     yield Kind(), {}, "q is a Packed, a parameter of a kind of its own: exclude it"
     yield overlapping, {}, "0 and 1 share memory and are two parameters"

@@ -86,9 +86,12 @@ def test_the_gradient_is_the_same_by_every_way():
     model, _, x = pair()
     (w,) = model.coordinates.values()
     ways = [
-        model(x), model.body(x), model.body.head(model.body.body(x)), list(model.stream(x))[-1],
+        model(x),
+        model.body(x),
+        model.body.head(model.body.body(x)),
+        list(model.stream(x))[-1],
         asyncio.run(model.answer(x)),
-    ]  # fmt: skip
+    ]
     want, *others = [torch.autograd.grad(way.square().sum(), w)[0] for way in ways]
     for other in others:
         torch.testing.assert_close(other, want, rtol=1e-5, atol=1e-5)

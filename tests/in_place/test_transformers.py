@@ -22,27 +22,47 @@ def gpt2():
 
 def llama():
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, **SMALL,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **SMALL,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def t5():
     config = transformers.T5Config(
-        d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100, pad_token_id=0,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        vocab_size=100,
+        pad_token_id=0,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
 def whisper():
     config = transformers.WhisperConfig(
-        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
-        max_source_positions=16, max_target_positions=32, decoder_start_token_id=0,
-        suppress_tokens=None, begin_suppress_tokens=None, **SMALL,
-    )  # fmt: skip
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=32,
+        decoder_start_token_id=0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **SMALL,
+    )
     return transformers.WhisperForConditionalGeneration(config)
 
 
@@ -141,14 +161,25 @@ def test_a_trainer_trains_evaluates_and_resumes(through, tmp_path):
     def trainer(steps, out):
         torch.manual_seed(0)
         config = transformers.BertConfig(
-            num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            hidden_size=32,
+            intermediate_size=64,
             vocab_size=100,
-        )  # fmt: skip
+        )
         model = SubspaceModel(transformers.BertForSequenceClassification(config), 20)
         arguments = transformers.TrainingArguments(
-            str(out), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=steps,
-            per_device_train_batch_size=4, learning_rate=0.1, save_steps=2, logging_steps=1, seed=3,
-        )  # fmt: skip
+            str(out),
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+            save_steps=2,
+            logging_steps=1,
+            seed=3,
+        )
         net = model if through == "handle" else model.body
         ids = torch.randint(2, 100, (8, 7), generator=torch.Generator().manual_seed(1))
         data = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]

@@ -51,7 +51,7 @@ WRITES = {
     "a decomposition": lambda net: torch.linalg.svd(net.get_parameter("head.weight")),
     "a product": lambda net: torch.ones(4) @ net.get_parameter("head.weight"),
     "a norm of all": lambda net: torch.no_grad()(net.penalty)(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -67,13 +67,20 @@ def test_reading_a_weight_is_not_writing_to_it():
     model, merged, _ = pair()
     weight, want = model.body.head.weight, merged.head.weight
     for read in (
-        lambda w: w.data, lambda w: w.detach().clone().zero_() + w, lambda w: w.data[0],
-        lambda w: copy.deepcopy(w), lambda w: pickle.loads(pickle.dumps(w.detach())),
-        lambda w: w.numpy(force=True), lambda w: w.tolist(), lambda w: w.sum(),
+        lambda w: w.data,
+        lambda w: w.detach().clone().zero_() + w,
+        lambda w: w.data[0],
+        lambda w: copy.deepcopy(w),
+        lambda w: pickle.loads(pickle.dumps(w.detach())),
+        lambda w: w.numpy(force=True),
+        lambda w: w.tolist(),
+        lambda w: w.sum(),
         lambda w: w.double(),
-        lambda w: nn.Parameter(w.data), lambda w: nn.Parameter(w.detach().clone()), repr,
+        lambda w: nn.Parameter(w.data),
+        lambda w: nn.Parameter(w.detach().clone()),
+        repr,
         lambda w: w.shape,
-    ):  # fmt: skip
+    ):
         read(weight), read(want)
     own = nn.Parameter(weight.detach().clone())
     SGD([own], lr=0.1)
@@ -119,11 +126,12 @@ def test_attributes_of_the_network_are_written_through_the_handle():
 @pytest.mark.parametrize(
     "replace",
     [
-        lambda model: model.reset_classifier(7), lambda model: model.body.reset_classifier(7),
+        lambda model: model.reset_classifier(7),
+        lambda model: model.body.reset_classifier(7),
         lambda model: setattr(model, "head", nn.Linear(16, 7)),
         lambda model: setattr(model.body, "head", nn.Linear(16, 7)),
     ],
-)  # fmt: skip
+)
 def test_a_new_head_is_the_head_and_is_noticed_when_saving(replace, tmp_path):
     model, merged, x = pair()
     replace(model)

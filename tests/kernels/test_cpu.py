@@ -34,9 +34,19 @@ ROUNDED = ("fastfood", "gaussian", "orthogonal")
 # Rows and columns around the blocks of 128 rows, the words of 32 and the groups of 64 columns, the
 # tiles of 1,024 rows, and a transform with several long segments.
 SHAPES = [
-    (1, 1), (2, 1), (31, 3), (128, 64), (129, 65), (300, 63), (517, 130), (1000, 1), (1023, 5),
-    (1025, 7), (2081, 33), (20_011, 3),
-]  # fmt: skip
+    (1, 1),
+    (2, 1),
+    (31, 3),
+    (128, 64),
+    (129, 65),
+    (300, 63),
+    (517, 130),
+    (1000, 1),
+    (1023, 5),
+    (1025, 7),
+    (2081, 33),
+    (20_011, 3),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -307,8 +317,11 @@ def test_products_in_a_forked_process(threads: int) -> None:
     result = subprocess.run(
         [sys.executable, "-c", FORKED, str(threads), *FAMILIES],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -327,8 +340,11 @@ def first_product(**env: str) -> tuple[str, int]:
     """The result of a product in a new process, and how often compiled code was found."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", FIRST],
-        env=os.environ | env, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stderr == ""  # the first call says nothing
     value, hits = result.stdout.split()
     return value, int(hits)

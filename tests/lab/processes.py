@@ -47,9 +47,20 @@ def net(classes):
     return Net(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, classes))
 '''
 SWEEP = [
-    "sweep", "--net", "telling:net", "--epochs", "3", "--dims", "10", "--lrs", "0.3",
-    "--baseline_lrs", "0.01", "--out", "run",
-]  # fmt: skip
+    "sweep",
+    "--net",
+    "telling:net",
+    "--epochs",
+    "3",
+    "--dims",
+    "10",
+    "--lrs",
+    "0.3",
+    "--baseline_lrs",
+    "0.01",
+    "--out",
+    "run",
+]
 RUNS = ["full-lr0.01-seed0", "hash-dim10-lr0.3-seed0"]
 
 
@@ -64,9 +75,13 @@ def start(folder: Path, *words: object) -> subprocess.Popen[str]:
     """A sweep of two runs, in a process group of its own as a terminal would make it."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "subspan.cli", *SWEEP, *map(str, words)],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def begun(folder: Path) -> list[tuple[str, int]]:

@@ -38,9 +38,14 @@ from tests.lab.runs import contents
 
 CPU = torch.device("cpu")
 QUICK = {
-    "sizes": ("2000x20",), "nets": ("mlp-8",), "dim": 10, "width": 16, "ranks": (2,),
-    "batch_size": 4, "seconds": 1e-3,
-}  # fmt: skip
+    "sizes": ("2000x20",),
+    "nets": ("mlp-8",),
+    "dim": 10,
+    "width": 16,
+    "ranks": (2,),
+    "batch_size": 4,
+    "seconds": 1e-3,
+}
 
 # ---- timing --------------------------------------------------------------------------------------
 
@@ -109,13 +114,16 @@ def test_every_family_is_measured_beside_four_stored_matrices():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("rademacher", 0), ("gaussian", 0), ("hash", 4 * 3000), ("fastfood", 8 * 24 * 128),
+        ("rademacher", 0),
+        ("gaussian", 0),
+        ("hash", 4 * 3000),
+        ("fastfood", 8 * 24 * 128),
         ("stored-dense", 4 * 3000 * 100),
         ("stored-coo", 300 * 100 * (8 + 8 + 4)),
         ("stored-csr", 300 * 100 * (8 + 4) + 8 * 3001),
         ("stored-csc", 300 * 100 * (8 + 4) + 8 * 101),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_p_are_those_that_exist(name, expected):
     cache.clear()
     assert candidates.bytes_of(candidates.make(name, 3000, 100), CPU) == expected
@@ -351,8 +359,10 @@ def test_break_even(times, expected):
 
 
 def test_products_of_sums_against_dense(measured):
-    layers, networks = ([row for row in measured.record["sums"] if row["what"].startswith(what)]
-                        for what in ("a layer 16 × 16", "a training step of lenet-tf"))  # fmt: skip
+    layers, networks = (
+        [row for row in measured.record["sums"] if row["what"].startswith(what)]
+        for what in ("a layer 16 × 16", "a training step of lenet-tf")
+    )
     assert len(layers) + len(networks) == len(measured.record["sums"])
     assert layers[0]["projection"] == networks[0]["projection"] == "dense"
     numbers = {row["projection"]: row["numbers"] for row in (*layers[1:], *networks)}

@@ -15,9 +15,14 @@ from subspan.training.score import Score
 from tests.lab.runs import a_run
 
 RECORD = {
-    "test_score": 0.98765, "val_score": 0.5, "stored_parameters": 750, "weights": 159_010,
-    "checkpoint_bytes": 3_700, "seconds_total": 12.34, "notes": ["[b]no[/b] test part :smile:"],
-}  # fmt: skip
+    "test_score": 0.98765,
+    "val_score": 0.5,
+    "stored_parameters": 750,
+    "weights": 159_010,
+    "checkpoint_bytes": 3_700,
+    "seconds_total": 12.34,
+    "notes": ["[b]no[/b] test part :smile:"],
+}
 ROW = {"epoch": 3, "train_loss": 0.5, "val_loss": 0.25, "val_score": 0.875, "seconds": 1.5}
 
 
@@ -26,10 +31,14 @@ LONG = "a-method-with-a-very-long-name-indeed-it-is"
 
 def row(method, dim, accuracies):
     return {
-        "method": method, "dim": dim, "lr": 0.1, "test_score": accuracies,
-        "stored_parameters": dim, "checkpoint_bytes": 4 * dim,
+        "method": method,
+        "dim": dim,
+        "lr": 0.1,
+        "test_score": accuracies,
+        "stored_parameters": dim,
+        "checkpoint_bytes": 4 * dim,
         "seconds_total": [1.0] * len(accuracies),
-    }  # fmt: skip
+    }
 
 
 SWEEP = {
@@ -38,12 +47,16 @@ SWEEP = {
     "d_int": {
         "hash": {"value": 300.4, "low": 250.0, "high": 399.6, "threshold": 0.9, "note": "a note"},
         "sparse": {
-            "value": None, "low": None, "high": None, "threshold": 0.995, "note": "not reached: x"
+            "value": None,
+            "low": None,
+            "high": None,
+            "threshold": 0.995,
+            "note": "not reached: x",
         },
         "gaussian": {"value": 20.0, "low": None, "high": 30.0, "threshold": 0.9, "note": ""},
     },
     "failed": [{"run": "hash-dim10", "error": "shape [1, 28] [/red] is wrong " + "x" * 200}],
-}  # fmt: skip
+}
 
 
 ACCURACY = (

@@ -161,9 +161,13 @@ def test_two_processes_are_one(tmp_path):
     results = {}
     for processes in (1, 2):
         config = a_sweep(
-            methods=("dlrt",), dims=("0.3",), lrs=(0.01,), baseline=None, processes=processes,
+            methods=("dlrt",),
+            dims=("0.3",),
+            lrs=(0.01,),
+            baseline=None,
+            processes=processes,
             batch_size=128,
-        )  # fmt: skip
+        )
         result = sweep(config, tmp_path / str(processes), jobs=1)
         assert not result["failed"], result["failed"]
         [folder] = (tmp_path / str(processes) / "runs").iterdir()

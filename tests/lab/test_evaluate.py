@@ -73,8 +73,10 @@ def test_in_a_fresh_process_with_other_threads(trained):
     """The same accuracy; and what is no terminal gets plain lines."""
     said = subprocess.run(
         [sys.executable, "-c", FRESH, trained / "model.safetensors"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"test_accuracy: {record_of(trained)['test_score']}\n" in said.stdout
     assert "kind: subspace\n" in said.stdout
     assert "  net: mlp-8\n" in said.stdout

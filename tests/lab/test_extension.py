@@ -76,7 +76,7 @@ def test_workers_of_a_sweep_have_it_too(tmp_path):
         (TWICE, ["mine.py, line 2", "'hash' is registered"]),
         ("import nowhere.to_be_found\n", ["mine.py, line 1", "nowhere"]),
     ],
-)  # fmt: skip
+)
 def test_an_import_that_fails_is_named(tmp_path, monkeypatch, source, words):
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)

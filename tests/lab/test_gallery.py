@@ -42,12 +42,15 @@ def a_bench(**config: Any) -> dict[str, Any]:
         "lowrank": [
             {"width": 64, "rank": 0, "step": step, "inference": step, "peak_bytes": 800},
             {
-                "width": 64, "rank": 8, "step": step | {"median": 0.5},
-                "adaptive": step | {"median": 1}, "inference": step | {"median": 0.2},
+                "width": 64,
+                "rank": 8,
+                "step": step | {"median": 0.5},
+                "adaptive": step | {"median": 1},
+                "inference": step | {"median": 0.2},
                 "peak_bytes": 100,
             },
         ],
-    }  # fmt: skip
+    }
 
 
 def place(folder: Path, raw: dict[str, Any], name: str = "sweep.json") -> Path:
@@ -101,8 +104,12 @@ def test_published_and_measured_side_by_side(tmp_path):
     place(tmp_path / "runs/one", raw)
     exhibit = shown(tmp_path / "runs")
     assert exhibit.table.columns == (
-        "method", "numbers trained", "measured, %", "seeds", "Li 2018, fastfood, %"
-    )  # fmt: skip
+        "method",
+        "numbers trained",
+        "measured, %",
+        "seeds",
+        "Li 2018, fastfood, %",
+    )
     assert exhibit.table.words == 1
     assert exhibit.table.rows == (
         ("full", "61,706", "99.00 ± 0.71", "2", "99.10"),
@@ -213,10 +220,14 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
             "fc2": {"recipe": "low_rank", "rank": 4},
         }
         config |= {
-            "methods": ["prodsum", "hash"], "lrs": {"prodsum": [0.1, 0.3], "hash": [0.2]},
-            "options": {"factors": factors, "bias": 10}, "baseline": None, "patience": 3,
-            "small": ["mlp-1", "mlp-3"], "resize": "14x14",
-        }  # fmt: skip
+            "methods": ["prodsum", "hash"],
+            "lrs": {"prodsum": [0.1, 0.3], "hash": [0.2]},
+            "options": {"factors": factors, "bias": 10},
+            "baseline": None,
+            "patience": 3,
+            "small": ["mlp-1", "mlp-3"],
+            "resize": "14x14",
+        }
     elif name == "task":
         training = Training(task="examples.physics:task", validation=0.2)
         config = json.loads(json.dumps(Sweep(training, dims=("5", "6+7")).as_dict()))
@@ -245,12 +256,16 @@ def test_a_benchmark_is_in_multiples_of_the_dense_network(tmp_path):
     exhibit = shown(tmp_path)
     assert exhibit.family is LOW_RANK
     assert exhibit.table.columns == (
-        "what", "a training step, ×", "a step, ranks may change, ×", "inference, ×",
+        "what",
+        "a training step, ×",
+        "a step, ranks may change, ×",
+        "inference, ×",
         "peak memory, ×",
-    )  # fmt: skip
+    )
     assert [tuple(line) for line in exhibit.table.rows] == [
-        ("dense", "1", "–", "1", "1"), ("rank 8", "0.25", "0.5", "0.1", "0.125")
-    ]  # fmt: skip
+        ("dense", "1", "–", "1", "1"),
+        ("rank 8", "0.25", "0.5", "0.1", "0.125"),
+    ]
     assert exhibit.command == "subspan bench --parts lowrank"
     assert "a device" in exhibit.effort
     assert exhibit.pictures == ()
@@ -301,8 +316,12 @@ def test_html_needs_no_other_file(tmp_path):
     assert len(pictures) == 3
     links = [link for link in document.loads if link not in pictures]
     assert links == [
-        "#first", "#second", "first/report.html", "second/one/report.html", "second/two/report.html"
-    ]  # fmt: skip
+        "#first",
+        "#second",
+        "first/report.html",
+        "second/one/report.html",
+        "second/two/report.html",
+    ]
     assert all((tmp_path / link).is_file() for link in links if not link.startswith("#"))
     assert "script" not in document.tags
     assert "b" not in document.tags  # of the title, which is text

@@ -103,8 +103,10 @@ def test_dimensions(options, dims):
     assert model.recipe["seed"] == 3
     counts = method("hash").counts(model)
     assert counts == {
-        "trainable_parameters": sum(dims), "stored_parameters": sum(dims), "weights": 830
-    }  # fmt: skip
+        "trainable_parameters": sum(dims),
+        "stored_parameters": sum(dims),
+        "weights": 830,
+    }
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,15 @@ def command(launcher: str, processes: int, *words: object) -> list[str]:
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
         "accelerate": [
-            "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}",
-            "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            f"--num_processes={processes}",
+            "--num_machines=1",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
             "--main_process_port=0",
         ],
-    }[launcher]  # fmt: skip
+    }[launcher]
     return [sys.executable, "-m", *start, "-m", *map(str, words)]
 
 
@@ -50,9 +54,13 @@ def environment(folder: Path) -> dict[str, str]:
 
 def launched(folder: Path, launcher: str, processes: int, *words: object) -> str:
     said = subprocess.run(
-        command(launcher, processes, *words), cwd=folder, env=environment(folder),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        command(launcher, processes, *words),
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert said.returncode == 0, said.stderr
     return said.stdout
 
@@ -158,9 +166,12 @@ def whole(folder: Path) -> Path:
 def disturbed(folder: Path, net: str, out: str, number: signal.Signals) -> str:
     """Signal the launcher after some epochs; SIGKILL, all processes. Returns what they said."""
     with subprocess.Popen(
-        command("torchrun", 2, *a_training(net, out)), cwd=folder, env=environment(folder),
-        stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        command("torchrun", 2, *a_training(net, out)),
+        cwd=folder,
+        env=environment(folder),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         deadline = time.monotonic() + 120
         while (
             not (folder / out / state.FILE).exists() or len(record_of(folder / out)["history"]) < 3
@@ -192,8 +203,18 @@ def test_all_are_stopped_and_go_on(number, folder, whole):
     said = disturbed(folder, "noisy", out, number)
     if number == signal.SIGTERM:
         assert "to go on: subspan train --resume --out SIGTERM" in said
-    said = launched(folder, "torchrun", 2, "subspan.cli", "train", "--resume", "--out", out,
-                    "--log-with", "tensorboard")  # fmt: skip
+    said = launched(
+        folder,
+        "torchrun",
+        2,
+        "subspan.cli",
+        "train",
+        "--resume",
+        "--out",
+        out,
+        "--log-with",
+        "tensorboard",
+    )
     assert "steps, going on after " in said
     ours, theirs = comparable(folder / out), comparable(whole)
     losses = [[row.pop("train_loss") for row in record["history"]] for record in (ours, theirs)]

@@ -50,10 +50,13 @@ def test_factors_from_a_file(cli, in_tmp_path):
 
 def test_recipes_by_name(cli, in_tmp_path):
     said = cli(
-        *TRAIN, "--p", 3, "--factors",
+        *TRAIN,
+        "--p",
+        3,
+        "--factors",
         "{fc1: {recipe: kronecker_fc, rows: 4, columns: 8, terms: p}, "
         "fc2: {recipe: adaptive_fastfood}}",
-    )  # fmt: skip
+    )
     assert (said.code, said.err) == (0, "")
     record = json.loads(Path("run/record.json").read_text())
     assert record["trainable_parameters"] == 3 * (4 * 8 + 4 * 8) + 3 * 16 + 26
@@ -61,10 +64,22 @@ def test_recipes_by_name(cli, in_tmp_path):
 
 def test_a_sweep_over_p(cli, in_tmp_path):
     said = cli(
-        "sweep", "--net", "mlp-16", "--epochs", 10, "--methods", "prodsum", "--dims", "5,50",
-        "--lrs", "0.1",
-        "--jobs", 1, "--out", "out",
-    )  # fmt: skip
+        "sweep",
+        "--net",
+        "mlp-16",
+        "--epochs",
+        10,
+        "--methods",
+        "prodsum",
+        "--dims",
+        "5,50",
+        "--lrs",
+        "0.1",
+        "--jobs",
+        1,
+        "--out",
+        "out",
+    )
     assert (said.code, said.err) == (0, "")
     rows = json.loads(Path("out/sweep.json").read_text())["rows"]
     assert [row["dim"] for row in rows] == [2 * 5 + 26, 2 * 50 + 26]
@@ -107,9 +122,18 @@ def test_a_stage_ends_on_a_plateau(cli, in_tmp_path):
 def test_stages_of_factors(cli, in_tmp_path):
     factors = "{fc1: [{kind: free, inner: p}, {kind: dct}], fc2: [free]}"
     said = cli(
-        *TRAIN, "--factors", factors, "--stages", "[2, 9]", "--epochs", 4, "--mixed-precision",
-        "bf16", "--optimizer", "sgd",
-    )  # fmt: skip
+        *TRAIN,
+        "--factors",
+        factors,
+        "--stages",
+        "[2, 9]",
+        "--epochs",
+        4,
+        "--mixed-precision",
+        "bf16",
+        "--optimizer",
+        "sgd",
+    )
     assert (said.code, said.err) == (0, "")
     record = json.loads(Path("run/record.json").read_text())
     assert record["trainable_parameters"] == 16 * 9 + 160 + 26

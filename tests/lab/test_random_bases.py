@@ -178,13 +178,24 @@ def build(input_shape, classes):
 
 def torchrun(folder, *words, restarts=0, **env):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        f"--max-restarts={restarts}", "-m", "subspan.cli",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+        "-m",
+        "subspan.cli",
+    ]
     return subprocess.run(
-        [*command, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        [*command, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("workers", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
@@ -208,8 +219,19 @@ def test_torchrun(tmp_path, workers):
 @pytest.mark.slow
 def test_a_worker_dies_and_the_job_goes_on(tmp_path):
     (tmp_path / "mine.py").write_text(DYING)
-    words = ["train", "--net", "mine:build", "--method", "rbd", "--dim", "20", "--epochs", "2",
-             "--journal", "true"]  # fmt: skip
+    words = [
+        "train",
+        "--net",
+        "mine:build",
+        "--method",
+        "rbd",
+        "--dim",
+        "20",
+        "--epochs",
+        "2",
+        "--journal",
+        "true",
+    ]
     said = torchrun(tmp_path, *words, "--out", "run", restarts=1, DIE="1")
     assert said.returncode == 0, said.stderr
     # Whoever is first says it: torchrun, which then ends the others, or they themselves.

@@ -541,8 +541,13 @@ def test_a_score_that_is_no_accuracy(tmp_path):
     assert "hash reaches 90 % of the bits of all weights at d = 234 of D = 61,706." in words
     assert ["hash", "1000", "2.25 ± 0.3536", "2.25", "2", "0.1"] in document.tables["Bits"]
     assert document.tables["Bits"][0] == [
-        "method", "d", "test", "validation", "seeds", "learning rate"
-    ]  # fmt: skip
+        "method",
+        "d",
+        "test",
+        "validation",
+        "seeds",
+        "learning rate",
+    ]
     assert document.tables["Intrinsic dimension"][1][-1] == "2.4"
 
 

@@ -48,51 +48,86 @@ def tiny(monkeypatch):
 
 def test_the_published_ones():
     assert list(experiments()) == [
-        "dlrt-cifar-resnet", "dlrt-cifar-vgg", "dlrt-fc", "dlrt-lenet5", "dlrt-pruning",
+        "dlrt-cifar-resnet",
+        "dlrt-cifar-vgg",
+        "dlrt-fc",
+        "dlrt-lenet5",
+        "dlrt-pruning",
         "dlrt-timing",
-        "gressmann-compartments", "gressmann-distributed", "gressmann-families",
-        "gressmann-table1", "gressmann-table1-fashion",
-        "li-cifar-lenet", "li-mnist-fc", "li-mnist-lenet", "li-shuffled-labels",
-        "minut-cifar-lenet", "minut-cifar-mlp", "minut-mnist-lenet", "minut-mnist-mlp",
-        "minut-small-nets", "minut-sparse-benchmark",
-        "prodsumnet-dct", "prodsumnet-lenet", "prodsumnet-lenet-conv", "prodsumnet-linear",
-        "prodsumnet-mlp", "prodsumnet-table1",
-    ]  # fmt: skip
+        "gressmann-compartments",
+        "gressmann-distributed",
+        "gressmann-families",
+        "gressmann-table1",
+        "gressmann-table1-fashion",
+        "li-cifar-lenet",
+        "li-mnist-fc",
+        "li-mnist-lenet",
+        "li-shuffled-labels",
+        "minut-cifar-lenet",
+        "minut-cifar-mlp",
+        "minut-mnist-lenet",
+        "minut-mnist-mlp",
+        "minut-small-nets",
+        "minut-sparse-benchmark",
+        "prodsumnet-dct",
+        "prodsumnet-lenet",
+        "prodsumnet-lenet-conv",
+        "prodsumnet-linear",
+        "prodsumnet-mlp",
+        "prodsumnet-table1",
+    ]
     found = experiments()
     table, fashion = found["gressmann-table1"], found["gressmann-table1-fashion"]
     distributed, li = found["gressmann-distributed"], found["li-mnist-lenet"]
     minut, kinds = found["minut-mnist-mlp"], found["minut-sparse-benchmark"]
     assert {part: rows[-1].baseline for part, rows in table.published.items()} == {
-        "fc-mnist": 0.9827, "fc-cifar10": 0.5209, "cnn-mnist": 0.9941, "cnn-cifar10": 0.814,
+        "fc-mnist": 0.9827,
+        "fc-cifar10": 0.5209,
+        "cnn-mnist": 0.9941,
+        "cnn-cifar10": 0.814,
         "cnn-cifar10-fpd": 0.814,
         "fc-mnist-nes": 0.9827,
-    }  # fmt: skip
+    }
     assert [(p.method, p.accuracy) for p in table.published["cnn-mnist"]] == [
-        ("nes", (0.51,)), ("fpd", (0.889,)), ("rbd", (0.9717,))
-    ]  # fmt: skip
+        ("nes", (0.51,)),
+        ("fpd", (0.889,)),
+        ("rbd", (0.9717,)),
+    ]
     assert [rows[-1].accuracy for rows in fashion.published.values()] == [(0.8565,), (0.8556,)]
     assert [s.processes for s in distributed.parts("quick").values()] == [1, 2, 2, 4, 4]
     assert (li.published[0].d_int, li.published[0].baseline) == (290, 0.991)
     assert dict(zip(li.published[0].dims, li.published[0].accuracy, strict=True)) == {
-        100: 0.763, 200: 0.864, 500: 0.939, 1000: 0.963, 5000: 0.983
-    }  # fmt: skip
+        100: 0.763,
+        200: 0.864,
+        500: 0.939,
+        1000: 0.963,
+        5000: 0.983,
+    }
     assert dict(zip(minut.published[0].dims, minut.published[0].accuracy, strict=True)) == {
-        850: 0.901, 1500: 0.925, 2500: 0.941, 5000: 0.955
-    }  # fmt: skip
+        850: 0.901,
+        1500: 0.925,
+        2500: 0.941,
+        5000: 0.955,
+    }
     assert minut.published[0].baseline == 0.976
     fc, cifar = found["li-mnist-fc"].published[0], found["li-cifar-lenet"].published[0]
     assert (fc.d_int, fc.baseline, fc.accuracy) == (750, 0.981, (0.175, 0.451, 0.593))
     assert dict(zip(cifar.dims, cifar.accuracy, strict=True)) == {
-        500: 0.384, 1000: 0.463, 2900: 0.534, 5000: 0.563, 10_000: 0.598
-    }  # fmt: skip
+        500: 0.384,
+        1000: 0.463,
+        2900: 0.534,
+        5000: 0.563,
+        10_000: 0.598,
+    }
     assert (cifar.d_int, cifar.baseline) == (2900, 0.584)
     layers = {
         "minut-mnist-lenet": ({125: 0.855, 250: 0.913, 350: 0.928, 450: 0.952, 700: 0.969}, 0.989),
         "minut-cifar-lenet": (
-            {100: 0.308, 750: 0.431, 2000: 0.53, 3500: 0.552, 6000: 0.589}, 0.615
+            {100: 0.308, 750: 0.431, 2000: 0.53, 3500: 0.552, 6000: 0.589},
+            0.615,
         ),
         "minut-cifar-mlp": ({150: 0.267, 3000: 0.444, 4750: 0.466}, 0.517),
-    }  # fmt: skip
+    }
     for name, (curve, baseline) in layers.items():
         published = found[name].published[0]
         assert dict(zip(published.dims, published.accuracy, strict=True)) == curve
@@ -213,15 +248,24 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
     [result] = reproduce("tiny", out, jobs=1).values()
     assert json.loads((out / "sweep.json").read_text()) == result
     assert result["experiment"] == {
-        "name": "tiny", "budget": "quick", "title": "Digits", "source": "Nobody 2026",
-        "differences": "all of it", "part": "",
-    }  # fmt: skip
+        "name": "tiny",
+        "budget": "quick",
+        "title": "Digits",
+        "source": "Nobody 2026",
+        "differences": "all of it",
+        "part": "",
+    }
     assert result["published"] == [
         {
-            "label": "Nobody 2026", "dims": [5, 30], "accuracy": [0.25, 0.5], "baseline": 0.75,
-            "d_int": 17, "method": None, "labels": [],
+            "label": "Nobody 2026",
+            "dims": [5, 30],
+            "accuracy": [0.25, 0.5],
+            "baseline": 0.75,
+            "d_int": 17,
+            "method": None,
+            "labels": [],
         }
-    ]  # fmt: skip
+    ]
     assert [row["dim"] for row in result["rows"]] == [5, 30]
     assert set(os.listdir(out)) == {"sweep.json", "runs", "curve.png", "curve.svg", "report.html"}
     page = (out / "report.html").read_text()
@@ -336,9 +380,10 @@ def test_small_networks_are_those_of_the_generator():
 def test_all(tiny, in_tmp_path, cli, monkeypatch):
     """One folder and one page; what cannot be run is said, and does not stop the others."""
     lost = replace(
-        tiny, name="lost",
+        tiny,
+        name="lost",
         sweeps={"quick": Sweep(Training(net=NET, data="./nowhere"), dims=("5",))},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(module, "_registry", {})
     monkeypatch.setattr(module.pkgutil, "iter_modules", lambda path: [])
     experiments.cache_clear()

@@ -44,9 +44,13 @@ def same(out: Path, whole: Path) -> None:
 def build(input_shape, classes):
     """With buffers that training changes, and noise."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
         nn.Linear(4 * 36, classes),
-    )  # fmt: skip
+    )
 
 
 NOISY = "tests.lab.test_resume:build"
@@ -121,8 +125,11 @@ def test_killed(how, seed, kills, tmp_path):
     """SIGKILL at twenty random moments; and while a file is being written."""
     said = subprocess.run(
         [sys.executable, "-m", "tests.lab.killed", str(tmp_path), how, str(seed), str(kills)],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert said.returncode == 0, said.stderr
     assert int(said.stdout) == kills
     runs = [path for path in tmp_path.iterdir() if path.name.startswith("run")]

@@ -68,8 +68,11 @@ def test_small_networks_in_a_sweep(tmp_path):
     result = sweep(config, tmp_path, jobs=1)
     rows = result["rows"]
     assert [(row["method"], row["dim"], row["label"]) for row in rows] == [
-        ("hash", 10, "10"), ("hash", 40, "40"), ("full", 85, "mlp-1"), ("full", 160, "mlp-2"),
-    ]  # fmt: skip
+        ("hash", 10, "10"),
+        ("hash", 40, "40"),
+        ("full", 85, "mlp-1"),
+        ("full", 160, "mlp-2"),
+    ]
     assert [row.get("small") for row in rows] == [None, None, "mlp-1", "mlp-2"]
     assert [row["stored_parameters"] for row in rows[2:]] == [85, 160]
     assert result["baseline"]["dim"] == WEIGHTS

@@ -22,8 +22,11 @@ def swept(tmp_path_factory, cache_once):
     return out, sweep(a_sweep(seeds=2), out, jobs=1)
 
 
-RUNS = {f"{point}-seed{seed}" for point in ("full-lr0.01", "hash-dim10-lr0.3", "hash-dim40-lr0.3")
-        for seed in (0, 1)}  # fmt: skip
+RUNS = {
+    f"{point}-seed{seed}"
+    for point in ("full-lr0.01", "hash-dim10-lr0.3", "hash-dim40-lr0.3")
+    for seed in (0, 1)
+}
 
 
 def test_the_table(swept):
@@ -199,9 +202,12 @@ MEASURED = {
         f"is damaged: {name} must be a number, got ",
     )
     for name, value in (
-        ("val_score", ...), ("val_score", "0.5"), ("test_score", None), ("weights", True)
+        ("val_score", ...),
+        ("val_score", "0.5"),
+        ("test_score", None),
+        ("weights", True),
     )
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE | MEASURED)

@@ -31,10 +31,16 @@ class MadeUp:
             raise found
         counts = ready.method.counts(ready.model)
         return {
-            "status": "complete", "val_score": found, "test_score": self.test(run),
-            "seconds_total": 1.0, "seconds_per_step": 0.1, "peak_memory_bytes": 10,
-            "checkpoint_bytes": 900, "device": "made up", **counts,
-        }  # fmt: skip
+            "status": "complete",
+            "val_score": found,
+            "test_score": self.test(run),
+            "seconds_total": 1.0,
+            "seconds_per_step": 0.1,
+            "peak_memory_bytes": 10,
+            "checkpoint_bytes": 900,
+            "device": "made up",
+            **counts,
+        }
 
 
 def made_up(monkeypatch, validation, **other):
@@ -168,8 +174,10 @@ def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
     assert (result["baseline"]["method"], list(result["d_int"])) == ("full", ["hash"])
     result = sweep(a_sweep(methods=("full", "hash"), baseline=None), tmp_path / "b", jobs=1)
     assert [(row["method"], row["label"]) for row in result["rows"]] == [
-        ("full", "full"), ("hash", "10"), ("hash", "40")
-    ]  # fmt: skip
+        ("full", "full"),
+        ("hash", "10"),
+        ("hash", "40"),
+    ]
 
 
 def test_sums(tmp_path, monkeypatch):
@@ -295,9 +303,12 @@ def test_extra(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
     seen = []
     result = sweep(
-        a_sweep(), tmp_path, jobs=1, extra={"published": [1]},
+        a_sweep(),
+        tmp_path,
+        jobs=1,
+        extra={"published": [1]},
         on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"]),
-    )  # fmt: skip
+    )
     assert result["published"] == [1]
     assert seen == [[1]] * 3
     assert records.read_json(tmp_path / "sweep.json") == result

@@ -144,8 +144,11 @@ def test_images_are_the_usual_task():
 def test_a_run(own):
     record = train(a_run(f"{own}:line", dim=12), Path("run"))
     assert record["score"] == {
-        "name": "error", "higher_is_better": False, "zero": 1.0, "percent": False
-    }  # fmt: skip
+        "name": "error",
+        "higher_is_better": False,
+        "zero": 1.0,
+        "percent": False,
+    }
     assert record["config"]["task"] == f"{own}:line"
     assert (record["config"]["net"], record["config"]["data"]) == (None, None)
     assert record["notes"] == ["drawn by itself"]
@@ -176,9 +179,16 @@ def test_the_lowest_is_best(own, monkeypatch):
         record = train(a_run(f"{own}:line"), Path("run"))
     assert (record["best_epoch"], record["val_score"]) == (2, 0.2)
     config = a_sweep(
-        net=None, data=None, task=f"{own}:line", batch_size=20, lrs=(1e-4, 0.1), dims=("12", "3"),
-        baseline_lrs=(0.1, 1e-4), epochs=3, seeds=2,
-    )  # fmt: skip
+        net=None,
+        data=None,
+        task=f"{own}:line",
+        batch_size=20,
+        lrs=(1e-4, 0.1),
+        dims=("12", "3"),
+        baseline_lrs=(0.1, 1e-4),
+        epochs=3,
+        seeds=2,
+    )
     result = sweep(config, Path("sweep"), jobs=1)
     assert result["score"]["name"] == "error"
     assert result["baseline"]["lr"] == result["rows"][0]["lr"] == 0.1
@@ -201,9 +211,19 @@ def test_by_command(own, cli):
         net.weight.copy_(weights)
     assert tasks.load(Training(task=f"{own}:line"), 0).evaluate(net, "test")[1] == error
     said = cli(
-        "sweep", *words, "--dims", "3,12", "--lrs", 0.1, "--baseline-lrs", 0.1, "--jobs", 1,
-        "--out", "s",
-    )  # fmt: skip
+        "sweep",
+        *words,
+        "--dims",
+        "3,12",
+        "--lrs",
+        0.1,
+        "--baseline-lrs",
+        0.1,
+        "--jobs",
+        1,
+        "--out",
+        "s",
+    )
     assert (said.code, said.err) == (0, "")
     assert "test error" in said.out
     assert "%" not in said.out.partition("intrinsic")[0]
@@ -268,11 +288,14 @@ def test_a_score_must_be_a_number(own):
 @pytest.mark.parametrize(
     ("score", "value", "good"),
     [
-        (ACCURACY, 98.5, False), (ACCURACY, -0.1, False), (ACCURACY, 1.0, True),
+        (ACCURACY, 98.5, False),
+        (ACCURACY, -0.1, False),
+        (ACCURACY, 1.0, True),
         (Score("error", False, 1.0, percent=True), 2.5, True),  # 250 per cent
-        (Score("R²", percent=False), -3.0, True), (Score(percent=False), math.inf, False),
+        (Score("R²", percent=False), -3.0, True),
+        (Score(percent=False), math.inf, False),
     ],
-)  # fmt: skip
+)
 def test_what_a_score_can_be(score, value, good):
     if good:
         assert score.checked(value) == value
@@ -331,9 +354,7 @@ def test_the_physics(in_tmp_path, monkeypatch):
     assert error == 0
     corners = torch.tensor([[0.0, 0.3], [1.0, 0.5], [0.7, 0.0], [0.2, 1.0]])
     assert not task.network()(corners).any()
-    record = train(
-        a_run("physics:task", lr=0.3, dim=100, epochs=10, batch_size=100), Path("run")
-    )  # fmt: skip
+    record = train(a_run("physics:task", lr=0.3, dim=100, epochs=10, batch_size=100), Path("run"))
     assert record["test_score"] < 0.1
     assert record["stored_parameters"] == 100
 

@@ -39,10 +39,12 @@ def values(network):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"use_buffers": True}, {"avg_fn": get_ema_avg_fn(0.9)},
+        {},
+        {"use_buffers": True},
+        {"avg_fn": get_ema_avg_fn(0.9)},
         {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
     ],
-)  # fmt: skip
+)
 def test_averaged_models(options):
     mean = AveragedModel(net(), **options)
     mean.update_parameters(net())  # the first copies

@@ -98,7 +98,7 @@ def test_growing_comes_near_where_they_do_not():
             [{"kind": "free", "inner": 4}, {"kind": "free", "inner": 3}, {"kind": "hash", "p": 12}],
         ),
     ],
-)  # fmt: skip
+)
 def test_growing_within(few, many):
     """A greater inner size: the same function, and what is new has a gradient."""
     small = ProductOfSumsLinear(9, N, few, dtype=DTYPE)
@@ -137,9 +137,12 @@ def test_moments_of_an_optimizer_grow_with_the_layer(few, many, make):
     per = optimizer.state[small.bias][first][0]  # of a gradient of 1
     large = grow(small, many)
     carry_over(optimizer, small, large)
-    assert [p is q for p, q in zip(
-        optimizer.param_groups[0]["params"], [*large.parameters(), other], strict=True
-    )] == [True] * (len(list(large.parameters())) + 1)  # fmt: skip
+    assert [
+        p is q
+        for p, q in zip(
+            optimizer.param_groups[0]["params"], [*large.parameters(), other], strict=True
+        )
+    ] == [True] * (len(list(large.parameters())) + 1)
     (large.weight * slope).sum().backward()
     expected = per * large.a0.grad
     if few[0]["kind"] != "rank1":  # whose atoms are not orthogonal
@@ -153,8 +156,9 @@ def test_moments_of_an_optimizer_grow_with_the_layer(few, many, make):
         if few[0]["kind"] == "rank1":
             ratio = squares[:atoms] / old
             torch.testing.assert_close(ratio, ratio[:1].expand(atoms))
-            torch.testing.assert_close(squares[atoms:] / squares[:atoms].mean(),
-                                       torch.ones(5, dtype=DTYPE))  # fmt: skip
+            torch.testing.assert_close(
+                squares[atoms:] / squares[:atoms].mean(), torch.ones(5, dtype=DTYPE)
+            )
             per_square = optimizer.state[large.bias]["exp_avg_sq"][0]
             torch.testing.assert_close(ratio[0] * kept**2, per_square)
 
@@ -186,9 +190,12 @@ def test_the_set_of_atoms_that_covers_best(measure):
         made = ProductOfSumsLinear(M, N, chain, bias=False, seed=4, dtype=DTYPE)
         targets.append(made.weight.detach())
     layers, report = fit(
-        targets, [[{"kind": "hash", "p": 10}], chain, ["toeplitz"]], measure=measure, seed=4,
+        targets,
+        [[{"kind": "hash", "p": 10}], chain, ["toeplitz"]],
+        measure=measure,
+        seed=4,
         sweeps=300,
-    )  # fmt: skip
+    )
     assert report["factors"] == chain
     assert report["tried"].index(min(report["tried"])) == 1
     own = torch.tensor(report["errors"])

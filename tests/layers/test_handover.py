@@ -367,8 +367,13 @@ def test_flags_of_attention():
     made[0].out_proj.tag = 5
     factorize(made, rank=2, targets=["k_proj", "out_proj"])
     assert {n for n, p in made[0].named_parameters() if not p.requires_grad} == {
-        "q_proj.weight", "k_proj.U", "k_proj.S", "k_proj.V", "v_proj.weight", "out_proj.bias",
-    }  # fmt: skip
+        "q_proj.weight",
+        "k_proj.U",
+        "k_proj.S",
+        "k_proj.V",
+        "v_proj.weight",
+        "out_proj.bias",
+    }
     assert made[0].out_proj.tag == 5
     assert made[0].k_proj.U.no_decay
     assert not hasattr(made[0].out_proj.U, "no_decay")

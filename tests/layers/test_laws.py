@@ -28,17 +28,24 @@ def of_lowrank(layer: Any) -> dict[str, Tensor | None]:
 
 def lowrank_linear(name: str, **more: Any) -> Case:
     return Case(
-        f"lowrank-linear-{name}", lambda: Net(nn.Linear(7, 5, **more)),
-        lambda net: factorize(net, rank=3), (7,), of_lowrank, shapes=LINEAR_SHAPES,
-    )  # fmt: skip
+        f"lowrank-linear-{name}",
+        lambda: Net(nn.Linear(7, 5, **more)),
+        lambda net: factorize(net, rank=3),
+        (7,),
+        of_lowrank,
+        shapes=LINEAR_SHAPES,
+    )
 
 
 def lowrank_conv(name: str, **more: Any) -> Case:
     options = {"kernel_size": 3} | more
     return Case(
-        f"lowrank-conv-{name}", lambda: Net(nn.Conv2d(3, 8, **options)),
-        lambda net: factorize(net, rank=4), (3, 9, 8), of_lowrank,
-    )  # fmt: skip
+        f"lowrank-conv-{name}",
+        lambda: Net(nn.Conv2d(3, 8, **options)),
+        lambda net: factorize(net, rank=4),
+        (3, 9, 8),
+        of_lowrank,
+    )
 
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -76,9 +83,12 @@ def sums_linear(name: str, n: int, m: int, factors: list[Any], *, acting: bool =
 def sums_conv(name: str, factors: list[Any], bias: Any = None, **more: Any) -> Case:
     options = {"kernel_size": 3} | more
     return Case(
-        f"sums-conv-{name}", lambda: Net(nn.Conv2d(3, 8, **options)),
-        lambda net: product_of_sums(net, {"layer": factors}, bias=bias), (3, 9, 8), of_sums,
-    )  # fmt: skip
+        f"sums-conv-{name}",
+        lambda: Net(nn.Conv2d(3, 8, **options)),
+        lambda net: product_of_sums(net, {"layer": factors}, bias=bias),
+        (3, 9, 8),
+        of_sums,
+    )
 
 
 GIVEN = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(4))
@@ -101,7 +111,7 @@ KINDS: dict[str, tuple[int, int, list[Any]]] = {
     "subsample": (6, 10, [{"kind": "free", "inner": 5}, "subsample"]),
     "toeplitz": (6, 10, ["toeplitz"]),
     "gaussian": (6, 10, recipes.random_projection(4)),
-}  # fmt: skip
+}
 KINDS |= {
     kind: (6, 10, [{"kind": kind, "p": 5}]) for kind in subspan.projections() if kind not in KINDS
 }
@@ -109,14 +119,23 @@ KINDS |= {
 ACTING: dict[str, tuple[int, int, list[Any]]] = {
     kind: (5, m, [{"kind": "free", "inner": n}, {"kind": kind, **options}])
     for kind, n, m, options in [
-        ("block-circulant", 6, 8, {"block": 2}), ("circulant", 7, 7, {}), ("dct", 5, 16, {}),
-        ("convolution", 12, 24, {"height": 3, "width": 4}), ("diagonal", 6, 6, {}),
-        ("displacement", 6, 6, {"rank": 2}), ("hadamard", 8, 8, {}), ("hankel", 6, 9, {}),
-        ("identity", 6, 9, {}), ("kronecker-left", 6, 9, {"identity": 3}),
-        ("kronecker-right", 12, 9, {"identity": 3, "terms": 2}), ("permutation", 7, 7, {}),
-        ("rank1", 6, 9, {"p": 4}), ("subsample", 5, 9, {}), ("toeplitz", 6, 9, {}),
+        ("block-circulant", 6, 8, {"block": 2}),
+        ("circulant", 7, 7, {}),
+        ("dct", 5, 16, {}),
+        ("convolution", 12, 24, {"height": 3, "width": 4}),
+        ("diagonal", 6, 6, {}),
+        ("displacement", 6, 6, {"rank": 2}),
+        ("hadamard", 8, 8, {}),
+        ("hankel", 6, 9, {}),
+        ("identity", 6, 9, {}),
+        ("kronecker-left", 6, 9, {"identity": 3}),
+        ("kronecker-right", 12, 9, {"identity": 3, "terms": 2}),
+        ("permutation", 7, 7, {}),
+        ("rank1", 6, 9, {"p": 4}),
+        ("subsample", 5, 9, {}),
+        ("toeplitz", 6, 9, {}),
     ]
-}  # fmt: skip
+}
 
 
 # ---- the others ----------------------------------------------------------------------------------
@@ -145,10 +164,14 @@ class Spectrum(nn.Module):
 def spectral(name: str, **more: Any) -> Case:
     """It takes no other layer's place, and a file has it like any layer of PyTorch's."""
     return Case(
-        f"spectral-{name}", lambda: Net(SpectralFilters(2, 3, (6, 5), 4, **more)), None, (2, 6, 5),
-        lambda layer: {"filters": layer.filters, "bias": layer.bias}, Spectrum,
+        f"spectral-{name}",
+        lambda: Net(SpectralFilters(2, 3, (6, 5), 4, **more)),
+        None,
+        (2, 6, 5),
+        lambda layer: {"filters": layer.filters, "bias": layer.bias},
+        Spectrum,
         shapes=((), (1,), (0,), (3, 2)),
-    )  # fmt: skip
+    )
 
 
 class SelfAttention(Net):
@@ -201,9 +224,10 @@ WHOLE = [  # one for each class, and way to compute
     attention("lowrank", lambda net: factorize(net, rank=3)),
     attention("no-bias", lambda net: factorize(net, rank=3), bias=False),
     attention("sums", lambda net: product_of_sums(net, {PROJECTIONS: recipes.hashed(5)})),
-    attention("mixed", lambda net: factorize(
-        product_of_sums(net, {"q_proj": recipes.hashed(5)}), rank=3)),
-]  # fmt: skip
+    attention(
+        "mixed", lambda net: factorize(product_of_sums(net, {"q_proj": recipes.hashed(5)}), rank=3)
+    ),
+]
 ATOMS = [
     *(sums_linear(kind, *shape) for kind, shape in KINDS.items()),
     *(sums_linear(f"{kind}-acting", *shape, acting=True) for kind, shape in ACTING.items()),
@@ -212,10 +236,8 @@ ATOMS = [
 
 def cases(of: list[Case], held_to: list[layer_laws.Law]) -> list[Any]:
     return [
-        pytest.param(law, case, id=f"{law.__name__}-{case.name}")
-        for case in of
-        for law in held_to
-    ]  # fmt: skip
+        pytest.param(law, case, id=f"{law.__name__}-{case.name}") for case in of for law in held_to
+    ]
 
 
 @pytest.mark.parametrize(("law", "case"), cases([*WHOLE, *ATOMS], layer_laws.LAWS))

@@ -24,11 +24,14 @@ CHAINS = {
         {"kind": "toeplitz"},
     ],
     "four": [
-        {"kind": "identity", "inner": 8}, "hadamard", "diagonal", {"kind": "rademacher", "p": 4},
+        {"kind": "identity", "inner": 8},
+        "hadamard",
+        "diagonal",
+        {"kind": "rademacher", "p": 4},
     ],
     "cosines": [{"kind": "free", "inner": 5}, "dct"],
     "projected": recipes.random_projection(4),
-}  # fmt: skip
+}
 
 
 def linear(name, **more):
@@ -193,8 +196,10 @@ def test_what_is_stored_is_what_is_trained():
         64, 64, [{"kind": "rank1", "p": 5}, "hadamard", {"kind": "gaussian", "p": 7}], bias=3
     )
     assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == {
-        "a0": (5,), "a2": (7,), "bias": (3,)
-    }  # fmt: skip
+        "a0": (5,),
+        "a2": (7,),
+        "bias": (3,),
+    }
     other = ProductOfSumsLinear(
         64, 64, layer.recipe["factors"], layer.recipe["bias"], seed=layer.recipe["seed"]
     )

@@ -19,7 +19,7 @@ RULES = {
     "mlp": {".*": [{"kind": "rank1", "p": 3}]},
     "cnn": {".*": some},
     "encoder": {".*_proj": recipes.hashed(5), "linear1": [{"kind": "gaussian", "p": 4}]},
-}  # fmt: skip
+}
 
 
 def made(kind, **more):

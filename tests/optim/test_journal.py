@@ -25,11 +25,13 @@ def trained(path, steps=6, dtype=torch.float32, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"redraw_every": 3, "momentum": 0.9}, {"redraw_every": None, "compartments": "layer"},
+        {},
+        {"redraw_every": 3, "momentum": 0.9},
+        {"redraw_every": None, "compartments": "layer"},
         {"distribution": "orthogonal", "compartments": "uniform:3", "weight_decay": 0.01},
         {"distribution": "rademacher", "compartments": "tensor"},
     ],
-)  # fmt: skip
+)
 def test_replay_gives_the_bits_of_every_step(tmp_path, dtype, options):
     _, _, seen = trained(tmp_path / "journal", dtype=dtype, **options)
     for steps in range(7):
@@ -114,9 +116,10 @@ def test_a_state_belongs_to_a_moment_of_its_journal(tmp_path):
 def test_rates_are_those_of_each_step(tmp_path):
     net = mlp(torch.float32)
     optimizer = RandomBases(
-        [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}], 5,
+        [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}],
+        5,
         journal=tmp_path / "journal",
-    )  # fmt: skip
+    )
     for lr in (1.0, 0.3, 0.1):
         optimizer.param_groups[0]["lr"] = lr
         run(net, optimizer, 1)

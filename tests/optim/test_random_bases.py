@@ -381,10 +381,11 @@ def test_resume_is_exact(options):
 def test_a_state_of_other_bases_is_refused():
     state = RandomBases(mlp(), 10).state_dict()
     for other in (
-        RandomBases(mlp(), 10, seed=1), RandomBases(mlp(), 11),
+        RandomBases(mlp(), 10, seed=1),
+        RandomBases(mlp(), 11),
         RandomBases(mlp(), 10, compartments="layer"),
         RandomBases(mlp(), 10, distribution="rademacher"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(SubspanError, match="this state belongs to other bases"):
             other.load_state_dict(state)
 
@@ -488,9 +489,14 @@ def test_frozen_tensors_take_no_part_however_they_are_given(estimator, tmp_path)
         net[2].bias.requires_grad_(False)
         begin = {name: p.detach().clone() for name, p in net.named_parameters()}
         optimizer = RandomBases(
-            given(net), 6, 0.1, estimator=estimator, weight_decay=0.1, compartments="tensor",
+            given(net),
+            6,
+            0.1,
+            estimator=estimator,
+            weight_decay=0.1,
+            compartments="tensor",
             journal=tmp_path / way,
-        )  # fmt: skip
+        )
 
         def closure(net=net, optimizer=optimizer):
             optimizer.zero_grad()
@@ -590,9 +596,14 @@ def test_memory_does_not_matter(kind, estimator):
         p = nn.Parameter(tensor)
         other = nn.Parameter(torch.ones(3, dtype=torch.float64))
         optimizer = RandomBases(
-            [("p", p), ("other", other)], 2, 0.1, estimator=estimator, momentum=0.5,
-            weight_decay=0.1, redraw_every=2,
-        )  # fmt: skip
+            [("p", p), ("other", other)],
+            2,
+            0.1,
+            estimator=estimator,
+            momentum=0.5,
+            weight_decay=0.1,
+            redraw_every=2,
+        )
         for _ in range(3):
             optimizer.zero_grad()
             if estimator == "gradient":
@@ -782,7 +793,7 @@ def test_parameters_cannot_come_later():
         ({"compartments": "layers"}, "compartments must be 'global'"),
         ({"s": 3}, "has no options, got 's'"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(options, message):
     with pytest.raises(SubspanError, match=message):
         RandomBases(mlp(), **{"dim": 10} | options)

@@ -128,9 +128,12 @@ class Bench:
 
 
 def bench(
-    settings: Bench, out: Path, *, overwrite: bool = False,
+    settings: Bench,
+    out: Path,
+    *,
+    overwrite: bool = False,
     done: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure, and write ``bench.json`` after every part.
 
     Parts that a run of the same configuration has finished before are not repeated.
@@ -155,24 +158,37 @@ def bench(
     device, methods = settings.place, candidates.chosen(settings.methods or candidates.names())
     if record is None:
         record = {
-            "format": records.FORMAT, "status": "running", "config": config,
+            "format": records.FORMAT,
+            "status": "running",
+            "config": config,
             "machine": {
-                "device": records.device_name(device), "versions": records.versions(),
+                "device": records.device_name(device),
+                "versions": records.versions(),
                 "copy_bytes_per_second": copy_bandwidth(device, settings.seconds),
             },
-        }  # fmt: skip
+        }
         done("copy bandwidth")
     measures: dict[str, Callable[[], Sequence[Any]]] = {
         "products": lambda: products.measure(
             methods, settings.pairs(), settings.seconds, device, done
         ),
         "steps": lambda: steps.measure(
-            methods, settings.nets, settings.dim, settings.batch_size, settings.seconds, device,
+            methods,
+            settings.nets,
+            settings.dim,
+            settings.batch_size,
+            settings.seconds,
+            device,
             done,
         ),
         "memory": lambda: memory.measure(methods, settings.pairs(), device, done),
         "optimizers": lambda: optimizers.measure(
-            methods, settings.nets, settings.dim, settings.batch_size, settings.seconds, device,
+            methods,
+            settings.nets,
+            settings.dim,
+            settings.batch_size,
+            settings.seconds,
+            device,
             done,
         ),
         "lowrank": lambda: lowrank.measure(
@@ -188,10 +204,15 @@ def bench(
             settings.blocks, settings.batches, settings.large_dim, settings.seconds, device, done
         ),
         "transformer": lambda: transformer.measure(
-            settings.decoder, settings.dtype, settings.tokens, settings.large_dim,
-            settings.seconds, device, done,
+            settings.decoder,
+            settings.dtype,
+            settings.tokens,
+            settings.large_dim,
+            settings.seconds,
+            device,
+            done,
         ),
-    }  # fmt: skip
+    }
     for part in PARTS:
         if part in settings.parts and part not in record:
             record[part] = measures[part]()
@@ -205,8 +226,14 @@ def total(settings: Bench) -> int:
     """How often ``done`` will be told something, if nothing was measured before."""
     sizes, nets = len(settings.sizes), len(settings.nets)
     counts = {
-        "products": sizes, "steps": nets, "memory": sizes, "optimizers": nets, "lowrank": 1,
-        "sums": 2, "laboratory": nets * len(laboratory.METHODS), "transformer": 1,
+        "products": sizes,
+        "steps": nets,
+        "memory": sizes,
+        "optimizers": nets,
+        "lowrank": 1,
+        "sums": 2,
+        "laboratory": nets * len(laboratory.METHODS),
+        "transformer": 1,
         "blocks": len(settings.batches) * len(blocks.allocators(settings.place)),
-    }  # fmt: skip
+    }
     return 1 + sum(counts[part] for part in settings.parts)

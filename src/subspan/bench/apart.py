@@ -70,9 +70,13 @@ class Worker:
         around = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(arguments)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.said, text=True, env=around | dict(allocator),
-        )  # fmt: skip
+            [sys.executable, "-c", code, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=around | dict(allocator),
+        )
         self.started = False
 
     def turn(self) -> Any:

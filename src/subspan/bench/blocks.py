@@ -94,9 +94,13 @@ def steps(
 
 
 def measure(
-    size: str, batches: Sequence[int], dim: int, seconds: float, device: torch.device,
+    size: str,
+    batches: Sequence[int],
+    dim: int,
+    seconds: float,
+    device: torch.device,
     done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for every batch, allocator and variant.
 
     Args:
@@ -115,9 +119,12 @@ def measure(
     for batch in batches:
         for name, variables in allocators(device).items():
             of_all = {
-                "blocks": size, "weights": weights(size), "batch_size": batch, "allocator": name,
+                "blocks": size,
+                "weights": weights(size),
+                "batch_size": batch,
+                "allocator": name,
                 "dim": dim,
-            }  # fmt: skip
+            }
             arguments = (size, batch, dim, str(device))
             rows += [
                 of_all | row

@@ -39,9 +39,13 @@ RATE = 1e-3
 
 
 def measure(
-    net_names: Sequence[str], dim: int, batch_size: int, seconds: float, device: torch.device,
+    net_names: Sequence[str],
+    dim: int,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
     done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Rows for every network, trained as it is and in a subspace: the bare loop, the laboratory's.
 
     Args:
@@ -65,10 +69,14 @@ def measure(
             for loop, timing in timings.items():
                 rows.append(
                     {
-                        "net": net, "method": name, "projection": loop, "batch_size": batch_size,
-                        "images": len(images.train), "step": timing,
+                        "net": net,
+                        "method": name,
+                        "projection": loop,
+                        "batch_size": batch_size,
+                        "images": len(images.train),
+                        "step": timing,
                     }
-                )  # fmt: skip
+                )
             done(f"epochs of {net}, {name}")
     return rows
 
@@ -112,18 +120,24 @@ def bare(
         correct = 0
         with torch.no_grad():
             for some, truth in zip(
-                images.validation.images.split(1000), images.validation.labels.split(1000),
+                images.validation.images.split(1000),
+                images.validation.labels.split(1000),
                 strict=True,
-            ):  # fmt: skip
+            ):
                 scores = model((some.float() / 255 - mean) / std)
                 correct += int((scores.argmax(dim=1) == truth).sum())
         yield
 
 
 def _interleaved(
-    net: str, name: str, options: dict[str, Any], images: data.ImageData, batch_size: int,
-    seconds: float, device: torch.device,
-) -> dict[str, Timing]:  # fmt: skip
+    net: str,
+    name: str,
+    options: dict[str, Any],
+    images: data.ImageData,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Timing]:
     how = method(name)
 
     def model() -> nn.Module:

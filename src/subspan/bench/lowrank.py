@@ -48,9 +48,13 @@ def optimizer_of(net: nn.Module, rank: int, adapting: bool = False) -> torch.opt
 
 
 def measure(
-    width: int, ranks: Sequence[int], batch_size: int, seconds: float, device: torch.device,
+    width: int,
+    ranks: Sequence[int],
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
     done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for the dense network, and one for every rank.
 
     Args:

@@ -56,9 +56,11 @@ def peak(method: str, out_dim: int, in_dim: int, device: str) -> int:
 
 
 def measure(
-    methods: Sequence[str], sizes: Sequence[tuple[int, int]], device: torch.device,
+    methods: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    device: torch.device,
     done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for every size and projection, and one for plain Adam.
 
     Returns:

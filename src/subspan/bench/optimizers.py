@@ -18,9 +18,14 @@ PLAIN = "sgd"
 
 
 def measure(
-    methods: Sequence[str], net_names: Sequence[str], dim: int, batch_size: int, seconds: float,
-    device: torch.device, done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    methods: Sequence[str],
+    net_names: Sequence[str],
+    dim: int,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+    done: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """A row for every network and family of bases, redrawn at every step; and one for plain SGD.
 
     Args:
@@ -51,9 +56,13 @@ def measure(
         for method, timing in interleaved(steps, seconds, device).items():
             rows.append(
                 {
-                    "net": name, "weights": weights, "projection": method, "dim": dim,
-                    "batch_size": batch_size, "step": timing,
+                    "net": name,
+                    "weights": weights,
+                    "projection": method,
+                    "dim": dim,
+                    "batch_size": batch_size,
+                    "step": timing,
                 }
-            )  # fmt: skip
+            )
         done(f"steps in random bases of {name}")
     return rows

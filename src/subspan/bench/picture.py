@@ -51,7 +51,7 @@ def draw(record: dict[str, Any]) -> Figure:
         panels.append((_steps, f"epoch of {net}, {name}, batch {rows[0]['batch_size']}", rows))
     for (_, batch, allocator), rows in grouped(
         record.get("blocks", ()), "blocks", "batch_size", "allocator"
-    ):  # fmt: skip
+    ):
         title = f"{rows[0]['weights']:,} weights, batch {batch}, memory {allocator}"
         panels.append((_large, title, rows))
     for (dtype, tokens), rows in grouped(record.get("transformer", ()), "dtype", "tokens"):
@@ -73,8 +73,9 @@ def _products(axes: Axes, rows: list[dict[str, Any]]) -> None:
     bars = []
     for key, colour, label in (("forward", _FORWARD, "P w"), ("backward", _BACKWARD, "Pᵀ g")):
         whole = base[key]["median"] if key in base else 1e-3
-        bars.append(([row[key]["median"] / whole if key in row else None for row in rows],
-                     colour, label))  # fmt: skip
+        bars.append(
+            ([row[key]["median"] / whole if key in row else None for row in rows], colour, label)
+        )
     _bars(axes, rows, bars)
     unit = "times the product with a stored matrix" if "forward" in base else "milliseconds"
     axes.set_xlabel(unit)
@@ -132,9 +133,14 @@ def _by_rank(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.axvline(even, color=_ONE, linewidth=0.8, linestyle="--")
         word = f"a step breaks even at rank {even:,.0f}" if known else "no break-even up to here"
         axes.annotate(
-            word, (even, 0.03), xycoords=axes.get_xaxis_transform(), xytext=(-3, 0),
-            textcoords="offset points", ha="right", fontsize=5.5,
-        )  # fmt: skip
+            word,
+            (even, 0.03),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            ha="right",
+            fontsize=5.5,
+        )
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -156,15 +162,23 @@ def _bars(
         places = [line + n * height for line in range(len(rows))]
         known = [(place, value) for place, value in zip(places, values, strict=True) if value]
         axes.barh(
-            [place for place, _ in known], [value - 1 for _, value in known], height, left=1,
-            color=colour, label=label,
-        )  # fmt: skip
+            [place for place, _ in known],
+            [value - 1 for _, value in known],
+            height,
+            left=1,
+            color=colour,
+            label=label,
+        )
         for place, value in known:
             axes.annotate(
-                _number(value), (value, place), xytext=(2 if value >= 1 else -2, 0),
-                textcoords="offset points", va="center", ha="left" if value >= 1 else "right",
+                _number(value),
+                (value, place),
+                xytext=(2 if value >= 1 else -2, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if value >= 1 else "right",
                 fontsize=5,
-            )  # fmt: skip
+            )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _number(x)))

@@ -14,9 +14,12 @@ from subspan.families import stored
 
 
 def measure(
-    methods: Sequence[str], sizes: Sequence[tuple[int, int]], seconds: float,
-    device: torch.device, done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    methods: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    seconds: float,
+    device: torch.device,
+    done: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """A row for every size and projection.
 
     Args:

@@ -40,9 +40,14 @@ def training_step(
 
 
 def measure(
-    methods: Sequence[str], net_names: Sequence[str], dim: int, batch_size: int, seconds: float,
-    device: torch.device, done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    methods: Sequence[str],
+    net_names: Sequence[str],
+    dim: int,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+    done: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """A row for every network and projection, and one for plain Adam on all weights.
 
     Args:
@@ -65,9 +70,12 @@ def measure(
         here, steps = {}, {}
         for method in (candidates.PLAIN, *methods):
             row: dict[str, Any] = {
-                "net": name, "weights": weights, "projection": method, "dim": dim,
+                "net": name,
+                "weights": weights,
+                "projection": method,
+                "dim": dim,
                 "batch_size": batch_size,
-            }  # fmt: skip
+            }
             rows.append(row)
             net = nets.build(name, SHAPE)
             if method != candidates.PLAIN:

@@ -53,13 +53,24 @@ def measure(
         ``numbers`` that are trained, ``bytes_stored`` in a checkpoint, ``bytes_of_m`` (of the
         matrices Mⱼ, had they to be stored whole), ``batch_size`` and the timing ``step``.
     """
-    rows = _rows(f"a layer {width:,} × {width:,}, forward and backward", _layers(width, device),
-                 lambda layer: _passes(layer, width, batch_size, device),
-                 batch_size, seconds, device)  # fmt: skip
+    rows = _rows(
+        f"a layer {width:,} × {width:,}, forward and backward",
+        _layers(width, device),
+        lambda layer: _passes(layer, width, batch_size, device),
+        batch_size,
+        seconds,
+        device,
+    )
     done("layers as products of sums")
     x, y = a_batch(batch_size, device)
-    rows += _rows(f"a training step of {NET}", _networks(device),
-                  lambda net: training_step(net, x, y), batch_size, seconds, device)  # fmt: skip
+    rows += _rows(
+        f"a training step of {NET}",
+        _networks(device),
+        lambda net: training_step(net, x, y),
+        batch_size,
+        seconds,
+        device,
+    )
     done(f"training steps of {NET}")
     return rows
 
@@ -130,15 +141,23 @@ def _bytes_of_m(net: nn.Module) -> int:
 
 
 def _rows(
-    what: str, candidates: dict[str, nn.Module], step: Callable[[nn.Module], Callable[[], object]],
-    batch_size: int, seconds: float, device: torch.device,
-) -> list[dict[str, Any]]:  # fmt: skip
+    what: str,
+    candidates: dict[str, nn.Module],
+    step: Callable[[nn.Module], Callable[[], object]],
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+) -> list[dict[str, Any]]:
     timings = interleaved({name: step(net) for name, net in candidates.items()}, seconds, device)
     return [
         {
-            "what": what, "projection": name, "batch_size": batch_size, "step": timings[name],
+            "what": what,
+            "projection": name,
+            "batch_size": batch_size,
+            "step": timings[name],
             "numbers": sum(p.numel() for p in net.parameters()),
-            "bytes_stored": _bytes_stored(net), "bytes_of_m": _bytes_of_m(net),
+            "bytes_stored": _bytes_stored(net),
+            "bytes_of_m": _bytes_of_m(net),
         }
         for name, net in candidates.items()
-    ]  # fmt: skip
+    ]

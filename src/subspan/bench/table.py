@@ -11,15 +11,24 @@ from subspan.report.tables import NONE, Table
 from subspan.training.records import grouped
 
 _KEYS = {  # by which the rows of a part belong together
-    "products": ("out_dim", "in_dim"), "memory": ("out_dim", "in_dim"), "steps": ("net",),
-    "optimizers": ("net",), "lowrank": ("width",), "sums": ("what",),
-    "laboratory": ("net", "method"), "blocks": ("batch_size", "allocator"),
+    "products": ("out_dim", "in_dim"),
+    "memory": ("out_dim", "in_dim"),
+    "steps": ("net",),
+    "optimizers": ("net",),
+    "lowrank": ("width",),
+    "sums": ("what",),
+    "laboratory": ("net", "method"),
+    "blocks": ("batch_size", "allocator"),
     "transformer": ("dtype",),
-}  # fmt: skip
+}
 _WORDS = {
-    "forward": "P w", "backward": "Pᵀ g", "step": "a training step",
-    "adaptive": "a step, ranks may change", "inference": "inference", "peak_bytes": "peak memory",
-}  # fmt: skip
+    "forward": "P w",
+    "backward": "Pᵀ g",
+    "step": "a training step",
+    "adaptive": "a step, ranks may change",
+    "inference": "inference",
+    "peak_bytes": "peak memory",
+}
 
 
 def of_bench(record: Mapping[str, Any]) -> Table:

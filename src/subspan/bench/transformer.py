@@ -38,10 +38,13 @@ def shape(weights: int) -> dict[str, int]:
     while _count(width, layers) < weights:
         layers += 1
     return {
-        "hidden_size": width, "intermediate_size": _inner(width), "num_hidden_layers": layers,
-        "num_attention_heads": width // HEAD, "num_key_value_heads": width // HEAD,
+        "hidden_size": width,
+        "intermediate_size": _inner(width),
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD,
+        "num_key_value_heads": width // HEAD,
         "vocab_size": WORDS * width,
-    }  # fmt: skip
+    }
 
 
 def _inner(width: int) -> int:
@@ -121,9 +124,14 @@ def steps(
 
 
 def measure(
-    wanted: int, dtype: str, tokens: int, dim: int, seconds: float, device: torch.device,
+    wanted: int,
+    dtype: str,
+    tokens: int,
+    dim: int,
+    seconds: float,
+    device: torch.device,
     done: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for every variant.
 
     Args:

@@ -31,8 +31,12 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 
 FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA = (
-    "full", "frozen", "subspan", "subspan, checkpointed", "lora",
-)  # fmt: skip
+    "full",
+    "frozen",
+    "subspan",
+    "subspan, checkpointed",
+    "lora",
+)
 RANK = 8  # of LoRA, PEFT's own default
 CHANGE = 1e-4  # of a weight in a step
 LORA_RATE = 1e-3
@@ -122,9 +126,11 @@ def steps(
     problem = make(True)
     sizes = [p.numel() * p.element_size() for p in problem.net.parameters()]
     facts = {
-        "weights": sum(p.numel() for p in problem.net.parameters()), "weight_bytes": sum(sizes),
-        "largest_bytes": max(sizes), "library_bytes": libraries,
-    }  # fmt: skip
+        "weights": sum(p.numel() for p in problem.net.parameters()),
+        "weight_bytes": sum(sizes),
+        "largest_bytes": max(sizes),
+        "library_bytes": libraries,
+    }
     beyond = Beyond(device)
     with beyond.watching():
         step, numbers = training(problem, variant, dim)
@@ -135,15 +141,22 @@ def steps(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         yield facts | {
-            "seconds": time.perf_counter() - start, "loss": loss, "numbers": numbers,
-            "peak_bytes": beyond.peak, "sampled_bytes": beyond.sampled,
-        }  # fmt: skip
+            "seconds": time.perf_counter() - start,
+            "loss": loss,
+            "numbers": numbers,
+            "peak_bytes": beyond.peak,
+            "sampled_bytes": beyond.sampled,
+        }
 
 
 def measure(
-    function: Callable[..., Iterator[dict[str, Any]]], arguments: Sequence[Any],
-    variants: Sequence[str], weight_bytes: int, seconds: float, allocator: Mapping[str, str],
-) -> list[dict[str, Any]]:  # fmt: skip
+    function: Callable[..., Iterator[dict[str, Any]]],
+    arguments: Sequence[Any],
+    variants: Sequence[str],
+    weight_bytes: int,
+    seconds: float,
+    allocator: Mapping[str, str],
+) -> list[dict[str, Any]]:
     """A row for every variant, measured in turns of a step if all fit into half the memory.
 
     Args:
@@ -179,9 +192,12 @@ def measure(
 
 
 def _in_turns(
-    function: Callable[..., Iterator[dict[str, Any]]], arguments: Sequence[Any],
-    variants: Sequence[str], seconds: float, allocator: Mapping[str, str],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    function: Callable[..., Iterator[dict[str, Any]]],
+    arguments: Sequence[Any],
+    variants: Sequence[str],
+    seconds: float,
+    allocator: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {}
     firsts: dict[str, float] = {}

@@ -38,48 +38,66 @@ def main(argv: Arguments) -> None:
     defaults = lab_bench.Bench()
     words = list[str] | str
     parser.add_argument(
-        "--parts", type=words, default=",".join(defaults.parts),
+        "--parts",
+        type=words,
+        default=",".join(defaults.parts),
         help=f"what to measure, see above, {lists}",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--methods", type=words | None, default=None, help=f"as below, {lists}; null: all"
     )
     parser.add_argument(
-        "--sizes", type=words, default=",".join(defaults.sizes),
+        "--sizes",
+        type=words,
+        default=",".join(defaults.sizes),
         help=f"D by d for products and memory, {lists}: 61706x1000,472610x4500",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--nets", type=words, default=",".join(defaults.nets),
+        "--nets",
+        type=words,
+        default=",".join(defaults.nets),
         help=f"networks whose training steps are timed, {lists}",
-    )  # fmt: skip
+    )
     parser.add_argument("--dim", type=int, default=defaults.dim, help="d of the training steps")
     parser.add_argument(
-        "--width", type=int, default=defaults.width,
+        "--width",
+        type=int,
+        default=defaults.width,
         help="units of the five hidden layers of lowrank, and of the layer of sums",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ranks", type=list[int] | str | int, default=",".join(map(str, defaults.ranks)),
+        "--ranks",
+        type=list[int] | str | int,
+        default=",".join(map(str, defaults.ranks)),
         help=f"of these layers, {lists}",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--batch_size", type=int, default=defaults.batch_size, help="images in a step"
     )
     parser.add_argument(
-        "--blocks", type=str, default=defaults.blocks,
+        "--blocks",
+        type=str,
+        default=defaults.blocks,
         help="the network of blocks: how many, their width and their hidden width; 1x16x64 is tiny",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--batches", type=list[int] | str | int, default=",".join(map(str, defaults.batches)),
+        "--batches",
+        type=list[int] | str | int,
+        default=",".join(map(str, defaults.batches)),
         help=f"vectors in a step of blocks, {lists}",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--decoder", type=float, default=defaults.decoder,
+        "--decoder",
+        type=float,
+        default=defaults.decoder,
         help="weights of the decoder of transformer, which has as many and few more: 1e9",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dtype", type=str, default=defaults.dtype,
+        "--dtype",
+        type=str,
+        default=defaults.dtype,
         help="of the decoder's weights, float32 or bfloat16",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--tokens", type=int, default=defaults.tokens, help="in a step of the decoder"
     )
@@ -87,9 +105,11 @@ def main(argv: Arguments) -> None:
         "--large_dim", type=int, default=defaults.large_dim, help="d of blocks and transformer"
     )
     parser.add_argument(
-        "--seconds", type=float, default=defaults.seconds,
+        "--seconds",
+        type=float,
+        default=defaults.seconds,
         help="to spend on each timing; never fewer than five rounds",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", type=str, default=defaults.device, help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print the record and no tables")
     add_out(parser, "runs/bench", overwrite="measure again, and replace what is there")

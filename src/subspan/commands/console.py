@@ -42,10 +42,17 @@ def say(text: str, style: str | None = None) -> None:
 
 def _progress(unit: str) -> Progress:
     return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 @dataclass
@@ -140,11 +147,15 @@ def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
     baseline = result["baseline"]
     for row in ([baseline] if baseline else []) + result["rows"]:
         table.add_row(
-            row.get("small") or row["method"], f"{row['dim']:,}", f"{row['lr']:g}",
-            score.summary(row["test_score"]), str(len(row["test_score"])),
-            f"{row['stored_parameters']:,}", f"{row['checkpoint_bytes']:,}",
+            row.get("small") or row["method"],
+            f"{row['dim']:,}",
+            f"{row['lr']:g}",
+            score.summary(row["test_score"]),
+            str(len(row["test_score"])),
+            f"{row['stored_parameters']:,}",
+            f"{row['checkpoint_bytes']:,}",
             f"{statistics.fmean(row['seconds_total']):.1f}",
-        )  # fmt: skip
+        )
     console.print(table)
     for name, found in result["d_int"].items():
         ends = [found["low"], found["high"]]
@@ -188,9 +199,15 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
         say(f"\nproducts at D = {out_dim:,}, d = {in_dim:,}")
         base = next((row for row in rows if row["projection"] == "stored-dense"), {})
         table = _table(
-            "projection", "bytes of P",
-            "P w ms", "× stored", "× its bytes", "Pᵀ g ms", "× stored", "× its bytes",
-        )  # fmt: skip
+            "projection",
+            "bytes of P",
+            "P w ms",
+            "× stored",
+            "× its bytes",
+            "Pᵀ g ms",
+            "× stored",
+            "× its bytes",
+        )
         for row in rows:
             cells = [f"{row['bytes_of_p']:,}"] if "bytes_of_p" in row else [row["skipped"]]
             for key in ("forward", "backward") if "forward" in row else ():
@@ -201,8 +218,9 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
             table.add_row(row["projection"], *cells)
         console.print(table)
     for part, title, against in (
-        ("steps", "training step", "adam"), ("optimizers", "step in redrawn bases", "sgd")
-    ):  # fmt: skip
+        ("steps", "training step", "adam"),
+        ("optimizers", "step in redrawn bases", "sgd"),
+    ):
         for (net,), rows in grouped(record.get(part, ()), "net"):
             first = rows[0]
             say(
@@ -222,18 +240,27 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
         table = _table("D", "d", "trained by", "bytes", "× 4·D")
         for row in record["memory"]:
             peak = row.get("peak_bytes")
-            cells = [row["skipped"]] if peak is None else [
-                f"{peak:,}", f"{peak / (4 * row['out_dim']):.2f}"
-            ]  # fmt: skip
+            cells = (
+                [row["skipped"]]
+                if peak is None
+                else [f"{peak:,}", f"{peak / (4 * row['out_dim']):.2f}"]
+            )
             table.add_row(f"{row['out_dim']:,}", f"{row['in_dim']:,}", row["projection"], *cells)
         console.print(table)
     for (width,), rows in grouped(record.get("lowrank", ()), "width"):
         dense = rows[0]
         say(f"\nfive hidden layers of {width:,}, batch of {dense['batch_size']}, SGD inside")
         table = _table(
-            "rank", "step ms", "× dense", "ranks may change ms", "× dense", "inference ms",
-            "× dense", "peak bytes", "× dense",
-        )  # fmt: skip
+            "rank",
+            "step ms",
+            "× dense",
+            "ranks may change ms",
+            "× dense",
+            "inference ms",
+            "× dense",
+            "peak bytes",
+            "× dense",
+        )
         for row in rows:
             cells = [f"{row['rank']:,}" if row["rank"] else "dense"]
             for key, of in (("step", "step"), ("adaptive", "step"), ("inference", "inference")):
@@ -264,7 +291,7 @@ def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
         console.print(table)
     for (blocks, batch, allocator), rows in grouped(
         record.get("blocks", ()), "blocks", "batch_size", "allocator"
-    ):  # fmt: skip
+    ):
         _large(f"blocks {blocks}, batch of {batch}, memory {allocator}", rows)
     for (dtype, tokens), rows in grouped(record.get("transformer", ()), "dtype", "tokens"):
         _large(f"a decoder in {dtype}, {tokens} tokens", rows)
@@ -285,9 +312,16 @@ def _large(what: str, rows: Sequence[dict[str, Any]]) -> None:
         )
     allowed = any("allowed_bytes" in row for row in rows)
     table = _table(
-        "trained by", "numbers", "step ms", "× full", "peak MB", "× θ₀",
-        *["× (3 × largest + activations)"] * allowed, "loss", "after",
-    )  # fmt: skip
+        "trained by",
+        "numbers",
+        "step ms",
+        "× full",
+        "peak MB",
+        "× θ₀",
+        *["× (3 × largest + activations)"] * allowed,
+        "loss",
+        "after",
+    )
     for row in rows:
         if "skipped" in row:
             table.add_row(row["projection"], row["skipped"])
@@ -305,9 +339,11 @@ def _large(what: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def _table(*names: str) -> Table:
     return Table(
-        *(Column(name, no_wrap=True) for name in names), box=SIMPLE_HEAD, show_edge=False,
+        *(Column(name, no_wrap=True) for name in names),
+        box=SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
-    )  # fmt: skip
+    )
 
 
 def _milliseconds(timing: dict[str, float]) -> str:

@@ -15,12 +15,14 @@ def main(argv: Arguments) -> None:
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
-    )  # fmt: skip
+    )
     for name in DECODING:
         parser.add_argument(
-            f"--{name}", type=int | str | None if name == "resize" else str | None, default=None,
+            f"--{name}",
+            type=int | str | None if name == "resize" else str | None,
+            default=None,
             help="of the data set; null: as in its training",
-        )  # fmt: skip
+        )
     given = parse(parser, argv)
     decoding = {name: given[name] for name in DECODING}
     console.facts(evaluate_checkpoint(given.checkpoint, given.data, **decoding))

@@ -25,15 +25,22 @@ def make_parser(command: str, description: str | None, epilog: str = "") -> Argu
         """The usual help, with the epilog's lines as they are."""
 
     parser = ArgumentParser(
-        prog=f"subspan {command}", description=description, epilog=epilog,
-        formatter_class=Formatter, exit_on_error=False, allow_abbrev=False,
-    )  # fmt: skip
+        prog=f"subspan {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_argument(
-        "--import", dest="imports", type=str | None, metavar="MODULE",
+        "--import",
+        dest="imports",
+        type=str | None,
+        metavar="MODULE",
         help="import a module of yours first, which adds projections, methods, kinds of atoms or "
         "experiments; may be given several times",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -134,9 +141,11 @@ def show_sweep(result: dict[str, Any], files: Sequence[Path]) -> None:
 
 
 def add_out(
-    parser: ArgumentParser, default: str | None, *,
+    parser: ArgumentParser,
+    default: str | None,
+    *,
     overwrite: str = "replace what another configuration left there",
-) -> None:  # fmt: skip
+) -> None:
     """Add ``--out`` and ``--overwrite``."""
     kind = str if default else str | None
     parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
@@ -146,11 +155,14 @@ def add_out(
 def add_log(parser: ArgumentParser) -> None:
     """Add ``--log``."""
     parser.add_argument(
-        "--log", "--log_with", type=list[str] | str | None, default=None,
+        "--log",
+        "--log_with",
+        type=list[str] | str | None,
+        default=None,
         help="trackers that are told every epoch, separated by commas, or a YAML list: "
         "tensorboard, wandb, trackio, …; those that can keep their files beside the record. "
         "(torchrun takes --log for an option of its own: under it, say --log-with)",
-    )  # fmt: skip
+    )
 
 
 def trackers_given(given: Namespace) -> tuple[str, ...]:
@@ -163,17 +175,23 @@ def trackers_given(given: Namespace) -> tuple[str, ...]:
 def add_jobs(parser: ArgumentParser) -> None:
     """Add how runs are spread over processes and machines."""
     parser.add_argument(
-        "--jobs", type=int, default=-1,
+        "--jobs",
+        type=int,
+        default=-1,
         help="runs at a time; -1: one per core, or one where they take the GPU of this machine; "
         "of a Ray cluster, one per core, or per GPU where it has any",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--backend", type=Literal["loky", "ray"], default="loky",
+        "--backend",
+        type=Literal["loky", "ray"],
+        default="loky",
         help="loky: processes of this machine; ray: those of a Ray cluster (pip install "
         "'subspan[ray]'). All its machines must see --out, and the data, under the same path. The "
         "same command given on several machines that share --out divides the runs without Ray",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ray_address", type=str | None, default=None,
+        "--ray_address",
+        type=str | None,
+        default=None,
         help="host:port of a cluster's head; null starts Ray on this machine alone",
-    )  # fmt: skip
+    )

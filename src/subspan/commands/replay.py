@@ -19,9 +19,11 @@ def main(argv: Arguments) -> None:
     )
     parser.add_argument("--out", type=str, default="weights.safetensors", help="the file to write")
     parser.add_argument(
-        "--base", type=str | None, default=None,
+        "--base",
+        type=str | None,
+        default=None,
         help="a safetensors file of the initial weights, for a journal of your own training",
-    )  # fmt: skip
+    )
     given = parse(parser, argv)
     steps, size = rebuild_weights(given.journal, given.out, step=given.step, base=given.base)
     print(f"{given.out}: the weights after {steps:,} steps, {size:,} bytes")

@@ -30,19 +30,25 @@ def main(argv: Arguments) -> None:
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = make_parser("reproduce", main.__doc__, f"experiments:\n{listing}")
     parser.add_argument(
-        "name", nargs="?", default=None,
+        "name",
+        nargs="?",
+        default=None,
         help="one of the experiments below; all: one after the other, and one page of them all",
-    )  # fmt: skip
+    )
     parser.add_argument("--list", action="store_true", help="list the experiments and end")
     parser.add_argument(
-        "--budget", type=Literal["quick", "full"], default="quick",
+        "--budget",
+        type=Literal["quick", "full"],
+        default="quick",
         help="quick ends within ten minutes on two cores; full is nearer to the published recipe, "
         "with three seeds",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--data", type=str | None, default=None,
+        "--data",
+        type=str | None,
+        default=None,
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
-    )  # fmt: skip
+    )
     add_jobs(parser)
     add_log(parser)
     add_out(parser, None)
@@ -81,9 +87,13 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
 
     chosen = experiment(name)
     how = {
-        "budget": given.budget, "data": given.data, "overwrite": given.overwrite,
-        "backend": given.backend, "ray_address": given.ray_address, "log": trackers_given(given),
-    }  # fmt: skip
+        "budget": given.budget,
+        "data": given.data,
+        "overwrite": given.overwrite,
+        "backend": given.backend,
+        "ray_address": given.ray_address,
+        "log": trackers_given(given),
+    }
     if isinstance(chosen, Timing):
         with console.measuring(bench_total(chosen.bench(given.budget))) as done:
             [record] = run_experiment(name, out, done=done, **how).values()
@@ -94,9 +104,7 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
     jobs = 1 if chosen.timed and given.name == "all" else given.jobs
     parts = chosen.parts(given.budget)
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
-        results = run_experiment(
-            name, out, jobs=jobs, on_run=progress, say=console.say, **how
-        )  # fmt: skip
+        results = run_experiment(name, out, jobs=jobs, on_run=progress, say=console.say, **how)
     for part, result in results.items():
         if part:
             console.say(f"\n{part}")

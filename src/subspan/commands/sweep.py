@@ -41,36 +41,46 @@ def main(argv: Arguments) -> None:
         "--methods", type=list[str] | str, default="hash", help=f"names as below, {lists}"
     )
     parser.add_argument(
-        "--dims", type=list[str | int] | str | int, default="10,30,100,300,1000,3000",
+        "--dims",
+        type=list[str | int] | str | int,
+        default="10,30,100,300,1000,3000",
         help=f"numbers of coordinates, {lists}; 600+250 gives those of each compartment; of dlrt "
         "tolerances, 0.05,0.1,0.2, of dlrt-ratio shares, of prodsum atoms (p)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
     parser.add_argument(
-        "--lrs", type=dict[str, Any] | list[str | float] | str | float | None, default=None,
+        "--lrs",
+        type=dict[str, Any] | list[str | float] | str | float | None,
+        default=None,
         help=f"learning rates to choose from at every d, on the validation part, {lists}; or "
         "those of each method, {rbd: [1, 2], fpd: 4}; null: the methods' own",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--baseline", type=str | None, default="full", help="what the others are held against"
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--baseline_lrs", type=list[str | float] | str | float | None, default=None,
+        "--baseline_lrs",
+        type=list[str | float] | str | float | None,
+        default=None,
         help="the same, of the baseline",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="share of the baseline's score for d_int"
     )
     parser.add_argument(
-        "--nets", type=list[str] | str | None, default=None,
+        "--nets",
+        type=list[str] | str | None,
+        default=None,
         help=f"networks to compare at equal d, in place of --net, {lists}: each has a folder and "
         "its curves, and there is one picture of all",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--small", type=list[str] | str | None, default=None,
+        "--small",
+        type=list[str] | str | None,
+        default=None,
         help=f"smaller networks to hold projections against, by name, {lists}: all their weights "
         "are trained; auto: the largest of the same kind that have at most d weights, at every d",
-    )  # fmt: skip
+    )
     add_options(parser, without=("dim",))
     add_jobs(parser)
     add_log(parser)
@@ -104,10 +114,16 @@ def main(argv: Arguments) -> None:
     out = Path(given.out)
     with console.runs(sum(map(total_runs, parts.values()))) as progress:
         results = sweep_parts(
-            parts, out, jobs=given.jobs, overwrite=given.overwrite, on_run=progress,
-            backend=given.backend, ray_address=given.ray_address, say=console.say,
+            parts,
+            out,
+            jobs=given.jobs,
+            overwrite=given.overwrite,
+            on_run=progress,
+            backend=given.backend,
+            ray_address=given.ray_address,
+            say=console.say,
             log=trackers_given(given),
-        )  # fmt: skip
+        )
     for name, result in results.items():
         if name:
             console.say(f"\n{name}")

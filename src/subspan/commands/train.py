@@ -42,10 +42,11 @@ def main(argv: Arguments) -> None:
     add_log(parser)
     add_out(parser, "runs/train")
     parser.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on with what --out says was begun there; no other option is needed. (The command "
         "that began it does the same, if it is given again.)",
-    )  # fmt: skip
+    )
     given = parse(parser, argv)
 
     out, log = Path(given.out), trackers_given(given)
@@ -61,9 +62,14 @@ def main(argv: Arguments) -> None:
     with console.training(run, resumed=given.resume) as progress:
         try:
             record = run_training(
-                run, out, overwrite=given.overwrite, report=progress.epoch,
-                on_step=progress.step, on_start=progress.start, log=log,
-            )  # fmt: skip
+                run,
+                out,
+                overwrite=given.overwrite,
+                report=progress.epoch,
+                on_step=progress.step,
+                on_start=progress.start,
+                log=log,
+            )
         except Stopped as stopped:
             go_on = f"; to go on: subspan train --resume --out {out}"
             raise Stopped(f"{stopped}{go_on}", stopped.signal) from None

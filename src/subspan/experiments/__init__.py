@@ -52,10 +52,14 @@ class Published:
     def as_dict(self) -> dict[str, Any]:
         """As it stands in ``sweep.json``."""
         return {
-            "label": self.label, "dims": list(self.dims), "accuracy": list(self.accuracy),
-            "baseline": self.baseline, "d_int": self.d_int, "method": self.method,
+            "label": self.label,
+            "dims": list(self.dims),
+            "accuracy": list(self.accuracy),
+            "baseline": self.baseline,
+            "d_int": self.d_int,
+            "method": self.method,
             "labels": list(self.labels),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,20 @@ def experiment(name: str) -> Experiment | Timing:
 
 
 def reproduce(
-    name: str, out: Path, *, budget: Budget = "quick", data: str | None = None, jobs: int = -1,
-    overwrite: bool = False, on_run: Callable[[Outcome, int], None] | None = None,
-    done: Callable[[str], None] = lambda what: None, backend: str = "loky",
-    ray_address: str | None = None, say: Callable[[str], None] = lambda what: None,
+    name: str,
+    out: Path,
+    *,
+    budget: Budget = "quick",
+    data: str | None = None,
+    jobs: int = -1,
+    overwrite: bool = False,
+    on_run: Callable[[Outcome, int], None] | None = None,
+    done: Callable[[str], None] = lambda what: None,
+    backend: str = "loky",
+    ray_address: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
     log: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run an experiment and write its report, published and measured side by side.
 
     An experiment of several parts has a folder for each, and ``summary.png`` over them.
@@ -217,18 +229,28 @@ def reproduce(
     def extra(part: str) -> dict[str, Any]:
         return {
             "experiment": {
-                "name": name, "budget": budget, "title": title, "source": chosen.source,
-                "differences": chosen.differences, "part": part,
+                "name": name,
+                "budget": budget,
+                "title": title,
+                "source": chosen.source,
+                "differences": chosen.differences,
+                "part": part,
             },
-            "published": [
-                curve.as_dict() for curve in (() if data else chosen.published_of(part))
-            ],
-        }  # fmt: skip
+            "published": [curve.as_dict() for curve in (() if data else chosen.published_of(part))],
+        }
 
     results = sweep_parts(
-        parts, out, jobs=jobs, backend=backend, ray_address=ray_address, on_run=on_run,
-        extra=extra, overwrite=overwrite, say=say, log=log,
-    )  # fmt: skip
+        parts,
+        out,
+        jobs=jobs,
+        backend=backend,
+        ray_address=ray_address,
+        on_run=on_run,
+        extra=extra,
+        overwrite=overwrite,
+        say=say,
+        log=log,
+    )
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)
     return results

@@ -46,25 +46,33 @@ FAMILIES = (
     Family(
         "Fixed random subspaces",
         "θ = θ₀ + P w: a seed gives the projection P, and only the d numbers w are trained.",
-        module="subspace", part="products", prefix="li-",
+        module="subspace",
+        part="products",
+        prefix="li-",
     ),
     Family(
         "Random bases that are drawn anew",
         "Each step moves the weights along d random directions of its own (RBD), or always along "
         "the same ones (FPD), or along those that evaluations alone have measured (NES).",
-        module="random_bases", part="optimizers", prefix="gressmann-",
+        module="random_bases",
+        part="optimizers",
+        prefix="gressmann-",
     ),
     Family(
         "Low rank from the start",
         "Every layer is U S Vᵀ, and its rank adapts while it is trained (DLRT).",
-        module="dlrt", part="lowrank", prefix="dlrt-",
+        module="dlrt",
+        part="lowrank",
+        prefix="dlrt-",
     ),
     Family(
         "Products of sums",
         "Every layer is Π Σ aⱼ Mⱼ with fixed matrices Mⱼ, and only the numbers a are trained.",
-        module="prodsum", part="sums", prefix="prodsumnet-",
+        module="prodsum",
+        part="sums",
+        prefix="prodsumnet-",
     ),
-)  # fmt: skip
+)
 OTHERS = Family("Other experiments", "", module="", part="", prefix="")
 
 
@@ -174,7 +182,7 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
     ]
     pictures = whole or [
         places[part] / "curve.png" for part, sweep in sweeps.items() if _says_more(sweep)
-    ]  # fmt: skip
+    ]
     left = [part for part in planned if part not in sweeps]
     notes = [f"Not run, of its parts: {', '.join(left)}."] if left else []
     for part, sweep in sweeps.items():

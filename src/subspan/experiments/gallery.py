@@ -19,9 +19,7 @@ from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.report.page import embedded, template
 
 
-def write(
-    folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True
-) -> Path:  # fmt: skip
+def write(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True) -> Path:
     """Write a page of all experiments in a folder.
 
     Args:
@@ -61,10 +59,13 @@ def text(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = T
     here = os.path.commonpath([folder, file.parent])
     paths = [shlex.quote(os.path.relpath(path, here)) for path in (folder, file)]
     content: dict[str, Any] = {
-        "sections": sections, "lead": [*lead, *damaged],
+        "sections": sections,
+        "lead": [*lead, *damaged],
         "command": f"subspan gallery {' '.join(paths)}",
-        "link": link, "cell": _cell, "picture": _picture,
-    }  # fmt: skip
+        "link": link,
+        "cell": _cell,
+        "picture": _picture,
+    }
     return template(f"gallery{file.suffix}", escape=file.suffix == ".html").render(content)
 
 

@@ -19,11 +19,17 @@ from subspan.training.config import Sweep
 
 
 def sweep_parts(
-    parts: Mapping[str, Sweep], out: Path, *, jobs: int = -1, backend: str = "loky",
-    ray_address: str | None = None, on_run: Callable[[Outcome, int], None] | None = None,
-    extra: Callable[[str], Mapping[str, Any]] = lambda part: {}, log: Sequence[str] = (),
+    parts: Mapping[str, Sweep],
+    out: Path,
+    *,
+    jobs: int = -1,
+    backend: str = "loky",
+    ray_address: str | None = None,
+    on_run: Callable[[Outcome, int], None] | None = None,
+    extra: Callable[[str], Mapping[str, Any]] = lambda part: {},
+    log: Sequence[str] = (),
     **how: Any,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """Run sweeps, those that are complete excepted, and write the report of each.
 
     Args:
@@ -59,8 +65,16 @@ def sweep_parts(
                     on_run(outcome, left_in_part + later)
 
             results[part] = sweep(
-                config, out / part, jobs=jobs, backend=backend, ray_address=ray_address,
-                on_run=one_run, extra=extra(part), log=log, checked=True, **how,
-            )  # fmt: skip
+                config,
+                out / part,
+                jobs=jobs,
+                backend=backend,
+                ray_address=ray_address,
+                on_run=one_run,
+                extra=extra(part),
+                log=log,
+                checked=True,
+                **how,
+            )
             report.write(out / part)
     return results

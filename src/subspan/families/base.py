@@ -138,9 +138,14 @@ class Projection(ABC):
 
     @torch.no_grad()
     def addmv_(
-        self, theta: Tensor, w: Tensor, *, alpha: float = 1.0, step: int | Tensor = 0,
+        self,
+        theta: Tensor,
+        w: Tensor,
+        *,
+        alpha: float = 1.0,
+        step: int | Tensor = 0,
         rows: range | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Add to weights in place: θ ← θ + α P w for the given rows, as ``Tensor.addmv_`` would.
 
         Rows of P w exist BLOCK at a time (all of them for a family that is not ``local``), so that
@@ -172,9 +177,14 @@ class Projection(ABC):
 
     @torch.no_grad()
     def addrmv_(
-        self, w: Tensor, g: Tensor, *, alpha: float = 1.0, step: int | Tensor = 0,
+        self,
+        w: Tensor,
+        g: Tensor,
+        *,
+        alpha: float = 1.0,
+        step: int | Tensor = 0,
         rows: range | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Add to coordinates in place: w ← w + α Pᵀ g for the given rows, BLOCK of them at a time.
 
         So the gradients of several tensors are gathered one by one, and a 16-bit gradient is
@@ -217,9 +227,12 @@ class Projection(ABC):
         return rows
 
     def dense(
-        self, *, step: int | Tensor = 0, rows: range | None = None,
+        self,
+        *,
+        step: int | Tensor = 0,
+        rows: range | None = None,
         dtype: torch.dtype = torch.float64,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Rows of P as a (len(rows), d) matrix: for tests, pictures and small problems."""
         like = torch.empty(self.in_dim, dtype=dtype)
         rows = self._check(like, "dtype", step, rows, length=self.in_dim)
@@ -320,9 +333,14 @@ def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 
 
 def add(
-    p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int, *,
+    p: Projection,
+    bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    start: int,
+    *,
     dtype: torch.dtype | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """θ₀ + P w for rows from ``start`` on, unseen by autograd.
 
     Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
@@ -351,9 +369,13 @@ def add_(p: Projection, thetas: Sequence[Tensor], w: Tensor, step: Tensor, start
 
 
 def _add(
-    p: Projection, bases: Sequence[Tensor], w: Tensor, step: Tensor, start: int,
+    p: Projection,
+    bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    start: int,
     outs: Sequence[Tensor],
-) -> None:  # fmt: skip
+) -> None:
     kernel, times = _kernel_and_product(p, w)
     if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
         kernel.added(p, ready, w.contiguous(), step, start, outs)

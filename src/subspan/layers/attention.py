@@ -88,10 +88,15 @@ class Attention(nn.Module):
         """
         q, k, v, out = layers or [getattr(self, name) for name in PROJECTIONS]
         net = nn.MultiheadAttention(
-            self.embed_dim, self.num_heads, self.dropout, bias=q.bias is not None,
-            kdim=k.weight.shape[1], vdim=v.weight.shape[1], batch_first=self.batch_first,
+            self.embed_dim,
+            self.num_heads,
+            self.dropout,
+            bias=q.bias is not None,
+            kdim=k.weight.shape[1],
+            vdim=v.weight.shape[1],
+            batch_first=self.batch_first,
             device="meta",
-        )  # fmt: skip
+        )
         if net._qkv_same_embed_dim:
             net.in_proj_weight = _joined(q.weight, k.weight, v.weight)
         else:
@@ -104,10 +109,16 @@ class Attention(nn.Module):
         return net.train(self.training)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-        need_weights: bool = True, attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True, is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Do as :meth:`torch.nn.MultiheadAttention.forward`.
 
         Args:

@@ -27,10 +27,29 @@ plain = torch._C.DisableTorchFunctionSubclass  # a context: factors are ordinary
 
 DIFFERENCES = frozenset({"sub", "rsub"})  # no averages, and what is made of them is looked at again
 SUMS = frozenset({"add", "iadd", "radd", "isub", "lerp", "stack"})
-KEPT = DIFFERENCES | SUMS | {
-    "detach", "data", "clone", "to", "cpu", "cuda", "float", "double", "half", "bfloat16",
-    "contiguous", "mul", "rmul", "div", "truediv", "true_divide", "neg",
-}  # fmt: skip
+KEPT = (
+    DIFFERENCES
+    | SUMS
+    | {
+        "detach",
+        "data",
+        "clone",
+        "to",
+        "cpu",
+        "cuda",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "contiguous",
+        "mul",
+        "rmul",
+        "div",
+        "truediv",
+        "true_divide",
+        "neg",
+    }
+)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the witness; 16 bits: 3 %
 REFUSED = (
     "{} cannot be averaged one by one, for the product of such averages is not the average of the "

@@ -86,9 +86,11 @@ def _solve(a: nn.Parameter, value: Callable[[], Tensor], target: Tensor) -> None
 
 
 def conjugate_gradients(
-    image: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], x: Tensor,
+    image: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    x: Tensor,
     target: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Minimise ‖A x − target‖ by CGLS (Hestenes and Stiefel 1952), from x.
 
     Args:
@@ -241,9 +243,13 @@ def _spread(state: dict[str, Any], layer: ProductOfSums, new: ProductOfSums, i: 
 
 
 def fit(
-    matrices: Sequence[Tensor], candidates: Sequence[Sequence[Any]], *,
-    measure: Literal["mean", "maximum"] = "mean", seed: int = 0, sweeps: int = 20,
-) -> tuple[list[ProductOfSumsLinear], dict[str, Any]]:  # fmt: skip
+    matrices: Sequence[Tensor],
+    candidates: Sequence[Sequence[Any]],
+    *,
+    measure: Literal["mean", "maximum"] = "mean",
+    seed: int = 0,
+    sweeps: int = 20,
+) -> tuple[list[ProductOfSumsLinear], dict[str, Any]]:
     """The inverse problem: which factors, with which coefficients, best cover trained matrices.
 
     Args:

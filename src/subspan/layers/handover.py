@@ -17,10 +17,15 @@ from subspan.errors import SubspanError
 
 # Registries that mean the same on any module with the same inputs and outputs.
 HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
-    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks",
-    "_backward_hooks", "_is_full_backward_hook",
-)  # fmt: skip
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 # The others are written for the names and shapes of the tensors that go.
 STATE_HOOKS = {
     "_state_dict_pre_hooks": "state_dict pre-hook",
@@ -34,9 +39,12 @@ STATE_HOOKS = {
 
 
 def obstacle(
-    layer: nn.Module, parameters: Collection[str], buffers: Collection[str] = (),
-    modules: Collection[str] = (), kinds: Collection[type[Tensor]] = (),
-) -> str | None:  # fmt: skip
+    layer: nn.Module,
+    parameters: Collection[str],
+    buffers: Collection[str] = (),
+    modules: Collection[str] = (),
+    kinds: Collection[type[Tensor]] = (),
+) -> str | None:
     """Say why no other layer can compute what this one does, from its parameters; or None.
 
     Args:

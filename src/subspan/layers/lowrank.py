@@ -37,9 +37,14 @@ class LowRank(nn.Module, ABC):
     _watcher: weakref.ref[Tangents] | None = None
 
     def __init__(
-        self, n: int, m: int, rank: int, bias: bool,
-        device: torch.device | str | None, dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self,
+        n: int,
+        m: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         if not 1 <= rank <= min(n, m):
             raise SubspanError(
@@ -232,9 +237,14 @@ class LowRankLinear(LowRank):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.in_features, self.out_features = in_features, out_features
         super().__init__(out_features, in_features, rank, bias, device, dtype)
 
@@ -285,11 +295,19 @@ class LowRankConv2d(LowRank, Convolution):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], rank: int,
-        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1, bias: bool = True, padding_mode: str = "zeros",
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        rank: int,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
         m = in_channels * math.prod(self.kernel_size)

@@ -17,8 +17,12 @@ from subspan.subspace.compartments import Patterns, matches, select
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 ATTENTION = (  # parameters of nn.MultiheadAttention
-    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
-)  # fmt: skip
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ def low_rank(rank: int) -> Factors:
 def random_projection(size: int) -> Factors:
     """W = A R with a fixed Gaussian R (size, m), and A (n, size) trained."""
     return [
-        {"kind": "free", "inner": size}, {"kind": "gaussian", "p": 1, "fixed": True},
-    ]  # fmt: skip
+        {"kind": "free", "inner": size},
+        {"kind": "gaussian", "p": 1, "fixed": True},
+    ]
 
 
 def hashed(p: int) -> Factors:
@@ -95,7 +96,12 @@ def kronecker_fc(n: int, m: int, rows: int, columns: int, terms: int = 1) -> Fac
 RECIPES: dict[str, Callable[..., Factors]] = {
     made.__name__: made
     for made in (
-        low_rank, random_projection, hashed, circulant, convolution, adaptive_fastfood,
+        low_rank,
+        random_projection,
+        hashed,
+        circulant,
+        convolution,
+        adaptive_fastfood,
         kronecker_fc,
     )
-}  # fmt: skip
+}

@@ -50,11 +50,21 @@ class SpectralFilters(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int | tuple[int, int], p: int,
-        out_size: int | tuple[int, int] | None = None, bias: bool = True, *,
-        support: int | None = None, family: str = "rademacher", seed: int = 0, stream: int = 0,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int | tuple[int, int],
+        p: int,
+        out_size: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        *,
+        support: int | None = None,
+        family: str = "rademacher",
+        seed: int = 0,
+        stream: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         size = (size, size) if isinstance(size, int) else size
         out_size = size if out_size is None else out_size

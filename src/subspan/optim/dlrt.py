@@ -111,8 +111,9 @@ class DLRT(Copied, Optimizer):
         check_every: int = 100,
     ) -> None:
         for name, value, allowed in (
-            ("integrator", integrator, get_args(Integrator)), ("base", base, tuple(BASES)),
-        ):  # fmt: skip
+            ("integrator", integrator, get_args(Integrator)),
+            ("base", base, tuple(BASES)),
+        ):
             if value not in allowed:
                 raise unknown(name, value, allowed)
         if workers not in (None, "shared"):
@@ -123,9 +124,15 @@ class DLRT(Copied, Optimizer):
             if given[name] != usual[name]:
                 raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
         self.rule = RankRule(
-            tolerance, target_ratio, min_rank, max_rank, tolerance_warmup, adapt_from, rank_every,
+            tolerance,
+            target_ratio,
+            min_rank,
+            max_rank,
+            tolerance_warmup,
+            adapt_from,
+            rank_every,
             freeze_after,
-        )  # fmt: skip
+        )
         if integrator in FIXED_RANKS and self.rule.adapts:
             raise SubspanError(
                 f"integrator {integrator!r} keeps ranks as they are: leave out tolerance and "
@@ -276,9 +283,11 @@ class DLRT(Copied, Optimizer):
         return loss
 
     def _moved(
-        self, before: Mapping[str, Factors], gradients: Mapping[str, Factors],
+        self,
+        before: Mapping[str, Factors],
+        gradients: Mapping[str, Factors],
         closure: Callable[[], Any] | None,
-    ) -> dict[str, Factors]:  # fmt: skip
+    ) -> dict[str, Factors]:
         """The factors after the step; the "kls" integrators change the layers on the way."""
         group = self.param_groups[0]
         h, changing = float(group["lr"]), self.ranks_may_change
@@ -333,9 +342,13 @@ class DLRT(Copied, Optimizer):
         )
 
     def _galerkin(
-        self, before: Mapping[str, Factors], at: Mapping[str, Factors],
-        closure: Callable[[], Any] | None, h: float, decay: float,
-    ) -> dict[str, Factors]:  # fmt: skip
+        self,
+        before: Mapping[str, Factors],
+        at: Mapping[str, Factors],
+        closure: Callable[[], Any] | None,
+        h: float,
+        decay: float,
+    ) -> dict[str, Factors]:
         """The S-step: a gradient at the new bases, and the core moved along it."""
         self._put(at)
         for layer in self._layers.values():
@@ -425,13 +438,17 @@ class DLRT(Copied, Optimizer):
     def _check_start(self) -> None:
         assert self._workers is not None
         settings = [
-            self.integrator, self._base.__name__, *dataclasses.astuple(self.rule), self.check_every,
-        ]  # fmt: skip
+            self.integrator,
+            self._base.__name__,
+            *dataclasses.astuple(self.rule),
+            self.check_every,
+        ]
         agreement = {
             "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],
-            "the settings": settings, "the steps made": self.steps,
+            "the settings": settings,
+            "the steps made": self.steps,
             "the weights": slots.digest(self._tensors),
-        }  # fmt: skip
+        }
         self._workers.check_start(agreement, next(iter(self._tensors.values())).device)
         self._agreed = True
 

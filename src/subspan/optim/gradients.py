@@ -105,9 +105,15 @@ class Gradients:
         return self._watch.tangents(found, at, alone=self._workers is not None)
 
     def _averaged(
-        self, workers: Workers, own: dict[str, Factors], at: Mapping[str, Factors],
-        others: Sequence[Tensor], step: int, core: bool, refusal: SubspanError | None,
-    ) -> dict[str, Factors]:  # fmt: skip
+        self,
+        workers: Workers,
+        own: dict[str, Factors],
+        at: Mapping[str, Factors],
+        others: Sequence[Tensor],
+        step: int,
+        core: bool,
+        refusal: SubspanError | None,
+    ) -> dict[str, Factors]:
         """Means over all workers, by one message; where a worker has no gradient, zeros count.
 
         Those of the parameters that are no factors take the place of this worker's own.
@@ -153,12 +159,14 @@ def parameters(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter
 def all_finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
     """Whether all numbers of each group of tensors are finite; the host is told once."""
     norms = [
-        torch.stack([
-            torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-            for t in tensors
-        ]).sum()
+        torch.stack(
+            [
+                torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+                for t in tensors
+            ]
+        ).sum()
         for tensors in groups
-    ]  # fmt: skip
+    ]
     return torch.stack([t.to(norms[0].device) for t in norms]).isfinite().tolist() if norms else []
 
 

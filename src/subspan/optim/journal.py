@@ -139,9 +139,13 @@ class Journal:
 
 
 def header_of(
-    found: Sequence[Part], groups: Sequence[int], bases: int, redraw_every: int | None,
-    dtype: torch.dtype, extra: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    found: Sequence[Part],
+    groups: Sequence[int],
+    bases: int,
+    redraw_every: int | None,
+    dtype: torch.dtype,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
     """What a journal says of the optimizer that writes it."""
     tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
     return {
@@ -176,9 +180,11 @@ def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: in
 
 @torch.no_grad()
 def replay(
-    path: str | os.PathLike[str], weights: nn.Module | Mapping[str, Tensor], *,
+    path: str | os.PathLike[str],
+    weights: nn.Module | Mapping[str, Tensor],
+    *,
     steps: int | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Bring weights from where a journal began to where they were after some of its steps.
 
     On the same kind of device the weights are those of the training to the last bit.

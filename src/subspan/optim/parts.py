@@ -61,9 +61,14 @@ class Part:
     # ---- the products ----------------------------------------------------------------------------
 
     def add_projected(
-        self, coordinates: Tensor, vectors: Mapping[str, Tensor | None], *, basis: int,
-        step: int | Tensor, alpha: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        coordinates: Tensor,
+        vectors: Mapping[str, Tensor | None],
+        *,
+        basis: int,
+        step: int | Tensor,
+        alpha: float = 1.0,
+    ) -> None:
         """Coordinates += α Pᵀ v, in place.
 
         Args:
@@ -266,9 +271,13 @@ def divide(
 
 
 def parts(
-    groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Compartment]]], family: str, seed: int,
-    bases: int, options: Mapping[str, Any], kept: Mapping[str, tuple[int, int]],
-) -> tuple[Part, ...]:  # fmt: skip
+    groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Compartment]]],
+    family: str,
+    seed: int,
+    bases: int,
+    options: Mapping[str, Any],
+    kept: Mapping[str, tuple[int, int]],
+) -> tuple[Part, ...]:
     """The parts of all groups, one after another.
 
     Args:
@@ -289,11 +298,15 @@ def parts(
         for compartment in compartments:
             projections = tuple(
                 families.projection(
-                    family, out_dim=compartment.weights, in_dim=compartment.dim, seed=seed,
-                    stream=basis * total + len(found), **options,
+                    family,
+                    out_dim=compartment.weights,
+                    in_dim=compartment.dim,
+                    seed=seed,
+                    stream=basis * total + len(found),
+                    **options,
                 )
                 for basis in range(bases)
-            )  # fmt: skip
+            )
             own = {piece.tensor: tensors[piece.tensor] for piece in compartment.pieces}
             plan = calls.plan([compartment], projections[:1])
             held = {name: entries for name, entries in kept.items() if name in own}

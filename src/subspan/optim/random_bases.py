@@ -143,10 +143,15 @@ class RandomBases(Copied, Optimizer):
             padding = padding_rows(params)
             params = params.named_parameters()
         defaults = {
-            "lr": lr, "weight_decay": weight_decay, "dim": dim,
-            "compartments": compartments, "allocation": allocation,
-            "steps": 0, "skipped": 0, "velocity": None,
-        }  # fmt: skip
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "dim": dim,
+            "compartments": compartments,
+            "allocation": allocation,
+            "steps": 0,
+            "skipped": 0,
+            "velocity": None,
+        }
         if redraw_every != 1 or momentum:  # else there is nothing that a scheduler could turn
             defaults["momentum"] = momentum
         self.redraw_every, self.estimator, self.sigma = redraw_every, estimator, sigma
@@ -184,9 +189,10 @@ class RandomBases(Copied, Optimizer):
         dtype = torch.float64 if double else torch.float32
         self._own = torch.zeros(sum(self._sizes), dtype=dtype, device=some[0].device)
         self._agreement = {
-            "the seed": seed, "the network or its compartments": self.layout,
+            "the seed": seed,
+            "the network or its compartments": self.layout,
             "the settings": [redraw_every, estimator, sigma, nonfinite, workers, check_every],
-        }  # fmt: skip
+        }
         self._agreed = self._workers is None
         self._journal: Journal | None = None
         if journal is not None:
@@ -435,8 +441,9 @@ class RandomBases(Copied, Optimizer):
     def _check_start(self) -> None:
         assert self._workers is not None
         agreement = self._agreement | {
-            "the steps made": self.steps, "the weights": slots.digest(self._tensors)
-        }  # fmt: skip
+            "the steps made": self.steps,
+            "the weights": slots.digest(self._tensors),
+        }
         self._workers.check_start(agreement, self._own.device)
         self._agreed = True
 

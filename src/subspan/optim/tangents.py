@@ -121,9 +121,11 @@ class Watch:
         )
 
     def _compared(
-        self, gradients: Mapping[str, Factors], found: Mapping[str, Factors],
+        self,
+        gradients: Mapping[str, Factors],
+        found: Mapping[str, Factors],
         at: Mapping[str, Factors],
-    ) -> tuple[dict[str, float], str | None]:  # fmt: skip
+    ) -> tuple[dict[str, float], str | None]:
         """Return each layer's scale, and the name of a layer whose gradients do not fit."""
         if not gradients:
             return {}, None

@@ -108,9 +108,13 @@ def _published(sweep: Sweep, row: Row) -> list[float]:
 
 
 def _panel(
-    axes: Axes, rows: Sequence[Row], values: Sequence[Sequence[float]],
-    published: Sequence[Sequence[float]] = (), *, bars: bool = True,
-) -> None:  # fmt: skip
+    axes: Axes,
+    rows: Sequence[Row],
+    values: Sequence[Sequence[float]],
+    published: Sequence[Sequence[float]] = (),
+    *,
+    bars: bool = True,
+) -> None:
     """A bar or a disc for every row with values, diamonds for what was published; numbers behind.
 
     Those of diamonds have their colour: the row's own number may stand beside one.
@@ -129,9 +133,14 @@ def _panel(
         behind, offset = max([*seeds, *known]), 4.0
         for value, shade in [(mean(seeds), "black"), *((value, _PUBLISHED) for value in known)]:
             axes.annotate(
-                _plain(value), (behind, place), (offset, 0), textcoords="offset points",
-                va="center", fontsize=5.5, color=shade,
-            )  # fmt: skip
+                _plain(value),
+                (behind, place),
+                (offset, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=5.5,
+                color=shade,
+            )
             offset += 3.2 * len(_plain(value)) + 3  # in points, as wide as digits are at this size
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)

@@ -56,9 +56,12 @@ def template(name: str, *, escape: bool = True) -> jinja2.Template:
         escape: for HTML; what is filled in is text then, whatever is in it.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, ""), autoescape=escape, trim_blocks=True,
-        undefined=jinja2.StrictUndefined, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=escape,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        lstrip_blocks=True,
+    )
     return environment.get_template(name)
 
 
@@ -258,10 +261,13 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
         else sorted(zip(source.dims, source.accuracy, strict=True))
     )
     rows = [
-        line(at if isinstance(at, str) else number(at), published,
-             [accuracy.get((method, at), ()) for method in methods])
+        line(
+            at if isinstance(at, str) else number(at),
+            published,
+            [accuracy.get((method, at), ()) for method in methods],
+        )
         for at, published in points
-    ]  # fmt: skip
+    ]
     if source.baseline is not None:
         all_weights = sweep.baseline.test_score if sweep.baseline else ()
         rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))

@@ -37,14 +37,19 @@ def of_sweeps(parts: Mapping[str, Sweep], *, timed: bool = False) -> Table:
     score = next(iter(parts.values())).score  # parts are judged alike
     unit = ", %" if score.percent else f", {score.name}"
     columns = {
-        "part": any(parts), "method": True, "at": True, "numbers trained": True,
-        f"measured{unit}": True, "seeds": True,
+        "part": any(parts),
+        "method": True,
+        "at": True,
+        "numbers trained": True,
+        f"measured{unit}": True,
+        "seeds": True,
         (sources[0] if one else "published") + unit: bool(sources),
-        "ms per step": timed, "memory, MB": timed,
+        "ms per step": timed,
+        "memory, MB": timed,
         "bytes sent per step": any(
             row.bytes_sent_per_step for sweep in parts.values() for row in _rows(sweep)
         ),
-    }  # fmt: skip
+    }
     lines = [
         (part, *cells)
         for part, sweep in parts.items()
@@ -78,11 +83,15 @@ def _measured(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
             shown(row.test_score, sweep.score),
             str(len(row.test_score)),
             "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
-            *(_mean(values, unit) for values, unit in (
-                (row.seconds_per_step, 1e3), (row.peak_memory_bytes, 1e-6),
-                (row.bytes_sent_per_step, 1.0),
-            )),
-        )  # fmt: skip
+            *(
+                _mean(values, unit)
+                for values, unit in (
+                    (row.seconds_per_step, 1e3),
+                    (row.peak_memory_bytes, 1e-6),
+                    (row.bytes_sent_per_step, 1.0),
+                )
+            ),
+        )
 
 
 def _only_published(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:

@@ -40,9 +40,10 @@ class Call:
 
 
 def plan(
-    compartments: Sequence[Compartment], projections: Sequence[Projection],
+    compartments: Sequence[Compartment],
+    projections: Sequence[Projection],
     kept: Mapping[str, range] | None = None,
-) -> tuple[Call, ...]:  # fmt: skip
+) -> tuple[Call, ...]:
     """Group products: small tensors share a call; a family that is not local is called once.
 
     Args:
@@ -76,9 +77,12 @@ def _inside(kept: range, piece: Piece) -> range:
 
 
 def theta(
-    w: Tensor, step: Tensor, calls: Sequence[Call], bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    calls: Sequence[Call],
+    bases: Sequence[Tensor],
     dtype: torch.dtype | None = None,
-) -> Sequence[Tensor]:  # fmt: skip
+) -> Sequence[Tensor]:
     """θ₀ + P w of the pieces of calls.
 
     Args:
@@ -100,9 +104,10 @@ def theta(
 
 
 def _each(
-    compute: Callable[[Call, Sequence[Tensor]], list[Tensor]], calls: Sequence[Call],
+    compute: Callable[[Call, Sequence[Tensor]], list[Tensor]],
+    calls: Sequence[Call],
     tensors: Sequence[Tensor],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """What ``compute`` makes of every call and its share of the tensors, in one list."""
     if len(calls) == 1:
         return compute(calls[0], tensors)
@@ -141,9 +146,12 @@ def _theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> list
 
 
 def form(
-    w: Tensor, step: Tensor, calls: Sequence[Call], bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    calls: Sequence[Call],
+    bases: Sequence[Tensor],
     dtype: torch.dtype | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """θ₀ + P w as numbers, without a graph: see :func:`theta`."""
     return _each(functools.partial(_form, w, step, dtype), calls, bases)
 
@@ -179,9 +187,13 @@ class _Theta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, step: Tensor, calls: Sequence[Call], dtype: torch.dtype | None,
+        ctx: Any,
+        w: Tensor,
+        step: Tensor,
+        calls: Sequence[Call],
+        dtype: torch.dtype | None,
         *bases: Tensor,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         ctx.calls, ctx.step, ctx.w = calls, step, w.detach()
         with torch._C.DisableTorchFunctionSubclass():
             return tuple(form(ctx.w, step, calls, bases, dtype))

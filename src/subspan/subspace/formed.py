@@ -102,9 +102,13 @@ class Outermost:
             self.drop(next(iter(self.passing)))
 
     def keep(
-        self, key: Any, coordinates: Sequence[Tensor], state: tuple[Any, ...],
-        thetas: Sequence[Tensor], names: Sequence[str],
-    ) -> None:  # fmt: skip
+        self,
+        key: Any,
+        coordinates: Sequence[Tensor],
+        state: tuple[Any, ...],
+        thetas: Sequence[Tensor],
+        names: Sequence[str],
+    ) -> None:
         """Keep θ until the end of the call, or until there is no room.
 
         Args:

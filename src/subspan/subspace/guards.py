@@ -46,9 +46,24 @@ def _changes_first(function: Any, kwargs: dict[str, Any]) -> bool:
 
 
 _IN_PLACE = {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow",
-                                "and", "or", "xor", "lshift", "rshift", "matmul")
-}  # fmt: skip
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    )
+}
 
 
 class Theta0(Tensor):
@@ -213,11 +228,29 @@ def thaw(parameter: Base) -> None:
     del parameter.home, parameter.kind
 
 
-_HARMLESS = frozenset({
-    "detach", "clone", "to", "cpu", "cuda", "type", "type_as", "float", "half", "double",
-    "bfloat16", "contiguous", "pin_memory", "__deepcopy__", "new", "view_as", "expand_as",
-    "reshape_as", "_to_copy",
-})  # fmt: skip
+_HARMLESS = frozenset(
+    {
+        "detach",
+        "clone",
+        "to",
+        "cpu",
+        "cuda",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "double",
+        "bfloat16",
+        "contiguous",
+        "pin_memory",
+        "__deepcopy__",
+        "new",
+        "view_as",
+        "expand_as",
+        "reshape_as",
+        "_to_copy",
+    }
+)
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real"})
 
 
@@ -335,9 +368,7 @@ class Computed(Tensor):
             return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
 
 
-_OF_GRADIENTS = frozenset({
-    "register_hook", "register_post_accumulate_grad_hook", "retain_grad"
-})  # fmt: skip
+_OF_GRADIENTS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
 
 def _gradients(function: Any, args: Any, kwargs: Any) -> Any:

@@ -118,12 +118,17 @@ class SubspaceModel(nn.Module):
         kept = slots.padding(net, inside) if padding == "keep" else {}
         own = options | ({"padding": "keep"} if kept else {})
         weights = Weights(
-            net, parts, projections, inside,
-            {name: tensor.requires_grad for name, tensor in tensors.items()}, fully, kept,
+            net,
+            parts,
+            projections,
+            inside,
+            {name: tensor.requires_grad for name, tensor in tensors.items()},
+            fully,
+            kept,
             slots.digest({**base, **slots.saved_buffers(net)})
             + calls.layout(parts, projection, seed, own),
             {name: found.kind for name, found in packed.items()},
-        )  # fmt: skip
+        )
         weights.recipe = own | {
             "dim": list(dim) if isinstance(dim, Sequence) else dim,
             "projection": projection,
@@ -158,9 +163,13 @@ class SubspaceModel(nn.Module):
 
     @classmethod
     def from_seed(
-        cls, build: Callable[[], nn.Module], dim: int | Sequence[int] | None = None, *,
-        init_seed: int = 0, **options: Any,
-    ) -> Self:  # fmt: skip
+        cls,
+        build: Callable[[], nn.Module],
+        dim: int | Sequence[int] | None = None,
+        *,
+        init_seed: int = 0,
+        **options: Any,
+    ) -> Self:
         """A model whose θ₀ is drawn from a seed, so that a checkpoint holds nothing but w.
 
         Args:
@@ -498,9 +507,11 @@ class _Slots(MutableMapping[str, Any]):
 def _with_signature(handle: type, net: type) -> type:
     """A handle's class whose ``forward`` shows the network's signature: trainers read it there."""
     body: dict[str, Any] = {
-        "_signature_of": (handle, net), "__module__": handle.__module__,
-        "__qualname__": handle.__qualname__, "__doc__": handle.__doc__,
-    }  # fmt: skip
+        "_signature_of": (handle, net),
+        "__module__": handle.__module__,
+        "__qualname__": handle.__qualname__,
+        "__doc__": handle.__doc__,
+    }
     for name in ("__len__", "__getitem__", "__iter__", "__contains__", "__enter__", "__exit__"):
         if hasattr(net, name):  # Python looks them up in the class
             body[name] = functools.partialmethod(_of_the_network, name)

@@ -247,9 +247,12 @@ class Shards:
             inside = replace(piece, start=start, stop=stop)
             row = call.start + start - piece.start
             cut = replace(
-                call, start=row, stop=row + stop - start, pieces=(inside,),
+                call,
+                start=row,
+                stop=row + stop - start,
+                pieces=(inside,),
                 kept=(calls._inside(weights.kept.get(tensor, range(0)), inside),),
-            )  # fmt: skip
+            )
             rows = own.reshape(-1)[start - begin : stop - begin]
             parts.extend(calls.theta(self._w(call.coordinates), weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
@@ -262,9 +265,13 @@ class Shards:
         if theta.requires_grad:  # each process has its rows' part of the gradient, not the mean
             theta.register_hook(lambda grad: grad * shards)
         spread_theta = DTensor.from_local(
-            theta, base.device_mesh, base.placements, run_check=False, shape=base.shape,
+            theta,
+            base.device_mesh,
+            base.placements,
+            run_check=False,
+            shape=base.shape,
             stride=base.stride(),
-        )  # fmt: skip
+        )
         mark(spread_theta, weights, tensor, theta=True)
         return spread_theta
 

@@ -74,10 +74,14 @@ def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
 
 
 def trained(
-    tensors: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]],
-    targets: Patterns, exclude: Patterns, fully: set[str],
-    packed: Mapping[str, Stored] | None = None, foreign: Mapping[str, str] | None = None,
-) -> dict[str, int]:  # fmt: skip
+    tensors: Mapping[str, nn.Parameter],
+    names: Mapping[str, Sequence[str]],
+    targets: Patterns,
+    exclude: Patterns,
+    fully: set[str],
+    packed: Mapping[str, Stored] | None = None,
+    foreign: Mapping[str, str] | None = None,
+) -> dict[str, int]:
     """The tensors to train in the subspace and their sizes, in the network's order.
 
     Args:
@@ -124,9 +128,12 @@ def quantised_of(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
 
 
 def check(
-    net: nn.Module, places: Iterable[Slot], chosen: set[str], fully: set[str],
+    net: nn.Module,
+    places: Iterable[Slot],
+    chosen: set[str],
+    fully: set[str],
     packed: Mapping[str, Stored],
-) -> None:  # fmt: skip
+) -> None:
     """Refuse tensors that cannot be trained as they are.
 
     Args:

@@ -66,10 +66,15 @@ class Summary:
     def __str__(self) -> str:
         head = ("tensor", "shape", "weights", "compartment", "coordinates")
         body = [
-            (r.tensor, "×".join(map(str, r.shape)) or "scalar", f"{r.weights:,}", r.compartment,
-             f"{r.coordinates:,}")
+            (
+                r.tensor,
+                "×".join(map(str, r.shape)) or "scalar",
+                f"{r.weights:,}",
+                r.compartment,
+                f"{r.coordinates:,}",
+            )
             for r in self.rows
-        ]  # fmt: skip
+        ]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         numeric = (False, False, True, False, True)
         lines = [

@@ -56,11 +56,17 @@ class Weights:
     """
 
     def __init__(
-        self, root: nn.Module, compartments: Sequence[Compartment],
-        projections: Sequence[Projection], places: Sequence[slots.Slot],
-        requires_grad: Mapping[str, bool], fully: Iterable[str], kept: Mapping[str, range],
-        fingerprint: str, packed: Mapping[str, str],
-    ) -> None:  # fmt: skip
+        self,
+        root: nn.Module,
+        compartments: Sequence[Compartment],
+        projections: Sequence[Projection],
+        places: Sequence[slots.Slot],
+        requires_grad: Mapping[str, bool],
+        fully: Iterable[str],
+        kept: Mapping[str, range],
+        fingerprint: str,
+        packed: Mapping[str, str],
+    ) -> None:
         self.root, self.compartments = root, tuple(compartments)
         self.projections, self.slots = tuple(projections), tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint

@@ -126,9 +126,11 @@ def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
     try:
         _knock(address)
         ray.init(
-            address, log_to_driver=False, logging_level=logging.ERROR,
+            address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
             **(own if address == "local" else {}),
-        )  # fmt: skip
+        )
     except (Exception, SystemExit) as error:  # after two minutes Ray would end this process
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SubspanError(
@@ -182,6 +184,9 @@ def _on_ray(training: Training, jobs: int) -> Backend:
     # has two processes at least.
     each = {"num_gpus": min(1, gpus / 2)} if on_gpu else {"scheduling_strategy": "SPREAD"}
     return Backend(
-        "ray", slots if jobs == -1 else jobs, (RayActorError,), remote=True,
+        "ray",
+        slots if jobs == -1 else jobs,
+        (RayActorError,),
+        remote=True,
         options={"maxtasksperchild": 1, "ray_remote_args": each},
-    )  # fmt: skip
+    )

@@ -165,11 +165,13 @@ def _together(
         with said.open("w") as errors:
             stopped = _wait(
                 subprocess.Popen(
-                    [*launch, *command, *options], stdout=subprocess.DEVNULL, stderr=errors,
+                    [*launch, *command, *options],
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
                     start_new_session=True,  # a terminal's Ctrl-C is the sweep's to pass on
                 ),
                 place,
-            )  # fmt: skip
+            )
         lines = said.read_text(errors="replace").splitlines()
     record = completed(run, folder)
     if record is not None:

@@ -158,13 +158,17 @@ class Pool:
         lost = {job.name: job for job in jobs}
         with self.backend.chosen():
             parallel = joblib.Parallel(
-                n_jobs=workers, return_as="generator_unordered", batch_size=1,
+                n_jobs=workers,
+                return_as="generator_unordered",
+                batch_size=1,
                 pre_dispatch=min(self.backend.jobs, workers),
-            )  # fmt: skip
+            )
         options = {
-            "overwrite": self.overwrite, "processes": self.processes, "apart": self._apart,
+            "overwrite": self.overwrite,
+            "processes": self.processes,
+            "apart": self._apart,
             "log": self.log,
-        }  # fmt: skip
+        }
         outcomes = parallel(
             joblib.delayed(perform)(job, self.claim.place, **options) for job in jobs
         )

@@ -73,11 +73,19 @@ class Point:
 
 
 def sweep(
-    config: Sweep, out: Path, *, jobs: int = -1, overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None, extra: Mapping[str, Any] | None = None,
-    backend: str = "loky", ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None, log: Sequence[str] = (), checked: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    config: Sweep,
+    out: Path,
+    *,
+    jobs: int = -1,
+    overwrite: bool = False,
+    on_run: Callable[[Outcome, int], None] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    backend: str = "loky",
+    ray_address: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
+    log: Sequence[str] = (),
+    checked: bool = False,
+) -> dict[str, Any]:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
     Several sweeps of one configuration may share a folder, at once, and divide the runs.
@@ -192,9 +200,13 @@ def _points(config: Sweep) -> list[Point]:
 
 
 def check(
-    config: Sweep, *, jobs: int = -1, backend: str = "loky", ray_address: str | None = None,
+    config: Sweep,
+    *,
+    jobs: int = -1,
+    backend: str = "loky",
+    ray_address: str | None = None,
     log: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Refuse all that can be refused before anything runs.
 
     Args, and what is raised: as of :func:`sweep`.
@@ -267,8 +279,13 @@ def _row(point: Point) -> dict[str, Any] | None:
     }
     if point.small:
         row |= {"small": point.small, "label": point.small}
-    for key in ("test_score", "val_score", "seconds_total", "seconds_per_step",
-                "peak_memory_bytes"):  # fmt: skip
+    for key in (
+        "test_score",
+        "val_score",
+        "seconds_total",
+        "seconds_per_step",
+        "peak_memory_bytes",
+    ):
         row[key] = [record[key] for record in done]
     for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
         row[key] = first[key]

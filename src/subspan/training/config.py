@@ -134,8 +134,11 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``record.json``."""
         return asdict(self.training) | {
-            "method": self.method, "options": self.options, "lr": self.lr, "seed": self.seed
-        }  # fmt: skip
+            "method": self.method,
+            "options": self.options,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Run:

@@ -55,10 +55,15 @@ class Loop:
     """The state of a run: the model, what has been measured so far, and the files."""
 
     def __init__(
-        self, ready: Prepared, accelerator: Accelerator, out: Path,
-        where: dict[str, Any] | None, report: Report | None, on_step: Callable[[], None] | None,
+        self,
+        ready: Prepared,
+        accelerator: Accelerator,
+        out: Path,
+        where: dict[str, Any] | None,
+        report: Report | None,
+        on_step: Callable[[], None] | None,
         asked_to_stop: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
         self.signals = Signals("in the middle of a step")
         self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
@@ -84,9 +89,13 @@ class Loop:
         total = self.steps * self.training.epochs
         begun_with = self.extra() | {"init_seed": ready.init_seed}
         optimizer = self.bare = ready.method.optimizer(
-            self.model, ready.run, out, begun_with, steps=total,
+            self.model,
+            ready.run,
+            out,
+            begun_with,
+            steps=total,
             resume=where["optimizer"] if where else None,
-        )  # fmt: skip
+        )
         # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
@@ -98,8 +107,11 @@ class Loop:
         self.sent: list[float] = []  # bytes per step and process, epoch by epoch
         # Of the epoch that is under way.
         self.within: dict[str, Any] = {
-            "total": torch.zeros((), device=device), "seen": 0, "seconds": 0.0, "lr": 0.0
-        }  # fmt: skip
+            "total": torch.zeros((), device=device),
+            "seen": 0,
+            "seconds": 0.0,
+            "lr": 0.0,
+        }
         if where:
             checkpoint.restore(self.model, where["tensors"])
             optimizer.load_state_dict(where["optimizer"])
@@ -250,10 +262,14 @@ class Loop:
         started = time.perf_counter() - self.within["seconds"]
         sent = records.bytes_sent()
         batches = data.batches(
-            self.task.size(), training.batch_size, seed=self.ready.run.seed, epoch=epoch,
-            rank=accelerator.process_index, world=accelerator.num_processes,
+            self.task.size(),
+            training.batch_size,
+            seed=self.ready.run.seed,
+            epoch=epoch,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             device=accelerator.device,
-        )  # fmt: skip
+        )
         train_loss = math.nan
         for step, (index, weight) in enumerate(batches, start=1):
             if (epoch - 1) * self.steps + step <= self.done:

@@ -112,9 +112,16 @@ def claim(
 
 
 MEASURED = (
-    "test_score", "val_score", "seconds_total", "seconds_per_step", "peak_memory_bytes",
-    "checkpoint_bytes", "trainable_parameters", "stored_parameters", "weights",
-)  # fmt: skip
+    "test_score",
+    "val_score",
+    "seconds_total",
+    "seconds_per_step",
+    "peak_memory_bytes",
+    "checkpoint_bytes",
+    "trainable_parameters",
+    "stored_parameters",
+    "weights",
+)
 
 
 def damage(record: Mapping[str, Any]) -> str | None:

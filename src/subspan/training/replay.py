@@ -19,9 +19,12 @@ from subspan.training.export import write_weights
 
 
 def replay(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, step: int | None = None,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    step: int | None = None,
     base: str | os.PathLike[str] | None = None,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Write the weights after some steps of a journal as a plain safetensors ``state_dict``.
 
     A journal of ``subspan train`` says which network it began with. One of your own training needs

@@ -86,11 +86,16 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any]
 
 
 def train(
-    run: Run, out: Path, *, overwrite: bool = False, report: Report | None = None,
+    run: Run,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    report: Report | None = None,
     on_step: Callable[[], None] | None = None,
     on_start: Callable[[int, int, Score], None] | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False, log: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    log: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
     After every epoch ``best.safetensors`` and ``last.safetensors`` are there, too, and

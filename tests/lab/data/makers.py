@@ -48,10 +48,17 @@ def tiff(levels, more=(), *, rows=2**15, order="<"):
     strips = [strip.astype(strip.dtype.newbyteorder(order)).tobytes() for strip in strips]
     starts = 8 + np.cumsum([0, *map(len, strips)])
     tags = {
-        256: width, 257: height, 258: [8 * levels.itemsize] * channels, 259: 1,
-        262: 2 if channels > 1 else 1, 273: starts[:-1].tolist(), 277: channels, 278: rows,
-        279: list(map(len, strips)), **dict(more),
-    }  # fmt: skip
+        256: width,
+        257: height,
+        258: [8 * levels.itemsize] * channels,
+        259: 1,
+        262: 2 if channels > 1 else 1,
+        273: starts[:-1].tolist(),
+        277: channels,
+        278: rows,
+        279: list(map(len, strips)),
+        **dict(more),
+    }
     body, entries = b"".join(strips), b""
     for number, values in sorted(tags.items()):
         wide = number in (273, 279)

@@ -20,9 +20,15 @@ def _sweep(
 ) -> Sweep:
     training = Training(net="mlp" + f"-{width}" * 4, data="mnist", epochs=epochs, batch_size=256)
     return Sweep(
-        training, methods=(method,), dims=dims, seeds=seeds, lrs=(0.002,),
-        options={"rank_every": 10}, baseline="full" if baseline else None, baseline_lrs=(0.001,),
-    )  # fmt: skip
+        training,
+        methods=(method,),
+        dims=dims,
+        seeds=seeds,
+        lrs=(0.002,),
+        options={"rank_every": 10},
+        baseline="full" if baseline else None,
+        baseline_lrs=(0.001,),
+    )
 
 
 Experiment(

@@ -33,9 +33,14 @@ PUBLISHED = Published(
 def _sweep(method: str, dims: tuple[str, ...], epochs: int, seeds: int, baseline: bool) -> Sweep:
     training = Training(net="lenet5-caffe", data="mnist", epochs=epochs, batch_size=128)
     return Sweep(
-        training, methods=(method,), dims=dims, seeds=seeds, lrs=(0.002,),
-        baseline="full" if baseline else None, baseline_lrs=(0.001,),
-    )  # fmt: skip
+        training,
+        methods=(method,),
+        dims=dims,
+        seeds=seeds,
+        lrs=(0.002,),
+        baseline="full" if baseline else None,
+        baseline_lrs=(0.001,),
+    )
 
 
 RATIOS = ("0.945", "0.983")  # at most 31,000 and 13,000 numbers in all

@@ -19,9 +19,15 @@ SETTINGS = {  # when ranks begin to fall and when they stay, as shares of the tr
 def _sweep(part: str, epochs: int, seeds: int, ratios: tuple[str, ...]) -> Sweep:
     training = Training(net="lenet5-caffe", data="mnist", epochs=epochs, batch_size=128)
     return Sweep(
-        training, methods=("dlrt-ratio",), dims=ratios, seeds=seeds, lrs=(0.002,),
-        options=SETTINGS[part], baseline="full" if part == "dlrt" else None, baseline_lrs=(0.001,),
-    )  # fmt: skip
+        training,
+        methods=("dlrt-ratio",),
+        dims=ratios,
+        seeds=seeds,
+        lrs=(0.002,),
+        options=SETTINGS[part],
+        baseline="full" if part == "dlrt" else None,
+        baseline_lrs=(0.001,),
+    )
 
 
 Experiment(

@@ -29,9 +29,14 @@ def _sweep(part: str, epochs: int, seeds: int) -> Sweep:
         net="gressmann-cnn", data="mnist", epochs=epochs, batch_size=32, schedule="cosine"
     )
     return Sweep(
-        training, methods=("rbd",), dims=("250",), lrs=(rate,), seeds=seeds,
-        options={"distribution": "rademacher", "compartments": compartments}, baseline=None,
-    )  # fmt: skip
+        training,
+        methods=("rbd",),
+        dims=("250",),
+        lrs=(rate,),
+        seeds=seeds,
+        options={"distribution": "rademacher", "compartments": compartments},
+        baseline=None,
+    )
 
 
 Experiment(

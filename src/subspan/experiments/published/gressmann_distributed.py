@@ -14,8 +14,12 @@ CASES = [(1, "shared")] + [(n, mode) for n in WORLDS[1:] for mode in ("shared", 
 def _sweep(processes: int, workers: str, epochs: int, seeds: int, baseline: bool) -> Sweep:
     return Sweep(
         Training(
-            net="gressmann-fc", data="mnist", epochs=epochs, batch_size=32 * processes,
-            optimizer="sgd", schedule="cosine",
+            net="gressmann-fc",
+            data="mnist",
+            epochs=epochs,
+            batch_size=32 * processes,
+            optimizer="sgd",
+            schedule="cosine",
         ),
         methods=("rbd",),
         dims=("250",),
@@ -25,7 +29,7 @@ def _sweep(processes: int, workers: str, epochs: int, seeds: int, baseline: bool
         baseline="full" if baseline else None,
         baseline_lrs=(0.01,),
         processes=processes,
-    )  # fmt: skip
+    )
 
 
 def _parts(epochs: int, seeds: int) -> dict[str, Sweep]:

@@ -20,13 +20,23 @@ PARTS: dict[str, tuple[int, tuple[float, ...]]] = {  # epochs, rates
 def _sweep(part: str, family: str, epochs: int, seeds: int, lrs: tuple[float, ...]) -> Sweep:
     net, data, *fixed = part.split("-")
     training = Training(
-        net=f"gressmann-{net}", data=data, epochs=epochs, batch_size=32, optimizer="sgd",
-        schedule="cosine", init="own" if data == "cifar10" else "seed",
-    )  # fmt: skip
+        net=f"gressmann-{net}",
+        data=data,
+        epochs=epochs,
+        batch_size=32,
+        optimizer="sgd",
+        schedule="cosine",
+        init="own" if data == "cifar10" else "seed",
+    )
     return Sweep(
-        training, methods=tuple(fixed) or ("rbd",), dims=("250",), seeds=seeds, lrs=lrs,
-        options={"distribution": family}, baseline=None,
-    )  # fmt: skip
+        training,
+        methods=tuple(fixed) or ("rbd",),
+        dims=("250",),
+        seeds=seeds,
+        lrs=lrs,
+        options={"distribution": family},
+        baseline=None,
+    )
 
 
 Experiment(

@@ -31,14 +31,24 @@ def _sweep(
 ) -> Sweep:
     net, data, *_ = part.split("-")
     training = Training(
-        net=f"gressmann-{net}", data=data, epochs=epochs, batch_size=32, optimizer="sgd",
-        schedule="cosine", init="own" if data == "cifar10" else "seed",
-    )  # fmt: skip
+        net=f"gressmann-{net}",
+        data=data,
+        epochs=epochs,
+        batch_size=32,
+        optimizer="sgd",
+        schedule="cosine",
+        init="own" if data == "cifar10" else "seed",
+    )
     return Sweep(
-        training, methods=tuple(lrs), dims=(str(D),), seeds=seeds, lrs=lrs,
+        training,
+        methods=tuple(lrs),
+        dims=(str(D),),
+        seeds=seeds,
+        lrs=lrs,
         options={"distribution": "rademacher"},
-        baseline="full" if baseline else None, baseline_lrs=(0.01,),
-    )  # fmt: skip
+        baseline="full" if baseline else None,
+        baseline_lrs=(0.01,),
+    )
 
 
 MNIST = {"fpd": (4.0,), "rbd": (1.0, 2.0)}
@@ -61,7 +71,7 @@ SWEEPS: dict[str, dict[Budget, dict[str, Sweep]]] = {
             "cnn-fashion_mnist": _sweep("cnn-fashion_mnist", 20, 3, MNIST),
         },
     },
-}  # fmt: skip
+}
 
 for name, sweeps in SWEEPS.items():
     fashion = name.endswith("fashion")

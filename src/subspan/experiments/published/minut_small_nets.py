@@ -11,38 +11,58 @@ from subspan.training.config import Sweep, Training
 # perceptrons of 10 units that were published. LeNets are those of sweeps/smaller.py at these d.
 PARTS = {
     "mlp-mnist": (
-        "mlp", "mnist", ("850", "1200", "2500", "7960"),
+        "mlp",
+        "mnist",
+        ("850", "1200", "2500", "7960"),
         ("mlp-1", "mlp-3", "mlp-5", "mlp-10"),
     ),
     "mlp-cifar10": (
-        "minut-mlp", "cifar10", ("2500", "6500", "12000", "23640"),
+        "minut-mlp",
+        "cifar10",
+        ("2500", "6500", "12000", "23640"),
         ("minut-mlp-1", "minut-mlp-2", "minut-mlp-5", "minut-mlp-10"),
     ),
     "lenet-mnist": (
-        "lenet", "mnist", ("500", "1500", "5000", "10000"),
+        "lenet",
+        "mnist",
+        ("500", "1500", "5000", "10000"),
         (
-            "lenet-k5-1-1-10-7", "lenet-k3-1-1-9-6", "lenet-k3-1-2-15-11", "lenet-k5-1-2-19-13",
-            "lenet-k3-1-3-29-20", "lenet-k5-1-4-36-25",
+            "lenet-k5-1-1-10-7",
+            "lenet-k3-1-1-9-6",
+            "lenet-k3-1-2-15-11",
+            "lenet-k5-1-2-19-13",
+            "lenet-k3-1-3-29-20",
+            "lenet-k5-1-4-36-25",
         ),
     ),
     "lenet-cifar10": (
-        "minut-lenet", "cifar10", ("1500", "5000", "10000", "20000"),
+        "minut-lenet",
+        "cifar10",
+        ("1500", "5000", "10000", "20000"),
         (
-            "minut-lenet-k3-1-2-15-11", "minut-lenet-k5-1-2-19-13", "minut-lenet-k3-1-3-29-20",
-            "minut-lenet-k5-1-4-35-25", "minut-lenet-k3-2-5-44-31", "minut-lenet-k5-2-6-49-34",
+            "minut-lenet-k3-1-2-15-11",
+            "minut-lenet-k5-1-2-19-13",
+            "minut-lenet-k3-1-3-29-20",
+            "minut-lenet-k5-1-4-35-25",
+            "minut-lenet-k3-2-5-44-31",
+            "minut-lenet-k5-2-6-49-34",
         ),
     ),
-}  # fmt: skip
+}
 
 
 def _parts(epochs: int, seeds: int) -> dict[str, Sweep]:
     return {
         name: Sweep(
-            Training(net=net, data=data, epochs=epochs), methods=("hash",), dims=dims, seeds=seeds,
-            baseline_lrs=(0.003,), small=small,
+            Training(net=net, data=data, epochs=epochs),
+            methods=("hash",),
+            dims=dims,
+            seeds=seeds,
+            baseline_lrs=(0.003,),
+            small=small,
         )
         for name, (net, data, dims, small) in PARTS.items()
-    }  # fmt: skip
+    }
 
 
 Experiment(

@@ -11,9 +11,12 @@ from subspan.training.config import Sweep, Training
 def _sweep(epochs: int, seeds: int) -> Sweep:
     return Sweep(
         # The filters' first coefficients are the network's own.
-        Training(net="spectral", data="mnist", epochs=epochs, init="own"), methods=("full",),
-        seeds=seeds, lrs=(0.001,), baseline=None,
-    )  # fmt: skip
+        Training(net="spectral", data="mnist", epochs=epochs, init="own"),
+        methods=("full",),
+        seeds=seeds,
+        lrs=(0.001,),
+        baseline=None,
+    )
 
 
 Experiment(

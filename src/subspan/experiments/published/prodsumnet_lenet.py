@@ -12,13 +12,21 @@ from subspan.training.config import Sweep, Training
 
 
 def _sweep(
-    factors: dict[str, list[dict[str, Any]]], dims: tuple[str, ...], lr: float, epochs: int,
+    factors: dict[str, list[dict[str, Any]]],
+    dims: tuple[str, ...],
+    lr: float,
+    epochs: int,
     seeds: int,
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     return Sweep(
-        Training(net="lenet-tf", data="mnist", epochs=epochs), methods=("prodsum",), dims=dims,
-        seeds=seeds, lrs=(lr,), options={"factors": factors, "bias": BIAS}, baseline=None,
-    )  # fmt: skip
+        Training(net="lenet-tf", data="mnist", epochs=epochs),
+        methods=("prodsum",),
+        dims=dims,
+        seeds=seeds,
+        lrs=(lr,),
+        options={"factors": factors, "bias": BIAS},
+        baseline=None,
+    )
 
 
 DIFFERENCES = (

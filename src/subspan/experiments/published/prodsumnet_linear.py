@@ -37,19 +37,29 @@ def _sweep(
 ) -> Sweep:
     training = Training(net="linear", data="mnist", epochs=epochs, batch_size=128)
     return Sweep(
-        training, methods=("prodsum",), dims=dims, seeds=seeds, lrs=(0.3,),
-        options={"factors": {"fc1": factors}}, baseline="full" if baseline else None,
+        training,
+        methods=("prodsum",),
+        dims=dims,
+        seeds=seeds,
+        lrs=(0.3,),
+        options={"factors": {"fc1": factors}},
+        baseline="full" if baseline else None,
         baseline_lrs=(0.001, 0.003),
-    )  # fmt: skip
+    )
 
 
 def _parts(epochs: int, seeds: int) -> dict[str, Sweep]:
     # What is held against all weights to a tenth of a point should have converged.
     fixed = {
-        part: _sweep([{"kind": "free", "inner": "p"}, last], INNER,
-                     2 * epochs if part == "dct" else epochs, seeds, part == "dct")
+        part: _sweep(
+            [{"kind": "free", "inner": "p"}, last],
+            INNER,
+            2 * epochs if part == "dct" else epochs,
+            seeds,
+            part == "dct",
+        )
         for part, last in FIXED.items()
-    }  # fmt: skip
+    }
     products = {
         part: _sweep(factors, ATOMS, epochs, seeds, False) for part, factors in PRODUCTS.items()
     }

@@ -18,9 +18,14 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
 
 def _sweep(dims: tuple[str, ...], epochs: int, seeds: int) -> Sweep:
     return Sweep(
-        Training(net="mlp-1024-512", data="mnist", epochs=epochs), methods=("prodsum",), dims=dims,
-        seeds=seeds, lrs=(0.03,), options={"factors": FACTORS}, baseline_lrs=(0.001,),
-    )  # fmt: skip
+        Training(net="mlp-1024-512", data="mnist", epochs=epochs),
+        methods=("prodsum",),
+        dims=dims,
+        seeds=seeds,
+        lrs=(0.03,),
+        options={"factors": FACTORS},
+        baseline_lrs=(0.001,),
+    )
 
 
 Experiment(

@@ -23,9 +23,10 @@ FIRST: dict[str, tuple[Any, str]] = {  # factors of that layer, p
     "random-projection": ({"recipe": "random_projection", "size": "p"}, "6"),
     "hash": ({"recipe": "hashed", "p": "p"}, "3072"),
     "rademacher": (
-        [{"kind": "rademacher", "p": "p", "inner": 32}, {"kind": "rademacher", "p": "p"}], "1536",
+        [{"kind": "rademacher", "p": "p", "inner": 32}, {"kind": "rademacher", "p": "p"}],
+        "1536",
     ),
-}  # fmt: skip
+}
 PUBLISHED = {
     "fastfood": Published("Yang 2015, 1024 units", (38_821,), (0.9928,), labels=("3072",)),
     "kronecker": Published("Zhou 2015, KFC-II", (27_700,), (0.9924,), labels=("2",)),
@@ -34,30 +35,41 @@ PUBLISHED = {
 
 
 def _sweep(
-    epochs: int, seeds: int, method: str, dims: tuple[str, ...], lr: float, baseline: bool = False,
+    epochs: int,
+    seeds: int,
+    method: str,
+    dims: tuple[str, ...],
+    lr: float,
+    baseline: bool = False,
     **options: Any,
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     return Sweep(
-        Training(net="lenet5-caffe", data="mnist", epochs=epochs), methods=(method,), dims=dims,
-        seeds=seeds, lrs=(lr,), options=options, baseline="full" if baseline else None,
+        Training(net="lenet5-caffe", data="mnist", epochs=epochs),
+        methods=(method,),
+        dims=dims,
+        seeds=seeds,
+        lrs=(lr,),
+        options=options,
+        baseline="full" if baseline else None,
         baseline_lrs=(0.001,),
-    )  # fmt: skip
+    )
 
 
 def _parts(epochs: int, seeds: int) -> dict[str, Sweep]:
     # Convolutions that stay learn with the sums, at a rate between what suits both.
     parts = {
-        name: _sweep(epochs, seeds, "prodsum", (p,), 0.003, name == "fastfood",
-                     factors={"fc1": factors})
+        name: _sweep(
+            epochs, seeds, "prodsum", (p,), 0.003, name == "fastfood", factors={"fc1": factors}
+        )
         for name, (factors, p) in FIRST.items()
-    }  # fmt: skip
+    }
     parts["dlrt"] = _sweep(epochs, seeds, "dlrt-ratio", ("0.921",), 0.002)
     parts["subspace"] = _sweep(epochs, seeds, "hash", ("3554", "34152"), 0.015)
     parts["subspace-rademacher"] = _sweep(epochs, seeds, "rademacher", ("3554",), 0.03)
     # At most 3,554, which all layers share.
     parts["sums"] = _sweep(
         epochs, seeds, "prodsum", ("665",), 0.03, factors=CONVOLUTIONS | DENSE, bias=BIAS
-    )  # fmt: skip
+    )
     return parts
 
 

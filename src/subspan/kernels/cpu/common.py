@@ -84,9 +84,11 @@ def kernel(function: Any) -> Any:
 
 
 OPTIONS: dict[str, Any] = {
-    "nogil": True, "boundscheck": False, "error_model": "numpy",
+    "nogil": True,
+    "boundscheck": False,
+    "error_model": "numpy",
     "fastmath": {"contract"},  # a·b + c in one instruction; sums keep their order
-}  # fmt: skip
+}
 inline = njit(inline="always")
 function = njit(**OPTIONS)
 

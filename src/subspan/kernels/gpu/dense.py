@@ -65,9 +65,22 @@ def positive_octet(octet, column, most, step, tag, k0, k1):
 
 @kernel
 def _matvec(
-    w, out, d, n, first, lead, trips, most, step, tag, k0, k1,
-    ENTRIES: tl.constexpr, OCTETS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    w,
+    out,
+    d,
+    n,
+    first,
+    lead,
+    trips,
+    most,
+    step,
+    tag,
+    k0,
+    k1,
+    ENTRIES: tl.constexpr,
+    OCTETS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
     """Eight rows per lane, columns dealt to the warps; ``lead`` rows of the first octet are cut."""
     lane = tl.program_id(0).to(tl.int64) * OCTETS + tl.arange(0, OCTETS)
     octet = first.to(tl.uint32) + lane.to(tl.uint32)[None, :]
@@ -108,9 +121,20 @@ def _row(g, K: tl.constexpr, row, n, CUT: tl.constexpr):
 
 @triton.jit
 def _run(
-    g, row, n, count, octet, column, most, step, tag, k0, k1,
-    ENTRIES: tl.constexpr, CUT: tl.constexpr,
-):  # fmt: skip
+    g,
+    row,
+    n,
+    count,
+    octet,
+    column,
+    most,
+    step,
+    tag,
+    k0,
+    k1,
+    ENTRIES: tl.constexpr,
+    CUT: tl.constexpr,
+):
     """Sums over ``count`` octets, the first of which begins at ``row`` of the range."""
     g += row
     a = tl.zeros(column.shape, tl.float32)
@@ -129,9 +153,21 @@ def _run(
 
 @kernel
 def _rmatvec(
-    g, out, d, n, first, lead, trips, most, step, tag, k0, k1,
-    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    g,
+    out,
+    d,
+    n,
+    first,
+    lead,
+    trips,
+    most,
+    step,
+    tag,
+    k0,
+    k1,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """A column per lane, one chunk of octets: sums of chunk c in row c of ``out``."""
     column = tl.program_id(0).to(tl.uint32) * COLUMNS + tl.arange(0, COLUMNS).to(tl.uint32)
     chunk = tl.program_id(1).to(tl.int64)
@@ -142,13 +178,9 @@ def _rmatvec(
     for done in range(0, trips, RUN):
         count = tl.minimum(trips - done, RUN)
         if (row >= 0) & (row + count * 8 <= n):
-            total += _run(
-                g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, False
-            )  # fmt: skip
+            total += _run(g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, False)
         else:  # at the ends of the range: each row has to be looked at
-            total += _run(
-                g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, True
-            )  # fmt: skip
+            total += _run(g, row, n, count, octet, column, most, step, tag, k0, k1, ENTRIES, True)
         octet += RUN
         row += 8 * RUN
     tl.store(out + chunk * d + column, total, mask=column < d.to(tl.uint32))
@@ -164,9 +196,20 @@ def products(entries: Any, parameters: Any) -> Kernel:
         trips = -(-p.in_dim // WARPS)
         most, scale = parameters(p)
         _matvec[(-(-octets // OCTETS),)](
-            w * scale, out, p.in_dim, stop - start, first, start % 8, trips, word(most),
-            *counter(p, step), entries, OCTETS, WARPS, num_warps=WARPS,
-        )  # fmt: skip
+            w * scale,
+            out,
+            p.in_dim,
+            stop - start,
+            first,
+            start % 8,
+            trips,
+            word(most),
+            *counter(p, step),
+            entries,
+            OCTETS,
+            WARPS,
+            num_warps=WARPS,
+        )
         return out
 
     @on_device
@@ -179,9 +222,19 @@ def products(entries: Any, parameters: Any) -> Kernel:
         partial = g.new_empty(chunks, p.in_dim)
         most, scale = parameters(p)
         _rmatvec[(tiles, chunks)](
-            g, partial, p.in_dim, stop - start, first, start % 8, trips, word(most),
-            *counter(p, step), entries, COLUMNS, num_warps=COLUMNS // 32,
-        )  # fmt: skip
+            g,
+            partial,
+            p.in_dim,
+            stop - start,
+            first,
+            start % 8,
+            trips,
+            word(most),
+            *counter(p, step),
+            entries,
+            COLUMNS,
+            num_warps=COLUMNS // 32,
+        )
         return partial.sum(dim=0) * scale
 
     return Kernel(matvec, rmatvec)

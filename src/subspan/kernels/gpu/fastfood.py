@@ -26,9 +26,7 @@ PROGRAMS = 1024  # programs of Pᵀ g that are wanted
 
 
 @triton.jit
-def _draws(
-    block, m, step, tag, k0, k1, LOG: tl.constexpr, ROUNDS: tl.constexpr
-):  # fmt: skip
+def _draws(block, m, step, tag, k0, k1, LOG: tl.constexpr, ROUNDS: tl.constexpr):
     """Signs, places and normals of elements ``m`` of blocks, the normals with Σ z² = n."""
     column = (block * 3).to(tl.uint32)
     sign = sign_bit(m, column, step, tag, k0, k1)
@@ -39,9 +37,20 @@ def _draws(
 
 @kernel
 def _matvec(
-    w, out, d, blocks, first, scale, step, tag, k0, k1,
-    LOG: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    w,
+    out,
+    d,
+    blocks,
+    first,
+    scale,
+    step,
+    tag,
+    k0,
+    k1,
+    LOG: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """Some blocks of rows, whole ones."""
     number = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     m = tl.arange(0, 1 << LOG)[None, :]
@@ -57,9 +66,20 @@ def _matvec(
 
 @kernel
 def _rmatvec(
-    g, out, n, first, lead, trips, step, tag, k0, k1,
-    LOG: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    g,
+    out,
+    n,
+    first,
+    lead,
+    trips,
+    step,
+    tag,
+    k0,
+    k1,
+    LOG: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """Sums over a chunk of blocks, ``BLOCKS`` of them side by side; ``lead`` rows are cut."""
     chunk = tl.program_id(0).to(tl.int64)
     side = tl.arange(0, BLOCKS)[:, None]
@@ -101,9 +121,18 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     blocks = -(-stop // p.block) - first
     out = w.new_empty(blocks << log)
     _matvec[(-(-blocks // beside),)](
-        w, out, p.in_dim, blocks, first, _scale(p), *counter(p, step), log, turns, beside,
+        w,
+        out,
+        p.in_dim,
+        blocks,
+        first,
+        _scale(p),
+        *counter(p, step),
+        log,
+        turns,
+        beside,
         num_warps=warps,
-    )  # fmt: skip
+    )
     return out[start - (first << log) : stop - (first << log)]
 
 
@@ -119,9 +148,18 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     chunks = -(-groups // trips)
     partial = g.new_empty(chunks * beside, p.block)
     _rmatvec[(chunks,)](
-        g, partial, stop - start, first, start - (first << log), trips, *counter(p, step),
-        log, turns, beside, num_warps=warps,
-    )  # fmt: skip
+        g,
+        partial,
+        stop - start,
+        first,
+        start - (first << log),
+        trips,
+        *counter(p, step),
+        log,
+        turns,
+        beside,
+        num_warps=warps,
+    )
     return partial.sum(dim=0)[: p.in_dim] * _scale(p)
 
 

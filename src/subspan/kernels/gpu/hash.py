@@ -97,9 +97,20 @@ def _signs(row, step, tag, k0, k1):
 
 @triton.jit
 def _buckets(
-    n, size, d, factor, first, lead, top, step, tag, k0, k1,
-    BITS: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
+    n,
+    size,
+    d,
+    factor,
+    first,
+    lead,
+    top,
+    step,
+    tag,
+    k0,
+    k1,
+    BITS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     """Gives the begin of a tile in the range, which rows are in it, their buckets and signs."""
     inside = tl.arange(0, _TILE)
     begin = tl.program_id(0).to(tl.int64) * _TILE - lead
@@ -116,9 +127,22 @@ def _buckets(
 
 @kernel
 def _matvec(
-    table, out, n, size, d, factor, first, lead, top, step, tag, k0, k1,
-    BITS: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
+    table,
+    out,
+    n,
+    size,
+    d,
+    factor,
+    first,
+    lead,
+    top,
+    step,
+    tag,
+    k0,
+    k1,
+    BITS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     begin, mask, bucket, sign = _buckets(
         n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS, ROUNDS
     )
@@ -127,9 +151,25 @@ def _matvec(
 
 @kernel
 def _rmatvec(
-    g, sums, marks, scale, copies, n, size, d, factor, first, lead, top, step, tag, k0, k1,
-    BITS: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
+    g,
+    sums,
+    marks,
+    scale,
+    copies,
+    n,
+    size,
+    d,
+    factor,
+    first,
+    lead,
+    top,
+    step,
+    tag,
+    k0,
+    k1,
+    BITS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     begin, mask, bucket, sign = _buckets(
         n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS, ROUNDS
     )

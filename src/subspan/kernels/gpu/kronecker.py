@@ -50,8 +50,15 @@ def _signs(x: Tensor, start: int, stop: int, columns: int, first: int, counter: 
     out = x.new_empty(stop - start, columns)
     block = start // 128
     _fill[(-(-columns // COLUMNS), -(-stop // 128) - block)](
-        out, stop - start, columns, block, start % 128, word(first), *counter, COLUMNS,
-    )  # fmt: skip
+        out,
+        stop - start,
+        columns,
+        block,
+        start % 128,
+        word(first),
+        *counter,
+        COLUMNS,
+    )
     return out
 
 

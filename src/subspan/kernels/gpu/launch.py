@@ -16,11 +16,33 @@ from subspan.kernels import Product
 # does by default for 1 and for multiples of 16.
 kernel = triton.jit(
     do_not_specialize=[
-        "n", "d", "size", "start", "begin", "end", "first", "last", "lead", "rows", "blocks", "s",
-        "column", "copies", "depth", "stride", "trips", "most", "scale", "factor", "top",
-        "step", "tag", "k0", "k1",
+        "n",
+        "d",
+        "size",
+        "start",
+        "begin",
+        "end",
+        "first",
+        "last",
+        "lead",
+        "rows",
+        "blocks",
+        "s",
+        "column",
+        "copies",
+        "depth",
+        "stride",
+        "trips",
+        "most",
+        "scale",
+        "factor",
+        "top",
+        "step",
+        "tag",
+        "k0",
+        "k1",
     ]
-)  # fmt: skip
+)
 
 
 def on_device(product: Product) -> Product:

@@ -70,9 +70,19 @@ def _signs(x, out, start, n, first, begin, end, step, tag, k0, k1):
 
 @kernel
 def _chosen(
-    x, out, d, last, step, tag, k0, k1,
-    BITS: tl.constexpr, ROUNDS: tl.constexpr, SCATTER: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    d,
+    last,
+    step,
+    tag,
+    k0,
+    k1,
+    BITS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SCATTER: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """out[π(j)] = x[j], or out[j] = x[π(j)], for j < d."""
     j = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = j < d

@@ -74,9 +74,20 @@ def _add(table, shift, x0, x1, x2, x3, s0, s1, s2, s3):
 
 @kernel
 def _matvec(
-    table, out, n, first, lead, trips, column, step, tag, k0, k1,
-    BLOCKS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    table,
+    out,
+    n,
+    first,
+    lead,
+    trips,
+    column,
+    step,
+    tag,
+    k0,
+    k1,
+    BLOCKS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
     """128 rows per lane; sums over the groups of columns of split c in row c of ``out``."""
     lane = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     split = tl.program_id(1).to(tl.int64)
@@ -158,9 +169,18 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         # no more than a device full of programs holds.
         partial = out if splits == 1 and column == 0 else w.new_empty(splits, n)
         _matvec[(tiles, splits)](
-            table(x, 0, splits * trips * WARPS), partial, n, first, start % 128, trips, column,
-            *counter(p, step), BLOCKS, WARPS, num_warps=WARPS,
-        )  # fmt: skip
+            table(x, 0, splits * trips * WARPS),
+            partial,
+            n,
+            first,
+            start % 128,
+            trips,
+            column,
+            *counter(p, step),
+            BLOCKS,
+            WARPS,
+            num_warps=WARPS,
+        )
         if partial is not out:
             total = partial.sum(dim=0)
             out = total if column == 0 else out.add_(total)
@@ -180,9 +200,16 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         chunks = -(-blocks // trips)
         partial = g.new_empty(chunks, p.in_dim)
         _rmatvec[(tiles, chunks)](
-            table(x, lead, blocks * 32), partial, p.in_dim, first, trips, blocks,
-            *counter(p, step), COLUMNS, num_warps=COLUMNS // 32,
-        )  # fmt: skip
+            table(x, lead, blocks * 32),
+            partial,
+            p.in_dim,
+            first,
+            trips,
+            blocks,
+            *counter(p, step),
+            COLUMNS,
+            num_warps=COLUMNS // 32,
+        )
         out += partial.sum(dim=0)
     return out / math.sqrt(p.out_dim)
 

@@ -54,9 +54,23 @@ def _store(out, sums, rows, block, s, length, start, n):
 
 @kernel
 def _narrow(
-    w, out, n, d, first, start, trips, s, size, step, tag, k0, k1,
-    ROWS: tl.constexpr, CALLS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    w,
+    out,
+    n,
+    d,
+    first,
+    start,
+    trips,
+    s,
+    size,
+    step,
+    tag,
+    k0,
+    k1,
+    ROWS: tl.constexpr,
+    CALLS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
     """P w: the rows of four blocks per lane, columns dealt to the warps."""
     call = first.to(tl.int64) + tl.program_id(0).to(tl.int64) * CALLS
     call = (call + tl.arange(0, CALLS))[None, None, :]
@@ -145,18 +159,37 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     if p.run <= NARROW:
         first, calls = _calls(p, start, stop)
         _narrow[(-(-calls // CALLS),)](
-            w, out, stop - start, p.in_dim, first, start, -(-p.in_dim // WARPS), *shared,
-            1 << (p.run - 1).bit_length(), CALLS, WARPS, num_warps=WARPS,
-        )  # fmt: skip
+            w,
+            out,
+            stop - start,
+            p.in_dim,
+            first,
+            start,
+            -(-p.in_dim // WARPS),
+            *shared,
+            1 << (p.run - 1).bit_length(),
+            CALLS,
+            WARPS,
+            num_warps=WARPS,
+        )
         return out * p.magnitude
     for begin in range(start, stop, SLAB):
         end = min(begin + SLAB, stop)
         first, calls = _calls(p, begin, end)
         sums = Sums.of(w, end - begin, p.in_dim)
         _wide[(-(-p.in_dim // COLUMNS), calls)](
-            w, sums.sums, sums.marks, sums.scale, end - begin, p.in_dim, first, begin,
-            *shared, COLUMNS, num_warps=COLUMNS // 32,
-        )  # fmt: skip
+            w,
+            sums.sums,
+            sums.marks,
+            sums.scale,
+            end - begin,
+            p.in_dim,
+            first,
+            begin,
+            *shared,
+            COLUMNS,
+            num_warps=COLUMNS // 32,
+        )
         out[begin - start : end - start] = sums.total() * p.magnitude
     return out
 
@@ -170,9 +203,19 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     chunks = -(-calls // trips)
     partial = g.new_empty(chunks, p.in_dim)
     _rmatvec[(tiles, chunks)](
-        g, partial, stop - start, p.in_dim, first, start, trips, p.run, p.out_dim,
-        *counter(p, step), COLUMNS, num_warps=COLUMNS // 32,
-    )  # fmt: skip
+        g,
+        partial,
+        stop - start,
+        p.in_dim,
+        first,
+        start,
+        trips,
+        p.run,
+        p.out_dim,
+        *counter(p, step),
+        COLUMNS,
+        num_warps=COLUMNS // 32,
+    )
     return partial.sum(dim=0) * p.magnitude
 
 

@@ -30,8 +30,10 @@ class Shifts(Sum, kind="convolution"):
         self.out, self.inside = self.n // pixels, self.m // pixels
         self.p = self.out * self.inside * kernel**2
         half = kernel // 2
-        seen = [sum(0 <= i + s < side for i in range(side) for s in range(-half, half + 1))
-                for side in self.image]  # fmt: skip
+        seen = [
+            sum(0 <= i + s < side for i in range(side) for s in range(-half, half + 1))
+            for side in self.image
+        ]
         self.energy = float(self.out * self.inside * math.prod(seen))
         self.matrix_cost = self.n * self.m
         self.apply_cost = self.p * pixels

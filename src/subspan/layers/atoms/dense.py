@@ -24,9 +24,13 @@ class Projected(Sum):
         self.kind = family  # type: ignore[misc]
         self._count(p)
         self.projection = projection(
-            family, out_dim=self.n * self.m, in_dim=p, seed=self.source.seed,
-            stream=self.source.stream, **options,
-        )  # fmt: skip
+            family,
+            out_dim=self.n * self.m,
+            in_dim=p,
+            seed=self.source.seed,
+            stream=self.source.stream,
+            **options,
+        )
         self.energy = float(p)
         # A generated entry costs about a multiply-add; of hash there is one for each weight.
         self.matrix_cost = self.n * self.m * (1 if self.projection.bitwise else p)
@@ -81,9 +85,11 @@ class Given(Sum, kind="given"):
     """Matrices of the user's, (p, n, m), which a file must hold."""
 
     def setup(
-        self, tensor: Tensor | None = None, shape: tuple[int, int, int] | None = None,
+        self,
+        tensor: Tensor | None = None,
+        shape: tuple[int, int, int] | None = None,
         energy: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``tensor`` holds them; or a file does, and only ``shape`` and ``energy`` are known."""
         known = tensor is not None
         if shape is not None and not known:

@@ -20,9 +20,13 @@ def identity(a: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": identity, "exp": torch.exp, "sin": torch.sin, "softplus": F.softplus,
-    "square": torch.square, "tanh": torch.tanh,
-}  # fmt: skip
+    "identity": identity,
+    "exp": torch.exp,
+    "sin": torch.sin,
+    "softplus": F.softplus,
+    "square": torch.square,
+    "tanh": torch.tanh,
+}
 
 
 STREAMS = 64  # of a layer: one for each factor, the last for its bias

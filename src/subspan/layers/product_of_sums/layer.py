@@ -38,9 +38,17 @@ class ProductOfSums(nn.Module, ABC):
     """
 
     def __init__(
-        self, n: int, m: int, factors: Sequence[Any], bias: bool | int, seed: int, stream: int,
-        init: str, device: torch.device | str | None, dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self,
+        n: int,
+        m: int,
+        factors: Sequence[Any],
+        bias: bool | int,
+        seed: int,
+        stream: int,
+        init: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         if init not in GAINS:
             raise unknown("init", init, GAINS)
@@ -143,9 +151,12 @@ class ProductOfSums(nn.Module, ABC):
             given = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
             factors.append(own | given)
         return {
-            "factors": factors, "bias": bias, "seed": self.seed, "stream": self.stream,
+            "factors": factors,
+            "bias": bias,
+            "seed": self.seed,
+            "stream": self.stream,
             "init": self.init,
-        }  # fmt: skip
+        }
 
     @property
     def matrix(self) -> Tensor:
@@ -225,10 +236,18 @@ class ProductOfSumsLinear(ProductOfSums):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, factors: Sequence[Any], bias: bool | int = True,
-        *, seed: int = 0, stream: int = 0, init: str = "he",
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        factors: Sequence[Any],
+        bias: bool | int = True,
+        *,
+        seed: int = 0,
+        stream: int = 0,
+        init: str = "he",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.in_features, self.out_features = in_features, out_features
         super().__init__(
             out_features, in_features, factors, bias, seed, stream, init, device, dtype
@@ -296,13 +315,23 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        factors: Sequence[Any], stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
-        bias: bool | int = True, padding_mode: str = "zeros",
-        *, seed: int = 0, stream: int = 0, init: str = "he",
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        factors: Sequence[Any],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool | int = True,
+        padding_mode: str = "zeros",
+        *,
+        seed: int = 0,
+        stream: int = 0,
+        init: str = "he",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
         m = in_channels * math.prod(self.kernel_size)

@@ -160,9 +160,12 @@ _Looks = dict[str, dict[str, str]]  # "size" or "depth": each that was seen, and
 
 
 def _decode(
-    path: str, part: str, pairs: Iterable[tuple[dict[str, Any], Any]], size: Size | None,
+    path: str,
+    part: str,
+    pairs: Iterable[tuple[dict[str, Any], Any]],
+    size: Size | None,
     looks: _Looks,
-) -> tuple[list[np.ndarray], list[Any]]:  # fmt: skip
+) -> tuple[list[np.ndarray], list[Any]]:
     """One part's images, resized to ``size`` and alike in what ``looks`` holds; and its labels."""
     arrays, values = [], []
     with _readable(path):

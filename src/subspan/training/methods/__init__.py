@@ -82,9 +82,15 @@ class Method(ABC):
         """Learning rates worth trying with Adam and these options; the middle is the default."""
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: Mapping[str, Any] | None,
-    ) -> Optimizer:  # fmt: skip
+        self,
+        model: nn.Module,
+        run: Run,
+        out: Path,
+        extra: Mapping[str, Any],
+        *,
+        steps: int,
+        resume: Mapping[str, Any] | None,
+    ) -> Optimizer:
         """The optimizer of what requires a gradient.
 
         Args:
@@ -162,9 +168,7 @@ class Method(ABC):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = sum(p.numel() for p in model.parameters())
         stored = weights + sum(b.numel() for b in slots.saved_buffers(model).values())
-        return {
-            "trainable_parameters": trainable, "stored_parameters": stored, "weights": weights
-        }  # fmt: skip
+        return {"trainable_parameters": trainable, "stored_parameters": stored, "weights": weights}
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""

@@ -32,7 +32,8 @@ class ProductsOfSums(Method):
     options = (
         Option("p", int, "atoms of a sum: of each layer, or whatever --factors call p, as in p: p"),
         Option(
-            "stages", list[int] | str,
+            "stages",
+            list[int] | str,
             "in place of --p: begin with the first number of atoms, as 100,400,1600, and go on "
             "from what is learnt with the next one when the accuracy has stopped rising, or when "
             "the stage has had its share of the epochs",
@@ -40,14 +41,15 @@ class ProductsOfSums(Method):
         Option("plateau", int, "epochs without a better validation accuracy that end a stage (2)"),
         Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
         Option(
-            "factors", dict[str, list[Any] | dict[str, Any]],
+            "factors",
+            dict[str, list[Any] | dict[str, Any]],
             "{pattern of layers: [factor, …]}, a factor a kind or {kind: …, inner: …, p: …}; or "
             "{pattern: {recipe: …}}, as low_rank or kronecker_fc, with its options; layers that no "
             "pattern fits stay as they are",
         ),
         Option("bias", bool | int, "whether biases are trained, or through how many numbers each"),
         Option("scale", str, "variance of the first weights: he, glorot or lecun"),
-    )  # fmt: skip
+    )
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
         """Put products of sums in the layers' places, those of the first stage."""
@@ -65,9 +67,15 @@ class ProductsOfSums(Method):
         return replace(net, first)
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: Mapping[str, Any] | None,
-    ) -> Optimizer:  # fmt: skip
+        self,
+        model: nn.Module,
+        run: Run,
+        out: Path,
+        extra: Mapping[str, Any],
+        *,
+        steps: int,
+        resume: Mapping[str, Any] | None,
+    ) -> Optimizer:
         """An ordinary one; each stage must get an epoch."""
         stages = len(_stages(run.options))
         if run.training.epochs < stages:
@@ -175,10 +183,11 @@ def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, Rule]:
     if "stages" in options and not any(isinstance(f, dict) and "p" in f.values() for f in parts):
         raise SubspanError("no factor says p, as in p: p, so that --stages change nothing")
     return {
-        pattern: _recipe(_filled(rule, p)) if isinstance(rule, dict)
+        pattern: _recipe(_filled(rule, p))
+        if isinstance(rule, dict)
         else [_filled(described(factor), p) for factor in rule]
         for pattern, rule in rules.items()
-    }  # fmt: skip
+    }
 
 
 def _recipe(rule: Mapping[str, Any]) -> Callable[[int, int], list[dict[str, Any]]]:

@@ -62,9 +62,15 @@ class Bases(Method):
         return (0.5, 1.0, 2.0)
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: Mapping[str, Any] | None,
-    ) -> Optimizer:  # fmt: skip
+        self,
+        model: nn.Module,
+        run: Run,
+        out: Path,
+        extra: Mapping[str, Any],
+        *,
+        steps: int,
+        resume: Mapping[str, Any] | None,
+    ) -> Optimizer:
         """The bases' own; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         own: dict[str, Any] = {}
@@ -110,9 +116,14 @@ class Bases(Method):
         return {} if optimizer.needs_closure else {"alignment": optimizer.alignment()}
 
     def _make(
-        self, net: nn.Module, seed: int, lr: float, weight_decay: float,
-        options: Mapping[str, Any], **own: Any,
-    ) -> RandomBases:  # fmt: skip
+        self,
+        net: nn.Module,
+        seed: int,
+        lr: float,
+        weight_decay: float,
+        options: Mapping[str, Any],
+        **own: Any,
+    ) -> RandomBases:
         dims = parse_dims(self.name, options)
         apart = ("dim", "workers", "journal")
         given = {name: value for name, value in options.items() if name not in apart}
@@ -126,6 +137,9 @@ class Bases(Method):
 Bases("rbd", "random bases, drawn anew at every step (Gressmann 2020)", REDRAW)
 Bases("fpd", "one random basis for ever (Li 2018, as Gressmann 2020 has it)", redraw_every=None)
 Bases(
-    "nes", "random bases, and evaluations in place of gradients (NES; with --dim 1 MeZO)",
-    REDRAW, SIGMA, estimator="evolution",
-)  # fmt: skip
+    "nes",
+    "random bases, and evaluations in place of gradients (NES; with --dim 1 MeZO)",
+    REDRAW,
+    SIGMA,
+    estimator="evolution",
+)

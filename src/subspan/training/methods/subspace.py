@@ -20,14 +20,15 @@ PATTERNS = str | list[str] | None
 COMMON = (
     Option("dim", int | str, "d, the coordinates in all; or 600+250: those of each compartment"),
     Option(
-        "compartments", str | dict[str, int],
+        "compartments",
+        str | dict[str, int],
         "global | layer | tensor | uniform:k, or {pattern: dimension}",
     ),
     Option("allocation", str, "how d is divided: by the sqrt of compartments' sizes, equal, size"),
     Option("targets", PATTERNS, "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀"),
     Option("exclude", PATTERNS, "parameters that keep θ₀, likewise"),
     Option("train_fully", PATTERNS, "parameters to train and store as they are, likewise"),
-)  # fmt: skip
+)
 
 # Minut's matrices that are kept, as methods of their own, so that a sweep may hold several of them
 # against what is generated: a full one of signs, sparse ones of ⌈D/√d⌉ nonzeros in every column.
