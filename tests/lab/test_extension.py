@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from subspan.cli import main
 from subspan.errors import SubspanError
 from subspan.layers.atoms import Sum, atoms
 from subspan.training import own
@@ -45,27 +46,24 @@ def subspan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_projection_of_the_users_trains_with_its_own_option(tmp_path):
+def test_the_options_of_a_projection_of_the_users_are_flags(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    how = ("--import", "mine", *DIGITS, "--method", "scaled", "--dim", "30")
-    for gain in ("1", "3"):
-        done = subspan(tmp_path, "train", *how, "--gain", gain, "--out", gain)
-        assert done.returncode == 0, done.stderr
-    records = [json.loads((tmp_path / gain / "record.json").read_text()) for gain in ("1", "3")]
-    assert records[1]["config"]["options"]["gain"] == 3.0
-    assert records[0]["history"] != records[1]["history"]
     shown = subspan(tmp_path, "train", "--import=mine", "--help").stdout
     assert "--gain" in shown
     assert "how much longer the columns are" in " ".join(shown.split())
 
 
-def test_workers_of_a_sweep_have_it_too(tmp_path):
+def test_it_trains_in_the_workers_of_a_sweep(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    how = ("--import", "mine", *DIGITS, "--methods", "scaled", "--dims", "10,30", "--jobs", "2")
-    done = subspan(tmp_path, "sweep", *how, "--baseline", "null", "--lrs", "0.1", "--out", "curve")
+    how = ("--import", "mine", *DIGITS, "--methods", "scaled,hash", "--dims", "10", "--gain", "3")
+    how += ("--jobs", "2", "--baseline", "null", "--lrs", "0.1", "--out", "curve")
+    done = subspan(tmp_path, "sweep", *how)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "curve" / "sweep.json").read_text())["rows"]
-    assert [row["dim"] for row in rows] == [10, 30]
+    assert {row["method"] for row in rows} == {"scaled", "hash"}
+    assert rows[0]["mean_test_score"] != rows[1]["mean_test_score"]
+    [record] = (tmp_path / "curve" / "runs").glob("scaled-*/record.json")
+    assert json.loads(record.read_text())["config"]["options"]["gain"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -87,12 +85,14 @@ def test_an_import_that_fails_is_named(tmp_path, monkeypatch, source, words):
     assert "mine" not in sys.modules
 
 
-def test_nothing_is_written_then(tmp_path):
+def test_nothing_is_written_then(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("x = 1\nraise ValueError('no licence')\n")
-    done = subspan(tmp_path, "train", "--import", "mine", *DIGITS, "--out", "out")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "mine.py, line 2: ValueError: no licence" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert main(["train", "--import", "mine", *DIGITS, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "mine.py, line 2: ValueError: no licence" in said
     assert not (tmp_path / "out").exists()
 
 

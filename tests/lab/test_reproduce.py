@@ -142,6 +142,7 @@ def test_the_published_ones():
 
 
 def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_registry", {})
     timed = replace(tiny, timed=True)
     monkeypatch.setitem(experiments(), "tiny", timed)
     with pytest.raises(SubspanError, match="times its runs: one at a time, not --jobs 2"):
@@ -284,6 +285,7 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     settings = tiny.sweeps["quick"]
     parts = {"one": settings, "two": replace(settings, baseline=None, dims=("7",))}
     published = {"one": tiny.published * 2, "two": (Published("Else 2026", (7,), (0.4,), 0.9),)}
+    monkeypatch.setattr(module, "_registry", {})
     several = replace(tiny, sweeps={"quick": parts}, published=published)
     monkeypatch.setitem(experiments(), "tiny", several)
     said = cli("reproduce", "tiny", "--jobs", 1, "--out", "out")

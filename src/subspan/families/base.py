@@ -426,10 +426,10 @@ def _kernel_and_product(
 
 
 def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a tensor of a shape; a large one has what another one had before."""
+    """Contiguous memory for a tensor of a shape; a large one has what another one had before."""
     size = like.numel() * dtype.itemsize
     if size < LARGE or not like.is_cpu:
-        return torch.empty_like(like, dtype=dtype)
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
     return rooms.take(size).view(dtype).view(like.shape)
 
 
