@@ -130,3 +130,12 @@ def test_atoms_that_are_projections_have_the_projections_options():
     assert atoms("sparse", 8, 8, p=4, s=2).projection.s == 2
     with pytest.raises(SubspanError, match="option of projection 'sparse'"):
         atoms("sparse", 8, 8, p=4, gain=2)
+
+
+def test_modules_are_not_named_in_a_file_of_options(tmp_path, capsys):
+    """There they would be too late, and a key that nothing reads is refused."""
+    (tmp_path / "run.yaml").write_text("imports: mine\n")
+    assert (
+        main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "x")]) == 2
+    )
+    assert "unknown key" in capsys.readouterr().err

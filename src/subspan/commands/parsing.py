@@ -1,4 +1,4 @@
-"""What the parsers of commands share: options of methods, YAML files, refusals in a sentence."""
+"""The parsers of all commands share this: options of methods, YAML files, refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
         dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
         action.option_strings = [*dashed, *action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
-    known = set(parser.get_defaults().keys()) - {"config"}
+    known = set(parser.get_defaults().keys()) - {"config", "imports"}
     for option, word in zip(["", *argv], argv, strict=False):
         name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
         if name == "--config" and value:

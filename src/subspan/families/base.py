@@ -385,9 +385,7 @@ def _add(
         rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
         for base, part, out in zip(bases, rows, outs, strict=True):
             along = part.view(base.shape).to(base.device)
-            if out is base:
-                out.add_(along)
-            elif base.dtype == along.dtype == out.dtype:
+            if base.dtype == along.dtype == out.dtype:
                 torch.add(base, along, out=out)
             else:
                 out.copy_(base + along)

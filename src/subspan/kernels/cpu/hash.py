@@ -161,9 +161,9 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
     ``start``. Of few coordinates, the table holds the negative ones, too.
     """
     stop, w, signed = start + bounds[-1], floats_at(w_at, d), d <= FEW
-    table, (large, small, first) = np.empty(2 * d, np.float32), _scales(size, d)
+    table, (large, small, more) = np.empty(2 * d, np.float32), _scales(size, d)
     for bucket in range(d):
-        value = w[bucket] * (large if bucket < first else small)
+        value = w[bucket] * (large if bucket < more else small)
         if signed:
             table[2 * bucket], table[2 * bucket + 1] = value, -value
         else:
@@ -246,7 +246,7 @@ def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths
                     for i in range(rows.size):
                         sums[own[i] >> uint32(1)] += value[i]
                 done = until
-    large, small, first = _scales(size, d)
+    large, small, more = _scales(size, d)
     for bucket in range(d):
         total = np.float32(0.0)
         for task in range(len(partial)):
@@ -254,7 +254,7 @@ def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths
                 total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
             else:
                 total += partial[task, bucket]
-        out[bucket] = total * (large if bucket < first else small)
+        out[bucket] = total * (large if bucket < more else small)
 
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:

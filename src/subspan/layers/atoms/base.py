@@ -1,4 +1,4 @@
-"""What every kind of atoms is: a matrix that is linear in its coefficients."""
+"""A kind of atoms: a matrix that is linear in its coefficients."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def options_of(family: type[Projection]) -> list[Option]:
 
 
 def _said_of(argument: str, family: type) -> str:
-    """What the "Args:" of a class, or of the class that it derives from, say of an argument."""
+    """Find the help of an argument in the "Args:" of a class, or of one that it derives from."""
     for cls in family.__mro__:
         pattern = rf"^ *{argument}: (.*?)(?=\n\n|\n *\w+: |\Z)"
         if found := re.search(pattern, cls.__doc__ or "", re.DOTALL | re.MULTILINE):
