@@ -7,6 +7,10 @@ answers at once and ``import subspan`` costs next to nothing.
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,7 +40,57 @@ _HOME = {
 
 _PACKAGES = ("layers", "optim")
 
+# Where modules were before, and where they are: programs and records that name them go on.
+_ROOMS = {
+    "subspace": "calls changes compartments formed guards init inplace quantised sharded slots "
+    "states summary weights",
+    "training": "config data evaluate export locks loop methods nets options_file own records "
+    "replay score signals state tasks trackers train",
+    "sweeps": "backends claims intrinsic jobs pool smaller sweep",
+    "experiments": "everything",
+    "commands": "console doctor",
+}
+_MOVED = {
+    f"subspan.{'' if room == 'subspace' else 'lab.'}{name}": f"subspan.{room}.{name}"
+    for room, names in _ROOMS.items()
+    for name in names.split()
+} | {
+    "subspan.lab": "subspan.training",
+    "subspan.lab.bench": "subspan.bench",
+    "subspan.lab.parts": "subspan.experiments.many",
+    "subspan.lab.report": "subspan.report",
+    "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
+    "subspan.lab.report.gallery": "subspan.experiments.gallery",
+    "subspan.lab.reproduce": "subspan.experiments",
+}
+
 __all__ = ["__version__", *_HOME, *_PACKAGES]
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a module under its old name: it is the same module."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if not name.startswith("subspan."):
+            return None
+        old, rest = name, ""
+        while old not in _MOVED and "." in old:
+            old, _, last = old.rpartition(".")
+            rest = f".{last}{rest}"
+        if old not in _MOVED or (old == "subspan.lab" and rest):
+            return None
+        return ModuleSpec(name, self, origin=_MOVED[old] + rest)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(str(spec.origin))
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own  # which the import system has just replaced
+
+
+sys.meta_path.insert(0, _Moved())  # before the files of a package that moved are found twice
 
 
 def __getattr__(name: str) -> Any:
