@@ -17,7 +17,7 @@ Arguments = Sequence[str]
 
 def make_parser(command: str, description: str | None, epilog: str = "") -> ArgumentParser:
     """Make the parser of a command, with the options that every command has."""
-    from argparse import RawDescriptionHelpFormatter
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -36,6 +36,7 @@ def make_parser(command: str, description: str | None, epilog: str = "") -> Argu
     parser.add_argument(
         "--import",
         dest="imports",
+        default=SUPPRESS,
         type=str | None,
         metavar="MODULE",
         help="import a module of yours first, which adds projections, methods, kinds of atoms or "
