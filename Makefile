@@ -26,8 +26,9 @@ test: .venv/dev
 
 # Everything below `training`, for the inner loop.
 test-core: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/lab \
-		--ignore=tests/test_examples.py --ignore=tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		$(addprefix --ignore=tests/,training sweeps report bench experiments commands \
+		test_examples.py test_readme.py test_makefile.py)
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,680 @@
+"""The benchmark: fair turns, what is compared, bytes that are there, resume, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import pairwise
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from subspan import bench as module
+from subspan.bench import (
+    Bench,
+    bench,
+    blocks,
+    candidates,
+    laboratory,
+    lowrank,
+    memory,
+    optimizers,
+    picture,
+    products,
+    steps,
+    sums,
+    timing,
+    transformer,
+    variants,
+)
+from subspan.bench.apart import ALLOCATOR, Worker, apart
+from subspan.bench.resident import Beyond
+from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
+from subspan.cache import cache
+from subspan.errors import SubspanError
+from tests.runs import contents
+
+CPU = torch.device("cpu")
+QUICK = {
+    "sizes": ("2000x20",),
+    "nets": ("mlp-8",),
+    "dim": 10,
+    "width": 16,
+    "ranks": (2,),
+    "batch_size": 4,
+    "seconds": 1e-3,
+}
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when it is told to, and the calls that were made."""
+    state = SimpleNamespace(now=0.0, calls=[])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: state.now)
+
+    def takes(name, *seconds):
+        def function():
+            turn = [n for n, last in reversed(list(enumerate(state.calls))) if last != name]
+            in_turn = len(state.calls) - (turn[0] + 1 if turn else 0)
+            state.calls.append(name)
+            state.now += seconds[min(in_turn, len(seconds) - 1)]
+
+        return function
+
+    state.takes = takes
+    return state
+
+
+def test_times_are_medians_of_calls_that_follow_a_first_one(clock):
+    """A first call in a turn is slow and does not count."""
+    found = interleaved(
+        {"slow": clock.takes("slow", 9.0, 3.0), "fast": clock.takes("fast", 5.0, 1.0)}, 1.0, CPU
+    )
+    assert found["slow"] == {"median": 3.0, "low": 3.0, "high": 3.0, "calls": ROUNDS[0] * 3}
+    assert found["fast"]["median"] == 1.0
+
+
+def test_candidates_take_turns_in_a_changing_order(clock):
+    names = ["a", "b", "c"]
+    interleaved({name: clock.takes(name, TURN / 10) for name in names}, 1e9, CPU)
+    turns = clock.calls[2 * len(names) :]  # compiled, and counted
+    assert len(turns) == ROUNDS[1] * 10 * len(names)
+    blocks = [turns[i : i + 10] for i in range(0, len(turns), 10)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    orders = {tuple(block[0] for block in blocks[i : i + 3]) for i in range(0, len(blocks), 3)}
+    assert all(sorted(order) == names for order in orders)
+    assert len(orders) > 1
+
+
+def test_rounds_follow_the_time_to_spend(clock):
+    interleaved({"a": clock.takes("a", TURN)}, 40 * TURN, CPU)
+    assert len(clock.calls) == 2 + 10 * CALLS
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(timing, "interleaved", lambda *_: {"copy": {"median": 0.5}})
+    assert copy_bandwidth(CPU, 1.0) == 2 * 256 * 2**20 / 0.5
+
+
+# ---- candidates ----------------------------------------------------------------------------------
+
+
+def test_every_family_is_measured_beside_four_stored_matrices():
+    assert candidates.names()[-4:] == ["stored-dense", "stored-coo", "stored-csr", "stored-csc"]
+    assert {"hash", "rademacher", "gaussian", "kronecker"} < set(candidates.names())
+    assert candidates.chosen(["rademacher", "hash"]) == ["hash", "rademacher", "stored-dense"]
+    with pytest.raises(SubspanError, match=r"'hush'.*hash"):
+        candidates.chosen(["hush"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rademacher", 0),
+        ("gaussian", 0),
+        ("hash", 4 * 3000),
+        ("fastfood", 8 * 24 * 128),
+        ("stored-dense", 4 * 3000 * 100),
+        ("stored-coo", 300 * 100 * (8 + 8 + 4)),
+        ("stored-csr", 300 * 100 * (8 + 4) + 8 * 3001),
+        ("stored-csc", 300 * 100 * (8 + 4) + 8 * 101),
+    ],
+)
+def test_bytes_of_p_are_those_that_exist(name, expected):
+    cache.clear()
+    assert candidates.bytes_of(candidates.make(name, 3000, 100), CPU) == expected
+
+
+def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch):
+    free = SimpleNamespace(available=10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    [hashed, dense] = products.measure(["hash", "stored-dense"], [(10**6, 600)], 1e-3, CPU, print)
+    assert "forward" in hashed
+    assert dense["skipped"] == "needs 3 of 1 GB"
+    assert not {"forward", "backward", "bytes_of_p"} & set(dense)
+    told, free.available = [], 10**6
+    rows = steps.measure(["stored-dense"], ["mlp-8"], 50, 4, 1e-3, CPU, told.append)
+    assert ["step" in row for row in rows] == [True, False]
+    assert told == ["training steps of mlp-8"]
+
+
+# ---- a whole benchmark ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All parts; memory in this process, since half a minute goes by until seven others begin."""
+    out, told = tmp_path_factory.mktemp("bench") / "out", []
+    settings = Bench(methods=("hash", "rademacher"), **QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        for part in (memory, lowrank):
+            patch.setattr(part, "apart", lambda function, *arguments, of: function(*arguments))
+        record = bench(settings, out, done=told.append)
+    return SimpleNamespace(out=out, told=told, settings=settings, record=record)
+
+
+def test_the_record(measured):
+    record = measured.record
+    assert json.loads((measured.out / "bench.json").read_text()) == json.loads(json.dumps(record))
+    assert record["status"] == "complete"
+    assert record["machine"]["copy_bytes_per_second"] > 1e8
+    assert {"device", "versions"} < set(record["machine"])
+    names = ["hash", "rademacher", "stored-dense"]
+    assert [row["projection"] for row in record["products"]] == names
+    assert [row["bytes_of_p"] for row in record["products"]] == [8000, 0, 160_000]
+    for row in record["products"]:
+        assert (row["out_dim"], row["in_dim"]) == (2000, 20)
+        for key in ("forward", "backward"):
+            assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"] < 10
+    assert [row["projection"] for row in record["steps"]] == ["adam", *names]
+    assert {row["weights"] for row in record["steps"]} == {28 * 28 * 8 + 8 + 8 * 10 + 10}
+    assert [row["projection"] for row in record["memory"]] == ["adam", *names]
+    assert [row["projection"] for row in record["optimizers"]] == ["sgd", *names[:2]]
+    assert len(measured.told) == module.total(measured.settings) == 8
+
+
+def test_the_picture_shows_the_ratios(measured):
+    first, second, fourth, third, fifth, *_ = picture.draw(measured.record).axes
+    assert fifth.get_xlabel() == "rank"
+    whole = measured.record["products"][-1]["forward"]["median"]
+    ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
+    times = [row["forward"]["median"] / whole for row in measured.record["products"]]
+    assert ends == pytest.approx(times)
+    assert second.get_xlabel() == "times the step of plain adam"
+    assert fourth.get_xlabel() == "times the step of plain sgd"
+    names = [label.get_text() for label in third.get_yticklabels()]
+    assert names == ["adam", "hash", "rademacher", "stored-dense"]
+    files = picture.write(measured.record, measured.out)
+    assert [file.name for file in files] == ["bench.png", "bench.svg"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_measured_again(measured, monkeypatch):
+    def never(*_):
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        for part in (products, steps, memory, optimizers):
+            patch.setattr(part, "measure", never)
+        assert bench(measured.settings, measured.out) == json.loads(json.dumps(measured.record))
+        with pytest.raises(AssertionError):
+            bench(measured.settings, measured.out, overwrite=True)
+    other = Bench(methods=("hash",), **QUICK)
+    before = contents(measured.out)
+    with pytest.raises(SubspanError, match="another configuration"):
+        bench(other, measured.out)
+    assert contents(measured.out) == before
+
+
+def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypatch):
+    settings = Bench(parts=("products", "steps"), methods=("hash",), **QUICK)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench(settings, tmp_path)
+    left = json.loads((tmp_path / "bench.json").read_text())
+    assert left["status"] == "running"
+    told = []
+    record = bench(settings, tmp_path, done=told.append)
+    assert record["products"] == left["products"]
+    assert told == ["training steps of mlp-8"]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_of_what_a_step_needs():
+    """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
+    D = 16_000_000  # vectors that go back to the system when they are freed
+    adam, hashed = memory.measure(["hash"], [(D, 1000)], CPU, lambda _: None)
+    assert 5.9 < adam["peak_bytes"] / (4 * D) < 6.3
+    assert 2.9 < hashed["peak_bytes"] / (4 * D) < 3.2
+
+
+def test_a_measurement_that_fails_is_an_error():
+    with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: .*Error"):
+        memory.measure(["nobody"], [(100, 10)], CPU, print)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": ("products", "stepps")}, "'stepps'.*steps"),
+        ({"methods": ("hush",)}, "'hush'.*hash"),
+        ({"sizes": ("61706",)}, "a size is D by d, as in 61706x1000, got '61706'"),
+        ({"sizes": ("10x20",)}, "d=20 does not fit in D=10"),
+        ({"sizes": ("10x-2",)}, "a size is D by d"),
+        ({"nets": ("lenett",)}, "'lenett'.*lenet"),
+        ({"nets": ("mlp-8",), "dim": 10**6}, "d=1000000 does not fit"),
+        ({"dim": 0}, "dim must be positive, got 0"),
+        ({"seconds": -1.0}, "seconds must be positive"),
+        ({"device": "gpu"}, "'gpu'"),
+        ({"blocks": "24x1024"}, r"as in 24x1024x4096 .*got '24x1024'"),
+        ({"blocks": "0x16x64"}, "got '0x16x64'"),
+        ({"batches": (4, 0)}, "batches must be positive, got 0"),
+        ({"large_dim": 0}, "large_dim must be positive, got 0"),
+        ({"parts": ("blocks",), "blocks": "1x4x8", "large_dim": 10**4}, "d=10000 does not fit"),
+        ({"parts": ("transformer",), "decoder": 10**3}, "240,000 weights at least, got 1,000"),
+        ({"parts": ("transformer",), "dtype": "float16"}, "float32, bfloat16, got 'float16'"),
+        ({"parts": ("transformer",), "tokens": 1}, "tokens must be at least 2.*got 1"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_measured(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        Bench(**QUICK | settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(cli, in_tmp_path):
+    said = cli("bench", "--device", "cuda")
+    assert said.code == 2
+    assert said.err == "subspan bench: error: there is no CUDA device here: use --device cpu\n"
+    assert not list(in_tmp_path.iterdir())
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+WORDS = ["bench", "--methods", "hash", "--sizes", "2000x20", "--seconds", "0.001", "--out", "b"]
+
+
+def test_the_command_prints_tables_and_names_the_picture(in_tmp_path, cli):
+    words = [*WORDS, "--parts", "products,steps", "--nets", "mlp-8", "--dim", "10"]
+    said = cli(*words)
+    assert (said.code, said.err) == (0, "")
+    for words_of in ("products at D = 2,000, d = 20", "× stored", "× its bytes", "× adam"):
+        assert words_of in said.out
+    assert said.out.splitlines()[-2:] == ["record: b/bench.json", "picture: b/bench.png"]
+    again = cli(*words).out.splitlines()
+    assert again[0] == "complete already, not repeated: --overwrite measures again"
+    assert again[1:] == said.out.splitlines()[-len(again) + 1 :]
+
+
+def test_json_is_all_that_is_printed(in_tmp_path, cli):
+    said = cli(*WORDS, "--parts", "products", "--json")
+    assert json.loads(said.out) == json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    assert (in_tmp_path / "b" / "bench.png").is_file()
+
+
+def test_turns_do_not_begin_where_they_began():
+    """Pairs of turns in real time, too: no candidate always runs after the same one."""
+    order = []
+    interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 1e-3, CPU)
+    followed = {(a, b) for a, b in pairwise(order[6:]) if a != b}
+    assert len(followed) == 6
+
+
+# ---- low rank ------------------------------------------------------------------------------------
+
+
+def test_low_rank_against_dense(measured):
+    dense, *factored = measured.record["lowrank"]
+    assert dense["rank"] == lowrank.DENSE
+    assert "adaptive" not in dense
+    assert [row["rank"] for row in factored] == [2]
+    for row in factored:
+        assert all(row[key]["median"] > 0 for key in ("step", "adaptive", "inference"))
+    assert all("peak_bytes" in row for row in (dense, *factored))
+    labels = [line.get_label() for line in picture.draw(measured.record).axes[-3].lines]
+    assert labels[:2] == ["training step, ranks stay", "training step, ranks may change"]
+
+
+@pytest.mark.parametrize("rank", [2, 1000])
+def test_networks_of_the_low_rank_benchmark(rank):
+    net = lowrank.network(1100, rank)
+    ranks = [layer.rank for layer in net.modules() if hasattr(layer, "rank")]
+    assert ranks == [min(rank, 784), rank, rank, rank, rank]
+    optimizer = lowrank.optimizer_of(net, rank, adapting=True)
+    assert optimizer.ranks_may_change
+    assert not lowrank.optimizer_of(net, rank).ranks_may_change
+
+
+def test_memory_of_low_rank_follows_the_rank():
+    dense, low = (apart(lowrank.peak, 1500, rank, 2, "cpu", of="it") for rank in (lowrank.DENSE, 4))
+    weights = 784 * 1500 + 4 * 1500**2
+    assert dense > 0.95 * 2 * 4 * weights  # and their gradients
+    assert low < dense / 4
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({0: 1.0, 10: 0.5, 20: 1.5}, 15.0),
+        ({0: 1.0, 10: 0.5, 20: 0.9}, 20.0),
+        ({0: 1.0, 10: 1.5, 20: 0.9}, None),
+        ({0: 1.0, 20: 2.0, 10: 0.0, 40: 0.5}, 15.0),
+    ],
+)
+def test_break_even(times, expected):
+    rows = [{"rank": rank, "step": {"median": time}} for rank, time in times.items()]
+    assert lowrank.break_even(rows) == expected
+
+
+def test_products_of_sums_against_dense(measured):
+    layers, networks = (
+        [row for row in measured.record["sums"] if row["what"].startswith(what)]
+        for what in ("a layer 16 × 16", "a training step of lenet-tf")
+    )
+    assert len(layers) + len(networks) == len(measured.record["sums"])
+    assert layers[0]["projection"] == networks[0]["projection"] == "dense"
+    numbers = {row["projection"]: row["numbers"] for row in (*layers[1:], *networks)}
+    assert numbers["64 of rank one"] == numbers["64 of rank one, W first"] == 64 + 16
+    assert numbers["dense"] == 3_274_634
+    assert numbers["two sums"] == 3_548
+    assert all(row["step"]["median"] > 0 for row in measured.record["sums"])
+    two = networks[1]
+    assert 4 * 3548 < two["bytes_stored"] < 4 * 3548 + 2048
+    entries = 64 * 16 + 16 * 800 + 1024 * 64 + 64 * 3136 + 10 * 1024
+    conv1 = 32 * 4 * (32 * 4) + 4 * 25 * (4 * 25)
+    assert two["bytes_of_m"] == 4 * (656 * entries + conv1)
+    *_, one, two = picture.draw(measured.record).axes
+    assert one.get_xlabel() == two.get_xlabel() == "times the dense one"
+    assert [label.get_text() for label in two.get_yticklabels()] == ["dense", "two sums", "one sum"]
+
+
+def test_what_is_compared_is_the_same():
+    torch.manual_seed(0)
+    layer = sums._layers(32, CPU)["64 of rank one"]
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(sums.Expanded(layer)(x), layer(x))
+    passes = sums._passes(layer, 32, 3, CPU)()
+    assert [tuple(g.shape) for g in passes] == [(3, 32), (64,), (32,)]
+
+
+def test_ranks_that_no_layer_has():
+    with pytest.raises(SubspanError, match=r"ranks must be in \[1, 16\], the width, got 17"):
+        Bench(width=16, ranks=(2, 17))
+
+
+# ---- the laboratory ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(laboratory, "IMAGES", 300)
+    monkeypatch.setattr(laboratory, "HELD_OUT", 1100)
+    monkeypatch.setattr(laboratory, "TURN", 2)
+
+
+def test_both_loops_are_the_same_training(few_images, tmp_path):
+    """The same batches, rates and steps: the same weights, turn by turn."""
+    images = laboratory.random_images(CPU)
+    seen, models = {"bare": [], "laboratory": []}, {}
+    for name in seen:
+        torch.manual_seed(0)
+        models[name] = laboratory.nets.build("mlp-8", images.image_shape)
+    orders = [
+        laboratory.permutation(300, seed=0, stream=laboratory.BATCHES, epoch=epoch)
+        for epoch in (1, 2)
+    ]
+    for _ in laboratory.bare(models["bare"], images, 64, orders):
+        pass
+    training = laboratory.Training("mlp-8", "noise", epochs=2, batch_size=64)
+    run = laboratory.Run(training, "full", {}, laboratory.RATE)
+    how = laboratory.method("full")
+    ready = laboratory.loops.Prepared(
+        run, laboratory.Classification(images, "mlp-8"), how, models["laboratory"], None
+    )
+    accelerator = laboratory.loops.accelerator(training)
+    loop = laboratory.loops.Loop(ready, accelerator, tmp_path, None, None, None)
+    loop.open()
+    loop.fit()
+    ours, bare = (dict(models[name].named_parameters()) for name in ("laboratory", "bare"))
+    assert all(torch.allclose(ours[name], bare[name], atol=1e-6) for name in ours)
+    assert models["bare"].training is False
+
+
+def test_loops_take_turns(few_images, monkeypatch):
+    """Each has all steps and the evaluation of an epoch to itself; the first epoch is dropped."""
+    turns, plain = [], laboratory.Clock.lap
+
+    def lap(self):
+        turns.append(plain(self))
+        return turns[-1]
+
+    monkeypatch.setattr(laboratory.Clock, "lap", lap)
+    told = []
+    rows = laboratory.measure(["mlp-8"], 10, 64, 1e-3, CPU, told.append)
+    assert told == ["epochs of mlp-8, full", "epochs of mlp-8, hash"]
+    names = [(row["method"], row["projection"]) for row in rows]
+    assert names == [(m, loop) for m in ("full", "hash") for loop in ("bare", "laboratory")]
+    for row in rows:
+        assert (row["net"], row["images"], row["batch_size"]) == ("mlp-8", 300, 64)
+        assert 0 < row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert row["step"]["calls"] == ROUNDS[0]
+    # Of 5 steps: after 2, after 4, and after the evaluation; two laps each. One lap before all,
+    # and one when the laboratory begins.
+    epochs = ROUNDS[0] + 1
+    assert len(turns) == len(laboratory.METHODS) * (2 + 3 * 2 * epochs)
+    of_an_epoch = turns[2 + 6 : 2 + 6 * epochs]
+    for row, first in ((rows[1], 0), (rows[0], 1)):
+        medians = [sorted(of_an_epoch[first + turn :: 6])[ROUNDS[0] // 2] for turn in (0, 2, 4)]
+        assert row["step"]["median"] == pytest.approx(sum(medians))
+
+
+def test_the_laboratory_is_measured_if_it_is_named(few_images, in_tmp_path, cli):
+    assert "laboratory" not in Bench().parts
+    words = [*WORDS, "--parts", "laboratory", "--nets", "mlp-8", "--dim", "10"]
+    said = cli(*words)
+    assert (said.code, said.err) == (0, "")
+    assert "epoch of mlp-8, hash: 300 images, batch of 128" in said.out
+    assert "× bare" in said.out
+    record = json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    first, second = picture.draw(record).axes
+    assert first.get_xlabel() == "times the bare loop"
+    ratio = record["laboratory"][3]["step"]["median"] / record["laboratory"][2]["step"]["median"]
+    ends = [bar.get_x() + bar.get_width() for bar in second.patches]
+    assert ends == pytest.approx([1, ratio])
+    with pytest.raises(SubspanError, match="d=1000000 does not fit"):
+        Bench(parts=("laboratory",), nets=("mlp-8",), dim=10**6)
+
+
+# ---- large networks ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_peft(monkeypatch):
+    """PEFT is not installed, whatever is."""
+    found = variants.importlib.util.find_spec
+    monkeypatch.setattr(
+        variants.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
+    )
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Workers in this process, which has started already; and who took turns, by variant."""
+    turns = []
+
+    class Near:
+        def __init__(self, function, variant, *arguments, allocator):
+            self.variant, self.values = variant, function(variant, *arguments)
+
+        def turn(self):
+            turns.append(self.variant)
+            return json.loads(json.dumps(next(self.values)))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.values.close()
+
+    monkeypatch.setattr(variants, "Worker", Near)
+    return turns
+
+
+def of(rows):
+    return {row["projection"]: row for row in rows}
+
+
+@pytest.mark.parametrize("size", ["24x1024x4096", "3x5x7"])
+def test_the_weights_of_blocks_are_counted(size):
+    with torch.device("meta"):
+        net = blocks.Blocks(*blocks.parsed(size))
+    assert sum(p.numel() for p in net.parameters()) == blocks.weights(size)
+
+
+@pytest.mark.parametrize("wanted", [transformer.LEAST, 10**6, 20_000_000, 10**9, 7 * 10**9])
+def test_a_decoder_has_the_weights_that_are_wanted(wanted):
+    with torch.device("meta"):
+        net = transformer.decoder(transformer.shape(wanted), torch.bfloat16, checkpointed=False)
+    weights = sum(p.numel() for p in net.parameters())
+    assert weights == transformer.weights(wanted)
+    assert wanted <= weights < (1.5 if wanted < 10**7 else 1.1) * wanted
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_blocks_are_trained_in_turns(no_peft, here):
+    told = []
+    rows = blocks.measure("2x8x16", (4,), 20, 1e-3, CPU, told.append)
+    assert told == [
+        "blocks 2x8x16, batch of 4, given back at once",
+        "blocks 2x8x16, batch of 4, as glibc keeps it",
+    ]
+    assert [row["allocator"] for row in rows[::5]] == list(blocks.ALLOCATORS)
+    found = of(rows[:5])
+    assert list(found) == ["full", "frozen", "subspan", "subspan, checkpointed", "lora"]
+    assert found.pop("lora")["skipped"] == "not installed: pip install 'subspan[peft]'"
+    weights = 2 * (2 * 8 * 16 + 8 + 16)
+    assert [row["numbers"] for row in found.values()] == [weights, 0, 20, 20]
+    for name, row in found.items():
+        assert (row["weights"], row["weight_bytes"], row["dim"]) == (weights, 4 * weights, 20)
+        assert row["largest_bytes"] == 4 * 8 * 16
+        assert row["step"]["calls"] == ROUNDS[0]  # the first step is none of them
+        assert 0 < row["step"]["low"] <= row["step"]["median"] <= row["step"]["high"]
+        assert row["peak_bytes"] >= row["sampled_bytes"] >= 0
+        first, last = row["losses"]
+        assert first == found["full"]["losses"][0]  # the same network and batch
+        assert last == first if name == "frozen" else last < first
+    assert found["subspan"]["losses"] == found["subspan, checkpointed"]["losses"]
+    begun, turns = here[:4], here[4 : len(here) // 2]
+    assert begun == list(found)
+    by_round = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert all(sorted(order) == sorted(found) for order in by_round)
+    assert len({tuple(order) for order in by_round}) > 1
+
+
+def test_a_decoder_is_trained(no_peft, here):
+    told = []
+    rows = transformer.measure(transformer.LEAST, "bfloat16", 4, 50, 1e-3, CPU, told.append)
+    weights = transformer.weights(transformer.LEAST)
+    assert told == [f"a decoder of {weights:,} weights, bfloat16"]
+    found = of(rows)
+    assert found.pop("lora")["skipped"] == "not installed: pip install 'subspan[peft]'"
+    for name, row in found.items():
+        assert (row["weights"], row["weight_bytes"]) == (weights, 2 * weights)
+        assert row["allowed_bytes"] == 3 * row["largest_bytes"] + found["frozen"]["peak_bytes"]
+        first, last = row["losses"]
+        # As far as guessing among all words, from where all are alike.
+        assert first == pytest.approx(float(torch.tensor(16.0 * 64).log()), rel=0.1)
+        assert last == first if name == "frozen" else last < first
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, monkeypatch):
+    free = SimpleNamespace(available=10**6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    some = (variants.FULL, variants.FROZEN, variants.SUBSPAN)
+
+    def measure(weight_bytes):
+        here.clear()
+        arguments = ("1x8x16", 4, 20, "cpu")
+        return variants.measure(blocks.steps, arguments, some, weight_bytes, 1e-3, {})
+
+    assert all("step" in row for row in measure(10**4))
+    assert here[:3] == ["full", "frozen", "subspan"]
+    assert all("step" in row for row in measure(10**5))
+    assert here == [name for name in some for _ in range(1 + ROUNDS[0])]
+    full, frozen, _ = measure(10**6)
+    assert full["skipped"] == "needs 0.0 of 0.0 GB"
+    assert "step" in frozen
+
+
+def test_memory_of_blocks_is_what_training_them_takes(no_peft):
+    """In processes of their own: two moments and a gradient, or nothing but activations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "VARIANTS", (variants.FULL, variants.FROZEN))
+        patch.setattr(blocks, "ALLOCATORS", {"given back at once": ALLOCATOR})
+        full, frozen = blocks.measure("4x512x2048", (4,), 100, 1e-3, CPU, print)
+    for key in ("peak_bytes", "sampled_bytes"):
+        # A step of Adam needs a temporary or two of one tensor beside these.
+        assert 2.9 < full[key] / full["weight_bytes"] < 3.8
+        assert frozen[key] / frozen["weight_bytes"] < 0.15
+
+
+def test_a_worker_hands_on_values_and_failures():
+    with Worker(counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
+        assert [worker.turn(), worker.turn()] == [[2, "1"], [1, "1"]]
+        with pytest.raises(SubspanError, match=r"^no more numbers$"):
+            worker.turn()
+    assert worker.process.poll() is not None
+
+
+def counting(start):
+    """Runs in the other process."""
+    print("what libraries say is no value")
+    for number in range(start, 0, -1):
+        yield number, os.environ.get("MALLOC_ARENA_MAX")
+    raise SubspanError("no more numbers")
+
+
+def test_a_peak_is_seen_by_the_thread_and_by_the_kernel():
+    size = 64 << 20
+    beyond = Beyond(CPU)
+    with beyond.watching():
+        block = torch.ones(size // 4)
+        for _ in range(30):
+            block.add_(1)
+        del block
+    for bytes_ in (beyond.sampled, beyond.peak):
+        assert 0.9 * size < bytes_ < 1.5 * size
+
+
+@pytest.mark.slow
+def test_the_command_shows_large_networks(in_tmp_path, cli, no_peft, here):
+    words = ["--parts", "blocks,transformer", "--blocks", "1x8x16", "--batches", "4"]
+    words += ["--decoder", "240000", "--tokens", "4", "--large-dim", "20", "--seconds", "0.001"]
+    said = cli("bench", *words, "--out", "b")
+    assert (said.code, said.err) == (0, "")
+    for title in (
+        "blocks 1x8x16, batch of 4, memory given back at once: 280 weights, d = 20",
+        "blocks 1x8x16, batch of 4, memory as glibc keeps it: 280 weights, d = 20",
+        "a decoder in float32, 4 tokens: ",
+        "× (3 × largest + activations)",
+        "not installed: pip install 'subspan[peft]'",
+    ):
+        assert title in said.out
+    record = json.loads((in_tmp_path / "b" / "bench.json").read_text())
+    axes = picture.draw(record).axes
+    assert len(axes) == 3
+    names = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert names == [*list(of(record["blocks"]))[:4], "lora (skipped)"]
+    ends = [bar.get_x() + bar.get_width() for bar in axes[0].patches]
+    full, frozen = record["blocks"][:2]
+    assert ends[-4] == pytest.approx(1)  # four steps, after peaks that may be 0 and have no bar
+    assert ends[-3] == pytest.approx(frozen["step"]["median"] / full["step"]["median"])
+
+
+def test_large_networks_are_measured_if_they_are_named():
+    assert not {"blocks", "transformer"} & set(Bench().parts)
+    settings = Bench(parts=("blocks", "transformer"), batches=(1, 2, 3))
+    assert module.total(settings) == 1 + 3 * len(blocks.ALLOCATORS) + 1
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e6.5", "300000.5"])
+def test_a_decoder_of_no_whole_number_of_weights(in_tmp_path, cli, number):
+    said = cli("bench", "--parts", "transformer", "--decoder", number)
+    assert said.code == 2
+    assert "decoder" in said.err
+    assert "Traceback" not in said.err
+    assert not list(in_tmp_path.iterdir())

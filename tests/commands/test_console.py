@@ -1,0 +1,150 @@
+"""What people see: plain whole lines where there is no terminal, and names as they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from subspan.commands import console
+from subspan.commands.doctor import Finding
+from subspan.sweeps.jobs import Job
+from subspan.training.score import Score
+from tests.runs import a_run
+
+RECORD = {
+    "test_score": 0.98765,
+    "val_score": 0.5,
+    "stored_parameters": 750,
+    "weights": 159_010,
+    "checkpoint_bytes": 3_700,
+    "seconds_total": 12.34,
+    "notes": ["[b]no[/b] test part :smile:"],
+}
+ROW = {"epoch": 3, "train_loss": 0.5, "val_loss": 0.25, "val_score": 0.875, "seconds": 1.5}
+
+
+LONG = "a-method-with-a-very-long-name-indeed-it-is"
+
+
+def row(method, dim, accuracies):
+    return {
+        "method": method,
+        "dim": dim,
+        "lr": 0.1,
+        "test_score": accuracies,
+        "stored_parameters": dim,
+        "checkpoint_bytes": 4 * dim,
+        "seconds_total": [1.0] * len(accuracies),
+    }
+
+
+SWEEP = {
+    "baseline": row("full", 159_010, [0.9, 0.92]),
+    "rows": [row(LONG, 1000, [0.8, 0.82])],
+    "d_int": {
+        "hash": {"value": 300.4, "low": 250.0, "high": 399.6, "threshold": 0.9, "note": "a note"},
+        "sparse": {
+            "value": None,
+            "low": None,
+            "high": None,
+            "threshold": 0.995,
+            "note": "not reached: x",
+        },
+        "gaussian": {"value": 20.0, "low": None, "high": 30.0, "threshold": 0.9, "note": ""},
+    },
+    "failed": [{"run": "hash-dim10", "error": "shape [1, 28] [/red] is wrong " + "x" * 200}],
+}
+
+
+ACCURACY = (
+    "test accuracy 98.77 %, 750 numbers stored for 159,010 weights (212 times fewer), 3,700 bytes, "
+    "12.3 s"
+)
+
+
+def test_lines_are_whole(capsys):
+    """Names with brackets and colons are no markup; nothing is wrapped at 80 columns."""
+    out = Path("runs") / ("[red]" + "y" * 100)
+    console.trained(RECORD, out, anew=True)
+    console.swept(SWEEP, [out / "curve.png", out / "curve.svg", out / "report.html"])
+    console.facts({"net": "a:b:c", "extra": {"shape": [1, 2]}, "empty": {}, "n": 12345})
+    console.diagnosis([Finding("[x]", True, "[y]"), Finding("z", False, "w")])
+    console.listing([("name", "title [a]", "source " * 30)])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.strip() and line.isprintable() for line in lines)
+    expected = [
+        ACCURACY,
+        "note: [b]no[/b] test part :smile:",
+        f"model:  {out}/model.safetensors",
+        f"record: {out}/record.json",
+        "intrinsic dimension of hash, 90 % of the baseline: 300 [250, 400] (a note)",
+        "intrinsic dimension of sparse, 99.5 % of the baseline: not reached: x",
+        "intrinsic dimension of gaussian, 90 % of the baseline: 20",
+        "failed: hash-dim10: shape [1, 28] [/red] is wrong " + "x" * 200,
+        f"picture: {out}/curve.png",
+        f"report: {out}/report.html",
+        "net: a:b:c",
+        "extra:",
+        "  shape: [1, 2]",
+        "empty: {}",
+        "n: 12,345",
+        "ok  [x]: [y]",
+        "ILL z: w",
+        "    title [a]",
+    ]
+    assert [line for line in lines if line in expected] == expected
+    table = [" ".join(line.split()) for line in lines]
+    assert "full 159,010 0.1 91.00 ± 1.41 2 159,010 636,040 1.0" in table
+    assert f"{LONG} 1,000 0.1 81.00 ± 1.41 2 1,000 4,000 1.0" in table
+
+
+def test_a_run_that_was_complete(capsys):
+    console.trained(RECORD | {"stored_parameters": 159_010, "notes": []}, Path("a"), anew=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "complete already, not repeated"
+    assert lines[1].startswith("test accuracy 98.77 %, 159,010 numbers stored, 3,700 bytes")
+
+
+def progress_of_everything():
+    with console.training(a_run(dim=5, net="[x]")) as progress:
+        progress.start(100, 0, Score())
+        for _ in range(100):
+            progress.step()
+        progress.epoch(ROW)
+    with console.runs(2) as done:
+        done((Job("[a]", a_run(dim=5)), RECORD), 1)
+        done((Job("b", a_run(dim=5)), "it [failed]"), 0)
+
+
+def test_progress_without_a_terminal(capsys, monkeypatch):
+    progress_of_everything()
+    out = capsys.readouterr().out
+    assert out.splitlines() == [
+        "[x] on digits, hash, lr 0.3: 100 steps",
+        "epoch   3/1  train loss 0.5000  validation loss 0.2500  accuracy 87.50 %  1.5 s",
+        "[a]: validation 50.00 %, 12.3 s",
+        "b failed: it [failed]",
+    ]
+    monkeypatch.setenv("RANK", "1")
+    with console.training(a_run(dim=5)) as progress:
+        progress.epoch(ROW)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    """One test is about silence."""
+    yield
+    console.console.quiet = False
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=100, highlight=False, markup=False)
+    monkeypatch.setattr(console, "console", terminal)
+    progress_of_everything()
+    assert "[x] on digits, hash, lr 0.3: 100 steps" in file.getvalue()
+    assert "100/100" in file.getvalue()

@@ -1,0 +1,70 @@
+"""The handle in the hands of programs that mark, compile, list and load what they are given."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.optim import Adam
+
+from subspan import SubspaceModel
+from tests.subspace.in_place.network import Net, pair
+from tests.nets import scatter
+
+
+def test_programs_that_hook_the_handle_and_the_network():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Times(hooks.ModelHook):
+        def __init__(self, factor):
+            self.factor = factor
+
+        def post_forward(self, module, output):
+            return self.factor * output
+
+    model, merged, x = pair()
+    hooks.add_hook_to_module(model, Times(2))
+    hooks.add_hook_to_module(model.body, Times(3))
+    torch.testing.assert_close(model(x), 6 * merged(x))
+    hooks.remove_hook_from_module(model)
+    torch.testing.assert_close(model(x), 3 * merged(x))
+    hooks.remove_hook_from_module(model.body)
+    torch.testing.assert_close(model(x), merged(x))
+
+
+@pytest.mark.parametrize("first", ["handle", "network"])
+def test_the_handle_and_the_network_are_compiled_in_place(first):
+    model, merged, x = pair()
+    for net in (model, model.body) if first == "handle" else (model.body, model):
+        net.compile(backend="eager")
+        torch.testing.assert_close(model(x), merged(x))
+
+
+@pytest.mark.parametrize("way", ["handle", "network"])
+def test_distributed_checkpoints_of_a_model_and_its_optimizer(way):
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Net(), 20, train_fully="head.bias")), torch.randn(5, 8)
+    net = model if way == "handle" else model.body
+    optimizer = Adam(net.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        return model(x)
+
+    step()
+    kept = copy.deepcopy(get_state_dict(net, optimizer))
+    want = step(), step()
+    set_state_dict(net, optimizer, model_state_dict=kept[0], optim_state_dict=kept[1])
+    assert torch.equal(step(), want[0])
+    assert torch.equal(step(), want[1])
+    scatter(model)
+    set_model_state_dict(net, kept[0])
+    own = get_model_state_dict(net)
+    assert all(torch.equal(value, own[name]) for name, value in kept[0].items())

@@ -1,0 +1,88 @@
+"""A model is its merged network: every kind of network, every family."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from subspan import SubspaceModel, projections
+from tests.subspace.in_place.network import Bag
+from tests.nets import NETS, batch, scatter
+
+pytestmark = pytest.mark.usefixtures("forming")
+
+
+class Block(nn.Module):
+    """A residual block as of torchvision, with a shortcut."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, 2, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outside), nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, groups=2, bias=False)
+        self.shortcut = nn.Conv2d(inside, outside, 1, 2)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+class Vision(nn.Module):
+    """A vision Transformer as of timm: parameters of the outermost module, layer scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.token, self.position = (
+            nn.Parameter(torch.zeros(1, 1, 16)),
+            nn.Parameter(torch.rand(1, 5, 16)),
+        )
+        self.scale = nn.ParameterList([nn.Parameter(torch.ones(16)) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        for scale, block in zip(self.scale, self.blocks, strict=True):
+            x = x + scale * block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+IMAGES, WORDS = torch.rand(3, 3, 8, 8), torch.arange(20).view(4, 5) % 11
+KINDS = {
+    "torchvision": (
+        lambda: nn.Sequential(Block(3, 8), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 4)),
+        IMAGES,
+    ),
+    "timm": (Vision, IMAGES),
+    "bag": (Bag, WORDS),
+    "seq2seq": (lambda: nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True), None),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))),
+        batch("mlp"),
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 2), nn.GroupNorm(2, 4)),
+        torch.rand(2, 3, 2, 2, 2),
+    ),
+    **{name: (NETS[name], batch(name)) for name in NETS},
+}
+
+
+@pytest.mark.parametrize("family", projections())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_its_merged_network(kind, family):
+    make, x = KINDS[kind]
+    inputs = (torch.rand(2, 5, 8), torch.rand(2, 4, 8)) if x is None else (x,)
+    torch.manual_seed(0)
+    model = scatter(SubspaceModel(make(), 12, projection=family)).eval()
+    merged = model.merge()
+    want = merged(*inputs)
+    assert not torch.allclose(copy.deepcopy(model).unwrap()(*inputs), want)
+    for net in (model, model.body):
+        assert (net(*inputs) - want).abs().max() <= 1e-6 * want.abs().max()

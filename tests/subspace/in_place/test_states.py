@@ -1,0 +1,155 @@
+"""A network's own methods see θ, and whoever asks it as a whole gets coordinates."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import subspan
+from subspan import SubspaceModel, SubspanError
+from tests.subspace.in_place.network import Net, pair, same_function
+from tests.nets import NETS, batch, build, scatter, wrap
+
+
+def test_the_networks_own_methods_save_an_ordinary_network(tmp_path):
+    model, merged, x = pair(train_fully="head")
+    for save in (model.save_pretrained, model.body.save_pretrained):
+        save(tmp_path / "net.pt")
+        state = torch.load(tmp_path / "net.pt", weights_only=True)
+        assert list(state) == list(Net().state_dict())
+        plain = Net()
+        plain.load_state_dict(state)
+        assert torch.equal(plain(x), merged(x))
+
+
+def test_a_method_that_goes_round_through_others(tmp_path):
+    import safetensors.torch
+
+    class Hub(Net):
+        def save_pretrained(self, path):
+            safetensors.torch.save_model(self, str(path))
+
+    model = scatter(SubspaceModel(Hub(), 20)).eval()
+    model.save_pretrained(tmp_path / "m")
+    plain = Net()
+    safetensors.torch.load_model(plain, str(tmp_path / "m"))
+    assert torch.equal(plain(torch.ones(1, 8)), model(torch.ones(1, 8)))
+
+
+def test_states_of_the_network_are_small_and_load_back():
+    model, _, x = pair()
+    state = model.body.state_dict()
+    assert list(state) == ["subspan_global", "subspan_fingerprint"]
+    assert all(value.is_floating_point() for value in state.values())
+    torch.manual_seed(0)
+    other = SubspaceModel(Net(), 20).body
+    other.load_state_dict(state)
+    assert torch.equal(other(x), model(x))
+    assert other.load_state_dict(state) == nn.Module().load_state_dict({})  # all keys match
+    with pytest.raises(RuntimeError, match=r"Missing key.*subspan_global"):
+        other.load_state_dict({})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_of_all_weights_is_loaded_as_coordinates(assign):
+    for name, family in itertools.product(NETS, ("hash", "rademacher", "kronecker")):
+        model = scatter(
+            wrap(name, "layer" if name != "raw" else "uniform:3", projection=family)
+        ).eval()
+        complete = model.merge().state_dict()
+        other = wrap(name, "layer" if name != "raw" else "uniform:3", projection=family)
+        other.body.load_state_dict(complete, assign=assign)
+        torch.testing.assert_close(
+            other.eval()(batch(name)), model(batch(name)), rtol=1e-4, atol=1e-5
+        )
+        for key, w in other.coordinates.items():
+            torch.testing.assert_close(w, model.coordinates[key], rtol=1e-3, atol=1e-4)
+        other.state_dict()  # the base is the same
+
+
+def test_a_state_outside_of_the_subspace_is_refused():
+    model, _, x = pair()
+    torch.manual_seed(9)
+    said = same_function(model, x, lambda: model.body.load_state_dict(Net().state_dict()))
+    assert "do not lie in this model's subspace" in said
+    some = {"head.weight": torch.ones(4, 16)}
+    said = same_function(model, x, lambda: model.body.load_state_dict(some, strict=False))
+    assert "or some of the weights only" in said
+
+
+def averages():
+    yield "a sum", lambda states: {k: sum(s[k] for s in states) / len(states) for k in states[0]}
+    yield (
+        "a mean",
+        lambda states: {k: torch.stack([s[k].float() for s in states]).mean(0) for k in states[0]},
+    )
+    yield (
+        "weighted",
+        lambda states: {
+            k: sum(c * s[k] for c, s in zip((0.1, 0.6, 0.3), states, strict=True))
+            for k in states[0]
+        },
+    )
+    yield (
+        "moving",
+        lambda states: {
+            k: 0.7 * (0.7 * states[0][k] + 0.3 * states[1][k]) + 0.3 * states[2][k]
+            for k in states[0]
+        },
+    )
+
+
+@pytest.mark.parametrize(("what", "mean"), list(averages()), ids=[name for name, _ in averages()])
+@pytest.mark.parametrize("through", ["network", "handle"])
+def test_an_average_of_states_is_a_state(what, mean, through):
+    torch.manual_seed(0)
+    net = build("cnn")
+    clients = [SubspaceModel(copy.deepcopy(net), 20) for _ in range(3)]
+    for n, client in enumerate(clients):
+        scatter(client, scale=0.1 * (n + 1))
+    of = (lambda m: m.body) if through == "network" else (lambda m: m)
+    server = SubspaceModel(copy.deepcopy(net), 20)
+    states = [of(client).state_dict() for client in clients]
+    of(server).load_state_dict(mean(states))
+    key = "subspan_global" if through == "network" else "coordinates.global"
+    torch.testing.assert_close(server.coordinates["global"].detach(), mean(states)[key])
+    server.state_dict()
+    other = SubspaceModel(build("cnn"), 20, seed=1)
+    with pytest.raises(SubspanError, match="the projection or its compartments"):
+        of(server).load_state_dict(mean([*states[:2], of(other).state_dict()]))
+
+
+@pytest.mark.parametrize("through", ["network", "handle"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_buffers": True}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}]
+)
+def test_averaged_models(through, options):
+    model = wrap("mlp")
+    net = model if through == "handle" else model.body
+    averaged, seen = AveragedModel(net, **options), []
+    for n in range(3):
+        scatter(model, scale=0.2 * (n + 1))
+        averaged.update_parameters(net)
+        seen.append(model.coordinates["global"].detach().clone())
+    twin = averaged.module if through == "handle" else SubspaceModel.of(averaged.module)
+    if "multi_avg_fn" in options:
+        want = 0.9 * (0.9 * seen[0] + 0.1 * seen[1]) + 0.1 * seen[2]
+    else:
+        want = torch.stack(seen).mean(0)
+    torch.testing.assert_close(twin.coordinates["global"].detach(), want)
+    assert torch.equal(averaged.eval()(batch("mlp")), twin.merge()(batch("mlp")))
+    twin.state_dict()
+
+
+def test_subspan_sees_coordinates_whatever_it_is_given(tmp_path):
+    model, merged, x = pair()
+    assert subspan.save(model.body, tmp_path / "a") == subspan.save(model, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert subspan.count(model.body) == subspan.count(model)
+    torch.manual_seed(0)
+    net = Net()
+    subspan.load(tmp_path / "a", net)
+    assert torch.equal(net.eval()(x), merged(x))

@@ -1,0 +1,134 @@
+"""Derivatives of every kind, and transforms of torch.func."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jacfwd, jvp, vmap
+
+import subspan
+from subspan import SubspaceModel
+from tests.subspace.in_place.network import pair
+from tests.nets import batch, scatter, wrap
+
+
+def parameters(net):
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+FORWARD_MODE = pytest.mark.filterwarnings(  # of PyTorch's own rules
+    "ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop"
+)
+
+
+@FORWARD_MODE
+@torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the one with all derivatives
+@pytest.mark.parametrize("through", ["network", "handle"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "raw"])
+@pytest.mark.parametrize("compartments", ["global", "uniform:3"])
+def test_transforms_of_torch_func(through, name, compartments):
+    model = scatter(wrap(name, compartments, torch.float64)).train(name != "cnn")
+    net, x = (model if through == "handle" else model.body), batch(name, torch.float64)
+    given = parameters(net)
+
+    def loss(given, x):
+        return functional_call(net, given, (x[None],)).square().sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(given, x)
+    for i in range(len(x)):
+        want = torch.autograd.grad(loss(given, x[i]), list(given.values()))
+        for found, one in zip(per_sample.values(), want, strict=True):
+            torch.testing.assert_close(found[i], one)
+
+    ensemble = {key: torch.randn(3, *w.shape, dtype=w.dtype) for key, w in given.items()}
+    out = vmap(lambda some: functional_call(net, some, (x,)))(ensemble)
+    for i in range(3):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for w, own in zip(twin.parameters(), ensemble.values(), strict=True):
+                w.copy_(own[i])
+        torch.testing.assert_close(out[i], twin.merge()(x))
+
+    along = {key: torch.randn_like(w) for key, w in given.items()}
+    given = {key: w.detach() for key, w in given.items()}
+    _, found = jvp(lambda some: functional_call(net, some, (x,)), (given,), (along,))
+    h = 1e-6
+    ends = [
+        functional_call(net, {key: w + s * h * along[key] for key, w in given.items()}, (x,))
+        for s in (1, -1)
+    ]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@FORWARD_MODE
+def test_jacobians_and_hessians():
+    model, x = scatter(wrap("mlp", dtype=torch.float64)), batch("mlp", torch.float64)
+    w = model.coordinates["global"].detach()
+
+    def loss(w):
+        return functional_call(model, {"coordinates.global": w}, (x,)).square().sum()
+
+    backward = torch.autograd.functional.hessian(loss, w)
+    torch.testing.assert_close(torch.func.hessian(loss)(w), backward)
+    torch.testing.assert_close(jacfwd(grad(loss))(w), backward)
+    assert backward.abs().sum() > 0
+
+
+def test_gradients_of_the_base_in_a_functional_call():
+    """A base that is given, and wants a gradient, has the dense one."""
+    model, merged, x = pair()
+    given = {name: p.detach().clone().requires_grad_() for name, p in model.body.named_parameters()}
+    functional_call(model.body, given, (x,)).square().sum().backward()
+    merged(x).square().sum().backward()
+    for name, p in merged.named_parameters():
+        torch.testing.assert_close(given[name].grad, p.grad)
+    assert given["subspan_global"].grad.any()
+
+
+@FORWARD_MODE
+def test_forward_mode_with_a_random_basis_over_coordinates():
+    model, x = scatter(wrap("mlp")), batch("mlp")
+    twin = copy.deepcopy(model)
+    steps = []
+    for net, estimator in ((model, "forward"), (twin, "gradient")):
+        optimizer = subspan.optim.RandomBases(net.parameters(), 6, lr=0.1, estimator=estimator)
+
+        def closure(net=net, estimator=estimator):
+            loss = net(x).square().mean()
+            if estimator == "gradient":
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        steps.append(optimizer.coordinates.clone())
+    torch.testing.assert_close(*steps)
+    assert steps[0].any()
+
+
+@FORWARD_MODE
+def test_transforms_inside_of_a_forward():
+    """What a transform formed is not there any more when it has ended."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def energy(self, x):
+            return self.second(self.first(x).tanh()).square().sum()
+
+        def forward(self, x):
+            slopes = vmap(grad(self.energy))(x)
+            _, along = jvp(self.energy, (x,), (slopes.detach(),))
+            return slopes + self.first(x) + along + vmap(grad(self.energy))(x)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Inside(), 10)), torch.randn(3, 4)
+    merged = model.merge()
+    torch.testing.assert_close(model(x), merged(x))
+    model(x).sum().backward()
+    merged(x).sum().backward()
+    slope = torch.cat([p.grad.flatten() for p in merged.parameters()])
+    want = model.projections[0].rmatvec(slope)
+    torch.testing.assert_close(model.coordinates["global"].grad, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,256 @@
+"""What is written to a network in a subspace acts on it, or is refused before anything changes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim import SGD, Adam
+
+import subspan
+from subspan import SubspaceModel, SubspanError
+from tests.subspace.in_place.network import Net, pair, same_function
+from tests.nets import scatter
+
+WRITES = {
+    "data": lambda net: net.head.weight.data.zero_(),
+    "a row of data": lambda net: net.head.weight.data[0].zero_(),
+    "item": lambda net: net.head.weight.__setitem__(0, 1.0),
+    "detach": lambda net: net.head.bias.detach().fill_(3),
+    "augmented": lambda net: net.head.weight.data.__imul__(2),
+    "set data": lambda net: setattr(net.head.weight, "data", torch.zeros(4, 16)),
+    "copy": lambda net: torch.no_grad()(lambda: net.head.weight.copy_(torch.ones(4, 16)))(),
+    "init": lambda net: nn.init.xavier_uniform_(net.head.weight),
+    "apply": lambda net: net.apply(
+        lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None
+    ),
+    "reset_parameters": lambda net: net.head.reset_parameters(),
+    "out": lambda net: torch.add(torch.ones(4), 1, out=net.head.bias.detach()),
+    "foreach": lambda net: torch._foreach_mul_([net.head.weight.detach()], 2.0),
+    "a parameter": lambda net: setattr(net.head, "weight", nn.Parameter(torch.ones(4, 16))),
+    "none": lambda net: net.head.register_parameter("bias", None),
+    "delete": lambda net: delattr(net.head, "weight"),
+    "prune": lambda net: prune.l1_unstructured(net.head, "weight", 0.5),
+    "weight_norm": lambda net: nn.utils.weight_norm(net.head),
+    "spectral_norm": lambda net: nn.utils.spectral_norm(net.head),
+    "parametrize": lambda net: nn.utils.parametrizations.weight_norm(net.head),
+    "orthogonal": lambda net: nn.utils.parametrizations.orthogonal(net.head),
+    "quantise": lambda net: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}),
+    "a part's state": lambda net: net.head.load_state_dict(nn.Linear(16, 4).state_dict()),
+    "freeze a part": lambda net: net.body.requires_grad_(False),
+    "freeze a weight": lambda net: net.head.weight.requires_grad_(False),
+    "flag of a weight": lambda net: setattr(net.head.weight, "requires_grad", False),
+    "flags of a part": lambda net: [
+        setattr(p, "requires_grad", False) for p in net.body.parameters()
+    ],
+    "data parallel": lambda net: net._replicate_for_data_parallel(),
+    "penalty over all": lambda net: net.penalty(),
+    "norms of all": lambda net: torch._foreach_norm(list(net.parameters())),
+    "a decomposition": lambda net: torch.linalg.svd(net.get_parameter("head.weight")),
+    "a product": lambda net: torch.ones(4) @ net.get_parameter("head.weight"),
+    "a norm of all": lambda net: torch.no_grad()(net.penalty)(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantization.*")
+@pytest.mark.parametrize("what", WRITES)
+def test_what_would_have_no_effect_is_refused(what):
+    model, _, x = pair()
+    said = same_function(model, x, lambda: WRITES[what](model.body))
+    assert len(said.split()) > 12  # what was asked, why it cannot be right, and what to do
+
+
+def test_reading_a_weight_is_not_writing_to_it():
+    model, merged, _ = pair()
+    weight, want = model.body.head.weight, merged.head.weight
+    for read in (
+        lambda w: w.data,
+        lambda w: w.detach().clone().zero_() + w,
+        lambda w: w.data[0],
+        lambda w: copy.deepcopy(w),
+        lambda w: pickle.loads(pickle.dumps(w.detach())),
+        lambda w: w.numpy(force=True),
+        lambda w: w.tolist(),
+        lambda w: w.sum(),
+        lambda w: w.double(),
+        lambda w: nn.Parameter(w.data),
+        lambda w: nn.Parameter(w.detach().clone()),
+        repr,
+        lambda w: w.shape,
+    ):
+        read(weight), read(want)
+    own = nn.Parameter(weight.detach().clone())
+    SGD([own], lr=0.1)
+    own.sum().backward()
+    with torch.no_grad():
+        own.add_(1)
+    torch.testing.assert_close(weight.detach().as_subclass(torch.Tensor), want.detach())
+
+
+def test_a_part_that_is_frozen_by_name_is_refused_at_the_next_call():
+    model, _, x = pair()
+    for name, p in model.body.named_parameters():
+        if name.startswith("body"):
+            p.requires_grad = False
+    for use in (lambda: model(x), lambda: model.body.head(torch.ones(16))):
+        with pytest.raises(SubspanError, match=r"requires_grad of body.0.weight was set to False"):
+            use()
+    for name, p in model.body.named_parameters():
+        if name.startswith("body"):
+            p.requires_grad_(True)
+    model(x).sum().backward()
+
+
+def test_attributes_of_the_network_are_written_through_the_handle():
+    model, merged, x = pair()
+    model.flag = True
+    assert model.body.flag is model.flag is True
+    torch.testing.assert_close(model(x), 2 * merged(x))
+    model.note = "new"
+    assert model.body.note == "new"
+    del model.note
+    assert not hasattr(model.body, "note")
+    model._private = 3
+    assert model.body._private == 3
+    model.body._private += 1
+    assert model._private == 4
+    del model._private
+    assert not hasattr(model.body, "_private")
+    model.eval()
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.reset_classifier(7),
+        lambda model: model.body.reset_classifier(7),
+        lambda model: setattr(model, "head", nn.Linear(16, 7)),
+        lambda model: setattr(model.body, "head", nn.Linear(16, 7)),
+    ],
+)
+def test_a_new_head_is_the_head_and_is_noticed_when_saving(replace, tmp_path):
+    model, merged, x = pair()
+    replace(model)
+    assert model(x).shape == (5, 7)
+    now = model.merge()
+    assert torch.equal(now(x), model(x))
+    assert torch.equal(now.body[0].weight, merged.body[0].weight)
+    with pytest.raises(SubspanError, match=r"head\.(weight|bias) was (replaced|added) after"):
+        subspan.save(model, tmp_path / "m")
+    with pytest.raises(SubspanError, match=r"head\.\w+ was replaced after the network was wrapped"):
+        model.state_dict()
+    assert not list(tmp_path.iterdir())
+
+
+def changes():
+    yield "in place", lambda net: net.get_parameter("head.weight").data.zero_()
+    yield "no_grad", lambda net: torch.no_grad()(lambda: net.head._parameters["weight"].add_(1))()
+    yield "init", lambda net: nn.init.zeros_(dict(net.named_parameters())["head.weight"])
+    yield "half and back", lambda net: dict(net.named_parameters())["head.weight"].data.mul_(1.001)
+
+
+@pytest.mark.parametrize(("what", "change"), list(changes()), ids=[name for name, _ in changes()])
+def test_another_base_is_noticed_by_name(what, change, tmp_path):
+    model, _, x = pair()
+    change(model.body)
+    assert torch.equal(model.merge()(x), model(x))
+    for use in (
+        lambda: subspan.save(model, tmp_path / "m"),
+        model.state_dict,
+        model.body.state_dict,
+    ):
+        with pytest.raises(SubspanError, match=r"θ₀ of head.weight was changed after"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frozen_weight_that_is_trained_besides_is_noticed(tmp_path):
+    model, _, x = pair(exclude="head")
+    model.body.head.requires_grad_(True)
+    optimizer = SGD(model.body.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    with pytest.raises(SubspanError, match=r"θ₀ of head.bias, head.weight was changed"):
+        subspan.save(model, tmp_path / "m")
+
+
+def test_moving_and_converting_is_no_change(tmp_path):
+    for convert in (
+        lambda m: m.double(),
+        lambda m: m.to("cpu"),
+        lambda m: m.body.bfloat16(),
+    ):
+        model, _, _ = pair()
+        convert(model)
+        model.state_dict()
+        subspan.save(model, tmp_path / "m")
+
+
+def test_an_optimizer_of_before_is_refused_at_its_first_step():
+    net, x = Net(), torch.randn(5, 8)
+    optimizer = Adam(net.parameters())
+    model = SubspaceModel(net, 20)
+    model(x).sum().backward()
+    with pytest.raises(SubspanError, match=r"the optimizer has .* frozen .*: make it anew"):
+        optimizer.step()
+    model.unwrap()(x).sum().backward()
+    optimizer.step()
+
+
+def test_an_optimizer_of_parts_is_refused():
+    model, _, _ = pair()
+    parts = [{"params": model.body.body.parameters()}, {"params": model.body.head.parameters()}]
+    for grad in (True, False):  # without one a weight that is read is a leaf
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(SubspanError, match=r"body\.0\.weight is computed, and an optimizer has"),
+        ):
+            Adam(parts)
+
+
+def test_the_network_and_the_handle_train_alike():
+    torch.manual_seed(0)
+    one, x = SubspaceModel(Net(), 20, train_fully="head.bias"), torch.randn(5, 8)
+    other = copy.deepcopy(one).body
+    for net in (one, other):
+        optimizer = Adam(net.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+    assert torch.equal(one(x), other(x))
+
+
+def test_what_is_added_is_in_a_state_and_cannot_be_in_a_file(tmp_path):
+    model, _, _ = pair()
+    model.body.adapter = nn.Linear(4, 4)
+    assert "adapter.weight" in model.body.state_dict()
+    assert "body.adapter.weight" in dict(model.named_parameters())
+    with pytest.raises(SubspanError, match=r"adapter.weight was added after the network was wrap"):
+        subspan.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    del model.body.adapter
+    subspan.save(model, tmp_path / "m")
+
+
+def test_a_forward_that_replaces_coordinates_or_sets_flags():
+    class Sets(Net):
+        def forward(self, x):
+            hidden = self.body(x)
+            self.how()
+            return self.head(hidden)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Sets(), 20)), torch.randn(5, 8)
+    w, hidden = model.coordinates["global"], model.merge().body(x)
+    model.body.how = lambda: setattr(w, "data", w.data * 0)
+    y = model(x)
+    torch.testing.assert_close(y, model.merge().head(hidden))  # w is 0 by now
+    model.body.how = lambda: [p.requires_grad_(p.dim() == 1) for p in model.body.parameters()]
+    with pytest.raises(SubspanError, match="was set to False, but its coordinates"):
+        model(x)

@@ -1,0 +1,203 @@
+"""Methods: the registry, the laws that each of them keeps, and the example of the documentation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from subspan import checkpoint
+from subspan.errors import SubspanError
+from subspan.families import projections
+from subspan.training import methods as registry
+from subspan.training.evaluate import evaluate_checkpoint
+from subspan.training.methods import Method, method, methods
+from subspan.training.methods.subspace import STORED
+from subspan.training.train import train
+from tests.runs import WEIGHTS, a_run, record_of
+
+GUIDE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
+
+
+def options_of(how: Method) -> dict[str, object]:
+    """A small point of the method's axis."""
+    return how.at("0.3" if how.adapts else "20") if how.axis else {}
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_laws(name, tmp_path):
+    """What is trained is what is counted, stored and found again in the file."""
+    how = method(name)
+    options = options_of(how)
+    rates = how.rates(options)
+    assert rates
+    assert all(0 < rate < 100 for rate in rates)
+    record = train(a_run(name, lr=rates[len(rates) // 2], batch_size=256, **options), tmp_path)
+    assert record["status"] == "complete"
+    assert record["weights"] == WEIGHTS
+    # Factors of a layer as small as here are more numbers than the layer.
+    assert 0 < record["trainable_parameters"] <= WEIGHTS * (1.1 if how.adapts else 1)
+    if how.axis == "dim":
+        assert record["trainable_parameters"] == 20
+    file = tmp_path / "model.safetensors"
+    numbers = sum(t.numel() for t in checkpoint.read(file)[1].values())
+    assert numbers <= record["stored_parameters"]
+    assert record["checkpoint_bytes"] == file.stat().st_size <= 4 * numbers + 2048
+    found = evaluate_checkpoint(file)
+    assert found["test_accuracy"] == record["test_score"]
+    assert found["checkpoint_bytes"] == record["checkpoint_bytes"]
+
+
+def test_there_is_one_for_every_family():
+    assert set(methods()) == {
+        "full",
+        *projections(),
+        *STORED,
+        "rbd",
+        "fpd",
+        "nes",
+        "dlrt",
+        "dlrt-ratio",
+        "prodsum",
+    }
+    assert all(how.name == name and how.help for name, how in methods().items())
+    assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())
+
+
+def test_unknown_method():
+    with pytest.raises(SubspanError, match="unknown method 'hsh': did you mean hash"):
+        method("hsh")
+
+
+def test_options_are_the_methods_own():
+    method("hash").check(["dim", "compartments"])
+    with pytest.raises(SubspanError, match="unknown option of hash 'dmi': did you mean dim"):
+        method("hash").check(["dmi"])
+    with pytest.raises(SubspanError, match="method 'full' has no options, got --dim"):
+        method("full").check(["dim"])
+    own = {name: {option.name for option in how.options} for name, how in methods().items()}
+    assert "s" in own["sparse"] - own["hash"]
+    assert {"of", "layout", "qr"} <= own["stored"] - own["hash"]
+
+
+def a_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "dims"),
+    [
+        ({"dim": 7}, [7]),
+        ({"dim": "7"}, [7]),
+        ({"dim": "7+5", "compartments": "layer"}, [7, 5]),
+        ({"dim": "8", "compartments": "layer", "allocation": "equal"}, [4, 4]),
+        ({"compartments": {"0": 7, "2": 5}}, [7, 5]),
+    ],
+)
+def test_dimensions(options, dims):
+    model = method("hash").wrap(a_net(), 3, options)
+    assert [part.dim for part in model.compartments] == dims
+    assert model.recipe["seed"] == 3
+    counts = method("hash").counts(model)
+    assert counts == {
+        "trainable_parameters": sum(dims),
+        "stored_parameters": sum(dims),
+        "weights": 830,
+    }
+
+
+@pytest.mark.parametrize(
+    "dim", [0, -3, "abc", "1.5", 1.5, "", "5+", "5+0", "5+-1", True, None, [5]]
+)
+def test_what_is_no_dimension(dim):
+    with pytest.raises(
+        SubspanError, match=r"dim must be a positive integer, or a sum such as 600\+250"
+    ):
+        method("hash").wrap(a_net(), 0, {"dim": dim})
+    with pytest.raises(SubspanError, match="dim must be a positive integer"):
+        method("hash").rates({"dim": dim})
+
+
+def test_a_dimension_is_needed():
+    for options in ({}, {"compartments": "layer"}):
+        with pytest.raises(
+            SubspanError, match="method 'hash' needs --dim, the number of coordinates"
+        ):
+            method("hash").wrap(a_net(), 0, options)
+
+
+def test_rates_keep_the_length_of_a_step():
+    """Of √d coordinates moved by lr each."""
+    for dim in (1, 100, 10_000):
+        lengths = [rate * dim**0.5 for rate in method("hash").rates({"dim": dim})]
+        assert lengths == pytest.approx([1, 3, 9], rel=0.05)
+    sums = method("hash").rates({"dim": "60+40"})
+    assert sums == method("hash").rates({"dim": "100"})
+    assert sums == method("hash").rates({"compartments": {"0": 60, "2": 40}})
+
+
+def test_optimizers(tmp_path):
+    net = a_net()
+    net[0].requires_grad_(False)
+    runs = (a_run("full", lr=0.1, optimizer=name, weight_decay=0.2) for name in ("adam", "sgd"))
+    adam, sgd = (
+        method("full").optimizer(net, run, tmp_path, {}, steps=1, resume=False) for run in runs
+    )
+    assert isinstance(adam, torch.optim.Adam)
+    assert isinstance(sgd, torch.optim.SGD)
+    for optimizer in (adam, sgd):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (0.1, 0.2)
+        assert [p.shape for p in group["params"]] == [(10, 20), (10,)]
+    assert sgd.param_groups[0]["momentum"] == 0.9
+
+
+def test_nothing_to_train(tmp_path):
+    net = a_net().requires_grad_(False)
+    with pytest.raises(SubspanError, match="method 'full' leaves nothing to train"):
+        method("full").optimizer(net, a_run("full"), tmp_path, {}, steps=1, resume=False)
+
+
+def test_counts_of_all_weights():
+    """Frozen and tied ones are stored, too, each once; and buffers."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    net[0].bias.requires_grad_(False)
+    counts = method("full").counts(net)
+    weights = 16 + 4 + 4 + 4 + 4
+    buffers = 4 + 4 + 1
+    assert counts == {
+        "trainable_parameters": weights - 4,
+        "stored_parameters": weights + buffers,
+        "weights": weights,
+    }
+
+
+@pytest.fixture
+def last_layers(monkeypatch):
+    """The method of the guide, registered as its file in the folder would be."""
+    methods()
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, str(GUIDE), "exec"), {"__name__": "subspan.training.methods.last_layer"})
+    methods.cache_clear()
+    yield "last-layers"
+    methods.cache_clear()
+
+
+def test_the_guide_to_adding_a_method(last_layers, tmp_path, cli, in_tmp_path):
+    """It is there at once: in training, in a sweep, in the help, and its errors are ours."""
+    test_laws(last_layers, tmp_path / "laws")
+    assert record_of(tmp_path / "laws")["trainable_parameters"] == 8 * 10 + 10
+    words = ["train", "--net", "mlp-8", "--method", last_layers, "--epochs", "1", "--out", "run"]
+    assert cli(*words, "--layers", 2).code == 0
+    assert record_of(Path("run"))["trainable_parameters"] == WEIGHTS
+    bad = cli(*words, "--layers", 3, "--overwrite")
+    assert bad.code == 2
+    assert "layers must be in [1, 2] for this net, got 3" in bad.err
+    helped = cli("train", "--help").out
+    assert "--layers" in helped
+    assert "the last layers only, the others as they were drawn" in helped
