@@ -390,3 +390,27 @@ def test_an_edit_anywhere_in_the_kernels_is_seen(
     with (sources / "hash.py").open("a") as file:
         file.write("# an edit")
     assert common._folder() != before
+
+
+@pytest.mark.parametrize("d", [7, 3000])  # with signs in the table of coordinates, and without
+@pytest.mark.parametrize("width", [1, 384, 1025])
+def test_vectors_that_begin_at_rows_of_their_own(d, width):
+    """``hash``, near borders of tiles and in the tail, twice at one row."""
+    size = 70_001
+    p = subspan.projection("hash", out_dim=size, in_dim=d, seed=5)
+    firsts = torch.tensor([0, 1000, 1023, 1024, 65_500, 65_500, size - width])
+    kernel, step = kernels.available("cpu")["hash"], torch.tensor(3)
+    w = vector(d, torch.float32)
+    base = vector(len(firsts) * width, torch.float32, 1).view(-1, width)
+    rows, theirs = p.matvec(w, step=3), base.clone()
+    for theta, first in zip(theirs, firsts.tolist(), strict=True):
+        theta += rows[first : first + width]
+    ours = base.clone()
+    kernel.added_apart(p, w, step, firsts, ours)
+    assert torch.equal(ours, theirs)
+    gradient = torch.zeros(size, dtype=torch.float64)
+    for part, first in zip(base, firsts.tolist(), strict=True):
+        gradient[first : first + width] += part
+    found = kernel.gathered_apart(p, base, step, firsts)
+    expected = p.rmatvec(gradient, step=3)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

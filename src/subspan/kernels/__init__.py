@@ -28,6 +28,10 @@ class Kernel(NamedTuple):
     """θ₀ + P w for vectors of θ₀ whose rows follow each other, into vectors of the same sizes."""
     gathered: Callable[..., Tensor] | None = None
     """Pᵀ g for vectors of g whose rows follow each other."""
+    added_apart: Callable[..., None] | None = None
+    """Add P w in place to vectors of one length, each from a row of its own on."""
+    gathered_apart: Callable[..., Tensor] | None = None
+    """Pᵀ g for such vectors of g."""
 
 
 @functools.cache

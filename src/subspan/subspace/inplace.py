@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.subspace.embedding import LookedUp, looks_up
 from subspan.subspace.guards import Base, Computed, Packed, freeze, guarded, thaw
 from subspan.subspace.quantised import Multiplied, own_product
 from subspan.subspace.sharded import Shards, asked_by_fsdp, home_of, is_shard, mark, refuse_whole
@@ -517,6 +518,8 @@ def made(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (Listed, *bases)  # type: ignore[assignment]
         if "weight" in names and own_product(cls):
             bases = (bases[0], Multiplied, *bases[1:])  # type: ignore[assignment]
+        if "weight" in names and looks_up(cls):
+            bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
         if issubclass(cls, ParametrizationList):
             bases = (Parametrized, *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: Weight(name) for name in names}

@@ -20,6 +20,7 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
+from subspan.families.base import transformed
 from subspan.subspace import calls, formed, quantised, slots, states
 from subspan.subspace.calls import Call
 from subspan.subspace.changes import Changes, watch_optimizers
@@ -472,6 +473,23 @@ class Weights:
             outer.keep(tensor, [w for w, *_ in parts], state, [theta], [tensor])
             outer.passes(tensor, theta, Formula.of(tensor, parts, theta.dtype))
         return theta
+
+    def alone(self, tensor: str) -> tuple[Tensor, Call, Tensor] | None:
+        """Coordinates, call and θ₀ of a tensor whose θ would be formed by a call of its own.
+
+        Returns:
+            None if θ is kept, or is not formed in this process now and as it is.
+        """
+        own = self._alone[tensor]
+        if tensor in self._groups_with or self.shards is not None or len(own) > 1:
+            return None
+        inside = any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
+        base = self.base_of(tensor)
+        ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
+        if not (inside and ordinary) or torch._C._is_tracing() or transformed():
+            return None
+        w = self.network()._parameters[PREFIX + own[0].coordinates]
+        return (w, own[0], base) if type(w) is nn.Parameter else None
 
     def _autocast(self, tensor: str, base: Tensor | Stored) -> torch.dtype | None:
         """The dtype to which autocast would cast a copy of θ, if its layer's own forward reads it.

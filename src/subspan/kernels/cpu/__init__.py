@@ -26,7 +26,14 @@ from subspan.kernels.cpu import (
 
 KERNELS = dense.KERNELS | {
     "fastfood": Kernel(fastfood.matvec, fastfood.rmatvec),
-    "hash": Kernel(hash.matvec, hash.rmatvec, hash.added, hash.gathered),
+    "hash": Kernel(
+        hash.matvec,
+        hash.rmatvec,
+        hash.added,
+        hash.gathered,
+        hash.added_apart,
+        hash.gathered_apart,
+    ),
     "kronecker": Kernel(kronecker.matvec, kronecker.rmatvec),
     "orthogonal": Kernel(orthogonal.matvec, orthogonal.rmatvec),
     "rademacher": Kernel(rademacher.matvec, rademacher.rmatvec),

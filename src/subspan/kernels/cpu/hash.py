@@ -138,6 +138,60 @@ def _scales(size, d):
 
 
 @inline
+def _table(w, d, size):
+    """±w_b/√n_b where coordinates are few, by the words of the index; else w_b/√n_b."""
+    table, (large, small, more) = np.empty(2 * d, np.float32), _scales(size, d)
+    for bucket in range(d):
+        value = w[bucket] * (large if bucket < more else small)
+        if d <= FEW:
+            table[2 * bucket], table[2 * bucket + 1] = value, -value
+        else:
+            table[bucket] = value
+    return table
+
+
+@inline
+def _look_up(values, words, table, signed):
+    """Rows of P w by their words of the index."""
+    if signed:
+        for i in range(words.size):
+            values[i] = table[words[i]]
+    else:
+        for i in range(words.size):
+            values[i] = table[words[i] >> uint32(1)]
+        for i in range(words.size):
+            values[i] = _flipped(values[i], words[i])
+
+
+@inline
+def _sum(sums, words, rows, room, signed):
+    """Add rows of g to the sums of their buckets."""
+    if signed:
+        for i in range(rows.size):
+            sums[words[i]] += rows[i]
+    else:
+        values = room[: rows.size]
+        for i in range(rows.size):
+            values[i] = _flipped(rows[i], words[i])
+        for i in range(rows.size):
+            sums[words[i] >> uint32(1)] += values[i]
+
+
+@inline
+def _total(out, partial, d, size):
+    """Σ ±g_i/√n_b from the sums of all tasks, in their order."""
+    large, small, more = _scales(size, d)
+    for bucket in range(d):
+        total = np.float32(0.0)
+        for task in range(len(partial)):
+            if d <= FEW:
+                total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
+            else:
+                total += partial[task, bucket]
+        out[bucket] = total * (large if bucket < more else small)
+
+
+@inline
 def _piece(bounds, row):
     """Which of several vectors, laid end to end, holds a row."""
     n = 0
@@ -160,14 +214,7 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
     the results are laid end to end, and ``bounds`` are the rows at which they begin, counted from
     ``start``. Of few coordinates, the table holds the negative ones, too.
     """
-    stop, w, signed = start + bounds[-1], floats_at(w_at, d), d <= FEW
-    table, (large, small, more) = np.empty(2 * d, np.float32), _scales(size, d)
-    for bucket in range(d):
-        value = w[bucket] * (large if bucket < more else small)
-        if signed:
-            table[2 * bucket], table[2 * bucket + 1] = value, -value
-        else:
-            table[bucket] = value
+    stop, signed, table = start + bounds[-1], d <= FEW, _table(floats_at(w_at, d), d, size)
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
         widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
@@ -181,14 +228,7 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
             else:
                 _index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
-            if signed:
-                for i in range(last - first):
-                    found[i] = table[words[i]]
-            else:
-                for i in range(last - first):
-                    found[i] = table[words[i] >> uint32(1)]
-                for i in range(last - first):
-                    found[i] = _flipped(found[i], words[i])
+            _look_up(found, words, table, signed)
             done, stopped = first - start, last - start
             while done < stopped:
                 n = _piece(bounds, done)
@@ -235,35 +275,56 @@ def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths
                 until, place = min(stopped, bounds[n + 1]), done - (first - start)
                 g = floats_at(parts[n], bounds[n + 1] - bounds[n])
                 rows = g[done - bounds[n] : until - bounds[n]]
-                if signed:
-                    own = words[place : place + rows.size]
-                    for i in range(rows.size):
-                        sums[own[i]] += rows[i]
-                else:
-                    own, value = words[place : place + rows.size], values[: rows.size]
-                    for i in range(rows.size):
-                        value[i] = _flipped(rows[i], own[i])
-                    for i in range(rows.size):
-                        sums[own[i] >> uint32(1)] += value[i]
+                _sum(sums, words[place : place + rows.size], rows, values, signed)
                 done = until
-    large, small, more = _scales(size, d)
-    for bucket in range(d):
-        total = np.float32(0.0)
-        for task in range(len(partial)):
-            if signed:
-                total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
-            else:
-                total += partial[task, bucket]
-        out[bucket] = total * (large if bucket < more else small)
+    _total(out, partial, d, size)
+
+
+@common.kernel
+def _matvec_apart(w, d, outs, firsts, size, widths, address):
+    """Add rows of P w to each of ``outs``, from a row of its own on."""
+    signed, table, width = d <= FEW, _table(w, d, size), outs.shape[1]
+    for n in prange(len(outs)):
+        widest()
+        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
+        along, start, stop = np.empty(TILE, np.float32), firsts[n], firsts[n] + width
+        for tile in range(start // TILE, (stop + TILE - 1) // TILE):
+            first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
+            _index(index, signs, tile, size, d, widths, address)
+            _look_up(along, index[first - tile * TILE : last - tile * TILE], table, signed)
+            rows = outs[n, first - start : last - start]
+            for i in range(rows.size):
+                rows[i] += along[i]
+
+
+@common.kernel
+def _rmatvec_apart(parts, firsts, out, d, partial, chunk, size, widths, address):
+    """The adjoint of :func:`_matvec_apart`; every task first sums its rows into partial[task]."""
+    signed, width = d <= FEW, parts.shape[1]
+    for task in prange(len(partial)):
+        sums = partial[task]
+        sums[:] = 0
+        widest()
+        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
+        values = np.empty(TILE, np.float32)
+        for n in range(task * chunk, min(len(parts), (task + 1) * chunk)):
+            start, stop = firsts[n], firsts[n] + width
+            for tile in range(start // TILE, (stop + TILE - 1) // TILE):
+                first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
+                _index(index, signs, tile, size, d, widths, address)
+                rows = parts[n, first - start : last - start]
+                _sum(sums, index[first - tile * TILE : last - tile * TILE], rows, values, signed)
+    _total(out, partial, d, size)
+
+
+def _made(p: Any, step: Tensor) -> tuple[Any, ...]:
+    """From what an index is made."""
+    return p.out_dim, common.widths(max(1, p.out_dim % TILE)), common.address(p, step)
 
 
 def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
     """The index that is kept, and from what it is made."""
-    size, widths, address = (
-        p.out_dim,
-        common.widths(max(1, p.out_dim % TILE)),
-        common.address(p, step),
-    )
+    size, widths, address = _made(p, step)
 
     def build() -> tuple[Any]:
         index = np.empty(stop - start, np.uint32)
@@ -319,4 +380,23 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     common.threads(2 * rows)
     places = common.addresses(parts), bounds, start, out.data_ptr()
     _rmatvec(*places, d, partial, chunk, *arguments)
+    return out
+
+
+def added_apart(p: Any, w: Tensor, step: Tensor, firsts: Tensor, outs: Tensor) -> None:
+    """Add P w to the vectors ``outs``, (n, width), whose first rows are ``firsts``, (n,)."""
+    common.threads(8 * outs.numel())
+    _matvec_apart(w.numpy(), p.in_dim, outs.numpy(), firsts.numpy(), *_made(p, step))
+
+
+def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tensor:
+    """Pᵀ g for the vectors ``parts`` of g, (n, width), whose first rows are ``firsts``, (n,)."""
+    d, count = p.in_dim, len(parts)
+    sums = 2 * d if d <= FEW else d
+    tasks = min(TASKS, max(1, parts.numel() // (8 * sums)), max(1, count))
+    chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
+    partial, out = np.empty((-(-count // chunk), sums), np.float32), torch.empty(d)
+    common.threads(8 * parts.numel())
+    arguments = out.numpy(), d, partial, chunk, *_made(p, step)
+    _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)
     return out
