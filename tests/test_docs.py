@@ -1,4 +1,4 @@
-"""The site: every document has a place in it, every page loads in a browser, every link leads on."""
+"""The site: every document has a place in it, every page loads, every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -111,9 +111,12 @@ def broken(pages: dict[Path, Page]) -> Iterator[str]:
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.is_file():
                 yield f"{path.name}: {link} is not there"
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].ids:
-                    yield f"{path.name}: {link} has no such place"
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].ids
+            ):
+                yield f"{path.name}: {link} has no such place"
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def test_it_says_its_version_and_license(wheel):
 
 def test_the_archive_makes_the_same_wheel(wheel, sources, tmp_path):
     archive = build("sdist", sources, tmp_path)
-    tarfile.open(archive).extractall(tmp_path, filter="data")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
     [folder] = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert files(build("wheel", folder, tmp_path)) == files(wheel)
 
