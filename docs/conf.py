@@ -5,9 +5,7 @@ The sources are the repository's own files: no document is copied, and all navig
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -102,10 +100,9 @@ def complete(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def families() -> str:
-    """One directive for each file with a family of projections."""
-    package = importlib.import_module(subspan.Projection.__module__.rpartition(".")[0])
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return "\n".join(f".. automodule:: {package.__name__}.{name}\n   :members:\n" for name in names)
+    """One directive for each family of projections."""
+    classes = subspan.projections().values()
+    return "\n".join(f".. autoclass:: {each.__module__}.{each.__qualname__}\n" for each in classes)
 
 
 def linked(link: re.Match[str], folder: Path) -> str:
