@@ -52,6 +52,7 @@ project = "subspan"
 author = copyright = "the subspan developers"  # noqa: A001 (Sphinx's name)
 release = subspan.__version__
 root_doc = "README"
+exclude_patterns = [".*", "build", "src", "tests"]  # which are not even looked through
 include_patterns = [
     f"{root_doc}.md",
     *(f"{page}.md" for pages in NAVIGATION.values() for page in pages),
