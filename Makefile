@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-core slow lint types format clean
+.PHONY: demo test test-core slow docs package lint types format clean
 
 demo: .venv/installed
 	$(BIN)/subspan sweep --net mlp --data digits --methods hash --dims 10,30,100,200,400,1000 \
@@ -28,10 +28,19 @@ test: .venv/dev
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 		$(addprefix --ignore=tests/,training sweeps report bench experiments commands \
-		test_examples.py test_readme.py test_makefile.py)
+		test_examples.py test_readme.py test_makefile.py test_docs.py test_package.py)
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# The site, into build/site: tutorials are executed, reports made of the records.
+docs: .venv/docs
+	$(BIN)/sphinx-build -c docs -d build/doctrees --fail-on-warning --keep-going . build/site
+
+# A wheel and an archive of the sources, into dist.
+package: .venv/installed
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -59,6 +68,10 @@ format: .venv/dev
 # kernels for GPUs where there is no GPU), and the libraries that the tests use subspan with.
 .venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

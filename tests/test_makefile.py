@@ -26,7 +26,7 @@ def make(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "docs"])
 def test_only_pytorch_comes_from_another_index(target, make):
     def installs(*words):
         lines = make("-n", target, *words).stdout.replace("\\\n", " ").splitlines()
@@ -36,7 +36,8 @@ def test_only_pytorch_comes_from_another_index(target, make):
     assert plain[0] == ["torch"]
     assert installs(f"TORCH_INDEX={CPU}") == [["--index-url", CPU, "torch"], *plain[1:]]
     extras = [words[1] for words in plain[1:]]
-    assert extras == ["'.[lab]'", "'.[dev]'"][: 1 + (target == "test")]
+    further = {"demo": [], "test": ["'.[dev]'"], "docs": ["'.[docs]'"]}
+    assert extras == ["'.[lab]'", *further[target]]
 
 
 def test_an_older_python_is_refused(make, tmp_path):

@@ -44,7 +44,8 @@ def test_the_guides_examples_run(tmp_path, monkeypatch, capsys):
 def test_every_link_leads_somewhere():
     """In the README and the documents: files, and headings of them."""
     broken = []
-    for page in (README, *README.parent.glob("docs/*.md"), *README.parent.glob("*/README.md")):
+    documents = ("*.md", "docs/**/*.md", "*/README.md")
+    for page in (path for pattern in documents for path in README.parent.glob(pattern)):
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if "://" in target:

@@ -325,7 +325,7 @@ class RandomBases(Copied, Optimizer):
 
         Returns:
             For every compartment, and for "all" of them: ``cosine`` between the gradient g and the
-            step's direction P Pᵀ g; and ``share``, |Pᵀ g|/|g|, of the norm. Both are √(d/D) on
+            step's direction P Pᵀ g; and ``share``, ‖Pᵀ g‖ / ‖g‖, of the norm. Both are √(d/D) on
             average for a gradient that has nothing to do with the basis.
 
         Raises:
