@@ -12,8 +12,8 @@ from subspan import checkpoint
 from subspan.training import records, state
 from subspan.training.evaluate import evaluate_checkpoint
 from subspan.training.train import train
-from tests.training.data.makers import as_structs, encoded, folder_of, image_folder, parquet_folder
 from tests.runs import STEPS, a_run, contents, record_of, train_up_to
+from tests.training.data.makers import as_structs, encoded, folder_of, image_folder, parquet_folder
 
 TRAIN = ("train", "--net", "mlp-8", "--epochs", "1", "--dim", "5", "--batch-size", "8")
 

@@ -19,8 +19,8 @@ from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.export import export
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
-from tests.training.data.makers import image_folder
 from tests.runs import a_run, record_of
+from tests.training.data.makers import image_folder
 
 
 class Pixel(nn.Module):

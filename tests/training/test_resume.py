@@ -20,8 +20,8 @@ from subspan.errors import Stopped
 from subspan.training import locks, loop, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
-from tests.training.killed import RUN as KILLED
 from tests.runs import a_run, contents, copied, record_of
+from tests.training.killed import RUN as KILLED
 
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
 

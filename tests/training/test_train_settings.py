@@ -17,8 +17,8 @@ from subspan.training import train as trainer
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.loop import schedule
 from subspan.training.train import prepare, train
-from tests.training.data.makers import image_folder
 from tests.runs import a_run, record_of
+from tests.training.data.makers import image_folder
 
 
 def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
