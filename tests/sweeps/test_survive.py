@@ -122,7 +122,7 @@ def test_a_run_that_is_trained_without_the_sweep(tmp_path):
 
         result = sweep(config, tmp_path, jobs=1, say=say)
     assert said == ["waiting for 1 run of another sweep"]
-    assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 1)
+    assert (result.status, result.failed, len(result.rows)) == ("complete", [], 1)
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(2, 4), (-1, 1), (30, 1)])
@@ -358,7 +358,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
         done.append(outcome[0].name)
         monkeypatch.setattr(files.os, "fsync", no_room)
         monkeypatch.setattr(trainer, "prepare", lambda run: tried.append(run) or prepare(run))
-        monkeypatch.setattr(claims.records, "write_json", lambda *_: None)
+        monkeypatch.setattr(claims.SweepRecord, "write", lambda *_: None)
 
     prepare = trainer.prepare
     config = a_sweep(dims=("10", "20", "40"))
@@ -373,7 +373,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     assert record_of(tmp_path / "runs" / done[0])["status"] == "complete"
     before = contents(tmp_path / "runs" / done[0])
     result = sweep(config, tmp_path, jobs=1)
-    assert (len(result["rows"]), result["failed"]) == (3, [])
+    assert (len(result.rows), result.failed) == (3, [])
     assert contents(tmp_path / "runs" / done[0]) == before
 
 

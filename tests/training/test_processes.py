@@ -114,7 +114,7 @@ def test_one_process_on_the_joint_batch(launcher, processes, tmp_path, alone):
 def test_a_sweep_of_runs_in_two_processes_logs_each(tmp_path):
     config = a_sweep(dims=("5",), baseline=None, processes=2)
     result = sweep(config, tmp_path, jobs=1, log=["tensorboard"])
-    assert not result["failed"], result["failed"]
+    assert not result.failed, result.failed
     [out] = (tmp_path / "runs").iterdir()
     assert record_of(out)["processes"] == 2
     has_all(out, "tensorboard")
@@ -235,7 +235,7 @@ def test_two_begin_and_one_goes_on(folder, monkeypatch):
     record = record_of(folder / "two-one")
     done = state.read(folder / "two-one" / state.FILE)["done"]
     run = Run.from_dict(record["config"])
-    notes = train(run, folder / "two-one")["notes"]
+    notes = train(run, folder / "two-one").notes
     assert notes == [f"processes: 2 up to step {done}, then 1"]
     train(run, folder / "one")
     close(folder / "two-one", folder / "one")

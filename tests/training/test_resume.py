@@ -105,7 +105,7 @@ def test_stopped_twice_and_gone_on(name, tmp_path):
         assert starts == [(3 * STEPS, before)]
         assert record_of(out)["status"] == "interrupted"
     done = train(of(name), out)
-    assert done["status"] == "complete"
+    assert done.status == "complete"
     same(out, whole)
 
 
@@ -148,7 +148,7 @@ def test_killed_while_it_finished(missing, tmp_path, monkeypatch):
         raise OSError("power failure")
 
     def stop(row):
-        if row["epoch"] == KILLED.training.epochs:
+        if row.epoch == KILLED.training.epochs:
             monkeypatch.setattr(loop.Loop, "finish", no_power)
 
     with pytest.raises(OSError, match="power failure"):
@@ -175,7 +175,7 @@ def stop_in_epoch(monkeypatch, epoch):
 
     def report(self, row):
         plain(self, row)
-        if row["epoch"] == epoch:
+        if row.epoch == epoch:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(console.TrainingProgress, "epoch", report)
@@ -251,7 +251,7 @@ def test_another_beginning(tmp_path, monkeypatch):
         with pytest.raises(SubspanError, match=words):
             train(run, out)
     assert contents(out) == before
-    assert train(run, out)["status"] == "complete"
+    assert train(run, out).status == "complete"
 
 
 @pytest.mark.parametrize("spoil", ["missing", "cut short"])
@@ -323,7 +323,7 @@ def test_a_full_disk_after_a_signal(tmp_path, monkeypatch):
     ("edit", "message"),
     [
         (lambda record: record.update(notes=3), "notes must be a list, got 3"),
-        (lambda record: record.update(score="high"), "score must be a dict, got 'high'"),
+        (lambda record: record.update(score="high"), "score must be a mapping, got 'high'"),
         (lambda record: record["config"].update(options=None), "options must be a mapping, got"),
     ],
 )

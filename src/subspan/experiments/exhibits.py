@@ -14,9 +14,8 @@ from subspan.bench import FILE as BENCH
 from subspan.bench.table import of_bench
 from subspan.errors import SubspanError
 from subspan.experiments import Budget, Experiment, Timing, experiments
-from subspan.report import bars, tables
+from subspan.report import bars, read, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
-from subspan.report.read import read
 from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import methods

@@ -6,8 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from subspan.files import write_atomically
-from subspan.report.read import read
 from subspan.sweeps.result import SweepRecord
+from subspan.training.records import RunRecord
+
+
+def read(folder: Path) -> SweepRecord | RunRecord:
+    """Read ``folder/sweep.json`` or, where there is none, ``folder/record.json``.
+
+    Raises:
+        SubspanError: neither is there; or the one found is damaged or of a later format.
+    """
+    found = SweepRecord.read(folder) or RunRecord.read(folder)
+    if found is None:
+        raise SubspanError(
+            f"expected sweep.json or record.json in {str(folder)!r}, found neither: "
+            "give the output folder of a sweep or of a run"
+        )
+    return found
 
 
 def write(folder: Path) -> list[Path]:
