@@ -31,7 +31,8 @@ def test_every_committed_record_is_read_and_would_be_written_as_it_is() -> None:
         kind = RunRecord if path.name == "record.json" else SweepRecord
         record = kind.read(path.parent)
         raw = read_json(path)
-        assert record is not None and raw is not None
+        assert record is not None
+        assert raw is not None
         assert isinstance(record, CompleteRun) == (
             kind is RunRecord and raw["status"] == "complete"
         )

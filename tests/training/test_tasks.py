@@ -230,7 +230,7 @@ def test_a_run_goes_on(own):
     whole = train(a_run(f"{own}:line", dim=12), Path("whole"))
 
     def die(row):
-        if row["epoch"] == 2:
+        if row.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

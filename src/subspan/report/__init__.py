@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from subspan.errors import SubspanError
 from subspan.files import write_atomically
 from subspan.sweeps.result import SweepRecord
 from subspan.training.records import RunRecord
