@@ -11,9 +11,11 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.sweeps.result import SweepRecord
+from subspan.training.methods import method
 from subspan.training.records import CompleteRun, RunRecord, read_json
 from subspan.training.schema import to_json
-from tests.runs import contents, copied, record_of
+from subspan.training.train import train
+from tests.runs import a_run, contents, copied, record_of
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -160,3 +162,20 @@ def test_committed_files_are_those_of_git() -> None:
     )
     if listed.returncode == 0 and listed.stdout:
         assert set(listed.stdout.split()) <= {str(path.relative_to(ROOT)) for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("says", "value", "message"),
+    [
+        ("counts", {"trainable_parameters": "many"}, "trainable_parameters must be a whole number"),
+        ("diagnose", {"ranks": {"fc1": 0.5}}, r"ranks\.fc1 must be a whole number, got 0\.5"),
+    ],
+)
+def test_what_a_method_says_is_checked(says, value, message, tmp_path, monkeypatch) -> None:
+    """Before it gets into the record."""
+    how = type(method("hash"))
+    known = getattr(how, says)
+    monkeypatch.setattr(how, says, lambda self, *about: known(self, *about) | value)
+    with pytest.raises(SubspanError, match=f"the method hash says of the run: {message}"):
+        train(a_run(dim=5), tmp_path / "run")
+    assert (tmp_path / "run").exists() == (says == "diagnose")

@@ -10,7 +10,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +29,8 @@ from subspan.training.evaluate import describe, evaluate
 from subspan.training.folder import RunFolder
 from subspan.training.machine import PeakMemory
 from subspan.training.prepare import Prepared
-from subspan.training.records import CompleteRun, Counts, Epoch, RunRecord
-from subspan.training.schema import MisfitError, from_json
+from subspan.training.records import CompleteRun, Epoch, RunRecord
+from subspan.training.schema import MisfitError, from_json, to_json
 from subspan.training.signals import Signals
 from subspan.training.state import Progress, TrainState, Within
 
@@ -38,7 +38,7 @@ CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the
 SAVE_EVERY = 300.0  # seconds between states within an epoch
 
 Report = Callable[[Epoch], None]
-Said = TypeVar("Said", Counts, Epoch)
+Checked = TypeVar("Checked", Epoch, RunRecord, CompleteRun)
 
 
 class Loop:
@@ -118,29 +118,35 @@ class Loop:
             self.progress = before.progress
             self.progress.within.total = before.progress.within.total.to(device)
         self.saved = time.perf_counter()
-        self.record = RunRecord(
-            status="running",
-            config=records.plain(self.run.as_dict()),
-            score=self.score,
-            test_score=None,
-            val_score=None,
-            **self.counts(),
-            checkpoint_bytes=None,
-            seconds_total=0.0,
-            seconds_per_step=None,
-            peak_memory_bytes=None,
-            history=self.progress.history,
-            log=[str(name) for name in accelerator.log_with],
-            processes=processes,
-            device=machine.device_name(device),
-            versions=machine.versions(),
-            notes=notes,
-        )
+        begun = {
+            "status": "running",
+            "config": records.plain(self.run.as_dict()),
+            "score": to_json(self.score),
+            "test_score": None,
+            "val_score": None,
+            "checkpoint_bytes": None,
+            "seconds_total": 0.0,
+            "seconds_per_step": None,
+            "peak_memory_bytes": None,
+            "log": [str(name) for name in accelerator.log_with],
+            "processes": processes,
+            "device": machine.device_name(device),
+            "versions": machine.versions(),
+            "notes": notes,
+        }
+        self.record = self.checked(RunRecord, begun | dict(self.method.counts(self.model)))
 
-    def counts(self) -> dict[str, Any]:
-        """How many numbers the model is, for the record."""
-        found = self.method.counts(self.model)
-        return vars(of_method(Counts, found, self.method.name))
+    def checked(self, kind: type[Checked], content: dict[str, Any]) -> Checked:
+        """A part of the record, with what the method says of the run.
+
+        Raises:
+            SubspanError: if a value is missing, or no number where there must be one.
+        """
+        try:
+            return from_json(kind, content)
+        except MisfitError as error:
+            name = self.method.name
+            raise SubspanError(f"what the method {name} says of the run: {error}") from None
 
     def distributed(self) -> nn.Module:
         """The model with accelerate's wrappers: of mixed precision, of DDP."""
@@ -248,7 +254,7 @@ class Loop:
         if accelerator.num_processes > 1:
             own = torch.tensor((machine.bytes_sent() - sent) / self.steps)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
-        more = self.method.diagnose(self.model, self.bare)
+        said = self.method.diagnose(self.model, self.bare)
         val_loss, val_score = evaluate(self.model, self.task, "validation")
         row = {
             "epoch": epoch,
@@ -258,7 +264,7 @@ class Loop:
             "learning_rate": within.lr,
             "seconds": seconds,
         }
-        return of_method(Epoch, row | more, self.method.name)
+        return self.checked(Epoch, row | dict(said))
 
     def step(self, batch: Any, weight: float) -> Tensor:
         """One step of the optimizer and of the schedule.
@@ -300,9 +306,9 @@ class Loop:
         _, score = evaluate(net, self.task, "test")
         self.accelerator.wait_for_everyone()
         self.folder.keep_best()
-        found = self.counts() | {"test_score": score, "checkpoint_bytes": size}
         self.bring_up_to_date("complete")
-        self.record = CompleteRun(**(vars(self.record) | found))
+        found = self.method.counts(self.model) | {"test_score": score, "checkpoint_bytes": size}
+        self.record = self.checked(CompleteRun, to_json(self.record) | found)
         self.folder.write(self.record)
         self.folder.forget_state()
         self.log.score(self.record)
@@ -365,6 +371,7 @@ class Loop:
             best_epoch=progress.best_epoch or None,
             seconds_total=time.perf_counter() - self.started,
             seconds_per_step=statistics.median(steps) if steps else None,
+            history=progress.history,
             peak_memory_bytes=self.memory.read(),
             bytes_sent_per_step=statistics.median(progress.sent) if progress.sent else None,
         )
@@ -373,18 +380,6 @@ class Loop:
         """Bring ``record.json`` up to date, from the main process."""
         self.bring_up_to_date(status, error)
         self.folder.write(self.record)
-
-
-def of_method(kind: type[Said], content: Mapping[str, Any], method: str) -> Said:
-    """What a method says of a run, checked before it gets into the record.
-
-    Raises:
-        SubspanError: if a value is missing, or no number where there must be one.
-    """
-    try:
-        return from_json(kind, dict(content))
-    except MisfitError as error:
-        raise SubspanError(f"what the method {method} says of the run is wrong: {error}") from None
 
 
 def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRScheduler:

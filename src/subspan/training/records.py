@@ -127,25 +127,6 @@ class Epoch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """How many numbers a trained network is.
-
-    Attributes:
-        trainable_parameters: those that the optimizer moves.
-        stored_parameters: those that inference needs beyond seeds, changed buffers too.
-        weights: of the network that they stand for, tied ones once.
-        ranks: of factored layers.
-        counts: other counts of the same network, by what they are called.
-    """
-
-    trainable_parameters: int
-    stored_parameters: int
-    weights: int
-    ranks: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """What one training run did, so far: ``record.json``.
 
@@ -154,7 +135,11 @@ class RunRecord(Record):
         test_score: of the best epoch, read once, at the end.
         val_score: of the best epoch so far.
         best_epoch: its number.
-        trainable_parameters: as of :class:`Counts`; so are the next four.
+        trainable_parameters: the numbers that the optimizer moves.
+        stored_parameters: those that inference needs beyond seeds, changed buffers too.
+        weights: of the network that they stand for, tied ones once.
+        ranks: of factored layers.
+        counts: other counts of the same network, by what they are called.
         checkpoint_bytes: of ``model.safetensors``.
         seconds_total: over all parts of a run that was interrupted.
         seconds_per_step: the median over epochs.
