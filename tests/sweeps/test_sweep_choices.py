@@ -88,7 +88,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch
     seen, states = [], []
 
     def on_run(outcome, left):
-        seen.append((outcome[0].name, isinstance(outcome[1], dict)))
+        seen.append((outcome[0].name, isinstance(outcome[1], CompleteRun)))
         states.append(sweep_of(tmp_path))
 
     config = a_sweep(seeds=2, lrs=(0.1, 0.3), dims=("10", "20", "40"))

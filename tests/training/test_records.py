@@ -51,7 +51,7 @@ def check_same(raw: Any, written: Any, where: str) -> None:
                 check_same(raw[key], value, f"{where}: {key}")
             else:
                 usual = {"processes": 1, "score": to_json(RunRecord.score)}
-                assert value in (None, [], {}, usual.get(key)), (where, key)
+                assert value in (None, [], {}, "", usual.get(key)), (where, key)
     elif isinstance(raw, list):
         assert len(raw) == len(written), where
         for i, value in enumerate(raw):

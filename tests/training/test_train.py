@@ -179,7 +179,7 @@ def test_a_folder_of_another_configuration(trained, tmp_path):
     assert contents(out) == before
     record = train(a_run(dim=40, epochs=1), out, overwrite=True)
     assert record.config["epochs"] == 1
-    assert record_of(out) == record
+    assert RunRecord.read(out) == record
 
 
 def test_overwriting_leaves_nothing_of_the_other_run(trained, tmp_path):
@@ -285,7 +285,7 @@ def test_a_last_step_that_spoils_the_weights(tmp_path, monkeypatch):
 
 def test_an_interrupt_is_recorded(tmp_path, ctrl_c):
     def report(row):
-        if row["epoch"] == 2:
+        if row.epoch == 2:
             ctrl_c()
 
     with pytest.raises(KeyboardInterrupt):

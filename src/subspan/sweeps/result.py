@@ -9,7 +9,7 @@ from typing import Any
 
 from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.training.records import Record, RunRecord
-from subspan.training.schema import OPTIONAL, from_json
+from subspan.training.schema import OPTIONAL, MisfitError, from_json
 from subspan.training.score import ACCURACY, Score
 
 
@@ -64,8 +64,9 @@ class PointRecord:
     tried_lrs: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"dim must be positive, got {self.dim}")
+        for name in ("dim", "weights"):
+            if (count := getattr(self, name)) < 1:
+                raise MisfitError(f"must be positive, got {count}", (name,))
 
     @property
     def bytes_sent(self) -> list[float]:

@@ -181,6 +181,9 @@ class RunRecord(Record):
     def __post_init__(self) -> None:
         for name, kind in (("method", str), ("lr", float), ("seed", int)):
             from_json(kind, self.config.get(name), ("config", name))
+        for name in ("trainable_parameters", "stored_parameters", "weights"):
+            if (count := getattr(self, name)) < 1:
+                raise MisfitError(f"must be positive, got {count}", (name,))
         for value in (self.test_score, self.val_score):
             if value is not None:
                 self.score.checked(value)
