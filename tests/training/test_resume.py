@@ -20,7 +20,7 @@ from subspan.errors import Stopped
 from subspan.training import locks, loop, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
-from tests.runs import a_run, contents, copied, record_of
+from tests.runs import STEPS, a_run, contents, copied, record_of, train_up_to
 from tests.training.killed import RUN as KILLED
 
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
@@ -54,7 +54,6 @@ def build(input_shape, classes):
 
 
 NOISY = "tests.training.test_resume:build"
-STEPS = -(-(1438 - 120) // 128)
 RUNS = {
     "hash": {"dim": 30},
     "full": {"lr": 0.003, "net": NOISY, "init": "own"},
@@ -379,6 +378,26 @@ def test_a_state_of_another_run_is_not_used(tmp_path):
     (out / state.FILE).write_bytes((tmp_path / "0.3" / state.FILE).read_bytes())
     train(a_run(dim=30, epochs=2, lr=0.1), out)
     same(out, tmp_path / "other")
+
+
+def test_a_state_of_an_older_version(tmp_path):
+    """The file is what it always was; some of its entries came later."""
+    run, out = a_run(dim=30, epochs=2), tmp_path / "run"
+    train(run, tmp_path / "whole")
+    train_up_to(STEPS + 2, run, out)
+    content = torch.load(out / state.FILE, weights_only=True)
+    assert set(content) == {
+        *("format", "config", "header", "tensors", "optimizer", "schedule", "scaler"),
+        *("generators", "history", "log", "best_score", "best_epoch", "sent", "notes"),
+        *("processes", "size", "done", "within", "seconds_total"),
+    }
+    assert set(content["within"]) == {"total", "seen", "seconds", "lr"}
+    assert content["history"] == record_of(out)["history"]
+    for name in ("log", "notes", "processes", "size"):
+        del content[name]
+    torch.save(content, out / state.FILE)
+    train(run, out)
+    same(out, tmp_path / "whole")
 
 
 def test_generators():
