@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -20,6 +21,7 @@ from subspan.errors import Stopped
 from subspan.sweeps import backends, claims
 from subspan.sweeps.claims import Claim
 from subspan.sweeps.pool import KILLED
+from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.sweep import sweep
 from subspan.training import locks
 from subspan.training import train as trainer
@@ -202,7 +204,7 @@ if __name__ == "__main__":
 
 
 def claim(out, *dims, status="running", **other):
-    first = {"format": 1, "status": status, "config": {"dims": list(dims)}}
+    first = SweepRecord(status=status, config={"dims": list(dims)}, baseline=None, rows=[])
     return Claim(out, first, overwrite=other.pop("overwrite", False))
 
 
@@ -226,8 +228,8 @@ def test_claims(tmp_path):
             two.ask_to_stop()
             assert (one.place.stopping, two.place.stopping) == (False, True)
             # What one has completed the other does not take back.
-            one.write(one.first | {"status": "complete"})
-            two.write(one.first | {"status": "interrupted"})
+            one.write(replace(one.first, status="complete"))
+            two.write(replace(one.first, status="interrupted"))
             assert sweep_of(tmp_path)["status"] == "complete"
         assert locks.is_dir()
     assert not locks.exists()

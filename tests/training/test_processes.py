@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -233,7 +234,7 @@ def test_two_begin_and_one_goes_on(folder, monkeypatch):
     disturbed(folder, "plain", "two-one", signal.SIGKILL)
     monkeypatch.syspath_prepend(str(folder))
     record = record_of(folder / "two-one")
-    done = state.read(folder / "two-one" / state.FILE)["done"]
+    done = state.read(folder / "two-one" / state.FILE).progress.done
     run = Run.from_dict(record["config"])
     notes = train(run, folder / "two-one").notes
     assert notes == [f"processes: 2 up to step {done}, then 1"]
@@ -246,8 +247,8 @@ def test_independent_workers_must_stay_as_many(tmp_path):
     run = a_run("rbd", dim=5, lr=0.5, epochs=2, workers="independent", journal=True)
     train_up_to(STEPS + 2, run, tmp_path)
     where = state.read(tmp_path / state.FILE)
-    assert where["processes"] == 1
-    state.write(tmp_path / state.FILE, where | {"processes": 2})
+    assert where.processes == 1
+    state.write(tmp_path / state.FILE, replace(where, processes=2))
     before = contents(tmp_path)
     with pytest.raises(SubspanError, match=r"begun in 2 processes, .* got 1: go on in 2"):
         train(run, tmp_path)

@@ -17,6 +17,7 @@ from subspan.sweeps.sweep import sweep
 from subspan.training import data, tasks
 from subspan.training.config import Run, Training
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.schema import from_json, to_json
 from subspan.training.score import ACCURACY, Score
 from subspan.training.train import prepare, train
 from tests.runs import a_sweep, record_of
@@ -316,8 +317,8 @@ def test_scores_for_people():
     assert Score("error", False, 1.0, False).show(0.0123456) == "0.01235"
     assert ACCURACY.share(0.8, 0.9) == pytest.approx(0.72)
     assert Score("bits", False, 6.0, False).share(2.0, 0.9) == pytest.approx(2.4)
-    assert Score.from_dict(json.loads(json.dumps(ACCURACY.as_dict()))) == ACCURACY
-    assert Score.from_dict(None) == ACCURACY
+    assert from_json(Score, json.loads(json.dumps(to_json(ACCURACY)))) == ACCURACY
+    assert from_json(Score, {}) == ACCURACY
 
 
 def test_the_language_model(in_tmp_path, monkeypatch):
