@@ -16,7 +16,7 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.report import bars, page, pictures, read, write
-from subspan.report.curves import measured_curves, number, published_curves
+from subspan.report.curves import measured_curves, number, published_curves, title
 from subspan.sweeps.result import SweepRecord
 from subspan.training.records import RunRecord
 from subspan.training.score import Score
@@ -346,6 +346,16 @@ def test_write_a_run(tmp_path):
     assert "Test accuracy: 93.00 %" in document.words
     assert document.tables["Accuracy"][1] == ["hash", "750", "93.00", "93.50", "1", "0.1"]
     assert document.tables["History"][2] == ["2", "0.4", "0.3", "93.50", "0.05", "6.0"]
+
+
+def test_a_run_names_what_its_method_is_varied_by(tmp_path):
+    raw = a_run()
+    raw["config"] |= {"method": "dlrt", "options": {"tolerance": 0.1}}
+    run = read(save(tmp_path, raw, "record.json"))
+    assert title(run) == "mlp on mnist, dlrt tolerance = 0.1, D = 159,010"
+    raw["config"] |= {"method": "one of the user's", "options": {}}
+    run = read(save(tmp_path, raw, "record.json"))
+    assert title(run) == "mlp on mnist, one of the user's, D = 159,010"
 
 
 def test_run_figure_plots_losses_and_accuracy_by_epoch(tmp_path):

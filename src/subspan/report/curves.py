@@ -130,6 +130,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:.2g}"
 
 
+def axis_name(method: str) -> str:
+    """What a method is varied by, in words: "d", "tolerance"; empty if by nothing."""
+    how = methods().get(method)
+    axis = (how.axis if how else None) or ""
+    return "d" if axis == "dim" else axis.replace("_", " ")
+
+
 def point_of(run: RunRecord) -> PointRecord:
     """A single run as a point of a sweep: its label is the value of its method's axis."""
     how = methods().get(run.config["method"])
@@ -143,5 +150,6 @@ def title(found: SweepRecord | RunRecord) -> str:
     words = what_on_what(found.config)
     if isinstance(found, RunRecord):
         point = point_of(found)
-        words += f", {point.method}" + (f" d = {point.label}" if point.label else "")
+        at = f" {axis_name(point.method)} = {point.label}" if point.label else ""
+        words += f", {point.method}{at}"
     return f"{words}, D = {found.weights:,}" if found.weights else words

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from subspan.report.curves import axis_name
 from subspan.report.page import shown
 from subspan.sweeps.result import PointRecord, Published, SweepRecord
-from subspan.training.methods import methods
 from subspan.training.score import Score
 
 NONE = "–"  # not published, or not measured
@@ -108,10 +108,9 @@ def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
 
 def _at(row: PointRecord) -> str:
     """The value of the method's axis, where it says more than the count of numbers does."""
-    how = methods().get(row.method)
-    if row.label in ("", row.method, str(row.dim)) or how is None or how.axis is None:
-        return ""
-    return f"{'d' if how.axis == 'dim' else how.axis.replace('_', ' ')} = {row.label}"
+    axis = axis_name(row.method)
+    told = row.label not in ("", row.method, str(row.dim))
+    return f"{axis} = {row.label}" if axis and told else ""
 
 
 def _beside(row: PointRecord, sweep: SweepRecord, one: bool) -> Iterator[str]:
