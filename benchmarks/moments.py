@@ -23,7 +23,7 @@ import torch
 from subspan.files import write_atomically
 from subspan.optim import dlrt
 from subspan.optim.integrators import Factors
-from subspan.training import records
+from subspan.training import machine
 from subspan.training.config import Run, Training
 from subspan.training.train import train
 
@@ -82,7 +82,7 @@ def main() -> None:
                     for name, function in functions.items():
                         patches.enter_context(patch.object(dlrt, name, function))
                     found.append(train(run, args.out / "runs" / f"{base}-{rule}-seed{seed}"))
-            accuracy = [record["test_accuracy"] for record in found]
+            accuracy = [record.test_score for record in found]
             rows.append(
                 {
                     "base": base,
@@ -91,14 +91,14 @@ def main() -> None:
                     "test_accuracy": accuracy,
                     "mean": statistics.fmean(accuracy),
                     "spread": statistics.pstdev(accuracy),
-                    "stored_parameters": [record["stored_parameters"] for record in found],
+                    "stored_parameters": [record.stored_parameters for record in found],
                 }
             )
             print(base, rule, accuracy, flush=True)
     record = {
         "epochs": args.epochs,
-        "device": records.device_name(torch.device("cpu")),
-        "versions": records.versions(),
+        "device": machine.device_name(torch.device("cpu")),
+        "versions": machine.versions(),
         "rows": rows,
     }
     write_atomically(args.out / "moments.json", json.dumps(record, indent=1).encode())

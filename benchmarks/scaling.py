@@ -44,7 +44,7 @@ import subspan
 from subspan.bench.timing import interleaved
 from subspan.files import write_atomically
 from subspan.report import pictures
-from subspan.training import records
+from subspan.training import machine, records
 
 FAMILIES = ("hash", "fastfood", "orthogonal", "kronecker", "sparse2full", "rademacher", "gaussian")
 WEIGHTS = tuple(10**k for k in range(5, 10))
@@ -266,8 +266,9 @@ def main() -> None:
     file = given.out / "scaling.json"
     record = json.loads(file.read_text()) if file.is_file() else None
     if record is None:
-        machine = {"device": records.device_name(torch.device("cpu"))}
-        record = {"machine": machine | {"versions": records.versions()}, "points": []}
+        device = machine.device_name(torch.device("cpu"))
+        told = {"device": device, "versions": machine.versions()}
+        record = {"machine": told, "points": []}
     if "families" in parts:
         measure_families(record, families, file, given.seconds, given.most_weights)
     if "adding" in parts:

@@ -52,7 +52,7 @@ def main() -> None:
 
     training = Training(net="lenet-valid", data=str(data), epochs=10, batch_size=32)
     record = train(Run(training, method="hash", options={"dim": 300}, lr=0.17), out)
-    print(f"{100 * record['test_score']:.1f} % of the test images are told right by 300 numbers")
+    print(f"{100 * record.test_score:.1f} % of the test images are told right by 300 numbers")
     print(*report.write(out), sep="\n")
 
     # The same as a command; what is complete is not repeated.

@@ -18,7 +18,7 @@ from torch.optim import Adam
 
 import subspan
 from subspan.optim import RandomBases
-from subspan.training.records import bytes_sent  # by this process so far; where Linux counts it
+from subspan.training.machine import bytes_sent  # by this process so far; where Linux counts it
 
 STEPS, DIM = 300, 300
 

@@ -85,7 +85,7 @@ def test_the_guide_to_tasks(tmp_path, monkeypatch):
         baseline_lrs=(0.03,),
     )
     result = sweep(config, tmp_path / "out", jobs=1)
-    assert result["failed"] == []
-    assert result["baseline"]["mean_test_score"] < 0.1
-    assert result["rows"][1]["mean_test_score"] < 0.1
-    assert 3 <= result["d_int"]["hash"]["value"] <= 10
+    assert result.failed == []
+    assert result.baseline.mean_test_score < 0.1
+    assert result.rows[1].mean_test_score < 0.1
+    assert 3 <= result.d_int["hash"].value <= 10

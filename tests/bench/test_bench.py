@@ -420,11 +420,11 @@ def test_both_loops_are_the_same_training(few_images, tmp_path):
     training = laboratory.Training("mlp-8", "noise", epochs=2, batch_size=64)
     run = laboratory.Run(training, "full", {}, laboratory.RATE)
     how = laboratory.method("full")
-    ready = laboratory.loops.Prepared(
+    ready = laboratory.Prepared(
         run, laboratory.Classification(images, "mlp-8"), how, models["laboratory"], None
     )
-    accelerator = laboratory.loops.accelerator(training)
-    loop = laboratory.loops.Loop(ready, accelerator, tmp_path, None, None, None)
+    accelerator = laboratory.devices.accelerator(training)
+    loop = laboratory.Loop(ready, accelerator, tmp_path, None, None, None)
     loop.open()
     loop.fit()
     ours, bare = (dict(models[name].named_parameters()) for name in ("laboratory", "bare"))

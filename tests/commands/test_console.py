@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,53 +11,60 @@ from rich.console import Console
 
 from subspan.commands import console
 from subspan.commands.doctor import Finding
+from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.jobs import Job
+from subspan.sweeps.result import Failure, PointRecord, SweepRecord
+from subspan.training.records import CompleteRun, Epoch
 from subspan.training.score import Score
 from tests.runs import a_run
 
-RECORD = {
-    "test_score": 0.98765,
-    "val_score": 0.5,
-    "stored_parameters": 750,
-    "weights": 159_010,
-    "checkpoint_bytes": 3_700,
-    "seconds_total": 12.34,
-    "notes": ["[b]no[/b] test part :smile:"],
-}
-ROW = {"epoch": 3, "train_loss": 0.5, "val_loss": 0.25, "val_score": 0.875, "seconds": 1.5}
+RECORD = CompleteRun(
+    status="complete",
+    config={"method": "hash", "lr": 0.1, "seed": 0},
+    test_score=0.98765,
+    val_score=0.5,
+    trainable_parameters=750,
+    stored_parameters=750,
+    weights=159_010,
+    checkpoint_bytes=3_700,
+    seconds_total=12.34,
+    seconds_per_step=0.1,
+    peak_memory_bytes=10,
+    notes=["[b]no[/b] test part :smile:"],
+)
+ROW = Epoch(epoch=3, train_loss=0.5, val_loss=0.25, val_score=0.875, learning_rate=0.1, seconds=1.5)
 
 
 LONG = "a-method-with-a-very-long-name-indeed-it-is"
 
 
 def row(method, dim, accuracies):
-    return {
-        "method": method,
-        "dim": dim,
-        "lr": 0.1,
-        "test_score": accuracies,
-        "stored_parameters": dim,
-        "checkpoint_bytes": 4 * dim,
-        "seconds_total": [1.0] * len(accuracies),
-    }
+    return PointRecord(
+        method=method,
+        dim=dim,
+        label=str(dim),
+        lr=0.1,
+        test_score=accuracies,
+        trainable_parameters=dim,
+        stored_parameters=dim,
+        weights=159_010,
+        checkpoint_bytes=4 * dim,
+        seconds_total=[1.0] * len(accuracies),
+    )
 
 
-SWEEP = {
-    "baseline": row("full", 159_010, [0.9, 0.92]),
-    "rows": [row(LONG, 1000, [0.8, 0.82])],
-    "d_int": {
-        "hash": {"value": 300.4, "low": 250.0, "high": 399.6, "threshold": 0.9, "note": "a note"},
-        "sparse": {
-            "value": None,
-            "low": None,
-            "high": None,
-            "threshold": 0.995,
-            "note": "not reached: x",
-        },
-        "gaussian": {"value": 20.0, "low": None, "high": 30.0, "threshold": 0.9, "note": ""},
+SWEEP = SweepRecord(
+    status="complete",
+    config={},
+    baseline=row("full", 159_010, [0.9, 0.92]),
+    rows=[row(LONG, 1000, [0.8, 0.82])],
+    d_int={
+        "hash": IntrinsicDimension(300.4, 250.0, 399.6, 0.8, 0.9, "a note"),
+        "sparse": IntrinsicDimension(None, None, None, 0.8, 0.995, "not reached: x"),
+        "gaussian": IntrinsicDimension(20.0, None, 30.0, 0.8, 0.9, ""),
     },
-    "failed": [{"run": "hash-dim10", "error": "shape [1, 28] [/red] is wrong " + "x" * 200}],
-}
+    failed=[Failure("hash-dim10", "shape [1, 28] [/red] is wrong " + "x" * 200)],
+)
 
 
 ACCURACY = (
@@ -102,7 +110,7 @@ def test_lines_are_whole(capsys):
 
 
 def test_a_run_that_was_complete(capsys):
-    console.trained(RECORD | {"stored_parameters": 159_010, "notes": []}, Path("a"), anew=False)
+    console.trained(replace(RECORD, stored_parameters=159_010, notes=[]), Path("a"), anew=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "complete already, not repeated"
     assert lines[1].startswith("test accuracy 98.77 %, 159,010 numbers stored, 3,700 bytes")

@@ -11,7 +11,7 @@ from subspan import kernels
 from subspan.commands import doctor
 from subspan.commands.doctor import examine
 from subspan.families import projections
-from subspan.training import records
+from subspan.training import machine
 
 
 def test_all_is_well(cli):
@@ -54,11 +54,11 @@ def test_a_wrong_answer_is_found(monkeypatch, cli):
 
 
 def test_versions_and_device():
-    versions = records.versions()
+    versions = machine.versions()
     assert set(versions) >= {"python", "subspan", "torch", "numpy", "safetensors"}
-    name = records.device_name(torch.device("cpu"))
+    name = machine.device_name(torch.device("cpu"))
     assert f"{torch.get_num_threads()} of " in name
-    assert records.processor() in name
+    assert machine.processor() in name
 
 
 @pytest.mark.parametrize("build", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0"])
@@ -69,7 +69,7 @@ def test_the_version_of_pytorch_names_its_build(build, monkeypatch, cli):
         importlib.metadata, "version", lambda name: "2.13.0" if name == "torch" else known(name)
     )
     monkeypatch.setattr(torch, "__version__", build)
-    assert records.versions()["torch"] == build
+    assert machine.versions()["torch"] == build
     assert f"ok  version: torch {build}" in [
         " ".join(s.split(" ")) for s in cli("doctor").out.splitlines()
     ]
@@ -77,7 +77,7 @@ def test_the_version_of_pytorch_names_its_build(build, monkeypatch, cli):
 
 def test_peak_memory():
     """Of what was used in between, even if it is free again."""
-    memory = records.PeakMemory(torch.device("cpu"))
+    memory = machine.PeakMemory(torch.device("cpu"))
     before = memory.read()
     torch.zeros(30_000_000)
     assert memory.read() >= before + 100_000_000

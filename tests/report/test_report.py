@@ -15,8 +15,10 @@ import matplotlib
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.report import bars, page, pictures, records, write
-from subspan.report.curves import measured_curves, number, published_curves
+from subspan.report import bars, page, pictures, read, write
+from subspan.report.curves import measured_curves, number, published_curves, title
+from subspan.sweeps.result import SweepRecord
+from subspan.training.records import RunRecord
 from subspan.training.score import Score
 
 EIGHT = [
@@ -78,7 +80,8 @@ def a_run() -> dict[str, Any]:
     history = [(1, 0.9, 0.5, 0.85, 0.1, 6.1), (2, 0.4, 0.3, 0.935, 0.05, 6.0)]
     return {
         "format": 2,
-        "config": {"net": "mlp", "data": "mnist", "method": "hash", "dim": 750, "lr": 0.1},
+        "config": {"net": "mlp", "data": "mnist", "method": "hash"}
+        | {"options": {"dim": 750}, "lr": 0.1, "seed": 0},
         "test_score": 0.93,
         "val_score": 0.935,
         "trainable_parameters": 750,
@@ -101,9 +104,9 @@ def save(folder: Path, raw: dict[str, Any], name: str = "sweep.json") -> Path:
     return folder
 
 
-def read_sweep(folder: Path, raw: dict[str, Any]) -> records.Sweep:
-    sweep = records.read(save(folder, raw))
-    assert isinstance(sweep, records.Sweep)
+def read_sweep(folder: Path, raw: dict[str, Any]) -> SweepRecord:
+    sweep = read(save(folder, raw))
+    assert isinstance(sweep, SweepRecord)
     return sweep
 
 
@@ -345,9 +348,19 @@ def test_write_a_run(tmp_path):
     assert document.tables["History"][2] == ["2", "0.4", "0.3", "93.50", "0.05", "6.0"]
 
 
+def test_a_run_names_what_its_method_is_varied_by(tmp_path):
+    raw = a_run()
+    raw["config"] |= {"method": "dlrt", "options": {"tolerance": 0.1}}
+    run = read(save(tmp_path, raw, "record.json"))
+    assert title(run) == "mlp on mnist, dlrt tolerance = 0.1, D = 159,010"
+    raw["config"] |= {"method": "one of the user's", "options": {}}
+    run = read(save(tmp_path, raw, "record.json"))
+    assert title(run) == "mlp on mnist, one of the user's, D = 159,010"
+
+
 def test_run_figure_plots_losses_and_accuracy_by_epoch(tmp_path):
-    run = records.read(save(tmp_path, a_run(), "record.json"))
-    assert isinstance(run, records.Run)
+    run = read(save(tmp_path, a_run(), "record.json"))
+    assert isinstance(run, RunRecord)
     losses, accuracy = pictures.run_figure(run).axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[0.9, 0.4], [0.5, 0.3]]
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([85, 93.5])
@@ -357,7 +370,7 @@ def test_run_figure_plots_losses_and_accuracy_by_epoch(tmp_path):
 def test_a_failed_run_still_has_a_page(tmp_path):
     raw = a_run() | {"history": [], "status": "failed", "error": "the loss became nan"}
     raw |= dict.fromkeys(("test_score", "val_score", "checkpoint_bytes", "seconds_per_step"))
-    raw["config"]["dim"] = None
+    raw["config"]["options"] = {}
     files = write(save(tmp_path, raw, "record.json"))
     assert "no epoch was finished" in svg_texts(files[1].read_bytes())
     document = Document(files[2].read_text("utf-8"))
@@ -366,7 +379,7 @@ def test_a_failed_run_still_has_a_page(tmp_path):
 
 
 def test_a_sweep_without_a_good_run_still_has_a_page(tmp_path):
-    raw = a_sweep() | {"rows": [row("hash", 10, [])], "d_int": {}, "baseline": None}
+    raw = a_sweep() | {"rows": [], "d_int": {}, "baseline": None}
     files = write(save(tmp_path, raw))
     assert "no run succeeded" in svg_texts(files[1].read_bytes())
     document = Document(files[2].read_text("utf-8"))
@@ -376,7 +389,7 @@ def test_a_sweep_without_a_good_run_still_has_a_page(tmp_path):
 
 def test_a_sweep_comes_before_a_run(tmp_path):
     save(tmp_path, a_run(), "record.json")
-    assert isinstance(records.read(save(tmp_path, a_sweep())), records.Sweep)
+    assert isinstance(read(save(tmp_path, a_sweep())), SweepRecord)
 
 
 def test_page_loads_nothing(tmp_path):
@@ -443,6 +456,7 @@ BAD_SWEEPS = {
     "percent": damaged(a_sweep(), "rows.0.test_score", [93.1]),
     "nan": damaged(a_sweep(), "rows.0.test_score", [float("nan")]),
     "no method": damaged(a_sweep(), "rows.0.method", KeyError),
+    "no score": damaged(a_sweep(), "rows.0.test_score", []),
     "d of 0": damaged(a_sweep(), "rows.0.dim", 0),
     "infinite d": damaged(a_sweep(), "rows.0.dim", float("inf")),
     "d_int": damaged(a_sweep(), "d_int.hash", 290),
@@ -498,7 +512,7 @@ def test_any_damage_is_read_as_an_error_or_shown(tmp_path, value):
         for path in everywhere(raw):
             (tmp_path / name).write_text(damaged(raw, path, value))
             try:
-                found = records.read(tmp_path)
+                found = read(tmp_path)
             except SubspanError:
                 continue
             page.render(show(found), b"")
@@ -557,6 +571,6 @@ def test_records_of_the_first_format_are_read(tmp_path):
     assert read_sweep(tmp_path, raw) == read_sweep(tmp_path, a_sweep())
     old = json.loads(json.dumps(a_run()).replace("_score", "_accuracy")) | {"format": 1}
     (tmp_path / "sweep.json").unlink()
-    found = records.read(save(tmp_path, old, "record.json"))
-    assert found == records.read(save(tmp_path, a_run(), "record.json"))
+    found = read(save(tmp_path, old, "record.json"))
+    assert found == read(save(tmp_path, a_run(), "record.json"))
     assert found.history[1].val_score == 0.935

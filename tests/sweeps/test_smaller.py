@@ -66,22 +66,20 @@ def test_small_networks_in_a_sweep(tmp_path):
     config = a_sweep(small=("mlp-1", "mlp-2"), seeds=2)
     assert total_runs(config) == 2 * 5
     result = sweep(config, tmp_path, jobs=1)
-    rows = result["rows"]
-    assert [(row["method"], row["dim"], row["label"]) for row in rows] == [
+    rows = result.rows
+    assert [(row.method, row.dim, row.label) for row in rows] == [
         ("hash", 10, "10"),
         ("hash", 40, "40"),
         ("full", 85, "mlp-1"),
         ("full", 160, "mlp-2"),
     ]
-    assert [row.get("small") for row in rows] == [None, None, "mlp-1", "mlp-2"]
-    assert [row["stored_parameters"] for row in rows[2:]] == [85, 160]
-    assert result["baseline"]["dim"] == WEIGHTS
-    assert list(result["d_int"]) == ["hash"]
+    assert [row.small for row in rows] == ["", "", "mlp-1", "mlp-2"]
+    assert [row.stored_parameters for row in rows[2:]] == [85, 160]
+    assert result.baseline.dim == WEIGHTS
+    assert list(result.d_int) == ["hash"]
     assert (tmp_path / "runs" / "mlp-1-full-lr0.01-seed1" / "model.safetensors").is_file()
-    assert result["config"]["small"] == ["mlp-1", "mlp-2"]
-    assert (
-        "small" not in sweep(replace(config, small=(), seeds=1), tmp_path / "b", jobs=1)["config"]
-    )
+    assert result.config["small"] == ["mlp-1", "mlp-2"]
+    assert "small" not in sweep(replace(config, small=(), seeds=1), tmp_path / "b", jobs=1).config
     found = read(tmp_path)
     assert found.methods == ["hash"]
     assert found.weights == WEIGHTS

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -20,6 +21,7 @@ from subspan.errors import Stopped
 from subspan.sweeps import backends, claims
 from subspan.sweeps.claims import Claim
 from subspan.sweeps.pool import KILLED
+from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.sweep import sweep
 from subspan.training import locks
 from subspan.training import train as trainer
@@ -122,7 +124,7 @@ def test_a_run_that_is_trained_without_the_sweep(tmp_path):
 
         result = sweep(config, tmp_path, jobs=1, say=say)
     assert said == ["waiting for 1 run of another sweep"]
-    assert (result["status"], result["failed"], len(result["rows"])) == ("complete", [], 1)
+    assert (result.status, result.failed, len(result.rows)) == ("complete", [], 1)
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(2, 4), (-1, 1), (30, 1)])
@@ -202,7 +204,7 @@ if __name__ == "__main__":
 
 
 def claim(out, *dims, status="running", **other):
-    first = {"format": 1, "status": status, "config": {"dims": list(dims)}}
+    first = SweepRecord(status=status, config={"dims": list(dims)}, baseline=None, rows=[])
     return Claim(out, first, overwrite=other.pop("overwrite", False))
 
 
@@ -226,8 +228,8 @@ def test_claims(tmp_path):
             two.ask_to_stop()
             assert (one.place.stopping, two.place.stopping) == (False, True)
             # What one has completed the other does not take back.
-            one.write(one.first | {"status": "complete"})
-            two.write(one.first | {"status": "interrupted"})
+            one.write(replace(one.first, status="complete"))
+            two.write(replace(one.first, status="interrupted"))
             assert sweep_of(tmp_path)["status"] == "complete"
         assert locks.is_dir()
     assert not locks.exists()
@@ -358,7 +360,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
         done.append(outcome[0].name)
         monkeypatch.setattr(files.os, "fsync", no_room)
         monkeypatch.setattr(trainer, "prepare", lambda run: tried.append(run) or prepare(run))
-        monkeypatch.setattr(claims.records, "write_json", lambda *_: None)
+        monkeypatch.setattr(claims.SweepRecord, "write", lambda *_: None)
 
     prepare = trainer.prepare
     config = a_sweep(dims=("10", "20", "40"))
@@ -373,7 +375,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     assert record_of(tmp_path / "runs" / done[0])["status"] == "complete"
     before = contents(tmp_path / "runs" / done[0])
     result = sweep(config, tmp_path, jobs=1)
-    assert (len(result["rows"]), result["failed"]) == (3, [])
+    assert (len(result.rows), result.failed) == (3, [])
     assert contents(tmp_path / "runs" / done[0]) == before
 
 

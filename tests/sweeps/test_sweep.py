@@ -11,7 +11,9 @@ import pytest
 import subspan.sweeps.jobs as module
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.sweep import sweep
+from subspan.training.schema import to_json
 from tests.runs import NET, WEIGHTS, a_run, a_sweep, contents, copied, record_of, sweep_of
 
 
@@ -30,8 +32,8 @@ RUNS = {
 
 
 def test_the_table(swept):
-    out, result = swept
-    assert sweep_of(out) == result
+    out, result = swept[0], sweep_of(swept[0])
+    assert SweepRecord.read(out) == swept[1]
     assert (result["format"], result["status"], result["failed"]) == (2, "complete", [])
     assert set(os.listdir(out)) == {"sweep.json", "runs"}
     assert set(os.listdir(out / "runs")) == RUNS
@@ -60,7 +62,7 @@ def test_the_table(swept):
     expected = intrinsic_dimension(
         [10, 40], [row["test_score"] for row in rows[1:]], rows[0]["test_score"]
     )
-    assert result["d_int"] == {"hash": expected.as_dict()}
+    assert result["d_int"] == {"hash": to_json(expected)}
 
 
 @pytest.fixture
@@ -105,8 +107,8 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
         killed,
         gone,
     }
-    assert again["rows"][1]["test_score"] == swept[1]["rows"][1]["test_score"]
-    assert again["d_int"] == swept[1]["d_int"]
+    assert again.rows[1].test_score == swept[1].rows[1].test_score
+    assert again.d_int == swept[1].d_int
     assert set(os.listdir(out)) == {"sweep.json", "runs"}
 
 
@@ -120,15 +122,15 @@ def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
     assert contents(out) == before
     result = sweep(wider, out, jobs=1, overwrite=True)
     assert counted == ["hash-dim20-lr0.3-seed0", "hash-dim20-lr0.3-seed1"]
-    assert [row["dim"] for row in result["rows"]] == [10, 20, 40]
+    assert [row.dim for row in result.rows] == [10, 20, 40]
 
 
 def test_two_processes_give_the_same(swept, tmp_path):
     parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", jobs=2)
-    for ours, theirs in zip(parallel["rows"], swept[1]["rows"], strict=True):
-        assert ours["test_score"] == theirs["test_score"]
-        assert ours["val_score"] == theirs["val_score"]
-    assert parallel["d_int"] == swept[1]["d_int"]
+    for ours, theirs in zip(parallel.rows, swept[1].rows, strict=True):
+        assert ours.test_score == theirs.test_score
+        assert ours.val_score == theirs.val_score
+    assert parallel.d_int == swept[1].d_int
     assert set(os.listdir(tmp_path / "sweep" / "runs")) == RUNS
 
 
@@ -143,20 +145,20 @@ def test_runs_of_several_processes(tmp_path):
     """Started by torchrun; what one of them cannot do is said."""
     config = a_sweep(methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2)
     result = sweep(config, tmp_path / "out", jobs=1)
-    assert result["failed"] == []
-    [row] = result["rows"]
+    assert result.failed == []
+    [row] = result.rows
     [run] = (tmp_path / "out" / "runs").iterdir()
     record = record_of(run)
     assert (record["processes"], record["config"]["options"]) == (2, {"dim": 20})
-    assert row["bytes_sent_per_step"] == [record["bytes_sent_per_step"]]
+    assert row.bytes_sent_per_step == [record["bytes_sent_per_step"]]
     before = contents(run)
-    assert sweep(config, tmp_path / "out", jobs=1)["rows"] == [row]
+    assert sweep(config, tmp_path / "out", jobs=1).rows == [row]
     assert contents(run) == before
     odd = a_sweep(
         methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2, batch_size=127
     )
-    failed = sweep(odd, tmp_path / "odd", jobs=1)["failed"]
-    assert "batch_size must be a multiple of the 2 processes" in failed[0]["error"]
+    failed = sweep(odd, tmp_path / "odd", jobs=1).failed
+    assert "batch_size must be a multiple of the 2 processes" in failed[0].error
 
 
 # ---- records that were edited, damaged, or are newer ---------------------------------------------
@@ -199,13 +201,13 @@ def test_a_damaged_sweep(damage, swept, tmp_path, counted):
 MEASURED = {
     f"{name} {value!r}": (
         lambda path, name=name, value=value: edited(path, **{name: value}),
-        f"is damaged: {name} must be a number, got ",
+        f"is damaged in line 1: {name} {message}",
     )
-    for name, value in (
-        ("val_score", ...),
-        ("val_score", "0.5"),
-        ("test_score", None),
-        ("weights", True),
+    for name, value, message in (
+        ("val_score", ..., "is missing"),
+        ("val_score", "0.5", "must be a number, got '0.5'"),
+        ("test_score", None, "must be a number, got None"),
+        ("weights", True, "must be a whole number, got True"),
     )
 }
 
@@ -219,13 +221,13 @@ def test_a_damaged_run(damage, swept, tmp_path, counted):
     do(out / "runs" / name / "record.json")
     before = contents(out / "runs")
     result = sweep(a_sweep(seeds=2), out, jobs=1)
-    [failure] = result["failed"]
-    assert failure["run"] == name
-    assert re.search(message, failure["error"])
-    assert "--overwrite" in failure["error"]
-    assert result["rows"][1]["seeds"] == [0]
+    [failure] = result.failed
+    assert failure.run == name
+    assert re.search(message, failure.error)
+    assert "--overwrite" in failure.error
+    assert result.rows[1].seeds == [0]
     assert contents(out / "runs") == before
     assert counted == []
     again = sweep(a_sweep(seeds=2), out, jobs=1, overwrite=True)
     assert counted == [name]
-    assert again["rows"][1]["test_score"] == swept[1]["rows"][1]["test_score"]
+    assert again.rows[1].test_score == swept[1].rows[1].test_score

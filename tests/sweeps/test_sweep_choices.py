@@ -11,8 +11,10 @@ import pytest
 import subspan.sweeps.jobs as module
 from subspan import files
 from subspan.errors import SubspanError
+from subspan.sweeps.result import Failure, Published, SweepRecord
 from subspan.sweeps.sweep import sweep, total_runs
-from subspan.training import records
+from subspan.training.records import CompleteRun
+from subspan.training.schema import to_json
 from subspan.training.train import prepare
 from tests.runs import a_sweep, contents, copied, sweep_of
 
@@ -30,17 +32,18 @@ class MadeUp:
         if isinstance(found, BaseException):
             raise found
         counts = ready.method.counts(ready.model)
-        return {
-            "status": "complete",
-            "val_score": found,
-            "test_score": self.test(run),
-            "seconds_total": 1.0,
-            "seconds_per_step": 0.1,
-            "peak_memory_bytes": 10,
-            "checkpoint_bytes": 900,
-            "device": "made up",
+        return CompleteRun(
+            status="complete",
+            config=run.as_dict(),
+            val_score=found,
+            test_score=self.test(run),
+            seconds_total=1.0,
+            seconds_per_step=0.1,
+            peak_memory_bytes=10,
+            checkpoint_bytes=900,
+            device="made up",
             **counts,
-        }
+        )
 
 
 def made_up(monkeypatch, validation, **other):
@@ -60,9 +63,9 @@ def test_the_rate_is_chosen_on_validation_by_the_first_seed(tmp_path, monkeypatc
     runs = made_up(monkeypatch, validation, test=lambda run: 0.2 if validation(run) == 0.9 else 0.8)
     config = a_sweep(seeds=3, lrs=(0.1, 0.3), baseline_lrs=(0.01, 0.02, 0.03))
     result = sweep(config, tmp_path, jobs=1)
-    assert [row["lr"] for row in [result["baseline"], *result["rows"]]] == [0.02, 0.1, 0.3]
-    assert result["rows"][0]["tried_lrs"] == {"0.1": 0.9, "0.3": 0.6}
-    assert result["rows"][0]["test_score"] == [0.2, 0.8, 0.8]
+    assert [row.lr for row in [result.baseline, *result.rows]] == [0.02, 0.1, 0.3]
+    assert result.rows[0].tried_lrs == {"0.1": 0.9, "0.3": 0.6}
+    assert result.rows[0].test_score == [0.2, 0.8, 0.8]
     assert len(runs.runs) == total_runs(config) == 3 + 2 + 2 + 3 * 2
     # The first seed at all rates, those with most coordinates first; then the others at the best.
     assert runs.runs[:3] == [f"hash-dim{d}-seed0" for d in ("40-lr0.3", "40-lr0.1", "10-lr0.3")]
@@ -85,33 +88,33 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch
     seen, states = [], []
 
     def on_run(outcome, left):
-        seen.append((outcome[0].name, isinstance(outcome[1], dict)))
+        seen.append((outcome[0].name, isinstance(outcome[1], CompleteRun)))
         states.append(sweep_of(tmp_path))
 
     config = a_sweep(seeds=2, lrs=(0.1, 0.3), dims=("10", "20", "40"))
     result = sweep(config, tmp_path, jobs=1, on_run=on_run)
-    assert result["status"] == "complete"
-    assert result["failed"] == [
-        {"run": "hash-dim20-lr0.1-seed0", "error": "ZeroDivisionError: a bug"},
-        {"run": "hash-dim20-lr0.3-seed0", "error": "ZeroDivisionError: a bug"},
-        {"run": "hash-dim40-lr0.3-seed0", "error": "the loss stopped being finite"},
+    assert result.status == "complete"
+    assert result.failed == [
+        Failure("hash-dim20-lr0.1-seed0", "ZeroDivisionError: a bug"),
+        Failure("hash-dim20-lr0.3-seed0", "ZeroDivisionError: a bug"),
+        Failure("hash-dim40-lr0.3-seed0", "the loss stopped being finite"),
     ]
     # Of equal rates the first, whichever was done first.
-    assert [(row["dim"], row["lr"]) for row in result["rows"]] == [(10, 0.1), (40, 0.1)]
-    assert len(result["rows"][1]["seeds"]) == 2
+    assert [(row.dim, row.lr) for row in result.rows] == [(10, 0.1), (40, 0.1)]
+    assert len(result.rows[1].seeds) == 2
     assert ("hash-dim40-lr0.3-seed0", False) in seen
     assert ("hash-dim10-lr0.1-seed1", True) in seen
     # The file is brought up to date with each.
     assert [state["status"] for state in states] == ["running"] * len(states)
     assert len(states[0]["rows"]) + len(states[0]["failed"]) == 1
-    assert states[-1]["rows"] == result["rows"]
+    assert states[-1]["rows"] == to_json(result.rows)
 
 
 def test_all_runs_fail(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: SubspanError("no"))
     result = sweep(a_sweep(seeds=2), tmp_path, jobs=1)
-    assert (result["rows"], result["baseline"], result["d_int"]) == ([], None, {})
-    assert len(result["failed"]) == 3
+    assert (result.rows, result.baseline, result.d_int) == ([], None, {})
+    assert len(result.failed) == 3
 
 
 def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch):
@@ -144,22 +147,22 @@ def test_the_threshold(tmp_path, monkeypatch):
     """Is that of the intrinsic dimension, interpolated on log d."""
     accuracy = {"full": 1.0, "10": 0.4, "40": 0.8}
     made_up(monkeypatch, lambda run: 0.5, test=lambda run: accuracy[run.options.get("dim", "full")])
-    found = sweep(a_sweep(threshold=0.6), tmp_path, jobs=1)["d_int"]["hash"]
-    assert (found["threshold"], found["target"]) == (0.6, 0.6)
-    assert found["value"] == pytest.approx(20)
+    found = sweep(a_sweep(threshold=0.6), tmp_path, jobs=1).d_int["hash"]
+    assert (found.threshold, found.target) == (0.6, 0.6)
+    assert found.value == pytest.approx(20)
 
 
 def test_no_baseline(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
     result = sweep(a_sweep(baseline=None), tmp_path, jobs=1)
-    assert result["baseline"] is None
-    assert result["d_int"] == {}
-    assert [row["dim"] for row in result["rows"]] == [10, 40]
+    assert result.baseline is None
+    assert result.d_int == {}
+    assert [row.dim for row in result.rows] == [10, 40]
 
 
 def test_a_baseline_that_gets_nothing_right(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5, test=lambda run: 0.0)
-    assert sweep(a_sweep(), tmp_path, jobs=1)["d_int"] == {}
+    assert sweep(a_sweep(), tmp_path, jobs=1).d_int == {}
 
 
 def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
@@ -171,9 +174,9 @@ def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
         "hash-dim10-lr0.3-seed0",
         "hash-dim40-lr0.3-seed0",
     ]
-    assert (result["baseline"]["method"], list(result["d_int"])) == ("full", ["hash"])
+    assert (result.baseline.method, list(result.d_int)) == ("full", ["hash"])
     result = sweep(a_sweep(methods=("full", "hash"), baseline=None), tmp_path / "b", jobs=1)
-    assert [(row["method"], row["label"]) for row in result["rows"]] == [
+    assert [(row.method, row.label) for row in result.rows] == [
         ("full", "full"),
         ("hash", "10"),
         ("hash", "40"),
@@ -185,7 +188,7 @@ def test_sums(tmp_path, monkeypatch):
     runs = made_up(monkeypatch, lambda run: 0.5)
     config = a_sweep(dims=("6+2", "20+10"), options={"compartments": "layer"})
     result = sweep(config, tmp_path, jobs=1)
-    assert [(row["dim"], row["label"]) for row in result["rows"]] == [(8, "6+2"), (30, "20+10")]
+    assert [(row.dim, row.label) for row in result.rows] == [(8, "6+2"), (30, "20+10")]
     assert set(runs.runs) >= {"hash-dim6+2-lr0.3-seed0", "hash-dim20+10-lr0.3-seed0"}
 
 
@@ -292,23 +295,22 @@ def test_folders_of_other_things(tmp_path, trained, monkeypatch):
     runs.mkdir(parents=True)
     copied(trained, runs / "hash-dim10-lr0.3-seed0")
     result = sweep(a_sweep(), tmp_path / "sweep", jobs=1)
-    (failure,) = result["failed"]
-    assert failure["run"] == "hash-dim10-lr0.3-seed0"
-    assert "belongs to another configuration" in failure["error"]
-    assert [row["dim"] for row in result["rows"]] == [40]
+    (failure,) = result.failed
+    assert failure.run == "hash-dim10-lr0.3-seed0"
+    assert "belongs to another configuration" in failure.error
+    assert [row.dim for row in result.rows] == [40]
 
 
-def test_extra(tmp_path, monkeypatch):
-    """It is in the file from the beginning on."""
+def test_what_is_published_is_in_the_file_from_the_beginning_on(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
-    seen = []
+    seen, curve = [], Published("Nobody 2026", (5,), (0.25,))
     result = sweep(
         a_sweep(),
         tmp_path,
         jobs=1,
-        extra={"published": [1]},
-        on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"]),
+        published=[curve],
+        on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"][0]["dims"]),
     )
-    assert result["published"] == [1]
-    assert seen == [[1]] * 3
-    assert records.read_json(tmp_path / "sweep.json") == result
+    assert result.published == [curve]
+    assert seen == [[5]] * 3
+    assert SweepRecord.read(tmp_path) == result

@@ -117,14 +117,14 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path):
     run, starts = a_run(dim=5, epochs=2), []
     train_up_to(STEPS + 2, run, tmp_path)
     record, where = record_of(tmp_path), state.read(tmp_path / state.FILE)
-    for content in (record, where):
+    for config in (record["config"], where.config):
         for name in ("image_column", "label_column", "resize"):
-            assert content["config"].pop(name) is None
+            assert config.pop(name) is None
     records.write_json(tmp_path / "record.json", record)
     state.write(tmp_path / state.FILE, where)
     done = train(run, tmp_path, on_start=lambda *told: starts.append(told[:2]))
     assert starts == [(2 * STEPS, STEPS)]
-    assert done["status"] == "complete"
+    assert done.status == "complete"
 
 
 def deep(folder, scale=1.0):

@@ -10,7 +10,7 @@ import torch
 
 from subspan import SubspanError, checkpoint, report
 from subspan.layers import LowRank
-from subspan.report import pictures, records
+from subspan.report import pictures, read
 from subspan.sweeps.sweep import sweep
 from subspan.training import nets
 from subspan.training.evaluate import rebuild
@@ -26,26 +26,26 @@ def dlrt(**settings):
 
 def test_a_run_records_ranks_and_singular_values(tmp_path):
     record = train(dlrt(epochs=3, tolerance=0.4, batch_size=64), tmp_path)
-    rows = record["history"]
-    assert [set(row["ranks"]) for row in rows] == [{"fc1"}] * 3
-    assert rows[-1]["ranks"]["fc1"] < 7
+    rows = record.history
+    assert [set(row.ranks) for row in rows] == [{"fc1"}] * 3
+    assert rows[-1].ranks["fc1"] < 7
     for row in rows:
-        values = row["singular_values"]["fc1"]
-        assert len(values) == row["ranks"]["fc1"]
+        values = row.singular_values["fc1"]
+        assert len(values) == row.ranks["fc1"]
         assert values == sorted(values, reverse=True)
-    best = rows[record["best_epoch"] - 1]["ranks"]
-    assert record["ranks"] == best
+    best = rows[record.best_epoch - 1].ranks
+    assert record.ranks == best
     r = best["fc1"]
-    assert record["weights"] == 610
-    assert record["counts"]["to run it"] == r * (64 + 8) + 8 + 90
-    assert record["stored_parameters"] == record["counts"]["to run it"] + r * r
+    assert record.weights == 610
+    assert record.counts["to run it"] == r * (64 + 8) + 8 + 90
+    assert record.stored_parameters == record.counts["to run it"] + r * r
     _, tensors = checkpoint.read(tmp_path / "model.safetensors")
     assert tensors["fc1.S"].shape == (r, r)
 
 
 def test_the_picture_of_a_run(tmp_path):
     train(dlrt(epochs=2, tolerance=0.3, targets=["fc1", "fc2"]), tmp_path)
-    axes = pictures.run_figure(records.read(tmp_path)).axes
+    axes = pictures.run_figure(read(tmp_path)).axes
     assert [a.get_ylabel() for a in axes] == ["loss", "accuracy (%)", "rank", "singular value"]
     for panel in axes[2:]:
         assert [line.get_label() for line in panel.lines] == ["fc1", "fc2"]
@@ -63,21 +63,21 @@ def test_a_sweep_over_tolerances(tmp_path):
         seeds=2,
     )
     result = sweep(config, tmp_path, jobs=1)
-    assert not result["failed"]
-    assert [row["label"] for row in result["rows"]] == ["0.01", "0.3", "0.7"]
-    numbers = [row["dim"] for row in result["rows"]]
+    assert not result.failed
+    assert [row.label for row in result.rows] == ["0.01", "0.3", "0.7"]
+    numbers = [row.dim for row in result.rows]
     assert numbers == sorted(numbers, reverse=True)
     assert numbers[-1] < numbers[0]
-    assert [len(row["ranks"]) for row in result["rows"]] == [2, 2, 2]
-    assert result["d_int"] == {}
+    assert [len(row.ranks) for row in result.rows] == [2, 2, 2]
+    assert result.d_int == {}
     report.write(tmp_path)
-    figure = pictures.sweep_figure(records.read(tmp_path))
+    figure = pictures.sweep_figure(read(tmp_path))
     assert figure.axes[0].get_xlabel() == "numbers trained, on average over seeds"
 
 
 def test_a_given_size_is_reached(tmp_path):
     record = train(a_run("dlrt-ratio", lr=0.01, epochs=2, target_ratio=0.6), tmp_path)
-    r = record["ranks"]["fc1"]
+    r = record.ranks["fc1"]
     assert r * (64 + 8) <= 0.4 * 512 < (r + 1) * (64 + 8)
 
 
@@ -85,13 +85,13 @@ def test_a_given_size_is_reached(tmp_path):
 def test_dense_training_and_then_truncation(adapt_at, tmp_path):
     options = {"target_ratio": 0.6, "rank": "full", "adapt_at": adapt_at, "freeze_at": adapt_at}
     record = train(a_run("dlrt-ratio", lr=0.01, epochs=4, **options), tmp_path)
-    ranks = [row["ranks"]["fc1"] for row in record["history"]]
+    ranks = [row.ranks["fc1"] for row in record.history]
     r = 0.4 * 512 // (64 + 8)
     assert ranks == ([8, 8, r, r] if adapt_at == 0.5 else [8, 8, 8, r])
     # However much better it was before.
-    assert record["ranks"] == {"fc1": r}
-    assert record["best_epoch"] in ((3, 4) if adapt_at == 0.5 else (4,))
-    assert record["val_score"] == record["history"][record["best_epoch"] - 1]["val_score"]
+    assert record.ranks == {"fc1": r}
+    assert record.best_epoch in ((3, 4) if adapt_at == 0.5 else (4,))
+    assert record.val_score == record.history[record.best_epoch - 1].val_score
 
 
 @pytest.mark.parametrize("integrator", ["parallel", "kls", "kls-adaptive", "vanilla"])
@@ -101,10 +101,10 @@ def test_every_integrator_learns(integrator, optimizer, tmp_path):
     settings = {"rank": 4} if fixed else {"tolerance": 0.1}
     settings |= {"integrator": integrator, "optimizer": optimizer, "batch_size": 64, "epochs": 3}
     record = train(a_run("dlrt", lr=0.1 if optimizer == "sgd" else 0.01, **settings), tmp_path)
-    losses = [row["train_loss"] for row in record["history"]]
+    losses = [row.train_loss for row in record.history]
     assert losses[-1] < losses[0] - 0.2
     if fixed:
-        assert record["ranks"] == {"fc1": 4}
+        assert record.ranks == {"fc1": 4}
 
 
 def test_a_sweep_over_what_is_no_number(tmp_path):
@@ -169,7 +169,7 @@ def test_two_processes_are_one(tmp_path):
             batch_size=128,
         )
         result = sweep(config, tmp_path / str(processes), jobs=1)
-        assert not result["failed"], result["failed"]
+        assert not result.failed, result.failed
         [folder] = (tmp_path / str(processes) / "runs").iterdir()
         results[processes] = record_of(folder)
         assert results[processes]["processes"] == processes

@@ -36,19 +36,19 @@ def test_laws(name, tmp_path):
     assert rates
     assert all(0 < rate < 100 for rate in rates)
     record = train(a_run(name, lr=rates[len(rates) // 2], batch_size=256, **options), tmp_path)
-    assert record["status"] == "complete"
-    assert record["weights"] == WEIGHTS
+    assert record.status == "complete"
+    assert record.weights == WEIGHTS
     # Factors of a layer as small as here are more numbers than the layer.
-    assert 0 < record["trainable_parameters"] <= WEIGHTS * (1.1 if how.adapts else 1)
+    assert 0 < record.trainable_parameters <= WEIGHTS * (1.1 if how.adapts else 1)
     if how.axis == "dim":
-        assert record["trainable_parameters"] == 20
+        assert record.trainable_parameters == 20
     file = tmp_path / "model.safetensors"
     numbers = sum(t.numel() for t in checkpoint.read(file)[1].values())
-    assert numbers <= record["stored_parameters"]
-    assert record["checkpoint_bytes"] == file.stat().st_size <= 4 * numbers + 2048
+    assert numbers <= record.stored_parameters
+    assert record.checkpoint_bytes == file.stat().st_size <= 4 * numbers + 2048
     found = evaluate_checkpoint(file)
-    assert found["test_accuracy"] == record["test_score"]
-    assert found["checkpoint_bytes"] == record["checkpoint_bytes"]
+    assert found["test_accuracy"] == record.test_score
+    assert found["checkpoint_bytes"] == record.checkpoint_bytes
 
 
 def test_there_is_one_for_every_family():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -114,7 +115,7 @@ def test_one_process_on_the_joint_batch(launcher, processes, tmp_path, alone):
 def test_a_sweep_of_runs_in_two_processes_logs_each(tmp_path):
     config = a_sweep(dims=("5",), baseline=None, processes=2)
     result = sweep(config, tmp_path, jobs=1, log=["tensorboard"])
-    assert not result["failed"], result["failed"]
+    assert not result.failed, result.failed
     [out] = (tmp_path / "runs").iterdir()
     assert record_of(out)["processes"] == 2
     has_all(out, "tensorboard")
@@ -233,9 +234,9 @@ def test_two_begin_and_one_goes_on(folder, monkeypatch):
     disturbed(folder, "plain", "two-one", signal.SIGKILL)
     monkeypatch.syspath_prepend(str(folder))
     record = record_of(folder / "two-one")
-    done = state.read(folder / "two-one" / state.FILE)["done"]
+    done = state.read(folder / "two-one" / state.FILE).progress.done
     run = Run.from_dict(record["config"])
-    notes = train(run, folder / "two-one")["notes"]
+    notes = train(run, folder / "two-one").notes
     assert notes == [f"processes: 2 up to step {done}, then 1"]
     train(run, folder / "one")
     close(folder / "two-one", folder / "one")
@@ -246,8 +247,8 @@ def test_independent_workers_must_stay_as_many(tmp_path):
     run = a_run("rbd", dim=5, lr=0.5, epochs=2, workers="independent", journal=True)
     train_up_to(STEPS + 2, run, tmp_path)
     where = state.read(tmp_path / state.FILE)
-    assert where["processes"] == 1
-    state.write(tmp_path / state.FILE, where | {"processes": 2})
+    assert where.processes == 1
+    state.write(tmp_path / state.FILE, replace(where, processes=2))
     before = contents(tmp_path)
     with pytest.raises(SubspanError, match=r"begun in 2 processes, .* got 1: go on in 2"):
         train(run, tmp_path)

@@ -14,7 +14,7 @@ import torch
 
 from subspan import SubspanError
 from subspan.optim.journal import Journal
-from subspan.report import pictures, records
+from subspan.report import pictures, read
 from subspan.training.train import prepare, train
 from tests.runs import NET, STEPS, a_run, record_of, train_up_to
 
@@ -28,33 +28,33 @@ def weights_of(path):
 
 def test_a_run_says_what_its_bases_catch(tmp_path):
     record = train(a_run("rbd", lr=1.0, epochs=3, dim=20, compartments="layer"), tmp_path)
-    for row in record["history"]:
-        assert set(row["alignment"]) == {"fc1", "fc2", "all"}
-        for found in row["alignment"].values():
-            assert 0 < found["cosine"] < 1
-            assert 0 < found["share"] < 1
-    run = records.read(tmp_path)
+    for row in record.history:
+        assert set(row.alignment) == {"fc1", "fc2", "all"}
+        for found in row.alignment.values():
+            assert 0 < found.cosine < 1
+            assert 0 < found.share < 1
+    run = read(tmp_path)
     axes = pictures.run_figure(run).axes
     assert [a.get_ylabel() for a in axes][2] == "gradient in the basis"
     labels = [line.get_label() for line in axes[2].lines]
     assert labels == ["all: cosine", "all: share of its norm", "fc1: cosine", "fc2: cosine"]
-    assert record["trainable_parameters"] == 20
-    assert record["stored_parameters"] == 610
+    assert record.trainable_parameters == 20
+    assert record.stored_parameters == 610
 
 
 def test_redrawn_bases_learn_more_than_one_that_stays(tmp_path):
     losses = {}
     for name in ("rbd", "fpd"):
         run = a_run(name, lr=1.0, epochs=10, batch_size=64, dim=20, schedule="cosine")
-        losses[name] = train(run, tmp_path / name)["history"][-1]["train_loss"]
+        losses[name] = train(run, tmp_path / name).history[-1].train_loss
     assert losses["rbd"] < losses["fpd"] - 0.1
 
 
 def test_evaluations_alone_train_too(tmp_path):
     run = a_run("nes", lr=1.0, epochs=2, batch_size=256, dim=10)
-    history = train(run, tmp_path)["history"]
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert "alignment" not in history[0]
+    history = train(run, tmp_path).history
+    assert history[-1].train_loss < history[0].train_loss
+    assert not history[0].alignment
 
 
 def test_replay_by_command(in_tmp_path, cli):
@@ -114,9 +114,11 @@ def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
     record = train(run, tmp_path / "parts", on_step=lambda: resumed.append(1))
     # From the state after an epoch; the journal's later steps are made again, to the same bits.
     assert len(resumed) == 3 * STEPS - (stop - 1) // STEPS * STEPS
-    assert record["test_score"] == whole["test_score"]
+    assert record.test_score == whole.test_score
     for key in ("train_loss", "val_loss", "val_score", "alignment"):
-        assert [row[key] for row in record["history"]] == [row[key] for row in whole["history"]]
+        assert [getattr(row, key) for row in record.history] == [
+            getattr(row, key) for row in whole.history
+        ]
     files = [tmp_path / name / JOURNAL for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
     models = [weights_of(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
@@ -138,7 +140,7 @@ def test_another_configuration_begins_a_journal_of_its_own(tmp_path):
     train(a_run("rbd", lr=1.0, dim=20, journal=True), tmp_path)
     first = (tmp_path / JOURNAL).read_bytes()
     record = train(a_run("rbd", lr=0.5, dim=10, journal=True), tmp_path, overwrite=True)
-    assert record["status"] == "complete"
+    assert record.status == "complete"
     assert (tmp_path / JOURNAL).read_bytes() != first
 
 
@@ -212,7 +214,7 @@ def test_torchrun(tmp_path, workers):
         alone = train(a_run("rbd", lr=1.0, epochs=2, dim=20, batch_size=128), tmp_path / "alone")
         # One process takes the smaller last batch, too: close, not equal.
         assert record["history"][0]["train_loss"] == pytest.approx(
-            alone["history"][0]["train_loss"], rel=0.05
+            alone.history[0].train_loss, rel=0.05
         )
 
 

@@ -20,7 +20,7 @@ from subspan.errors import Stopped
 from subspan.training import locks, loop, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
-from tests.runs import a_run, contents, copied, record_of
+from tests.runs import STEPS, a_run, contents, copied, record_of, train_up_to
 from tests.training.killed import RUN as KILLED
 
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
@@ -54,7 +54,6 @@ def build(input_shape, classes):
 
 
 NOISY = "tests.training.test_resume:build"
-STEPS = -(-(1438 - 120) // 128)
 RUNS = {
     "hash": {"dim": 30},
     "full": {"lr": 0.003, "net": NOISY, "init": "own"},
@@ -105,7 +104,7 @@ def test_stopped_twice_and_gone_on(name, tmp_path):
         assert starts == [(3 * STEPS, before)]
         assert record_of(out)["status"] == "interrupted"
     done = train(of(name), out)
-    assert done["status"] == "complete"
+    assert done.status == "complete"
     same(out, whole)
 
 
@@ -148,7 +147,7 @@ def test_killed_while_it_finished(missing, tmp_path, monkeypatch):
         raise OSError("power failure")
 
     def stop(row):
-        if row["epoch"] == KILLED.training.epochs:
+        if row.epoch == KILLED.training.epochs:
             monkeypatch.setattr(loop.Loop, "finish", no_power)
 
     with pytest.raises(OSError, match="power failure"):
@@ -175,7 +174,7 @@ def stop_in_epoch(monkeypatch, epoch):
 
     def report(self, row):
         plain(self, row)
-        if row["epoch"] == epoch:
+        if row.epoch == epoch:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(console.TrainingProgress, "epoch", report)
@@ -251,7 +250,7 @@ def test_another_beginning(tmp_path, monkeypatch):
         with pytest.raises(SubspanError, match=words):
             train(run, out)
     assert contents(out) == before
-    assert train(run, out)["status"] == "complete"
+    assert train(run, out).status == "complete"
 
 
 @pytest.mark.parametrize("spoil", ["missing", "cut short"])
@@ -323,7 +322,7 @@ def test_a_full_disk_after_a_signal(tmp_path, monkeypatch):
     ("edit", "message"),
     [
         (lambda record: record.update(notes=3), "notes must be a list, got 3"),
-        (lambda record: record.update(score="high"), "score must be a dict, got 'high'"),
+        (lambda record: record.update(score="high"), "score must be a mapping, got 'high'"),
         (lambda record: record["config"].update(options=None), "options must be a mapping, got"),
     ],
 )
@@ -363,7 +362,8 @@ def test_a_state_of_another_run_is_not_used(tmp_path):
     out = tmp_path / "run"
 
     def stop(row):
-        raise OSError("power failure")
+        if row.epoch == 2:
+            raise OSError("power failure")
 
     for lr in (0.1, 0.3):
         with pytest.raises(OSError, match="power failure"):
@@ -375,10 +375,29 @@ def test_a_state_of_another_run_is_not_used(tmp_path):
     train(a_run(dim=30, epochs=2, lr=0.1), tmp_path / "other")
     content = json.loads((out / "record.json").read_text())
     assert content["config"]["lr"] == 0.1
-    wrong = {"config": json.loads(json.dumps(other.as_dict())), "history": [1, 2, 3]}
-    state.write(out / state.FILE, wrong)
+    (out / state.FILE).write_bytes((tmp_path / "0.3" / state.FILE).read_bytes())
     train(a_run(dim=30, epochs=2, lr=0.1), out)
     same(out, tmp_path / "other")
+
+
+def test_a_state_of_an_older_version(tmp_path):
+    """The file is what it always was; some of its entries came later."""
+    run, out = a_run(dim=30, epochs=2), tmp_path / "run"
+    train(run, tmp_path / "whole")
+    train_up_to(STEPS + 2, run, out)
+    content = torch.load(out / state.FILE, weights_only=True)
+    assert set(content) == {
+        *("format", "config", "header", "tensors", "optimizer", "schedule", "scaler"),
+        *("generators", "history", "log", "best_score", "best_epoch", "sent", "notes"),
+        *("processes", "size", "done", "within", "seconds_total"),
+    }
+    assert set(content["within"]) == {"total", "seen", "seconds", "lr"}
+    assert content["history"] == record_of(out)["history"]
+    for name in ("log", "notes", "processes", "size"):
+        del content[name]
+    torch.save(content, out / state.FILE)
+    train(run, out)
+    same(out, tmp_path / "whole")
 
 
 def test_generators():

@@ -17,6 +17,7 @@ from subspan.sweeps.sweep import sweep
 from subspan.training import data, tasks
 from subspan.training.config import Run, Training
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.schema import from_json, to_json
 from subspan.training.score import ACCURACY, Score
 from subspan.training.train import prepare, train
 from tests.runs import a_sweep, record_of
@@ -143,20 +144,15 @@ def test_images_are_the_usual_task():
 
 def test_a_run(own):
     record = train(a_run(f"{own}:line", dim=12), Path("run"))
-    assert record["score"] == {
-        "name": "error",
-        "higher_is_better": False,
-        "zero": 1.0,
-        "percent": False,
-    }
-    assert record["config"]["task"] == f"{own}:line"
-    assert (record["config"]["net"], record["config"]["data"]) == (None, None)
-    assert record["notes"] == ["drawn by itself"]
-    scores = [row["val_score"] for row in record["history"]]
-    assert record["val_score"] == min(scores) == scores[record["best_epoch"] - 1] < 0.3
+    assert record.score == Score("error", higher_is_better=False, zero=1.0, percent=False)
+    assert record.config["task"] == f"{own}:line"
+    assert (record.config["net"], record.config["data"]) == (None, None)
+    assert record.notes == ["drawn by itself"]
+    scores = [row.val_score for row in record.history]
+    assert record.val_score == min(scores) == scores[record.best_epoch - 1] < 0.3
     # The file finds the task again, and its network with its first weights.
     found = evaluate_checkpoint("run/model.safetensors")
-    assert found["test_error"] == record["test_score"]
+    assert found["test_error"] == record.test_score
     assert "images" not in found
     model, _ = rebuild("run/model.safetensors")
     assert evaluate(model, tasks.load(Training(task=f"{own}:line"), 0), "validation")[1] == min(
@@ -177,7 +173,7 @@ def test_the_lowest_is_best(own, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(__import__(own).Line, "evaluate", told)
         record = train(a_run(f"{own}:line"), Path("run"))
-    assert (record["best_epoch"], record["val_score"]) == (2, 0.2)
+    assert (record.best_epoch, record.val_score) == (2, 0.2)
     config = a_sweep(
         net=None,
         data=None,
@@ -190,10 +186,10 @@ def test_the_lowest_is_best(own, monkeypatch):
         seeds=2,
     )
     result = sweep(config, Path("sweep"), jobs=1)
-    assert result["score"]["name"] == "error"
-    assert result["baseline"]["lr"] == result["rows"][0]["lr"] == 0.1
-    mean = sum(result["baseline"]["test_score"]) / 2
-    assert result["d_int"]["hash"]["target"] == pytest.approx(1 + 0.9 * (mean - 1))
+    assert result.score.name == "error"
+    assert result.baseline.lr == result.rows[0].lr == 0.1
+    mean = sum(result.baseline.test_score) / 2
+    assert result.d_int["hash"].target == pytest.approx(1 + 0.9 * (mean - 1))
 
 
 def test_by_command(own, cli):
@@ -235,7 +231,7 @@ def test_a_run_goes_on(own):
     whole = train(a_run(f"{own}:line", dim=12), Path("whole"))
 
     def die(row):
-        if row["epoch"] == 2:
+        if row.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +239,7 @@ def test_a_run_goes_on(own):
     parts = train(a_run(f"{own}:line", dim=12), Path("parts"))
     files = [Path(name, "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
-    assert parts["test_score"] == whole["test_score"]
+    assert parts.test_score == whole.test_score
 
 
 @pytest.mark.parametrize(
@@ -321,8 +317,8 @@ def test_scores_for_people():
     assert Score("error", False, 1.0, False).show(0.0123456) == "0.01235"
     assert ACCURACY.share(0.8, 0.9) == pytest.approx(0.72)
     assert Score("bits", False, 6.0, False).share(2.0, 0.9) == pytest.approx(2.4)
-    assert Score.from_dict(json.loads(json.dumps(ACCURACY.as_dict()))) == ACCURACY
-    assert Score.from_dict(None) == ACCURACY
+    assert from_json(Score, json.loads(json.dumps(to_json(ACCURACY)))) == ACCURACY
+    assert from_json(Score, {}) == ACCURACY
 
 
 def test_the_language_model(in_tmp_path, monkeypatch):
@@ -330,12 +326,12 @@ def test_the_language_model(in_tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     Path("text.txt").write_text("abcdefgh" * 200)
     record = train(a_run("language_model:task", lr=0.01, data="text.txt", epochs=5), Path("run"))
-    assert record["score"]["zero"] == 3.0  # bits: eight characters
-    assert 0 < record["test_score"] < 0.1
+    assert record.score.zero == 3.0  # bits: eight characters
+    assert 0 < record.test_score < 0.1
     text = Path("text.txt")
     text.write_text("".join(chr(97 + (i * i * 7919) % 23) for i in range(3000)))
     hard = train(a_run("language_model:task", lr=1e-6, data="text.txt", epochs=1), Path("hard"))
-    assert hard["test_score"] == pytest.approx(math.log2(12), abs=0.5)  # knows nothing yet
+    assert hard.test_score == pytest.approx(math.log2(12), abs=0.5)  # knows nothing yet
 
 
 def test_the_physics(in_tmp_path, monkeypatch):
@@ -355,8 +351,8 @@ def test_the_physics(in_tmp_path, monkeypatch):
     corners = torch.tensor([[0.0, 0.3], [1.0, 0.5], [0.7, 0.0], [0.2, 1.0]])
     assert not task.network()(corners).any()
     record = train(a_run("physics:task", lr=0.3, dim=100, epochs=10, batch_size=100), Path("run"))
-    assert record["test_score"] < 0.1
-    assert record["stored_parameters"] == 100
+    assert record.test_score < 0.1
+    assert record.stored_parameters == 100
 
 
 def test_shuffled_labels():

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from subspan import files
 from subspan.errors import SubspanError
 from subspan.training import data
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.records import RunRecord
+from subspan.training.schema import to_json
 from subspan.training.tasks import classification
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import completed, prepare, train
@@ -85,7 +88,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     def report(row):
         record = record_of(tmp_path)
         assert record["status"] == "running"
-        assert record["history"][-1] == row
+        assert record["history"][-1] == to_json(row)
         seen.append([(tmp_path / f"{name}.safetensors").read_bytes() for name in ("best", "last")])
         names = {"record.json", "best.safetensors", "last.safetensors", ".lock"}
         assert set(os.listdir(tmp_path)) - {"state.pt"} == names
@@ -94,10 +97,10 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     bests, lasts = zip(*seen, strict=True)
     assert len(set(lasts)) == 4
     assert bests == (lasts[0], lasts[1], lasts[1], lasts[1])
-    assert (record["best_epoch"], record["val_score"]) == (2, 0.9)
+    assert (record.best_epoch, record.val_score) == (2, 0.9)
     assert (tmp_path / "model.safetensors").read_bytes() == lasts[1]
     found = evaluate_checkpoint(tmp_path / "model.safetensors")
-    assert record["test_score"] == found["test_accuracy"]
+    assert record.test_score == found["test_accuracy"]
     assert test_losses == [found["test_loss"]]  # two epochs may well have one accuracy
     assert set(os.listdir(tmp_path)) == {"record.json", "model.safetensors"}
 
@@ -120,10 +123,8 @@ def test_the_same_run_twice_is_the_same(tmp_path):
         torch.manual_seed(len(records))  # what is drawn before does not matter
         records.append(train(a_run(dim=20, epochs=2), tmp_path / name))
     for key in ("test_score", "val_score", "best_epoch"):
-        assert records[0][key] == records[1][key]
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in r["history"]] for r in records
-    ]
+        assert getattr(records[0], key) == getattr(records[1], key)
+    rows = [[replace(row, seconds=0.0) for row in record.history] for record in records]
     assert rows[0] == rows[1]
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert models[0] == models[1]
@@ -140,7 +141,7 @@ def test_another_seed_is_another_run(tmp_path):
         assert ready[a].model.layout != ready[b].model.layout
     record = train(a_run(dim=20, seed=2**63 + 1), tmp_path)
     found = evaluate_checkpoint(tmp_path / "model.safetensors")
-    assert found["test_accuracy"] == record["test_score"]
+    assert found["test_accuracy"] == record.test_score
 
 
 def test_a_complete_run_is_not_repeated(trained, tmp_path, monkeypatch):
@@ -148,9 +149,10 @@ def test_a_complete_run_is_not_repeated(trained, tmp_path, monkeypatch):
     before = contents(out)
     monkeypatch.setattr(trainer, "prepare", None)
     run = a_run(dim=40, epochs=2)
-    assert train(run, out) == record_of(trained)
-    assert train(run, out, overwrite=True) == record_of(trained)
-    assert completed(run, out) == record_of(trained)
+    record = RunRecord.read(trained)
+    assert train(run, out) == record
+    assert train(run, out, overwrite=True) == record
+    assert completed(run, out) == record
     assert contents(out) == before
 
 
@@ -164,8 +166,8 @@ def test_a_run_that_is_not_complete_is_repeated(spoil, trained, tmp_path):
         (out / "best.safetensors").write_bytes(b"half")
         (out / ".last.safetensors.x7.tmp").write_bytes(b"half")
     record = train(a_run(dim=40, epochs=2), out)
-    assert record["status"] == "complete"
-    assert record["test_score"] == record_of(trained)["test_score"]
+    assert record.status == "complete"
+    assert record.test_score == record_of(trained)["test_score"]
     assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
 
 
@@ -176,8 +178,8 @@ def test_a_folder_of_another_configuration(trained, tmp_path):
         train(a_run(dim=40, epochs=1), out)
     assert contents(out) == before
     record = train(a_run(dim=40, epochs=1), out, overwrite=True)
-    assert record["config"]["epochs"] == 1
-    assert record_of(out) == record
+    assert record.config["epochs"] == 1
+    assert RunRecord.read(out) == record
 
 
 def test_overwriting_leaves_nothing_of_the_other_run(trained, tmp_path):
@@ -223,8 +225,8 @@ def test_patience(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(accuracies)))
     record = train(a_run(dim=10, epochs=9, patience=2), tmp_path)
     # The second epoch of 0.6 is no better than the first; the last value is the test set's.
-    assert [row["val_score"] for row in record["history"]] == [0.5, 0.6, 0.6, 0.55]
-    assert (record["best_epoch"], record["val_score"], record["test_score"]) == (2, 0.6, 0.7)
+    assert [row.val_score for row in record.history] == [0.5, 0.6, 0.6, 0.55]
+    assert (record.best_epoch, record.val_score, record.test_score) == (2, 0.6, 0.7)
 
 
 def not_a_number_after(steps, monkeypatch):
@@ -283,7 +285,7 @@ def test_a_last_step_that_spoils_the_weights(tmp_path, monkeypatch):
 
 def test_an_interrupt_is_recorded(tmp_path, ctrl_c):
     def report(row):
-        if row["epoch"] == 2:
+        if row.epoch == 2:
             ctrl_c()
 
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +321,7 @@ def test_a_full_disk_leaves_whole_files(after, tmp_path, monkeypatch):
         rebuild(tmp_path / name)
     if after:
         assert record_of(tmp_path)["status"] == "running"
-    assert train(a_run(dim=30, epochs=3), tmp_path)["status"] == "complete"
+    assert train(a_run(dim=30, epochs=3), tmp_path).status == "complete"
 
 
 SAFE_TO_KILL = """

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import subspan.training.loop as loop
+import subspan.training.prepare as preparing
 from subspan import checkpoint
 from subspan.errors import SubspanError
-from subspan.training import train as trainer
+from subspan.training import devices
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.loop import schedule
 from subspan.training.train import prepare, train
@@ -38,7 +39,7 @@ def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
         out = tmp_path / name
         record = train(a_run(dim=30, epochs=2, mixed_precision=precision), out)
         found = evaluate_checkpoint(out / "model.safetensors")
-        assert found["test_accuracy"] == record["test_score"]
+        assert found["test_accuracy"] == record.test_score
     assert exact == [True] * 3
     losses = [record_of(tmp_path / name)["history"][0]["train_loss"] for name in "abc"]
     assert losses[0] == losses[2] != losses[1]
@@ -48,7 +49,7 @@ def test_precisions_take_turns_in_one_process(tmp_path, monkeypatch):
 def test_what_fp16_cannot_do(monkeypatch):
     with pytest.raises(SubspanError, match="fp16 needs a GPU: use bf16, or no"):
         prepare(a_run(dim=5, mixed_precision="fp16"))
-    monkeypatch.setattr(trainer, "on_cpu", lambda training: False)
+    monkeypatch.setattr(preparing, "on_cpu", lambda training: False)
     assert prepare(a_run(dim=5, mixed_precision="fp16"))
     for method, options in (("dlrt", {"tolerance": 0.1}), ("nes", {"dim": 5})):
         with pytest.raises(SubspanError, match=f"a step of {method} evaluates the loss itself"):
@@ -82,7 +83,7 @@ def test_schedules(name, rates):
 
 def test_one_step_in_all(tmp_path):
     record = train(a_run(dim=5, batch_size=2000), tmp_path)
-    assert len(record["history"]) == 1
+    assert len(record.history) == 1
 
 
 def test_optimizer_and_weight_decay_reach_the_weights(tmp_path):
@@ -132,16 +133,16 @@ def test_a_net_of_the_users_own(own_net, in_tmp_path, monkeypatch):
         train(a_run(dim=60, net=f"{own_net}:Net", seed=seed), in_tmp_path / out)
         for out, seed in (("a", 5), ("b", 5), ("c", 2**40 + 5))
     ]
-    assert records[0]["weights"] == 650
-    assert records[0]["history"][0]["train_loss"] == records[1]["history"][0]["train_loss"]
+    assert records[0].weights == 650
+    assert records[0].history[0].train_loss == records[1].history[0].train_loss
     for out, record in zip("abc", records, strict=True):
         file = in_tmp_path / out / "model.safetensors"
         assert checkpoint.inspect(file)["init_seed"] is None
-        assert evaluate_checkpoint(file)["test_accuracy"] == record["test_score"]
+        assert evaluate_checkpoint(file)["test_accuracy"] == record.test_score
     seeded = train(a_run(dim=60, net=f"{own_net}:Net", init="seed"), in_tmp_path / "seed")
     file = in_tmp_path / "seed" / "model.safetensors"
     assert checkpoint.inspect(file)["init_seed"] == 0
-    assert evaluate_checkpoint(file)["test_accuracy"] == seeded["test_score"]
+    assert evaluate_checkpoint(file)["test_accuracy"] == seeded.test_score
     # Another base: the file says that it does not fit.
     module = sys.modules[own_net]
     monkeypatch.setattr(
@@ -185,16 +186,16 @@ def test_running_statistics_are_counted(in_tmp_path):
     settings = {"net": "resnet8", "data": "./pets", "batch_size": 8, "validation": 0.25, "lr": 0.01}
     for method, options in (("hash", {"dim": 20}), ("full", {})):
         record = train(a_run(method, **settings, **options), in_tmp_path / method)
-        trained = 20 if method == "hash" else record["weights"]
-        assert record["trainable_parameters"] == trained
+        trained = 20 if method == "hash" else record.weights
+        assert record.trainable_parameters == trained
         # Means, variances, and the count of batches of each of seven normalisations.
-        assert record["stored_parameters"] == trained + 240 + 240 + 7
+        assert record.stored_parameters == trained + 240 + 240 + 7
         found = evaluate_checkpoint(in_tmp_path / method / "model.safetensors")
-        assert found["test_accuracy"] == record["test_score"]
+        assert found["test_accuracy"] == record.test_score
 
 
 def test_many_processes_need_batches_that_divide(tmp_path, monkeypatch):
-    accelerator = loop.accelerator(a_run(dim=5).training)
+    accelerator = devices.accelerator(a_run(dim=5).training)
     monkeypatch.setattr(type(accelerator), "num_processes", 3)
     with pytest.raises(
         SubspanError, match="batch_size must be a multiple of the 3 processes, got 128"

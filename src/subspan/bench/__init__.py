@@ -27,7 +27,7 @@ from subspan.bench import (
 )
 from subspan.bench.timing import copy_bandwidth
 from subspan.errors import SubspanError, unknown
-from subspan.training import nets, records
+from subspan.training import machine, nets, records
 
 FILE = "bench.json"
 USUAL = ("products", "steps", "memory", "optimizers", "lowrank", "sums")
@@ -162,8 +162,8 @@ def bench(
             "status": "running",
             "config": config,
             "machine": {
-                "device": records.device_name(device),
-                "versions": records.versions(),
+                "device": machine.device_name(device),
+                "versions": machine.versions(),
                 "copy_bytes_per_second": copy_bandwidth(device, settings.seconds),
             },
         }

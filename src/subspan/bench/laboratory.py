@@ -23,12 +23,14 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from subspan.bench.timing import ROUNDS, Timing
-from subspan.training import data, nets
-from subspan.training import loop as loops
+from subspan.training import data, devices, nets
 from subspan.training.config import Run, Training
 from subspan.training.data.images import statistics
 from subspan.training.data.order import BATCHES, permutation
+from subspan.training.loop import Loop
 from subspan.training.methods import method
+from subspan.training.prepare import Prepared
+from subspan.training.records import Epoch
 from subspan.training.tasks.classification import Classification
 
 IMAGES, HELD_OUT = 60_000, 5_000  # of MNIST's size, random
@@ -170,7 +172,7 @@ def _interleaved(
         if steps % TURN == 0:
             change_over()
 
-    def report(row: dict[str, Any]) -> None:
+    def report(row: Epoch) -> None:
         nonlocal steps
         steps = 0
         change_over()
@@ -180,10 +182,10 @@ def _interleaved(
     training = Training(net, "noise", epochs=epochs, batch_size=batch_size, device=place)
     run = Run(training, name, options, RATE)
     task = Classification(images, net)
-    ready = loops.Prepared(run, task, how, model(), init_seed=None)
+    ready = Prepared(run, task, how, model(), init_seed=None)
     with tempfile.TemporaryDirectory() as folder:
-        accelerator = loops.accelerator(training)
-        loop = loops.Loop(ready, accelerator, Path(folder), None, report, on_step)
+        accelerator = devices.accelerator(training)
+        loop = Loop(ready, accelerator, Path(folder), None, report, on_step)
         loop.open()
         clock.lap()
         loop.fit()

@@ -19,7 +19,7 @@ from subspan.bench.steps import SHAPE, a_batch, training_step
 from subspan.bench.timing import interleaved
 from subspan.layers import LowRankLinear
 from subspan.optim import DLRT
-from subspan.training.records import PeakMemory
+from subspan.training.machine import PeakMemory
 
 DENSE, HIDDEN = 0, 5  # the rank that a dense row has; hidden layers
 

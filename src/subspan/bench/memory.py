@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subspan.bench import candidates
 from subspan.bench.apart import apart
 from subspan.subspace.model import SubspaceModel
-from subspan.training.records import PeakMemory
+from subspan.training.machine import PeakMemory
 
 
 class Weights(nn.Module):

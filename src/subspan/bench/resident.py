@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from subspan.training.records import PeakMemory
+from subspan.training.machine import PeakMemory
 
 STATM = Path("/proc/self/statm")
 PERIOD = 0.002  # seconds between two looks

@@ -28,7 +28,9 @@ from subspan.training.score import ACCURACY, Score
 if TYPE_CHECKING:
     from subspan.commands.doctor import Finding
     from subspan.sweeps.jobs import Outcome
+    from subspan.sweeps.result import SweepRecord
     from subspan.training.config import Run
+    from subspan.training.records import CompleteRun, Epoch
 
 console = Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
@@ -80,14 +82,14 @@ class TrainingProgress:
         """One step is done."""
         self.bar.advance(self.task)
 
-    def epoch(self, row: dict[str, Any]) -> None:
+    def epoch(self, row: Epoch) -> None:
         """One epoch is done."""
         epochs = self.run.training.epochs
         say(
-            f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  "
-            f"validation loss {row['val_loss']:.4f}  "
-            f"{self.score.name} {self.score.show(row['val_score'])}  "
-            f"{row['seconds']:.1f} s"
+            f"epoch {row.epoch:>3}/{epochs}  train loss {row.train_loss:.4f}  "
+            f"validation loss {row.val_loss:.4f}  "
+            f"{self.score.name} {self.score.show(row.val_score)}  "
+            f"{row.seconds:.1f} s"
         )
 
 
@@ -101,19 +103,18 @@ def training(run: Run, *, resumed: bool = False) -> Iterator[TrainingProgress]:
         yield TrainingProgress(bar, bar.add_task("training", total=None), run, resumed)
 
 
-def trained(record: dict[str, Any], out: Path, *, anew: bool) -> None:
+def trained(record: CompleteRun, out: Path, *, anew: bool) -> None:
     """What a run came to, one that was complete before or one that was trained anew."""
     if not anew:
         say("complete already, not repeated")
-    stored, weights = record["stored_parameters"], record["weights"]
-    score = Score.of(record)
+    stored, weights, score = record.stored_parameters, record.weights, record.score
     fewer = f" for {weights:,} weights ({weights / stored:,.0f} times fewer)"
     say(
-        f"test {score.name} {score.show(record['test_score'])}, {stored:,} numbers stored"
-        f"{fewer if stored < weights else ''}, {record['checkpoint_bytes']:,} bytes, "
-        f"{record['seconds_total']:.1f} s"
+        f"test {score.name} {score.show(record.test_score)}, {stored:,} numbers stored"
+        f"{fewer if stored < weights else ''}, {record.checkpoint_bytes:,} bytes, "
+        f"{record.seconds_total:.1f} s"
     )
-    for note in record.get("notes", []):
+    for note in record.notes:
         say(f"note: {note}")
     say(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}")
 
@@ -126,46 +127,45 @@ def runs(total: int) -> Iterator[Any]:
 
         def done(outcome: Outcome, left: int) -> None:
             job, found = outcome
-            if isinstance(found, dict):
-                score = Score.of(found).show(found["val_score"])
-                say(f"{job.name}: validation {score}, {found['seconds_total']:.1f} s")
-            else:
+            if isinstance(found, str):
                 say(f"{job.name} failed: {found}", style="red")
+            else:
+                score = found.score.show(found.val_score)
+                say(f"{job.name}: validation {score}, {found.seconds_total:.1f} s")
             bar.update(task, completed=total - left)
 
         yield done
 
 
-def swept(result: dict[str, Any], files: Sequence[Path]) -> None:
+def swept(result: SweepRecord, files: Sequence[Path]) -> None:
     """What a sweep came to: its table, intrinsic dimensions, failures, and where the picture is.
 
     Scores are means over seeds ± their standard deviation.
     """
-    score = Score.of(result)
+    score = result.score
     judged = f"test {score.name}{score.unit}"
     table = _table("method", "d", "lr", judged, "seeds", "stored", "bytes", "s / run")
-    baseline = result["baseline"]
-    for row in ([baseline] if baseline else []) + result["rows"]:
+    for row in result.points:
         table.add_row(
-            row.get("small") or row["method"],
-            f"{row['dim']:,}",
-            f"{row['lr']:g}",
-            score.summary(row["test_score"]),
-            str(len(row["test_score"])),
-            f"{row['stored_parameters']:,}",
-            f"{row['checkpoint_bytes']:,}",
-            f"{statistics.fmean(row['seconds_total']):.1f}",
+            row.small or row.method,
+            f"{row.dim:,}",
+            f"{row.lr:g}",
+            score.summary(row.test_score),
+            str(len(row.test_score)),
+            f"{row.stored_parameters:,}",
+            f"{row.checkpoint_bytes:,}",
+            f"{statistics.fmean(row.seconds_total):.1f}",
         )
     console.print(table)
-    for name, found in result["d_int"].items():
-        ends = [found["low"], found["high"]]
-        interval = f" [{ends[0]:.0f}, {ends[1]:.0f}]" if None not in ends else ""
-        note = f" ({found['note']})" if found["note"] else ""
-        value = found["note"] if found["value"] is None else f"{found['value']:.0f}{interval}{note}"
-        share = f"{100 * found['threshold']:g} % of the baseline"
+    for name, found in result.d_int.items():
+        low, high = found.low, found.high
+        interval = f" [{low:.0f}, {high:.0f}]" if low is not None and high is not None else ""
+        note = f" ({found.note})" if found.note else ""
+        value = found.note if found.value is None else f"{found.value:.0f}{interval}{note}"
+        share = f"{100 * found.threshold:g} % of the baseline"
         say(f"intrinsic dimension of {name}, {share}: {value}")
-    for failure in result["failed"]:
-        say(f"failed: {failure['run']}: {failure['error']}", style="red")
+    for failure in result.failed:
+        say(f"failed: {failure.run}: {failure.error}", style="red")
     for path in files:
         if path.name in ("curve.png", "report.html"):
             kind = "picture" if path.suffix == ".png" else "report"

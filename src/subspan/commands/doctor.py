@@ -11,7 +11,7 @@ from subspan.commands.parsing import Arguments, make_parser, parse
 from subspan.errors import SubspanError
 from subspan.families import projection, projections
 from subspan.philox import philox4x32
-from subspan.training import records
+from subspan.training import machine
 
 # Random123's published vectors: counter, key, result.
 KNOWN_ANSWERS = (
@@ -36,8 +36,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; nothing is raised, nothing is written."""
-    found = [Finding("version", True, f"{name} {v}") for name, v in records.versions().items()]
-    found.append(Finding("device", True, records.device_name(torch.device("cpu"))))
+    found = [Finding("version", True, f"{name} {v}") for name, v in machine.versions().items()]
+    found.append(Finding("device", True, machine.device_name(torch.device("cpu"))))
     found += [
         Finding("device", True, torch.cuda.get_device_name(i))
         for i in range(torch.cuda.device_count())

@@ -12,6 +12,8 @@ from subspan.errors import SubspanError, unknown
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from subspan.sweeps.result import SweepRecord
+
 Arguments = Sequence[str]
 
 
@@ -132,13 +134,13 @@ def instance(cls: type, given: Namespace) -> Any:
     return cls(**{field.name: given[field.name] for field in fields(cls)})
 
 
-def show_sweep(result: dict[str, Any], files: Sequence[Path]) -> None:
+def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
     """Show a sweep; one without a good run has failed."""
     from subspan.commands import console
 
     console.swept(result, files)
-    if not result["rows"] and not result["baseline"]:
-        raise SubspanError(f"all runs failed, {len(result['failed'])} of them: see above")
+    if not result.points:
+        raise SubspanError(f"all runs failed, {len(result.failed)} of them: see above")
 
 
 def add_out(

@@ -80,13 +80,13 @@ def main(argv: Arguments) -> None:
 def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
     """The run of a record, and its trackers; options that are given must be the record's own."""
     from subspan.training.config import Run
-    from subspan.training.records import changes, differences, read_json
+    from subspan.training.records import RunRecord, changes, differences
 
-    record = read_json(out / "record.json")
+    record = RunRecord.read(out)
     if record is None:
         raise SubspanError(f"nothing was begun in {out}: it has no record.json")
-    run = Run.from_dict(record["config"])
-    theirs = record["config"] | run.options
+    run = Run.from_dict(record.config)
+    theirs = record.config | run.options
     apart = ("config", "log", "out", "overwrite", "resume")
     ours = {name: value for name, value in given.items() if name not in apart}
     if different := differences(theirs, theirs | ours):
@@ -94,4 +94,4 @@ def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
             f"{out} was begun with another configuration ({changes(different)}): leave that out "
             "to go on, or give another --out"
         )
-    return run, tuple(record.get("log") or ())
+    return run, tuple(record.log)

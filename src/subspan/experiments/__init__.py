@@ -21,6 +21,8 @@ from subspan.experiments import published
 from subspan.experiments.many import sweep_parts
 from subspan.sweeps import backends
 from subspan.sweeps.jobs import Outcome
+from subspan.sweeps.result import Provenance
+from subspan.sweeps.result import Published as Published
 from subspan.training.config import Sweep
 
 Budget = Literal["quick", "full"]
@@ -33,33 +35,6 @@ def _register(experiment: Experiment | Timing) -> None:
     if experiment.name in _registry:
         raise TypeError(f"an experiment named {experiment.name!r} is registered already")
     _registry[experiment.name] = experiment
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published curve: accuracies (fractions) at numbers of coordinates."""
-
-    label: str
-    dims: tuple[int, ...]
-    accuracy: tuple[float, ...]
-    baseline: float | None = None
-    d_int: float | None = None
-    method: str | None = None
-    """The one method that it is to be compared with; None for all."""
-    labels: tuple[str, ...] = ()
-    """Values of the method's axis by which points are compared, where counts are an outcome."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in ``sweep.json``."""
-        return {
-            "label": self.label,
-            "dims": list(self.dims),
-            "accuracy": list(self.accuracy),
-            "baseline": self.baseline,
-            "d_int": self.d_int,
-            "method": self.method,
-            "labels": list(self.labels),
-        }
 
 
 @dataclass(frozen=True)
@@ -193,7 +168,7 @@ def reproduce(
         log: likewise.
 
     Returns:
-        The content of ``sweep.json`` of each part by its name; a single part has none, nor has a
+        What ``sweep.json`` says of each part, by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
@@ -228,15 +203,15 @@ def reproduce(
 
     def extra(part: str) -> dict[str, Any]:
         return {
-            "experiment": {
-                "name": name,
-                "budget": budget,
-                "title": title,
-                "source": chosen.source,
-                "differences": chosen.differences,
-                "part": part,
-            },
-            "published": [curve.as_dict() for curve in (() if data else chosen.published_of(part))],
+            "experiment": Provenance(
+                name=name,
+                budget=budget,
+                title=title,
+                source=chosen.source,
+                differences=chosen.differences,
+                part=part,
+            ),
+            "published": () if data else chosen.published_of(part),
         }
 
     results = sweep_parts(

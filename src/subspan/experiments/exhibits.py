@@ -14,11 +14,10 @@ from subspan.bench import FILE as BENCH
 from subspan.bench.table import of_bench
 from subspan.errors import SubspanError
 from subspan.experiments import Budget, Experiment, Timing, experiments
-from subspan.report import bars, tables
+from subspan.report import bars, read, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
-from subspan.report.records import Sweep, read
-from subspan.training.config import Sweep as Settings
-from subspan.training.config import Training
+from subspan.sweeps.result import Provenance, SweepRecord
+from subspan.training.config import Sweep, Training
 from subspan.training.methods import methods
 from subspan.training.records import plain, read_json
 
@@ -164,11 +163,11 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
     sweeps = {}
     for part, place in places.items():
         sweep = read(place)
-        assert isinstance(sweep, Sweep)  # read prefers sweep.json, and it is there
+        assert isinstance(sweep, SweepRecord)  # read prefers sweep.json, and it is there
         sweeps[part] = sweep
     first = next(iter(sweeps.values()))
-    told = first.experiment
-    name, budget = told.get("name", ""), told.get("budget", "")
+    told = first.experiment or Provenance("", "", "", "", "")
+    name, budget = told.name, told.budget
     planned = _planned(name, budget)
     order = list(planned)  # of the experiment; what it does not have any more comes last
     sweeps = dict(sorted(sweeps.items(), key=lambda item: [*order, item[0]].index(item[0])))
@@ -192,19 +191,19 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
     return Exhibit(
         folder=folder,
         family=_family(sweeps.values(), name),
-        title=told.get("title") or ours,
-        source=told.get("source", ""),
-        differences=told.get("differences", ""),
+        title=told.title or ours,
+        source=told.source,
+        differences=told.differences,
         effort=_effort(sweeps.values(), budget),
         notes=tuple(notes),
-        command=_reproduce(first, planned) if told else sweep_command(*configs),
+        command=_reproduce(first, told, planned) if first.experiment else sweep_command(*configs),
         table=tables.of_sweeps(sweeps, timed=timed),
         pictures=tuple(path for path in pictures if path.is_file()),
         reports={part: page for part in sweeps if (page := places[part] / "report.html").is_file()},
     )
 
 
-def _family(sweeps: Iterable[Sweep], name: str) -> Family:
+def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
     """That of most of the methods; where none has one, as with all weights, that of the name."""
     homes = Counter(
         type(methods()[row.method]).__module__.rpartition(".")[2]
@@ -219,7 +218,7 @@ def _family(sweeps: Iterable[Sweep], name: str) -> Family:
     return next((family for family in FAMILIES if name.startswith(family.prefix)), OTHERS)
 
 
-def _says_more(sweep: Sweep) -> bool:
+def _says_more(sweep: SweepRecord) -> bool:
     """Whether its picture shows what the table does not: no point alone, none above another."""
     dims = [row.dim for row in sweep.rows]
     return bool(dims) and (
@@ -227,7 +226,7 @@ def _says_more(sweep: Sweep) -> bool:
     )
 
 
-def _effort(sweeps: Iterable[Sweep], budget: str) -> str:
+def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     """How much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
     epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
@@ -243,7 +242,7 @@ def _range(values: Iterable[int]) -> str:
     return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""
 
 
-def _d_int(sweep: Sweep) -> list[str]:
+def _d_int(sweep: SweepRecord) -> list[str]:
     """Intrinsic dimensions, where the curve crosses the threshold; and those published."""
     found = []
     for method, ours in sweep.d_int.items():
@@ -260,17 +259,17 @@ def _d_int(sweep: Sweep) -> list[str]:
     return [f"Intrinsic dimension, {name}: {'; '.join(found)}."] if found else []
 
 
-def _lacks(sweep: Sweep) -> list[str]:
+def _lacks(sweep: SweepRecord) -> list[str]:
     """What a sweep does not have: an end, runs."""
     lacks = [] if sweep.status == "complete" else [f"Its status is {sweep.status!r}."]
     if sweep.failed:
         number_of = f"{len(sweep.failed)} run{'s' * (len(sweep.failed) > 1)}"
-        name, reason = sweep.failed[0]
-        lacks.append(f"{number_of} failed; {name}: {reason}")
+        first = sweep.failed[0]
+        lacks.append(f"{number_of} failed; {first.run}: {first.error}")
     return lacks
 
 
-def _planned(name: str, budget: str) -> dict[str, Settings]:
+def _planned(name: str, budget: str) -> dict[str, Sweep]:
     """The sweeps that a published experiment has, by part; none of what is not known here."""
     known = experiments().get(name)
     if not isinstance(known, Experiment) or budget not in known.sweeps:
@@ -278,13 +277,12 @@ def _planned(name: str, budget: str) -> dict[str, Settings]:
     return known.parts(cast(Budget, budget))
 
 
-def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
+def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep]) -> str:
     """The command of a published experiment, on other data if they are others."""
-    told = sweep.experiment
-    words = [f"subspan reproduce {told.get('name', '')}"]
-    if told.get("budget") == "full":
+    words = [f"subspan reproduce {told.name}"]
+    if told.budget == "full":
         words.append("--budget full")
-    own = planned.get(told.get("part", ""))
+    own = planned.get(told.part)
     data = str(sweep.config.get("data", ""))
     if own and own.training.data != data:
         words.append(f"--data {shlex.quote(data)}")
@@ -293,7 +291,7 @@ def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
 
 def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
     """The ``subspan sweep`` of a configuration, as a person would type it; or of many networks."""
-    usual = Settings(Training()).as_dict() | {"small": []}
+    usual = Sweep(Training()).as_dict() | {"small": []}
     always = ("net", "data", "methods", "dims")
     words = ["subspan sweep"]
     if others:

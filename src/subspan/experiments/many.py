@@ -14,6 +14,7 @@ from subspan import report
 from subspan.errors import SubspanError
 from subspan.sweeps import backends
 from subspan.sweeps.jobs import Outcome
+from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.sweep import check, sweep, total_runs
 from subspan.training.config import Sweep
 
@@ -29,7 +30,7 @@ def sweep_parts(
     extra: Callable[[str], Mapping[str, Any]] = lambda part: {},
     log: Sequence[str] = (),
     **how: Any,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, SweepRecord]:
     """Run sweeps, those that are complete excepted, and write the report of each.
 
     Args:
@@ -39,12 +40,12 @@ def sweep_parts(
         backend: likewise; parts share one cluster.
         ray_address: likewise.
         on_run: called after each run, with how many are left in all parts.
-        extra: what else the ``sweep.json`` of a part is to say.
+        extra: ``experiment`` and ``published`` of a part, as of :func:`subspan.sweeps.sweep.sweep`.
         log: likewise.
         how: the other arguments of :func:`subspan.sweeps.sweep.sweep`.
 
     Returns:
-        The content of ``sweep.json`` by part.
+        What ``sweep.json`` says, by part.
 
     Raises:
         SubspanError: as :func:`subspan.sweeps.sweep.sweep`.
@@ -71,7 +72,7 @@ def sweep_parts(
                 backend=backend,
                 ray_address=ray_address,
                 on_run=one_run,
-                extra=extra(part),
+                **extra(part),
                 log=log,
                 checked=True,
                 **how,

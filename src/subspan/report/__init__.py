@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from subspan.errors import SubspanError
 from subspan.files import write_atomically
-from subspan.report.records import Sweep, read
+from subspan.sweeps.result import SweepRecord
+from subspan.training.records import RunRecord
+
+
+def read(folder: Path) -> SweepRecord | RunRecord:
+    """Read ``folder/sweep.json`` or, where there is none, ``folder/record.json``.
+
+    Raises:
+        SubspanError: neither is there; or the one found is damaged or of a later format.
+    """
+    found = SweepRecord.read(folder) or RunRecord.read(folder)
+    if found is None:
+        raise SubspanError(
+            f"expected sweep.json or record.json in {str(folder)!r}, found neither: "
+            "give the output folder of a sweep or of a run"
+        )
+    return found
 
 
 def write(folder: Path) -> list[Path]:
@@ -24,13 +41,13 @@ def write(folder: Path) -> list[Path]:
         The files written.
 
     Raises:
-        SubspanError: neither record is in the folder, or the one found is damaged or of a newer
+        SubspanError: neither record is in the folder, or the one found is damaged or of a later
             format; nothing is written then.
     """
     found = read(folder)
     from subspan.report import bars, page, pictures
 
-    if isinstance(found, Sweep):
+    if isinstance(found, SweepRecord):
         figure = bars.figure(found) if bars.suits(found) else pictures.sweep_figure(found)
         contents = page.of_sweep(found, bars.CAPTION if bars.suits(found) else pictures.CAPTION)
     else:
@@ -60,7 +77,7 @@ def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path
     from subspan.report import bars, pictures
 
     found = {name: read(folder) for name, folder in parts.items()}
-    figure = bars.summary({n: s for n, s in found.items() if isinstance(s, Sweep)}, title)
+    figure = bars.summary({n: s for n, s in found.items() if isinstance(s, SweepRecord)}, title)
     files = {"summary.png": pictures.png(figure), "summary.svg": pictures.svg(figure)}
     for name, content in files.items():
         write_atomically(out / name, content)
@@ -80,7 +97,7 @@ def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
     from subspan.report import pictures
 
     found = {name: read(folder) for name, folder in parts.items()}
-    sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, Sweep)}
+    sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, SweepRecord)}
     figure = pictures.comparison_figure(sweeps)
     files = {"comparison.png": pictures.png(figure), "comparison.svg": pictures.svg(figure)}
     for name, content in files.items():

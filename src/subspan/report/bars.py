@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from subspan.report.curves import title
 from subspan.report.pictures import styled
-from subspan.report.records import Row, Sweep
+from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training.score import ACCURACY
 
 CAPTION = (
@@ -28,23 +28,25 @@ _COSTS = (  # field of a row, what is written under its panel, and its unit
 )
 
 
-def suits(sweep: Sweep) -> bool:
+def suits(sweep: SweepRecord) -> bool:
     """Whether there is nothing to draw a curve through, and more than one method to compare."""
     return len({row.dim for row in sweep.rows}) == 1 and len(sweep.methods) > 1
 
 
 @styled
-def figure(sweep: Sweep) -> Figure:
+def figure(sweep: SweepRecord) -> Figure:
     """Bars of score, memory, step time and total time: see `CAPTION`."""
-    rows = [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
+    rows = sweep.points
     figure = Figure(figsize=(7.2, 0.9 + 0.17 * len(rows)), layout="constrained")
     dims = sweep.rows[0].label
     figure.suptitle(textwrap.fill(f"{title(sweep)}, d = {dims}", 100), fontsize=7.5)
     score = sweep.score
     shown = (("test_score", f"test {score.name}{score.unit}", score.scale), *_COSTS)
     panels = figure.subplots(1, len(shown), sharey=True)
+    colours = [_colour(row, sweep) for row in rows]
     for axes, (name, words, unit) in zip(panels, shown, strict=True):
-        _panel(axes, rows, [[unit * value for value in getattr(row, name)] for row in rows])
+        values = [[unit * value for value in getattr(row, name)] for row in rows]
+        _panel(axes, colours, values)
         axes.set_xlabel(words)
         if name != "test_score":
             _logarithmic(axes)
@@ -55,38 +57,36 @@ def figure(sweep: Sweep) -> Figure:
 
 
 @styled
-def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
+def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
     """Test scores of several sweeps, of one kind: discs are means over seeds, dots the seeds.
 
     Diamonds are published, training on all weights is grey. There are no bars: they would have to
     begin at zero, and hide in their length what the rows differ by. Where processes sent each other
     anything, a second panel shows how much.
     """
-    lines = [
-        (part, sweep, row)
-        for part, sweep in parts.items()
-        for row in [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
-    ]
+    lines = [(part, sweep, row) for part, sweep in parts.items() for row in sweep.points]
     rows = [row for *_, row in lines]
-    sent = any(any(row.bytes_sent_per_step) for row in rows)
+    colours = [_colour(row, sweep) for _, sweep, row in lines]
+    sent = any(any(row.bytes_sent) for row in rows)
     figure = Figure(figsize=(7.2 if sent else 5.0, 0.9 + 0.17 * len(lines)), layout="constrained")
     axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
     score = lines[0][1].score if lines else ACCURACY
     points = [[score.scale * a for a in _published(sweep, row)] for _, sweep, row in lines]
     scores = [[score.scale * a for a in row.test_score] for row in rows]
-    _panel(axes, rows, scores, points, bars=False)
+    _panel(axes, colours, scores, points, bars=False)
     for right in others:
-        _panel(right, rows, [row.bytes_sent_per_step for row in rows])
+        _panel(right, colours, [row.bytes_sent for row in rows])
         _logarithmic(right)
         right.set_xlabel("bytes that a process sends per step")
     labels = []
-    for part, _, row in lines:
+    for part, sweep, row in lines:
         at = f" at {row.label}" if row.ranks else f", d = {row.label}"
         if row.label.isdecimal() and int(row.label) != row.dim:  # p atoms, and other numbers
             at = f", {row.dim:,} numbers"
         name = f"{row.small}, all weights" if row.small else row.method
-        labels.append(f"{part}: {name}" + (at if row.dim and not row.small else ""))
+        alone = row is sweep.baseline or row.small
+        labels.append(f"{part}: {name}" + ("" if alone else at))
     axes.set_yticks(range(len(lines)), labels)
     axes.invert_yaxis()
     axes.set_xlabel(
@@ -95,37 +95,41 @@ def summary(parts: Mapping[str, Sweep], title: str) -> Figure:
     return figure
 
 
-def _published(sweep: Sweep, row: Row) -> list[float]:
+def _published(sweep: SweepRecord, row: PointRecord) -> list[float]:
     """The published accuracies that a row is to be compared with."""
     found = []
     for source in sweep.published:
         here: int | str = row.label if source.labels else row.dim
         points = dict(zip(source.labels or source.dims, source.accuracy, strict=True))
-        value = source.baseline if row.dim == 0 else points.get(here)
-        if value is not None and (row.dim == 0 or source.method in (None, row.method)):
+        baseline = row is sweep.baseline
+        value = source.baseline if baseline else points.get(here)
+        if value is not None and (baseline or source.method in (None, row.method)):
             found.append(value)
     return list(dict.fromkeys(found))  # sources of one paper share a baseline
 
 
+def _colour(row: PointRecord, sweep: SweepRecord) -> str:
+    return _BASELINE if row is sweep.baseline else _MEASURED
+
+
 def _panel(
     axes: Axes,
-    rows: Sequence[Row],
+    colours: Sequence[str],
     values: Sequence[Sequence[float]],
     published: Sequence[Sequence[float]] = (),
     *,
     bars: bool = True,
 ) -> None:
-    """A bar or a disc for every row with values, diamonds for what was published; numbers behind.
+    """A bar or a disc for every point with values, diamonds for what was published; numbers behind.
 
     Those of diamonds have their colour: the row's own number may stand beside one.
     """
-    for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
+    for place, (colour, seeds) in enumerate(zip(colours, values, strict=True)):
         known = published[place] if published else []
         for value in known:
             axes.plot(value, place, "D", color=_PUBLISHED, markersize=3)
         if not seeds or min(seeds) <= 0:
             continue
-        colour = _MEASURED if row.dim else _BASELINE
         if bars:
             axes.barh(place, mean(seeds), 0.7, color=colour)
         else:

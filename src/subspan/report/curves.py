@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from subspan.report.records import Published, Run, Sweep
 from subspan.sweeps.intrinsic import IntrinsicDimension
+from subspan.sweeps.result import PointRecord, Published, SweepRecord
 from subspan.training.config import title as what_on_what
+from subspan.training.methods import methods
+from subspan.training.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Curve:
         return [sum(seeds) / len(seeds) for seeds in self.scores]
 
 
-def measured_curves(sweep: Sweep) -> list[Curve]:
+def measured_curves(sweep: SweepRecord) -> list[Curve]:
     """One curve for each method of the sweep that has a good run."""
     curves, scale = [], sweep.score.scale
     rows = [row for row in sweep.rows if not row.small]
@@ -64,7 +66,7 @@ def measured_curves(sweep: Sweep) -> list[Curve]:
     return curves
 
 
-def small_curves(sweep: Sweep) -> list[Curve]:
+def small_curves(sweep: SweepRecord) -> list[Curve]:
     """What smaller networks reach by themselves, over their weights: one curve, or none."""
     points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
     if not points:
@@ -83,7 +85,7 @@ def small_curves(sweep: Sweep) -> list[Curve]:
     ]
 
 
-def published_curves(sweep: Sweep) -> list[Curve]:
+def published_curves(sweep: SweepRecord) -> list[Curve]:
     """One curve for each publication that the sweep is held against."""
     curves = []
     for source in sweep.published:
@@ -128,13 +130,26 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:.2g}"
 
 
-def title(found: Sweep | Run) -> str:
+def axis_name(method: str) -> str:
+    """What a method is varied by, in words: "d", "tolerance"; empty if by nothing."""
+    how = methods().get(method)
+    axis = (how.axis if how else None) or ""
+    return "d" if axis == "dim" else axis.replace("_", " ")
+
+
+def point_of(run: RunRecord) -> PointRecord:
+    """A single run as a point of a sweep: its label is the value of its method's axis."""
+    how = methods().get(run.config["method"])
+    options = run.config.get("options") or {}
+    value = options.get(how.axis) if how and how.axis and isinstance(options, dict) else None
+    return PointRecord.from_runs([run], "" if value is None else str(value))
+
+
+def title(found: SweepRecord | RunRecord) -> str:
     """Net, data and D, and for a run its method and d, as far as they are known."""
-    config = found.config
-    words = what_on_what(config)
-    if isinstance(found, Run):
-        words += f", {found.row.method}" + (f" d = {found.row.label}" if found.row.label else "")
-        weights = found.row.weights
-    else:
-        weights = found.weights
-    return words if weights is None else f"{words}, D = {weights:,}"
+    words = what_on_what(found.config)
+    if isinstance(found, RunRecord):
+        point = point_of(found)
+        at = f" {axis_name(point.method)} = {point.label}" if point.label else ""
+        words += f", {point.method}{at}"
+    return f"{words}, D = {found.weights:,}" if found.weights else words

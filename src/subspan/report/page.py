@@ -12,8 +12,9 @@ from typing import Any
 
 import jinja2
 
-from subspan.report.curves import d_int_bound, d_int_name, number, title
-from subspan.report.records import Published, Row, Run, Sweep
+from subspan.report.curves import d_int_bound, d_int_name, number, point_of, title
+from subspan.sweeps.result import PointRecord, Published, SweepRecord
+from subspan.training.records import RunRecord
 from subspan.training.score import Score
 
 _DASH = "–"  # not recorded, or not known
@@ -71,7 +72,7 @@ def embedded(picture: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def of_sweep(sweep: Sweep, caption: str) -> Page:
+def of_sweep(sweep: SweepRecord, caption: str) -> Page:
     """The page of a sweep, with the caption of its picture."""
     caption = caption.replace("{score}", sweep.score.name)
     if sweep.published:
@@ -87,23 +88,31 @@ def of_sweep(sweep: Sweep, caption: str) -> Page:
     sections.append(_cost(rows))
     sections += [_counts(rows, sweep.score)] if any(row.counts for row in rows) else []
     if sweep.failed:
-        sections.append(Section("Failed runs", ["run", "reason"], sweep.failed, words=True))
+        sections.append(
+            Section(
+                "Failed runs",
+                ["run", "reason"],
+                [(f.run, f.error) for f in sweep.failed],
+                words=True,
+            )
+        )
     lead = _answer(sweep) + _unfinished(sweep)
     return Page(title(sweep), lead, caption, sections + _facts(sweep))
 
 
-def of_run(run: Run) -> Page:
+def of_run(run: RunRecord) -> Page:
     """The page of a single run."""
-    lead = [f"Test {run.score.name}: {run.score.show(value)}" for value in run.row.test_score]
+    known, point = run.test_score, point_of(run)
+    lead = [] if known is None else [f"Test {run.score.name}: {run.score.show(known)}"]
     lead += [*_unfinished(run), *([run.error] if run.error else [])]
     caption = "Losses and validation score by epoch. The test set is read once, at the end."
-    sections = [_scores([run.row], run.score), _cost([run.row])]
-    sections += [_counts([run.row], run.score)] if run.row.counts else []
+    sections = [_scores([point], run.score), _cost([point])]
+    sections += [_counts([point], run.score)] if point.counts else []
     sections.append(_history(run))
     return Page(title(run), lead, caption, sections + _facts(run))
 
 
-def _answer(sweep: Sweep) -> list[str]:
+def _answer(sweep: SweepRecord) -> list[str]:
     """The one thing a sweep is run for, in a sentence."""
     if not sweep.rows:
         return ["No run succeeded; the reasons are below."]
@@ -120,13 +129,13 @@ def _answer(sweep: Sweep) -> list[str]:
     ]
 
 
-def _unfinished(found: Sweep | Run) -> list[str]:
+def _unfinished(found: SweepRecord | RunRecord) -> list[str]:
     if found.status == "complete":
         return []
     return [f"Status: {found.status}. The page shows what there is so far."]
 
 
-def _intrinsic(sweep: Sweep) -> Section:
+def _intrinsic(sweep: SweepRecord) -> Section:
     rows, notes = [], []
     for method, found in sweep.d_int.items():
         ends = [_or_dash(number, end) for end in (found.low, found.high)]
@@ -159,7 +168,7 @@ def _intrinsic(sweep: Sweep) -> Section:
     return Section("Intrinsic dimension", columns, rows, text=[meaning, *notes])
 
 
-def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
+def _scores(rows: Sequence[PointRecord], score: Score, *text: str) -> Section:
     return Section(
         score.name[:1].upper() + score.name[1:],
         [
@@ -173,7 +182,7 @@ def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
                 shown(row.test_score, score),
                 shown(row.val_score, score),
                 str(len(row.test_score)),
-                _or_dash("{:g}".format, row.lr),
+                f"{row.lr:g}",
             ]
             for row in rows
         ],
@@ -181,7 +190,7 @@ def _scores(rows: Sequence[Row], score: Score, *text: str) -> Section:
     )
 
 
-def _cost(rows: Sequence[Row]) -> Section:
+def _cost(rows: Sequence[PointRecord]) -> Section:
     counts = (
         "Trained: every number that the optimizer moves. Stored: every number that inference needs "
         "beyond seeds: the coordinates, what is trained in full, and buffers such as running "
@@ -189,7 +198,7 @@ def _cost(rows: Sequence[Row]) -> Section:
         "the checkpoint, with its names and shapes."
     )
     costs = "Time and memory are those of training on the device named below, means over seeds."
-    sent = any(row.bytes_sent_per_step for row in rows)
+    sent = any(row.bytes_sent for row in rows)
     return Section(
         "Size and cost",
         [
@@ -212,7 +221,7 @@ def _cost(rows: Sequence[Row]) -> Section:
                 _mean(row.seconds_per_step, 1e3),
                 _mean(row.seconds_total),
                 _mean(row.peak_memory_bytes, 1e-6),
-                *[_mean(row.bytes_sent_per_step)] * sent,
+                *[_mean(row.bytes_sent)] * sent,
             ]
             for row in rows
         ],
@@ -220,7 +229,7 @@ def _cost(rows: Sequence[Row]) -> Section:
     )
 
 
-def _counts(rows: Sequence[Row], score: Score) -> Section:
+def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
     """What factored networks come to, counted in several ways."""
     names = list(dict.fromkeys(name for row in rows for name in row.counts))
     return Section(
@@ -233,7 +242,7 @@ def _counts(rows: Sequence[Row], score: Score) -> Section:
                 shown(row.test_score, score),
                 "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
                 *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
-                f"{100 * row.counts[names[0]] / row.weights:.1f}" if row.weights else _DASH,
+                _share(row, names[0]),
             ]
             for row in rows
             if row.counts
@@ -242,7 +251,11 @@ def _counts(rows: Sequence[Row], score: Score) -> Section:
     )
 
 
-def _side_by_side(source: Published, sweep: Sweep) -> Section:
+def _share(row: PointRecord, name: str) -> str:
+    return f"{100 * row.counts[name] / row.weights:.1f}" if name in row.counts else _DASH
+
+
+def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
     """Published and measured: in every cell the accuracy, and its lead over the published one."""
 
     def line(name: str, published: float, measured: Sequence[Sequence[float]]) -> list[str]:
@@ -283,7 +296,7 @@ def _side_by_side(source: Published, sweep: Sweep) -> Section:
     )
 
 
-def _history(run: Run) -> Section:
+def _history(run: RunRecord) -> Section:
     return Section(
         "History",
         [
@@ -298,18 +311,18 @@ def _history(run: Run) -> Section:
         [
             [
                 str(epoch.epoch),
-                _or_dash("{:.4g}".format, epoch.train_loss),
-                _or_dash("{:.4g}".format, epoch.val_loss),
-                _or_dash(lambda value: shown([value], run.score), epoch.val_score),
-                _or_dash("{:.3g}".format, epoch.learning_rate),
-                _or_dash("{:.1f}".format, epoch.seconds),
+                f"{epoch.train_loss:.4g}",
+                f"{epoch.val_loss:.4g}",
+                shown([epoch.val_score], run.score),
+                f"{epoch.learning_rate:.3g}",
+                f"{epoch.seconds:.1f}",
             ]
             for epoch in run.history
         ],
     )
 
 
-def _facts(found: Sweep | Run) -> list[Section]:
+def _facts(found: SweepRecord | RunRecord) -> list[Section]:
     """What it takes to do it again: configuration, versions and device."""
     versions = {**found.versions, "device": found.device}
     return [

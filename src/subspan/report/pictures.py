@@ -26,7 +26,8 @@ from subspan.report.curves import (
     small_curves,
     title,
 )
-from subspan.report.records import Row, Run, Sweep
+from subspan.sweeps.result import PointRecord, SweepRecord
+from subspan.training.records import RunRecord
 
 STYLE = {
     "font.size": 7,
@@ -71,7 +72,7 @@ CAPTION = (
 
 
 @styled
-def sweep_figure(sweep: Sweep) -> Figure:
+def sweep_figure(sweep: SweepRecord) -> Figure:
     """Test score against d, one line per method, with the intrinsic dimensions marked.
 
     Lines join the means over seeds, dots are the seeds and bands their range. An intrinsic
@@ -105,7 +106,7 @@ def sweep_figure(sweep: Sweep) -> Figure:
 
 
 @styled
-def comparison_figure(sweeps: Mapping[str, Sweep]) -> Figure:
+def comparison_figure(sweeps: Mapping[str, SweepRecord]) -> Figure:
     """The curves of several networks at equal d; stars are all their weights.
 
     A network has a colour, a method a marker.
@@ -126,7 +127,7 @@ def comparison_figure(sweeps: Mapping[str, Sweep]) -> Figure:
             shown = replace(curve, label=f"{net}, {curve.label}")
             lines.append(_draw(axes, shown, colour, _MARKERS[j % len(_MARKERS)]))
             dims += curve.dims
-        if sweep.baseline and sweep.baseline.trainable_parameters:
+        if sweep.baseline:
             size = sweep.baseline.trainable_parameters
             scores = [sweep.score.scale * score for score in sweep.baseline.test_score]
             mean = sum(scores) / len(scores)
@@ -159,7 +160,7 @@ def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
     return line
 
 
-def _draw_baseline(axes: Axes, baseline: Row, sweep: Sweep) -> list[Line2D]:
+def _draw_baseline(axes: Axes, baseline: PointRecord, sweep: SweepRecord) -> list[Line2D]:
     """Where all weights end, and the share of it that counts as solved."""
     score, scores = sweep.score, baseline.test_score
     mean = sum(scores) / len(scores)
@@ -229,7 +230,7 @@ def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
 
 
 @styled
-def run_figure(run: Run) -> Figure:
+def run_figure(run: RunRecord) -> Figure:
     """Losses and validation score of one run, by epoch, and what its method tells besides.
 
     Of random bases, what they catch of the gradient; of factored layers their ranks, and below the
@@ -237,11 +238,12 @@ def run_figure(run: Run) -> Figure:
     """
     bases = any(line.alignment for line in run.history)
     ranks = any(line.ranks for line in run.history)
+    spectra = any(line.singular_values for line in run.history)
     more = [draw for there, draw in ((bases, _draw_alignment), (ranks, _draw_ranks)) if there]
     panels = 2 + len(more)
-    figure = Figure(figsize=(_WIDTH, 1.6 * (panels + ranks)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.6 * (panels + spectra)), layout="constrained")
     by_epoch, *below = figure.subfigures(
-        1 + ranks, height_ratios=[panels, 1.1][: 1 + ranks], squeeze=False
+        1 + spectra, height_ratios=[panels, 1.1][: 1 + spectra], squeeze=False
     )[:, 0]
     losses, accuracy, *rest = by_epoch.subplots(panels, sharex=True)
     epochs = [line.epoch for line in run.history]
@@ -253,18 +255,17 @@ def run_figure(run: Run) -> Figure:
     losses.set_ylabel("loss")
     shown = [run.score.scale * line.val_score for line in run.history]
     accuracy.plot(epochs, shown, color=_COLOURS[1], marker="s", label="validation")
-    for score in run.row.test_score:
-        label = f"test, at the end: {run.score.show(score, 1)}"
-        accuracy.axhline(
-            run.score.scale * score, color=_INK, linewidth=0.9, linestyle=":", label=label
-        )
+    if run.test_score is not None:
+        label, level = run.score.show(run.test_score, 1), run.score.scale * run.test_score
+        dots = {"color": _INK, "linewidth": 0.9, "linestyle": ":"}
+        accuracy.axhline(level, label=f"test, at the end: {label}", **dots)
     accuracy.set_ylabel(f"{run.score.name}{run.score.unit}")
     for axes, draw in zip(rest, more, strict=True):
         draw(axes, run)
     if below:
-        spectra = below[0].subplots()
-        _draw_spectra(spectra, run)
-        spectra.legend(ncols=2)
+        singular = below[0].subplots()
+        _draw_spectra(singular, run)
+        singular.legend(ncols=2)
     lowest = rest[-1] if rest else accuracy
     lowest.set_xlabel("epoch")
     lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -276,15 +277,17 @@ def run_figure(run: Run) -> Figure:
     return figure
 
 
-def _draw_alignment(axes: Axes, run: Run) -> None:
+def _draw_alignment(axes: Axes, run: RunRecord) -> None:
     """How much of the gradient the bases catch, by compartment: at most as many as have colours."""
     names = list(dict.fromkeys(name for line in run.history for name in line.alignment))
     shown = [name for name in names if name != "all"][: len(_COLOURS) - 1]
     if len(shown) < 2:
         shown = []  # it is all there is
     for name, colour in zip(["all", *shown], [_INK, *_COLOURS], strict=False):
-        points = [(r.epoch, *r.alignment[name]) for r in run.history if name in r.alignment]
-        epochs, cosine, share = zip(*points, strict=True)
+        lines = [line for line in run.history if name in line.alignment]
+        epochs = [line.epoch for line in lines]
+        cosine = [line.alignment[name].cosine for line in lines]
+        share = [line.alignment[name].share for line in lines]
         axes.plot(epochs, cosine, color=colour, marker="o", label=f"{name}: cosine")
         if name == "all":
             axes.plot(epochs, share, color=colour, linestyle=":", label="all: share of its norm")
@@ -292,18 +295,19 @@ def _draw_alignment(axes: Axes, run: Run) -> None:
     axes.set_ylabel("gradient in the basis")
 
 
-def _draw_ranks(axes: Axes, run: Run) -> None:
+def _draw_ranks(axes: Axes, run: RunRecord) -> None:
     """The rank of every factored layer, of as many as have colours."""
     lines = [line for line in run.history if line.ranks]
     for name, colour in zip(lines[0].ranks, _COLOURS, strict=False):
-        ranks = [line.ranks[name] for line in lines]
-        axes.plot([line.epoch for line in lines], ranks, color=colour, marker="o", label=name)
+        known = [line for line in lines if name in line.ranks]
+        ranks = [line.ranks[name] for line in known]
+        axes.plot([line.epoch for line in known], ranks, color=colour, marker="o", label=name)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank")
 
 
-def _draw_spectra(axes: Axes, run: Run) -> None:
+def _draw_spectra(axes: Axes, run: RunRecord) -> None:
     """The singular values of every factored layer after the last epoch, largest first."""
     last = [line for line in run.history if line.singular_values][-1]
     for (name, values), colour in zip(last.singular_values.items(), _COLOURS, strict=False):

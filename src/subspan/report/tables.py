@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from subspan.report.curves import axis_name
 from subspan.report.page import shown
-from subspan.report.records import Published, Row, Sweep
-from subspan.training.methods import methods
+from subspan.sweeps.result import PointRecord, Published, SweepRecord
 from subspan.training.score import Score
 
 NONE = "–"  # not published, or not measured
@@ -23,7 +23,7 @@ class Table:
     words: int
 
 
-def of_sweeps(parts: Mapping[str, Sweep], *, timed: bool = False) -> Table:
+def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table:
     """What every row of an experiment's sweeps reached, and what was published.
 
     Columns in which nothing would stand are left out, and those of costs unless they are a result.
@@ -47,7 +47,7 @@ def of_sweeps(parts: Mapping[str, Sweep], *, timed: bool = False) -> Table:
         "ms per step": timed,
         "memory, MB": timed,
         "bytes sent per step": any(
-            row.bytes_sent_per_step for sweep in parts.values() for row in _rows(sweep)
+            row.bytes_sent for sweep in parts.values() for row in sweep.points
         ),
     }
     lines = [
@@ -68,18 +68,14 @@ def of_sweeps(parts: Mapping[str, Sweep], *, timed: bool = False) -> Table:
     )
 
 
-def _rows(sweep: Sweep) -> list[Row]:
-    return [*([sweep.baseline] if sweep.baseline else []), *sweep.rows]
-
-
-def _measured(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
+def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
     """The cells of what was measured, without the part."""
-    for row in _rows(sweep):
-        numbers = row.dim or row.trainable_parameters
+    for row in sweep.points:
+        numbers = row.trainable_parameters if row is sweep.baseline else row.dim
         yield (
             row.method,
             _at(row),
-            f"{numbers:,}" if numbers else NONE,
+            f"{numbers:,}",
             shown(row.test_score, sweep.score),
             str(len(row.test_score)),
             "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
@@ -88,13 +84,13 @@ def _measured(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
                 for values, unit in (
                     (row.seconds_per_step, 1e3),
                     (row.peak_memory_bytes, 1e-6),
-                    (row.bytes_sent_per_step, 1.0),
+                    (row.bytes_sent, 1.0),
                 )
             ),
         )
 
 
-def _only_published(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
+def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
     """The cells of published points that nothing here was measured at."""
     for source in sweep.published:
         rows = [row for row in sweep.rows if source.method in (None, row.method)]
@@ -110,18 +106,17 @@ def _only_published(sweep: Sweep, one: bool) -> Iterator[tuple[str, ...]]:
                 yield source.method or "", label, numbers, NONE, NONE, cell, NONE, NONE, NONE
 
 
-def _at(row: Row) -> str:
+def _at(row: PointRecord) -> str:
     """The value of the method's axis, where it says more than the count of numbers does."""
-    how = methods().get(row.method)
-    if row.label in ("", row.method, str(row.dim)) or how is None or how.axis is None:
-        return ""
-    return f"{'d' if how.axis == 'dim' else how.axis.replace('_', ' ')} = {row.label}"
+    axis = axis_name(row.method)
+    told = row.label not in ("", row.method, str(row.dim))
+    return f"{axis} = {row.label}" if axis and told else ""
 
 
-def _beside(row: Row, sweep: Sweep, one: bool) -> Iterator[str]:
+def _beside(row: PointRecord, sweep: SweepRecord, one: bool) -> Iterator[str]:
     """The published scores that a row is to be compared with."""
     for source in sweep.published:
-        if row.dim == 0:
+        if row is sweep.baseline:
             if source.baseline is not None:
                 yield shown([source.baseline], sweep.score)
         elif source.method in (None, row.method):

@@ -16,7 +16,7 @@ import joblib
 
 from subspan.errors import SubspanError, unknown
 from subspan.training.config import Training
-from subspan.training.loop import on_cpu
+from subspan.training.devices import on_cpu
 
 Name = Literal["loky", "ray"]
 ANSWER_WITHIN = 5.0  # seconds for the head of a cluster to accept a connection

@@ -19,20 +19,18 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from subspan.errors import SubspanError
 from subspan.files import remove_unfinished
-from subspan.training import records
+from subspan.sweeps.result import SweepRecord
 from subspan.training.locks import held, trained_in
 
 FOLDER = ".locks"
-FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Claim:
             at work there.
     """
 
-    def __init__(self, out: Path, first: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, out: Path, first: SweepRecord, *, overwrite: bool) -> None:
         self.first, self.overwrite = first, overwrite
         token = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.place = Place(out.absolute(), token)  # the processes of a run may be anywhere
@@ -110,7 +108,7 @@ class Claim:
 
     def check(self) -> None:
         """Refuse a folder that is another configuration's; nothing is written."""
-        records.claim(self.out, FILE, self.first["config"], overwrite=self.overwrite)
+        SweepRecord.claim(self.out, self.first.config, overwrite=self.overwrite)
 
     def __enter__(self) -> Claim:
         self.check()
@@ -123,7 +121,7 @@ class Claim:
         return self
 
     def _enter(self) -> None:
-        same = records.claim(self.out, FILE, self.first["config"], overwrite=self.overwrite)
+        same = SweepRecord.claim(self.out, self.first.config, overwrite=self.overwrite)
         if same is None and self._others():
             raise SubspanError(
                 f"a sweep of another configuration is under way in {self.out}: wait for its end, "
@@ -134,8 +132,8 @@ class Claim:
         self._alive.acquire()
         (self.place.own / "go-on").touch()
         (self.out / "runs").mkdir(exist_ok=True)
-        remove_unfinished(self.out / FILE)  # with this lock, nobody is writing it
-        records.write_json(self.out / FILE, self.first)
+        remove_unfinished(self.out / SweepRecord.FILE)  # with this lock, nobody is writing it
+        self.first.write(self.out)
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError), self._alone():
@@ -144,15 +142,15 @@ class Claim:
             if not self._others():
                 shutil.rmtree(self.place.locks, ignore_errors=True)
 
-    def write(self, result: Mapping[str, Any]) -> None:
+    def write(self, result: SweepRecord) -> None:
         """Bring ``sweep.json`` up to date, unless another sweep has completed it meanwhile."""
         with self._alone():
             there = None
-            if result["status"] != "complete":
+            if result.status != "complete":
                 with contextlib.suppress(SubspanError):  # damaged meanwhile: it is written anew
-                    there = records.read_json(self.out / FILE)
-            if there is None or there["status"] != "complete":
-                records.write_json(self.out / FILE, result)
+                    there = SweepRecord.read(self.out)
+            if there is None or there.status != "complete":
+                result.write(self.out)
 
     def ask_to_stop(self) -> None:
         """Let the runs under way save where they are and end; works on a full disk, too."""

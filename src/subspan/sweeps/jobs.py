@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 
@@ -25,6 +25,7 @@ from subspan.families import stored
 from subspan.sweeps.claims import Place
 from subspan.training.config import Run
 from subspan.training.locks import BusyError, refuse_if_trained_in
+from subspan.training.records import CompleteRun
 from subspan.training.train import completed, train
 
 LOOK_EVERY = 0.5  # seconds between looks whether the sweep is to stop
@@ -53,13 +54,13 @@ class Pending:
     number: int = 0
 
 
-Outcome = tuple[Job, dict[str, Any] | str]
+Outcome = tuple[Job, CompleteRun | str]
 """A run that has ended: its record, or a sentence on what went wrong."""
 
 
 def perform(
     job: Job, place: Place, *, overwrite: bool, processes: int, apart: bool, log: Sequence[str]
-) -> tuple[Job, dict[str, Any] | str | Pending]:
+) -> tuple[Job, CompleteRun | str | Pending]:
     """Train one run; nothing that it raises may stop the others.
 
     Args:
@@ -90,7 +91,7 @@ def perform(
 
 def _outcome(
     job: Job, place: Place, overwrite: bool, processes: int, log: Sequence[str]
-) -> dict[str, Any] | str | Pending:
+) -> CompleteRun | str | Pending:
     folder = place.run(job.name)
     try:
         if processes > 1:
@@ -151,7 +152,7 @@ def _no_sudden_end(apart: bool) -> Iterator[None]:
 
 def _together(
     run: Run, folder: Path, overwrite: bool, processes: int, place: Place, log: Sequence[str]
-) -> dict[str, Any]:
+) -> CompleteRun:
     """One run in several processes, as a person would start it."""
     refuse_if_trained_in(folder)
     settings = run.as_dict()

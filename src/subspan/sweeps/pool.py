@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import joblib
 
@@ -16,6 +15,7 @@ from subspan.errors import Stopped, SubspanError
 from subspan.sweeps.backends import Backend
 from subspan.sweeps.claims import Claim
 from subspan.sweeps.jobs import Job, Outcome, Pending, perform
+from subspan.training.records import CompleteRun
 from subspan.training.signals import Signals
 from subspan.training.train import completed
 
@@ -141,14 +141,14 @@ class Pool:
         if self.stopped_by:
             raise Stopped("stopped", self.stopped_by)
 
-    def _known(self, job: Job) -> dict[str, Any] | str | None:
+    def _known(self, job: Job) -> CompleteRun | str | None:
         """The outcome of a run that needs no process: it is complete, or cannot be run."""
         try:
             return completed(job.run, self.claim.out / "runs" / job.name, overwrite=self.overwrite)
         except SubspanError as error:
             return str(error)
 
-    def _stream(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | str | Pending]]:
+    def _stream(self, jobs: list[Job]) -> Iterator[tuple[Job, CompleteRun | str | Pending]]:
         """Each run once, in processes of the backend; if one dies all that are left are pending."""
         if not jobs:
             return

@@ -18,14 +18,17 @@ from subspan.errors import Stopped, SubspanError
 from subspan.files import readable
 from subspan.sweeps import backends
 from subspan.sweeps.claims import Claim
-from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
 from subspan.sweeps.jobs import FULL, Job, Outcome
 from subspan.sweeps.pool import Pool
+from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
 from subspan.training import records, trackers
 from subspan.training.config import Run, Sweep, Training
+from subspan.training.machine import versions
 from subspan.training.methods import method
-from subspan.training.score import Score
-from subspan.training.train import prepare
+from subspan.training.prepare import prepare
+from subspan.training.records import CompleteRun
+from subspan.training.score import ACCURACY, Score
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Point:
     options: dict[str, Any]
     lrs: tuple[float, ...]
     small: str = ""
-    done: dict[tuple[float, int], dict[str, Any]] = field(default_factory=dict)
+    done: dict[tuple[float, int], CompleteRun] = field(default_factory=dict)
 
     def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
         """The run with this learning rate and seed."""
@@ -65,8 +68,7 @@ class Point:
         for lr in self.lrs:
             found = self.done.get((lr, 0))
             if found and (
-                best is None
-                or Score.of(found).better(found["val_score"], self.done[best, 0]["val_score"])
+                best is None or found.score.better(found.val_score, self.done[best, 0].val_score)
             ):
                 best = lr
         return best
@@ -79,13 +81,14 @@ def sweep(
     jobs: int = -1,
     overwrite: bool = False,
     on_run: Callable[[Outcome, int], None] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    experiment: Provenance | None = None,
+    published: Sequence[Published] = (),
     backend: str = "loky",
     ray_address: str | None = None,
     say: Callable[[str], None] = lambda what: None,
     log: Sequence[str] = (),
     checked: bool = False,
-) -> dict[str, Any]:
+) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
     Several sweeps of one configuration may share a folder, at once, and divide the runs.
@@ -96,7 +99,8 @@ def sweep(
         jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
         overwrite: replace what another configuration left there.
         on_run: called with each outcome and the number of runs still to do.
-        extra: what else ``sweep.json`` is to say.
+        experiment: the published one that this repeats, for ``sweep.json``.
+        published: curves to hold it against, likewise.
         backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
             which must see ``out`` under this path.
         ray_address: of a cluster; None starts one on this machine.
@@ -105,7 +109,7 @@ def sweep(
         checked: whether :func:`check` has been called.
 
     Returns:
-        The content of ``sweep.json``.
+        What ``sweep.json`` says.
 
     Raises:
         SubspanError: for a configuration that cannot be run, with nothing written. A run that
@@ -119,8 +123,9 @@ def sweep(
     points = _points(config)
     failed: dict[str, str] = {}
 
-    def result(status: str) -> dict[str, Any]:
-        return _result(config, points, failed, status) | dict(extra or {})
+    def result(status: str) -> SweepRecord:
+        found = _result(config, points, failed, status)
+        return replace(found, experiment=experiment, published=list(published))
 
     claim = Claim(out, result("running"), overwrite=overwrite)
     claim.check()
@@ -135,7 +140,7 @@ def sweep(
                         for job, outcome in pool.outcomes([job for job, *_ in stage]):
                             left -= 1
                             point, lr, seed = where[job.name]
-                            if isinstance(outcome, dict):
+                            if isinstance(outcome, CompleteRun):
                                 point.done[lr, seed] = outcome
                             else:
                                 failed[job.name] = outcome
@@ -239,88 +244,60 @@ def check(
 
 
 def _result(
-    config: Sweep, points: list[Point], failed: dict[str, str], status: str
-) -> dict[str, Any]:
+    config: Sweep, points: list[Point], failed: Mapping[str, str], status: str
+) -> SweepRecord:
+    """What is known by now."""
     rows = [row for point in points if (row := _row(point)) is not None]
-    baseline = next(
-        (row for row in rows if row["method"] == config.baseline and "small" not in row), None
-    )
+    baseline = next((row for row in rows if row.method == config.baseline and not row.small), None)
     rows = [row for row in rows if row is not baseline]
-    some = next((record for point in points for record in point.done.values()), {})
-    score = Score.of(some)
-    return {
-        "format": records.FORMAT,
-        "status": status,
-        "config": records.plain(config.as_dict()),
-        "score": score.as_dict(),
-        "baseline": baseline,
-        "rows": rows,
-        "d_int": _intrinsic(config, rows, baseline, score),
-        "failed": [{"run": name, "error": error} for name, error in sorted(failed.items())],
-        "versions": records.versions(),
-        "device": some.get("device", ""),
-    }
+    some = next((record for point in points for record in point.done.values()), None)
+    score = some.score if some else ACCURACY
+    return SweepRecord(
+        status=status,
+        config=records.plain(config.as_dict()),
+        score=score,
+        baseline=baseline,
+        rows=rows,
+        d_int=_intrinsic(config, rows, baseline, score),
+        failed=[Failure(name, error) for name, error in sorted(failed.items())],
+        versions=versions(),
+        device=some.device if some else "",
+    )
 
 
-def _row(point: Point) -> dict[str, Any] | None:
+def _row(point: Point) -> PointRecord | None:
     """What the seeds measured at a point, at the chosen learning rate."""
     lr = point.best_lr()
     if lr is None:
         return None
-    done = [record for (rate, _), record in sorted(point.done.items()) if rate == lr]
-    seeds = [seed for rate, seed in sorted(point.done) if rate == lr]
-    first = done[0]
-    row: dict[str, Any] = {
-        "method": point.method,
-        "dim": round(statistics.fmean(record["trainable_parameters"] for record in done)),
-        "label": point.label.removeprefix(method(point.method).axis or "") or point.method,
-        "lr": lr,
-        "seeds": seeds,
-    }
-    if point.small:
-        row |= {"small": point.small, "label": point.small}
-    for key in (
-        "test_score",
-        "val_score",
-        "seconds_total",
-        "seconds_per_step",
-        "peak_memory_bytes",
-    ):
-        row[key] = [record[key] for record in done]
-    for key in ("trainable_parameters", "stored_parameters", "weights", "checkpoint_bytes"):
-        row[key] = first[key]
-    if "counts" in first:
-        row["counts"] = {
-            name: round(statistics.fmean(record["counts"][name] for record in done))
-            for name in first["counts"]
-        }
-        row["ranks"] = [record["ranks"] for record in done]
-    row["bytes_sent_per_step"] = [record.get("bytes_sent_per_step") for record in done]
-    row["mean_test_score"] = statistics.fmean(row["test_score"])
-    row["tried_lrs"] = {
-        f"{r:g}": rec["val_score"] for (r, s), rec in sorted(point.done.items()) if s == 0
-    }
-    return row
+    done = sorted(point.done.items())
+    label = point.label.removeprefix(method(point.method).axis or "") or point.method
+    return PointRecord.from_runs(
+        [record for (rate, _), record in done if rate == lr],
+        point.small or label,
+        small=point.small,
+        tried_lrs={f"{rate:g}": record.val_score for (rate, seed), record in done if seed == 0},
+    )
 
 
 def _intrinsic(
-    config: Sweep, rows: list[dict[str, Any]], baseline: dict[str, Any] | None, score: Score
-) -> dict[str, Any]:
+    config: Sweep, rows: list[PointRecord], baseline: PointRecord | None, score: Score
+) -> dict[str, IntrinsicDimension]:
     """The intrinsic dimension by method, where there is a curve and a baseline."""
     if baseline is None:
         return {}
-    if not score.better(statistics.fmean(baseline["test_score"]), score.zero):
+    if not score.better(statistics.fmean(baseline.test_score), score.zero):
         return {}  # there is no way to take a share of
     found = {}
     for name in config.methods:
         how = method(name)
-        own = [row for row in rows if row["method"] == name and how.axis and not how.adapts]
+        own = [row for row in rows if row.method == name and how.axis and not how.adapts]
         if own:
             found[name] = intrinsic_dimension(
-                [row["dim"] for row in own],
-                [row["test_score"] for row in own],
-                baseline["test_score"],
+                [row.dim for row in own],
+                [row.test_score for row in own],
+                baseline.test_score,
                 threshold=config.threshold,
                 score=score,
-            ).as_dict()
+            )
     return found

@@ -1,21 +1,21 @@
-"""The JSON files that runs and sweeps leave behind, and what they say of the machine."""
+"""The records of runs, and how all records are written, read, and held against a configuration.
+
+The dataclass that writes a file reads it, too: what a record says, and under which names, stands
+here (that of a sweep in :mod:`subspan.sweeps.result`). Format 2 is written, 1 and 2 are read.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-import psutil
-import torch
-
-from subspan import __version__
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
+from subspan.training.schema import OPTIONAL, OTHERS, MisfitError, from_json, line_of, to_json
+from subspan.training.score import ACCURACY, Score
 
 FORMAT = 2
 # Format 1 knew no score but accuracy.
@@ -24,6 +24,185 @@ _RENAMED = {
     "val_accuracy": "val_score",
     "mean_test_accuracy": "mean_test_score",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A JSON file in an output folder that says what was asked for and what came of it.
+
+    Attributes:
+        format: of the file.
+        status: running, complete, failed or interrupted.
+        config: what was asked for, name by name, as a command line or a YAML file has it.
+    """
+
+    FILE: ClassVar[str]
+
+    format: int = FORMAT
+    status: str
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The record in a folder, or None where there is none.
+
+        Raises:
+            SubspanError: if it cannot be read, is damaged, or of a later format. The message names
+                the file and the line.
+        """
+        path = folder / cls.FILE
+        content = read_json(path)
+        if content is None:
+            return None
+        try:
+            return from_json(cls._kind(content["status"]), content | {"format": FORMAT})
+        except MisfitError as error:
+            line = line_of(path.read_text(encoding="utf-8"), error.path, _RENAMED)
+            raise SubspanError(f"{path} is damaged in line {line}: {error}: restore it") from None
+
+    @classmethod
+    def claim(cls, folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> Self | None:
+        """:func:`claim`, and the record itself."""
+        if claim(folder, cls.FILE, config, overwrite=overwrite) is None:
+            return None
+        try:
+            return cls.read(folder)
+        except SubspanError as error:
+            if not overwrite:
+                raise SubspanError(f"{error}, or give --overwrite to replace it") from None
+            return None
+
+    @classmethod
+    def _kind(cls, status: str) -> type[Self]:
+        """The dataclass of a record with this status."""
+        return cls
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder, whole or not at all."""
+        write_json(folder / self.FILE, to_json(self))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the next random basis would catch of the last batch's gradient.
+
+    Attributes:
+        cosine: between the gradient and its part in the basis.
+        share: of the gradient's norm that this part has.
+    """
+
+    cosine: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One row of a run's history.
+
+    Attributes:
+        epoch: 1, 2, …
+        train_loss: the mean over the epoch, while the weights moved.
+        val_loss: after it, on the validation part.
+        val_score: likewise.
+        learning_rate: at its beginning.
+        seconds: of training and looking at the validation part.
+        ranks: of factored layers.
+        singular_values: of the same, in descending order.
+        alignment: of random bases, by compartment.
+        trainable_parameters: where their number changes.
+        more: what else a method says.
+    """
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    val_score: float
+    learning_rate: float
+    seconds: float
+    ranks: dict[str, int] = field(default_factory=dict, metadata=OPTIONAL)
+    singular_values: dict[str, list[float]] = field(default_factory=dict, metadata=OPTIONAL)
+    alignment: dict[str, Alignment] = field(default_factory=dict, metadata=OPTIONAL)
+    trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
+    more: dict[str, Any] = field(default_factory=dict, metadata=OTHERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """What one training run did, so far: ``record.json``.
+
+    Attributes:
+        score: what the run is judged by.
+        test_score: of the best epoch, read once, at the end.
+        val_score: of the best epoch so far.
+        best_epoch: its number.
+        trainable_parameters: the numbers that the optimizer moves.
+        stored_parameters: those that inference needs beyond seeds, changed buffers too.
+        weights: of the network that they stand for, tied ones once.
+        ranks: of factored layers.
+        counts: other counts of the same network, by what they are called.
+        checkpoint_bytes: of ``model.safetensors``.
+        seconds_total: over all parts of a run that was interrupted.
+        seconds_per_step: the median over epochs.
+        peak_memory_bytes: of this process, or of the GPU.
+        bytes_sent_per_step: by each process on average, a journal included; None for one alone.
+        history: the epochs so far.
+        log: trackers that were told.
+        processes: their number.
+        device: in words.
+        versions: of what the result may depend on.
+        notes: what readers should know of the data and of processes, in sentences.
+        error: why the run failed.
+    """
+
+    FILE = "record.json"
+
+    score: Score = ACCURACY
+    test_score: float | None
+    val_score: float | None
+    best_epoch: int | None = None
+    trainable_parameters: int
+    stored_parameters: int
+    weights: int
+    ranks: dict[str, int] = field(default_factory=dict, metadata=OPTIONAL)
+    counts: dict[str, int] = field(default_factory=dict, metadata=OPTIONAL)
+    checkpoint_bytes: int | None
+    seconds_total: float
+    seconds_per_step: float | None
+    peak_memory_bytes: float | None
+    bytes_sent_per_step: float | None = None
+    history: list[Epoch] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    processes: int = 1
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", str), ("lr", float), ("seed", int)):
+            from_json(kind, self.config.get(name), ("config", name))
+        for name in ("trainable_parameters", "stored_parameters", "weights"):
+            if (count := getattr(self, name)) < 1:
+                raise MisfitError(f"must be positive, got {count}", (name,))
+        for value in (self.test_score, self.val_score):
+            if value is not None:
+                self.score.checked(value)
+
+    @classmethod
+    def _kind(cls, status: str) -> type[Self]:
+        complete: Any = CompleteRun
+        return complete if status == "complete" else cls
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteRun(RunRecord):
+    """A run that came to its end: all is measured."""
+
+    test_score: float
+    val_score: float
+    checkpoint_bytes: int
+    seconds_per_step: float
+    peak_memory_bytes: float
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -36,13 +215,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A record, or None where there is none.
 
     Raises:
-        SubspanError: if the file is no record, or one of a newer format.
+        SubspanError: if the file is no record, or one of a later format.
     """
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         version = content["format"]
+    except OSError as error:
+        raise SubspanError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise SubspanError(
             f"{path} is damaged or no record of subspan ({error!r}): restore it"
@@ -59,15 +240,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise SubspanError(
             f"{path} is damaged or no record of subspan (it lacks config or status): restore it"
         )
-    return dict(upgraded(content))
+    return dict(_upgrade(content) if version == 1 else content)
 
 
-def upgraded(content: Any) -> Any:
-    """A record of an older format, in the words of this one."""
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _upgrade(content: Any) -> Any:
+    """A record of the first format, in the words of this one."""
     if isinstance(content, list):
-        return [upgraded(item) for item in content]
+        return [_upgrade(item) for item in content]
     if isinstance(content, dict):
-        return {_RENAMED.get(key, key): upgraded(value) for key, value in content.items()}
+        return {_RENAMED.get(key, key): _upgrade(value) for key, value in content.items()}
     return content
 
 
@@ -111,31 +296,6 @@ def claim(
     return None if different else record
 
 
-MEASURED = (
-    "test_score",
-    "val_score",
-    "seconds_total",
-    "seconds_per_step",
-    "peak_memory_bytes",
-    "checkpoint_bytes",
-    "trainable_parameters",
-    "stored_parameters",
-    "weights",
-)
-
-
-def damage(record: Mapping[str, Any]) -> str | None:
-    """What a complete run lacks or has as no number, as after an edit by hand; None if well."""
-    for name in MEASURED:
-        value = record.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return f"{name} must be a number, got {value!r}"
-    for name, usual in (("notes", []), ("score", {})):  # which format 1 did not have
-        if not isinstance(value := record.get(name, usual), type(usual)):
-            return f"{name} must be a {type(usual).__name__}, got {value!r}"
-    return None
-
-
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two configurations say differently; what one does not know it leaves at null."""
     a, b = plain(theirs), plain(ours)
@@ -153,36 +313,6 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result may depend on, PyTorch's with its build, as in 2.13.0+cu130.
-
-    The registry's PyTorch is called 2.13.0 in its metadata: what was imported knows better.
-    """
-    found = {"python": platform.python_version(), "subspan": __version__}
-    found["torch"] = str(torch.__version__)
-    for name in ("numpy", "numba", "safetensors", "accelerate", "datasets"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """What a run ran on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} of {psutil.cpu_count()} cores"
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def grouped(
     rows: Iterable[dict[str, Any]], *keys: str
 ) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
@@ -191,34 +321,3 @@ def grouped(
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return list(groups.items())
-
-
-def bytes_sent() -> int:
-    """What this process has written so far, to sockets and to files; where Linux counts it."""
-    file = Path("/proc/self/io")
-    if not file.is_file():
-        return 0
-    return int(file.read_text().partition("wchar: ")[2].split()[0])
-
-
-class PeakMemory:
-    """Peak memory of this process since it was made, in bytes: of the GPU where there is one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            with contextlib.suppress(OSError):  # Linux starts the high-water mark anew
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> int:
-        """The peak so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status")
-        if status.is_file():
-            for line in status.read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return psutil.Process().memory_info().rss

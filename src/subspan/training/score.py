@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from subspan.errors import SubspanError
 
@@ -27,21 +26,6 @@ class Score:
     higher_is_better: bool = True
     zero: float = 0.0
     percent: bool = True
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any] | None) -> Score:
-        """Of :meth:`as_dict`; accuracy where a record says nothing."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in (content or {}).items() if key in known})
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Score:
-        """What a run or a sweep was judged by, from its record."""
-        return cls.from_dict(record.get("score"))
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in a record."""
-        return asdict(self)
 
     def checked(self, value: float) -> float:
         """A value that can be one of this score: finite, and if it is a share of the best, one.

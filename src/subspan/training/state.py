@@ -6,50 +6,152 @@ The file is PyTorch's own, read with ``weights_only``: nothing in it is executab
 from __future__ import annotations
 
 import io
+import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
+from subspan.training.records import Epoch
+from subspan.training.schema import from_json, to_json
 
 FILE = "state.pt"
 FORMAT = 2
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+@dataclass
+class Within:
+    """How far an epoch is that is under way.
+
+    Attributes:
+        total: the sum of the losses of its samples, a scalar on the run's device.
+        seen: how many samples.
+        seconds: that they took.
+        lr: the learning rate that it began with.
+    """
+
+    total: Tensor
+    seen: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it has measured.
+
+    Attributes:
+        within: the epoch that is under way.
+        done: steps.
+        history: the epochs that are over.
+        best_score: on the validation part; NaN before the first epoch that may be the best.
+        best_epoch: its number, 0 before it.
+        sent: bytes per step and process, epoch by epoch, where there are several processes.
+    """
+
+    within: Within
+    done: int = 0
+    history: list[Epoch] = field(default_factory=list)
+    best_score: float = math.nan
+    best_epoch: int = 0
+    sent: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything that the rest of a training depends on.
+
+    Attributes:
+        config: of the run, as in its record.
+        header: of the model's checkpoint.
+        tensors: likewise.
+        optimizer: its state.
+        schedule: likewise.
+        scaler: of fp16, likewise; else None.
+        generators: of :func:`generators`.
+        progress: how far it is.
+        log: what trackers were told; None in files of versions that had none.
+        notes: of the record; None likewise.
+        processes: how many trained.
+        size: training samples; None likewise.
+        seconds_total: of all parts of the training.
+    """
+
+    config: dict[str, Any]
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None
+    generators: dict[str, Any]
+    progress: Progress
+    log: dict[str, Any] | None = None
+    notes: list[str] | None = None
+    processes: int = 1
+    size: int | None = None
+    seconds_total: float
+
+    def state_dict(self) -> dict[str, Any]:
+        """As it stands in the file: flat, of plain values and tensors."""
+        progress = vars(self.progress) | {
+            "within": vars(self.progress.within),
+            "history": to_json(self.progress.history),
+        }
+        own = {name: value for name, value in vars(self).items() if name != "progress"}
+        return own | progress
+
+    @classmethod
+    def from_state_dict(cls, content: Mapping[str, Any]) -> TrainState:
+        """Of :meth:`state_dict`, this version's or an older one's.
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything else.
+        """
+        progress = {each.name: content[each.name] for each in fields(Progress)} | {
+            "within": Within(**content["within"]),
+            "history": from_json(list[Epoch], content["history"]),
+        }
+        own = {each.name for each in fields(cls)} & content.keys()
+        return cls(progress=Progress(**progress), **{name: content[name] for name in own})
+
+
+def write(path: Path, state: TrainState) -> None:
     """Write a state, whole or not at all."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT} | content, buffer)
+    torch.save({"format": FORMAT} | state.state_dict(), buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> TrainState | None:
     """A state, or None where there is none.
 
     Raises:
-        SubspanError: if the file is damaged, or of a newer format.
+        SubspanError: if the file is damaged, or of another format.
     """
     if not path.is_file():
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format"]
+        if version == FORMAT:
+            return TrainState.from_state_dict(content)
     except Exception as error:  # of a damaged file PyTorch raises any
         raise SubspanError(
             f"{path} is damaged, training cannot go on from it ({type(error).__name__}): remove it "
             "to begin anew"
         ) from None
-    if version != FORMAT:
-        raise SubspanError(
-            f"{path} has format {version}; this version reads {FORMAT}: go on with the version of "
-            "subspan that wrote it, or remove it to begin anew"
-        )
-    return dict(content)
+    raise SubspanError(
+        f"{path} has format {version}; this version reads {FORMAT}: go on with the version of "
+        "subspan that wrote it, or remove it to begin anew"
+    )
 
 
 def generators() -> dict[str, Any]:

@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from subspan.errors import SubspanError, unknown
+from subspan.training.records import Epoch, RunRecord
+from subspan.training.schema import to_json
 
 PROJECT = "subspan"  # TensorBoard's folder in that of the run, everyone else's project
 EXTRAS = ("tensorboard", "trackio", "wandb")  # of this package, by which pip installs them
@@ -55,7 +57,7 @@ class Log:
         self._id = before["id"] if before else secrets.token_hex(4)
         self._told: dict[str, int] = dict(before["epochs"]) if before else {}
 
-    def begin(self, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    def begin(self, config: Mapping[str, Any], history: Sequence[Epoch]) -> None:
         """Start the trackers; those that missed epochs are told them now.
 
         Raises:
@@ -87,16 +89,16 @@ class Log:
                 f"cannot log to {', '.join(names)}: {error}: see to that, or leave it out of --log"
             ) from error
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def epoch(self, row: Epoch) -> None:
         """One more row of the history."""
         for tracker in self._accelerator.trackers:
             self._tell(tracker, row)
 
-    def score(self, record: Mapping[str, Any]) -> None:
+    def score(self, record: RunRecord) -> None:
         """What the run came to, beside the last epoch."""
         names = ("test_score", "best_epoch", "stored_parameters", "checkpoint_bytes")
-        values = {name: record[name] for name in names}
-        self._accelerator.log(values, step=len(record["history"]))
+        values = {name: getattr(record, name) for name in names}
+        self._accelerator.log(values, step=len(record.history))
 
     def end(self) -> None:
         """Write out what trackers still hold.
@@ -111,9 +113,10 @@ class Log:
         """What a run that goes on must know."""
         return {"id": self._id, "epochs": dict(self._told)}
 
-    def _tell(self, tracker: Any, row: Mapping[str, Any]) -> None:
-        tracker.log({name: value for name, value in numbers(row) if name != "epoch"}, row["epoch"])
-        self._told[tracker.name] = row["epoch"]
+    def _tell(self, tracker: Any, row: Epoch) -> None:
+        told = {name: value for name, value in numbers(to_json(row)) if name != "epoch"}
+        tracker.log(told, row.epoch)
+        self._told[tracker.name] = row.epoch
 
 
 def numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:

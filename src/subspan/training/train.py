@@ -8,81 +8,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from subspan.errors import Stopped, SubspanError
-from subspan.subspace import init
-from subspan.training import nets, records, state, tasks, trackers
+from subspan.training import trackers
 from subspan.training.config import Run
+from subspan.training.devices import accelerator
 from subspan.training.locks import training_in
-from subspan.training.loop import Loop, Prepared, Report, accelerator, on_cpu
-from subspan.training.methods import method
+from subspan.training.loop import Loop, Report
+from subspan.training.prepare import prepare
+from subspan.training.records import CompleteRun, RunRecord
+from subspan.training.resume import find_state
 from subspan.training.score import Score
 
 
-def prepare(run: Run) -> Prepared:
-    """Load the task, build and wrap its network.
-
-    Raises:
-        SubspanError: for whatever cannot be run as asked.
-    """
-    how = method(run.method)
-    how.check(run.options)
-    training = run.training
-    if training.device == "cuda" and not torch.cuda.is_available():
-        raise SubspanError("device cuda: PyTorch sees no CUDA device here; use cpu or auto")
-    if training.mixed_precision == "fp16":
-        if on_cpu(training):
-            raise SubspanError("mixed_precision fp16 needs a GPU: use bf16, or no")
-        if how.evaluates:
-            raise SubspanError(
-                f"a step of {run.method} evaluates the loss itself, which fp16's scaled gradients "
-                "do not allow: use bf16, or no"
-            )
-    task = tasks.load(training, run.seed)
-    known = training.task is None and nets.is_builtin(str(training.net))
-    own = training.init == "own" or (training.init == "auto" and not known)
-    init_seed = None if own else run.seed
-
-    def make() -> nn.Module:
-        return tasks.draw(task, run.seed)
-
-    net = make() if init_seed is None else init.build(make, init_seed)
-    task.check(net)
-    for name, tensor in net.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise SubspanError(f"{name} of the network is not finite before the first step")
-    model = how.wrap(net, run.seed, run.options)
-    if init_seed is not None and hasattr(model, "init_seed"):
-        # The checkpoint then holds no θ₀ and needs none.
-        model.init_seed = init_seed  # type: ignore[assignment]
-    return Prepared(run, task, how, model, init_seed)
-
-
-def completed(run: Run, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
+def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | None:
     """The record of a run that is complete in a folder, if it is.
 
     Raises:
         SubspanError: if the folder holds something else (see :func:`train`).
     """
-    found = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
+    found = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
     model = out / "model.safetensors"
     if model.exists() and not (out / "record.json").exists() and not overwrite:
         raise SubspanError(
             f"{model} is there without a record of its training: give another --out, or --overwrite"
         )
-    if not found or found["status"] != "complete" or not model.is_file():
-        return None
-    damage = records.damage(found)
-    if damage and not overwrite:
-        raise SubspanError(
-            f"{out / 'record.json'} is damaged: {damage}; restore it, or give --overwrite to train "
-            "again"
-        )
-    return None if damage else found
+    return found if isinstance(found, CompleteRun) and model.is_file() else None
 
 
 def train(
@@ -95,7 +46,7 @@ def train(
     on_start: Callable[[int, int, Score], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     log: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> CompleteRun:
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
 
     After every epoch ``best.safetensors`` and ``last.safetensors`` are there, too, and
@@ -131,19 +82,19 @@ def train(
     with training_in(out) if devices.is_main_process else contextlib.nullcontext():
         if found := completed(run, out, overwrite=overwrite):  # meanwhile, by another process
             return found
-        before = records.claim(out, "record.json", run.as_dict(), overwrite=overwrite)
-        where = _where(run, out) if before else None
-        loop = Loop(ready, devices, out, where, report, on_step, asked_to_stop)
+        begun = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
+        before = find_state(run.as_dict(), out) if begun else None
+        loop = Loop(ready, devices, out, before, report, on_step, asked_to_stop)
         loop.open()
         if on_start:
-            on_start(loop.steps * run.training.epochs, loop.done, loop.score)
-        return _trained(loop)
+            on_start(loop.steps * run.training.epochs, loop.progress.done, loop.score)
+        return _finish(loop)
 
 
-def _trained(loop: Loop) -> dict[str, Any]:
-    """All that is left of a training, and its record."""
+def _finish(loop: Loop) -> CompleteRun:
+    """Do all that is left of a training; its record."""
     try:
-        loop.log.begin(loop.ready.run.as_dict(), loop.record["history"])
+        loop.log.begin(loop.record.config, loop.record.history)
         with loop.signals:
             loop.fit()
         loop.finish()
@@ -157,12 +108,5 @@ def _trained(loop: Loop) -> dict[str, Any]:
         raise
     finally:
         loop.log.end()
+    assert isinstance(loop.record, CompleteRun)
     return loop.record
-
-
-def _where(run: Run, out: Path) -> dict[str, Any] | None:
-    """Where an earlier training of this run stands, if that can be told."""
-    found = state.read(out / state.FILE)
-    # A file of another run is there if that one was just being replaced when all ended.
-    same = found is not None and not records.differences(found["config"], run.as_dict())
-    return found if same else None

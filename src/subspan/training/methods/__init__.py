@@ -23,6 +23,7 @@ from subspan.errors import SubspanError, unknown
 from subspan.subspace import slots
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
+from subspan.training.records import Epoch
 
 _registry: dict[str, Method] = {}
 
@@ -142,7 +143,7 @@ class Method(ABC):
         return True
 
     def after_epoch(
-        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
+        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]
     ) -> nn.Module | None:
         """Change what is trained from here on; called after each epoch but the last.
 

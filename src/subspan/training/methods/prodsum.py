@@ -21,6 +21,7 @@ from subspan.layers.product_of_sums import described
 from subspan.subspace.compartments import matches
 from subspan.training.config import Run, split
 from subspan.training.methods import Method, Option
+from subspan.training.records import Epoch
 
 Rule = list[dict[str, Any]] | Callable[[int, int], list[dict[str, Any]]]
 
@@ -85,15 +86,15 @@ class ProductsOfSums(Method):
         return super().optimizer(model, run, out, extra, steps=steps, resume=resume)
 
     def after_epoch(
-        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[dict[str, Any]]
+        self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]
     ) -> nn.Module | None:
         """The next stage, if this one is over."""
         stages = _stages(run.options)
         stage = _stage(model, run.options)
         if stage + 1 == len(stages):
             return None
-        now = history[-1]["trainable_parameters"]
-        own = [row["val_loss"] for row in history if row["trainable_parameters"] == now]
+        now = history[-1].trainable_parameters
+        own = [row.val_loss for row in history if row.trainable_parameters == now]
         waited = len(own) - 1 - own.index(min(own))
         share = math.ceil(run.training.epochs * (stage + 1) / len(stages))
         if waited < run.options.get("plateau", 2) and len(history) < share:

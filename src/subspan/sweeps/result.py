@@ -1,0 +1,249 @@
+"""What a sweep found: ``sweep.json``, from the records of its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from subspan.sweeps.intrinsic import IntrinsicDimension
+from subspan.training.records import Record, RunRecord
+from subspan.training.schema import OPTIONAL, MisfitError, from_json
+from subspan.training.score import ACCURACY, Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointRecord:
+    """One method at one value of its axis, at the chosen learning rate: its seeds together.
+
+    Scores, times and memory are lists with an entry for each seed, counts are the first seed's.
+
+    Attributes:
+        method: its name.
+        dim: the numbers that are trained, the mean over seeds.
+        label: the value of the axis as people give it, or what the point is called.
+        lr: the learning rate.
+        seeds: which ones.
+        small: the name of a smaller network, all of whose weights were trained; else empty.
+        test_score: of the best epoch; accuracies are fractions in [0, 1].
+        val_score: likewise.
+        seconds_total: of each run.
+        seconds_per_step: the median over epochs.
+        peak_memory_bytes: of each run.
+        trainable_parameters: as of a run.
+        stored_parameters: likewise.
+        weights: likewise.
+        checkpoint_bytes: likewise.
+        counts: other counts of the same networks by what they are called, means over seeds.
+        ranks: of factored layers, seed by seed.
+        bytes_sent_per_step: of each run; None where one process ran alone.
+        mean_test_score: over seeds.
+        tried_lrs: the validation score of the first seed at every learning rate that was tried.
+    """
+
+    method: str
+    dim: int
+    label: str
+    lr: float
+    seeds: list[int] = field(default_factory=list)
+    small: str = field(default="", metadata=OPTIONAL)
+    test_score: list[float]
+    val_score: list[float] = field(default_factory=list)
+    seconds_total: list[float] = field(default_factory=list)
+    seconds_per_step: list[float] = field(default_factory=list)
+    peak_memory_bytes: list[float] = field(default_factory=list)
+    trainable_parameters: int
+    stored_parameters: int
+    weights: int
+    checkpoint_bytes: int | None
+    counts: dict[str, int] = field(default_factory=dict, metadata=OPTIONAL)
+    ranks: list[dict[str, int]] = field(default_factory=list, metadata=OPTIONAL)
+    bytes_sent_per_step: list[float | None] = field(default_factory=list)
+    mean_test_score: float | None = None
+    tried_lrs: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "weights"):
+            if (count := getattr(self, name)) < 1:
+                raise MisfitError(f"must be positive, got {count}", (name,))
+
+    @property
+    def bytes_sent(self) -> list[float]:
+        """Bytes that a process sent per step, of the runs that had several."""
+        return [sent for sent in self.bytes_sent_per_step if sent is not None]
+
+    @classmethod
+    def from_runs(
+        cls,
+        runs: Sequence[RunRecord],
+        label: str,
+        *,
+        small: str = "",
+        tried_lrs: dict[str, float] | None = None,
+    ) -> PointRecord:
+        """The runs of a point, which differ in their seed; what one lacks is left out.
+
+        Args:
+            runs: at least one.
+            label: what the point is called.
+            small: the name of a smaller network than the sweep's.
+            tried_lrs: validation scores by learning rate.
+        """
+        first = runs[0]
+        scores = _known(run.test_score for run in runs)
+        return cls(
+            method=first.config["method"],
+            dim=round(statistics.fmean(run.trainable_parameters for run in runs)),
+            label=label,
+            lr=first.config["lr"],
+            seeds=[run.config["seed"] for run in runs],
+            small=small,
+            test_score=scores,
+            val_score=_known(run.val_score for run in runs),
+            seconds_total=[run.seconds_total for run in runs],
+            seconds_per_step=_known(run.seconds_per_step for run in runs),
+            peak_memory_bytes=_known(run.peak_memory_bytes for run in runs),
+            trainable_parameters=first.trainable_parameters,
+            stored_parameters=first.stored_parameters,
+            weights=first.weights,
+            checkpoint_bytes=first.checkpoint_bytes,
+            counts={
+                name: round(statistics.fmean(run.counts[name] for run in runs))
+                for name in first.counts
+            },
+            ranks=[run.ranks for run in runs if run.ranks],
+            bytes_sent_per_step=[run.bytes_sent_per_step for run in runs],
+            mean_test_score=statistics.fmean(scores) if scores else None,
+            tried_lrs=tried_lrs or {},
+        )
+
+
+def _known(values: Any) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published curve: accuracies at numbers of coordinates.
+
+    Attributes:
+        label: the source.
+        dims: how many coordinates; empty where only labels are known.
+        accuracy: at each of them, in [0, 1].
+        baseline: what all weights reached there.
+        d_int: the intrinsic dimension that was published.
+        method: the one method that it is to be compared with; None for all.
+        labels: values of the method's axis by which points are compared, where dims are an outcome.
+    """
+
+    label: str
+    dims: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    baseline: float | None = None
+    d_int: float | None = None
+    method: str | None = None
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, points, other in (
+            ("dims", self.dims, self.labels),
+            ("labels", self.labels, self.dims),
+        ):
+            if len(points) != len(self.accuracy) and (points or not other):
+                raise ValueError(
+                    f"{len(points)} published {name} but {len(self.accuracy)} accuracies"
+                )
+        if any(dim < 1 for dim in self.dims):
+            raise ValueError(f"dims must be positive, got {list(self.dims)}")
+        baseline = () if self.baseline is None else (self.baseline,)
+        if not all(0 <= value <= 1 for value in (*self.accuracy, *baseline)):
+            raise ValueError(f"accuracies must be in [0, 1], got {[*self.accuracy, *baseline]}")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The published experiment that a sweep repeats.
+
+    Attributes:
+        name: what people type.
+        budget: quick or full.
+        title: one line.
+        source: the paper.
+        differences: what is not as published, and why.
+        part: of an experiment that has several; else empty.
+    """
+
+    name: str
+    budget: str
+    title: str
+    source: str
+    differences: str
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed: its name, and why."""
+
+    run: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord(Record):
+    """What a sweep found, so far: ``sweep.json``.
+
+    Attributes:
+        score: what its runs are judged by.
+        baseline: what the others are held against, if it succeeded.
+        rows: the other points, method by method; those at which no run succeeded are missing.
+        d_int: intrinsic dimensions by method, where there is a curve and a baseline.
+        failed: the runs that failed.
+        versions: of what the result may depend on.
+        device: of the first run, in words.
+        experiment: the published one that this is, if it is one.
+        published: curves to hold it against.
+    """
+
+    FILE = "sweep.json"
+
+    score: Score = ACCURACY
+    baseline: PointRecord | None
+    rows: list[PointRecord]
+    d_int: dict[str, IntrinsicDimension] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    experiment: Provenance | None = field(default=None, metadata=OPTIONAL)
+    published: list[Published] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for point in self.points:
+            if not point.test_score:
+                raise ValueError(f"{point.method} at {point.label} has no test_score")
+            for value in (*point.test_score, *point.val_score):
+                self.score.checked(value)
+        from_json(float, self.threshold, ("config", "threshold"))
+
+    @property
+    def points(self) -> list[PointRecord]:
+        """The baseline, if there is one, and all rows."""
+        return [*([self.baseline] if self.baseline else []), *self.rows]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that have a point, in the order of the sweep."""
+        return list(dict.fromkeys(row.method for row in self.rows if not row.small))
+
+    @property
+    def weights(self) -> int | None:
+        """D, the number of weights of the network; None if no run was good."""
+        return next((point.weights for point in self.points if not point.small), None)
+
+    @property
+    def threshold(self) -> float:
+        """The share of the baseline's score at which intrinsic dimensions are read off."""
+        known = [found.threshold for found in self.d_int.values()]
+        share: float = self.config.get("threshold", (known or [0.9])[0])
+        return share

@@ -1,0 +1,27 @@
+"""The devices, processes and precision of a run: accelerate's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from subspan import distributed
+from subspan.training.config import Training
+
+
+def on_cpu(training: Training) -> bool:
+    """Whether a run takes the processor: it was told to, or there is nothing else."""
+    return training.device == "cpu" or not torch.accelerator.is_available()
+
+
+def accelerator(training: Training, **more: Any) -> Accelerator:
+    """The devices, processes and precision of a run, and whatever else accelerate is told."""
+    # What accelerate knows of the run before this one would make it refuse other settings.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    distributed.meet_again("gloo" if on_cpu(training) else None)
+    # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
+    precision = training.mixed_precision
+    return Accelerator(cpu=on_cpu(training), mixed_precision=precision, **more)

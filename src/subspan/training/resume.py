@@ -1,0 +1,74 @@
+"""Whether and how a training goes on from where an earlier one stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from subspan import checkpoint
+from subspan.errors import SubspanError
+from subspan.subspace.model import SubspaceModel
+from subspan.training import records, state
+from subspan.training.folder import RunFolder
+from subspan.training.state import TrainState
+
+
+def find_state(config: Mapping[str, Any], folder: Path) -> TrainState | None:
+    """Where an earlier training of this configuration stands, if that can be told.
+
+    Raises:
+        SubspanError: if the file is damaged, or of another format.
+    """
+    found = state.read(folder / state.FILE)
+    # A file of another run is there if that one was just being replaced when all ended.
+    same = found is not None and not records.differences(found.config, config)
+    return found if same else None
+
+
+def check_beginning(before: TrainState, folder: RunFolder, model: nn.Module, size: int) -> None:
+    """Refuse to go on with other samples, from other initial weights, or without the best epoch.
+
+    Args:
+        before: where the training stands.
+        folder: of the run.
+        model: as it was before the first step.
+        size: training samples that there are now.
+
+    Raises:
+        SubspanError: if there are others than those that the run was begun with, or the best
+            epoch's checkpoint cannot be read.
+    """
+    if before.size is not None and before.size != size:
+        raise SubspanError(
+            f"{folder.path} was begun with {before.size:,} training samples, now there are "
+            f"{size:,}: bring the data back as they were, or give another --out"
+        )
+    if isinstance(model, SubspaceModel):
+        checkpoint.check_base(folder.path, model, before.header)
+    if before.progress.best_epoch:  # what is missing or damaged would be noticed at the end alone
+        checkpoint.read(folder.kept_best)
+
+
+def check_processes(before: TrainState, folder: Path, now: int, *, must_agree: bool) -> list[str]:
+    """What to note of processes that came or went.
+
+    Args:
+        before: where the training stands.
+        folder: of the run.
+        now: how many processes there are.
+        must_agree: whether other processes than before would make it another run.
+
+    Raises:
+        SubspanError: if they would, and there are others.
+    """
+    if before.processes == now:
+        return []
+    if must_agree:
+        raise SubspanError(
+            f"{folder} was begun in {before.processes} processes, and what they find depends on "
+            f"their number, got {now}: go on in {before.processes}"
+        )
+    return [f"processes: {before.processes} up to step {before.progress.done:,}, then {now}"]

@@ -1,0 +1,167 @@
+"""Dataclasses as JSON, and JSON as dataclasses that are checked against their annotations.
+
+The dataclass that writes a file is the one that reads it. An annotation is a number, a text, a
+truth value, None, a list, a tuple of equal items, a dict with texts as keys, a dataclass, ``Any``,
+or one of them "or None". Keys that a dataclass does not know are left out when it is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+Path = tuple[str | int, ...]
+
+# Of fields: left out of the JSON while it is empty; for all keys that have no field.
+OPTIONAL, OTHERS = {"optional": True}, {"others": True}
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    dict: "a mapping",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "a text",
+}
+_SPACE = re.compile(r"[\s,:]*")
+
+
+class MisfitError(ValueError):
+    """JSON that does not fit a dataclass.
+
+    Attributes:
+        message: what is wrong, after the name of the value.
+        path: keys and positions that lead to the value, from the outside.
+    """
+
+    def __init__(self, message: str, path: Path = ()) -> None:
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+        super().__init__(f"{name.lstrip('.')} {message}".strip())
+        self.message, self.path = message, path
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that JSON has; fields keep their order."""
+    if isinstance(value, Mapping):
+        return {key: to_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(inner) for inner in value]
+    if not is_dataclass(value):
+        return value
+    content: dict[str, Any] = {}
+    for each in fields(value):
+        inner = getattr(value, each.name)
+        if "others" in each.metadata:
+            content |= to_json(inner)
+        elif inner or "optional" not in each.metadata:
+            content[each.name] = to_json(inner)
+    return content
+
+
+def from_json(kind: type[T], value: Any, path: Path = ()) -> T:
+    """What :func:`to_json` made of a dataclass.
+
+    Args:
+        kind: the dataclass, or what else an annotation may be.
+        value: the JSON.
+        path: where it stands, for errors.
+
+    Raises:
+        MisfitError: if a value is missing, or has another type, or if the dataclass refuses it.
+    """
+    found: T = _read(kind, value, path)
+    return found
+
+
+def _read(kind: Any, value: Any, path: Path) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # something, or None
+        [kind] = [arg for arg in args if arg is not NoneType]
+        return None if value is None else _read(kind, value, path)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _dataclass(kind, _checked(dict, value, path), path)
+    if origin is dict:
+        content = _checked(dict, value, path)
+        return {key: _read(args[1], inner, (*path, key)) for key, inner in content.items()}
+    if origin in (list, tuple):
+        items = _checked(list, value, path)
+        return origin(_read(args[0], inner, (*path, i)) for i, inner in enumerate(items))
+    return _checked(kind, value, path)
+
+
+def _checked(kind: type, value: Any, path: Path) -> Any:
+    right = isinstance(value, (int, float) if kind is float else kind)
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise MisfitError(f"must be {_WORDS[kind]}, got {reprlib.repr(value)}", path)
+    if kind is float and not math.isfinite(value):
+        raise MisfitError(f"must be a finite number, got {value}", path)
+    return value
+
+
+def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:
+    hints, given, rest = _hints(kind), {}, dict(content)
+    where_others_go = None
+    for each in fields(kind):
+        if "others" in each.metadata:
+            where_others_go = each.name
+        elif each.name in content:
+            here = (*path, each.name)
+            given[each.name] = _read(hints[each.name], rest.pop(each.name), here)
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise MisfitError(f"lacks {each.name}" if path else f"{each.name} is missing", path)
+    if where_others_go:
+        given[where_others_go] = rest
+    try:
+        return kind(**given)
+    except MisfitError as error:
+        raise MisfitError(error.message, (*path, *error.path)) from None
+    except ValueError as error:  # of values that are each of the right type
+        raise MisfitError(f"is refused: {error}" if path else str(error), path) from None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def line_of(text: str, path: Path, renamed: Mapping[str, str]) -> int:
+    """The line on which a value begins, or on which what should hold it does.
+
+    Args:
+        text: valid JSON.
+        path: of the value.
+        renamed: the names of keys in the path, by those that they have in the text.
+    """
+    decode = json.JSONDecoder().raw_decode
+    start = _after_space(text, 0)
+    for step in path:
+        at = start + 1  # behind the bracket
+        for number in itertools.count():
+            at = _after_space(text, at)
+            if at >= len(text) or text[at] in "]}":
+                return text.count("\n", 0, start) + 1
+            key: Any = number
+            if isinstance(step, str):
+                key, at = decode(text, at)
+                at = _after_space(text, at)
+            if renamed.get(key, key) == step:
+                start = at
+                break
+            at = decode(text, at)[1]
+    return text.count("\n", 0, start) + 1
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
