@@ -22,7 +22,7 @@ def test_parts_of_packages_that_moved():
 from subspan.lab import nets, train
 from subspan.lab.tasks.shuffled_labels import __name__ as name
 from subspan.lab.bench.minilm import encoder
-from subspan.slots import digest
+from subspan.slots import saved_buffers
 import subspan.training.nets
 assert nets is subspan.training.nets
 assert name == "subspan.training.tasks.shuffled_labels"

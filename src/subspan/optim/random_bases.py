@@ -41,8 +41,8 @@ from subspan.optim.parts import (
     parts,
     refuse_computed,
 )
-from subspan.subspace import slots
 from subspan.subspace.compartments import Rules
+from subspan.subspace.parameters import digest_tensors, find_slots
 
 Estimator = Literal["gradient", "forward", "evolution"]
 Workers = Literal["shared", "independent"]
@@ -139,7 +139,7 @@ class RandomBases(Copied, Optimizer):
             raise SubspanError(f"sigma must be a positive number, got {sigma}")
         padding: dict[int, tuple[int, int]] = {}
         if isinstance(params, nn.Module):
-            slots.slots(params)  # refuses parameters without values
+            find_slots(params)  # refuses parameters without values
             padding = padding_rows(params)
             params = params.named_parameters()
         defaults = {
@@ -442,7 +442,7 @@ class RandomBases(Copied, Optimizer):
         assert self._workers is not None
         agreement = self._agreement | {
             "the steps made": self.steps,
-            "the weights": slots.digest(self._tensors),
+            "the weights": digest_tensors(self._tensors),
         }
         self._workers.check_start(agreement, self._own.device)
         self._agreed = True

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan.errors import SubspanError
-from subspan.subspace import slots
+from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.quantised import stored
 from subspan.subspace.sharded import home_of, is_shard, local
 
@@ -104,7 +104,7 @@ class Changes:
         if base is None or base.is_meta:
             return None
         if (packed := stored(module, attribute)) is not None:
-            number = int(slots.digest({tensor: packed}), 16)
+            number = int(digest_tensors({tensor: packed}), 16)
             return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
         with torch._C.DisableTorchFunctionSubclass():
             kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
@@ -170,7 +170,7 @@ class Changes:
             SubspanError: naming a parameter that was added since the network was wrapped.
         """
         self.check_base()
-        for name in slots.saved_buffers(self.weights.root):
+        for name in saved_buffers(self.weights.root):
             if name not in self.weights.buffer_names:
                 raise SubspanError(
                     f"buffer {name} was added after the network was wrapped, and the network that "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.philox import Source
+from subspan.subspace.parameters import find_slots
 from subspan.subspace.quantised import stored
-from subspan.subspace.slots import slots
 
 DOMAIN = 16
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -46,7 +46,7 @@ def initialize(net: nn.Module, seed: int) -> None:
     """
     source = Source(seed, DOMAIN)
     # A tied tensor takes the rule of the first module that holds it.
-    owners = [slot for slot in slots(net) if slot.path == slot.tensor]
+    owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
     for position, slot in enumerate(owners):
         module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)

@@ -25,9 +25,19 @@ from torch import Tensor, nn
 
 from subspan import families
 from subspan.errors import SubspanError, unknown
-from subspan.subspace import calls, init, quantised, slots
+from subspan.subspace import calls, init, quantised
 from subspan.subspace.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.subspace.inplace import FINGERPRINT, LINK, PREFIX
+from subspan.subspace.parameters import (
+    check_trainable,
+    digest_tensors,
+    find_aliases,
+    find_padding,
+    find_quantised,
+    find_slots,
+    saved_buffers,
+    select_trainable,
+)
 from subspan.subspace.sharded import home_of, refuse_sharded, refuse_whole
 from subspan.subspace.summary import Row, Summary
 from subspan.subspace.weights import Weights
@@ -95,15 +105,15 @@ class SubspaceModel(nn.Module):
                 )
         refuse_sharded(net)
         targets, exclude, train_fully = _plain(targets), _plain(exclude), _plain(train_fully)
-        places = slots.slots(net)
-        names = slots.aliases(places)
+        places = find_slots(net)
+        names = find_aliases(places)
         tensors = {name: net.get_parameter(name) for name in names}
         fully = select(names, train_fully, "train_fully")
-        packed = slots.quantised_of(net, places)
-        sizes = slots.trained(
+        packed = find_quantised(net, places)
+        sizes = select_trainable(
             tensors, names, targets, exclude, fully, packed, quantised.foreign(net)
         )
-        slots.check(net, places, set(sizes), fully, packed)
+        check_trainable(net, places, set(sizes), fully, packed)
         parts = partition(sizes, names, dim, compartments, allocation)
         projections = tuple(
             families.projection(
@@ -115,7 +125,7 @@ class SubspaceModel(nn.Module):
             name: packed.get(name, tensor) for name, tensor in tensors.items() if name not in fully
         }
         inside = [slot for slot in places if slot.tensor in sizes]
-        kept = slots.padding(net, inside) if padding == "keep" else {}
+        kept = find_padding(net, inside) if padding == "keep" else {}
         own = options | ({"padding": "keep"} if kept else {})
         weights = Weights(
             net,
@@ -125,7 +135,7 @@ class SubspaceModel(nn.Module):
             {name: tensor.requires_grad for name, tensor in tensors.items()},
             fully,
             kept,
-            slots.digest({**base, **slots.saved_buffers(net)})
+            digest_tensors({**base, **saved_buffers(net)})
             + calls.layout(parts, projection, seed, own),
             {name: found.kind for name, found in packed.items()},
         )
@@ -270,9 +280,11 @@ class SubspaceModel(nn.Module):
 
     def changed_buffers(self) -> dict[str, Tensor]:
         """The network's saved buffers that are not what they were when it was wrapped."""
-        buffers = slots.saved_buffers(self.body)
+        buffers = saved_buffers(self.body)
         was = self.subspace.base_buffers
-        return {name: b for name, b in buffers.items() if slots.digest({name: b}) != was.get(name)}
+        return {
+            name: b for name, b in buffers.items() if digest_tensors({name: b}) != was.get(name)
+        }
 
     def summary(self) -> Summary:
         """Tensor by tensor: weights, compartment, coordinates. Print it, or read its rows."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.subspace import calls, slots
+from subspan.subspace import calls
 from subspan.subspace.guards import (
     OWN,
     Base,
@@ -30,6 +30,7 @@ from subspan.subspace.guards import (
     _sets,
     _shares_memory,
 )
+from subspan.subspace.parameters import saved_buffers
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -174,7 +175,7 @@ class Shards:
         self.marks: dict[str, dict[str, Any]] = {}  # that people made on parameters, by tensor
         self._averaged: dict[str, weakref.ref[nn.Parameter]] = {}  # what has the hook
         # Files name it where there are buffers, and later no process has all of θ₀.
-        saved = slots.saved_buffers(weights.root)
+        saved = saved_buffers(weights.root)
         self.digest = weights.parameters_digest() if saved else None
         with torch.no_grad():
             for name in weights.coordinate_names:

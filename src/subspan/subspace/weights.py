@@ -20,13 +20,14 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace import calls, formed, quantised, slots, states
+from subspan.subspace import calls, formed, quantised, states
 from subspan.subspace.calls import Call
 from subspan.subspace.changes import Changes, watch_optimizers
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.formed import Formula, Outermost, version_of
 from subspan.subspace.guards import OWN, Base, freeze, guarded, thaw
 from subspan.subspace.inplace import FINGERPRINT, LINK, PREFIX, Link, made
+from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
 from subspan.subspace.quantised import Stored
 from subspan.subspace.sharded import Shards, asked_by_fsdp, home_of, is_shard, refuse_whole, whole
 
@@ -60,7 +61,7 @@ class Weights:
         root: nn.Module,
         compartments: Sequence[Compartment],
         projections: Sequence[Projection],
-        places: Sequence[slots.Slot],
+        places: Sequence[Slot],
         requires_grad: Mapping[str, bool],
         fully: Iterable[str],
         kept: Mapping[str, range],
@@ -78,7 +79,7 @@ class Weights:
         self._packing: list[nn.Module] = []
         self.init_seed: int | None = None
         self.base_buffers = {
-            name: slots.digest({name: b}) for name, b in slots.saved_buffers(root).items()
+            name: digest_tensors({name: b}) for name, b in saved_buffers(root).items()
         }
         sizes = [len(piece) for part in self.compartments for piece in part.pieces]
         self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
@@ -547,7 +548,7 @@ class Weights:
             return self.shards.digest
         names = [name for name in self.requires_grad if name not in self.fully]
         with _plain():
-            return slots.digest(
+            return digest_tensors(
                 {
                     name: self.held(name) if name in self.packed else whole(self.stored(name))
                     for name in names

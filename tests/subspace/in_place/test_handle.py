@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Adam
 
 from subspan import SubspaceModel
-from tests.subspace.in_place.network import Net, pair
 from tests.nets import scatter
+from tests.subspace.in_place.network import Net, pair
 
 
 def test_programs_that_hook_the_handle_and_the_network():

@@ -13,8 +13,8 @@ from torch.optim import LBFGS
 
 import subspan
 from subspan import SubspaceModel, SubspanError
-from tests.subspace.in_place.network import Net, pair, same_function
 from tests.nets import scatter
+from tests.subspace.in_place.network import Net, pair, same_function
 
 pytestmark = pytest.mark.usefixtures("forming")
 

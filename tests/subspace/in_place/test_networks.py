@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from subspan import SubspaceModel, projections
-from tests.subspace.in_place.network import Bag
 from tests.nets import NETS, batch, scatter
+from tests.subspace.in_place.network import Bag
 
 pytestmark = pytest.mark.usefixtures("forming")
 

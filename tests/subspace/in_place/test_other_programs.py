@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize
 
 from subspan import SubspaceModel, SubspanError
-from tests.subspace.in_place.network import Net, pair, same_function
 from tests.nets import scatter
+from tests.subspace.in_place.network import Net, pair, same_function
 
 # ---- θ₀ in other hands ---------------------------------------------------------------------------
 

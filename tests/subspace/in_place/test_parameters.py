@@ -10,8 +10,8 @@ from torch.optim import SGD
 
 import subspan
 from subspan import SubspaceModel, SubspanError
-from tests.subspace.in_place.network import Bag, Net
 from tests.nets import NETS, batch, build, scatter
+from tests.subspace.in_place.network import Bag, Net
 
 WORDS = torch.arange(20).view(4, 5) % 11
 

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 from subspan import SubspaceModel, SubspanError
 from subspan.subspace import weights
-from tests.subspace.in_place.network import Net, pair
 from tests.nets import NETS, batch, build, scatter, wrap
+from tests.subspace.in_place.network import Net, pair
 
 pytestmark = pytest.mark.usefixtures("forming")
 

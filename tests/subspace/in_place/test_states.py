@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import subspan
 from subspan import SubspaceModel, SubspanError
-from tests.subspace.in_place.network import Net, pair, same_function
 from tests.nets import NETS, batch, build, scatter, wrap
+from tests.subspace.in_place.network import Net, pair, same_function
 
 
 def test_the_networks_own_methods_save_an_ordinary_network(tmp_path):

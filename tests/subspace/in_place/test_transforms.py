@@ -9,8 +9,8 @@ from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
 import subspan
 from subspan import SubspaceModel
-from tests.subspace.in_place.network import pair
 from tests.nets import batch, scatter, wrap
+from tests.subspace.in_place.network import pair
 
 
 def parameters(net):

@@ -11,8 +11,8 @@ from torch.optim import SGD, Adam
 
 import subspan
 from subspan import SubspaceModel, SubspanError
-from tests.subspace.in_place.network import Net, pair, same_function
 from tests.nets import scatter
+from tests.subspace.in_place.network import Net, pair, same_function
 
 WRITES = {
     "data": lambda net: net.head.weight.data.zero_(),

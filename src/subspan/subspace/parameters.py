@@ -41,7 +41,7 @@ class Slot:
         return net, attribute
 
 
-def slots(net: nn.Module) -> list[Slot]:
+def find_slots(net: nn.Module) -> list[Slot]:
     """Every parameter slot of a network, each once, in the order of ``named_parameters``.
 
     Raises:
@@ -65,7 +65,7 @@ def slots(net: nn.Module) -> list[Slot]:
     return found
 
 
-def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
+def find_aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
     """For every tensor the paths of its slots."""
     names: dict[str, list[str]] = {}
     for slot in places:
@@ -73,7 +73,7 @@ def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
     return names
 
 
-def trained(
+def select_trainable(
     tensors: Mapping[str, nn.Parameter],
     names: Mapping[str, Sequence[str]],
     targets: Patterns,
@@ -86,11 +86,11 @@ def trained(
 
     Args:
         tensors: by name.
-        names: of :func:`aliases`.
+        names: of :func:`find_aliases`.
         targets: as for :class:`~subspan.subspace.SubspaceModel`.
         exclude: as there.
         fully: the names of those that are trained directly.
-        packed: of :func:`quantised_of`; these count as if they required a gradient, since none of
+        packed: of :func:`find_quantised`; these count as if they required a gradient, since none of
             them can.
         foreign: of :func:`subspan.subspace.quantised.foreign`: what cannot be trained, and no
             tensor is.
@@ -121,13 +121,13 @@ def trained(
     return sizes
 
 
-def quantised_of(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
+def find_quantised(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
     """What is known of a network's quantised tensors, by name."""
     found = {slot.tensor: stored(*slot.find(net)) for slot in places if slot.path == slot.tensor}
     return {name: packed for name, packed in found.items() if packed is not None}
 
 
-def check(
+def check_trainable(
     net: nn.Module,
     places: Iterable[Slot],
     chosen: set[str],
@@ -141,7 +141,7 @@ def check(
         places: all of its slots.
         chosen: names of tensors to train in the subspace.
         fully: names of tensors to train directly.
-        packed: of :func:`quantised_of`.
+        packed: of :func:`find_quantised`.
 
     Raises:
         SubspanError: naming the tensor, why, and what to do.
@@ -205,7 +205,7 @@ def check(
                 )
 
 
-def padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
+def find_padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
     """Entries of embeddings at ``padding_idx``, which have no gradient in ordinary training.
 
     A tensor that is used elsewhere, too (as the head of a language model, say), has one there.
@@ -234,7 +234,7 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor | Stored]) -> str:
     """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -242,7 +242,7 @@ def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
         if isinstance(tensor, Stored):
             sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
             parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
-            sha.update(digest(parts).encode())
+            sha.update(digest_tensors(parts).encode())
             continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)
