@@ -42,7 +42,7 @@ _PACKAGES = ("layers", "optim")
 
 # Where modules were before, and where they are: programs and records that name them go on.
 _ROOMS = {
-    "subspace": "calls changes compartments formed guards init inplace quantised sharded "
+    "subspace": "changes compartments formed guards init inplace quantised sharded "
     "states summary weights",
     "training": "config data evaluate export locks loop methods nets options_file own records "
     "replay score signals state tasks trackers train",
@@ -62,6 +62,8 @@ _MOVED = {
     "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
     "subspan.lab.report.gallery": "subspan.experiments.gallery",
     "subspan.lab.reproduce": "subspan.experiments",
+    "subspan.calls": "subspan.subspace.blocks",
+    "subspan.subspace.calls": "subspan.subspace.blocks",
     "subspan.slots": "subspan.subspace.parameters",
     "subspan.subspace.slots": "subspan.subspace.parameters",
 }

@@ -22,14 +22,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from subspan.errors import SubspanError
 from subspan.families.base import transformed
-from subspan.subspace import calls
-from subspan.subspace.calls import Call
+from subspan.subspace.blocks import Block, form_values
 from subspan.subspace.quantised import Stored, dense
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
-Part = tuple[Tensor, Tensor, Call, Tensor | Stored]  # coordinates, redraw, call, stored θ₀
+Part = tuple[Tensor, Tensor, Block, Tensor | Stored]  # coordinates, redraw, block, stored θ₀
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
 
@@ -45,7 +44,7 @@ def version_of(tensor: Tensor | Stored) -> Any:
 
 @dataclass(eq=False)
 class Formed:
-    """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
+    """θ of a block or of a tensor, what it was formed from, and versions of it."""
 
     coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
@@ -112,7 +111,7 @@ class Outermost:
         """Keep θ until the end of the call, or until there is no room.
 
         Args:
-            key: of the call of the operator, or of the tensor.
+            key: of the group of blocks, or of the tensor.
             coordinates: that θ was formed from; they live as long, so that the state may name them
                 by their identity.
             state: what they were, and in which mode.
@@ -194,8 +193,7 @@ class Formula:
 
     Args:
         name: of the tensor.
-        parts: for each call of the operator: coordinates, which redraw, the call, θ₀ as it is
-            stored.
+        parts: for each block: coordinates, which redraw, the block, θ₀ as it is stored.
         dtype: of θ.
     """
 
@@ -235,8 +233,8 @@ class Formula:
                         "own call was passed by): let FSDP gather it"
                     )
             found = [
-                calls.form(w.detach(), step, [call], [dense(base)], self.dtype)[0].reshape(-1)
-                for w, step, call, base in self.parts
+                form_values(w.detach(), step, [block], [dense(base)], self.dtype)[0].reshape(-1)
+                for w, step, block, base in self.parts
             ]
         return found[0] if len(found) == 1 else torch.cat(found)
 

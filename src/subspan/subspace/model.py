@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from subspan import families
 from subspan.errors import SubspanError, unknown
-from subspan.subspace import calls, init, quantised
+from subspan.subspace import init, quantised
+from subspan.subspace.blocks import digest_layout, parameter_key
 from subspan.subspace.compartments import Compartment, Patterns, Rules, partition, select
 from subspan.subspace.inplace import FINGERPRINT, LINK, PREFIX
 from subspan.subspace.parameters import (
@@ -136,7 +137,7 @@ class SubspaceModel(nn.Module):
             fully,
             kept,
             digest_tensors({**base, **saved_buffers(net)})
-            + calls.layout(parts, projection, seed, own),
+            + digest_layout(parts, projection, seed, own),
             {name: found.kind for name, found in packed.items()},
         )
         weights.recipe = own | {
@@ -469,7 +470,7 @@ class Coordinates(nn.Module):
         self._parameters = _Slots(weights)  # type: ignore[assignment]
 
     def __getitem__(self, key: str) -> nn.Parameter:
-        return self._parameters[calls.key(key) if key not in self._parameters else key]  # type: ignore[return-value]
+        return self._parameters[parameter_key(key) if key not in self._parameters else key]  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self._parameters)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.subspace import calls
+from subspan.subspace.blocks import _inside, form_theta
 from subspan.subspace.guards import (
     OWN,
     Base,
@@ -240,22 +240,22 @@ class Shards:
         _, (first, *_) = place(base.shape, base.device_mesh, base.placements)
         begin = first * (base.numel() // max(1, base.shape[0]))
         parts: list[Tensor] = []
-        for call in weights._alone[tensor]:
-            (piece,) = call.pieces
+        for block in weights._alone[tensor]:
+            (piece,) = block.pieces
             start, stop = max(piece.start, begin), min(piece.stop, begin + own.numel())
             if start >= stop:
                 continue
             inside = replace(piece, start=start, stop=stop)
-            row = call.start + start - piece.start
+            row = block.start + start - piece.start
             cut = replace(
-                call,
+                block,
                 start=row,
                 stop=row + stop - start,
                 pieces=(inside,),
-                kept=(calls._inside(weights.kept.get(tensor, range(0)), inside),),
+                kept=(_inside(weights.kept.get(tensor, range(0)), inside),),
             )
             rows = own.reshape(-1)[start - begin : stop - begin]
-            parts.extend(calls.theta(self._w(call.coordinates), weights.step, [cut], [rows]))
+            parts.extend(form_theta(self._w(block.coordinates), weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
             parts = [self._w(weights._alone[tensor][0].coordinates)[:0].to(own)]
         theta = torch.cat(parts).view(own.shape)

@@ -20,8 +20,14 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace import calls, formed, quantised, states
-from subspan.subspace.calls import Call
+from subspan.subspace import formed, quantised, states
+from subspan.subspace.blocks import (
+    Block,
+    form_theta,
+    group_into_blocks,
+    parameter_key,
+    with_dense_gradient,
+)
 from subspan.subspace.changes import Changes, watch_optimizers
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.formed import Formula, Outermost, version_of
@@ -51,7 +57,7 @@ class Weights:
         places: slots of the trained tensors.
         requires_grad: of every tensor as the network came.
         fully: names of tensors that are trained as they are.
-        kept: entries of tensors that stay at θ₀, see :func:`subspan.subspace.calls.plan`.
+        kept: entries of tensors that stay at θ₀, as for :func:`group_into_blocks`.
         fingerprint: of θ₀ and of what coordinates mean, 64 hexadecimal digits.
         packed: the kinds of all tensors that are quantised, by name.
     """
@@ -72,8 +78,8 @@ class Weights:
         self.projections, self.slots = tuple(projections), tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
         self.kept, self.packed = dict(kept), dict(packed)
-        self.calls = calls.plan(compartments, projections, kept)
-        self.coordinate_names = [PREFIX + calls.key(part.name) for part in self.compartments]
+        self.blocks = group_into_blocks(compartments, projections, kept)
+        self.coordinate_names = [PREFIX + parameter_key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
         self._packing: list[nn.Module] = []
@@ -98,35 +104,35 @@ class Weights:
             for slot in places
             if getattr(slot.find(root)[0], "max_norm", None) is not None
         }
-        # Where the pieces of a tensor are among all calls, and calls for this tensor alone.
+        # Where the pieces of a tensor are among all blocks, and blocks for this tensor alone.
         self._where: dict[str, list[tuple[int, int]]] = {}
-        self._alone: dict[str, list[Call]] = {}
-        for n, call in enumerate(self.calls):
-            start = call.start
-            for m, (piece, own) in enumerate(zip(call.pieces, call.kept, strict=True)):
+        self._alone: dict[str, list[Block]] = {}
+        for n, block in enumerate(self.blocks):
+            start = block.start
+            for m, (piece, own) in enumerate(zip(block.pieces, block.kept, strict=True)):
                 one = replace(
-                    call, start=start, stop=start + len(piece), pieces=(piece,), kept=(own,)
+                    block, start=start, stop=start + len(piece), pieces=(piece,), kept=(own,)
                 )
                 self._where.setdefault(piece.tensor, []).append((n, m))
                 self._alone.setdefault(piece.tensor, []).append(one)
                 start += len(piece)
         # What is formed together and kept during a call of the network: all, or what is small.
-        self._groups: list[tuple[Call, ...]] = [(call,) for call in self.calls]
+        self._groups: list[tuple[Block, ...]] = [(block,) for block in self.blocks]
         self._groups_with = self._where
         if self.large:
             self._groups, self._groups_with = self._small()
 
-    def _small(self) -> tuple[list[tuple[Call, ...]], dict[str, list[tuple[int, int]]]]:
-        """Groups of the calls for small tensors, and where in them a tensor is."""
-        groups: dict[str, list[Call]] = {}
+    def _small(self) -> tuple[list[tuple[Block, ...]], dict[str, list[tuple[int, int]]]]:
+        """Groups of the blocks for small tensors, and where in them a tensor is."""
+        groups: dict[str, list[Block]] = {}
         for own in self._alone.values():
-            if sum(len(call.pieces[0]) for call in own) <= formed.KEPT >> 9:
-                for call in own:
-                    groups.setdefault(call.coordinates, []).append(call)
+            if sum(len(block.pieces[0]) for block in own) <= formed.KEPT >> 9:
+                for block in own:
+                    groups.setdefault(block.coordinates, []).append(block)
         places: dict[str, list[tuple[int, int]]] = {}
         for n, group in enumerate(groups.values()):
-            for m, call in enumerate(group):
-                places.setdefault(call.pieces[0].tensor, []).append((n, m))
+            for m, block in enumerate(group):
+                places.setdefault(block.pieces[0].tensor, []).append((n, m))
         return [tuple(group) for group in groups.values()], places
 
     # ---- taking a network over, and giving it back -------------------------------------------
@@ -371,7 +377,7 @@ class Weights:
         home = home_of(base)
         if home is not None and home[0] is self:
             return None
-        names = {PREFIX + call.coordinates for call in self._alone[tensor]}
+        names = {PREFIX + block.coordinates for block in self._alone[tensor]}
         own = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
         return base if own and not is_shard(base) else None
 
@@ -388,16 +394,16 @@ class Weights:
         """θ of one tensor, differentiable in w."""
         if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
             return self.shards.theta(tensor)
-        parts = [self._theta([call], dtype)[0] for call in self._alone[tensor]]
+        parts = [self._theta([block], dtype)[0] for block in self._alone[tensor]]
         return self._joined(tensor, parts)
 
     def all(self) -> dict[str, Tensor]:
         """θ of every trained tensor, differentiable in w."""
         if self.shards is not None:  # calls have tensors of modules that are whole at other times
             return {tensor: self.form(tensor) for tensor in self._where}
-        calls = [self._theta([call]) for call in self.calls]
+        thetas = [self._theta([block]) for block in self.blocks]
         return {
-            tensor: self._joined(tensor, [calls[n][m] for n, m in where])
+            tensor: self._joined(tensor, [thetas[n][m] for n, m in where])
             for tensor, where in self._where.items()
         }
 
@@ -405,14 +411,16 @@ class Weights:
         if len(parts) == 1:
             return parts[0]
         theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
-        return calls.with_dense_gradient(theta)
+        return with_dense_gradient(theta)
 
-    def _theta(self, group: Sequence[Call], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
-        """θ of calls for the same coordinates."""
+    def _theta(self, group: Sequence[Block], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
+        """θ of blocks with the same coordinates."""
         w = self.network()._parameters[PREFIX + group[0].coordinates]
         with _plain():
-            bases = [quantised.dense(self._base(piece)) for call in group for piece in call.pieces]
-            return calls.theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
+            bases = [
+                quantised.dense(self._base(piece)) for block in group for piece in block.pieces
+            ]
+            return form_theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
 
     def _base(self, piece: Piece) -> Tensor | Stored:
         """θ₀ of a piece of a tensor."""
@@ -449,24 +457,24 @@ class Weights:
         outer.drop(n)
         thetas = self._theta(group)
         if _level() == outer.level:
-            names = [piece.tensor for call in group for piece in call.pieces]
+            names = [piece.tensor for block in group for piece in block.pieces]
             outer.keep(n, [w], state, thetas, names)
         return thetas
 
     def _passing(self, tensor: str, outer: Outermost, dtype: torch.dtype | None) -> Tensor:
         """θ of a tensor of a large network, which lives as long as who has read it needs it."""
         parts = []
-        for call in self._alone[tensor]:
-            w = self.network()._parameters[PREFIX + call.coordinates]
+        for block in self._alone[tensor]:
+            w = self.network()._parameters[PREFIX + block.coordinates]
             assert w is not None
             with _plain():
-                parts.append((w, self.step, call, self._base(call.pieces[0])))
+                parts.append((w, self.step, block, self._base(block.pieces[0])))
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         dtype = dtype or self._autocast(tensor, parts[0][-1])
         state = (*(x for w, *_ in parts for x in _state(w)), dtype, *modes)
         if (known := outer.get(tensor, state)) is not None:
             return known[0]
-        size = sum(len(call.pieces[0]) for call in self._alone[tensor])
+        size = sum(len(block.pieces[0]) for block in self._alone[tensor])
         outer.make_room(tensor, size)
         theta = self.form(tensor, dtype)
         if _level() == outer.level and type(theta) is Tensor:
@@ -516,11 +524,11 @@ class Weights:
 
         with _disable_current_modes(), unset_fake_temporarily(), _plain():
             parts: list[Tensor] = []
-            for call in self._alone[tensor]:
-                (piece,) = call.pieces
+            for block in self._alone[tensor]:
+                (piece,) = block.pieces
                 base = self._owned[tensor].detach().reshape(-1)[piece.start : piece.stop]
-                w = self._owned[PREFIX + call.coordinates].detach()
-                parts.extend(calls.theta(w, self.step, [call], [base]))
+                w = self._owned[PREFIX + block.coordinates].detach()
+                parts.extend(form_theta(w, self.step, [block], [base]))
             return torch.cat(parts).view(self._owned[tensor].shape)
 
     # ---- other processes ---------------------------------------------------------------------

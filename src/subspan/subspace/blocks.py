@@ -1,4 +1,4 @@
-"""How the products of a model are grouped into calls, and how a network runs with other weights."""
+"""The rows of P are grouped into blocks, and θ₀ + P w of a block is one node of the graph."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from subspan.families.base import (
 )
 from subspan.subspace.compartments import Compartment, Piece
 
-GROUP = 1 << 20  # weights up to which one call of the operator serves several tensors
+GROUP = 1 << 20  # weights up to which a block has the rows of several tensors
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the operator: rows start … stop−1 of a projection, for consecutive pieces."""
+class Block:
+    """Rows start … stop−1 of a projection, which are those of consecutive pieces of tensors."""
 
     coordinates: str
     recipe: str
@@ -39,12 +39,12 @@ class Call:
     """Entries of each piece that stay at θ₀ whatever the coordinates are; empty for most."""
 
 
-def plan(
+def group_into_blocks(
     compartments: Sequence[Compartment],
     projections: Sequence[Projection],
     kept: Mapping[str, range] | None = None,
-) -> tuple[Call, ...]:
-    """Group products: small tensors share a call; a family that is not local is called once.
+) -> tuple[Block, ...]:
+    """Group rows of P: small tensors share a block; a family that is not local has one block.
 
     Args:
         compartments: of the weights.
@@ -52,7 +52,7 @@ def plan(
         kept: entries of flattened tensors that stay at θ₀, by the tensor's name.
     """
     kept = kept or {}
-    calls = []
+    blocks = []
     for part, projection in zip(compartments, projections, strict=True):
         limit = GROUP if projection.local else part.weights
         start = stop = 0
@@ -60,14 +60,21 @@ def plan(
         for piece in (*part.pieces, None):
             if group and (piece is None or stop - start + len(piece) > limit):
                 inside = tuple(_inside(kept.get(p.tensor, range(0)), p) for p in group)
-                calls.append(
-                    Call(key(part.name), projection.recipe, start, stop, tuple(group), inside)
+                blocks.append(
+                    Block(
+                        parameter_key(part.name),
+                        projection.recipe,
+                        start,
+                        stop,
+                        tuple(group),
+                        inside,
+                    )
                 )
                 start, group = stop, []
             if piece is not None:
                 group.append(piece)
                 stop += len(piece)
-    return tuple(calls)
+    return tuple(blocks)
 
 
 def _inside(kept: range, piece: Piece) -> range:
@@ -76,19 +83,19 @@ def _inside(kept: range, piece: Piece) -> range:
     return range(start - piece.start, stop - piece.start) if start < stop else range(0)
 
 
-def theta(
+def form_theta(
     w: Tensor,
     step: Tensor,
-    calls: Sequence[Call],
+    blocks: Sequence[Block],
     bases: Sequence[Tensor],
     dtype: torch.dtype | None = None,
 ) -> Sequence[Tensor]:
-    """θ₀ + P w of the pieces of calls.
+    """θ₀ + P w of the pieces of blocks.
 
     Args:
         w: (d,) coordinates.
         step: which redraw of P, 0-D int64.
-        calls: which rows.
+        blocks: which rows.
         bases: θ₀ of every piece, in any shape, on any device.
         dtype: of the results, where it is not that of each base.
 
@@ -98,23 +105,23 @@ def theta(
     if captured(w) or transformed() or any(base.requires_grad for base in bases):
         # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
         plain = [base if base.requires_grad else base.detach() for base in bases]
-        thetas = _each(functools.partial(_theta, w, step), calls, plain)
+        thetas = _each(functools.partial(_theta, w, step), blocks, plain)
         return thetas if dtype is None else [theta.to(dtype) for theta in thetas]
-    return _Theta.apply(w, step, calls, dtype, *bases)
+    return _Theta.apply(w, step, blocks, dtype, *bases)
 
 
 def _each(
-    compute: Callable[[Call, Sequence[Tensor]], list[Tensor]],
-    calls: Sequence[Call],
+    compute: Callable[[Block, Sequence[Tensor]], list[Tensor]],
+    blocks: Sequence[Block],
     tensors: Sequence[Tensor],
 ) -> list[Tensor]:
-    """What ``compute`` makes of every call and its share of the tensors, in one list."""
-    if len(calls) == 1:
-        return compute(calls[0], tensors)
+    """What ``compute`` makes of every block and its share of the tensors, in one list."""
+    if len(blocks) == 1:
+        return compute(blocks[0], tensors)
     found, place = [], 0
-    for call in calls:
-        found += compute(call, tensors[place : place + len(call.pieces)])
-        place += len(call.pieces)
+    for block in blocks:
+        found += compute(block, tensors[place : place + len(block.pieces)])
+        place += len(block.pieces)
     return found
 
 
@@ -135,32 +142,32 @@ class _Dense(torch.autograd.Function):
         return grad.to_dense() if grad.is_sparse else grad
 
 
-def _theta(w: Tensor, step: Tensor, call: Call, bases: Sequence[Tensor]) -> list[Tensor]:
+def _theta(w: Tensor, step: Tensor, block: Block, bases: Sequence[Tensor]) -> list[Tensor]:
     """θ₀ + P w by operators that autograd and compilers see."""
-    rows = product(w, step, call.recipe, call.start, call.stop, False)
-    parts = rows.split([len(piece) for piece in call.pieces])
+    rows = product(w, step, block.recipe, block.start, block.stop, False)
+    parts = rows.split([len(piece) for piece in block.pieces])
     return [
         (base + _without(part, kept).view(base.shape).to(base.device)).to(base.dtype)
-        for base, part, kept in zip(bases, parts, call.kept, strict=True)
+        for base, part, kept in zip(bases, parts, block.kept, strict=True)
     ]
 
 
-def form(
+def form_values(
     w: Tensor,
     step: Tensor,
-    calls: Sequence[Call],
+    blocks: Sequence[Block],
     bases: Sequence[Tensor],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """θ₀ + P w as numbers, without a graph: see :func:`theta`."""
-    return _each(functools.partial(_form, w, step, dtype), calls, bases)
+    """θ₀ + P w as numbers, without a graph: see :func:`form_theta`."""
+    return _each(functools.partial(_form, w, step, dtype), blocks, bases)
 
 
 def _form(
-    w: Tensor, step: Tensor, dtype: torch.dtype | None, call: Call, bases: Sequence[Tensor]
+    w: Tensor, step: Tensor, dtype: torch.dtype | None, block: Block, bases: Sequence[Tensor]
 ) -> list[Tensor]:
-    thetas = add(from_recipe(call.recipe), bases, w, step, call.start, dtype=dtype)
-    for theta, base, kept in zip(thetas, bases, call.kept, strict=True):
+    thetas = add(from_recipe(block.recipe), bases, w, step, block.start, dtype=dtype)
+    for theta, base, kept in zip(thetas, bases, block.kept, strict=True):
         if kept:
             own = slice(kept.start, kept.stop)
             theta.view(-1)[own] = base.reshape(-1)[own]
@@ -180,7 +187,7 @@ def _around(part: Tensor, kept: range) -> list[Tensor]:
 class _Theta(torch.autograd.Function):
     """The same with its adjoint as one node, without dispatch: small networks notice both.
 
-    A tensor that has a call to itself is projected as soon as its gradient is there, which is then
+    A tensor that has a block to itself is projected as soon as its gradient is there, which is then
     free: the peak is one tensor's gradient, or GROUP weights. Nothing is saved for the backward
     pass, so that activation checkpoints find the same tensors when they run a part again.
     """
@@ -190,40 +197,40 @@ class _Theta(torch.autograd.Function):
         ctx: Any,
         w: Tensor,
         step: Tensor,
-        calls: Sequence[Call],
+        blocks: Sequence[Block],
         dtype: torch.dtype | None,
         *bases: Tensor,
     ) -> Any:
-        ctx.calls, ctx.step, ctx.w = calls, step, w.detach()
+        ctx.blocks, ctx.step, ctx.w = blocks, step, w.detach()
         with torch._C.DisableTorchFunctionSubclass():
-            return tuple(form(ctx.w, step, calls, bases, dtype))
+            return tuple(form_values(ctx.w, step, blocks, bases, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        along = _each(functools.partial(_project, ctx.w, ctx.step), ctx.calls, grads)
+        along = _each(functools.partial(_project, ctx.w, ctx.step), ctx.blocks, grads)
         total = along[0] if len(along) == 1 else torch.stack(along).sum(0)
         return total, None, None, None, *(None for _ in grads)
 
 
-def _project(w: Tensor, step: Tensor, call: Call, grads: Sequence[Tensor]) -> list[Tensor]:
-    """Pᵀ g of a call, alone in a list."""
+def _project(w: Tensor, step: Tensor, block: Block, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Pᵀ g of a block, alone in a list."""
     parts = []
-    for grad, kept in zip(grads, call.kept, strict=True):
+    for grad, kept in zip(grads, block.kept, strict=True):
         dense = grad.to_dense() if grad.is_sparse else grad
         parts.extend(_around(dense.reshape(-1), kept) if kept else [dense])
     if torch.is_grad_enabled():  # a second derivative follows
         flat = [part.reshape(-1).to(w.device, w.dtype) for part in parts]
-        return [product(torch.cat(flat), step, call.recipe, call.start, call.stop, True)]
-    return [gather(from_recipe(call.recipe), parts, w, step, call.start)]
+        return [product(torch.cat(flat), step, block.recipe, block.start, block.stop, True)]
+    return [gather(from_recipe(block.recipe), parts, w, step, block.start)]
 
 
-def key(compartment: str) -> str:
+def parameter_key(compartment: str) -> str:
     """A compartment's name as a parameter's: dots would be read as submodules."""
     name = compartment.replace("%", "%25").replace("/", "%2F").replace(".", "/")
     return name + "/" if hasattr(nn.ParameterDict(), name) else name
 
 
-def layout(
+def digest_layout(
     compartments: Sequence[Compartment], projection: str, seed: int, options: Mapping[str, Any]
 ) -> str:
     """Digest of what w means: the family, and which weights the rows of each compartment are."""
