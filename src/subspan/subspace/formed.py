@@ -22,7 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from subspan.errors import SubspanError
 from subspan.families.base import transformed
-from subspan.subspace.blocks import Block, form_values
+from subspan.subspace import forming
+from subspan.subspace.blocks import Block
 from subspan.subspace.quantised import Stored, dense
 
 if TYPE_CHECKING:
@@ -232,11 +233,11 @@ class Formula:
                         "was not gathered for it (set_unshard_in_backward(False), or a part whose "
                         "own call was passed by): let FSDP gather it"
                     )
-            found = [
-                form_values(w.detach(), step, [block], [dense(base)], self.dtype)[0].reshape(-1)
-                for w, step, block, base in self.parts
-            ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+            parts = []
+            for w, step, block, base in self.parts:
+                (theta,) = forming.form_values(w.detach(), step, [block], [dense(base)], self.dtype)
+                parts.append(theta.reshape(-1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def freed(base: Tensor) -> bool:

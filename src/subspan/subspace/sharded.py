@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.subspace.blocks import _inside, form_theta
+from subspan.subspace import forming
+from subspan.subspace.blocks import entries_inside
 from subspan.subspace.guards import (
     OWN,
     Base,
@@ -252,10 +253,10 @@ class Shards:
                 start=row,
                 stop=row + stop - start,
                 pieces=(inside,),
-                kept=(_inside(weights.kept.get(tensor, range(0)), inside),),
+                kept=(entries_inside(weights.kept.get(tensor, range(0)), inside),),
             )
             rows = own.reshape(-1)[start - begin : stop - begin]
-            parts.extend(form_theta(self._w(block.coordinates), weights.step, [cut], [rows]))
+            parts.extend(forming.form_theta(self._w(cut.coordinates), weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
             parts = [self._w(weights._alone[tensor][0].coordinates)[:0].to(own)]
         theta = torch.cat(parts).view(own.shape)

@@ -20,14 +20,8 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace import formed, quantised, states
-from subspan.subspace.blocks import (
-    Block,
-    form_theta,
-    group_into_blocks,
-    parameter_key,
-    with_dense_gradient,
-)
+from subspan.subspace import formed, forming, quantised, states
+from subspan.subspace.blocks import Block, group_into_blocks, parameter_key
 from subspan.subspace.changes import Changes, watch_optimizers
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.formed import Formula, Outermost, version_of
@@ -411,7 +405,7 @@ class Weights:
         if len(parts) == 1:
             return parts[0]
         theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
-        return with_dense_gradient(theta)
+        return forming.with_dense_gradient(theta)
 
     def _theta(self, group: Sequence[Block], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         """θ of blocks with the same coordinates."""
@@ -420,7 +414,7 @@ class Weights:
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
             ]
-            return form_theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
+            return forming.form_theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
 
     def _base(self, piece: Piece) -> Tensor | Stored:
         """θ₀ of a piece of a tensor."""
@@ -528,7 +522,7 @@ class Weights:
                 (piece,) = block.pieces
                 base = self._owned[tensor].detach().reshape(-1)[piece.start : piece.stop]
                 w = self._owned[PREFIX + block.coordinates].detach()
-                parts.extend(form_theta(w, self.step, [block], [base]))
+                parts.extend(forming.form_theta(w, self.step, [block], [base]))
             return torch.cat(parts).view(self._owned[tensor].shape)
 
     # ---- other processes ---------------------------------------------------------------------
