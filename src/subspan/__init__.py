@@ -42,14 +42,14 @@ _PACKAGES = ("layers", "optim")
 
 # Where modules were before, and where they are: programs and records that name them go on.
 _ROOMS = {
-    "subspace": "changes compartments formed guards init inplace quantised sharded "
-    "states summary weights",
+    "subspace": "changes compartments formed init quantised sharded states summary weights",
     "training": "config data evaluate export locks loop methods nets options_file own records "
     "replay score signals state tasks trackers train",
     "sweeps": "backends claims intrinsic jobs pool smaller sweep",
     "experiments": "everything",
     "commands": "console doctor",
 }
+_RENAMED = {"calls": "blocks", "guards": "theta0", "inplace": "classes", "slots": "parameters"}
 _MOVED = {
     f"subspan.{'' if room == 'subspace' else 'lab.'}{name}": f"subspan.{room}.{name}"
     for room, names in _ROOMS.items()
@@ -62,11 +62,11 @@ _MOVED = {
     "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
     "subspan.lab.report.gallery": "subspan.experiments.gallery",
     "subspan.lab.reproduce": "subspan.experiments",
-    "subspan.calls": "subspan.subspace.blocks",
-    "subspan.subspace.calls": "subspan.subspace.blocks",
-    "subspan.slots": "subspan.subspace.parameters",
-    "subspan.subspace.slots": "subspan.subspace.parameters",
 }
+for _old, _new in _RENAMED.items():
+    _MOVED |= dict.fromkeys(
+        (f"subspan.{_old}", f"subspan.subspace.{_old}"), f"subspan.subspace.{_new}"
+    )
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

@@ -29,6 +29,7 @@ from subspan.layers.factorize import factorize_like
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums, product_of_sums_like
 from subspan.subspace import init
+from subspan.subspace.dtensors import copy_into, whole
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import (
     digest_tensors,
@@ -37,7 +38,6 @@ from subspan.subspace.parameters import (
     find_slots,
     saved_buffers,
 )
-from subspan.subspace.sharded import copy_into, whole
 
 FORMAT = 1
 KEY = "subspan"

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import subspan
 from subspan import SubspaceModel, SubspanError
 from subspan.checkpoint import inspect
-from subspan.subspace import formed, inplace
+from subspan.subspace import formed, modules
 from tests.nets import MLP, batch, build, scatter, wrap
 from tests.ranks import go_through
 
@@ -366,10 +366,10 @@ def ignored(rank, world):
 def beside_ordinary(rank, world):
     """FSDP keeps a class for each class: ordinary layers of the same kinds come and go."""
     for net in (build("mlp"), mlp().body, build("mlp"), mlp(exclude=".*bias").body):
-        ours = isinstance(net, subspan.subspace.inplace.Part)
+        ours = isinstance(net, modules.WrappedModule)
         for layer in (net[0], net[2], net):
             fully_shard(layer)
-        assert [isinstance(part, inplace.Part) for part in (net, net[0])] == [ours] * 2
+        assert [isinstance(part, modules.WrappedModule) for part in (net, net[0])] == [ours] * 2
         trains = [name for name, p in net.named_parameters() if p.requires_grad]
         assert len(trains) == (1 if ours else 4), trains
     return "fine"

@@ -410,7 +410,7 @@ def test_what_is_made_of_the_base_alone(kind):
     base = model.body.get_parameter("fc.weight")
     assert type(base.detach().clone()) is type(parameter.detach().clone()) or kind in BITSANDBYTES
     twin = copy.deepcopy(base)
-    assert isinstance(twin, subspan.subspace.guards.Base)
+    assert isinstance(twin, subspan.subspace.theta0.Base)
     assert twin.home[1] == "fc.weight"
 
 
@@ -420,7 +420,7 @@ def test_moving_and_converting(kind):
     out = model(X)
     assert torch.equal(model.cpu().to("cpu").float()(X), out)
     model.state_dict()
-    assert isinstance(model.body.fc._parameters["weight"], subspan.subspace.guards.Base)
+    assert isinstance(model.body.fc._parameters["weight"], subspan.subspace.theta0.Base)
     if kind in BITSANDBYTES:
         assert torch.allclose(model.bfloat16()(X).float(), out, atol=0.1)
 
@@ -655,5 +655,5 @@ def test_a_layer_may_copy_itself():
     configs.quantize_(net, configs.Int8WeightOnlyConfig())
     model = scatter(SubspaceModel(net, 20))
     twin, x = copy.deepcopy(model), torch.randn(3, 64)
-    assert isinstance(twin.body[0]._parameters["weight"], subspan.subspace.guards.Base)
+    assert isinstance(twin.body[0]._parameters["weight"], subspan.subspace.theta0.Base)
     assert torch.equal(twin(x), model(x))

@@ -27,7 +27,7 @@ from subspan.families.base import (
 )
 from subspan.subspace.blocks import Block, group_into_blocks
 from subspan.subspace.compartments import Compartment, Piece, Rules, partition
-from subspan.subspace.guards import Computed
+from subspan.subspace.computed import Computed
 
 
 @dataclass(frozen=True)

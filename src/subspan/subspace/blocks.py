@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,39 @@ def group_into_blocks(
                 group.append(piece)
                 stop += len(piece)
     return tuple(blocks)
+
+
+def split_by_tensor(blocks: Sequence[Block]) -> dict[str, list[Block]]:
+    """Return blocks for each tensor alone, one for each of its pieces."""
+    alone: dict[str, list[Block]] = {}
+    for block in blocks:
+        start = block.start
+        for piece, kept in zip(block.pieces, block.kept, strict=True):
+            stop = start + len(piece)
+            one = replace(block, start=start, stop=stop, pieces=(piece,), kept=(kept,))
+            alone.setdefault(piece.tensor, []).append(one)
+            start = stop
+    return alone
+
+
+def group_small(alone: Mapping[str, Sequence[Block]], limit: int) -> list[tuple[Block, ...]]:
+    """Group blocks with the same coordinates, of tensors of at most ``limit`` weights."""
+    groups: dict[str, list[Block]] = {}
+    for blocks in alone.values():
+        if sum(len(block.pieces[0]) for block in blocks) <= limit:
+            for block in blocks:
+                groups.setdefault(block.coordinates, []).append(block)
+    return [tuple(group) for group in groups.values()]
+
+
+def find_in_groups(groups: Sequence[Sequence[Block]]) -> dict[str, list[tuple[int, int]]]:
+    """For every tensor: the groups that have its pieces, and which results of them are these."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for n, group in enumerate(groups):
+        pieces = [piece for block in group for piece in block.pieces]
+        for m, piece in enumerate(pieces):
+            places.setdefault(piece.tensor, []).append((n, m))
+    return places
 
 
 def entries_inside(kept: range, piece: Piece) -> range:

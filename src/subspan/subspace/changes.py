@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan.errors import SubspanError
+from subspan.subspace.dtensors import home_of, is_shard, local
 from subspan.subspace.parameters import digest_tensors, saved_buffers
-from subspan.subspace.quantised import stored
-from subspan.subspace.sharded import home_of, is_shard, local
+from subspan.subspace.quantised import read_quantised
 
 if TYPE_CHECKING:
-    from subspan.subspace.weights import Weights
+    from subspan.subspace.network import Network
 
 
 BLOCKS = 256  # into which a tensor's sum is divided
@@ -54,7 +54,7 @@ class Changes:
         weights: of the network.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Network) -> None:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
         self._sums: dict[tuple[str, Any], Sketch] = {}
@@ -97,13 +97,13 @@ class Changes:
 
         None where there is nothing to read.
         """
-        module, attribute = self.weights.found[tensor]
+        module, attribute = self.weights.locations[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
         base = module._parameters[attribute]
         if base is None or base.is_meta:
             return None
-        if (packed := stored(module, attribute)) is not None:
+        if (packed := read_quantised(module, attribute)) is not None:
             number = int(digest_tensors({tensor: packed}), 16)
             return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
         with torch._C.DisableTorchFunctionSubclass():

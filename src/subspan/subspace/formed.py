@@ -24,21 +24,23 @@ from subspan.errors import SubspanError
 from subspan.families.base import transformed
 from subspan.subspace import forming
 from subspan.subspace.blocks import Block
-from subspan.subspace.quantised import Stored, dense
+from subspan.subspace.quantised import QuantisedTensor, dense
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
-Part = tuple[Tensor, Tensor, Block, Tensor | Stored]  # coordinates, redraw, block, stored θ₀
+Part = tuple[
+    Tensor, Tensor, Block, Tensor | QuantisedTensor
+]  # coordinates, redraw, block, stored θ₀
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
 
 _level = torch._C._functorch.maybe_current_level
 
 
-def version_of(tensor: Tensor | Stored) -> Any:
+def version_of(tensor: Tensor | QuantisedTensor) -> Any:
     """How often a tensor was changed in place; −1 of one that cannot tell."""
-    if isinstance(tensor, Stored):
+    if isinstance(tensor, QuantisedTensor):
         return tensor.version
     return -1 if tensor.is_inference() else tensor._version
 

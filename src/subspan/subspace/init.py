@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.philox import Source
 from subspan.subspace.parameters import find_slots
-from subspan.subspace.quantised import stored
+from subspan.subspace.quantised import read_quantised
 
 DOMAIN = 16
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,7 +50,7 @@ def initialize(net: nn.Module, seed: int) -> None:
     for position, slot in enumerate(owners):
         module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)
-        if (packed := stored(module, attribute)) is not None:
+        if (packed := read_quantised(module, attribute)) is not None:
             raise SubspanError(
                 f"{slot.path} is quantised ({packed.kind}), and initial weights cannot be drawn "
                 "into it: give the network with its own weights"

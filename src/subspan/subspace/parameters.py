@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
-from subspan.subspace.quantised import Stored, refuse_foreign, stored
+from subspan.subspace.quantised import QuantisedTensor, read_quantised
+from subspan.subspace.quantised_layers import refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def select_trainable(
     targets: Patterns,
     exclude: Patterns,
     fully: set[str],
-    packed: Mapping[str, Stored] | None = None,
+    packed: Mapping[str, QuantisedTensor] | None = None,
     foreign: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """The tensors to train in the subspace and their sizes, in the network's order.
@@ -92,8 +93,8 @@ def select_trainable(
         fully: the names of those that are trained directly.
         packed: of :func:`find_quantised`; these count as if they required a gradient, since none of
             them can.
-        foreign: of :func:`subspan.subspace.quantised.foreign`: what cannot be trained, and no
-            tensor is.
+        foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`: weights that cannot be
+            trained, some of which are no parameters.
 
     Raises:
         SubspanError: for a tensor that cannot be trained, and if none is left.
@@ -121,9 +122,11 @@ def select_trainable(
     return sizes
 
 
-def find_quantised(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
+def find_quantised(net: nn.Module, places: Iterable[Slot]) -> dict[str, QuantisedTensor]:
     """What is known of a network's quantised tensors, by name."""
-    found = {slot.tensor: stored(*slot.find(net)) for slot in places if slot.path == slot.tensor}
+    found = {
+        slot.tensor: read_quantised(*slot.find(net)) for slot in places if slot.path == slot.tensor
+    }
     return {name: packed for name, packed in found.items() if packed is not None}
 
 
@@ -132,7 +135,7 @@ def check_trainable(
     places: Iterable[Slot],
     chosen: set[str],
     fully: set[str],
-    packed: Mapping[str, Stored],
+    packed: Mapping[str, QuantisedTensor],
 ) -> None:
     """Refuse tensors that cannot be trained as they are.
 
@@ -234,12 +237,12 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def digest_tensors(tensors: Mapping[str, Tensor | Stored]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
     """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, QuantisedTensor):
             sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
             parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
             sha.update(digest_tensors(parts).encode())
