@@ -33,8 +33,8 @@ _HOME = {
     "SubspanError": "subspan.errors",
     "count": "subspan.counts",
     "load": "subspan.checkpoint",
-    "projection": "subspan.families.base",
-    "projections": "subspan.families.base",
+    "projection": "subspan.families.registry",
+    "projections": "subspan.families.registry",
     "save": "subspan.checkpoint",
 }
 

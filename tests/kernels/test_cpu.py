@@ -25,12 +25,11 @@ from subspan.cache import cache
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from tests.laws import vector
+from tests.reference import ROUNDED
 
 FAMILIES = sorted(kernels.available("cpu"))
 EVERYTHING = {"stream": (1 << 24) - 1, "seed": (1 << 64) - (1 << 33) + 5}
 
-# Of these a normal or a sum of several terms makes an entry: equal to the last digits.
-ROUNDED = ("fastfood", "gaussian", "orthogonal")
 # Rows and columns around the blocks of 128 rows, the words of 32 and the groups of 64 columns, the
 # tiles of 1,024 rows, and a transform with several long segments.
 SHAPES = [

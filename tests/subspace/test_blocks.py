@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel, projection
-from subspan.families.base import add
+from subspan.families.updates import add
 from subspan.subspace import blocks
 from subspan.subspace.blocks import digest_layout, group_into_blocks, parameter_key
 from subspan.subspace.compartments import Compartment, Piece

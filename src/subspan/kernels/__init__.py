@@ -2,15 +2,19 @@
 
 A kernel is a pair of functions with the signature of :meth:`Projection._matvec` and
 :meth:`Projection._rmatvec`, the projection first. It computes what those define: the same integers,
-sums in an order of its own. Set ``SUBSPAN_KERNELS=reference`` to do without.
+sums in an order of its own. A file in ``cpu/`` or ``gpu/`` names the families that it serves in its
+``KERNELS``. Set ``SUBSPAN_KERNELS=reference`` to do without.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +32,22 @@ class Kernel(NamedTuple):
     """θ₀ + P w for vectors of θ₀ whose rows follow each other, into vectors of the same sizes."""
     gathered: Callable[..., Tensor] | None = None
     """Pᵀ g for vectors of g whose rows follow each other."""
+
+
+def collect(package: ModuleType) -> dict[str, Kernel]:
+    """Import every file of a package, and put their ``KERNELS`` together.
+
+    Raises:
+        TypeError: if two files serve one family.
+    """
+    kernels: dict[str, Kernel] = {}
+    for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(file.name)
+        for family, kernel in getattr(module, "KERNELS", {}).items():
+            if family in kernels:
+                raise TypeError(f"{file.name} has a second kernel for {family!r}")
+            kernels[family] = kernel
+    return kernels
 
 
 @functools.cache

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.families.base import as_step
+from subspan.families.operator import as_step
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim import parts as parts_
 from subspan.optim.parts import Part

@@ -19,12 +19,9 @@ from torch import Tensor, nn
 from subspan import families
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.families.base import (
-    add_,
-    as_step,
-    from_recipe,
-    gather,
-)
+from subspan.families.operator import as_step
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add_, gather
 from subspan.subspace.blocks import Block, group_into_blocks
 from subspan.subspace.compartments import Compartment, Piece, Rules, partition
 from subspan.subspace.computed import Computed

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from subspan import distributed
 from subspan.errors import SubspanError, unknown
 from subspan.families import projections
-from subspan.families.base import as_step
+from subspan.families.operator import as_step
 from subspan.optim import estimators
 from subspan.optim.copies import Copied
 from subspan.optim.journal import Journal, Record, header_of, move, redraw

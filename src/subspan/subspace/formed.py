@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from subspan.errors import SubspanError
-from subspan.families.base import transformed
+from subspan.families.operator import transformed
 from subspan.subspace import forming
 from subspan.subspace.blocks import Block
 from subspan.subspace.quantised import QuantisedTensor, dense

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.families.base import add, captured, from_recipe, gather, product, transformed
+from subspan.families.operator import captured, product, transformed
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add, gather
 from subspan.subspace.blocks import Block
 
 

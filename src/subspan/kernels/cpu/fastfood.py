@@ -15,6 +15,7 @@ from numba import prange, uint32
 from torch import Tensor
 
 from subspan.cache import cache
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     SIGN,
@@ -185,3 +186,6 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     common.threads(8 * max(n, stop - start))
     _rmatvec(g.numpy(), start, partial, chunk, *draws)
     return common.total(partial, p.in_dim) * float(_factor(p))
+
+
+KERNELS = {"fastfood": Kernel(matvec, rmatvec)}

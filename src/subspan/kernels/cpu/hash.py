@@ -15,6 +15,7 @@ from numba import int64, prange, uint32, uint64
 from torch import Tensor
 
 from subspan.cache import cache
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     add_signs,
@@ -320,3 +321,6 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     places = common.addresses(parts), bounds, start, out.data_ptr()
     _rmatvec(*places, d, partial, chunk, *arguments)
     return out
+
+
+KERNELS = {"hash": Kernel(matvec, rmatvec, added, gathered)}
