@@ -111,7 +111,7 @@ def bytes_of(net):
     parts = {}
     for name, module in net.named_modules():
         if name in ("fc", "out"):
-            found = quantised.stored(module, "weight")
+            found = quantised.read_quantised(module, "weight")
             parts |= {f"{name}.{part}": tensor.clone() for part, tensor in found.parts.items()}
     return parts
 
@@ -222,14 +222,14 @@ def dense_tensors():
 def test_no_dense_copy_is_kept_of_a_large_network(kind, dtype, monkeypatch):
     monkeypatch.setattr(formed, "KEPT", 0)
     model = wrapped(kind, dtype)
-    seen, made = [], quantised.Stored.dense
+    seen, made = [], quantised.QuantisedTensor.dense
 
     def watched(self):
         out = made(self)
         seen.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(quantised.Stored, "dense", watched)
+    monkeypatch.setattr(quantised.QuantisedTensor, "dense", watched)
     kept = sum(t.nbytes for t in bytes_of(model.body).values())
     assert kept < (96 * 64 + 96 * 32) * 1.2  # a byte each at most, and scales
     before = {id(t) for t in dense_tensors()}
@@ -252,7 +252,7 @@ def test_a_base_that_changes_between_forward_and_backward_is_an_error(kind, monk
     monkeypatch.setattr(formed, "KEPT", 0)
     model = wrapped(kind)
     out = model(X)
-    next(iter(quantised.stored(model.body.out, "weight").parts.values())).add_(1)
+    next(iter(quantised.read_quantised(model.body.out, "weight").parts.values())).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         out.sum().backward()
 
@@ -283,11 +283,11 @@ def test_a_file_is_loaded_into_a_freshly_quantised_network(kind, tmp_path):
     with pytest.raises(SubspanError, match=f"2 of {KIND_NAMES[kind]}.*no quantised tensors"):
         subspan.load(path, Net())
     other = network(kind)
-    next(iter(quantised.stored(other.fc, "weight").parts.values())).add_(1)
+    next(iter(quantised.read_quantised(other.fc, "weight").parts.values())).add_(1)
     with pytest.raises(SubspanError, match="other initial weights"):
         subspan.load(path, other)
     scales = network(kind)
-    list(quantised.stored(scales.fc, "weight").parts.values())[1].mul_(2)
+    list(quantised.read_quantised(scales.fc, "weight").parts.values())[1].mul_(2)
     with pytest.raises(SubspanError, match="other initial weights"):
         subspan.load(path, scales)
 
@@ -394,7 +394,7 @@ def test_copies(kind):
     assert torch.equal(twin(X), model(X))
     with torch.no_grad():
         twin.coordinates["global"].add_(1)
-        next(iter(quantised.stored(twin.body.fc, "weight").parts.values())).add_(1)
+        next(iter(quantised.read_quantised(twin.body.fc, "weight").parts.values())).add_(1)
     assert torch.equal(model(X), wrapped(kind)(X))
     assert not torch.equal(twin(X), model(X))
     if kind in BITSANDBYTES:  # torchao's networks cannot be pickled
@@ -430,7 +430,7 @@ def test_a_change_of_the_base_is_noticed(kind):
     model = wrapped(kind)
     model(X)
     model.state_dict()
-    next(iter(quantised.stored(model.body.fc, "weight").parts.values())).add_(1)
+    next(iter(quantised.read_quantised(model.body.fc, "weight").parts.values())).add_(1)
     with pytest.raises(SubspanError, match=r"θ₀ of fc\.weight was changed"):
         model.state_dict()
 
