@@ -397,6 +397,7 @@ def held():
 def memory(rank, world):
     """Bytes of parameters: all, the largest module's, here at rest, and most during a step."""
     gc.collect()
+    gc.freeze()  # what was there before is not gone over again and again
     before, seen = held(), {"forward": [], "backward": []}
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(24)), nn.Linear(256, 4))
@@ -419,6 +420,7 @@ def memory(rank, world):
     for _ in range(2):
         model(torch.randn(1, 256)).sum().backward()
     formed.KEPT, formed.Formula.again = kept, again
+    gc.unfreeze()
     homes = model.subspace.homes.values()
     local = sum(module._parameters[name].to_local().nbytes for module, name in homes)
     most = {when: max(bytes_) for when, bytes_ in seen.items()}

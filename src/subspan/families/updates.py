@@ -85,7 +85,7 @@ def _add(
 
 
 def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
-    """Compute Pᵀ g, (d,) like ``w``, for vectors of g whose rows follow each other from ``start`` on.
+    """Compute Pᵀ g, (d,) like ``w``, of vectors whose rows follow each other from ``start`` on.
 
     A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
     they are. Autograd does not see it.

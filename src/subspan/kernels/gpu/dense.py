@@ -254,3 +254,11 @@ KERNELS = {
     "sparse-original": products(signed_octet, _threshold),
     "sparse2": products(positive_octet, _threshold),
 }
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+_OCTETS = (gaussian_octet, signed_octet, positive_octet)
+CASES = [
+    *((_matvec, 8, {}, {"ENTRIES": f, "OCTETS": 32, "WARPS": 8}) for f in _OCTETS),
+    *((_rmatvec, 4, {}, {"ENTRIES": f, "COLUMNS": 128}) for f in _OCTETS),
+]

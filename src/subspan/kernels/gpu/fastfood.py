@@ -164,3 +164,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"fastfood": Kernel(matvec, rmatvec)}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    (f, n, {"scale": "fp32"}, {"LOG": log, "ROUNDS": r, "BLOCKS": b})
+    for f in (_matvec, _rmatvec)
+    for log, r, b, n in ((0, 32, 1024, 4), (4, 32, 64, 4), (9, 8, 2, 4), (12, 8, 1, 16))
+]

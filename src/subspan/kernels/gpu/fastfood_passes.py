@@ -160,3 +160,17 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
             x, out, p.in_dim, last - first, first, *counter(p, step), log, TILE
         )
     return out
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    (_near, 8, {}, {"LOG": 12}),
+    (_far, 4, {}, {"LEVELS": 6, "BESIDE": 64}),
+    (_spread, 4, {}, {"LOG": 14, "TILE": 1024}),
+    (_squares, 4, {}, {"LOG": 14, "TILE": 1024}),
+    *(
+        (_mix, 4, {"size": "*fp32"}, {"LOG": 31, "ROUNDS": 8, "INVERSE": i, "TILE": 1024})
+        for i in (False, True)
+    ),
+    (_gather, 4, {}, {"LOG": 14, "TILE": 1024}),
+]

@@ -206,3 +206,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"hash": Kernel(matvec, rmatvec)}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    (f, 1, {"scale": "*fp64"}, {"BITS": b, "ROUNDS": r})
+    for f in (_matvec, _rmatvec)
+    for b, r in ((0, 32), (5, 32), (10, 8))
+]

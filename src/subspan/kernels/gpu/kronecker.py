@@ -109,3 +109,7 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"kronecker": Kernel(matvec, rmatvec)}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [(_fill, 4, {}, {"COLUMNS": 32})]

@@ -140,3 +140,15 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"orthogonal": Kernel(matvec, rmatvec)}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    *((_inner, 4, {}, {"ROWS": 64, "INVERSE": i}) for i in (False, True)),
+    (_outer, 4, {}, {"ROWS": 64}),
+    (_signs, 1, {}, {}),
+    *(
+        (_chosen, 4, {}, {"BITS": b, "ROUNDS": 8, "SCATTER": s, "TILE": 256})
+        for b, s in ((19, False), (34, True))
+    ),
+]

@@ -215,3 +215,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"rademacher": Kernel(matvec, rmatvec)}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    (_table, 4, {}, {"GROUPS": 64}),
+    (_matvec, 4, {}, {"BLOCKS": 32, "WARPS": 4}),
+    (_rmatvec, 4, {}, {"COLUMNS": 128}),
+]

@@ -220,3 +220,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {name: Kernel(matvec, rmatvec) for name in ("sparse", "sparse2full")}
+
+
+# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
+CASES = [
+    *((_narrow, 8, {}, {"ROWS": r, "CALLS": 32, "WARPS": 8}) for r in (1, 4, 16)),
+    (_wide, 4, {"scale": "*fp64"}, {"COLUMNS": 128}),
+    (_rmatvec, 4, {}, {"COLUMNS": 128}),
+]
