@@ -52,12 +52,12 @@ def projection(
     if name not in _families:
         raise unknown("projection", name, _families)
     family = _families[name]
-    own = {field.name for field in fields(family)} - COMMON
+    options_of_family = {field.name for field in fields(family)} - COMMON
     for option in options:
-        if option not in own:
-            if not own:
+        if option not in options_of_family:
+            if not options_of_family:
                 raise SubspanError(f"projection {name!r} has no options, got {option!r}")
-            raise unknown(f"option of projection {name!r}", option, own)
+            raise unknown(f"option of projection {name!r}", option, options_of_family)
     return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
 
 

@@ -52,7 +52,7 @@ def collect(package: ModuleType) -> dict[str, Kernel]:
 
 @functools.cache
 def available(device_type: str) -> dict[str, Kernel]:
-    """The kernels for a device type by family, loaded on first use; a lack of them is said once."""
+    """Load the kernels for a device type, by family, on first use; warn once if there are none."""
     if os.environ.get("SUBSPAN_KERNELS") == "reference" or device_type == "meta":
         return {}
     try:
@@ -73,7 +73,7 @@ def available(device_type: str) -> dict[str, Kernel]:
 
 
 def find(family: str, x: Tensor) -> Kernel | None:
-    """The kernel for ``family`` and vectors like ``x``, or None: then torch code computes it."""
+    """Return the kernel for ``family`` and vectors like ``x``; None where torch code computes."""
     if x.dtype != torch.float32:
         return None
     return available("cpu" if x.is_cpu else x.device.type).get(family)

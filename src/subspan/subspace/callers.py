@@ -1,4 +1,4 @@
-"""Who asks: where the right answer depends on the code that reads a network's parameters.
+"""Callers: the right answer may depend on the code that asks for a network's parameters.
 
 A network in a subspace gives θ to its own code, and frozen θ₀ to whoever asks it as a whole;
 PyTorch and trainers call the same methods for both. Where no argument and no hook tells them apart,

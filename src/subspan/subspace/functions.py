@@ -1,4 +1,4 @@
-"""What a function of PyTorch does to its arguments, as ``__torch_function__`` is given it."""
+"""Functions of PyTorch, as ``__torch_function__`` is given them: which write, set, or only move."""
 
 from __future__ import annotations
 

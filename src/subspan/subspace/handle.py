@@ -1,4 +1,4 @@
-"""What makes the handle of a network an ordinary module, and one that passes for the network.
+"""The handle of a network: an ordinary module, and one that passes for the network.
 
 Trainers, DDP and checkpoints list the parameters of a model, read and set its attributes, and look
 at the signature of its ``forward``: here all of that is answered, mostly by the network.

@@ -1,4 +1,4 @@
-"""What connects a module to its network's subspace, and the names that are ours in a network."""
+"""Links connect modules to their network's subspace; and the names of this library in a network."""
 
 from __future__ import annotations
 

@@ -43,13 +43,13 @@ class Slot:
 
 
 def find_slots(net: nn.Module) -> list[Slot]:
-    """Every parameter slot of a network, each once, in the order of ``named_parameters``.
+    """Find every parameter slot of a network, each once, in the order of ``named_parameters``.
 
     Raises:
         SubspanError: for a parameter without values (a lazy one, one on the meta device, or one
             that is offloaded).
     """
-    found, first_name = [], dict[int, str]()
+    slots, first_name = [], dict[int, str]()
     for prefix, module in net.named_modules():  # visits a shared module once
         for attribute, tensor in module._parameters.items():
             if tensor is None:
@@ -62,12 +62,12 @@ def find_slots(net: nn.Module) -> list[Slot]:
                 )
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
-            found.append(Slot(path, first_name.setdefault(id(tensor), path)))
-    return found
+            slots.append(Slot(path, first_name.setdefault(id(tensor), path)))
+    return slots
 
 
 def find_aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
-    """For every tensor the paths of its slots."""
+    """Group the paths of slots by their tensor."""
     names: dict[str, list[str]] = {}
     for slot in places:
         names.setdefault(slot.tensor, []).append(slot.path)
@@ -83,7 +83,7 @@ def select_trainable(
     packed: Mapping[str, QuantisedTensor] | None = None,
     foreign: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """The tensors to train in the subspace and their sizes, in the network's order.
+    """Select the tensors to train in the subspace; their sizes, in the network's order.
 
     Args:
         tensors: by name.
@@ -123,7 +123,7 @@ def select_trainable(
 
 
 def find_quantised(net: nn.Module, places: Iterable[Slot]) -> dict[str, QuantisedTensor]:
-    """What is known of a network's quantised tensors, by name."""
+    """Describe a network's quantised tensors, by name."""
     found = {
         slot.tensor: read_quantised(*slot.find(net)) for slot in places if slot.path == slot.tensor
     }
@@ -209,7 +209,7 @@ def check_trainable(
 
 
 def find_padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
-    """Entries of embeddings at ``padding_idx``, which have no gradient in ordinary training.
+    """Find entries of embeddings at ``padding_idx``, which ordinary training leaves as they are.
 
     A tensor that is used elsewhere, too (as the head of a language model, say), has one there.
     """
@@ -221,12 +221,12 @@ def find_padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
             index, width = module.padding_idx, module.embedding_dim
             row = range(0) if index is None else range(index * width, (index + 1) * width)
         rows.setdefault(slot.tensor, set()).add(row)
-    alike = {tensor: next(iter(found)) for tensor, found in rows.items() if len(found) == 1}
+    alike = {tensor: next(iter(seen)) for tensor, seen in rows.items() if len(seen) == 1}
     return {tensor: row for tensor, row in alike.items() if row}
 
 
 def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a network's ``state_dict``, by name, those of BatchNorm say."""
+    """Return the buffers of a network's ``state_dict`` by name, those of BatchNorm say."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in net.named_modules()
@@ -238,7 +238,7 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
 
 
 def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
-    """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
+    """Digest names, dtypes, shapes and bytes: 128 bits of SHA-256, as 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""What is trained and how many numbers that is, tensor by tensor."""
+"""A summary of a model: which tensors are trained, and through how many numbers."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class Packed(Base):
     """θ₀ that another library keeps quantised: it stays what that made of it, too."""
 
     def as_it_was(self) -> Any:
-        """The same tensor as an object of the library's."""
+        """Return the same tensor as an object of the library's."""
         with _plain():
             if is_traceable_wrapper_subclass(self):
                 names, rest = self.__tensor_flatten__()
@@ -176,12 +176,12 @@ def _as_it_was(base: Packed) -> Any:
 
 @functools.cache
 def _frozen(kind: type) -> type[Base]:
-    """The class of frozen θ₀ that was a parameter of a class."""
+    """Make the class of frozen θ₀ that was a parameter of a class."""
     if kind.__module__.partition(".")[0] not in ("bitsandbytes", "torchao"):
         return Base
-    own = Wrapped if hasattr(kind, "__tensor_flatten__") else Packed
+    base = Wrapped if hasattr(kind, "__tensor_flatten__") else Packed
     body = {"__module__": kind.__module__, "__new__": kind.__new__, "kind": kind}
-    return type(kind.__name__, (own, kind), body)
+    return type(kind.__name__, (base, kind), body)
 
 
 def thaw(parameter: Base) -> None:
