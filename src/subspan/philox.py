@@ -82,8 +82,8 @@ class Source:
     """One addressable sea of random words: seed, domain, stream fixed, index, column, step free.
 
     Everything is a *sequence* along ``index``; several sequences side by side are told apart by
-    ``column``, and redrawn by ``step`` (:class:`Where`). Position n of a sequence does not depend on
-    where a request starts or ends.
+    ``column``, and redrawn by ``step`` (:class:`Where`). Position n of a sequence does not depend
+    on where a request starts or ends.
 
     Args:
         seed: in [0, 2⁶⁴).

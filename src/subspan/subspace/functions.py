@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
 
-_IN_PLACE = frozenset(
-    f"__i{name}__"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "div",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-    ]
+_IN_PLACE = (
+    {"__idiv__"}
+    | {  # __iadd__, say, beside __add__
+        name
+        for name in dir(operator)
+        if name.startswith("__i") and hasattr(operator, "__" + name[3:])
+    }
 )
-_HARMLESS = frozenset(
-    [
-        "detach",
-        "clone",
-        "to",
-        "cpu",
-        "cuda",
-        "type",
-        "type_as",
-        "float",
-        "half",
-        "double",
-        "bfloat16",
-        "contiguous",
-        "pin_memory",
-        "__deepcopy__",
-        "new",
-        "view_as",
-        "expand_as",
-        "reshape_as",
-        "_to_copy",
-    ]
-)
+_MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_memory _to_copy"
+_COPYING = "detach clone new __deepcopy__ view_as expand_as reshape_as"
+_HARMLESS = frozenset(f"{_MOVING} {_COPYING}".split())
 
 
 def property_of(function: Any) -> str:
