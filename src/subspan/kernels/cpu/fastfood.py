@@ -52,7 +52,7 @@ def walsh_hadamard(x, y):
 
 @common.function
 def _draws(words, z, block, widths, address):
-    """Of one block the images of the permutation, with signs as bit 31, and the scaled normals."""
+    """Draw for one block: images of the permutation with signs as bit 31, and scaled normals."""
     n = words.size
     keys = round_keys(widths[0], 3 * block + 1, address)
     permuted(words, np.empty((3, n), np.uint32), 0, n, uint32(n - 1), keys, widths)
