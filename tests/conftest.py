@@ -1,9 +1,16 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Spare garbage collections the millions of objects that all the imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
