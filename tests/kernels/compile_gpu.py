@@ -8,21 +8,19 @@ from __future__ import annotations
 import pkgutil
 import sys
 import time
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 import subspan.kernels.gpu
+from subspan.kernels.gpu.launch import Case
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {"w": "*fp32", "g": "*fp32", "x": "*fp32", "out": "*fp32", "table": "*fp32"}
 POINTERS |= {"sums": "*i64", "marks": "*i32"}
 # What is 64 bits wide for the largest projections, and 32 else.
 WIDE = {"n", "start", "size", "last", "first", "rows", "begin", "end"}
-# kernel, warps, what is a float or another pointer, constants
-Case = tuple[Any, int, dict[str, str], dict[str, Any]]
 CASES: list[Case] = [
     case
     for file in pkgutil.iter_modules(subspan.kernels.gpu.__path__)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspan.kernels.gpu.butterflies import walsh_hadamard
 from subspan.kernels.gpu.draws import encrypt, flip, normal, rounds, sign_bit
-from subspan.kernels.gpu.launch import counter, kernel
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 ROW = 12  # log₂ of the neighbours that are transformed at once
 LEVELS = 6  # levels of a further pass
@@ -162,8 +162,8 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
-CASES = [
+# A test compiles these without a GPU.
+CASES: list[Case] = [
     (_near, 8, {}, {"LOG": 12}),
     (_far, 4, {}, {"LEVELS": 6, "BESIDE": 64}),
     (_spread, 4, {}, {"LOG": 14, "TILE": 1024}),

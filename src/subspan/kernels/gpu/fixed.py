@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspan.kernels.gpu.launch import kernel
+from subspan.kernels.gpu.launch import Case, kernel
 
 TILE = 4096
 
@@ -69,5 +69,5 @@ class Sums(NamedTuple):
         return out.masked_fill_(self.marks > 2, math.nan)  # 3 is both infinities
 
 
-# Compiled by a test without a GPU: kernel, warps, types of arguments, constants.
-CASES = [(_largest, 4, {}, {"TILE": 4096})]
+# A test compiles these without a GPU.
+CASES: list[Case] = [(_largest, 4, {}, {"TILE": 4096})]

@@ -45,6 +45,10 @@ kernel = triton.jit(
 )
 
 
+# A kernel as it is launched: it, warps, arguments that are floats or other pointers, constants.
+Case = tuple[Any, int, dict[str, str], dict[str, Any]]
+
+
 def on_device(product: Product) -> Product:
     """Make the device of the vector the current one, on which Triton launches."""
 
