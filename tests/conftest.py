@@ -13,6 +13,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let go of them, or libraries of C++ complain at the end of what was left."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder with the real MNIST and CIFAR-10; the test is skipped without it."""

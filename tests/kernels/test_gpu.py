@@ -42,6 +42,15 @@ NORMAL = {"gaussian", "fastfood"}  # entries to about 1e-6
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in sorted(KERNELS)]
 OPTIONS += [("sparse", {"s": s}) for s in (1, 17, 1 << 31)]
+# These have the kernels of sparse-original and sparse, with entries of their own (test_entries).
+TWINS = {"sparse2", "sparse2full"}
+
+
+def without_twins(cases: list[tuple[Any, ...]]) -> list[Any]:
+    """Mark the cases of twins as slow; a case begins with its family."""
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] in TWINS else ()) for case in cases
+    ]
 
 
 def project(
@@ -79,7 +88,7 @@ def test_every_family_has_kernels() -> None:
     assert set(KERNELS) == set(subspan.projections()) - {"stored"}
 
 
-@pytest.mark.parametrize(("family", "options"), OPTIONS)
+@pytest.mark.parametrize(("family", "options"), without_twins(OPTIONS))
 @pytest.mark.parametrize(
     ("D", "d", "step", "rows"),
     [
@@ -109,7 +118,7 @@ def test_entries(family: str, options: dict[str, Any]) -> None:
         assert (ours - P[i]).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize(("family", "options"), OPTIONS)
+@pytest.mark.parametrize(("family", "options"), without_twins(OPTIONS))
 def test_far_rows(family: str, options: dict[str, Any]) -> None:
     # The last calls of the generator, places beyond 2³³; D with all bits set, and a power of two.
     if (
@@ -242,7 +251,7 @@ def test_slabs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(subspan.projection("gaussian", out_dim=500, in_dim=5), 1, range(100, 390))
 
 
-@pytest.mark.parametrize("family", sorted(KERNELS))
+@pytest.mark.parametrize("family", without_twins([(family,) for family in sorted(KERNELS)]))
 def test_the_same_bits_twice_wherever_a_vector_begins(family: str) -> None:
     p = subspan.projection(family, out_dim=150, in_dim=12)
     rows, whole = range(40, 70), vector(31)
@@ -270,7 +279,7 @@ def test_blocks_of_several_passes(levels: int, group: int, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's
-@pytest.mark.parametrize("family", sorted(KERNELS))
+@pytest.mark.parametrize("family", without_twins([(family,) for family in sorted(KERNELS)]))
 @pytest.mark.parametrize("value", [math.nan, pytest.param(-math.inf, marks=pytest.mark.slow)])
 def test_what_is_not_finite_stays_so(family: str, value: float) -> None:
     p = subspan.projection(family, out_dim=90, in_dim=20, seed=3)
