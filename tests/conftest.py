@@ -1,9 +1,21 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Spare garbage collections the millions of objects that all the imports have made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let go of them, or libraries of C++ complain at the end of what was left."""
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from subspan import Projection, SubspanError
 from subspan.families import base
-from subspan.families.base import from_recipe, project
+from subspan.families.operator import project
+from subspan.families.registry import from_recipe
 
 Law = Callable[[Projection], None]
 LAWS: list[Law] = []

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from subspan import SubspaceModel
-from subspan.subspace.slots import saved_buffers
+from subspan.subspace.parameters import saved_buffers
 
 
 class MLP(nn.Sequential):

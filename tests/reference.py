@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 WORD = 2**32
 SHUFFLE = (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1, 0x27D4EB2F)
@@ -23,6 +24,14 @@ DOMAINS = {
     "sparse-original": 8,
     "sparse2": 9,
     "sparse2full": 10,
+}
+# Entries are real numbers, of which logarithms, cosines and sums differ in last digits.
+ROUNDED = ("gaussian", "orthogonal", "fastfood")
+# The transforms of these make the reference of a huge D slow; a moderate one reaches all of them.
+MODERATE = ("orthogonal", "fastfood")
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "sparse": [{"s": 3}, {"s": 2.5}, {"s": "sqrt_d"}, {"s": "sqrt_D"}],
+    "sparse2full": [{"s": "sqrt_d"}],
 }
 
 

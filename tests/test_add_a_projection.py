@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import subspan
-from subspan.families import base
+from subspan.families import base, registry
 from tests import laws
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-projection.md"
@@ -25,8 +25,8 @@ def _example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.syspath_prepend(folder)
         importlib.import_module("toeplitz")
         yield
-    del base._families["toeplitz"]
-    base.from_recipe.cache_clear()
+    del registry._families["toeplitz"]
+    registry.from_recipe.cache_clear()
 
 
 @pytest.mark.parametrize("law", [*laws.LAWS, *laws.COSTLY])

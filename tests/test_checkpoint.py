@@ -12,7 +12,7 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
-from subspan.subspace import slots
+from subspan.subspace.parameters import digest_tensors
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
@@ -196,13 +196,13 @@ def test_compartments_do_not_make_files_grow(compartments, tmp_path):
 
 CODE = """
 import sys, torch, subspan
-from subspan.subspace.slots import digest
+from subspan.subspace.parameters import digest_tensors
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 torch.set_num_threads({threads})
 for name in NETS:
     model = subspan.load(f"{{sys.argv[1]}}/{{name}}", build(name)).eval()
     with torch.no_grad():
-        print(name, digest(model.weights()), digest({{"": model(batch(name))}}))
+        print(name, digest_tensors(model.weights()), digest_tensors({{"": model(batch(name))}}))
 """
 
 
@@ -212,8 +212,8 @@ def test_another_process_with_other_threads_restores_every_bit(tmp_path):
         model = trained(name)
         subspan.save(model, tmp_path / name)
         with torch.no_grad():
-            logits = slots.digest({"": model(batch(name))})
-            here.append(f"{name} {slots.digest(model.weights())} {logits}")
+            logits = digest_tensors({"": model(batch(name))})
+            here.append(f"{name} {digest_tensors(model.weights())} {logits}")
     code = CODE.format(threads=1 if torch.get_num_threads() > 1 else 2)
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from subspan import SubspaceModel, SubspanError
-from subspan.subspace import slots
+from subspan.subspace.parameters import saved_buffers
 from tests.nets import batch, build
 from tests.ranks import go_through
 
@@ -67,10 +67,10 @@ def buffers_sent(ddp):
 def normalised(rank, world):
     ddp = DistributedDataParallel(SubspaceModel(build("cnn"), DIM))
     train(ddp, batch("cnn")[rank : rank + 2])
-    before = copy.deepcopy(slots.saved_buffers(ddp.module.body))
+    before = copy.deepcopy(saved_buffers(ddp.module.body))
     with torch.no_grad():
         ddp.eval()(batch("cnn"))
-    after = slots.saved_buffers(ddp.module.body)
+    after = saved_buffers(ddp.module.body)
     return {"before": before, "after": after, "buffers": buffers_sent(ddp)}
 
 

@@ -33,8 +33,8 @@ _HOME = {
     "SubspanError": "subspan.errors",
     "count": "subspan.counts",
     "load": "subspan.checkpoint",
-    "projection": "subspan.families.base",
-    "projections": "subspan.families.base",
+    "projection": "subspan.families.registry",
+    "projections": "subspan.families.registry",
     "save": "subspan.checkpoint",
 }
 
@@ -42,14 +42,14 @@ _PACKAGES = ("layers", "optim")
 
 # Where modules were before, and where they are: programs and records that name them go on.
 _ROOMS = {
-    "subspace": "calls changes compartments formed guards init inplace quantised sharded slots "
-    "states summary weights",
+    "subspace": "changes compartments formed init quantised sharded states summary weights",
     "training": "config data evaluate export locks loop methods nets options_file own records "
     "replay score signals state tasks trackers train",
     "sweeps": "backends claims intrinsic jobs pool smaller sweep",
     "experiments": "everything",
     "commands": "console doctor",
 }
+_RENAMED = {"calls": "blocks", "guards": "theta0", "inplace": "classes", "slots": "parameters"}
 _MOVED = {
     f"subspan.{'' if room == 'subspace' else 'lab.'}{name}": f"subspan.{room}.{name}"
     for room, names in _ROOMS.items()
@@ -63,6 +63,10 @@ _MOVED = {
     "subspan.lab.report.gallery": "subspan.experiments.gallery",
     "subspan.lab.reproduce": "subspan.experiments",
 }
+for _old, _new in _RENAMED.items():
+    _MOVED |= dict.fromkeys(
+        (f"subspan.{_old}", f"subspan.subspace.{_old}"), f"subspan.subspace.{_new}"
+    )
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

@@ -1,4 +1,4 @@
-"""What is worth keeping between calls."""
+"""Memory between calls: integers derived from a seed, and the memory of large tensors."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Cache:
         self._lock = threading.Lock()
 
     def get(self, key: Any, build: Callable[[], tuple[Kept, ...]]) -> tuple[Any, ...]:
-        """The arrays under ``key``, built at the first call and after they were dropped."""
+        """Return the arrays under ``key``, built at the first call and after they were dropped."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)  # newest last
                 return self._items[key]
-        found = build()  # outside the lock: two threads may both build, to the same effect
+        arrays = build()  # outside the lock: two threads may both build, to the same effect
         with self._lock:
             self._drop(key)
-            if self._bytes(found) <= self.budget:
-                self._items[key] = found
-                self.held += self._bytes(found)
+            if self._bytes(arrays) <= self.budget:
+                self._items[key] = arrays
+                self.held += self._bytes(arrays)
             while self.held > self.budget:
                 self._drop(next(iter(self._items)))
-        return found
+        return arrays
 
     def clear(self) -> None:
         """Drop everything."""

@@ -28,9 +28,16 @@ from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers.factorize import factorize_like
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums, product_of_sums_like
-from subspan.subspace import init, slots
+from subspan.subspace import init
+from subspan.subspace.dtensors import copy_into, whole
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.sharded import copy_into, whole
+from subspan.subspace.parameters import (
+    digest_tensors,
+    find_aliases,
+    find_quantised,
+    find_slots,
+    saved_buffers,
+)
 
 FORMAT = 1
 KEY = "subspan"
@@ -103,7 +110,7 @@ def contents(
         }
         if packed := model.subspace.packed:
             header["quantised"] = _counted(packed.values())
-        if slots.saved_buffers(model.body):
+        if saved_buffers(model.body):
             header["parameters"] = model.subspace.parameters_digest()
     else:
         tensors = _stored(model)
@@ -204,7 +211,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         network = net() if seed is None else init.build(net, seed)
     if not isinstance(network, nn.Module):
         raise SubspanError(f"expected a function that makes the network, got {network!r} from it")
-    slots.slots(network)  # refuses parameters without values
+    find_slots(network)  # refuses parameters without values
     if any(SubspaceModel.of(module) for module in network.modules()):
         raise SubspanError(
             "the network is in a subspace already: load the file around another one, or unwrap() "
@@ -275,7 +282,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     may_lack: set[str] = set()
     if isinstance(model, SubspaceModel):
         own[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
-        may_lack = {f"body.{name}" for name in slots.saved_buffers(model.body)}
+        may_lack = {f"body.{name}" for name in saved_buffers(model.body)}
     for name in sorted((own.keys() | tensors.keys()) - (may_lack - tensors.keys())):
         here, there = (
             str(list(ts[name].shape)) if name in ts else "no place" for ts in (own, tensors)
@@ -387,27 +394,27 @@ def _join(prefix: str, name: str) -> str:
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """Live tensors by the names that they have in a file, without coordinates."""
     if isinstance(model, SubspaceModel):
-        tensors = {**model.fully_trained(), **slots.saved_buffers(model.body)}
+        tensors = {**model.fully_trained(), **saved_buffers(model.body)}
         return {f"body.{name}": tensor for name, tensor in tensors.items()}
     if any(SubspaceModel.of(module) for module in model.modules()):
         raise SubspanError(
             f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "
             "DDP, `._orig_mod` of torch.compile), or put its merge() there"
         )
-    places = slots.slots(model)
-    for name, found in slots.quantised_of(model, places).items():
+    places = find_slots(model)
+    for name, found in find_quantised(model, places).items():
         raise SubspanError(
             f"{name} is quantised ({found.kind}), and a file of a whole network holds dense "
             "weights only: save state_dict() by torch.save, or coordinates around it"
         )
-    parameters = {name: model.get_parameter(name) for name in slots.aliases(places)}
-    return {**parameters, **slots.saved_buffers(model)}
+    parameters = {name: model.get_parameter(name) for name in find_aliases(places)}
+    return {**parameters, **saved_buffers(model)}
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """128 bits over the header and all tensors."""
     sha = hashlib.sha256(_json(header).encode())
-    sha.update(slots.digest({name: tensors[name] for name in sorted(tensors)}).encode())
+    sha.update(digest_tensors({name: tensors[name] for name in sorted(tensors)}).encode())
     return sha.hexdigest()[:32]
 
 

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from subspan.layers.lowrank import LowRank
 from subspan.layers.product_of_sums import ProductOfSums
-from subspan.subspace import slots
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_quantised, find_slots, saved_buffers
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
         optimizer: whose state counts for training, after its first step.
     """
     net = SubspaceModel.of(net) or net
-    buffers = sum(b.numel() for b in slots.saved_buffers(net).values())
+    buffers = sum(b.numel() for b in saved_buffers(net).values())
     trained = [p for p in net.parameters() if p.requires_grad]
-    packed = {} if isinstance(net, SubspaceModel) else slots.quantised_of(net, slots.slots(net))
+    packed = {} if isinstance(net, SubspaceModel) else find_quantised(net, find_slots(net))
     numbers = sum(p.numel() for p in net.parameters())
     numbers += sum(t.numel() - net.get_parameter(name).numel() for name, t in packed.items())
     training = numbers + sum(p.numel() for p in trained)

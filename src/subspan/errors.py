@@ -1,4 +1,4 @@
-"""What bad input raises, what a signal raises, and the sentences for unknown names."""
+"""The errors of bad input and of signals, and the sentences for unknown names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:
-    """Error for a ``name`` that is none of the ``known``, with the nearest names first.
+    """Make the error for a ``name`` that is none of the ``known``, with the nearest names first.
 
     Args:
         kind: what was looked for, in the singular ("projection", "net", …).

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -68,13 +69,21 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+class Where(TypedDict, total=False):
+    """Which sequence, and where it is computed: of column 0, step 0 and the CPU by default."""
+
+    column: Tensor | int
+    step: Tensor | int
+    device: torch.device | str
+
+
 @dataclass(frozen=True)
 class Source:
     """One addressable sea of random words: seed, domain, stream fixed, index, column, step free.
 
     Everything is a *sequence* along ``index``; several sequences side by side are told apart by
-    ``column``, and redrawn by ``step``. Position n of a sequence does not depend on where a
-    request starts or ends.
+    ``column``, and redrawn by ``step`` (:class:`Where`). Position n of a sequence does not depend
+    on where a request starts or ends.
 
     Args:
         seed: in [0, 2⁶⁴).
@@ -103,7 +112,7 @@ class Source:
         return self.stream << 8 | self.domain
 
     def words(self, index: Tensor, column: Tensor | int = 0, step: Tensor | int = 0) -> Words:
-        """The four words of the calls at ``index``, ``column`` and ``step``, broadcast together."""
+        """Compute the four words of calls; index, column and step are broadcast together."""
         rest = (
             torch.as_tensor(word, dtype=torch.int64, device=index.device)
             for word in (column, step, self.tag)
@@ -116,11 +125,11 @@ class Source:
         start: int,
         stop: int,
         per_call: int,
-        column: Tensor | int,
-        step: Tensor | int,
-        device: torch.device | str,
+        column: Tensor | int = 0,
+        step: Tensor | int = 0,
+        device: torch.device | str = "cpu",
     ) -> Words:
-        """The calls that cover positions [start, stop), with ``per_call`` positions in each."""
+        """Compute the calls that cover positions [start, stop), ``per_call`` positions by each."""
         first, last = start // per_call, -(-stop // per_call)
         if last > 1 << 32:
             raise SubspanError(
@@ -132,82 +141,45 @@ class Source:
             index = index.reshape(-1, *[1] * column.dim())
         return self.words(index, column, step)
 
-    def sequence(
-        self,
-        start: int,
-        stop: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
+    def sequence(self, start: int, stop: int, **where: Unpack[Where]) -> Tensor:
         r"""Words start … stop−1: word n is word n mod 4 of call n div 4.
 
         Returns:
             int64 (stop − start, \*column.shape), in [0, 2³²).
         """
-        call = torch.stack(self._calls(start, stop, 4, column, step, device), dim=1).flatten(0, 1)
+        call = torch.stack(self._calls(start, stop, 4, **where), dim=1).flatten(0, 1)
         return call[start % 4 :][: stop - start]
 
-    def signbits(
-        self,
-        start: int,
-        stop: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
+    def signbits(self, start: int, stop: int, **where: Unpack[Where]) -> Tensor:
         r"""Bits start … stop−1: bit n is bit n mod 32 of word (n mod 128) div 32 of call n div 128.
 
         Returns:
             int64 (stop − start, \*column.shape) of 0 (plus) and 1 (minus, as in IEEE 754).
         """
-        words = torch.stack(self._calls(start, stop, 128, column, step, device), dim=1)
-        shifts = torch.arange(32, device=device).reshape(32, *[1] * (words.dim() - 2))
+        words = torch.stack(self._calls(start, stop, 128, **where), dim=1)
+        shifts = torch.arange(32, device=words.device).reshape(32, *[1] * (words.dim() - 2))
         bits = (words.unsqueeze(2) >> shifts & 1).flatten(0, 2)
         return bits[start % 128 :][: stop - start]
 
     def signs(
-        self,
-        start: int,
-        stop: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, start: int, stop: int, *, dtype: torch.dtype = torch.float32, **where: Unpack[Where]
     ) -> Tensor:
         """:meth:`signbits` as +1 and −1."""
-        bits = self.signbits(start, stop, column=column, step=step, device=device)
+        bits = self.signbits(start, stop, **where)
         return (1 - 2 * bits).to(dtype)
 
     def uniforms(
-        self,
-        start: int,
-        stop: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, start: int, stop: int, *, dtype: torch.dtype = torch.float32, **where: Unpack[Where]
     ) -> Tensor:
         """(2 (word div 2⁹) + 1) / 2²⁴: 24 bits, inside (0, 1), symmetric about ½.
 
         Both u and 2u − 1 are exact in float32, so no backend can round them differently.
         """
-        words = self.sequence(start, stop, column=column, step=step, device=device)
+        words = self.sequence(start, stop, **where)
         return ((2 * (words >> 9) + 1).double() * 2.0**-24).to(dtype)
 
     def normals(
-        self,
-        start: int,
-        stop: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, start: int, stop: int, *, dtype: torch.dtype = torch.float32, **where: Unpack[Where]
     ) -> Tensor:
         """Standard normals by Box and Muller, eight of a call: word k holds numbers 2k and 2k + 1.
 
@@ -216,7 +188,7 @@ class Source:
         bit 30 the sign of the cosine and bit 31 that of the sine (1 is minus). No normal exceeds
         4.86; all are evaluated in float64 and rounded once.
         """
-        calls = torch.stack(self._calls(start, stop, 8, column, step, device), dim=1).flatten(0, 1)
+        calls = torch.stack(self._calls(start, stop, 8, **where), dim=1).flatten(0, 1)
         radius = torch.sqrt(-2 * torch.log((2 * (calls & 0xFFFF) + 1).double() * 2.0**-17))
         angle = (2 * (calls >> 16 & 0x3FFF) + 1).double() * (math.pi * 2.0**-16)
         cosine = radius * torch.cos(angle) * (1 - 2 * (calls >> 30 & 1))
@@ -224,23 +196,14 @@ class Source:
         normals = torch.stack((cosine, sine), dim=1).flatten(0, 1)
         return normals[start % 8 :][: stop - start].to(dtype)
 
-    def integers(
-        self,
-        start: int,
-        stop: int,
-        bound: int,
-        *,
-        column: Tensor | int = 0,
-        step: Tensor | int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
+    def integers(self, start: int, stop: int, bound: int, **where: Unpack[Where]) -> Tensor:
         """Integers in [0, bound): (word · bound) div 2³².
 
         A value's probability differs from 1/bound by less than 2⁻³²; ``bound`` is at most 2³¹.
         """
         if not 1 <= bound <= 1 << 31:
             raise SubspanError(f"bound must be in [1, 2^31], got {bound}")
-        return self.sequence(start, stop, column=column, step=step, device=device) * bound >> 32
+        return self.sequence(start, stop, **where) * bound >> 32
 
     def permutation(
         self, size: int, *, column: Tensor | int = 0, step: Tensor | int = 0

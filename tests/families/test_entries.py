@@ -13,14 +13,12 @@ import subspan
 from subspan.families import Projection
 from subspan.philox import Source
 from tests.golden.write import PATH
-from tests.reference import DOMAINS, Matrix
+from tests.reference import DOMAINS, ROUNDED, Matrix
 
 MEANING = (
     "a random number has changed: every model that was stored as a seed and its coordinates comes "
     "out wrong. If that is meant, docs/format.md and the format version of checkpoints change too"
 )
-# Of these the definition is in real numbers; logarithms, cosines and sums differ in last digits.
-ROUNDED = ("gaussian", "orthogonal", "fastfood")
 GOLDEN: dict[str, list[dict[str, Any]]] = json.loads(PATH.read_text())
 
 

@@ -6,14 +6,15 @@ import pytest
 
 import subspan
 from subspan import Projection
-from tests import laws
+from tests import laws, reference
 
 # One weight; one coordinate; as many coordinates as weights; a prime number of weights; blocks of
 # every family whole and cut short.
 SIZES = [(1, 1), (131, 1), (23, 23), (509, 20), (300, 70)]
 
-OPTIONS: dict[str, list[dict[str, Any]]] = {
+OPTIONS: dict[str, list[dict[str, Any]]] = reference.OPTIONS | {
     "sparse": [{}, {"s": 1}, {"s": 2.6}, {"s": "sqrt_d"}, {"s": "sqrt_D"}],
+    "sparse2full": [{}],
     "stored": [{}, {"of": "sparse", "layout": "csr"}],
 }
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import subspan
 from subspan import SubspanError
-from subspan.families import base
+from subspan.families import base, operator
 
 
 class Live(TorchDispatchMode):
@@ -51,7 +51,7 @@ def test_nothing_of_the_size_of_the_weights_exists_beside_them(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BLOCK", 1 << 12)
-    monkeypatch.setattr(base, "product", base.project)  # an operator, whose result is seen
+    monkeypatch.setattr(base, "product", operator.project)  # an operator, whose result is seen
     p = subspan.projection(family, out_dim=1 << 18, in_dim=5)
     theta, g, w = torch.zeros(1 << 18, dtype=dtype), torch.ones(1 << 18, dtype=dtype), torch.ones(5)
     with Live() as live:

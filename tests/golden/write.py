@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tests.reference import DOMAINS, Matrix, Numbers
+from tests.reference import DOMAINS, MODERATE, OPTIONS, Matrix, Numbers
 
 PATH = Path(__file__).with_name("entries.json")
 
@@ -23,8 +23,6 @@ PATH = Path(__file__).with_name("entries.json")
 SMALL = (20, 5, 0, 20, 0, 0, 0)
 CUT = (101, 11, 90, 11, 2**32 + 1, 2, 3)
 FAR = (2**33 + 7, 6, 2**32 + 5, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
-# The transforms of these two make a reference of so many rows slow; their blocks and butterflies
-# are reached by a moderate D.
 MIDDLE = (10_007, 6, 9_990, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4)
 # Where a shuffle passes from one block to the next, from the last into the tail, and the signs of
 # one column end.
@@ -35,17 +33,13 @@ MORE = {
         (2**40 - 3, 6, 2**39 - 4, 9, 2**64 - 2, 2**24 - 3, 2**32 - 4),
     ]
 }
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sparse": [{"s": 3}, {"s": 2.5}, {"s": "sqrt_d"}, {"s": "sqrt_D"}],
-    "sparse2full": [{"s": "sqrt_d"}],
-}
 
 
 def projections() -> list[dict[str, Any]]:
     """Entries as hexadecimal floats (float64), row by row."""
     cases = []
     for family in DOMAINS:
-        last = MIDDLE if family in ("orthogonal", "fastfood") else FAR
+        last = MIDDLE if family in MODERATE else FAR
         for D, d, start, rows, seed, stream, step in (SMALL, CUT, last, *MORE.get(family, [])):
             for options in OPTIONS.get(family, [{}]):
                 P = Matrix(family, D, d, seed, stream, step, **options)

@@ -25,12 +25,11 @@ from subspan.cache import cache
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from tests.laws import vector
+from tests.reference import ROUNDED
 
 FAMILIES = sorted(kernels.available("cpu"))
 EVERYTHING = {"stream": (1 << 24) - 1, "seed": (1 << 64) - (1 << 33) + 5}
 
-# Of these a normal or a sum of several terms makes an entry: equal to the last digits.
-ROUNDED = ("fastfood", "gaussian", "orthogonal")
 # Rows and columns around the blocks of 128 rows, the words of 32 and the groups of 64 columns, the
 # tiles of 1,024 rows, and a transform with several long segments.
 SHAPES = [
@@ -263,8 +262,7 @@ import os, sys, traceback
 import torch, subspan, subspan.kernels
 from torch.utils.data import DataLoader
 
-threads, families = int(sys.argv[1]), sys.argv[2:]
-torch.set_num_threads(threads)
+families = sys.argv[1:]
 
 def products(family):
     p = subspan.projection(family, out_dim=40_001, in_dim=70, seed=1 << 40)
@@ -283,39 +281,40 @@ class Items:
     def __getitem__(self, k):
         return products(families[k])
 
-expected = {family: products(family) for family in families}  # starts the threads of the parent
-child = os.fork()
-if child == 0:
-    try:
-        assert torch.get_num_threads() == 1
-        for family in families:
-            compare(products(family), expected[family])
-        grandchild = os.fork()
-        if grandchild == 0:
-            compare(products("hash"), expected["hash"])
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    expected = {family: products(family) for family in families}  # starts the parent's threads
+    child = os.fork()
+    if child == 0:
+        try:
+            assert torch.get_num_threads() == 1
+            for family in families:
+                compare(products(family), expected[family])
+            grandchild = os.fork()
+            if grandchild == 0:
+                compare(products("hash"), expected["hash"])
+                os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 7
             os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 7
-        os._exit(7)
-    finally:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-loader = DataLoader(Items(), None, num_workers=1, multiprocessing_context="fork")
-for family, found in zip(families, loader):
-    compare(found, expected[family])
-assert torch.get_num_threads() == threads  # and the parent still has kernels
-assert all(subspan.kernels.find(family, torch.ones(1)) for family in families)
-assert torch.equal(products("gaussian")[1], expected["gaussian"][1])
+        finally:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    loader = DataLoader(Items(), None, num_workers=1, multiprocessing_context="fork")
+    for family, found in zip(families, loader):
+        compare(found, expected[family])
+    assert torch.get_num_threads() == threads  # and the parent still has kernels
+    assert all(subspan.kernels.find(family, torch.ones(1)) for family in families)
+    assert torch.equal(products("gaussian")[1], expected["gaussian"][1])
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_products_in_a_forked_process(threads: int) -> None:
+def test_products_in_a_forked_process() -> None:
     """Neither killed nor waiting for ever, and the same to the last digits."""
     result = subprocess.run(
-        [sys.executable, "-c", FORKED, str(threads), *FAMILIES],
+        [sys.executable, "-c", FORKED, *FAMILIES],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import subspan
 from subspan import SubspaceModel, SubspanError
 from subspan.checkpoint import inspect
-from subspan.subspace import formed, inplace
+from subspan.subspace import formed, modules
 from tests.nets import MLP, batch, build, scatter, wrap
 from tests.ranks import go_through
 
@@ -366,10 +366,10 @@ def ignored(rank, world):
 def beside_ordinary(rank, world):
     """FSDP keeps a class for each class: ordinary layers of the same kinds come and go."""
     for net in (build("mlp"), mlp().body, build("mlp"), mlp(exclude=".*bias").body):
-        ours = isinstance(net, subspan.subspace.inplace.Part)
+        ours = isinstance(net, modules.WrappedModule)
         for layer in (net[0], net[2], net):
             fully_shard(layer)
-        assert [isinstance(part, inplace.Part) for part in (net, net[0])] == [ours] * 2
+        assert [isinstance(part, modules.WrappedModule) for part in (net, net[0])] == [ours] * 2
         trains = [name for name, p in net.named_parameters() if p.requires_grad]
         assert len(trains) == (1 if ours else 4), trains
     return "fine"
@@ -397,6 +397,7 @@ def held():
 def memory(rank, world):
     """Bytes of parameters: all, the largest module's, here at rest, and most during a step."""
     gc.collect()
+    gc.freeze()  # what was there before is not gone over again and again
     before, seen = held(), {"forward": [], "backward": []}
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(24)), nn.Linear(256, 4))
@@ -419,6 +420,7 @@ def memory(rank, world):
     for _ in range(2):
         model(torch.randn(1, 256)).sum().backward()
     formed.KEPT, formed.Formula.again = kept, again
+    gc.unfreeze()
     homes = model.subspace.homes.values()
     local = sum(module._parameters[name].to_local().nbytes for module, name in homes)
     most = {when: max(bytes_) for when, bytes_ in seen.items()}

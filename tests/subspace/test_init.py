@@ -8,7 +8,7 @@ from torch import nn
 
 from subspan import SubspanError
 from subspan.subspace.init import build, initialize
-from subspan.subspace.slots import digest
+from subspan.subspace.parameters import digest_tensors
 from tests.nets import NETS
 
 H = 40  # of the recurrent layers
@@ -85,7 +85,7 @@ def test_each_tensor_has_draws_of_its_own():
     net = nn.Sequential(*[nn.Linear(5, 5, bias=False) for _ in range(3)])
     initialize(net, 0)
     weights = [layer.weight.detach().clone() for layer in net]
-    assert len({digest({"": w}) for w in weights}) == 3
+    assert len({digest_tensors({"": w}) for w in weights}) == 3
     initialize(net, 1)
     assert not any(torch.equal(layer.weight, w) for layer, w in zip(net, weights, strict=True))
 
@@ -136,11 +136,11 @@ def test_golden_values():
 CODE = """
 import torch
 from subspan.subspace.init import build
-from subspan.subspace.slots import digest
+from subspan.subspace.parameters import digest_tensors
 from tests.nets import NETS
 torch.set_num_threads({threads})
 for name, make in NETS.items():
-    print(name, digest(dict(build(make, 5).named_parameters())))
+    print(name, digest_tensors(dict(build(make, 5).named_parameters())))
 """
 
 
@@ -149,7 +149,9 @@ def test_the_same_in_another_process_with_other_threads():
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    here = [f"{n} {digest(dict(build(make, 5).named_parameters()))}" for n, make in NETS.items()]
+    here = [
+        f"{n} {digest_tensors(dict(build(make, 5).named_parameters()))}" for n, make in NETS.items()
+    ]
     assert run.stdout.splitlines() == here
 
 
@@ -160,7 +162,9 @@ def test_build_leaves_the_generator_of_torch_alone():
     first = build(NETS["raw"], 4)
     assert torch.equal(torch.rand(3), expected)
     second = build(NETS["raw"], 4)  # what is not drawn is made under a fixed seed
-    assert digest(dict(first.named_parameters())) == digest(dict(second.named_parameters()))
+    assert digest_tensors(dict(first.named_parameters())) == digest_tensors(
+        dict(second.named_parameters())
+    )
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 64, 1.0, "1", None])

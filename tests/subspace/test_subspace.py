@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam
 
 from subspan import SubspaceModel
-from subspan.subspace import calls
+from subspan.subspace import blocks
 from tests.nets import COMPARTMENTS, NETS, PROJECTIONS, batch, build, fit, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
@@ -137,13 +137,13 @@ def test_compartments_do_not_share_directions():
     assert not torch.equal(first[:, :5], second[:, 5:])
 
 
-def test_many_small_tensors_share_one_call(monkeypatch):
+def test_many_small_tensors_share_one_block(monkeypatch):
     model = wrap("encoder")
-    assert len(model.subspace.calls) == 1
-    monkeypatch.setattr(calls, "GROUP", 300)
+    assert len(model.subspace.blocks) == 1
+    monkeypatch.setattr(blocks, "GROUP", 300)
     cut = wrap("encoder")
-    assert len(cut.subspace.calls) > 5
-    assert len(wrap("encoder", projection="orthogonal").subspace.calls) == 1
+    assert len(cut.subspace.blocks) > 5
+    assert len(wrap("encoder", projection="orthogonal").subspace.blocks) == 1
     for part in zip(
         scatter(model).weights().values(), scatter(cut).weights().values(), strict=True
     ):

@@ -1,7 +1,7 @@
 import torch
 
 from subspan import SubspaceModel
-from subspan.subspace.summary import Row
+from subspan.subspace.summary import TensorSummary
 from tests.nets import build
 
 
@@ -14,10 +14,10 @@ def raw(**options):
 def test_rows_say_what_becomes_of_each_tensor():
     summary = raw(dim=7, compartments="layer").summary()
     assert summary.rows == (
-        Row("scale", (3, 4), 12, "scale", 3),
-        Row("gain", (), 1, "frozen", 0),
-        Row("linear.weight", (4, 4), 16, "linear", 4),
-        Row("linear.bias", (4,), 4, "fully trained", 4),
+        TensorSummary("scale", (3, 4), 12, "scale", 3),
+        TensorSummary("gain", (), 1, "frozen", 0),
+        TensorSummary("linear.weight", (4, 4), 16, "linear", 4),
+        TensorSummary("linear.bias", (4,), 4, "fully trained", 4),
     )
     assert (summary.coordinates, summary.weights, summary.trainable) == (7, 33, 11)
 

@@ -1,27 +1,12 @@
-"""The families of projections, one per file; importing this package registers them all."""
+"""The families of projections; importing this package registers every file of it."""
 
-from subspan.families import (
-    fastfood,
-    gaussian,
-    hash,  # noqa: A004 - the family's name
-    kronecker,
-    orthogonal,
-    rademacher,
-    sparse,
-    stored,
-)
-from subspan.families.base import Projection, projection, projections
+import importlib
+import pkgutil
 
-__all__ = [
-    "Projection",
-    "fastfood",
-    "gaussian",
-    "hash",
-    "kronecker",
-    "orthogonal",
-    "projection",
-    "projections",
-    "rademacher",
-    "sparse",
-    "stored",
-]
+from subspan.families.base import Projection
+from subspan.families.registry import projection, projections
+
+for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_file.name)
+
+__all__ = ["Projection", "projection", "projections"]

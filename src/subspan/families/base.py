@@ -7,29 +7,25 @@ method); defining the class registers it.
 
 from __future__ import annotations
 
-import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from subspan import kernels
-from subspan.cache import rooms
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
+from subspan.families.operator import as_step, product
+from subspan.families.registry import register
+from subspan.families.updates import add_, gather
 from subspan.philox import Source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-LARGE = 1 << 22  # bytes of θ whose memory is used again
 BLOCK = 1 << 20  # rows that an update in place computes at once
-
-_families: dict[str, type[Projection]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Projection(ABC):
     seed: int = 0
     stream: int = 0
     recipe: str = field(init=False, repr=False, compare=False)
-    """JSON of the family and the arguments, which :func:`from_recipe` turns back into this."""
+    """The family and the arguments as JSON, which ``registry.from_recipe`` turns back into this."""
 
     family: ClassVar[str]
     """The registered name."""
@@ -74,10 +70,8 @@ class Projection(ABC):
     def __init_subclass__(cls, *, family: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if family is not None:
-            if family in _families:
-                raise TypeError(f"a projection named {family!r} is registered already")
+            register(family, cls)
             cls.family = family
-            _families[family] = cls
 
     def __post_init__(self) -> None:
         for name, low, high in (("in_dim", 1, (1 << 31) - 1), ("out_dim", 1, self.most)):
@@ -285,248 +279,3 @@ class Projection(ABC):
         else:
             out = (self._rmatvec if adjoint else self._matvec)(work, step, start, stop)
         return out.to(x.dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def from_recipe(recipe: str) -> Projection:
-    """The projection of :attr:`Projection.recipe`."""
-    options = json.loads(recipe)
-    return projection(options.pop("family"), **options)
-
-
-def projections() -> dict[str, type[Projection]]:
-    """Every registered family by name; a class's docstring says what it is and whose."""
-    return dict(sorted(_families.items()))
-
-
-def projection(
-    name: str, *, out_dim: int, in_dim: int, seed: int = 0, stream: int = 0, **options: Any
-) -> Projection:
-    """A projection by name.
-
-    Args:
-        name: one of :func:`projections`.
-        out_dim: D, the number of weights.
-        in_dim: d, the number of coordinates.
-        seed: in [0, 2⁶⁴).
-        stream: in [0, 2²⁴).
-        options: what the family has beyond these (``s`` of ``sparse``, say).
-
-    Raises:
-        SubspanError: for an unknown name or option, or a value out of range.
-    """
-    if name not in _families:
-        raise unknown("projection", name, _families)
-    family = _families[name]
-    known = {field.name for field in fields(family)} - {f.name for f in fields(Projection)}
-    for option in options:
-        if option not in known:
-            if not known:
-                raise SubspanError(f"projection {name!r} has no options, got {option!r}")
-            raise unknown(f"option of projection {name!r}", option, known)
-    return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
-
-
-def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """The bare product P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers."""
-    return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
-
-
-def add(
-    p: Projection,
-    bases: Sequence[Tensor],
-    w: Tensor,
-    step: Tensor,
-    start: int,
-    *,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """θ₀ + P w for rows from ``start`` on, unseen by autograd.
-
-    Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
-    at a time.
-
-    Args:
-        p: the projection.
-        bases: tensors of θ₀, whose rows follow each other.
-        w: (d,) coordinates.
-        step: 0-D int64.
-        start: the row of the first weight.
-        dtype: of the results; that of each tensor by default.
-
-    Returns:
-        A tensor like each of ``bases``, on its device.
-    """
-    outs = [_room(base, dtype or base.dtype) for base in bases]
-    _add(p, bases, w, step, start, outs)
-    return outs
-
-
-def add_(p: Projection, thetas: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> None:
-    """θ ← θ + P w in place, for contiguous tensors; else as :func:`add`."""
-    _add(p, thetas, w, step, start, thetas)
-    increment_version([theta for theta in thetas if not theta.is_inference()])
-
-
-def _add(
-    p: Projection,
-    bases: Sequence[Tensor],
-    w: Tensor,
-    step: Tensor,
-    start: int,
-    outs: Sequence[Tensor],
-) -> None:
-    kernel, times = _kernel_and_product(p, w)
-    if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
-        kernel.added(p, ready, w.contiguous(), step, start, outs)
-        return
-    sizes = [base.numel() for base in bases]
-    if len(sizes) > 1:
-        rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
-        for base, part, out in zip(bases, rows, outs, strict=True):
-            along = part.view(base.shape).to(base.device)
-            if base.dtype == along.dtype == out.dtype:
-                torch.add(base, along, out=out)
-            else:
-                out.copy_(base + along)
-        return
-    base, out = bases[0].reshape(-1), outs[0].view(-1)
-    for block in p.blocks_of(range(start, start + len(base))):
-        inside = slice(block.start - start, block.stop - start)
-        rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
-        out[inside] = base[inside] + rows  # in the wider dtype of both
-
-
-def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
-    """Pᵀ g for vectors of g whose rows follow each other from ``start`` on: (d,) like ``w``.
-
-    A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
-    they are. Autograd does not see it.
-    """
-    kernel, times = _kernel_and_product(p, w)
-    if kernel and kernel.gathered and (ready := _ready(parts, w)):
-        return kernel.gathered(p, ready, step, start)
-    flat = [part.reshape(-1) for part in parts]
-    if len(flat) > 1:
-        flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
-    out = torch.zeros_like(w)
-    for block in p.blocks_of(range(start, start + len(flat[0]))):
-        own = flat[0][block.start - start : block.stop - start].to(w.device, w.dtype)
-        out.add_(times(own, step, p.recipe, block.start, block.stop, True))
-    return out
-
-
-def _kernel_and_product(
-    p: Projection, w: Tensor
-) -> tuple[kernels.Kernel | None, Callable[..., Tensor]]:
-    """The kernel for vectors like ``w``, and the bare product: in a graph, one operator alone."""
-    return (None, product) if captured(w) else (kernels.find(p.family, w), compute)
-
-
-def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous memory for a tensor of a shape; a large one has what another one had before."""
-    size = like.numel() * dtype.itemsize
-    if size < LARGE or not like.is_cpu:
-        return torch.empty(like.shape, dtype=dtype, device=like.device)
-    return rooms.take(size).view(dtype).view(like.shape)
-
-
-def _ready(tensors: Sequence[Tensor], w: Tensor) -> list[Tensor]:
-    """The tensors as kernels take them; none if one has another dtype or device than ``w``."""
-    dtype, device, ready = w.dtype, w.device, []
-    for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device != device:
-            return []
-        ready.append(tensor.contiguous())
-    return ready
-
-
-def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """P x or Pᵀ x for rows start … stop−1, without the checks of the public methods.
-
-    The map is linear, so that every derivative of it is itself or its adjoint: backward and forward
-    mode of any order, and ``torch.func`` transforms.
-    """
-    if captured(x):
-        return project(x, step, recipe, start, stop, adjoint)
-    return _Product.apply(x, step, recipe, start, stop, adjoint)
-
-
-def captured(x: Tensor) -> bool:
-    """Whether a graph of operators is being recorded, in which ours must be one operator."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return True
-    return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is under way."""
-    functorch = torch._C._functorch.maybe_current_level() is not None
-    return functorch or forward_ad._current_level >= 0
-
-
-class _Product(torch.autograd.Function):
-    """The product for eager programs, with rules for every transform of PyTorch."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool
-    ) -> Tensor:
-        out = compute(x.detach(), step, recipe, start, stop, adjoint)
-        return out.clone() if out.data_ptr() == x.data_ptr() else out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.step, *ctx.rest = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        recipe, start, stop, adjoint = ctx.rest
-        back = product(grad, ctx.step, recipe, start, stop, not adjoint)
-        return back, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return product(tangent, ctx.step, *ctx.rest)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, step: Tensor, *rest: Any
-    ) -> tuple[Tensor, int]:
-        if in_dims[1] is not None:
-            raise SubspanError("vmap over the step of a projection: give all samples one step")
-        return torch.stack([product(one, step, *rest) for one in x.unbind(in_dims[0])]), 0
-
-
-# ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
-
-
-@torch.library.custom_op("subspan::project", mutates_args=())
-def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """The same as an operator, for graphs that are compiled, exported or traced."""
-    out = compute(x, step, recipe, start, stop, adjoint)
-    return out.clone() if out is x else out  # an operator must not return its argument
-
-
-@project.register_fake
-def _(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    return x.new_empty(from_recipe(recipe).in_dim if adjoint else stop - start)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, step, *ctx.rest = inputs
-    ctx.save_for_backward(step)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (step,) = ctx.saved_tensors
-    recipe, start, stop, adjoint = ctx.rest
-    return project(grad, step, recipe, start, stop, not adjoint), None, None, None, None, None
-
-
-project.register_autograd(_backward, setup_context=_save)
-
-
-def as_step(step: int | Tensor) -> Tensor:
-    """A step as the operator takes it: a 0-D int64 tensor."""
-    return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.int64)

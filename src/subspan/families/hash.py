@@ -56,12 +56,12 @@ class Hash(Projection, family="hash"):
     ) -> list[tuple[slice, Tensor]]:
         """The index by chunks; of matrices that fit the budget it is kept between calls."""
         parts = [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
-        found = []
+        chunks = []
         for first, last in parts:
             build = functools.partial(self._index, step, first, last, device)
             (index,) = cache.get(("hash", self, int(step), first, last, device), build)
-            found.append((slice(first - start, last - start), index))
-        return found
+            chunks.append((slice(first - start, last - start), index))
+        return chunks
 
     def scale(self, x: Tensor) -> Tensor:
         """1/√n_b of every bucket, (d,), like ``x``."""

@@ -47,11 +47,11 @@ class Sparse(Projection, family="sparse"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.s, str):
-            known = self.s in ("sqrt_d", "sqrt_D")
+            valid = self.s in ("sqrt_d", "sqrt_D")
         else:
             number = isinstance(self.s, (int, float)) and not isinstance(self.s, bool)
-            known = number and 1 <= self.s <= 1 << 31
-        if not known:
+            valid = number and 1 <= self.s <= 1 << 31
+        if not valid:
             raise SubspanError(
                 f"s must be a number in [1, 2^31], 'sqrt_d' or 'sqrt_D', got {self.s!r}"
             )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError, unknown
-from subspan.families.base import Projection, projection
+from subspan.families.base import Projection
+from subspan.families.registry import projection
 from subspan.families.sparse import Sparse
 
 LAYOUTS = ("dense", "coo", "csr", "csc")

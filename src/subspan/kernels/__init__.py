@@ -2,15 +2,19 @@
 
 A kernel is a pair of functions with the signature of :meth:`Projection._matvec` and
 :meth:`Projection._rmatvec`, the projection first. It computes what those define: the same integers,
-sums in an order of its own. Set ``SUBSPAN_KERNELS=reference`` to do without.
+sums in an order of its own. A file in ``cpu/`` or ``gpu/`` names the families that it serves in its
+``KERNELS``. Set ``SUBSPAN_KERNELS=reference`` to do without.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +38,25 @@ class Kernel(NamedTuple):
     """Pᵀ g for such vectors of g."""
 
 
+def collect(package: ModuleType) -> dict[str, Kernel]:
+    """Import every file of a package, and put their ``KERNELS`` together.
+
+    Raises:
+        TypeError: if two files serve one family.
+    """
+    kernels: dict[str, Kernel] = {}
+    for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(file.name)
+        for family, kernel in getattr(module, "KERNELS", {}).items():
+            if family in kernels:
+                raise TypeError(f"{file.name} has a second kernel for {family!r}")
+            kernels[family] = kernel
+    return kernels
+
+
 @functools.cache
 def available(device_type: str) -> dict[str, Kernel]:
-    """The kernels for a device type by family, loaded on first use; a lack of them is said once."""
+    """Load the kernels for a device type, by family, on first use; warn once if there are none."""
     if os.environ.get("SUBSPAN_KERNELS") == "reference" or device_type == "meta":
         return {}
     try:
@@ -57,7 +77,7 @@ def available(device_type: str) -> dict[str, Kernel]:
 
 
 def find(family: str, x: Tensor) -> Kernel | None:
-    """The kernel for ``family`` and vectors like ``x``, or None: then torch code computes it."""
+    """Return the kernel for ``family`` and vectors like ``x``; None where torch code computes."""
     if x.dtype != torch.float32:
         return None
     return available("cpu" if x.is_cpu else x.device.type).get(family)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.families.base import transformed
+from subspan.families.operator import transformed
 from subspan.layers import factors
 from subspan.layers.factors import plain
 from subspan.layers.plain import Convolution, autocast_type, filled, linear

@@ -28,7 +28,7 @@ from subspan.optim.gradients import Gradients, all_finite, dense, parameters, te
 from subspan.optim.integrators import Factors
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
-from subspan.subspace import slots
+from subspan.subspace.parameters import digest_tensors
 
 Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
 TWO_EVALUATIONS = ("kls", "kls-adaptive")
@@ -447,7 +447,7 @@ class DLRT(Copied, Optimizer):
             "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],
             "the settings": settings,
             "the steps made": self.steps,
-            "the weights": slots.digest(self._tensors),
+            "the weights": digest_tensors(self._tensors),
         }
         self._workers.check_start(agreement, next(iter(self._tensors.values())).device)
         self._agreed = True

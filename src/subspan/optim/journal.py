@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.families.base import as_step
+from subspan.families.operator import as_step
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim import parts as parts_
 from subspan.optim.parts import Part
-from subspan.subspace import slots
+from subspan.subspace.parameters import digest_tensors
 
 MAGIC, FORMAT = b"SUBSPANJ", 1
 
@@ -155,7 +155,7 @@ def header_of(
         "redraw_every": redraw_every,
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": {n: [list(t.shape), str(t.dtype)] for n, t in tensors.items()},
-        "base": slots.digest(tensors),
+        "base": digest_tensors(tensors),
         "extra": dict(extra),
     }
 
@@ -215,7 +215,7 @@ def replay(
                 f"this one {got}"
             )
     tensors = {name: tensors[name].detach() for name in names}
-    if slots.digest(tensors) != header["base"]:
+    if digest_tensors(tensors) != header["base"]:
         raise SubspanError(
             f"{path} began with other weights: give the network as it was before the first step"
         )

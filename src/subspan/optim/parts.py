@@ -19,16 +19,12 @@ from torch import Tensor, nn
 from subspan import families
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.families.base import (
-    add_,
-    as_step,
-    from_recipe,
-    gather,
-)
-from subspan.subspace import calls
-from subspan.subspace.calls import Call
+from subspan.families.operator import as_step
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add_, gather
+from subspan.subspace.blocks import Block, group_into_blocks
 from subspan.subspace.compartments import Compartment, Piece, Rules, partition
-from subspan.subspace.guards import Computed
+from subspan.subspace.computed import Computed
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Part:
 
     compartment: Compartment
     projections: tuple[Projection, ...]  # of every basis of a step
-    calls: tuple[Call, ...]
+    calls: tuple[Block, ...]
     tensors: Mapping[str, Tensor]
     begin: int
     # Entries of tensors that stay where they are: they have rows of P that nothing is done with.
@@ -122,7 +118,7 @@ class Part:
         replace(self, tensors=found).add_weights(coordinates, basis=basis, step=step)
         return found
 
-    def _as_they_are(self, call: Call) -> list[Tensor]:
+    def _as_they_are(self, call: Block) -> list[Tensor]:
         """The tensors of a call, if all of each can be changed at once; else none."""
         tensors, memories = [], set()
         for piece in call.pieces:
@@ -308,7 +304,7 @@ def parts(
                 for basis in range(bases)
             )
             own = {piece.tensor: tensors[piece.tensor] for piece in compartment.pieces}
-            plan = calls.plan([compartment], projections[:1])
+            plan = group_into_blocks([compartment], projections[:1])
             held = {name: entries for name, entries in kept.items() if name in own}
             found.append(Part(compartment, projections, plan, own, begin, held))
             begin += compartment.dim
@@ -327,6 +323,6 @@ def from_description(described: Mapping[str, Any], tensors: Mapping[str, Tensor]
     projections = tuple(from_recipe(recipe) for recipe in described["projections"])
     compartment = Compartment(described["name"], projections[0].in_dim, pieces)
     own = {piece.tensor: tensors[piece.tensor] for piece in pieces}
-    plan = calls.plan([compartment], projections[:1])
+    plan = group_into_blocks([compartment], projections[:1])
     kept = {name: (start, stop) for name, (start, stop) in described.get("kept", {}).items()}
     return Part(compartment, projections, plan, own, described["begin"], kept)

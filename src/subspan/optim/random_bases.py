@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from subspan import distributed
 from subspan.errors import SubspanError, unknown
 from subspan.families import projections
-from subspan.families.base import as_step
+from subspan.families.operator import as_step
 from subspan.optim import estimators
 from subspan.optim.copies import Copied
 from subspan.optim.journal import Journal, Record, header_of, move, redraw
@@ -41,8 +41,8 @@ from subspan.optim.parts import (
     parts,
     refuse_computed,
 )
-from subspan.subspace import slots
 from subspan.subspace.compartments import Rules
+from subspan.subspace.parameters import digest_tensors, find_slots
 
 Estimator = Literal["gradient", "forward", "evolution"]
 Workers = Literal["shared", "independent"]
@@ -139,7 +139,7 @@ class RandomBases(Copied, Optimizer):
             raise SubspanError(f"sigma must be a positive number, got {sigma}")
         padding: dict[int, tuple[int, int]] = {}
         if isinstance(params, nn.Module):
-            slots.slots(params)  # refuses parameters without values
+            find_slots(params)  # refuses parameters without values
             padding = padding_rows(params)
             params = params.named_parameters()
         defaults = {
@@ -442,7 +442,7 @@ class RandomBases(Copied, Optimizer):
         assert self._workers is not None
         agreement = self._agreement | {
             "the steps made": self.steps,
-            "the weights": slots.digest(self._tensors),
+            "the weights": digest_tensors(self._tensors),
         }
         self._workers.check_start(agreement, self._own.device)
         self._agreed = True

@@ -1,4 +1,4 @@
-"""Changes that people make to a network in a subspace are noticed here, and named.
+"""Noticing and naming what people change in a network that is in a subspace.
 
 Whoever holds a network may change θ₀ in place, freeze parameters one by one, replace layers, or
 have an optimizer that knows nothing of coordinates. None of this can be forbidden where it happens;
@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan.errors import SubspanError
-from subspan.subspace import slots
-from subspan.subspace.quantised import stored
-from subspan.subspace.sharded import home_of, is_shard, local
+from subspan.subspace.dtensors import home_of, is_shard, local
+from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.quantised import read_quantised
 
 if TYPE_CHECKING:
-    from subspan.subspace.weights import Weights
+    from subspan.subspace.network import Network
 
 
 BLOCKS = 256  # into which a tensor's sum is divided
@@ -54,7 +54,7 @@ class Changes:
         weights: of the network.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Network) -> None:
         self.weights = weights
         self.wishes: dict[str, bool] = {}
         self._sums: dict[tuple[str, Any], Sketch] = {}
@@ -97,14 +97,14 @@ class Changes:
 
         None where there is nothing to read.
         """
-        module, attribute = self.weights.found[tensor]
+        module, attribute = self.weights.locations[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
         base = module._parameters[attribute]
         if base is None or base.is_meta:
             return None
-        if (packed := stored(module, attribute)) is not None:
-            number = int(slots.digest({tensor: packed}), 16)
+        if (packed := read_quantised(module, attribute)) is not None:
+            number = int(digest_tensors({tensor: packed}), 16)
             return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
         with torch._C.DisableTorchFunctionSubclass():
             kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
@@ -123,19 +123,19 @@ class Changes:
     def remember(self, tensors: Iterable[str]) -> None:
         """Take these tensors for what they were, where nothing is known in their type."""
         for tensor in tensors:
-            found = self._sketch(tensor)
-            if found is not None:
-                self._sums.setdefault((tensor, found[0]), found[1])
+            sketch = self._sketch(tensor)
+            if sketch is not None:
+                self._sums.setdefault((tensor, sketch[0]), sketch[1])
 
     def changed(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors whose θ₀ has other values by now, by more than rounding."""
-        found = self.lost.intersection(tensors := list(tensors))
+        changed = self.lost.intersection(tensors := list(tensors))
         for tensor in tensors:
             now = self._sketch(tensor)
             was = None if now is None else self._sums.get((tensor, now[0]))
             if now is not None and was is not None and not was.is_like(now[1]):
-                found.add(tensor)
-        return found
+                changed.add(tensor)
+        return changed
 
     def check_base(self) -> None:
         """Refuse to speak of coordinates around another θ₀ than the one they were trained around.
@@ -155,8 +155,8 @@ class Changes:
             path, _, attribute = slot.path.rpartition(".")
             home = self.weights.homes[slot.tensor]
             parameter = home[0]._parameters.get(home[1])
-            there = modules[path]._parameters.get(attribute) if path in modules else None
-            if there is not parameter:
+            now = modules[path]._parameters.get(attribute) if path in modules else None
+            if now is not parameter:
                 raise SubspanError(
                     f"{slot.path} was replaced after the network was wrapped, so that its "
                     "coordinates mean nothing: unwrap() it, and wrap the new network; merge() "
@@ -170,17 +170,17 @@ class Changes:
             SubspanError: naming a parameter that was added since the network was wrapped.
         """
         self.check_base()
-        for name in slots.saved_buffers(self.weights.root):
+        for name in saved_buffers(self.weights.root):
             if name not in self.weights.buffer_names:
                 raise SubspanError(
                     f"buffer {name} was added after the network was wrapped, and the network that "
                     "the file is loaded around has none: add it before; merge() gives this network "
                     "as it is"
                 )
-        known = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
-        known |= {id(w) for w in self.weights.coordinates().values()}
+        stored = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        stored |= {id(w) for w in self.weights.coordinates().values()}
         for name, p in self.weights.root.named_parameters():
-            if id(p) not in known:
+            if id(p) not in stored:
                 raise SubspanError(
                     f"{name} was added after the network was wrapped, and a file of coordinates "
                     "would not hold it: add it before, and name it in train_fully; merge() gives "
@@ -205,12 +205,12 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if _known.get(optimizer) == len(parameters):
         return
-    there = {id(p) for p in parameters}
+    given = {id(p) for p in parameters}
     for p in parameters:
         if (home := home_of(p)) is not None:
             weights, tensor = home
             if weights.root is not None and not any(
-                id(w) in there for w in weights.coordinates().values()
+                id(w) in given for w in weights.coordinates().values()
             ):
                 raise SubspanError(
                     f"the optimizer has {tensor}, which is frozen since it is trained in a "

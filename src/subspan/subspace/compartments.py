@@ -69,7 +69,7 @@ def matches(pattern: str, name: str) -> bool:
 def select(
     aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str, what: str = "parameter"
 ) -> set[str]:
-    """The tensors that any of the patterns selects; a tied tensor answers to all of its names.
+    """Select the tensors that any of the patterns matches; a tied tensor has all of its names.
 
     Args:
         aliases: for every tensor all names that it has.
@@ -83,11 +83,11 @@ def select(
     patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
-        if not found:
+        matching = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
+        if not matching:
             every = [name for names in aliases.values() for name in names]
             raise unknown(f"pattern in {option} (it matches no {what})", pattern, every)
-        chosen |= found
+        chosen |= matching
     return chosen
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from subspan import kernels
-from subspan.families.base import from_recipe, product
-from subspan.subspace.calls import Call
+from subspan.families.operator import product
+from subspan.families.registry import from_recipe
+from subspan.subspace.blocks import Block
+from subspan.subspace.links import link_of
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -36,19 +38,19 @@ class LookedUp:
         """Look up rows of θ."""
         rows = None
         if not torch.compiler.is_compiling():
-            link = vars(self)["_subspan"]
-            rows = _rows(link.weights, link.tensors["weight"], self, input)
+            link = link_of(self)
+            rows = look_up(link.weights, link.tensors["weight"], self, input)
         return super().forward(input) if rows is None else rows  # type: ignore[misc]
 
 
-def _rows(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor | None:
+def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor | None:
     """Rows of θ; None where θ is to be formed as a whole."""
     if type(ids) is not Tensor or not ids.is_cpu or module.max_norm or module.scale_grad_by_freq:
         return None
     if (found := weights.alone(tensor)) is None:
         return None
-    w, call, base = found
-    kernel = kernels.find(from_recipe(call.recipe).family, w)
+    w, block, base = found
+    kernel = kernels.find(from_recipe(block.recipe).family, w)
     if kernel is None or kernel.added_apart is None or base.dim() != 2 or not base.is_cpu:
         return None
     with _plain():
@@ -57,7 +59,7 @@ def _rows(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor | N
             return None
         # Padding rows have no gradient; those that no other layer shares stay at θ₀, too.
         padding = module.padding_idx
-        return _Rows.apply(w, weights.step, call, base, words, places, padding)
+        return _Rows.apply(w, weights.step, block, base, words, places, padding)
 
 
 class _Rows(torch.autograd.Function):
@@ -68,24 +70,24 @@ class _Rows(torch.autograd.Function):
         ctx: Any,
         w: Tensor,
         step: Tensor,
-        call: Call,
+        block: Block,
         base: Tensor,
         words: Tensor,
         places: Tensor,
         padding: int | None,
     ) -> Tensor:
-        p, width = from_recipe(call.recipe), base.shape[1]
-        kept = words == call.kept[0].start // width if call.kept[0] else None
+        p, width = from_recipe(block.recipe), base.shape[1]
+        kept = words == block.kept[0].start // width if block.kept[0] else None
         unmoved = words == padding if padding is not None else None
         ctx.set_materialize_grads(False)
-        ctx.of = w.detach(), step, call, base.shape, words, places, unmoved
+        ctx.of = w.detach(), step, block, base.shape, words, places, unmoved
         rows = base.detach().index_select(0, words)
         before = None if kept is None else rows[kept]
         sums = rows.to(w.dtype).contiguous()
         kernel = kernels.find(p.family, w)
         assert kernel is not None
         assert kernel.added_apart is not None
-        kernel.added_apart(p, w.detach().contiguous(), step, call.start + words * width, sums)
+        kernel.added_apart(p, w.detach().contiguous(), step, block.start + words * width, sums)
         rows = sums.to(base.dtype)
         if before is not None:
             rows[kept] = before
@@ -93,11 +95,11 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        w, step, call, shape, words, places, unmoved = ctx.of
+        w, step, block, shape, words, places, unmoved = ctx.of
         nothing: Sequence[None] = (None,) * 6
         if grad is None:
             return None, *nothing
-        p, width = from_recipe(call.recipe), shape[1]
+        p, width = from_recipe(block.recipe), shape[1]
         flat = grad.reshape(-1, width).to(w.dtype)
         parts = flat.new_zeros(len(words), width).index_add(0, places.reshape(-1), flat)
         if unmoved is not None:
@@ -106,5 +108,5 @@ class _Rows(torch.autograd.Function):
         if torch.is_grad_enabled() or kernel is None or kernel.gathered_apart is None:
             # A second derivative follows, or the process was forked since and has no kernels.
             dense = parts.new_zeros(shape).index_copy(0, words, parts).reshape(-1)
-            return product(dense, step, call.recipe, call.start, call.stop, True), *nothing
-        return kernel.gathered_apart(p, parts, step, call.start + words * width), *nothing
+            return product(dense, step, block.recipe, block.start, block.stop, True), *nothing
+        return kernel.gathered_apart(p, parts, step, block.start + words * width), *nothing

@@ -21,31 +21,33 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from subspan.errors import SubspanError
-from subspan.families.base import transformed
-from subspan.subspace import calls
-from subspan.subspace.calls import Call
-from subspan.subspace.quantised import Stored, dense
+from subspan.families.operator import transformed
+from subspan.subspace import forming
+from subspan.subspace.blocks import Block
+from subspan.subspace.quantised import QuantisedTensor, dense
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
-Part = tuple[Tensor, Tensor, Call, Tensor | Stored]  # coordinates, redraw, call, stored θ₀
+Part = tuple[
+    Tensor, Tensor, Block, Tensor | QuantisedTensor
+]  # coordinates, redraw, block, stored θ₀
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
 
 _level = torch._C._functorch.maybe_current_level
 
 
-def version_of(tensor: Tensor | Stored) -> Any:
+def version_of(tensor: Tensor | QuantisedTensor) -> Any:
     """How often a tensor was changed in place; −1 of one that cannot tell."""
-    if isinstance(tensor, Stored):
+    if isinstance(tensor, QuantisedTensor):
         return tensor.version
     return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)
 class Formed:
-    """θ of a call of the operator or of a tensor, what it was formed from, and versions of it."""
+    """θ of a block or of a tensor, what it was formed from, and versions of it."""
 
     coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
@@ -112,7 +114,7 @@ class Outermost:
         """Keep θ until the end of the call, or until there is no room.
 
         Args:
-            key: of the call of the operator, or of the tensor.
+            key: of the group of blocks, or of the tensor.
             coordinates: that θ was formed from; they live as long, so that the state may name them
                 by their identity.
             state: what they were, and in which mode.
@@ -194,8 +196,7 @@ class Formula:
 
     Args:
         name: of the tensor.
-        parts: for each call of the operator: coordinates, which redraw, the call, θ₀ as it is
-            stored.
+        parts: for each block: coordinates, which redraw, the block, θ₀ as it is stored.
         dtype: of θ.
     """
 
@@ -234,11 +235,11 @@ class Formula:
                         "was not gathered for it (set_unshard_in_backward(False), or a part whose "
                         "own call was passed by): let FSDP gather it"
                     )
-            found = [
-                calls.form(w.detach(), step, [call], [dense(base)], self.dtype)[0].reshape(-1)
-                for w, step, call, base in self.parts
-            ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+            parts = []
+            for w, step, block, base in self.parts:
+                (theta,) = forming.form_values(w.detach(), step, [block], [dense(base)], self.dtype)
+                parts.append(theta.reshape(-1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def freed(base: Tensor) -> bool:

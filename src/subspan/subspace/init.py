@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.philox import Source
-from subspan.subspace.quantised import stored
-from subspan.subspace.slots import slots
+from subspan.subspace.parameters import find_slots
+from subspan.subspace.quantised import read_quantised
 
 DOMAIN = 16
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -46,11 +46,11 @@ def initialize(net: nn.Module, seed: int) -> None:
     """
     source = Source(seed, DOMAIN)
     # A tied tensor takes the rule of the first module that holds it.
-    owners = [slot for slot in slots(net) if slot.path == slot.tensor]
+    owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
     for position, slot in enumerate(owners):
         module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)
-        if (packed := stored(module, attribute)) is not None:
+        if (packed := read_quantised(module, attribute)) is not None:
             raise SubspanError(
                 f"{slot.path} is quantised ({packed.kind}), and initial weights cannot be drawn "
                 "into it: give the network with its own weights"

@@ -8,161 +8,29 @@ module's call a weight is the shard of θ that belongs to the shard of θ₀, fo
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.subspace import calls, slots
-from subspan.subspace.guards import (
-    OWN,
-    Base,
-    _changes_first,
-    _is_harmless,
-    _property,
-    _sets,
-    _shares_memory,
-)
+from subspan.subspace import forming
+from subspan.subspace.blocks import entries_inside
+from subspan.subspace.dtensors import mark
+from subspan.subspace.parameters import saved_buffers
+from subspan.subspace.theta0 import OWN, Base
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
-HOME = "_subspan_home"  # of a tensor that FSDP, or we, have made: of what, and whether it is θ
 TAKEN = "_subspan_taken"  # by FSDP: of parameters that it puts into slots
 
 
-def asked_by_fsdp(frame: FrameType) -> bool:
-    """Whether code of ``fully_shard`` asks."""
-    return "._fully_shard" in frame.f_globals.get("__name__", "")
-
-
-def is_shard(tensor: Any) -> bool:
-    """Whether a tensor is spread over processes; nothing is imported to know it."""
-    return type(tensor).__name__ == "DTensor"
-
-
-@functools.cache
-def _guarded() -> type[Tensor]:
-    """Return the kind of DTensor that shards of θ₀ and of θ are, as careful as whole ones."""
-    from torch.distributed.tensor import DTensor
-
-    def function(
-        cls: type, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        first: Any = args[0] if args else None
-        if type(first) is Guarded:
-            weights, tensor, theta = getattr(first, HOME, (None, "", False))
-            flag = name == "requires_grad_" or _sets(func, "requires_grad")
-            if weights is not None and flag and not theta:
-                wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-                weights.changes.wishes[tensor] = bool(wish)
-                return first if name == "requires_grad_" else None
-            if theta and _changes_first(func, kwargs):
-                raise SubspanError(
-                    f"{tensor} is θ₀ + P w, computed when it is read, and a change of it "
-                    f"({_property(func) or name}) would be lost: change the network before it is "
-                    "wrapped"
-                )
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-            views = name == "detach" or _property(func) == "data"
-            if views and is_shard(out) and _shares_memory(local(out), local(first)):
-                mark(out, *getattr(first, HOME))
-            if name in ("__get__", "__set__") or _is_harmless(name):
-                return out
-            for leaf in tree_leaves((args, kwargs)):
-                _, tensor, theta = getattr(leaf, HOME, None) or (None, "", True)
-                if type(leaf) is Guarded and not theta and _computes(out, leaf):
-                    raise SubspanError(
-                        f"{tensor} among parameters() is a shard of θ₀, and {name} of it is not "
-                        "that of the weight, which is trained through coordinates: read it from "
-                        f"its module (net.{tensor}) or from weights() of the SubspaceModel"
-                    )
-        return out
-
-    def reduced(self: Tensor, protocol: Any) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.detach().__reduce_ex__(protocol)
-
-    body: dict[str, Any] = {"__torch_function__": classmethod(function), "__reduce_ex__": reduced}
-    Guarded = type("DTensor", (DTensor,), body | {"__module__": DTensor.__module__})
-    return Guarded
-
-
-def _computes(out: Any, base: Any) -> bool:
-    """Whether a result has numbers that are not those of a shard itself."""
-    return any(
-        isinstance(t, Tensor)
-        and t.is_floating_point()
-        and not _shares_memory(local(t), base._local_tensor)
-        for t in tree_leaves(out)
-    )
-
-
-def mark(parameter: Any, weights: Weights, tensor: str, theta: bool = False) -> None:
-    """Note whose θ₀ (or θ) a tensor is that FSDP, or we, have made."""
-    setattr(parameter, HOME, (weights, tensor, theta))
-    if is_shard(parameter):
-        parameter.__class__ = _guarded()
-
-
-def home_of(parameter: Any) -> tuple[Weights, str] | None:
-    """Return the network and the name whose θ₀ a parameter is, FSDP's included, or None."""
-    if isinstance(parameter, Base):
-        return getattr(parameter, "home", None)  # one without is an exporter's
-    weights, tensor, theta = getattr(parameter, HOME, (None, "", True))
-    return None if theta or weights is None else (weights, tensor)
-
-
-def refuse_sharded(net: nn.Module) -> None:
-    """Refuse a network that is spread over processes already.
-
-    Raises:
-        SubspanError: naming a parameter, and the order that is right.
-    """
-    for prefix, module in net.named_modules():
-        for name, p in module._parameters.items():
-            if is_shard(p):
-                raise SubspanError(
-                    f"{prefix}.{name} is sharded over processes already, and a subspace is made of "
-                    "whole tensors: wrap the network first, SubspaceModel(net, …), and then call "
-                    "fully_shard on its layers and on it"
-                )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what its shards are together: then all processes must ask."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of it."""
-    return tensor._local_tensor.detach() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be spread over processes."""
-    if is_shard(target):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as place
-
-        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        shape, offset = place(target.shape, mesh, placements)
-        inside = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        target, value = local(target), value[inside]
-    target.copy_(value)
-
-
 class Shards:
-    """What :class:`~subspan.subspace.weights.Weights` knows once FSDP has taken a tensor.
+    """The part of :class:`~subspan.subspace.weights.Weights` that begins when FSDP takes a tensor.
 
     Args:
         weights: of the network, with all trained tensors whole.
@@ -174,7 +42,7 @@ class Shards:
         self.marks: dict[str, dict[str, Any]] = {}  # that people made on parameters, by tensor
         self._averaged: dict[str, weakref.ref[nn.Parameter]] = {}  # what has the hook
         # Files name it where there are buffers, and later no process has all of θ₀.
-        saved = slots.saved_buffers(weights.root)
+        saved = saved_buffers(weights.root)
         self.digest = weights.parameters_digest() if saved else None
         with torch.no_grad():
             for name in weights.coordinate_names:
@@ -208,7 +76,7 @@ class Shards:
                 )
             kept = {k: v for k, v in vars(before).items() if k not in (*OWN, "_fsdp_orig_uid")}
             weights.shards.marks[tensor] = kept
-            weights._owned.pop(tensor, None)  # or θ₀ would stay whole
+            weights.owned.pop(tensor, None)  # or θ₀ would stay whole
             weights.changes.lost |= weights.changes.changed({tensor})
         setattr(value, TAKEN, True)
         if tensor is not None:
@@ -235,29 +103,29 @@ class Shards:
                 f"{tensor} is sharded along another dimension than the first, and can be read "
                 "inside of a call of its module only"
             )
-        own = base.detach()._local_tensor
+        shard = base.detach()._local_tensor
         _, (first, *_) = place(base.shape, base.device_mesh, base.placements)
         begin = first * (base.numel() // max(1, base.shape[0]))
         parts: list[Tensor] = []
-        for call in weights._alone[tensor]:
-            (piece,) = call.pieces
-            start, stop = max(piece.start, begin), min(piece.stop, begin + own.numel())
+        for block in weights.blocks_of[tensor]:
+            (piece,) = block.pieces
+            start, stop = max(piece.start, begin), min(piece.stop, begin + shard.numel())
             if start >= stop:
                 continue
             inside = replace(piece, start=start, stop=stop)
-            row = call.start + start - piece.start
+            row = block.start + start - piece.start
             cut = replace(
-                call,
+                block,
                 start=row,
                 stop=row + stop - start,
                 pieces=(inside,),
-                kept=(calls._inside(weights.kept.get(tensor, range(0)), inside),),
+                kept=(entries_inside(weights.kept.get(tensor, range(0)), inside),),
             )
-            rows = own.reshape(-1)[start - begin : stop - begin]
-            parts.extend(calls.theta(self._w(call.coordinates), weights.step, [cut], [rows]))
+            rows = shard.reshape(-1)[start - begin : stop - begin]
+            parts.extend(forming.form_theta(self._w(cut.coordinates), weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
-            parts = [self._w(weights._alone[tensor][0].coordinates)[:0].to(own)]
-        theta = torch.cat(parts).view(own.shape)
+            parts = [self._w(weights.blocks_of[tensor][0].coordinates)[:0].to(shard)]
+        theta = torch.cat(parts).view(shard.shape)
         spread = [n for n, p in enumerate(base.placements) if p.is_shard()]
         shards = 1
         for n in spread:
@@ -357,8 +225,8 @@ class Shards:
 
         if not tensors:  # coordinates that are given, by functional_call say
             return False
-        own = torch.cat([tensor.to(self.mesh.device_type) for tensor in tensors]).nan_to_num()
-        most, least = own.clone(), own.clone()
+        numbers = torch.cat([tensor.to(self.mesh.device_type) for tensor in tensors]).nan_to_num()
+        most, least = numbers.clone(), numbers.clone()
         for n in range(self.mesh.ndim):
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.mesh.get_group(n))
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.mesh.get_group(n))

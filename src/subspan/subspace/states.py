@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace.inplace import FINGERPRINT, LINK
+from subspan.subspace.links import FINGERPRINT, trained_keys
 from subspan.subspace.sharded import refuse_whole
 
 if TYPE_CHECKING:
@@ -39,7 +39,11 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
             f"{different} of the model that this state_dict comes from differ from this "
             "model's: build it from the same initial weights and with the same options"
         )
-    given = {path: t for path, t in _paths(weights) if prefix + path in state}
+    given = {
+        path: tensor
+        for tensor, path, link in trained_keys(weights.root)
+        if link.weights is weights and prefix + path in state
+    }
     names = [name for name in weights.coordinate_names if prefix + name in state]
     if not given:
         return
@@ -54,22 +58,13 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]
 
 
-def _paths(weights: Weights) -> Iterator[tuple[str, str]]:
-    """Every path to a trained tensor, and the tensor's name."""
-    for path, module in weights.root.named_modules(remove_duplicate=False):
-        link = vars(module).get(LINK)
-        if link is not None and link.weights is weights:
-            for attribute, tensor in link.tensors.items():
-                yield f"{path}.{attribute}" if path else attribute, tensor
-
-
 def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W whose θ are these values, to within rounding.
+    """Find w whose θ are these values, to within rounding.
 
     Raises:
         SubspanError: if there is none.
     """
-    found = {}
+    coordinates = {}
     for tensor, value in values.items():
         if tensor in weights.packed and (
             is_traceable_wrapper_subclass(value) or not value.is_floating_point()
@@ -107,12 +102,12 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
                 "the weights of this state_dict do not lie in this model's subspace: load them "
                 "into the network before it is wrapped, or into that of unwrap()"
             )
-        found[name] = w.to(weights.root._parameters[name])
-    return found
+        coordinates[name] = w.to(weights.root._parameters[name])
+    return coordinates
 
 
 def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
-    """W with M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
+    """Solve M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
 
     PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
 

@@ -1,4 +1,4 @@
-"""What is trained and how many numbers that is, tensor by tensor."""
+"""A summary of a model: which tensors are trained, and through how many numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from subspan.subspace.compartments import Compartment
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorSummary:
     """One tensor of a network.
 
     Args:
@@ -30,8 +30,10 @@ class Row:
     coordinates: int
 
     @classmethod
-    def of(cls, name: str, shape: torch.Size, fully: bool, parts: Sequence[Compartment]) -> Row:
-        """The row of a tensor that lies in these compartments."""
+    def of(
+        cls, name: str, shape: torch.Size, fully: bool, parts: Sequence[Compartment]
+    ) -> TensorSummary:
+        """Summarise a tensor that lies in these compartments."""
         label = ", ".join(part.name for part in parts) or ("fully trained" if fully else "frozen")
         numbers = shape.numel() if fully else sum(part.dim for part in parts)
         return cls(name, tuple(shape), shape.numel(), label, numbers)
@@ -41,7 +43,7 @@ class Row:
 class Summary:
     """The rows of a model; ``str`` of it is a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorSummary, ...]
     coordinates: int
 
     @property

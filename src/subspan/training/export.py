@@ -11,8 +11,8 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers import LowRank, ProductOfSums, merge
-from subspan.subspace import slots
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_slots, saved_buffers
 from subspan.training.evaluate import rebuild
 
 
@@ -41,7 +41,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
 
 def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:
     """Write a network's weights and buffers, tied ones once; returns the size in bytes."""
-    tensors = {slot.tensor: net.get_parameter(slot.tensor) for slot in slots.slots(net)}
+    tensors = {slot.tensor: net.get_parameter(slot.tensor) for slot in find_slots(net)}
     state = {name: t.detach().contiguous() for name, t in tensors.items()}
-    state |= {name: b.contiguous() for name, b in slots.saved_buffers(net).items()}
+    state |= {name: b.contiguous() for name, b in saved_buffers(net).items()}
     return write_atomically(out, safetensors.torch.save(state))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel
-from subspan.subspace import calls, embedding, formed
+from subspan.subspace import embedding, formed, forming
 from tests.nets import scatter
 
 ROWS, WIDTH = 211, 24
@@ -47,13 +47,13 @@ def every_network_is_large(monkeypatch):
 @pytest.fixture
 def formed_sizes(monkeypatch):
     """How many weights were formed by each call of the operator."""
-    sizes, form = [], calls.form
+    sizes, form = [], forming.form_values
 
     def counted(w, step, group, bases, dtype=None):
         sizes.extend(len(piece) for call in group for piece in call.pieces)
         return form(w, step, group, bases, dtype)
 
-    monkeypatch.setattr(calls, "form", counted)
+    monkeypatch.setattr(forming, "form_values", counted)
     return sizes
 
 

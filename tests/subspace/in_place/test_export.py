@@ -9,8 +9,14 @@ from torch import nn
 from subspan import SubspaceModel
 from tests.nets import COMPARTMENTS, batch, scatter, wrap
 
-NETS = ("mlp", "cnn", "raw", "encoder")
 WAYS = ("handle", "network", "merged")
+# Every network by its handle, and one in every way: what else there is takes minutes.
+QUICK = {("mlp", way) for way in WAYS} | {(name, "handle") for name in ("cnn", "raw", "encoder")}
+CASES = [
+    pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow)
+    for name in ("mlp", "cnn", "raw", "encoder")
+    for way in WAYS
+]
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch and ONNX have many of their own
 
 
@@ -18,8 +24,7 @@ def net_of(model: SubspaceModel, way: str) -> nn.Module:
     return {"handle": model, "network": model.body, "merged": model.merge()}[way]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_an_exported_program(name, way):
     model, x = scatter(wrap(name)).eval(), batch(name)
     want, size = model(x), {0: torch.export.Dim.DYNAMIC}
@@ -43,8 +48,7 @@ def test_any_name_of_a_compartment_can_be_exported(compartments):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_onnx(name, way, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel, SubspanError
 from subspan.families import base
-from subspan.subspace import calls, formed
+from subspan.subspace import formed, forming
 from tests.nets import scatter
 
 
@@ -213,8 +213,10 @@ def test_a_large_cell_is_formed_once_for_its_steps(monkeypatch):
             return hidden
 
     monkeypatch.setattr(formed, "KEPT", 39)  # of 40 weights: all but the last are kept
-    formed_now, once = [], calls.form
-    monkeypatch.setattr(calls, "form", lambda *a, **k: formed_now.append(1) or once(*a, **k))
+    formed_now, once = [], forming.form_values
+    monkeypatch.setattr(
+        forming, "form_values", lambda *a, **k: formed_now.append(1) or once(*a, **k)
+    )
     model = scatter(SubspaceModel(Steps(), 10))
     with torch.no_grad():
         model(torch.rand(2, 4))
@@ -284,8 +286,10 @@ def large(monkeypatch, *layers):
 def test_small_tensors_of_a_large_network_are_formed_together_and_once(monkeypatch):
     layers = [nn.Linear(300, 300) for _ in range(4)]
     model, x = large(monkeypatch, *layers), torch.randn(2, 300)
-    formed_now, once = [], calls.form
-    monkeypatch.setattr(calls, "form", lambda *a, **k: formed_now.append(a[2]) or once(*a, **k))
+    formed_now, once = [], forming.form_values
+    monkeypatch.setattr(
+        forming, "form_values", lambda *a, **k: formed_now.append(a[2]) or once(*a, **k)
+    )
     loss = model(x).square().mean()
     assert [len(group) for group in formed_now] == [1, 4, 1, 1, 1]
     loss.backward()

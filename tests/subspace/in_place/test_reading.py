@@ -256,7 +256,7 @@ def test_a_weight_that_cannot_be_computed_is_no_theta0(monkeypatch):
     def fail(*_):
         raise AttributeError("of something inside")
 
-    monkeypatch.setattr("subspan.subspace.calls.theta", fail)
+    monkeypatch.setattr("subspan.subspace.forming.form_theta", fail)
     for read in (lambda: model(x), lambda: model.body.head.weight, lambda: model.body.head(x)):
         with pytest.raises(RuntimeError, match=r"\.\w+ could not be computed"):
             read()

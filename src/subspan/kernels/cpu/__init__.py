@@ -10,36 +10,13 @@ thread needs none.
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
-from subspan.kernels import Kernel
-from subspan.kernels.cpu import (
-    dense,
-    fastfood,
-    hash,  # noqa: A004 - the family's name
-    kronecker,
-    orthogonal,
-    rademacher,
-    sparse,
-)
+from subspan.kernels import collect
 
-KERNELS = dense.KERNELS | {
-    "fastfood": Kernel(fastfood.matvec, fastfood.rmatvec),
-    "hash": Kernel(
-        hash.matvec,
-        hash.rmatvec,
-        hash.added,
-        hash.gathered,
-        hash.added_apart,
-        hash.gathered_apart,
-    ),
-    "kronecker": Kernel(kronecker.matvec, kronecker.rmatvec),
-    "orthogonal": Kernel(orthogonal.matvec, orthogonal.rmatvec),
-    "rademacher": Kernel(rademacher.matvec, rademacher.rmatvec),
-    "sparse": Kernel(sparse.matvec, sparse.rmatvec),
-    "sparse2full": Kernel(sparse.matvec, sparse.rmatvec),
-}
+KERNELS = collect(sys.modules[__name__])
 
 
 def _do_without() -> None:

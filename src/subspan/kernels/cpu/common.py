@@ -1,4 +1,4 @@
-"""What the Numba kernels share: compilation, the generator, permutations, threads.
+"""The ground of all Numba kernels: compilation, the generator, permutations, threads.
 
 The integers are those of :mod:`subspan.philox`. Lanes of the vector registers are columns or rows,
 whatever makes the inner loop of a kernel a loop over contiguous memory without a branch.
@@ -193,7 +193,7 @@ def flip(bits, word, shift):
 
 @inline
 def philox(index, column, address):
-    """The four words of a call.
+    """Compute the four words of a call.
 
     Words live in the low halves of 64-bit registers, where the product's instruction looks for
     them; what is in the high halves never matters, so that a round is six instructions.
@@ -292,7 +292,7 @@ def permuted(out, room, first, count, last, keys, widths):
 
 @functools.lru_cache(maxsize=4096)
 def widths(size: int) -> tuple[int, int, int, int]:
-    """Of a permutation of [0, size) its rounds and the bits of the high and the low half; and 32.
+    """Return the rounds of a permutation of [0, size), the bits of its high and low half, and 32.
 
     The bits of a word are an argument because the compiler must not know them: it would unroll a
     loop over them and vectorise the one around it, with gathers, at seven times the cost.
@@ -318,7 +318,7 @@ _here = threading.local()  # .number: of Numba's threads that this thread has as
 
 
 def threads(work: float) -> None:
-    """As many threads as torch uses, but one for each GRAIN of ``work`` operations at most.
+    """Set the number of threads: torch's, but at most one for each GRAIN of ``work`` operations.
 
     A worker that was given one core takes one, and a bias does not wait for a second.
     """
@@ -332,7 +332,7 @@ def threads(work: float) -> None:
 
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
-    """Where the numbers of a projection are: Philox's step, tag and key."""
+    """Return where the numbers of a projection begin: Philox's step, tag and key."""
     return np.uint32(int(step)), *_place(p.seed, p.domain, p.stream)
 
 

@@ -15,6 +15,7 @@ from numba import prange, uint32
 from torch import Tensor
 
 from subspan.cache import cache
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     SIGN,
@@ -51,7 +52,7 @@ def walsh_hadamard(x, y):
 
 @common.function
 def _draws(words, z, block, widths, address):
-    """Of one block the images of the permutation, with signs as bit 31, and the scaled normals."""
+    """Draw for one block: images of the permutation with signs as bit 31, and scaled normals."""
     n = words.size
     keys = round_keys(widths[0], 3 * block + 1, address)
     permuted(words, np.empty((3, n), np.uint32), 0, n, uint32(n - 1), keys, widths)
@@ -185,3 +186,6 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     common.threads(8 * max(n, stop - start))
     _rmatvec(g.numpy(), start, partial, chunk, *draws)
     return common.total(partial, p.in_dim) * float(_factor(p))
+
+
+KERNELS = {"fastfood": Kernel(matvec, rmatvec)}

@@ -15,6 +15,7 @@ from numba import int64, prange, uint32, uint64
 from torch import Tensor
 
 from subspan.cache import cache
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     add_signs,
@@ -400,3 +401,6 @@ def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tenso
     arguments = out.numpy(), d, partial, chunk, *_made(p, step)
     _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)
     return out
+
+
+KERNELS = {"hash": Kernel(matvec, rmatvec, added, gathered, added_apart, gathered_apart)}

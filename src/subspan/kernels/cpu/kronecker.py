@@ -9,6 +9,7 @@ import torch
 from numba import prange, uint32
 from torch import Tensor
 
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import as_float, philox
 
@@ -48,3 +49,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     return p.backward(*_factors(p, step, start, stop), g)
+
+
+KERNELS = {"kronecker": Kernel(matvec, rmatvec)}

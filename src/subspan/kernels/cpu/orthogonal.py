@@ -16,6 +16,7 @@ import torch
 from numba import int64, prange, uint32
 from torch import Tensor
 
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import (
     SIGN,
@@ -223,3 +224,6 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     _sign(g.numpy(), start, x[start:stop], common.widths(p.out_dim), common.address(p, step))
     transform(x, forward=False)
     return torch.from_numpy(x[_chosen(p, step)])
+
+
+KERNELS = {"orthogonal": Kernel(matvec, rmatvec)}

@@ -14,6 +14,7 @@ import torch
 from numba import prange, uint32
 from torch import Tensor
 
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import LANES, columns, flip
 
@@ -94,3 +95,6 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     common.threads((stop - start) * p.in_dim / 16)
     _rmatvec(g.numpy(), start, partial, chunk, common.address(p, step))
     return common.total(partial, p.in_dim) / p.out_dim**0.5
+
+
+KERNELS = {"rademacher": Kernel(matvec, rmatvec)}

@@ -14,6 +14,7 @@ import torch
 from numba import int64, prange, uint32, uint64
 from torch import Tensor
 
+from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import LANES, as_bits, as_float, columns, inline
 
@@ -94,3 +95,6 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     common.threads(4 * (stop - start) * p.in_dim / p.run)
     _rmatvec(g.numpy(), start, partial, chunk, p.run, p.out_dim, common.address(p, step))
     return common.total(partial, p.in_dim) * p.magnitude
+
+
+KERNELS = {name: Kernel(matvec, rmatvec) for name in ("sparse", "sparse2full")}

@@ -1,14 +1,7 @@
 """Triton kernels of all generated families, for vectors on a CUDA device."""
 
-from subspan.kernels.gpu import dense, fastfood, kronecker, orthogonal, rademacher, sparse
-from subspan.kernels.gpu import hash as hash_
+import sys
 
-KERNELS = (
-    dense.KERNELS
-    | rademacher.KERNELS
-    | sparse.KERNELS
-    | hash_.KERNELS
-    | orthogonal.KERNELS
-    | fastfood.KERNELS
-    | kronecker.KERNELS
-)
+from subspan.kernels import collect
+
+KERNELS = collect(sys.modules[__name__])

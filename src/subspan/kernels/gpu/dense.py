@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, normal_pair, philox
-from subspan.kernels.gpu.launch import counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
 
 OCTETS = 32  # octets of a program of P w: one per thread of a warp
 WARPS = 8  # whose columns are dealt to so many warps
@@ -254,3 +254,11 @@ KERNELS = {
     "sparse-original": products(signed_octet, _threshold),
     "sparse2": products(positive_octet, _threshold),
 }
+
+
+# A test compiles these without a GPU.
+_OCTETS = (gaussian_octet, signed_octet, positive_octet)
+CASES: list[Case] = [
+    *((_matvec, 8, {}, {"ENTRIES": f, "OCTETS": 32, "WARPS": 8}) for f in _OCTETS),
+    *((_rmatvec, 4, {}, {"ENTRIES": f, "COLUMNS": 128}) for f in _OCTETS),
+]

@@ -18,7 +18,7 @@ from subspan.kernels import Kernel
 from subspan.kernels.gpu import fastfood_passes
 from subspan.kernels.gpu.butterflies import walsh_hadamard
 from subspan.kernels.gpu.draws import encrypt, flip, normal, rounds, sign_bit
-from subspan.kernels.gpu.launch import counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 LARGEST = 12  # log₂ of the largest block that is one program
 TILE = 10  # log₂ of the elements of a program with several blocks
@@ -164,3 +164,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"fastfood": Kernel(matvec, rmatvec)}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    (f, n, {"scale": "fp32"}, {"LOG": log, "ROUNDS": r, "BLOCKS": b})
+    for f in (_matvec, _rmatvec)
+    for log, r, b, n in ((0, 32, 1024, 4), (4, 32, 64, 4), (9, 8, 2, 4), (12, 8, 1, 16))
+]

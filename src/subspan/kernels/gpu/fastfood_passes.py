@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspan.kernels.gpu.butterflies import walsh_hadamard
 from subspan.kernels.gpu.draws import encrypt, flip, normal, rounds, sign_bit
-from subspan.kernels.gpu.launch import counter, kernel
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 ROW = 12  # log₂ of the neighbours that are transformed at once
 LEVELS = 6  # levels of a further pass
@@ -160,3 +160,17 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
             x, out, p.in_dim, last - first, first, *counter(p, step), log, TILE
         )
     return out
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    (_near, 8, {}, {"LOG": 12}),
+    (_far, 4, {}, {"LEVELS": 6, "BESIDE": 64}),
+    (_spread, 4, {}, {"LOG": 14, "TILE": 1024}),
+    (_squares, 4, {}, {"LOG": 14, "TILE": 1024}),
+    *(
+        (_mix, 4, {"size": "*fp32"}, {"LOG": 31, "ROUNDS": 8, "INVERSE": i, "TILE": 1024})
+        for i in (False, True)
+    ),
+    (_gather, 4, {}, {"LOG": 14, "TILE": 1024}),
+]

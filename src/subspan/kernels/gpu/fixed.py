@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspan.kernels.gpu.launch import kernel
+from subspan.kernels.gpu.launch import Case, kernel
 
 TILE = 4096
 
@@ -67,3 +67,7 @@ class Sums(NamedTuple):
         for mark, value in ((1, math.inf), (2, -math.inf)):
             out.masked_fill_(self.marks == mark, value)
         return out.masked_fill_(self.marks > 2, math.nan)  # 3 is both infinities
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [(_largest, 4, {}, {"TILE": 4096})]

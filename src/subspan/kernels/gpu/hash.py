@@ -16,7 +16,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, permute, philox, pick, rounds
 from subspan.kernels.gpu.fixed import Sums, deposit
-from subspan.kernels.gpu.launch import counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
 from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
 
 SPREAD = 1 << 14  # sums of Pᵀ g: few buckets are summed in copies, or all rows would wait for them
@@ -206,3 +206,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"hash": Kernel(matvec, rmatvec)}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    (f, 1, {"scale": "*fp64"}, {"BITS": b, "ROUNDS": r})
+    for f in (_matvec, _rmatvec)
+    for b, r in ((0, 32), (5, 32), (10, 8))
+]

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, philox
-from subspan.kernels.gpu.launch import counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
 
 COLUMNS = 32  # columns of a program: one per thread
 PART = 1 << 22  # elements that exist in float64 at once
@@ -109,3 +109,7 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"kronecker": Kernel(matvec, rmatvec)}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [(_fill, 4, {}, {"COLUMNS": 32})]

@@ -1,4 +1,4 @@
-"""What every launch shares: how integers are handed over, and on which device a kernel runs."""
+"""Launching a kernel: how integers are handed over, and on which device it runs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ kernel = triton.jit(
 )
 
 
+# A kernel as it is launched: it, warps, arguments that are floats or other pointers, constants.
+Case = tuple[Any, int, dict[str, str], dict[str, Any]]
+
+
 def on_device(product: Product) -> Product:
-    """The product with the device of its vector as the current one, on which Triton launches."""
+    """Make the device of the vector the current one, on which Triton launches."""
 
     @functools.wraps(product)
     def guarded(p: Any, x: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
@@ -57,12 +61,12 @@ def on_device(product: Product) -> Product:
 
 
 def word(value: int) -> int:
-    """An integer in [0, 2³²) as the signed one with its bits: so its type is int32, always."""
+    """Return the signed integer with the bits of one in [0, 2³²), so that it is always int32."""
     return value - (1 << 32) if value >> 31 else value
 
 
 def counter(p: Any, step: Tensor) -> tuple[int, int, int, int]:
-    """What Philox takes beside the call and the column: step, tag and key."""
+    """Return what Philox needs beside the call and the column: step, tag and key."""
     source = p.source
     step_, tag, k0, k1 = (word(value) for value in (int(step), source.tag, *source.key))
     return step_, tag, k0, k1

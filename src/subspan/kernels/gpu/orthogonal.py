@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.butterflies import halves, merge
 from subspan.kernels.gpu.draws import block_signs, flip, permute, rounds
-from subspan.kernels.gpu.launch import counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 ROWS = 64  # rows of 32 elements of a program
 TILE = 256  # coordinates of a program
@@ -140,3 +140,15 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"orthogonal": Kernel(matvec, rmatvec)}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    *((_inner, 4, {}, {"ROWS": 64, "INVERSE": i}) for i in (False, True)),
+    (_outer, 4, {}, {"ROWS": 64}),
+    (_signs, 1, {}, {}),
+    *(
+        (_chosen, 4, {}, {"BITS": b, "ROUNDS": 8, "SCATTER": s, "TILE": 256})
+        for b, s in ((19, False), (34, True))
+    ),
+]

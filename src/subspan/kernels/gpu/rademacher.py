@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import philox
-from subspan.kernels.gpu.launch import counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 BLOCKS = 32  # blocks of 128 rows of a program of P w: one per thread of a warp
 WARPS = 4  # whose groups of four columns are dealt to so many warps
@@ -215,3 +215,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {"rademacher": Kernel(matvec, rmatvec)}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    (_table, 4, {}, {"GROUPS": 64}),
+    (_matvec, 4, {}, {"BLOCKS": 32, "WARPS": 4}),
+    (_rmatvec, 4, {}, {"COLUMNS": 128}),
+]

@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, philox
 from subspan.kernels.gpu.fixed import Sums, deposit
-from subspan.kernels.gpu.launch import counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 NARROW = 16  # rows of a block that fit into registers four times
 CALLS = 32  # calls, of four blocks, of a program: one per thread of a warp
@@ -220,3 +220,11 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 
 KERNELS = {name: Kernel(matvec, rmatvec) for name in ("sparse", "sparse2full")}
+
+
+# A test compiles these without a GPU.
+CASES: list[Case] = [
+    *((_narrow, 8, {}, {"ROWS": r, "CALLS": 32, "WARPS": 8}) for r in (1, 4, 16)),
+    (_wide, 4, {"scale": "*fp64"}, {"COLUMNS": 128}),
+    (_rmatvec, 4, {}, {"COLUMNS": 128}),
+]

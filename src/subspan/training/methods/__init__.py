@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from subspan.errors import SubspanError, unknown
-from subspan.subspace import slots
+from subspan.subspace.parameters import saved_buffers
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
@@ -168,7 +168,7 @@ class Method(ABC):
         """
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = sum(p.numel() for p in model.parameters())
-        stored = weights + sum(b.numel() for b in slots.saved_buffers(model).values())
+        stored = weights + sum(b.numel() for b in saved_buffers(model).values())
         return {"trainable_parameters": trainable, "stored_parameters": stored, "weights": weights}
 
     def check(self, options: Iterable[str]) -> None:

@@ -3,27 +3,33 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.subspace import slots
+from subspan.subspace.parameters import (
+    digest_tensors,
+    find_aliases,
+    find_slots,
+    saved_buffers,
+    select_trainable,
+)
 from tests.nets import NETS, build
 
 
 def paths(net):
-    return [slot.path for slot in slots.slots(net)]
+    return [slot.path for slot in find_slots(net)]
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_slots_are_the_parameters_once_each(name):
     net = build(name)
-    found = slots.slots(net)
+    found = find_slots(net)
     named = dict(net.named_parameters())
-    assert list(slots.aliases(found)) == list(named)
+    assert list(find_aliases(found)) == list(named)
     for slot in found:
         module, attribute = slot.find(net)
         assert getattr(module, attribute) is named[slot.tensor]
 
 
 def test_a_tied_tensor_has_two_slots_and_a_module_under_two_names_one():
-    found = slots.aliases(slots.slots(build("tied")))
+    found = find_aliases(find_slots(build("tied")))
     assert found["embedding.weight"] == ["embedding.weight", "output.weight"]
     assert found["hidden.weight"] == ["hidden.weight"]
 
@@ -31,26 +37,26 @@ def test_a_tied_tensor_has_two_slots_and_a_module_under_two_names_one():
 @pytest.mark.parametrize("net", [nn.LazyLinear(3), nn.Linear(2, 2, device="meta")])
 def test_parameters_without_values_are_refused(net):
     with pytest.raises(SubspanError, match="weight has no values yet: run a batch"):
-        slots.slots(net)
+        find_slots(net)
 
 
 def test_saved_buffers_are_those_of_the_state_dict():
     net = build("cnn")
     net.register_buffer("cache", torch.ones(1), persistent=False)
     net.register_buffer("empty", None)
-    assert list(slots.saved_buffers(net)) == [
-        k for k in net.state_dict() if k.startswith("norm.r")
-    ] + ["norm.num_batches_tracked"]
+    assert list(saved_buffers(net)) == [k for k in net.state_dict() if k.startswith("norm.r")] + [
+        "norm.num_batches_tracked"
+    ]
 
 
 # ---- what to train -------------------------------------------------------------------------------
 
 
 def trained(net, **options):
-    names = slots.aliases(slots.slots(net))
+    names = find_aliases(find_slots(net))
     tensors = {name: net.get_parameter(name) for name in names}
     options = {"targets": None, "exclude": None, "fully": set()} | options
-    return slots.trained(tensors, names, **options)
+    return select_trainable(tensors, names, **options)
 
 
 def test_by_default_what_requires_a_gradient_is_trained():
@@ -104,14 +110,14 @@ def test_what_is_not_real_is_refused_unless_it_stays():
 
 def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
     x = torch.arange(6.0)
-    base = slots.digest({"x": x})
-    assert base == slots.digest({"x": x.clone()})
+    base = digest_tensors({"x": x})
+    assert base == digest_tensors({"x": x.clone()})
     changed = x.clone()
     changed[5] = torch.nextafter(changed[5], torch.tensor(9.0))
     others = [{"y": x}, {"x": x.double()}, {"x": x.view(2, 3)}, {"x": changed}, {"x": -x}, {}]
-    digests = [slots.digest(other) for other in others]
+    digests = [digest_tensors(other) for other in others]
     assert len({base, *digests}) == 7
-    assert slots.digest({"a": x, "b": x}) != slots.digest({"b": x, "a": x})
+    assert digest_tensors({"a": x, "b": x}) != digest_tensors({"b": x, "a": x})
 
 
 @pytest.mark.parametrize(
@@ -128,5 +134,5 @@ def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
     ids=str,
 )
 def test_any_tensor_has_a_digest(tensor):
-    assert slots.digest({"x": tensor}) == slots.digest({"x": tensor.clone().contiguous()})
-    assert len(slots.digest({"x": tensor})) == 32
+    assert digest_tensors({"x": tensor}) == digest_tensors({"x": tensor.clone().contiguous()})
+    assert len(digest_tensors({"x": tensor})) == 32

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
-from subspan.subspace.quantised import Stored, refuse_foreign, stored
+from subspan.subspace.quantised import QuantisedTensor, read_quantised
+from subspan.subspace.quantised_layers import refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Slot:
         return net, attribute
 
 
-def slots(net: nn.Module) -> list[Slot]:
-    """Every parameter slot of a network, each once, in the order of ``named_parameters``.
+def find_slots(net: nn.Module) -> list[Slot]:
+    """Find every parameter slot of a network, each once, in the order of ``named_parameters``.
 
     Raises:
         SubspanError: for a parameter without values (a lazy one, one on the meta device, or one
             that is offloaded).
     """
-    found, first_name = [], dict[int, str]()
+    slots, first_name = [], dict[int, str]()
     for prefix, module in net.named_modules():  # visits a shared module once
         for attribute, tensor in module._parameters.items():
             if tensor is None:
@@ -61,39 +62,39 @@ def slots(net: nn.Module) -> list[Slot]:
                 )
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
-            found.append(Slot(path, first_name.setdefault(id(tensor), path)))
-    return found
+            slots.append(Slot(path, first_name.setdefault(id(tensor), path)))
+    return slots
 
 
-def aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
-    """For every tensor the paths of its slots."""
+def find_aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
+    """Group the paths of slots by their tensor."""
     names: dict[str, list[str]] = {}
     for slot in places:
         names.setdefault(slot.tensor, []).append(slot.path)
     return names
 
 
-def trained(
+def select_trainable(
     tensors: Mapping[str, nn.Parameter],
     names: Mapping[str, Sequence[str]],
     targets: Patterns,
     exclude: Patterns,
     fully: set[str],
-    packed: Mapping[str, Stored] | None = None,
+    packed: Mapping[str, QuantisedTensor] | None = None,
     foreign: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """The tensors to train in the subspace and their sizes, in the network's order.
+    """Select the tensors to train in the subspace; their sizes, in the network's order.
 
     Args:
         tensors: by name.
-        names: of :func:`aliases`.
+        names: of :func:`find_aliases`.
         targets: as for :class:`~subspan.subspace.SubspaceModel`.
         exclude: as there.
         fully: the names of those that are trained directly.
-        packed: of :func:`quantised_of`; these count as if they required a gradient, since none of
+        packed: of :func:`find_quantised`; these count as if they required a gradient, since none of
             them can.
-        foreign: of :func:`subspan.subspace.quantised.foreign`: what cannot be trained, and no
-            tensor is.
+        foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`: weights that cannot be
+            trained, some of which are no parameters.
 
     Raises:
         SubspanError: for a tensor that cannot be trained, and if none is left.
@@ -121,18 +122,20 @@ def trained(
     return sizes
 
 
-def quantised_of(net: nn.Module, places: Iterable[Slot]) -> dict[str, Stored]:
-    """What is known of a network's quantised tensors, by name."""
-    found = {slot.tensor: stored(*slot.find(net)) for slot in places if slot.path == slot.tensor}
+def find_quantised(net: nn.Module, places: Iterable[Slot]) -> dict[str, QuantisedTensor]:
+    """Describe a network's quantised tensors, by name."""
+    found = {
+        slot.tensor: read_quantised(*slot.find(net)) for slot in places if slot.path == slot.tensor
+    }
     return {name: packed for name, packed in found.items() if packed is not None}
 
 
-def check(
+def check_trainable(
     net: nn.Module,
     places: Iterable[Slot],
     chosen: set[str],
     fully: set[str],
-    packed: Mapping[str, Stored],
+    packed: Mapping[str, QuantisedTensor],
 ) -> None:
     """Refuse tensors that cannot be trained as they are.
 
@@ -141,7 +144,7 @@ def check(
         places: all of its slots.
         chosen: names of tensors to train in the subspace.
         fully: names of tensors to train directly.
-        packed: of :func:`quantised_of`.
+        packed: of :func:`find_quantised`.
 
     Raises:
         SubspanError: naming the tensor, why, and what to do.
@@ -205,8 +208,8 @@ def check(
                 )
 
 
-def padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
-    """Entries of embeddings at ``padding_idx``, which have no gradient in ordinary training.
+def find_padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
+    """Find entries of embeddings at ``padding_idx``, which ordinary training leaves as they are.
 
     A tensor that is used elsewhere, too (as the head of a language model, say), has one there.
     """
@@ -218,12 +221,12 @@ def padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:
             index, width = module.padding_idx, module.embedding_dim
             row = range(0) if index is None else range(index * width, (index + 1) * width)
         rows.setdefault(slot.tensor, set()).add(row)
-    alike = {tensor: next(iter(found)) for tensor, found in rows.items() if len(found) == 1}
+    alike = {tensor: next(iter(seen)) for tensor, seen in rows.items() if len(seen) == 1}
     return {tensor: row for tensor, row in alike.items() if row}
 
 
 def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a network's ``state_dict``, by name, those of BatchNorm say."""
+    """Return the buffers of a network's ``state_dict`` by name, those of BatchNorm say."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in net.named_modules()
@@ -234,15 +237,15 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def digest(tensors: Mapping[str, Tensor | Stored]) -> str:
-    """128 bits of SHA-256 over names, dtypes, shapes and bytes, as 32 hexadecimal digits."""
+def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
+    """Digest names, dtypes, shapes and bytes: 128 bits of SHA-256, as 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, QuantisedTensor):
             sha.update(f"{tensor.kind} {tensor.text}".rstrip().encode() + b"\n")
             parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
-            sha.update(digest(parts).encode())
+            sha.update(digest_tensors(parts).encode())
             continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)

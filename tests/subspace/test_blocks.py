@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel, projection
-from subspan.families.base import add
-from subspan.subspace import calls
+from subspan.families.updates import add
+from subspan.subspace import blocks
+from subspan.subspace.blocks import digest_layout, group_into_blocks, parameter_key
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.weights import Weights
 from tests.nets import scatter
@@ -20,27 +21,27 @@ def plan(family="hash", limit=50):
     pieces = tuple(Piece(f"t{i}", 0, size) for i, size in enumerate(SIZES))
     part = Compartment("a.b", 4, pieces)
     p = projection(family, out_dim=part.weights, in_dim=4)
-    return calls.plan([part], [p]), p
+    return group_into_blocks([part], [p]), p
 
 
-def test_calls_cover_every_row_once_in_order(monkeypatch):
-    monkeypatch.setattr(calls, "GROUP", 50)
+def test_blocks_cover_every_row_once_in_order(monkeypatch):
+    monkeypatch.setattr(blocks, "GROUP", 50)
     found, p = plan()
-    assert [(call.start, call.stop) for call in found] == [(0, 45), (45, 245), (245, 252)]
-    assert [[len(piece) for piece in call.pieces] for call in found] == [[30, 10, 5], [200], [7]]
-    assert {call.coordinates for call in found} == {"a/b"}
-    assert {call.recipe for call in found} == {p.recipe}
+    assert [(block.start, block.stop) for block in found] == [(0, 45), (45, 245), (245, 252)]
+    assert [[len(piece) for piece in block.pieces] for block in found] == [[30, 10, 5], [200], [7]]
+    assert {block.coordinates for block in found} == {"a/b"}
+    assert {block.recipe for block in found} == {p.recipe}
 
 
-def test_a_family_that_computes_all_rows_at_once_is_called_once(monkeypatch):
-    monkeypatch.setattr(calls, "GROUP", 50)
-    (call,), _ = plan("orthogonal")
-    assert (call.start, call.stop, len(call.pieces)) == (0, 252, 5)
+def test_a_family_that_computes_all_rows_at_once_has_one_block(monkeypatch):
+    monkeypatch.setattr(blocks, "GROUP", 50)
+    (block,), _ = plan("orthogonal")
+    assert (block.start, block.stop, len(block.pieces)) == (0, 252, 5)
 
 
 def test_keys_are_injective_and_no_attribute_of_the_dictionary():
     names = ["a.b", "a/b", "a%2Fb", "keys", "training", ".*", "pop", "a", "%", "/"]
-    keys = [calls.key(name) for name in names]
+    keys = [parameter_key(name) for name in names]
     assert len(set(keys)) == len(keys)
     nn.ParameterDict({key: torch.ones(1) for key in keys})
     assert keys[0] == "a/b"
@@ -49,7 +50,7 @@ def test_keys_are_injective_and_no_attribute_of_the_dictionary():
 def test_the_layout_sees_all_that_gives_coordinates_a_meaning():
     def digest(dim=4, stop=9, tensor="t", family="sparse", seed=0, **options):
         part = Compartment("name", dim, (Piece(tensor, 0, stop), Piece("u", 1, 3)))
-        return calls.layout([part], family, seed, options)
+        return digest_layout([part], family, seed, options)
 
     others = [
         digest(dim=5),
@@ -71,7 +72,7 @@ def test_the_layout_sees_all_that_gives_coordinates_a_meaning():
 @pytest.mark.parametrize("compartments", ["global", "layer", "uniform:5"])
 def test_a_pass_needs_one_theta_beside_the_base(monkeypatch, compartments):
     """A flat vector of all weights, or of all P w, would make it two."""
-    monkeypatch.setattr(calls, "GROUP", 1 << 16)
+    monkeypatch.setattr(blocks, "GROUP", 1 << 16)
     net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
     theta = sum(p.numel() * p.element_size() for p in net.parameters())
     model = SubspaceModel(net, 100, projection="rademacher", compartments=compartments)

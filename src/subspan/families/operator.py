@@ -1,0 +1,111 @@
+"""The product P x, or its adjoint, as one operator: for eager programs, compilers and transforms.
+
+The map is linear, so that every derivative of it is itself or its adjoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from subspan.errors import SubspanError
+from subspan.families.registry import from_recipe
+
+
+def as_step(step: int | Tensor) -> Tensor:
+    """Turn a step into what the operator takes: a 0-D int64 tensor."""
+    return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.int64)
+
+
+def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """Compute P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers."""
+    return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+
+
+def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """Compute P x or Pᵀ x for rows start … stop−1, without the checks of the public methods.
+
+    The map is linear, so that every derivative of it is itself or its adjoint: backward and forward
+    mode of any order, and ``torch.func`` transforms.
+    """
+    if captured(x):
+        return project(x, step, recipe, start, stop, adjoint)
+    return _Product.apply(x, step, recipe, start, stop, adjoint)
+
+
+def captured(x: Tensor) -> bool:
+    """Whether a graph of operators is being recorded, in which ours must be one operator."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is under way."""
+    functorch = torch._C._functorch.maybe_current_level() is not None
+    return functorch or forward_ad._current_level >= 0
+
+
+class _Product(torch.autograd.Function):
+    """The product for eager programs, with rules for every transform of PyTorch."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool
+    ) -> Tensor:
+        out = compute(x.detach(), step, recipe, start, stop, adjoint)
+        return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.step, *ctx.rest = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        recipe, start, stop, adjoint = ctx.rest
+        back = product(grad, ctx.step, recipe, start, stop, not adjoint)
+        return back, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return product(tangent, ctx.step, *ctx.rest)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, step: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            raise SubspanError("vmap over the step of a projection: give all samples one step")
+        return torch.stack([product(one, step, *rest) for one in x.unbind(in_dims[0])]), 0
+
+
+# ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
+
+
+@torch.library.custom_op("subspan::project", mutates_args=())
+def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    """The same as an operator, for graphs that are compiled, exported or traced."""
+    out = compute(x, step, recipe, start, stop, adjoint)
+    return out.clone() if out is x else out  # an operator must not return its argument
+
+
+@project.register_fake
+def _(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    return x.new_empty(from_recipe(recipe).in_dim if adjoint else stop - start)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, step, *ctx.rest = inputs
+    ctx.save_for_backward(step)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (step,) = ctx.saved_tensors
+    recipe, start, stop, adjoint = ctx.rest
+    return project(grad, step, recipe, start, stop, not adjoint), None, None, None, None, None
+
+
+project.register_autograd(_backward, setup_context=_save)

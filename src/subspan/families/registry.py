@@ -1,0 +1,68 @@
+"""Families by name: what ``subspan.projection`` and ``subspan.projections`` know."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from subspan.errors import SubspanError, unknown
+
+if TYPE_CHECKING:
+    from subspan.families.base import Projection
+
+COMMON = {"out_dim", "in_dim", "seed", "stream", "recipe"}  # fields of every projection
+
+_families: dict[str, type[Projection]] = {}
+
+
+def register(name: str, family: type[Projection]) -> None:
+    """Give a family its name.
+
+    Raises:
+        TypeError: if another one has it.
+    """
+    if name in _families:
+        raise TypeError(f"a projection named {name!r} is registered already")
+    _families[name] = family
+
+
+def projections() -> dict[str, type[Projection]]:
+    """Return every registered family by name; a class's docstring says what it is and whose."""
+    return dict(sorted(_families.items()))
+
+
+def projection(
+    name: str, *, out_dim: int, in_dim: int, seed: int = 0, stream: int = 0, **options: Any
+) -> Projection:
+    """Make a projection by name.
+
+    Args:
+        name: one of :func:`projections`.
+        out_dim: D, the number of weights.
+        in_dim: d, the number of coordinates.
+        seed: in [0, 2⁶⁴).
+        stream: in [0, 2²⁴).
+        options: what the family has beyond these (``s`` of ``sparse``, say).
+
+    Raises:
+        SubspanError: for an unknown name or option, or a value out of range.
+    """
+    if name not in _families:
+        raise unknown("projection", name, _families)
+    family = _families[name]
+    options_of_family = {field.name for field in fields(family)} - COMMON
+    for option in options:
+        if option not in options_of_family:
+            if not options_of_family:
+                raise SubspanError(f"projection {name!r} has no options, got {option!r}")
+            raise unknown(f"option of projection {name!r}", option, options_of_family)
+    return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
+
+
+@functools.lru_cache(maxsize=4096)
+def from_recipe(recipe: str) -> Projection:
+    """Make the projection that has this :attr:`~subspan.families.base.Projection.recipe`."""
+    options = json.loads(recipe)
+    return projection(options.pop("family"), **options)

@@ -1,0 +1,128 @@
+"""θ₀ + P w and Pᵀ g for tensors as they are: no vector of all weights, no copy of 16-bit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from subspan import kernels
+from subspan.cache import rooms
+from subspan.families.operator import captured, compute, product
+
+if TYPE_CHECKING:
+    from subspan.families.base import Projection
+
+LARGE = 1 << 22  # bytes of θ whose memory is used again
+
+
+def add(
+    p: Projection,
+    bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    start: int,
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Compute θ₀ + P w for rows from ``start`` on, unseen by autograd.
+
+    Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
+    at a time.
+
+    Args:
+        p: the projection.
+        bases: tensors of θ₀, whose rows follow each other.
+        w: (d,) coordinates.
+        step: 0-D int64.
+        start: the row of the first weight.
+        dtype: of the results; that of each tensor by default.
+
+    Returns:
+        A tensor like each of ``bases``, on its device.
+    """
+    outs = [_take_memory(base, dtype or base.dtype) for base in bases]
+    _add(p, bases, w, step, start, outs)
+    return outs
+
+
+def add_(p: Projection, thetas: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> None:
+    """Add P w in place, θ ← θ + P w, for contiguous tensors; arguments are those of :func:`add`."""
+    _add(p, thetas, w, step, start, thetas)
+    increment_version([theta for theta in thetas if not theta.is_inference()])
+
+
+def _add(
+    p: Projection,
+    bases: Sequence[Tensor],
+    w: Tensor,
+    step: Tensor,
+    start: int,
+    outs: Sequence[Tensor],
+) -> None:
+    kernel, times = _kernel_and_product(p, w)
+    if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
+        kernel.added(p, ready, w.contiguous(), step, start, outs)
+        return
+    sizes = [base.numel() for base in bases]
+    if len(sizes) > 1:
+        rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
+        for base, part, out in zip(bases, rows, outs, strict=True):
+            along = part.view(base.shape).to(base.device)
+            if base.dtype == along.dtype == out.dtype:
+                torch.add(base, along, out=out)
+            else:
+                out.copy_(base + along)
+        return
+    base, out = bases[0].reshape(-1), outs[0].view(-1)
+    for block in p.blocks_of(range(start, start + len(base))):
+        inside = slice(block.start - start, block.stop - start)
+        rows = times(w, step, p.recipe, block.start, block.stop, False).to(base.device)
+        out[inside] = base[inside] + rows  # in the wider dtype of both
+
+
+def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
+    """Compute Pᵀ g, (d,) like ``w``, of vectors whose rows follow each other from ``start`` on.
+
+    A 16-bit vector is never copied whole, nor are several put into one where a kernel takes them as
+    they are. Autograd does not see it.
+    """
+    kernel, times = _kernel_and_product(p, w)
+    if kernel and kernel.gathered and (ready := _ready(parts, w)):
+        return kernel.gathered(p, ready, step, start)
+    flat = [part.reshape(-1) for part in parts]
+    if len(flat) > 1:
+        flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
+    out = torch.zeros_like(w)
+    for block in p.blocks_of(range(start, start + len(flat[0]))):
+        part = flat[0][block.start - start : block.stop - start].to(w.device, w.dtype)
+        out.add_(times(part, step, p.recipe, block.start, block.stop, True))
+    return out
+
+
+def _kernel_and_product(
+    p: Projection, w: Tensor
+) -> tuple[kernels.Kernel | None, Callable[..., Tensor]]:
+    """Find the kernel for vectors like ``w``, and a product: in a graph, the operator alone."""
+    return (None, product) if captured(w) else (kernels.find(p.family, w), compute)
+
+
+def _take_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take contiguous memory for a tensor; a large one gets what another one had before."""
+    size = like.numel() * dtype.itemsize
+    if size < LARGE or not like.is_cpu:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    return rooms.take(size).view(dtype).view(like.shape)
+
+
+def _ready(tensors: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """Return tensors as kernels take them; none if one has another dtype or device than ``w``."""
+    dtype, device, ready = w.dtype, w.device, []
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != device:
+            return []
+        ready.append(tensor.contiguous())
+    return ready

@@ -1,0 +1,131 @@
+"""Taking a network over, and giving it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.changes import watch_optimizers
+from subspan.subspace.classes import make_class
+from subspan.subspace.links import FINGERPRINT, LINK, Link
+from subspan.subspace.quantised import QuantisedTensor
+from subspan.subspace.quantised_layers import (
+    keep_packing,
+    let_pack,
+    make_plain,
+    resting_dtype,
+    unmark,
+)
+from subspan.subspace.sharded import refuse_whole
+from subspan.subspace.theta0 import Base, freeze, thaw
+from subspan.subspace.weights import Weights
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+def attach(weights: Weights) -> None:
+    """Give the network's modules their classes, and the network its coordinates.
+
+    Raises:
+        SubspanError: if a module cannot have another class; the network is then untouched.
+    """
+    root, inside = weights.root, dict[nn.Module, dict[str, str]]()
+    for slot in weights.slots:
+        module, attribute = slot.find(root)
+        inside.setdefault(module, {})[attribute] = slot.tensor
+    above = [
+        module for module in root.modules() if any(part in inside for part in module.modules())
+    ]
+    weights.wrapped = []
+    for module in above:
+        names = tuple(inside.get(module, ()))
+        try:
+            module.__class__ = make_class(type(module), names, module is root)
+        except Exception as error:  # a class may refuse to be derived from in its own words
+            for done in weights.wrapped:
+                done.__class__ = done._subspan_class[0]  # type: ignore[assignment,index]
+            name = next(n for n, m in root.named_modules() if m is module)
+            raise SubspanError(
+                f"module {name or 'the network'} is a {type(module).__name__}, whose weights "
+                f"cannot be computed in place ({error}): exclude it"
+            ) from None
+        weights.wrapped.append(module)
+    for module in above:
+        module.__dict__[LINK] = Link(weights, inside.get(module, {}), list(module._parameters))
+        if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("_flat_weights", None)
+            module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
+    for name in weights.requires_grad:
+        weights.stored(name).requires_grad_(name in weights.fully)
+    for tensor, (module, attribute) in weights.homes.items():
+        freeze(module._parameters[attribute], weights, tensor)
+    like = weights.base_of(weights.compartments[0].pieces[0].tensor)
+    with torch.inference_mode(False), torch.no_grad():
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        for name, part in zip(weights.coordinate_names, weights.compartments, strict=True):
+            w = torch.zeros(part.dim, device=like.device, dtype=dtype)
+            nn.Module.register_parameter(root, name, nn.Parameter(w))
+        digits = list(bytes.fromhex(weights.fingerprint))
+        # Small integers as floats: the mean of equal ones is the same again.
+        number = torch.tensor(digits, dtype=torch.float32, device=like.device)
+        root.register_buffer(FINGERPRINT, number)
+    if root.get_buffer(FINGERPRINT).device != like.device:
+        detach(weights)
+        raise SubspanError(
+            "parameters that are made here go to another device (by init_empty_weights of "
+            "accelerate, say): wrap the network outside of that context"
+        )
+    weights.packing = keep_packing(root)
+    weights.note()
+    weights.changes.remember(name for name in weights.requires_grad if name not in weights.fully)
+    watch_optimizers()
+
+
+def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Undo :meth:`attach`: ordinary parameters again, at θ₀ or at other values."""
+    root = weights.network()
+    refuse_whole(weights, "unwrapped or merged")
+    for name in weights.coordinate_names:
+        del root._parameters[name]
+    del root._buffers[FINGERPRINT]
+    for module in weights.wrapped:
+        if LINK in vars(module):
+            del module.__dict__[LINK]
+            module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
+    for tensor, (module, attribute) in weights.homes.items():
+        parameter = module._parameters.get(attribute)
+        if isinstance(parameter, Base) and parameter.home[0] is weights:
+            if values is not None and tensor in weights.packed:
+                _make_dense(weights, tensor, values[tensor])
+                continue
+            with _plain():
+                if values is not None and tensor in values:
+                    parameter.data = values[tensor].detach()
+                thaw(parameter)
+    for module in weights.wrapped:
+        if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
+            module._init_flat_weights()
+    for name, flag in weights.requires_grad.items():
+        weights.stored(name).requires_grad_(flag)
+    let_pack(weights.packing)
+    if values is not None and weights.packed:
+        unmark(root)
+    weights.root = None  # type: ignore[assignment]
+    return root
+
+
+def _make_dense(weights: Weights, tensor: str, value: Tensor) -> None:
+    """Put θ into the slots of a quantised tensor, whose layers become ordinary ones."""
+    module, attribute = weights.homes[tensor]
+    packed = weights.held(tensor)
+    assert isinstance(packed, QuantisedTensor)
+    dtype = resting_dtype(module, packed, weights.root)
+    parameter = nn.Parameter(value.detach().to(dtype), False)
+    for slot in weights.slots:
+        if slot.tensor == tensor:
+            module, attribute = slot.find(weights.root)
+            module._parameters[attribute] = parameter
+            make_plain(module)

@@ -1,0 +1,149 @@
+"""Callers: the right answer may depend on the code that asks for a network's parameters.
+
+A network in a subspace gives θ to its own code, and frozen θ₀ to whoever asks it as a whole;
+PyTorch and trainers call the same methods for both. Where no argument and no hook tells them apart,
+the caller's frame does. All of that is in this file, so that a new version of PyTorch is checked in
+one place. Each function takes the frame of the code that asks. A training step of an ordinary
+network comes to none of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+_CAST = {  # forwards that use their weight in autocast's precision only
+    kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+# ---- by the module of the code -------------------------------------------------------------------
+
+
+def asked_by_fsdp(frame: FrameType) -> bool:
+    """Whether code of ``fully_shard`` asks."""
+    return "._fully_shard" in _module(frame)
+
+
+def asked_by_ddp(frame: FrameType) -> bool:
+    """Whether DistributedDataParallel asks."""
+    return _module(frame) == "torch.nn.parallel.distributed"
+
+
+def asked_by_export(frame: FrameType) -> bool:
+    """Whether ``torch.export`` asks."""
+    return _module(frame).startswith(("torch.export", "torch._export"))
+
+
+def asked_by_checkpoint(frame: FrameType) -> bool:
+    """Whether parameters are listed for ``torch.distributed.checkpoint``."""
+    return _module(frame) == "torch.distributed.checkpoint.state_dict"
+
+
+def asked_by_another_package(frame: FrameType, net: nn.Module) -> bool:
+    """Whether an installed program, other than the network's, asks."""
+    installed = "site-packages" in frame.f_code.co_filename
+    return installed and _module(frame).partition(".")[0] != type(net).__module__.partition(".")[0]
+
+
+def asked_by_a_graph(start: FrameType) -> bool:
+    """Whether a compiled or exported graph calls an operator: it has θ₀ + P w from others."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    file, module = frame.f_code.co_filename, _module(frame)
+    return "eval_with_key" in file or "torchinductor" in file or module.startswith("torch.")
+
+
+# ---- by the name of the function -----------------------------------------------------------------
+
+
+def converts_batchnorm(frame: FrameType) -> bool:
+    """Whether SyncBatchNorm looks for layers to convert."""
+    return frame.f_code.co_name == "convert_sync_batchnorm"
+
+
+def adds_to_optimizer(frame: FrameType) -> bool:
+    """Whether an optimizer takes a parameter."""
+    return frame.f_code.co_name == "add_param_group"
+
+
+def registers_parameter(frame: FrameType) -> bool:
+    """Whether a module looks at the type of what it is given for a parameter."""
+    before = frame.f_back
+    sets = before is not None and before.f_code.co_name in ("__setattr__", "register_parameter")
+    return sets and frame.f_code.co_name == "typename"
+
+
+def find_traced(start: FrameType) -> nn.Module | None:
+    """Find the module that ``torch.jit.trace`` runs."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name != "trace_module":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["mod"]
+
+
+def asked_by_trace(start: FrameType) -> bool:
+    """Whether TorchScript prepares a module to trace it, and not to script it."""
+    frame = start
+    while frame.f_back is not None and not frame.f_code.co_name.startswith(("trace", "script")):
+        frame = frame.f_back
+    return frame.f_code.co_name.startswith("trace")
+
+
+# ---- by the code itself --------------------------------------------------------------------------
+
+
+def asked_by_own_forward(frame: FrameType, cls: type) -> bool:
+    """Whether the forward of a layer's own class asks, which casts its weight under autocast."""
+    return frame.f_code in _CAST and cls.forward.__code__ is frame.f_code  # type: ignore[attr-defined]
+
+
+def asked_by_own_method(start: FrameType, net: Any) -> bool:
+    """Whether a method of the network, ``save_pretrained`` say, is running."""
+    codes = _own_code(net, properties=False)
+    frame: FrameType | None = start
+    while frame is not None and not _runs_on(frame, net, codes):
+        frame = frame.f_back
+    return frame is not None
+
+
+def asked_by_own_property(start: FrameType, net: Any) -> bool:
+    """Whether a property of the network asks for its parameters."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name in ("parameters", "<genexpr>", "<listcomp>"):
+        frame = frame.f_back
+    return frame is not None and _runs_on(frame, net, _own_code(net, properties=True))
+
+
+def _own_code(net: Any, properties: bool) -> set[CodeType]:
+    """Collect the code of the methods, or of the properties, of a network's own classes."""
+    codes = set()
+    for cls in type(net).__mro__:
+        if cls is nn.Module or cls.__module__.startswith("subspan.subspace."):
+            continue
+        for value in vars(cls).values():
+            if isinstance(value, property) is not properties:
+                continue
+            function = (
+                value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            )
+            if callable(function):
+                codes.add(getattr(inspect.unwrap(function), "__code__", None))
+    return codes - {None}  # type: ignore[return-value]
+
+
+def _runs_on(frame: FrameType, net: Any, codes: set[CodeType]) -> bool:
+    """Whether a frame runs one of these functions with the network as its first argument."""
+    code = frame.f_code
+    return code in codes and code.co_argcount > 0 and frame.f_locals[code.co_varnames[0]] is net

@@ -1,0 +1,162 @@
+"""Classes made for the modules of a wrapped network, derived from their own and named as they."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from abc import ABCMeta
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import asked_by_fsdp
+from subspan.subspace.descriptors import WeightDescriptor
+from subspan.subspace.embedding import LookedUp, looks_up
+from subspan.subspace.links import PREFIX, link_of
+from subspan.subspace.modules import WrappedModule, WrappedNetwork
+from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
+
+
+class Listed:
+    """A list of parameters: a slice of it would be one of new parameters."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]  # type: ignore[arg-type]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
+class Parametrized:
+    """Parameters of which PyTorch computes a weight."""
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Refuse to assign the weight, where that would change what coordinates give."""
+        for tensor in link_of(self).tensors.values():
+            raise SubspanError(
+                f"{tensor} is computed from coordinates, and a weight that is computed from it "
+                "cannot be assigned: do this before the network is wrapped, or on the network of "
+                "merge() or unwrap()"
+            )
+        super().right_inverse(value)  # type: ignore[misc]
+
+
+class Recurrent:
+    """A recurrent layer, which keeps a list of its weights beside them."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        names = vars(self)["_flat_weights_names"]
+        if not link_of(self).weights.ready:  # while copies are made
+            return [None] * len(names)
+        return [getattr(self, name, None) for name in names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        vars(self).pop("_flat_weights", None)
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to do: the list is made at each read."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: computed weights do not lie in one piece of memory."""
+
+
+@functools.cache
+def _metaclass(kind: type[type]) -> type[type]:
+    """The type of made classes, derived from that of the module's own class.
+
+    A made class equals the module's own (``type(m) == nn.Linear``), and calling it, as slices of
+    containers and class methods do, makes an ordinary module.
+    """
+
+    class Made(kind):  # type: ignore[valid-type,misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self._subspan_class[0](*args, **kwargs)
+
+        def __eq__(self, other: object) -> bool:
+            return self is other or self._subspan_class[0] is other
+
+        def __hash__(self) -> int:
+            if asked_by_fsdp(sys._getframe(1)):  # which keeps a class for each class
+                return type.__hash__(self)
+            return hash(self._subspan_class[0])
+
+        def __delattr__(self, name: str) -> None:
+            if name not in vars(self) and hasattr(self, name):
+                raise SubspanError(
+                    f"{name} of {self.__name__} cannot be taken away from a network in a subspace: "
+                    "do this before it is wrapped, or on the network of merge() or unwrap()"
+                )
+            super().__delattr__(name)
+
+    return Made
+
+
+_made: dict[tuple[type, tuple[str, ...], bool], type] = {}
+
+
+def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
+    """Make the class of a module whose parameters of these names are computed."""
+    key = (cls, names, root)
+    if key not in _made:
+        bases = (WrappedNetwork if root else WrappedModule, cls)
+        if issubclass(cls, nn.RNNBase):
+            bases = (Recurrent, *bases)  # type: ignore[assignment]
+        if issubclass(cls, nn.ParameterList):
+            bases = (Listed, *bases)  # type: ignore[assignment]
+        if "weight" in names and multiplies_itself(cls):
+            bases = (bases[0], Multiplied, *bases[1:])  # type: ignore[assignment]
+        if "weight" in names and looks_up(cls):
+            bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
+        if issubclass(cls, ParametrizationList):
+            bases = (Parametrized, *bases)  # type: ignore[assignment]
+        body: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
+        body |= {"_subspan_class": key, "_subspan_rebuild": staticmethod(rebuild)}
+        body |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        body["__qualname__"] = cls.__qualname__
+        if root and hasattr(cls, "save_pretrained"):
+            body["save_pretrained"] = _saving_all(cls.save_pretrained)
+        # The metaclass, too, is not asked: it may keep a list of all classes.
+        kind = _metaclass(type(cls))
+        new = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+        _made[key] = new(kind, cls.__name__, bases, body)
+    return _made[key]
+
+
+def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a ``save_pretrained`` that takes a state of coordinates for the network's weights."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(getattr(self, "config", None), "quantization_config", None) is not None:
+            raise SubspanError(
+                "save_pretrained would call dense weights quantised, as the configuration of this "
+                "network does: use it on the merge() of the SubspaceModel, or subspan.save"
+            )
+        state = kwargs.get("state_dict") or {}
+        coordinates = link_of(self).weights.coordinates()
+        given = {
+            key: state[name]
+            for key in coordinates
+            for name in (PREFIX + key, f"coordinates.{key}")
+            if name in state
+        }
+        if given:
+            if not all(torch.equal(w, coordinates[key]) for key, w in given.items()):
+                raise SubspanError(
+                    "these coordinates are not those that the network has: load them, and save "
+                    "without state_dict="
+                )
+            kwargs["state_dict"] = None
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def rebuild(cls: type, names: tuple[str, ...], root: bool) -> Any:
+    """Make an empty module of such a class, for copies and pickles."""
+    return object.__new__(make_class(cls, names, root))

@@ -1,0 +1,154 @@
+"""θ that was read outside of a call of the network: ordinary, but not to write to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import adds_to_optimizer, registers_parameter
+from subspan.subspace.functions import property_of, sets, share_memory, writes_first
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+def refuse_change(
+    tensor: str, function: Any, instead: str = ", or that of merge() or unwrap()"
+) -> SubspanError:
+    """Make the refusal of a function that writes to a computed weight."""
+    name = property_of(function) or getattr(function, "__name__", "")
+    return SubspanError(
+        f"{tensor} is θ₀ + P w, computed when it is read, and a change of it ({name}) would be "
+        f"lost: change the network before it is wrapped{instead}"
+    )
+
+
+class Computed(Tensor):
+    """A weight θ that was read outside of a call of the network: ordinary, but not to write to.
+
+    It was made a moment ago and belongs to nobody, so that a change of it would be lost without a
+    word: ``net.fc.weight.data.zero_()`` is refused.
+    """
+
+    weight_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = [kwargs.get("out")]
+        if writes_first(func):
+            written.append(args[0] if args else kwargs.get("tensor"))
+        target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
+        name = getattr(func, "__name__", "")
+        if target is not None and name != "requires_grad_":
+            raise refuse_change(target.weight_name, func)
+        if target is not None and not target._may_set_flag(args, kwargs):
+            raise target._refuse_flag()
+        if sets(func, "requires_grad") and not args[0]._may_set_flag(args, {}):
+            raise args[0]._refuse_flag()
+        of_gradients = name in _OF_GRADIENTS or (name != "name" and property_of(func) == "grad")
+        if of_gradients and args[0]._is_theta:
+            raise SubspanError(
+                f"{args[0].weight_name} is computed, and its gradient goes on to the coordinates "
+                "and is kept there alone: look at theirs, or read the weight inside of a call"
+            )
+        if name == "type" or property_of(func) == "is_leaf":
+            args[0]._check_use()
+        with _plain():
+            if func is torch.autograd.grad:
+                return _take_gradients(func, args, kwargs)
+            out = func(*args, **kwargs)
+            if args and type(args[0]) is Computed:
+                out = tree_map_only(Tensor, args[0]._guard_view, out)
+        return out
+
+    def _guard_view(self, out: Tensor) -> Tensor:
+        """Make a view of θ as careful as θ itself."""
+        if type(out) is Tensor and not out.is_sparse and share_memory(out, self):
+            out = out.as_subclass(Computed)
+            out.weight_name = self.weight_name
+        return out
+
+    def _may_set_flag(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a flag requires_grad can be set: that of a detached copy, or as it is already."""
+        with _plain():
+            flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+            return (self.is_leaf and not self._is_theta) or bool(flag) == self.requires_grad
+
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse, as any change: PyTorch does not ask above for this one."""
+        return self.__torch_function__(Tensor.set_, (), (self, *args), kwargs)
+
+    def _check_use(self) -> None:
+        """Refuse what PyTorch is about to refuse in other words, or not to notice."""
+        if torch.compiler.is_compiling():
+            return
+        frame = sys._getframe(2)
+        if self._is_theta and adds_to_optimizer(frame):
+            raise SubspanError(
+                f"{self.weight_name} is computed, and an optimizer has nothing of it to change: "
+                "give it the parameters of the SubspaceModel or of the whole network"
+            )
+        if registers_parameter(frame):
+            raise SubspanError(
+                f"{self.weight_name} is computed from coordinates and cannot be a parameter of "
+                "another module, too: tie or convert modules before the network is wrapped, or "
+                "those of merge()"
+            )
+
+    _is_theta = False
+
+    def _refuse_flag(self) -> SubspanError:
+        return SubspanError(
+            f"{self.weight_name} is trained through coordinates that it may share with others, and "
+            "cannot be frozen alone: give exclude= when the network is wrapped"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with _plain():
+            twin = self.detach().clone().as_subclass(Tensor)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _plain():
+            return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_OF_GRADIENTS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+
+
+def _take_gradients(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call ``torch.autograd.grad``, and refuse a θ that has no gradient as it was read apart."""
+    inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    lenient = {"allow_unused": True, "materialize_grads": False}
+    gradients = (
+        function(*args[:2], **(kwargs | lenient)) if len(args) < 3 else function(*args, **kwargs)
+    )
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        if gradient is None and type(tensor) is Computed:
+            raise SubspanError(
+                f"{tensor.weight_name} is computed at each read, and this read is not the one that "
+                "was used: read it once, and use what was read, or ask for the coordinates"
+            )
+    if any(gradient is None for gradient in gradients) and not kwargs.get("allow_unused"):
+        return function(*args, **kwargs)  # with its own words
+    if kwargs.get("materialize_grads"):
+        pairs = zip(inputs, gradients, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g for t, g in pairs)
+    return gradients
+
+
+def guard_theta(theta: Tensor, name: str) -> Tensor:
+    """Make θ a :class:`Computed`, in the same graph."""
+    theta = theta.as_subclass(Computed)
+    theta.weight_name, theta._is_theta = name, True
+    return theta

@@ -1,0 +1,89 @@
+"""Descriptors in the classes of a wrapped network: reading a trained parameter gives θ.
+
+A descriptor on the type goes before ``Module.__getattr__``, so that every read of
+``module.weight`` gives θ = θ₀ + P w, whoever reads it and from wherever. (Source of the idea:
+``torch.nn.utils.parametrize``, which moves the parameter away for it.)
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import find_traced
+from subspan.subspace.links import Link, link_of
+
+
+class WeightDescriptor:
+    """The descriptor of a trained parameter: reading it gives θ."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        base = module._parameters.get(self.name)
+        if base is None:
+            return _find_attribute(module, self.name)
+        link = link_of(module)
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            _check_trace(link, sys._getframe(1))
+        try:
+            return link.weights.read(link.tensors[self.name])
+        except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
+            raise RuntimeError(f"{link.tensors[self.name]} could not be computed") from error
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__[self.name] = value  # of a module whose parameter has been taken away
+
+
+def _check_trace(link: Link, frame: FrameType) -> None:
+    """Refuse to trace what would not have coordinates.
+
+    Raises:
+        SubspanError: for the ONNX exporter that traces, and for a part alone.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise SubspanError(
+            "torch.onnx.export(dynamo=False) knows no operator of a network in a subspace: leave "
+            "dynamo=False out, or export the merge() of the SubspaceModel"
+        )
+    traced = find_traced(frame)
+    if traced is not None and link.weights.root not in list(traced.modules()):
+        raise refuse_part("traced")
+
+
+def refuse_part(done: str) -> SubspanError:
+    """Make the refusal of what can be done with a whole network only."""
+    return SubspanError(
+        f"a part of a network in a subspace cannot be {done} alone, since its coordinates are the "
+        "network's: give the network, or the part in the merge() of the SubspaceModel"
+    )
+
+
+def _find_attribute(module: nn.Module, name: str) -> Any:
+    """Find an attribute that was a trained parameter and is something else by now."""
+    for entries in (module.__dict__, module._buffers, module._modules, module._parameters):
+        if name in entries:
+            return entries[name]
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+class QConfigDescriptor:
+    """The attribute that PyTorch's quantisation sets: it would pass modules of our classes by."""
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None or "qconfig" not in module.__dict__:
+            raise AttributeError("qconfig")
+        return module.__dict__["qconfig"]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        raise SubspanError(
+            "a network in a subspace cannot be quantised: quantise the merge() of its SubspaceModel"
+        )

@@ -1,0 +1,209 @@
+"""The handle of a network: an ordinary module, and one that passes for the network.
+
+Trainers, DDP and checkpoints list the parameters of a model, read and set its attributes, and look
+at the signature of its ``forward``: here all of that is answered, mostly by the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import asked_by_another_package, asked_by_checkpoint
+from subspan.subspace.coordinates import Coordinates
+from subspan.subspace.dtensors import home_of
+from subspan.subspace.links import FINGERPRINT, PREFIX
+from subspan.subspace.weights import Weights
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {
+    name for name in vars(nn.Module) if name.startswith("_")
+}
+
+
+class Handle(nn.Module):
+    """A module that holds a network in a subspace as its ``body``."""
+
+    body: nn.Module
+    subspace: Weights
+    _own_names: ClassVar[Mapping[str, Any]]  # attributes of the class that are not the network's
+    _signature_of: ClassVar[tuple[type, type]]
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """The coordinates of each compartment, a parameter by the compartment's name."""
+        return Coordinates(self.subspace)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what is trained: coordinates, then the network's own that require a gradient.
+
+        With duplicates (for exporters, which look tensors up by their paths) all that there are.
+        """
+        self.subspace.note()
+        start = f"{prefix}." if prefix else ""
+        compiled = torch.compiler.is_compiling()
+        if not recurse and not compiled and asked_by_checkpoint(sys._getframe(1)):
+            # It goes from module to module, and wants every name of a parameter.
+            for key, w in self.coordinates.items():
+                yield f"{start}coordinates.{key}", w
+        if not remove_duplicate or not recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
+        coordinates = self.coordinates
+        for key, w in coordinates.items():
+            yield f"{start}coordinates.{key}", w
+        ours = {id(w) for w in coordinates.values()}
+        fully = {f"{start}body.{name}" for name in self.subspace.fully}
+        for name, p in super().named_parameters(prefix):
+            if id(p) not in ours and home_of(p) is None and (p.requires_grad or name in fully):
+                yield name, p
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a path, which of a trained one is frozen θ₀."""
+        inside = target.removeprefix("body.")
+        return (
+            super().get_parameter(target) if inside == target else self.body.get_parameter(inside)
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all that is trained."""
+        for tensor in self.subspace.trained():
+            self.subspace.changes.wishes[tensor] = requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Coordinates, the fingerprint, what is trained fully, and buffers."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        for inner, own in self._renamed():
+            if prefix + inner in state:
+                state[prefix + own] = state.pop(prefix + inner)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        plain = {slot.path for slot in self.subspace.slots}
+        if any(prefix + path in state_dict for path in plain):  # of the network without a handle
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[f"{prefix}body.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        for inner, own in self._renamed():
+            if prefix + own in state_dict:
+                state_dict[prefix + inner] = state_dict.pop(prefix + own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _renamed(self) -> Iterator[tuple[str, str]]:
+        """Keys of the network's state, and what they are in the handle's."""
+        for name in self.subspace.coordinate_names:
+            yield f"body.{name}", f"coordinates.{name.removeprefix(PREFIX)}"
+        yield f"body.{FINGERPRINT}", "fingerprint"
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return self.subspace.for_ddp("body.")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Python looks special methods up here, too: they are not the network's.
+            if name == "body" or "_modules" not in self.__dict__ or name.startswith("__"):
+                raise
+        return getattr(self.body, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes of the network are set there, as they are read there."""
+        taken = name == "body" or isinstance(self._own_names.get(name), property)
+        if taken and name != "init_seed" and "body" in vars(self).get("_modules", ()):
+            raise _refuse_setting(name)
+        new = name.startswith("_") and not hasattr(self, name)
+        if self._is_own(name) or (new and asked_by_another_package(sys._getframe(1), self.body)):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.body, name, value)
+            if hasattr(type(self), name):  # of every module: reading it would find that
+                vars(self)[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.body, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.body)})
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a part to the network."""
+        if name == "body":  # put back by somebody who goes over the handle's parts
+            if module is not self.body:
+                raise _refuse_setting(name)
+        else:
+            self.body.add_module(name, module)
+
+    def register_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Add a buffer to the network."""
+        self.body.register_buffer(*args, **kwargs)
+
+    def register_parameter(self, *args: Any, **kwargs: Any) -> None:
+        """Add a parameter to the network."""
+        self.body.register_parameter(*args, **kwargs)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether an attribute is the handle's; what nobody has becomes the network's."""
+        if "body" not in vars(self).get("_modules", ()) or name == "body":
+            return True
+        if name in self._own_names or (name in vars(self) and not hasattr(type(self), name)):
+            return True
+        if name in vars(self.body):  # even if every module has something of this name
+            return name in _OF_EVERY_MODULE
+        return name in vars(self) or hasattr(type(self), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, self._signature_of, self.__getstate__()
+
+
+def _refuse_setting(name: str) -> SubspanError:
+    return SubspanError(
+        f"{name} is the SubspaceModel's own: set that of the network by model.body.{name}"
+    )
+
+
+@functools.cache
+def with_signature(handle: type, net: type) -> type:
+    """Make a handle's class whose ``forward`` has the network's signature, which trainers read."""
+    body: dict[str, Any] = {
+        "_signature_of": (handle, net),
+        "__module__": handle.__module__,
+        "__qualname__": handle.__qualname__,
+        "__doc__": handle.__doc__,
+    }
+    for name in ("__len__", "__getitem__", "__iter__", "__contains__", "__enter__", "__exit__"):
+        if hasattr(net, name):  # Python looks them up in the class
+            body[name] = functools.partialmethod(_of_the_network, name)
+    with contextlib.suppress(TypeError, ValueError):  # some callables of C have none
+
+        @functools.wraps(handle.forward)  # type: ignore[attr-defined]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.subspace.network()  # refuses what was unwrapped
+            return self.body(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
+        body["forward"] = forward
+    return type(handle.__name__, (handle,), body)
+
+
+def _of_the_network(handle: Any, name: str, *args: Any) -> Any:
+    return getattr(type(handle.body), name)(handle.body, *args)
+
+
+def _rebuild(handle: type, net: type) -> Any:
+    cls = with_signature(handle, net)
+    return cls.__new__(cls)  # type: ignore[call-overload]

@@ -1,0 +1,53 @@
+"""Links connect modules to their network's subspace; and the names of this library in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from subspan.errors import SubspanError
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+LINK = "_subspan"  # in a module's __dict__: its Link
+PREFIX = "subspan_"  # of our names among a network's parameters and buffers
+FINGERPRINT = PREFIX + "fingerprint"
+
+
+class Link:
+    """Connects a module to its network's subspace.
+
+    Args:
+        weights: of the network.
+        tensors: names of the module's trained tensors, by attribute.
+        order: of all parameters that the module had when it was wrapped.
+    """
+
+    def __init__(self, weights: Weights, tensors: dict[str, str], order: list[str]) -> None:
+        self.weights, self.tensors, self.order = weights, tensors, order
+
+
+def link_of(module: Any) -> Link:
+    """Return the link of a module in a subspace.
+
+    Raises:
+        SubspanError: if it is a copy that lost it.
+    """
+    link: Link | None = vars(module).get(LINK)
+    if link is None:
+        raise SubspanError(
+            f"this {type(module).__name__} was copied by a method of its own and is not in the "
+            "subspace of the original: copy the network of unwrap() or merge(), or state_dict()"
+        )
+    return link
+
+
+def trained_keys(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, Link]]:
+    """Yield the trained tensors of a module and its parts: name, key in its state, and link."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        link: Link | None = vars(part).get(LINK)
+        for attribute, tensor in ({} if link is None else link.tensors).items():
+            yield tensor, prefix + (f"{path}.{attribute}" if path else attribute), link  # type: ignore[misc]

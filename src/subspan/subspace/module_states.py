@@ -1,0 +1,82 @@
+"""State dicts of the modules of a wrapped network: coordinates of the whole, θ of a part."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import asked_by_own_method
+from subspan.subspace.computed import guard_theta
+from subspan.subspace.dtensors import is_shard
+from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
+from subspan.subspace.sharded import refuse_whole
+from subspan.subspace.states import before_loading
+
+_saving = threading.local()  # .thetas of the state_dict that is being made; None of coordinates
+
+
+class ModuleStates:
+    """The states of a module that has a trained parameter, or a part with one."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return θ to a part and to the network's own methods; else the coordinates."""
+        if hasattr(_saving, "thetas"):  # a module around this one is being saved
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        weights = link_of(self).weights
+        whole = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
+        if whole:
+            weights.changes.check_base()
+        elif weights.root is self:
+            refuse_whole(weights, "saved with all its weights")
+        _saving.thetas = None if whole else {}
+        try:
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del _saving.thetas
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        link = link_of(self)
+        thetas = _saving.thetas
+        for attribute, tensor in link.tensors.items():
+            if thetas is None:
+                destination.pop(prefix + attribute, None)
+            elif prefix + attribute in destination:
+                if tensor not in thetas:
+                    theta = link.weights.form(tensor)
+                    theta = theta if is_shard(theta) else guard_theta(theta, tensor)
+                    thetas[tensor] = theta if keep_vars else theta.detach()
+                destination[prefix + attribute] = thetas[tensor]
+        if thetas is not None and link.weights.root is self:
+            for name in (*link.weights.coordinate_names, FINGERPRINT):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        link = link_of(self)
+        if link.weights.root is self:
+            before_loading(link.weights, state_dict, prefix)
+        for tensor, key, _ in trained_keys(self, prefix):  # type: ignore[arg-type]
+            if key in state_dict:  # of a part below, too: nothing is loaded yet
+                raise SubspanError(
+                    f"{tensor} is computed from coordinates, and a part alone cannot be loaded: "
+                    "load a state of the whole network, or load before the network is wrapped"
+                )
+        before = set(missing_keys)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        computed = {prefix + attribute for attribute in link.tensors}
+        missing_keys[:] = [key for key in missing_keys if key in before or key not in computed]

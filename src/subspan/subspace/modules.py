@@ -1,0 +1,255 @@
+"""How a network stays itself while its weights are computed: what its modules do in another way.
+
+A trained parameter stays in its module, under its name, as a frozen
+:class:`~subspan.subspace.theta0.Base` that holds θ₀, and reading it gives θ
+(:mod:`subspan.subspace.descriptors`). Modules get classes that are made for them
+(:mod:`subspan.subspace.classes`), with the behaviour that is here and in
+:mod:`subspan.subspace.module_states`.
+
+One rule decides who sees what: the network's own methods and parts see θ; what asks the network as
+a whole for parameters or a state (an optimizer, DDP, a trainer) sees frozen θ₀ and the coordinates.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import _symbolic_trace as fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import (
+    asked_by_ddp,
+    asked_by_export,
+    asked_by_fsdp,
+    asked_by_own_property,
+    asked_by_trace,
+    converts_batchnorm,
+)
+from subspan.subspace.computed import Computed
+from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
+from subspan.subspace.dtensors import home_of, is_shard, mark
+from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
+from subspan.subspace.module_states import ModuleStates
+from subspan.subspace.sharded import Shards, refuse_whole
+from subspan.subspace.theta0 import Base, Packed, freeze, thaw
+
+
+class WrappedModule(ModuleStates):
+    """The behaviour of every module that has a trained parameter, or a part with one."""
+
+    _subspan_class: ClassVar[tuple[type, tuple[str, ...], bool]]  # arguments of make_class
+    _subspan_rebuild: ClassVar[Callable[..., Any]]
+    qconfig = QConfigDescriptor()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep made classes from people's lists of classes, which have the modules' own."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled, and its trained parameters for θ₀."""
+        super().__setstate__(state)  # type: ignore[misc]
+        link: Link | None = vars(self).get(LINK)
+        for attribute, tensor in ({} if link is None else link.tensors).items():
+            parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
+            if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
+                freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if (link := vars(self).get(LINK)) is not None:
+            refuse_whole(link.weights, "copied or pickled")
+        return self._subspan_rebuild, self._subspan_class, self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if (link := vars(self).get(LINK)) is not None:
+            refuse_whole(link.weights, "copied or pickled")
+        for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
+                memo[id(leaf)] = leaf.detach().clone()
+        copy_itself = getattr(super(), "__deepcopy__", None)
+        if copy_itself is not None:
+            twin = copy_itself(memo)
+            if type(twin) is not type(self) or LINK not in vars(twin):
+                raise SubspanError(
+                    f"{type(self).__name__} has a __deepcopy__ of its own, whose copies are not in "
+                    "the subspace: copy the network of unwrap(), or copy state_dict()"
+                )
+            return twin
+        twin = memo[id(self)] = self._subspan_rebuild(*self._subspan_class)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    # ---- parameters --------------------------------------------------------------------------
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """A part's parameters at θ; of one module alone, as FSDP asks, those that are stored."""
+        fsdp = False
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(1)
+            fsdp = asked_by_fsdp(frame)
+            if asked_by_export(frame):
+                raise refuse_part("exported")
+        stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        for name, p in stored:
+            home = home_of(p) if recurse and not fsdp else None
+            if home is not None:
+                weights, tensor = home
+                yield name, weights.read(tensor)
+            else:
+                yield name, p
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts, which nobody may put into layers of another kind."""
+        compiled = torch.compiler.is_compiling()
+        if not compiled and converts_batchnorm(sys._getframe(1)):
+            for tensor, key, _ in trained_keys(self):  # type: ignore[arg-type]
+                if isinstance(self.get_submodule(key.rpartition(".")[0]), _BatchNorm):  # type: ignore[attr-defined]
+                    raise SubspanError(
+                        f"{tensor} is computed from coordinates and cannot become that of a "
+                        "SyncBatchNorm: convert layers before the network is wrapped"
+                    )
+        return super().named_children()  # type: ignore[misc]
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of a path, which of a trained one is frozen θ₀."""
+        path, _, attribute = target.rpartition(".")
+        p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
+        return p if home_of(p) is not None else super().get_parameter(target)  # type: ignore[misc]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a weight that is computed cannot become something else."""
+        link: Link | None = vars(self).get(LINK)
+        if link is not None and param is not None and param is self._parameters.get(name):  # type: ignore[attr-defined]
+            return  # tied once more
+        if link is not None:
+            lost = [attr for attr in link.tensors if attr not in self._parameters]  # type: ignore[attr-defined]
+            if lost:  # taken out by the caller a moment ago
+                link.weights.put_back(self, link)  # type: ignore[arg-type]
+            if lost or name in link.tensors or type(param) is Computed:
+                tensor = link.tensors.get(lost[0] if lost else name, name)
+                raise SubspanError(
+                    f"{tensor} is computed from coordinates and cannot be replaced or computed "
+                    "from another tensor: do this before the network is wrapped, or on the network "
+                    "of merge() or unwrap()"
+                )
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a computed weight cannot be tied to another one."""
+        link: Link | None = vars(self).get(LINK)
+        stored = link is not None and name in self._parameters  # type: ignore[attr-defined]
+        if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+            Shards.put(self, name, value)  # type: ignore[arg-type]
+            return
+        if type(value) is Computed and link is not None and name in link.tensors:
+            raise SubspanError(
+                f"{link.tensors[name]} is computed from coordinates and cannot become "
+                f"{value.weight_name}: tie them before the network is wrapped"
+            )
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> Any:
+        """TorchScript, which asks here, would keep the weights of now; a trace follows them."""
+        if asked_by_trace(sys._getframe(1)):
+            return self
+        raise SubspanError(
+            "a network in a subspace cannot be scripted, since TorchScript would keep its weights "
+            "as they are now: trace it, or script the merge() of the SubspaceModel"
+        )
+
+    def __delattr__(self, name: str) -> None:
+        link: Link | None = vars(self).get(LINK)
+        if link is not None and name in link.tensors and name in self._parameters:  # type: ignore[attr-defined]
+            raise SubspanError(
+                f"{link.tensors[name]} is computed from coordinates and cannot be deleted or "
+                "computed from another tensor: do this before the network is wrapped, or on the "
+                "network of merge() or unwrap()"
+            )
+        if link is not None and {name + end for end in ("_orig", "_g", "_v")} & link.tensors.keys():
+            raise SubspanError(
+                f"{name} is computed from parameters that are computed from coordinates: take "
+                "pruning or a norm away from the network of merge() or unwrap()"
+            )
+        super().__delattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; what that makes of θ₀ is θ₀ from now on."""
+        link = link_of(self)
+        changes, tensors = link.weights.changes, set(link.tensors.values())
+        before = changes.changed(tensors)
+        for attribute in link.tensors:
+            if isinstance(packed := self._parameters[attribute], Packed):  # type: ignore[attr-defined]
+                thaw(packed)  # for the library, which may make another object
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        for attribute, tensor in link.tensors.items():
+            parameter = self._parameters[attribute]  # type: ignore[attr-defined]
+            if is_shard(parameter):
+                mark(parameter, link.weights, tensor)
+            elif not isinstance(parameter, Base):  # PyTorch has made another object
+                freeze(parameter, link.weights, tensor)
+        changes.remember(tensors - before)
+        return out
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        if asked_by_ddp(sys._getframe(1)):
+            raise SubspanError(
+                "a part of a network in a subspace cannot be given to DDP, since its coordinates "
+                "are the network's: give the network, or the SubspaceModel"
+            )
+        return []  # to whoever lists attributes
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise SubspanError(
+            "nn.DataParallel copies parameters one by one and would lose the subspace: use "
+            "DistributedDataParallel"
+        )
+
+
+class WrappedNetwork(WrappedModule):
+    """The behaviour of the network itself: its coordinates are among its parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; θ that is formed meanwhile is kept until it ends."""
+        weights = link_of(self).weights
+        if not torch.compiler.is_compiling() and fx._is_fx_tracing_flag:
+            raise SubspanError(
+                "weights of a network in a subspace would be constants of the graph that torch.fx "
+                "traces: trace the merge() of the SubspaceModel"
+            )
+        return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Frozen parameters at θ₀, and the coordinates.
+
+        A property of the network (``dtype`` in transformers) that looks at its first parameter
+        gets coordinates last: they have a dtype of their own.
+        """
+        link_of(self).weights.note()
+        stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+            # Coordinates are whole in every process, and no business of FSDP's.
+            yield from (pair for pair in stored if not pair[0].startswith(PREFIX))
+            return
+        if asked_by_own_property(sys._getframe(1), self):
+            # Python's sort is stable.
+            stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
+        yield from stored
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
+        return link_of(self).weights.for_ddp("")
+
+
+def _is_ours(name: str) -> bool:
+    return name.rpartition(".")[2].startswith(PREFIX)

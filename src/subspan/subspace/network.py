@@ -1,0 +1,254 @@
+"""A network in a subspace: where its tensors are, its coordinates, its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.families import Projection
+from subspan.subspace import formed, quantised
+from subspan.subspace.blocks import (
+    find_in_groups,
+    group_into_blocks,
+    group_small,
+    parameter_key,
+    split_by_tensor,
+)
+from subspan.subspace.changes import Changes
+from subspan.subspace.compartments import Compartment, Piece
+from subspan.subspace.dtensors import home_of, is_shard, whole
+from subspan.subspace.links import FINGERPRINT, PREFIX, Link
+from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
+from subspan.subspace.quantised import QuantisedTensor
+from subspan.subspace.sharded import Shards
+from subspan.subspace.theta0 import Base
+
+_plain = torch._C.DisableTorchFunctionSubclass
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+class Network:
+    """A network in a subspace, and what is known of its tensors.
+
+    Args:
+        root: the network.
+        compartments: of its trained weights.
+        projections: of the compartments.
+        places: slots of the trained tensors.
+        requires_grad: of every tensor as the network came.
+        fully: names of tensors that are trained as they are.
+        kept: entries of tensors that stay at θ₀, as for :func:`group_into_blocks`.
+        fingerprint: of θ₀ and of what coordinates mean, 64 hexadecimal digits.
+        packed: the kinds of all tensors that are quantised, by name.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        compartments: Sequence[Compartment],
+        projections: Sequence[Projection],
+        places: Sequence[Slot],
+        requires_grad: Mapping[str, bool],
+        fully: Iterable[str],
+        kept: Mapping[str, range],
+        fingerprint: str,
+        packed: Mapping[str, str],
+    ) -> None:
+        self.root, self.compartments = root, tuple(compartments)
+        self.projections, self.slots = tuple(projections), tuple(places)
+        self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
+        self.kept, self.packed = dict(kept), dict(packed)
+        self.blocks = group_into_blocks(compartments, projections, kept)
+        self.coordinate_names = [PREFIX + parameter_key(part.name) for part in self.compartments]
+        self.fully = tuple(sorted(fully))
+        self.recipe: dict[str, Any] = {}
+        self.wrapped: list[nn.Module] = []  # modules whose class was changed
+        self.packing: list[nn.Module] = []  # those that bitsandbytes must not pack anew meanwhile
+        self.init_seed: int | None = None
+        self.base_buffers = {
+            name: digest_tensors({name: b}) for name, b in saved_buffers(root).items()
+        }
+        sizes = [len(piece) for part in self.compartments for piece in part.pieces]
+        self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
+        self.buffer_names = frozenset(self.base_buffers)
+        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.ranks_checked = True
+        self.shards: Shards | None = None
+        self._traced: dict[str, Tensor] | None = None
+        self.changes = Changes(self)
+        self.locations = {name: _locate(root, name) for name in requires_grad}
+        self.homes = {slot.tensor: self.locations[slot.tensor] for slot in places}
+        self.owned: dict[str, Tensor] = {}
+        # Embeddings that shrink rows in place before a look-up: each read has its own memory.
+        self._renormed = {
+            slot.tensor
+            for slot in places
+            if getattr(slot.find(root)[0], "max_norm", None) is not None
+        }
+        self.blocks_of = split_by_tensor(self.blocks)
+        # What is formed together and kept during a call of the network: all, or what is small.
+        small = formed.KEPT >> 9
+        self._groups = (
+            group_small(self.blocks_of, small) if self.large else [(b,) for b in self.blocks]
+        )
+        self._groups_with = find_in_groups(self._groups)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the network is whole: not while it is copied or unpickled."""
+        return "homes" in vars(self) and "_parameters" in vars(self.root)
+
+    # ---- tensors -----------------------------------------------------------------------------
+
+    def coordinates(self) -> dict[str, nn.Parameter]:
+        """Return w of every compartment, by its key."""
+        parameters = self.network()._parameters
+        return {name.removeprefix(PREFIX): parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
+
+    def base_of(self, tensor: str) -> Tensor:
+        """Return the content of a tensor's slot: θ₀, or what a functional call has put there."""
+        module, attribute = self.homes[tensor]
+        base = module._parameters[attribute]
+        assert base is not None
+        return base
+
+    def trained(self) -> list[str]:
+        """Names of the tensors that are trained in the subspace."""
+        return list(self.homes)
+
+    def stored(self, name: str) -> Tensor:
+        """The parameter of a name: θ₀ of a trained tensor."""
+        module, attribute = self.locations[name]
+        return module._parameters[attribute]  # type: ignore[return-value]
+
+    def held(self, name: str) -> Tensor | QuantisedTensor:
+        """Return the content of a tensor's slot, of a quantised one with all that belongs to it."""
+        p = self.stored(name)
+        if name not in self.packed or (type(p) in _ORDINARY and p.is_floating_point()):
+            return p  # or a dense one, which a functional call has put there
+        like = p if isinstance(p, Base) else self.owned.get(name, p)
+        return quantised.read_kind(self.packed[name], p, self.locations[name][0], like)
+
+    def resting(self, name: str) -> Tensor:
+        """The dense weights of a tensor without P w."""
+        return quantised.dense(self.held(name)).detach()
+
+    def network(self) -> nn.Module:
+        """The network.
+
+        Raises:
+            SubspanError: if it has been unwrapped.
+        """
+        if self.root is None:
+            raise SubspanError(
+                "this SubspaceModel was unwrapped, and its network is an ordinary one again: wrap "
+                "it anew"
+            )
+        return self.root
+
+    def _given(self, tensor: str) -> Tensor | None:
+        """Return the weight that a functional call, or somebody else, has put into a slot for θ.
+
+        Where coordinates are given, too, the slot holds a base: so do all parameters together.
+        """
+        base = self.base_of(tensor)
+        home = home_of(base)
+        if home is not None and home[0] is self:
+            return None
+        names = {PREFIX + block.coordinates for block in self.blocks_of[tensor]}
+        ours = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
+        return base if ours and not is_shard(base) else None
+
+    def _base(self, piece: Piece) -> Tensor | QuantisedTensor:
+        """Return θ₀ of a piece of a tensor."""
+        base = self.base_of(piece.tensor)
+        whole = len(piece) == base.numel()
+        if whole and type(base) is Base and piece.tensor not in self.packed:  # mostly
+            return base
+        if piece.tensor in self.packed:
+            held = self.held(piece.tensor)
+            if isinstance(held, QuantisedTensor):
+                return held if len(piece) == held.numel() else held.cut(piece.start, piece.stop)
+        if type(base) is not Base and self._given(piece.tensor) is not None:
+            base = self.owned[piece.tensor]
+        if is_shard(base):
+            raise SubspanError(
+                f"{piece.tensor} was spread over processes after the network was wrapped, by "
+                "something else than fully_shard, and a subspace needs it whole"
+            )
+        return base if whole else base.reshape(-1)[piece.start : piece.stop]
+
+    def put_back(self, module: nn.Module, link: Link) -> None:
+        """Undo the removal of parameters from a module."""
+        every: dict[str, Any] = module._parameters | {
+            a: self.owned[t] for a, t in link.tensors.items()
+        }
+        module._parameters.clear()
+        module._parameters.update({a: every.pop(a) for a in link.order if a in every} | every)
+
+    def note(self) -> None:
+        """Keep hold of the parameters, before an exporter puts stand-ins into their places."""
+        marks = {} if self.shards is None else self.shards.marks
+        every = {tensor: self.base_of(tensor) for tensor in self.homes if tensor not in marks}
+        every |= {name: self.network()._parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
+        self.owned |= {
+            name: p for name, p in every.items() if isinstance(p, Base) or type(p) is nn.Parameter
+        }
+
+    # ---- fingerprint and other processes -----------------------------------------------------
+
+    def difference(self, fingerprint: Tensor) -> str:
+        """Name what makes coordinates under another fingerprint meaningless here, or return ""."""
+        theirs = bytes(int(digit) % 256 for digit in fingerprint.double().round().tolist()).hex()
+        if theirs[:32] != self.fingerprint[:32]:
+            return "the initial weights"
+        return "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
+
+    def _check_ranks(self) -> None:
+        if self.shards is not None:
+            self.shards.check_ranks()
+        elif different := self.difference(self.root._buffers[FINGERPRINT]):  # type: ignore[arg-type]
+            raise SubspanError(
+                f"{different} of this process differ from those of rank 0: build the model from "
+                "the same seed or file and with the same options on every rank"
+            )
+        self.ranks_checked = True
+
+    def parameters_digest(self) -> str:
+        """A digest of θ₀ without buffers."""
+        if self.shards is not None and self.shards.digest is not None:
+            return self.shards.digest
+        names = [name for name in self.requires_grad if name not in self.fully]
+        with _plain():
+            return digest_tensors(
+                {
+                    name: self.held(name) if name in self.packed else whole(self.stored(name))
+                    for name in names
+                }
+            )
+
+    @torch.no_grad()
+    def take_fingerprint(self, base: str) -> None:
+        """Take θ₀'s digest from a file that has all buffers, which are then stored again."""
+        self.fingerprint, self.base_buffers = base + self.fingerprint[32:], {}
+        number = self.root.get_buffer(FINGERPRINT)
+        number.copy_(torch.tensor(list(bytes.fromhex(self.fingerprint))))
+
+    def for_ddp(self, prefix: str) -> list[str]:
+        """Names that DDP must not send with every batch; the next call then compares ranks.
+
+        What DDP does send first is rank 0's fingerprint.
+        """
+        self.ranks_checked = False
+        before = [f"{compiled}{prefix}" for compiled in ("", "_orig_mod.")]
+        return [f"{start}{slot.path}" for start in before for slot in self.slots]
+
+
+def _locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the attribute at the end of a parameter's path."""
+    prefix, _, attribute = path.rpartition(".")
+    return root.get_submodule(prefix), attribute

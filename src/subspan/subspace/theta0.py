@@ -1,0 +1,190 @@
+"""θ₀ among a network's parameters: tensors that refuse what would mean θ₀ where θ is meant.
+
+:class:`Base` is what ``net.parameters()`` gives of a trained weight. It may be moved, converted,
+copied, read and changed; whoever computes with it wants the weight, and gets a sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from subspan.errors import SubspanError
+from subspan.subspace.callers import asked_by_a_graph
+from subspan.subspace.functions import is_harmless, property_of, sets_flag, share_memory
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+    Home = tuple[Weights, str]  # the network, and the name of the tensor whose θ₀ it is
+
+_plain = torch._C.DisableTorchFunctionSubclass
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real"})
+
+
+def take_wish(home: Home, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Note what ``requires_grad`` of frozen θ₀ was set to, in place of setting it."""
+    weights, tensor = home
+    wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+    weights.changes.wishes[tensor] = bool(wish)
+    return args[0] if name == "requires_grad_" else None
+
+
+def refuse_use(tensor: str, name: str, base: str = "θ₀") -> SubspanError:
+    """Make the refusal of a function that computes with θ₀ where the weight is meant."""
+    return SubspanError(
+        f"{tensor} among parameters() is {base}, and {name} of it is not that of the weight, which "
+        f"is trained through coordinates: read it from its module (net.{tensor}), from a part's "
+        "parameters() or from weights() of the SubspaceModel"
+    )
+
+
+class Theta0(Tensor):
+    """A view of θ₀: whoever computes with it wants the weight, and gets a refusal.
+
+    It may be moved, converted, copied, read and changed.
+    """
+
+    home: Home
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if isinstance(func, torch._ops.OpOverload):
+            # A person's program may be compiled, too, and has no frames then.
+            if not torch.compiler.is_dynamo_compiling() and asked_by_a_graph(sys._getframe(1)):
+                with _plain():
+                    return func(*args, **kwargs)
+            name = name.partition(".")[0]  # of its overload
+        flag = name in ("requires_grad_", "__set__") and sets_flag(func)
+        if flag and isinstance(args[0], Base):
+            return take_wish(args[0].home, name, args, kwargs)
+        with _plain():
+            out = func(*args, **kwargs)
+            if name == "__get__" and property_of(func) not in _VIEWS:
+                return out
+            if name == "__iter__":
+                out = list(out)
+            elif name in ("detach", "__set__") or is_harmless(name):
+                return out
+            bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
+            out = tree_map_only(Tensor, lambda t: _guard_view(t, bases, name), out)
+        return iter(out) if name == "__iter__" else out
+
+
+def _guard_view(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
+    """Make a view of θ₀ as careful as θ₀ itself, and refuse numbers computed from it."""
+    if type(out) is not Tensor or not out.is_floating_point():
+        return out
+    for base in bases:
+        if share_memory(out, base):
+            out = out.as_subclass(Theta0)
+            out.home = base.home
+            return out
+    raise refuse_use(bases[0].home[1], name)
+
+
+class Base(Theta0, nn.Parameter):
+    """A parameter that is trained in a subspace: frozen, and it holds θ₀.
+
+    ``requires_grad = …`` is taken as a wish, see
+    :meth:`subspan.subspace.changes.Changes.check_flags`.
+    Pickled it is an ordinary parameter, which its module takes for θ₀ again if it comes along.
+    """
+
+    kind: type[nn.Parameter]  # that it had, and gets back
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        if id(self) not in memo:
+            with _plain():
+                twin = type(self)(self.data.clone(memory_format=torch.preserve_format), False)
+            memo[id(self)] = twin
+            vars(twin).update(copy.deepcopy(vars(self), memo))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _plain():
+            plain = nn.Parameter(self.data, False)
+            vars(plain).update({k: v for k, v in vars(self).items() if k not in OWN})
+            return plain.__reduce_ex__(protocol)
+
+
+OWN = ("home", "kind")  # attributes of a Base that are ours
+
+
+def freeze(parameter: Any, weights: Weights, tensor: str) -> None:
+    """Make a parameter the frozen θ₀ of a tensor; it stays the same object."""
+    kind = type(parameter)
+    parameter.requires_grad_(False)
+    parameter.__class__ = _frozen(kind)  # type: ignore[arg-type]
+    parameter.home, parameter.kind = (weights, tensor), kind
+
+
+class Packed(Base):
+    """θ₀ that another library keeps quantised: it stays what that made of it, too."""
+
+    def as_it_was(self) -> Any:
+        """Return the same tensor as an object of the library's."""
+        with _plain():
+            if is_traceable_wrapper_subclass(self):
+                names, rest = self.__tensor_flatten__()
+                inside = {name: getattr(self, name) for name in names}
+                twin: Any = self.kind.__tensor_unflatten__(inside, rest, self.shape, self.stride())
+            else:
+                twin = Tensor._make_subclass(self.kind, self.data, False)
+            vars(twin).update({k: v for k, v in vars(self).items() if k not in OWN})
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            twin = memo[id(self)] = copy.deepcopy(self.as_it_was(), memo)
+            weights, tensor = copy.deepcopy(self.home, memo)
+            if not isinstance(twin, Base):  # or its module has done so meanwhile
+                freeze(twin, weights, tensor)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_it_was().__reduce_ex__(protocol)
+
+
+class Wrapped(Packed):
+    """The same of a tensor that is made of others: operators get the library's own object."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(
+            *tree_map_only(cls, _as_it_was, args), **tree_map_only(cls, _as_it_was, kwargs or {})
+        )
+
+
+def _as_it_was(base: Packed) -> Any:
+    return base.as_it_was()
+
+
+@functools.cache
+def _frozen(kind: type) -> type[Base]:
+    """Make the class of frozen θ₀ that was a parameter of a class."""
+    if kind.__module__.partition(".")[0] not in ("bitsandbytes", "torchao"):
+        return Base
+    base = Wrapped if hasattr(kind, "__tensor_flatten__") else Packed
+    body = {"__module__": kind.__module__, "__new__": kind.__new__, "kind": kind}
+    return type(kind.__name__, (base, kind), body)
+
+
+def thaw(parameter: Base) -> None:
+    """Undo :func:`freeze`, but for ``requires_grad``."""
+    parameter.__class__ = parameter.kind  # type: ignore[assignment]
+    del parameter.home, parameter.kind

@@ -1,0 +1,118 @@
+"""Wrapping a network: which of its weights are trained, and through which projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspan import families
+from subspan.errors import SubspanError, unknown
+from subspan.subspace.blocks import digest_layout
+from subspan.subspace.compartments import Patterns, Rules, partition, select
+from subspan.subspace.dtensors import refuse_sharded
+from subspan.subspace.handle import Handle
+from subspan.subspace.links import LINK
+from subspan.subspace.parameters import (
+    check_trainable,
+    digest_tensors,
+    find_aliases,
+    find_padding,
+    find_quantised,
+    find_slots,
+    saved_buffers,
+    select_trainable,
+)
+from subspan.subspace.quantised import QuantisedTensor
+from subspan.subspace.quantised_layers import find_foreign
+from subspan.subspace.weights import Weights
+
+
+def prepare(
+    net: nn.Module,
+    dim: int | Sequence[int] | None,
+    *,
+    projection: str,
+    compartments: Rules,
+    allocation: str,
+    targets: Patterns,
+    exclude: Patterns,
+    train_fully: Patterns,
+    padding: str,
+    seed: int,
+    **options: Any,
+) -> Weights:
+    """Find out what is trained, and through which projections; the network is left as it is.
+
+    Arguments are those of :class:`~subspan.subspace.model.SubspaceModel`.
+
+    Raises:
+        SubspanError: for anything that cannot be trained as asked.
+    """
+    if padding not in ("keep", "train"):
+        raise unknown("padding", padding, ("keep", "train"))
+    if isinstance(net, Handle):
+        raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+    for name, module in net.named_modules():
+        if isinstance(module, Handle) or LINK in vars(module):
+            raise SubspanError(
+                f"{name or 'the network'} is in a subspace already: merge or unwrap that "
+                "SubspaceModel first"
+            )
+    refuse_sharded(net)
+    targets, exclude, train_fully = _as_list(targets), _as_list(exclude), _as_list(train_fully)
+    places = find_slots(net)
+    names = find_aliases(places)
+    tensors = {name: net.get_parameter(name) for name in names}
+    fully = select(names, train_fully, "train_fully")
+    packed = find_quantised(net, places)
+    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, find_foreign(net))
+    check_trainable(net, places, set(sizes), fully, packed)
+    parts = partition(sizes, names, dim, compartments, allocation)
+    projections = tuple(
+        families.projection(
+            projection, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options
+        )
+        for k, part in enumerate(parts)
+    )
+    base: dict[str, Tensor | QuantisedTensor] = {
+        name: packed.get(name, tensor) for name, tensor in tensors.items() if name not in fully
+    }
+    inside = [slot for slot in places if slot.tensor in sizes]
+    kept = find_padding(net, inside) if padding == "keep" else {}
+    meaning = options | ({"padding": "keep"} if kept else {})
+    weights = Weights(
+        net,
+        parts,
+        projections,
+        inside,
+        {name: tensor.requires_grad for name, tensor in tensors.items()},
+        fully,
+        kept,
+        digest_tensors({**base, **saved_buffers(net)})
+        + digest_layout(parts, projection, seed, meaning),
+        {name: weight.kind for name, weight in packed.items()},
+    )
+    weights.recipe = meaning | {
+        "dim": list(dim) if isinstance(dim, Sequence) else dim,
+        "projection": projection,
+        "compartments": compartments if isinstance(compartments, str) else _as_pairs(compartments),
+        "allocation": allocation,
+        "targets": targets,
+        "exclude": exclude,
+        "train_fully": train_fully,
+        "seed": seed,
+    }
+    return weights
+
+
+def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
+    """Rules as JSON that keeps their order: the first that matches counts."""
+    return [list(rule) for rule in (rules.items() if isinstance(rules, Mapping) else rules)]
+
+
+def _as_list(patterns: Patterns) -> str | list[str] | None:
+    return patterns if isinstance(patterns, str | None) else list(patterns)
