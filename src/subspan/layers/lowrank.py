@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from subspan.families.base import transformed
 from subspan.layers import factors
 from subspan.layers.factors import plain
 from subspan.layers.plain import Convolution, autocast_type, filled, linear
+from subspan.layers.protocol import Compressed
 from subspan.layers.watched import Geometry, Tangents, Watched, down, filters, out
 
 
-class LowRank(nn.Module, ABC):
+class LowRank(Compressed, type_name="lowrank"):
     """A layer with weight W = U S Vᵀ, as an n × m matrix.
 
     Attributes:
@@ -34,6 +36,7 @@ class LowRank(nn.Module, ABC):
         bias: (n,) parameter, or None.
     """
 
+    resizes = True
     _watcher: weakref.ref[Tangents] | None = None
 
     def __init__(
@@ -46,9 +49,10 @@ class LowRank(nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(n, m):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
             raise SubspanError(
-                f"the rank of a {n} × {m} weight must be in [1, {min(n, m)}], got {rank}"
+                f"the rank of a {n} × {m} weight must be an integer in [1, {min(n, m)}], got "
+                f"{rank!r}"
             )
         like = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, rank, **like))  # type: ignore[arg-type]
@@ -82,22 +86,52 @@ class LowRank(nn.Module, ABC):
         return self.S.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
         """The shape (n, m) of the weight as a matrix."""
         return self.U.shape[0], self.V.shape[0]
+
+    @property
+    def recipe(self) -> int:
+        """The rank."""
+        return self.rank
+
+    @classmethod
+    def make(cls, recipe: int, **arguments: Any) -> Self:
+        """Make a layer of a rank, with random factors."""
+        return cls(rank=recipe, **arguments)
+
+    def recipe_in(self, tensors: Mapping[str, Tensor]) -> int:
+        """The rank of the core among them, if the weight can have it."""
+        core = tensors.get("S", self.S)
+        r = len(core) if core.dim() else 0
+        return r if 1 <= r <= min(self.shape) else self.rank
+
+    def resize(self, recipe: Any) -> None:
+        """Take a rank, with any factors."""
+        (n, m), empty = self.shape, self.S.new_empty
+        self.set_factors(empty(n, recipe), empty(recipe, recipe), empty(m, recipe))
+
+    @property
+    def inference_numbers(self) -> int:
+        """The r (n + m) of two factors, and the bias."""
+        return self.own_numbers - self.S.numel()
+
+    @classmethod
+    def published_counts(cls, layers: Sequence[LowRank], matrices: int) -> dict[str, int]:
+        """Count as the source does: in its evaluation V counts once, and in its training all."""
+        sizes = [(*layer.shape, layer.rank) for layer in layers]
+        return {
+            "'params eval' of Schotthöfer 2022": sum(r * (n + 1) for n, _, r in sizes) + matrices,
+            "'params train' of Schotthöfer 2022": sum(
+                5 * r * (n + m) + 12 * r * r for n, m, r in sizes
+            )
+            + 2 * matrices,
+        }
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
         """W in the shape of the dense layer's, made at each call: for looking at, not for work."""
-
-    @abstractmethod
-    def dense(self) -> nn.Module:
-        """The ordinary layer with this weight."""
-
-    @abstractmethod
-    def two_factors(self) -> nn.Sequential:
-        """Two ordinary layers, of Vᵀ and of U S."""
 
     @property
     def tangents(self) -> Tangents | None:
@@ -221,7 +255,7 @@ class LowRank(nn.Module, ABC):
         return out(down(x, V, how), S, U, how, bias)
 
 
-class LowRankLinear(LowRank):
+class LowRankLinear(LowRank, replaces=nn.Linear):
     """``nn.Linear`` with the weight U S Vᵀ.
 
     Args:
@@ -274,7 +308,7 @@ class LowRankLinear(LowRank):
         )
 
 
-class LowRankConv2d(LowRank, Convolution):
+class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
     """``nn.Conv2d`` with the kernel U S Vᵀ, out × (in·k²): r filters, then a 1×1 convolution.
 
     Args:

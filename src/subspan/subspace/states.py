@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
-from subspan.families import Projection
+from subspan.linalg import conjugate_gradients
 from subspan.subspace.inplace import FINGERPRINT, LINK
 from subspan.subspace.sharded import refuse_whole
 
@@ -100,7 +100,15 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
             size = max(size, float(value.abs().max()))
             eps = max(eps, torch.finfo(base.dtype).eps)
         delta, mask = torch.cat(pieces), torch.cat(moved).double()
-        w = _least_squares(projection, delta, mask)
+        # PᵀP is nearly 1, or 1 exactly: a few steps suffice. M is 0 where weights stay at θ₀.
+        w = conjugate_gradients(
+            lambda w, P=projection, M=mask: M * P.matvec(w),
+            lambda y, P=projection, M=mask: P.rmatvec(M * y),
+            delta.new_zeros(part.dim),
+            delta,
+            tolerance=1e-14,
+            steps=100,
+        )
         error = float((mask * projection.matvec(w) - delta).abs().max())
         if not error <= 8 * eps * size:
             raise SubspanError(
@@ -109,27 +117,3 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
             )
         found[name] = w.to(weights.root._parameters[name])
     return found
-
-
-def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
-    """W with M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
-
-    PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
-
-    Args:
-        projection: P.
-        delta: (D,) float64.
-        mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
-    """
-    residual = projection.rmatvec(mask * delta)
-    w, along, size = torch.zeros_like(residual), residual, residual.square().sum()
-    least = 1e-28 * float(size)
-    for _ in range(100):
-        if float(size) <= least:
-            break
-        image = projection.rmatvec(mask * projection.matvec(along))
-        step = size / (along @ image)
-        w, residual = w + step * along, residual - step * image
-        last, size = size, residual.square().sum()
-        along = residual + size / last * along
-    return w

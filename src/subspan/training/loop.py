@@ -84,7 +84,7 @@ class Loop:
             self.check_beginning(where)
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
-        model = checkpoint.arranged(ready.model, where["header"]) if where else ready.model
+        model = checkpoint.rebuild(ready.model, where["header"]) if where else ready.model
         self.model = model.to(device)
         total = self.steps * self.training.epochs
         begun_with = self.extra() | {"init_seed": ready.init_seed}

@@ -9,20 +9,12 @@ the other; or anything between. :func:`planned` finds the one with the fewest mu
 batch at hand, by dynamic programming over the chain.
 """
 
+from subspan.layers.product_of_sums.conv import ProductOfSumsConv2d
 from subspan.layers.product_of_sums.factors import described
-from subspan.layers.product_of_sums.layer import (
-    ProductOfSums,
-    ProductOfSumsConv2d,
-    ProductOfSumsLinear,
-)
+from subspan.layers.product_of_sums.layer import ProductOfSums
+from subspan.layers.product_of_sums.linear import ProductOfSumsLinear
 from subspan.layers.product_of_sums.order import planned
-from subspan.layers.product_of_sums.replace import (
-    product_of_sums,
-    product_of_sums_like,
-    registry,
-    remade,
-    succeeded,
-)
+from subspan.layers.product_of_sums.replace import product_of_sums
 
 __all__ = [
     "ProductOfSums",
@@ -31,8 +23,4 @@ __all__ = [
     "described",
     "planned",
     "product_of_sums",
-    "product_of_sums_like",
-    "registry",
-    "remade",
-    "succeeded",
 ]

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums, recipes
-from subspan.layers.places import replaced
 from subspan.layers.product_of_sums import described
+from subspan.layers.replace import exchange
 from subspan.subspace.compartments import matches
 from subspan.training.config import Run, split
 from subspan.training.methods import Method, Option
@@ -102,7 +102,7 @@ class ProductsOfSums(Method):
         for name, layer in _layers(model).items():
             larger = grow(layer, _factors(rules, name, layer))
             carry_over(optimizer, layer, larger)
-            model = replaced(model, {id(layer): larger})
+            model = exchange(model, {id(layer): larger})
         return model
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
