@@ -66,7 +66,9 @@ def test_another_network_is_refused_and_left_alone(tmp_path):
     with pytest.raises(SubspanError, match="of a network of 212 weights, this one has 217"):
         load(tmp_path / "net.safetensors", other)
     shifted = torch.nn.Sequential(torch.nn.Identity(), *build("mlp"))
-    with pytest.raises(SubspanError, match="does not fit this network: the network has no layer .0. that could be of the type"):
+    with pytest.raises(
+        SubspanError, match="the network has no layer '0' that could be of the type"
+    ):
         load(tmp_path / "net.safetensors", shifted)
     assert not ranks(shifted)
     assert other.state_dict().keys() == before.keys()

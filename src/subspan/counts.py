@@ -1,4 +1,4 @@
-"""How many numbers a network is: to store, to run, to train, and were it dense."""
+"""Counts of a network's numbers: to store, to run, to train, and with every layer dense."""
 
 from __future__ import annotations
 

@@ -42,42 +42,50 @@ Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their
 
 
 def describe_layers(net: nn.Module) -> dict[str, Any]:
-    """The fields of a header that say which layers of a network are compressed, and its kind."""
+    """The fields of a header that say which layers of a network are compressed, and its kind.
+
+    Raises:
+        SubspanError: if the recipe of a layer is not JSON.
+    """
     fields: dict[str, dict[str, Any]] = {}
     for name, layer in compressed_layers(net).items():
-        known = layer.type_name
-        if known in FIELD_OF:
-            fields.setdefault(FIELD_OF[known], {})[name] = layer.recipe
+        kind = layer.type_name
+        try:
+            json.dumps(layer.recipe)
+        except TypeError as error:
+            raise SubspanError(f"the recipe of layer {name!r} must be JSON: {error}") from None
+        if kind in FIELD_OF:
+            fields.setdefault(FIELD_OF[kind], {})[name] = layer.recipe
         else:
-            module = layer_type(known).__module__
-            entry = fields.setdefault("layers", {}).setdefault(
-                known, {"module": module, "recipes": {}}
-            )
+            entry = {"module": layer_type(kind).__module__, "recipes": {}}
+            entry = fields.setdefault("layers", {}).setdefault(kind, entry)
             entry["recipes"][name] = layer.recipe
-    kind = next(kind for kind, own in FIELDS.items() if fields.keys() <= own.keys())
+    kind = next(kind for kind, named in FIELDS.items() if fields.keys() <= named.keys())
     return {"kind": kind} | {field: fields.get(field, {}) for field in FIELDS[kind]}
 
 
-def layers_of(header: Mapping[str, Any]) -> Types:
+def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
     """The compressed layers that a header describes, by their types.
 
+    Args:
+        header: of :func:`read`.
+        path: of the file, for errors.
+
     Raises:
-        SubspanError: for a type that no module which is imported defines, and for a header that is
-            none.
+        SubspanError: for a type that no imported module defines, and for layers without recipes.
     """
     types: Types = {
-        layer_type(name): header[field] for name, field in FIELD_OF.items() if header.get(field)
+        layer_type(kind): header[field] for kind, field in FIELD_OF.items() if header.get(field)
     }
-    for name, entry in header.get("layers", {}).items():
+    for kind, entry in header.get("layers", {}).items():
         if not isinstance(entry, dict) or not isinstance(entry.get("recipes"), dict):
-            raise SubspanError(f"the header has no recipes of its layers of the type {name!r}")
-        if name not in layer_types():
+            raise SubspanError(f"{path} has no recipes of its layers of the type {kind!r}")
+        if kind not in layer_types():
             raise SubspanError(
-                f"the file has layers of the type {name!r}, which no imported module defines: "
-                f"import {entry.get('module')} first, if you trust it (--import on the command "
-                "line)"
+                f"{path} has layers of the type {kind!r}, which no imported module defines: import "
+                f"{entry.get('module')} first, if you trust it (--import on the command line)"
             )
-        types[layer_type(name)] = entry["recipes"]
+        types[layer_type(kind)] = entry["recipes"]
     return types
 
 

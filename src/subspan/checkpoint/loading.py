@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             given is then untouched.
     """
     header, tensors = read(path)
-    seed = header.get("init_seed")
+    types, seed = layers_of(header, path), header.get("init_seed")
     if isinstance(net, nn.Module):
         network = net
     else:
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         )
     if header["kind"] != "subspace":
         try:
-            network = rebuild(network, header)
+            network = rebuild_layers(network, types)
         except SubspanError as error:
             raise SubspanError(f"{path} does not fit this network: {error}") from None
         restore(network, tensors)
@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     else:
         before = []
     try:
-        model = _wrapped(path, network, header, tensors)
+        model = _wrap(path, network, header, tensors)
         restore(model, tensors)
     except BaseException:
         if (begun := SubspaceModel.of(network)) is not None:
@@ -89,8 +89,7 @@ def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     Raises:
         SubspanError: if the network is another one; it is then untouched.
     """
-    types = layers_of(header)
-    return rebuild_layers(network, types) if types else network
+    return rebuild_layers(network, layers_of(header))
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         SubspanError: if they are another model's; this one is then untouched.
     """
     model = SubspaceModel.of(model) or model
-    own = stored_tensors(model)
+    live = stored_tensors(model)
     resized: dict[type[Compressed], dict[str, Any]] = {}
     # Those inside a SubspaceModel are its base, and not in the file.
     layers = {} if isinstance(model, SubspaceModel) else compressed_layers(model)
@@ -113,32 +112,32 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if recipe != layer.recipe:
             resized.setdefault(layer_type(layer.type_name), {})[name] = recipe
             twin = layer.rebuild(layer, recipe, device="meta")
-            own |= {prefix + key: p for key, p in twin.named_parameters()}
+            live |= {prefix + key: p for key, p in twin.named_parameters()}
     may_lack: set[str] = set()
     if isinstance(model, SubspaceModel):
-        own[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
+        live[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
         may_lack = {f"body.{name}" for name in slots.saved_buffers(model.body)}
-    for name in sorted((own.keys() | tensors.keys()) - (may_lack - tensors.keys())):
-        here, there = (
-            str(list(ts[name].shape)) if name in ts else "no place" for ts in (own, tensors)
+    for name in sorted((live.keys() | tensors.keys()) - (may_lack - tensors.keys())):
+        in_network, in_file = (
+            str(list(ts[name].shape)) if name in ts else "no place" for ts in (live, tensors)
         )
-        if here != there:
+        if in_network != in_file:
             raise SubspanError(
-                f"the checkpoint is of another network: {name} has shape {there} in the file and "
-                f"{here} in the network"
+                f"the checkpoint is of another network: {name} has shape {in_file} in the file "
+                f"and {in_network} in the network"
             )
     if resized:
         rebuild_layers(model, resized)
-        own |= stored_tensors(model)
+        live |= stored_tensors(model)
     for name, tensor in tensors.items():
-        copy_into(own[name], tensor)
+        copy_into(live[name], tensor)
     if isinstance(model, SubspaceModel):
         parts = tensors[COORDINATES].split([part.dim for part in model.compartments])
         for w, part in zip(model.coordinates.values(), parts, strict=True):
             w.copy_(part)
 
 
-def _wrapped(
+def _wrap(
     path: str | os.PathLike[str],
     net: nn.Module,
     header: Mapping[str, Any],
@@ -206,7 +205,7 @@ def check_base(
         )
 
 
-def _say_kinds(counted: Mapping[str, int]) -> str:
+def _say_kinds(numbers: Mapping[str, int]) -> str:
     """Say how many quantised tensors of each kind there are."""
-    tensors = ", ".join(f"{number} of {kind}" for kind, number in counted.items())
+    tensors = ", ".join(f"{number} of {kind}" for kind, number in numbers.items())
     return f"quantised tensors ({tensors})" if tensors else "no quantised tensors"

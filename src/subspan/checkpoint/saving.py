@@ -1,4 +1,4 @@
-"""What a model is in a file, and writing it."""
+"""Writing a model: which header and which tensors its file has."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def contents(
     _check_only_tensors(model)
     if isinstance(model, SubspaceModel):
         model.subspace.changes.check_complete()
-        own = {**model.fully_trained(), **model.changed_buffers()}
-        tensors = {f"body.{name}": tensor for name, tensor in own.items()}
+        changed = {**model.fully_trained(), **model.changed_buffers()}
+        tensors = {f"body.{name}": tensor for name, tensor in changed.items()}
         tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])
         header |= {
             "kind": "subspace",
@@ -96,8 +96,8 @@ def _check_only_tensors(model: nn.Module) -> None:
         SubspanError: naming a module that has some.
     """
     for name, module in model.named_modules():
-        own = type(module).get_extra_state is not nn.Module.get_extra_state
-        if own and module.get_extra_state() is not None:
+        overridden = type(module).get_extra_state is not nn.Module.get_extra_state
+        if overridden and module.get_extra_state() is not None:
             raise SubspanError(
                 f"{name or 'the network'} ({type(module).__name__}) has state of its own "
                 "(get_extra_state), which a file of tensors would lose: keep it in buffers, or "
@@ -116,9 +116,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
             "DDP, `._orig_mod` of torch.compile), or put its merge() there"
         )
     places = slots.slots(model)
-    for name, found in slots.quantised_of(model, places).items():
+    for name, packed in slots.quantised_of(model, places).items():
         raise SubspanError(
-            f"{name} is quantised ({found.kind}), and a file of a whole network holds dense "
+            f"{name} is quantised ({packed.kind}), and a file of a whole network holds dense "
             "weights only: save state_dict() by torch.save, or coordinates around it"
         )
     parameters = {name: model.get_parameter(name) for name in slots.aliases(places)}
@@ -126,5 +126,5 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
-    """How many quantised tensors of each kind there are."""
+    """Count the quantised tensors of each kind."""
     return dict(sorted(Counter(kinds).items()))

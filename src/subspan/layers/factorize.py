@@ -51,12 +51,12 @@ def factorize(
             has a hook on a weight or a ``state_dict``, which would be lost; and if there is nothing
             to factorise. The network is then untouched.
     """
-    given = [
+    sizes = [
         name for name, v in (("rank", rank), ("ratio", ratio), ("energy", energy)) if v is not None
     ]
-    if len(given) != 1:
+    if len(sizes) != 1:
         raise SubspanError(
-            f"give one of rank, ratio and energy, got {' and '.join(given) or 'none'}"
+            f"give one of rank, ratio and energy, got {' and '.join(sizes) or 'none'}"
         )
     for name, share in (("ratio", ratio), ("energy", energy)):
         if share is not None and not 0 < share <= 1:
@@ -91,10 +91,10 @@ def _rank(
         assert best is not None
         return max(1, rank_of(best[1], math.sqrt(1 - energy)))
     if isinstance(rank, Mapping):
-        found = [r for pattern, r in rank.items() if matches(pattern, name)]
-        if not found:
+        ranks = [r for pattern, r in rank.items() if matches(pattern, name)]
+        if not ranks:
             raise SubspanError(f"rank says nothing of layer {name!r}: name it, or exclude it")
-        r: object = found[0]
+        r: object = ranks[0]
     else:
         r = rank
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(n, m):

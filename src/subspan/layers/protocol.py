@@ -125,17 +125,17 @@ class Compressed(nn.Module, ABC):
 
     @property
     def dense_numbers(self) -> int:
-        """How many numbers the ordinary layer has."""
+        """The number of parameters of the ordinary layer."""
         return math.prod(self.shape) + self.bias_length
 
     @property
     def own_numbers(self) -> int:
-        """How many parameters the layer has."""
+        """The number of parameters of this layer."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def inference_numbers(self) -> int:
-        """How many of them are needed to run it."""
+        """The number of those that are needed to run it."""
         return self.own_numbers
 
     @classmethod

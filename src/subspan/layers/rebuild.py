@@ -39,20 +39,20 @@ def rebuild_layers(
                 f"the network has no layer {name!r} that could be of the type {kind.type_name!r}"
             )
     check_replaceable(candidates, [name for name in wanted if name not in present])
-    put: dict[str, nn.Module] = {}
+    placed: dict[str, nn.Module] = {}
     successors: dict[int, nn.Module] = {}
     resized: dict[str, Compressed] = {}
     for name, (kind, recipe) in wanted.items():
         layer = present.get(name)
         if layer is None:
-            put[name] = _make(name, kind, candidates[name].plain, recipe)
+            placed[name] = _make(name, kind, candidates[name].plain, recipe)
         elif kind.resizes:
             _make(name, kind, layer, recipe, device="meta")  # refuses what cannot be
             resized[name] = layer
         elif layer.recipe != recipe:
             new = _make(name, kind, layer, recipe)
             successors[id(layer)] = succeed(name, layer, new)
-    net = exchange(put_layers(net, candidates, put), successors)
+    net = exchange(put_layers(net, candidates, placed), successors)
     for name, layer in resized.items():
         if layer.recipe != (recipe := wanted[name][1]):
             layer.resize(recipe)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
+from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
 from subspan.subspace.inplace import FINGERPRINT, LINK
 from subspan.subspace.sharded import refuse_whole
@@ -100,15 +101,7 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
             size = max(size, float(value.abs().max()))
             eps = max(eps, torch.finfo(base.dtype).eps)
         delta, mask = torch.cat(pieces), torch.cat(moved).double()
-        # PᵀP is nearly 1, or 1 exactly: a few steps suffice. M is 0 where weights stay at θ₀.
-        w = conjugate_gradients(
-            lambda w, P=projection, M=mask: M * P.matvec(w),
-            lambda y, P=projection, M=mask: P.rmatvec(M * y),
-            delta.new_zeros(part.dim),
-            delta,
-            tolerance=1e-14,
-            steps=100,
-        )
+        w = _least_squares(projection, delta, mask)
         error = float((mask * projection.matvec(w) - delta).abs().max())
         if not error <= 8 * eps * size:
             raise SubspanError(
@@ -117,3 +110,21 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
             )
         found[name] = w.to(weights.root._parameters[name])
     return found
+
+
+def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
+    """W with M P w ≈ δ, (d,) float64; PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
+
+    Args:
+        projection: P.
+        delta: (D,) float64.
+        mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
+    """
+    return conjugate_gradients(
+        lambda w: mask * projection.matvec(w),
+        lambda y: projection.rmatvec(mask * y),
+        delta.new_zeros(projection.in_dim),
+        delta,
+        tolerance=1e-14,
+        steps=100,
+    )

@@ -61,9 +61,9 @@ def cosines(size: int) -> Tensor:
 
 def zigzag(side: int) -> list[tuple[int, int]]:
     """Frequencies (row, column) of a square in JPEG's order: (0, 0), (0, 1), (1, 0), (2, 0)."""
-    found = []
+    frequencies = []
     for diagonal in range(2 * side - 1):
         low, high = max(0, diagonal - side + 1), min(diagonal, side - 1)
         rows = range(low, high + 1) if diagonal % 2 else range(high, low - 1, -1)
-        found += [(row, diagonal - row) for row in rows]
-    return found
+        frequencies += [(row, diagonal - row) for row in rows]
+    return frequencies

@@ -91,8 +91,8 @@ class UserBasis(Sum, kind="given"):
         energy: float = 1.0,
     ) -> None:
         """``tensor`` holds them; or a file does, and only ``shape`` and ``energy`` are known."""
-        known = tensor is not None
-        if shape is not None and not known:
+        has_values = tensor is not None
+        if shape is not None and not has_values:
             tensor = torch.zeros(*shape)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 3:
             raise SubspanError("given matrices must be one floating tensor (p, n, m)")
@@ -103,7 +103,7 @@ class UserBasis(Sum, kind="given"):
             )
         self._count(tensor.shape[0])
         self.tensor = tensor
-        self.energy = float(tensor.double().square().sum()) if known else energy
+        self.energy = float(tensor.double().square().sum()) if has_values else energy
         if not 0 < self.energy < math.inf:
             raise SubspanError("given matrices must be finite, and not all zero")
         self.matrix_cost = self.n * self.m * self.p

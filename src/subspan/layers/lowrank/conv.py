@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
-from subspan.layers.plain import Convolution, filled
+from subspan.layers.plain import Convolution, fill
 from subspan.layers.watched import filters
 
 
@@ -48,7 +48,9 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
+        self.set_geometry(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode
+        )
         m = in_channels * math.prod(self.kernel_size)
         super().__init__(out_channels, m, rank, bias, device, dtype)
 
@@ -56,7 +58,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
         """(B, in, H, W) → (B, out, H', W'), or the same without B."""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        x, padding = self.padded(x)
+        x, padding = self.pad(x)
         return self._output(x, (self.kernel_size, self.stride, padding, self.dilation))
 
     @property
@@ -74,7 +76,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
             K, first = self.U @ self.S, filters(self.V, self.kernel_size)
             last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
             return nn.Sequential(
-                self.ordinary(first, None), filled(last, K[..., None, None], self.bias)
+                self.ordinary(first, None), fill(last, K[..., None, None], self.bias)
             )
 
     def extra_repr(self) -> str:

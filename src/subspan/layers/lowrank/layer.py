@@ -138,12 +138,12 @@ class LowRank(Compressed, type_name="lowrank"):
         A layer that is frozen has none. Transforms of functions (``torch.func``, forward mode) are
         about the three factors alone, and a function of our own would be in their way.
         """
-        found = self.tangents
-        if found is None or not found.awake or not torch.is_grad_enabled():
+        tangents = self.tangents
+        if tangents is None or not tangents.awake or not torch.is_grad_enabled():
             return None
         if not (self.U.requires_grad and self.S.requires_grad and self.V.requires_grad):
             return None
-        return found if torch.compiler.is_compiling() or not transformed() else None
+        return tangents if torch.compiler.is_compiling() or not transformed() else None
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
@@ -163,29 +163,29 @@ class LowRank(Compressed, type_name="lowrank"):
             V: (m, r').
         """
         with plain():
-            for own, new in ((self.U, U), (self.S, S), (self.V, V)):
-                if own.shape == new.shape:
-                    own.data.copy_(new)
+            for factor, new in ((self.U, U), (self.S, S), (self.V, V)):
+                if factor.shape == new.shape:
+                    factor.data.copy_(new)
                     continue
-                own.grad = None
+                factor.grad = None
                 # A graph that is still alive (that of the last loss) keeps the node that
                 # accumulates this gradient, which knows the old shape. A change of type or device,
                 # and only that, makes autograd forget the node.
-                dtype = own.dtype
+                dtype = factor.dtype
                 other = torch.float64 if dtype == torch.float32 else torch.float32
-                own.data = torch.empty(0, dtype=other, device=own.device)
+                factor.data = torch.empty(0, dtype=other, device=factor.device)
                 # Allocated at its own size:
-                own.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+                factor.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
         self._renew_tangents()
 
     def _renew_tangents(self) -> None:
         """Bring k and l to the shape, type and device of the factors."""
-        found = self.tangents
-        if found is None:
+        tangents = self.tangents
+        if tangents is None:
             return
-        was = len(found.k), len(found.l), found.k.dtype, found.k.device
+        was = len(tangents.k), len(tangents.l), tangents.k.dtype, tangents.k.device
         if was != (self.S.shape[1], self.S.shape[0], self.S.dtype, self.S.device):
-            found.renew(self)
+            tangents.renew(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the layer to another device or type, and what watches it, too."""
@@ -208,10 +208,10 @@ class LowRank(Compressed, type_name="lowrank"):
     ) -> None:
         """Add the witness, by which loading knows factors that have been averaged."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = [self._parameters.get(name) for name in "USV"]
-        if all(isinstance(p, factors.Factor) and not p.is_meta for p in own):
+        parameters = [self._parameters.get(name) for name in "USV"]
+        if all(isinstance(p, factors.Factor) and not p.is_meta for p in parameters):
             with plain():
-                destination[prefix + "witness"] = factors.witness(*own)  # type: ignore[arg-type]
+                destination[prefix + "witness"] = factors.witness(*parameters)  # type: ignore[arg-type]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -221,15 +221,15 @@ class LowRank(Compressed, type_name="lowrank"):
         Raises:
             SubspanError: if somebody has averaged the factors one by one.
         """
-        found = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
+        tensors = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
         saved = state_dict.pop(prefix + "witness", None)  # older states have none
-        if len(found) == 3 and all(t.dim() == 2 for t in found):
-            U, S, V = found
+        if len(tensors) == 3 and all(t.dim() == 2 for t in tensors):
+            U, S, V = tensors
             (n, m), r = self.shape, S.shape[0]
             if (U.shape, S.shape, V.shape) == ((n, r), (r, r), (m, r)):
                 with plain():
                     if saved is not None:
-                        factors.check(prefix.removesuffix(".") or "the layer", found, saved)
+                        factors.check(prefix.removesuffix(".") or "the layer", tensors, saved)
                     self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
         self._adopt()

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from subspan.errors import SubspanError
 from subspan.layers.plain import Convolution, autocast_type
 from subspan.layers.product_of_sums.layer import ProductOfSums
-from subspan.layers.product_of_sums.order import Plan, expected, planned
+from subspan.layers.product_of_sums.order import Plan, example_size, plan_product
 
 
 class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
@@ -61,7 +61,9 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
+        self.set_geometry(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode
+        )
         m = in_channels * math.prod(self.kernel_size)
         super().__init__(out_channels, m, factors, bias, seed, stream, init, device, dtype)
 
@@ -71,18 +73,18 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         Returns:
             The plan of the 1×1 convolution, or None, and that of the filters.
         """
-        places = expected(places)
+        places = example_size(places)
         if places not in self._plans:
             self._plans[places] = self._cheapest(places)
-        found: tuple[Plan | None, Plan] = self._plans[places]
-        return found
+        plans: tuple[Plan | None, Plan] = self._plans[places]
+        return plans
 
     def _cheapest(self, places: int) -> tuple[Plan | None, Plan]:
         """Try every factor as the first of the filters."""
         ways: list[tuple[int, Plan | None, Plan]] = []
         for cut in range(len(self.sums)):
-            filters = planned(self.sums[cut:], None, cut)
-            after = planned(self.sums[:cut], places) if cut else None
+            filters = plan_product(self.sums[cut:], None, cut)
+            after = plan_product(self.sums[:cut], places) if cut else None
             cost = filters.cost + places * self.sums[cut].n * self.shape[1]
             ways.append((cost + (after.cost if after else 0), after, filters))
         best = ways[0]
@@ -100,7 +102,7 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         return self._images(x)
 
     def _images(self, x: Tensor) -> Tensor:
-        x, padding = self.padded(x)
+        x, padding = self.pad(x)
         if isinstance(padding, str):  # zeros that are as many on both sides
             raise AssertionError(padding)
         places = x.shape[0]
@@ -108,7 +110,7 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         for side, p, d, k, s in zip(*geometry, strict=True):
             places *= (side + 2 * p - d * (k - 1) - 1) // s + 1
         after, filters = self.cost(places)
-        kernel = self._kernel(self._formed(filters, None))
+        kernel = self._kernel(self._form(filters, None))
         bias = self.full_bias()
         h = F.conv2d(
             x, kernel, bias if after is None else None, self.stride, padding, self.dilation
@@ -116,7 +118,7 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         if after is None:
             return h
         rows = h.movedim(1, -1)
-        y = self._formed(after, rows.reshape(-1, h.shape[1])).view(*rows.shape[:-1], self.shape[0])
+        y = self._form(after, rows.reshape(-1, h.shape[1])).view(*rows.shape[:-1], self.shape[0])
         y = y if bias is None else y + bias
         y = y.to(autocast_type(y)).movedim(-1, 1)
         # Channels last now: as it came out of the convolution, for somebody may take a view of it.

@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import HALF
-from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, described, function
-from subspan.layers.product_of_sums.order import Plan, planned
+from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, function, parse_factor
+from subspan.layers.product_of_sums.order import Plan, plan_product
 from subspan.layers.protocol import Compressed
 
 
@@ -55,7 +55,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         if not 0 <= stream < 1 << 18:
             raise SubspanError(f"stream must be in [0, 2^18), got {stream!r}")
         self.shape, self.seed, self.stream, self.init = (n, m), seed, stream, init
-        self.factors = [described(factor) for factor in factors]
+        self.factors = [parse_factor(factor) for factor in factors]
         first = stream * STREAMS
         with torch.device("cpu"):  # numbers, even where a network is made without any
             self.sums = chain(n, m, self.factors, seed, first)
@@ -72,7 +72,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
                 self.register_parameter(f"a{i}", nn.Parameter(torch.empty(s.p, **like)))
             else:
                 self.register_buffer(f"a{i}", torch.ones(s.p, **like), persistent=False)
-            constants = self._made(i)
+            constants = self._make_constants(i)
             self._constants.append([f"fixed{i}_{j}" for j in range(len(constants))])
             for name, constant in zip(self._constants[i], constants, strict=True):
                 # What a seed makes is in no file; what a user gives must be.
@@ -97,16 +97,16 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         where f is the identity.
         """
         gain = GAINS[self.init](*self.shape)
-        for s, own in zip(self.sums, self.trained, strict=True):
-            if not own:
+        for s, trained in zip(self.sums, self.trained, strict=True):
+            if not trained:
                 gain /= s.energy / s.n
         scales = []
-        for s, own in zip(self.sums, self.trained, strict=True):
-            scales.append(math.sqrt(gain * s.n / s.energy) if own else 1.0)
-            gain = 1.0 if own else gain
+        for s, trained in zip(self.sums, self.trained, strict=True):
+            scales.append(math.sqrt(gain * s.n / s.energy) if trained else 1.0)
+            gain = 1.0 if trained else gain
         return scales
 
-    def _made(self, i: int) -> list[Tensor]:
+    def _make_constants(self, i: int) -> list[Tensor]:
         """Make the constants of factor i, where its coefficients are, and in their type."""
         with torch.device("cpu"):
             constants = self.sums[i].constants()
@@ -131,7 +131,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
                 continue
             if not self.trained[i]:
                 now.fill_(1)
-            for name, constant in zip(self._constants[i], self._made(i), strict=True):
+            for name, constant in zip(self._constants[i], self._make_constants(i), strict=True):
                 setattr(self, name, constant)
         return self
 
@@ -147,9 +147,9 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         bias = self._bias_of.in_dim if self._bias_of else self.bias is not None
         factors = []
         for factor, s in zip(self.factors, self.sums, strict=True):
-            own = {key: value for key, value in factor.items() if key != "tensor"}
-            given = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
-            factors.append(own | given)
+            written = {key: value for key, value in factor.items() if key != "tensor"}
+            of_tensor = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
+            factors.append(written | of_tensor)
         return {
             "factors": factors,
             "bias": bias,
@@ -161,11 +161,11 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
     @property
     def matrix(self) -> Tensor:
         """W as a matrix, (n, m), made at each call."""
-        return self._formed(planned(self.sums, None), None)
+        return self._form(plan_product(self.sums, None), None)
 
     def factor(self, i: int) -> Tensor:
         """F of factor i as a matrix."""
-        return self._formed(planned(self.sums[i : i + 1], None, i), None)
+        return self._form(plan_product(self.sums[i : i + 1], None, i), None)
 
     @property
     @abstractmethod
@@ -183,10 +183,10 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
 
     def values(self, i: int) -> Tensor:
         """Return the numbers of factor i, (p,): a parameter a; of a fixed one, ones."""
-        found: Tensor = getattr(self, f"a{i}")
-        return found
+        values: Tensor = getattr(self, f"a{i}")
+        return values
 
-    def _formed(self, plan: Plan, x: Tensor | None) -> Tensor:
+    def _form(self, plan: Plan, x: Tensor | None) -> Tensor:
         """An interval of the chain: a matrix; with x in it rows, (B, n) for n × B."""
         if plan.way == "vectors":
             assert x is not None
@@ -194,7 +194,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         if plan.way == "product":
             assert plan.left is not None
             assert plan.right is not None
-            left, right = self._formed(plan.left, x), self._formed(plan.right, x)
+            left, right = self._form(plan.left, x), self._form(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
         s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
         a = self.coefficients(plan.at)
@@ -202,9 +202,9 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
             assert plan.left is not None
-            return s.apply_t(self._formed(plan.left, x), a, *constants)
+            return s.apply_t(self._form(plan.left, x), a, *constants)
         assert plan.right is not None
-        y = self._formed(plan.right, x)
+        y = self._form(plan.right, x)
         return s.apply(y, a, *constants) if plan.right.vectors else s.apply(y.T, a, *constants).T
 
     def describe_factors(self) -> str:

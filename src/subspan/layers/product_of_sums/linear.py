@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.layers.plain import autocast_type, linear
 from subspan.layers.product_of_sums.layer import ProductOfSums
-from subspan.layers.product_of_sums.order import Plan, expected, planned
+from subspan.layers.product_of_sums.order import Plan, example_size, plan_product
 
 
 class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
@@ -52,11 +52,11 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
 
     def cost(self, batch: int) -> Plan:
         """Say how a batch is multiplied, and with how many multiply-adds: print it."""
-        batch = expected(batch)
+        batch = example_size(batch)
         if batch not in self._plans:
-            self._plans[batch] = planned(self.sums, batch)
-        found: Plan = self._plans[batch]
-        return found
+            self._plans[batch] = plan_product(self.sums, batch)
+        plan: Plan = self._plans[batch]
+        return plan
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, m) → (…, n)."""
@@ -66,7 +66,7 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
                 f"{self.in_features}"
             )
         rows = x.reshape(-1, self.in_features)
-        y = self._formed(self.cost(rows.shape[0]), rows).view(*x.shape[:-1], self.out_features)
+        y = self._form(self.cost(rows.shape[0]), rows).view(*x.shape[:-1], self.out_features)
         bias = self.full_bias()
         y = y if bias is None else y + bias
         return y.to(autocast_type(y))

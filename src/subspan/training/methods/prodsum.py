@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums, recipes
-from subspan.layers.product_of_sums import described
+from subspan.layers.product_of_sums import parse_factor
 from subspan.layers.replace import exchange
 from subspan.subspace.compartments import matches
 from subspan.training.config import Run, split
@@ -185,7 +185,7 @@ def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, Rule]:
     return {
         pattern: _recipe(_filled(rule, p))
         if isinstance(rule, dict)
-        else [_filled(described(factor), p) for factor in rule]
+        else [_filled(parse_factor(factor), p) for factor in rule]
         for pattern, rule in rules.items()
     }
 
