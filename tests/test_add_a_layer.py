@@ -17,6 +17,7 @@ import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.cli import main
 from subspan.layers import factorize, merge, protocol
+from subspan.training import nets, own
 from tests import layer_laws
 from tests.layer_laws import Case, Net
 from tests.nets import scatter
@@ -112,9 +113,8 @@ def test_its_numbers_are_counted() -> None:
 def test_a_type_that_is_not_imported_is_named_with_its_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv(own.IMPORTS, "")
     torch.manual_seed(0)
-    from subspan.training import nets
-
     extra = {"net": "mlp-4", "data": "digits", "image_shape": [1, 8, 8], "classes": 10, "seed": 0}
     net = scale(nets.build("mlp-4", (1, 8, 8), 10))
     file, out = tmp_path / "net.safetensors", tmp_path / "out.safetensors"
