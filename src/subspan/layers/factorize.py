@@ -34,11 +34,8 @@ def factorize(
         rank: r of every layer, or {pattern: r}.
         ratio: share in (0, 1] of each weight's numbers: r (n + m) ≤ ratio · n m, at least r = 1.
         energy: share in (0, 1] of each weight's squared norm to keep (``init="svd"`` only).
-        targets: which layers, by patterns as of :class:`~subspan.SubspaceModel`. By default every
-            ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes, that shares
-            its parameters with no other module and whose weight nothing else computes
-            (``weight_norm``, ``spectral_norm``, ``prune``, a parametrization). Others are left as
-            they are by default, and refused where a pattern names them.
+        targets: which layers, by patterns as of :class:`~subspan.SubspaceModel`; by default all
+            that can be replaced, see :func:`~subspan.layers.replace_layers`.
         exclude: layers to leave as they are.
         init: "svd" takes the best approximation of the weight; "random" random orthonormal bases
             and S = c·1, at the norm of the weight.

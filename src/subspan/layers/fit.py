@@ -74,7 +74,7 @@ def approximate(
 
 
 def _solve(a: nn.Parameter, value: Callable[[], Tensor], target: Tensor) -> None:
-    """Least squares in coefficients that a value is linear in, from where they are."""
+    """Solve least squares in coefficients that a value is linear in, from where they are."""
 
     def image(x: Tensor) -> Tensor:
         a.data = x
@@ -199,7 +199,7 @@ def carry_over(optimizer: Optimizer, layer: ProductOfSums, new: ProductOfSums) -
 
 
 def _spread(state: dict[str, Any], layer: ProductOfSums, new: ProductOfSums, i: int) -> None:
-    """The moments of factor i."""
+    """Spread the moments of factor i."""
     old, now = layer.sums[i], new.sums[i]
     norms = (new.scales[i] / layer.scales[i]) ** 2 * (now.energy / now.p) / (old.energy / old.p)
     zero = torch.zeros_like(new.values(i))
