@@ -54,6 +54,9 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             "its SubspaceModel first"
         )
     weights = count(network).dense
+    if header["kind"] == "subspace":  # around the numbers that compressed layers have themselves
+        layers = compressed_layers(network).values()
+        weights -= sum(layer.dense_numbers - layer.own_numbers for layer in layers)
     if weights != header["weights"]:
         raise SubspanError(
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
