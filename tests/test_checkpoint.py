@@ -283,7 +283,7 @@ def test_a_golden_header(tmp_path):
         model.coordinates["global"].copy_(torch.tensor([1.0, -0.5, 0.25]))
     subspan.save(model, tmp_path / "m")
     header, tensors = checkpoint.read(tmp_path / "m")
-    assert header | {"digest": checkpoint._digest(header, tensors)} == GOLDEN
+    assert header | {"digest": checkpoint.file.digest(header, tensors)} == GOLDEN
 
 
 # ---- what cannot be saved ------------------------------------------------------------------------

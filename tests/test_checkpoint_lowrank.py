@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from subspan import SubspanError, checkpoint, load, save
-from subspan.layers import LowRank, factorize
+from subspan import SubspaceModel, SubspanError, checkpoint, load, save
+from subspan.layers import LowRank, factorize, product_of_sums
 from subspan.optim import DLRT
 from tests.nets import batch, build
 
@@ -66,7 +68,9 @@ def test_another_network_is_refused_and_left_alone(tmp_path):
     with pytest.raises(SubspanError, match="of a network of 212 weights, this one has 217"):
         load(tmp_path / "net.safetensors", other)
     shifted = torch.nn.Sequential(torch.nn.Identity(), *build("mlp"))
-    with pytest.raises(SubspanError, match="the network has no layer '0' that could have factors"):
+    with pytest.raises(
+        SubspanError, match="the network has no layer '0' that could be of the type"
+    ):
         load(tmp_path / "net.safetensors", shifted)
     assert not ranks(shifted)
     assert other.state_dict().keys() == before.keys()
@@ -80,3 +84,27 @@ def test_tensors_of_another_network_change_nothing(tmp_path):
     with pytest.raises(SubspanError, match="the checkpoint is of another network"):
         checkpoint.restore(net, tensors)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_a_subspace_of_factors_comes_back(tmp_path):
+    """Its weights are the numbers of U, S and V, of which there are fewer than of W."""
+    base = factorize(build("mlp"), rank=2)
+    model = SubspaceModel(copy.deepcopy(base), 5)
+    with torch.no_grad():
+        for w in model.coordinates.values():
+            w.normal_()
+    save(model, tmp_path / "model.safetensors")
+    back = load(tmp_path / "model.safetensors", copy.deepcopy(base))
+    assert torch.equal(back(batch("mlp")), model(batch("mlp")))
+
+
+def test_the_header_of_older_types_of_layers_has_the_fields_that_it_had(tmp_path):
+    net = factorize(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), rank=2)
+    header = {"format": 1, "extra": {}, "weights": 59}
+    assert checkpoint.contents(net)[0] == header | {"kind": "lowrank", "ranks": {"0": 2, "1": 2}}
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    sums = {"bias": True, "factors": [{"kind": "free"}], "init": "he", "seed": 0, "stream": 0}
+    product_of_sums(net, {"0": ["free"]})
+    expected = header | {"kind": "product-of-sums", "ranks": {}, "sums": {"0": sums}}
+    assert checkpoint.contents(net)[0] == expected
+    assert checkpoint.contents(factorize(net, rank=2))[0] == expected | {"ranks": {"1": 2}}

@@ -44,7 +44,7 @@ def write(path, header, tensors, *, digest=True):
     header = dict(header)
     header.pop("digest", None)
     if digest:
-        header["digest"] = checkpoint._digest(header, tensors)
+        header["digest"] = checkpoint.file.digest(header, tensors)
     text = json.dumps(header, sort_keys=True)
     safetensors.torch.save_file(tensors, path, metadata={"subspan": text})
 

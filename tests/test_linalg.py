@@ -1,11 +1,11 @@
-"""Orthonormal bases: of random, of dependent and of vanishing columns."""
+"""Orthonormal bases, of random, dependent and vanishing columns; least squares."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from subspan.linalg import complement, orthonormalize, polish, rank_of, svd
+from subspan.linalg import complement, conjugate_gradients, orthonormalize, polish, rank_of, svd
 
 TYPES = [torch.float32, torch.float64]
 
@@ -94,3 +94,31 @@ def test_svd(shape, fails, monkeypatch):
     if fails == "raises":
         with pytest.raises(RuntimeError, match="failed to converge"):
             svd(a * float("nan"))
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_conjugate_gradients_solve_least_squares(start):
+    """From any start; of a matrix of deficient rank, to the solution that is nearest to it."""
+    a, b = basis(20, 6) @ torch.diag(torch.tensor([3.0, 2, 1, 1, 0.1, 0]).double()), basis(20, 1)
+    a = a @ basis(6, 6, seed=1).T
+    calls = []
+
+    def image(x):
+        calls.append(x)
+        return a @ x
+
+    x = torch.full((6,), start, dtype=torch.float64)
+    arguments = {"image": image, "adjoint": lambda y: a.T @ y, "x": x, "target": b[:, 0]}
+    found = conjugate_gradients(**arguments, tolerance=1e-12, steps=100)
+    exact = x + torch.linalg.pinv(a, rtol=1e-8) @ (b[:, 0] - a @ x)
+    torch.testing.assert_close(found, exact)
+    # Five different singular values that count need five steps, and a tolerance or a limit less.
+    assert len(calls) < 12
+    calls.clear()
+    conjugate_gradients(**arguments, tolerance=1e-12, steps=2)
+    assert len(calls) == 3
+    near = conjugate_gradients(**arguments, tolerance=0.1, steps=100)
+    slope = (a.T @ (b[:, 0] - a @ near)).norm() / (a.T @ b[:, 0]).norm()
+    assert 1e-3 < slope <= 0.1
+    zero = conjugate_gradients(image, lambda y: a.T @ y, 0 * x, 0 * b[:, 0], tolerance=0, steps=9)
+    assert not zero.any()

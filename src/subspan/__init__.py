@@ -56,6 +56,7 @@ _MOVED = {
     for name in names.split()
 } | {
     "subspan.lab": "subspan.training",
+    "subspan.layers.places": "subspan.layers.replace",
     "subspan.lab.bench": "subspan.bench",
     "subspan.lab.parts": "subspan.experiments.many",
     "subspan.lab.report": "subspan.report",

@@ -1,15 +1,13 @@
-"""How many numbers a network is: to store, to run, to train, and were it dense."""
+"""Counts of a network's numbers: to store, to run, to train, and with every layer dense."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from subspan.layers.lowrank import LowRank
-from subspan.layers.product_of_sums import ProductOfSums
+from subspan.layers.protocol import Compressed, compressed_layers, layer_type
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_quantised, find_slots, saved_buffers
 
@@ -79,27 +77,18 @@ def count(net: nn.Module, optimizer: Optimizer | None = None) -> Counts:
         summary = net.summary()
         stored = summary.trainable + sum(b.numel() for b in net.changed_buffers().values())
         return Counts(summary.weights, summary.trainable, stored, training + summary.weights)
-    factored = [m for m in net.modules() if isinstance(m, LowRank)]
-    sums = [m for m in net.modules() if isinstance(m, ProductOfSums)]
-    sizes = [(*layer.shape, layer.rank) for layer in factored]
-    rest = numbers - sum(r * (n + m) + r * r for n, m, r in sizes)
-    published = {}
-    if factored:
-        inside = {id(p) for layer in factored for p in layer.parameters()}
-        matrices = sum(p.numel() for p in net.parameters() if id(p) not in inside and p.dim() > 1)
-        published = {
-            "'params eval' of Schotthöfer 2022": sum(r * (n + 1) for n, _, r in sizes) + matrices,
-            "'params train' of Schotthöfer 2022": sum(
-                5 * r * (n + m) + 12 * r * r for n, m, r in sizes
-            )
-            + 2 * matrices,
-        }
-    # Their biases are as long as ever, and their coefficients are no weights.
-    whole = sum(math.prod(layer.shape) + layer.bias_length for layer in sums)
-    whole -= sum(p.numel() for layer in sums for p in layer.parameters())
+    layers = compressed_layers(net).values()
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    matrices = sum(p.numel() for p in net.parameters() if id(p) not in inside and p.dim() > 1)
+    types: dict[type[Compressed], list[Compressed]] = {}
+    for layer in layers:
+        types.setdefault(layer_type(layer.type_name), []).append(layer)
+    published: dict[str, int] = {}
+    for kind, of_kind in types.items():
+        published |= kind.published_counts(of_kind, matrices)
     return Counts(
-        dense=rest + whole + sum(n * m for n, m, _ in sizes),
-        inference=rest + sum(r * (n + m) for n, m, r in sizes),
+        dense=numbers + sum(layer.dense_numbers - layer.own_numbers for layer in layers),
+        inference=numbers + sum(layer.inference_numbers - layer.own_numbers for layer in layers),
         stored=numbers + buffers,
         training=training,
         published=published,

@@ -1,10 +1,12 @@
-"""Orthonormal bases and truncation: what the low-rank manifold asks of linear algebra.
+"""Orthonormal bases and truncation, for the low-rank manifold; least squares without a matrix.
 
-All of it in float32 or float64 (a half-precision basis is orthonormal to two digits), on matrices
+The former in float32 or float64 (a half-precision basis is orthonormal to two digits), on matrices
 that are tall (n × r, r ≪ n) or small (2r × 2r).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -99,3 +101,41 @@ def rank_of(singular_values: Tensor, tolerance: float) -> int:
     """
     tails = singular_values.double().square().flip(0).cumsum(0).flip(0).sqrt()  # ‖Σ_{≥i}‖
     return int((tails > tolerance * tails[0]).sum()) if len(tails) else 0
+
+
+def conjugate_gradients(
+    image: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    *,
+    tolerance: float,
+    steps: int,
+) -> Tensor:
+    """Minimise ‖A x − b‖ by CGLS (Hestenes and Stiefel 1952), without a matrix.
+
+    Args:
+        image: x ↦ A x.
+        adjoint: y ↦ Aᵀ y.
+        x: (p,), where to begin.
+        target: b, in the shape of A x.
+        tolerance: ‖Aᵀ(A x − b)‖ / ‖Aᵀ b‖ at which to stop.
+        steps: at most.
+
+    Returns:
+        (p,), the nearest x to the first one among those of the least error.
+    """
+    residual = target - image(x)
+    slope = adjoint(residual)
+    along, size = slope, slope.square().sum()
+    least = tolerance**2 * float(adjoint(target).square().sum())
+    for _ in range(steps):
+        if float(size) <= least:
+            break
+        moved = image(along)
+        step = size / moved.square().sum()
+        x, residual = x + step * along, residual - step * moved
+        slope = adjoint(residual)
+        last, size = size, slope.square().sum()
+        along = slope + size / last * along
+    return x

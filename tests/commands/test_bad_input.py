@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_base(trained, in_tmp_path, cli):
     file = in_tmp_path / "model.safetensors"
     header, tensors = checkpoint.read(trained / "model.safetensors")
     header["init_seed"] = 1
-    header["digest"] = checkpoint._digest(header, tensors)
+    header["digest"] = checkpoint.file.digest(header, tensors)
     safetensors.torch.save_file(tensors, file, metadata={"subspan": json.dumps(header)})
     for words in (["eval", file], ["export", file, in_tmp_path / "weights"]):
         refused(cli(*words), "was trained from other initial weights")

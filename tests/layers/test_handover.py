@@ -20,9 +20,8 @@ from subspan.layers import (
     merge,
     product_of_sums,
 )
-from subspan.layers.factorize import factorize_like
 from subspan.layers.handover import used_elsewhere
-from subspan.layers.product_of_sums import product_of_sums_like
+from subspan.layers.rebuild import rebuild_layers
 from tests.layer_laws import assert_untouched, everything, nothing
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -102,8 +101,8 @@ def test_a_layer_that_is_not_what_it_seems_is_refused_by_name_or_left_alone(kind
         lambda: factorize(broken, rank=2, targets="0"),
         lambda: factorize(broken, rank=2, targets=".*"),
         lambda: product_of_sums(broken, RULE),
-        lambda: factorize_like(broken, {"2": 2, "0": 2}),
-        lambda: product_of_sums_like(broken, {"0": {}}),
+        lambda: rebuild_layers(broken, {LowRank: {"2": 2, "0": 2}}),
+        lambda: rebuild_layers(broken, {ProductOfSums: {"0": {}}}),
     ):
         with pytest.raises(SubspanError, match=f"^layer '0' cannot be replaced, since .*{why}"):
             replace()
@@ -510,8 +509,10 @@ def test_ranks_of_a_file_that_cannot_be(rank):
     made = factorize(net(), rank=2, targets="2")
     before = everything(made)
     for name in ("0", "2"):
-        with pytest.raises(SubspanError, match="its rank must be an integer in"):
-            factorize_like(made, {"2" if name == "0" else "0": 3, name: rank})
+        with pytest.raises(
+            SubspanError, match=rf"^layer '{name}': the rank of .* must be an integer in"
+        ):
+            rebuild_layers(made, {LowRank: {"2" if name == "0" else "0": 3, name: rank}})
         assert_untouched(made, before)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from subspan import SubspanError
 from subspan.layers import ProductOfSumsConv2d, ProductOfSumsLinear, recipes
 from subspan.layers.atoms import atoms
-from subspan.layers.product_of_sums import planned
+from subspan.layers.product_of_sums import plan_product
 
 CHAINS = {
     "one": [{"kind": "hash", "p": 9}],
@@ -159,11 +159,11 @@ def test_no_order_is_cheaper(name, batch):
 
 def test_the_order_depends_on_the_batch():
     sums = [atoms("rank1", 512, 512, p=16)]
-    assert planned(sums, 1).text == "(rank1· x)"
-    assert str(planned(sums, 1)) == "(rank1· x): 16,384 multiply-adds"
+    assert plan_product(sums, 1).text == "(rank1· x)"
+    assert str(plan_product(sums, 1)) == "(rank1· x): 16,384 multiply-adds"
     sums = [atoms("gaussian", 64, 64, p=4), atoms("free", 64, 64)]
-    assert planned(sums, 1).text == "(gaussian (free x))"
-    assert planned(sums, 4096).text == "((gaussian free) x)"
+    assert plan_product(sums, 1).text == "(gaussian (free x))"
+    assert plan_product(sums, 4096).text == "((gaussian free) x)"
 
 
 @pytest.mark.parametrize("init", ["he", "glorot", "lecun"])

@@ -41,8 +41,8 @@ def make_parser(command: str, description: str | None, epilog: str = "") -> Argu
         default=SUPPRESS,
         type=str | None,
         metavar="MODULE",
-        help="import a module of yours first, which adds projections, methods, kinds of atoms or "
-        "experiments; may be given several times",
+        help="import a module of yours first, which adds projections, methods, kinds of atoms, "
+        "types of layers or experiments; may be given several times",
     )
     return parser
 

@@ -205,13 +205,13 @@ class Attention(nn.Module):
                 return mask.to(q)
             return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
 
-        found = []
+        masks = []
         if pairs is not None:
             mask = added(pairs)
-            found.append(mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask)
+            masks.append(mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask)
         if keys is not None:
-            found.append(added(keys)[:, None, None, :])
-        return sum(found[1:], found[0]) if found else None
+            masks.append(added(keys)[:, None, None, :])
+        return sum(masks[1:], masks[0]) if masks else None
 
 
 def _joined(*parts: Tensor) -> nn.Parameter:

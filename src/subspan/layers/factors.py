@@ -134,25 +134,25 @@ def witness(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     return U @ (S @ (V.T @ _vector(len(V)).to(V)))
 
 
-def check(name: str, factors: Sequence[Tensor], found: Tensor) -> None:
+def check(name: str, factors: Sequence[Tensor], saved: Tensor) -> None:
     """Compare factors that are to be loaded with their witness.
 
     Args:
         name: of the layer, for the error.
         factors: U, S and V.
-        found: :func:`witness` of them when they were saved.
+        saved: :func:`witness` of them when they were saved.
 
     Raises:
         SubspanError: if they do not belong together.
     """
-    if any(t.is_meta or not t.is_floating_point() for t in (*factors, found)):
+    if any(t.is_meta or not t.is_floating_point() for t in (*factors, saved)):
         return
     expected = witness(*factors)
-    if expected.shape == found.shape:
-        kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, found)]
-        size = torch.maximum(expected.norm(), found.norm().to(expected))
+    if expected.shape == saved.shape:
+        kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, saved)]
+        size = torch.maximum(expected.norm(), saved.norm().to(expected))
         # What is not finite is no average, and not for us to judge.
-        if not bool((expected - found.to(expected)).norm() > max(kinds) * size):
+        if not bool((expected - saved.to(expected)).norm() > max(kinds) * size):
             return
     raise SubspanError(
         REFUSED.format(f"U, S and V of {name} do not belong together: factors")
@@ -168,7 +168,9 @@ def _tagged(tensor: Tensor, cls: type[Value], of: tuple[str, object]) -> Tensor:
 
 def _lists(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
     """The lists of tensors among the arguments of a function for each of several tensors."""
-    return (given for given in (*args, *kwargs.values()) if isinstance(given, list | tuple))
+    return (
+        argument for argument in (*args, *kwargs.values()) if isinstance(argument, list | tuple)
+    )
 
 
 def _refuse(name: str, values: Iterable[Value]) -> None:

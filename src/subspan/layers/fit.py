@@ -19,7 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError
-from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear, remade, succeeded
+from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear
+from subspan.layers.rebuild import succeed
+from subspan.linalg import conjugate_gradients
 
 # Of torch.optim: averages or sums of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
@@ -72,48 +74,19 @@ def approximate(
 
 
 def _solve(a: nn.Parameter, value: Callable[[], Tensor], target: Tensor) -> None:
-    """Least squares in coefficients that a value is linear in, from where they are."""
+    """Solve least squares in coefficients that a value is linear in, from where they are."""
 
     def image(x: Tensor) -> Tensor:
         a.data = x
         return value().detach()
 
     def adjoint(y: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad((value() * y).sum(), a)
-        return found
+        (gradient,) = torch.autograd.grad((value() * y).sum(), a)
+        return gradient
 
-    a.data = conjugate_gradients(image, adjoint, a.data, target)
-
-
-def conjugate_gradients(
-    image: Callable[[Tensor], Tensor],
-    adjoint: Callable[[Tensor], Tensor],
-    x: Tensor,
-    target: Tensor,
-) -> Tensor:
-    """Minimise ‖A x − target‖ by CGLS (Hestenes and Stiefel 1952), from x.
-
-    Args:
-        image: x ↦ A x.
-        adjoint: y ↦ Aᵀ y.
-        x: where to begin.
-        target: what A x should be.
-    """
-    residual = target - image(x)
-    slope = adjoint(residual)
-    along, size = slope, slope.square().sum()
-    least = 1e-24 * float(adjoint(target).square().sum())
-    for _ in range(4 * x.numel()):
-        if float(size) <= least:
-            break
-        moved = image(along)
-        step = size / moved.square().sum()
-        x = x + step * along
-        residual = residual - step * moved
-        slope = adjoint(residual)
-        last, size = size, slope.square().sum()
-        along = slope + size / last * along
-    return x
+    a.data = conjugate_gradients(
+        image, adjoint, a.data, target, tolerance=1e-12, steps=4 * a.numel()
+    )
 
 
 def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> ProductOfSums:
@@ -138,13 +111,14 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
         SubspanError: if the new one is smaller in any factor, or cannot be; or for a hook on a
             coefficient or a ``state_dict``, which would be lost.
     """
-    new = remade(layer, layer.recipe | {"factors": factors})
+    new = layer.rebuild(layer, layer.recipe | {"factors": factors})
+    assert isinstance(new, ProductOfSums)
     _check_larger(layer, new)
-    succeeded(type(layer).__name__, layer, new)
+    succeed(type(layer).__name__, layer, new)
     for i in range(len(new.sums)):
         if new.trained[i]:
             now = new.values(i)
-            now.data.copy_(_refined(layer, new, i, layer.values(i), now))
+            now.data.copy_(_refine(layer, new, i, layer.values(i), now))
     if layer.bias is not None and new.bias is not None:
         new.bias.data.copy_(layer.bias)
     target = layer.matrix.detach()
@@ -174,14 +148,14 @@ def _check_larger(layer: ProductOfSums, new: ProductOfSums) -> None:
             raise SubspanError("least squares need f: identity in all factors")
 
 
-def _refined(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start: Tensor) -> Tensor:
+def _refine(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start: Tensor) -> Tensor:
     """Coefficients of factor i of ``new`` that make it as near as can be to that of ``layer``.
 
     Args:
         layer: the old one.
         new: the larger one.
         i: the factor.
-        a: coefficients of the old one, whichever; what is found is linear in them, but for start.
+        a: coefficients of the old one, whichever; the result is linear in them, but for start.
         start: of the coefficients that only matter in rows that the old factor does not have.
     """
     old, wide = (copy.deepcopy(one).double().requires_grad_() for one in (layer, new))
@@ -225,21 +199,21 @@ def carry_over(optimizer: Optimizer, layer: ProductOfSums, new: ProductOfSums) -
 
 
 def _spread(state: dict[str, Any], layer: ProductOfSums, new: ProductOfSums, i: int) -> None:
-    """The moments of factor i."""
+    """Spread the moments of factor i."""
     old, now = layer.sums[i], new.sums[i]
     norms = (new.scales[i] / layer.scales[i]) ** 2 * (now.energy / now.p) / (old.energy / old.p)
     zero = torch.zeros_like(new.values(i))
-    ones = _refined(layer, new, i, torch.ones_like(layer.values(i)), zero)
+    ones = _refine(layer, new, i, torch.ones_like(layer.values(i)), zero)
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.shape != (old.p,):
             continue
-        found = _refined(layer, new, i, value, zero)
+        spread = _refine(layer, new, i, value, zero)
         if key in SECOND_MOMENTS:
             low, high = value.double().aminmax()
-            found = found / ones
-            known = (found - found.clamp(low, high)).abs() <= 1e-6 * high
-            found = torch.where(known, found.clamp(low, high), value.double().mean())
-        state[key] = (norms * found).to(value.dtype)
+            mean = spread / ones
+            in_range = (mean - mean.clamp(low, high)).abs() <= 1e-6 * high
+            spread = torch.where(in_range, mean.clamp(low, high), value.double().mean())
+        state[key] = (norms * spread).to(value.dtype)
 
 
 def fit(

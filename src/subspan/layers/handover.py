@@ -66,9 +66,9 @@ def obstacle(
             return f"its {name} is no ordinary tensor but {type(tensor).__name__}, {tensor.layout}"
         if not tensor.is_floating_point():
             return f"its {name} is {tensor.dtype}, and factors are real"
-    known = {*parameters, *buffers, *modules}
+    registered = {*parameters, *buffers, *modules}
     for name in (*layer._parameters, *layer._buffers, *layer._modules):
-        if name not in known:
+        if name not in registered:
             return f"it holds {name!r}, which layers of its class do not have"
     for name, value in vars(layer).items():
         if callable(getattr(type(layer), name, None)):
@@ -160,19 +160,19 @@ def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:
     Raises:
         SubspanError: naming the layer and the hook's kind.
     """
-    found = [kind for registry, kind in STATE_HOOKS.items() if vars(layer)[registry]]
+    hooks = [kind for registry, kind in STATE_HOOKS.items() if vars(layer)[registry]]
     if layer._backward_hooks and not layer._is_full_backward_hook:
-        found.append("backward hook (not a full one)")
+        hooks.append("backward hook (not a full one)")
     if not called and any(vars(layer)[registry] for registry in HOOKS):
-        found.append("hook of a layer that is not called")
+        hooks.append("hook of a layer that is not called")
     for parameter, tensor in layer._parameters.items():
         if tensor is not None and tensor._backward_hooks:
-            found.append(f"hook on its {parameter}")
+            hooks.append(f"hook on its {parameter}")
         if tensor is not None and tensor._post_accumulate_grad_hooks:
-            found.append(f"post-accumulate-grad hook on its {parameter}")
-    if found:
+            hooks.append(f"post-accumulate-grad hook on its {parameter}")
+    if hooks:
         raise SubspanError(
-            f"layer {name!r} has a {found[0]}, which another layer in its place could not have: "
+            f"layer {name!r} has a {hooks[0]}, which another layer in its place could not have: "
             "remove it first, or leave the layer out"
         )
 

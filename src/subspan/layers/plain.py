@@ -1,4 +1,4 @@
-"""Ordinary layers with given weights, and how a convolution of ours lies on its input."""
+"""Ordinary layers with given weights, and the geometry of a convolution of ours."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
-    """A layer without values gets copies of these."""
+def fill(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """Give a layer without values copies of these."""
     contiguous = torch.contiguous_format
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=contiguous))
     if bias is not None:
@@ -23,7 +23,7 @@ def filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """``nn.Linear`` with copies of a weight (n, m) and a bias (n,)."""
     n, m = weight.shape
-    return filled(nn.Linear(m, n, bias=bias is not None, device="meta"), weight, bias)
+    return fill(nn.Linear(m, n, bias=bias is not None, device="meta"), weight, bias)
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
@@ -37,7 +37,7 @@ def autocast_type(x: Tensor) -> torch.dtype:
 class Convolution(nn.Module):
     """A layer that makes its kernel itself, with the arguments of ``nn.Conv2d``."""
 
-    def place(
+    def set_geometry(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int], padding: str | int | tuple[int, int],
         dilation: int | tuple[int, int], padding_mode: str,
@@ -56,10 +56,10 @@ class Convolution(nn.Module):
         )
         self.padding, self.padding_mode = plain.padding, plain.padding_mode
         # Whatever is not the same number of zeros on both sides is added before the convolution.
-        own = padding_mode != "zeros" or isinstance(plain.padding, str)
-        self._before = tuple(plain._reversed_padding_repeated_twice) if own else ()
+        uneven = padding_mode != "zeros" or isinstance(plain.padding, str)
+        self._before = tuple(plain._reversed_padding_repeated_twice) if uneven else ()
 
-    def padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+    def pad(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
         """The input, and the padding that ``F.conv2d`` is still to add."""
         if not self._before:
             return x, self.padding
@@ -72,4 +72,4 @@ class Convolution(nn.Module):
             self.in_channels, len(kernel), self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
             self.dilation, bias=bias is not None, padding_mode=self.padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
-        return filled(plain, kernel, bias)
+        return fill(plain, kernel, bias)

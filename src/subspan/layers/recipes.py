@@ -11,10 +11,10 @@ from typing import Any
 
 from subspan.errors import SubspanError, check_options, unknown
 
-Factors = list[dict[str, Any]]
+FactorList = list[dict[str, Any]]
 
 
-def recipe(name: str, **options: Any) -> Callable[[int, int], Factors]:
+def recipe(name: str, **options: Any) -> Callable[[int, int], FactorList]:
     """A special case by name, for any n × m: a rule of :func:`~subspan.layers.product_of_sums`.
 
     Raises:
@@ -26,19 +26,19 @@ def recipe(name: str, **options: Any) -> Callable[[int, int], Factors]:
     check_options(f"recipe {name}", options, make)
     sizes_of = inspect.signature(make).parameters.keys() & {"n", "m"}
 
-    def factors(n: int, m: int) -> Factors:
+    def factors(n: int, m: int) -> FactorList:
         sizes = {"n": n, "m": m}
         return make(**{key: sizes[key] for key in sizes_of}, **options)
 
     return factors
 
 
-def low_rank(rank: int) -> Factors:
+def low_rank(rank: int) -> FactorList:
     """W = A B with A (n, r) and B (r, m)."""
     return [{"kind": "free", "inner": rank}, {"kind": "free"}]
 
 
-def random_projection(size: int) -> Factors:
+def random_projection(size: int) -> FactorList:
     """W = A R with a fixed Gaussian R (size, m), and A (n, size) trained."""
     return [
         {"kind": "free", "inner": size},
@@ -46,37 +46,37 @@ def random_projection(size: int) -> Factors:
     ]
 
 
-def hashed(p: int) -> Factors:
+def hashed(p: int) -> FactorList:
     """Weights that share p numbers by a hash (Chen 2015, HashedNets; here equal shares)."""
     return [{"kind": "hash", "p": p}]
 
 
-def circulant(block: int | None = None) -> Factors:
+def circulant(block: int | None = None) -> FactorList:
     """W circulant (Cheng 2015); with ``block`` made of circulant blocks (CirCNN, Ding 2017)."""
     if block is None:
         return [{"kind": "circulant"}]
     return [{"kind": "block-circulant", "block": block}]
 
 
-def convolution(height: int, width: int, kernel: int = 3) -> Factors:
+def convolution(height: int, width: int, kernel: int = 3) -> FactorList:
     """The matrix of a convolution of images of that size, zeros around them."""
     return [{"kind": "convolution", "height": height, "width": width, "kernel": kernel}]
 
 
-def adaptive_fastfood(n: int, m: int | None = None) -> Factors:
+def adaptive_fastfood(n: int, m: int | None = None) -> FactorList:
     """W = S H G Π H B with diagonal S, G and B (Yang 2015, Deep Fried Convnets).
 
     For n × m weights inside the next power of 2, N: 3 N numbers.
     """
     size = 1 << (max(n, n if m is None else m) - 1).bit_length()
     kinds = ("diagonal", "hadamard", "diagonal", "permutation", "hadamard", "diagonal")
-    inside: Factors = [{"kind": kind, "inner": size} for kind in kinds]
+    inside: FactorList = [{"kind": kind, "inner": size} for kind in kinds]
     if (n, m or n) == (size, size):
         return inside
     return [{"kind": "identity", "inner": size}, *inside, {"kind": "identity"}]
 
 
-def kronecker_fc(n: int, m: int, rows: int, columns: int, terms: int = 1) -> Factors:
+def kronecker_fc(n: int, m: int, rows: int, columns: int, terms: int = 1) -> FactorList:
     """W = Σᵣ Aᵣ ⊗ Bᵣ with Aᵣ (rows, columns), ``terms`` of them (KFC, Zhou 2015).
 
     Raises:
@@ -93,9 +93,9 @@ def kronecker_fc(n: int, m: int, rows: int, columns: int, terms: int = 1) -> Fac
     ]
 
 
-RECIPES: dict[str, Callable[..., Factors]] = {
-    made.__name__: made
-    for made in (
+RECIPES: dict[str, Callable[..., FactorList]] = {
+    make.__name__: make
+    for make in (
         low_rank,
         random_projection,
         hashed,

@@ -50,7 +50,7 @@ class DLRT(Copied, Optimizer):
     - *Moments* of the base are transported with the bases (:mod:`subspan.optim.base`).
     - *Weight decay* λ is decoupled: W ← (1 − ηλ) W, which is S ← (1 − ηλ) S.
     - *Gradients* of U, S and V are theirs, as ever; those of K = U S and L = V Sᵀ are left beside
-      them while this object lives (:class:`~subspan.layers.lowrank.Tangents`). A number by which
+      them while this object lives (:class:`~subspan.layers.watched.Tangents`). A number by which
       all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these, too;
       any other change of them is refused.
     - *A layer without a gradient*, which the batch did not use, stays as it is, and so does a

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace.links import FINGERPRINT, trained_keys
+from subspan.linalg import conjugate_gradients
+from subspan.subspace.inplace import FINGERPRINT
 from subspan.subspace.sharded import refuse_whole
 
 if TYPE_CHECKING:
@@ -107,24 +108,18 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
 
 
 def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
-    """Solve M P w ≈ δ by conjugate gradients on PᵀM P w = PᵀM δ (Hestenes and Stiefel 1952).
-
-    PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
+    """W with M P w ≈ δ, (d,) float64; PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
 
     Args:
         projection: P.
         delta: (D,) float64.
         mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
     """
-    residual = projection.rmatvec(mask * delta)
-    w, along, size = torch.zeros_like(residual), residual, residual.square().sum()
-    least = 1e-28 * float(size)
-    for _ in range(100):
-        if float(size) <= least:
-            break
-        image = projection.rmatvec(mask * projection.matvec(along))
-        step = size / (along @ image)
-        w, residual = w + step * along, residual - step * image
-        last, size = size, residual.square().sum()
-        along = residual + size / last * along
-    return w
+    return conjugate_gradients(
+        lambda w: mask * projection.matvec(w),
+        lambda y: projection.rmatvec(mask * y),
+        delta.new_zeros(projection.in_dim),
+        delta,
+        tolerance=1e-14,
+        steps=100,
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
-from subspan.layers import LowRank, ProductOfSums, merge
+from subspan.layers import compressed_layers, merge
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_slots, saved_buffers
 from subspan.training.evaluate import rebuild
@@ -34,7 +34,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     model, _ = rebuild(path)
     if isinstance(model, SubspaceModel):
         model = model.merge()
-    elif any(isinstance(module, LowRank | ProductOfSums) for module in model.modules()):
+    elif compressed_layers(model):
         model = merge(model)
     return write_weights(model, out)
 

@@ -91,7 +91,7 @@ class Loop:
             resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
-        model = checkpoint.arranged(ready.model, before.header) if before else ready.model
+        model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         self.model = model.to(device)
         total = self.steps * self.training.epochs
         optimizer = self.bare = self.method.optimizer(

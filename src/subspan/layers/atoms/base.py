@@ -73,24 +73,38 @@ class Sum(ABC):
 
     def constants(self) -> tuple[Tensor, ...]:
         """Make the tensors that every product needs, from the seed."""
-        return ()
+        return self._constants()
 
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
-        """M(a), (n, m); by default what :meth:`apply` makes of the identity.
+        """M(a), (n, m).
 
         Args:
             a: (p,); of a fixed matrix anything with the device and dtype wanted.
             constants: of :meth:`constants`.
         """
-        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
-        return self.apply(eye, a, *constants).T
+        return self._matrix(a, *constants)
 
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a) x for rows: (…, m) → (…, n)."""
-        raise NotImplementedError
+        return self._apply(x, a, *constants)
 
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a)ᵀ y for rows: (…, n) → (…, m)."""
+        return self._apply_t(y, a, *constants)
+
+    # What a kind defines: its matrix, or both products, or all three.
+
+    def _constants(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
+        return self._apply(eye, a, *constants).T
+
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _square(self) -> None:

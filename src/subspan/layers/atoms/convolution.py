@@ -11,7 +11,7 @@ from subspan.errors import SubspanError
 from subspan.layers.atoms.base import Sum
 
 
-class Shifts(Sum, kind="convolution"):
+class ConvolutionMatrix(Sum, kind="convolution"):
     """A convolution of images as a matrix: the atoms of a kernel's entry are shifts of a channel.
 
     Rows are (channel, row, column) of the output, columns of the input, of the same height and
@@ -41,12 +41,12 @@ class Shifts(Sum, kind="convolution"):
     def _kernel(self, a: Tensor) -> Tensor:
         return a.view(self.out, self.inside, self.kernel, self.kernel)
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         images = x.reshape(-1, self.inside, *self.image)
         y = F.conv2d(images, self._kernel(a), padding=self.kernel // 2)
         return y.reshape(*x.shape[:-1], self.n)
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         images = y.reshape(-1, self.out, *self.image)
         x = F.conv_transpose2d(images, self._kernel(a), padding=self.kernel // 2)
         return x.reshape(*y.shape[:-1], self.m)

@@ -12,7 +12,7 @@ from subspan.errors import SubspanError
 from subspan.layers.atoms.fixed import Fixed
 
 
-class Cosines(Fixed, kind="dct"):
+class DCT(Fixed, kind="dct"):
     """The first n two-dimensional cosines of a square image in zig-zag order, orthonormal.
 
     DCT-II; the image has m pixels, or ``channels`` of them: then every channel has n / channels.
@@ -38,16 +38,16 @@ class Cosines(Fixed, kind="dct"):
         self.apply_cost = channels * each * (self.m // channels)
         self.matrix_cost = self.n * self.m
 
-    def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+    def _constants(self) -> tuple[Tensor, ...]:
         one = cosines(self.side)
         order = zigzag(self.side)[: self.n // self.channels]
         rows = [(one[i][:, None] * one[j]).flatten() for i, j in order]
         return (torch.stack(rows).float(),)
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.linear(x.unflatten(-1, (self.channels, -1)), constants[0]).flatten(-2)
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return (y.unflatten(-1, (self.channels, -1)) @ constants[0]).flatten(-2)
 
 
@@ -61,9 +61,9 @@ def cosines(size: int) -> Tensor:
 
 def zigzag(side: int) -> list[tuple[int, int]]:
     """Frequencies (row, column) of a square in JPEG's order: (0, 0), (0, 1), (1, 0), (2, 0)."""
-    found = []
+    frequencies = []
     for diagonal in range(2 * side - 1):
         low, high = max(0, diagonal - side + 1), min(diagonal, side - 1)
         rows = range(low, high + 1) if diagonal % 2 else range(high, low - 1, -1)
-        found += [(row, diagonal - row) for row in rows]
-    return found
+        frequencies += [(row, diagonal - row) for row in rows]
+    return frequencies

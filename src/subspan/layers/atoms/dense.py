@@ -35,7 +35,7 @@ class Projected(Sum):
         # A generated entry costs about a multiply-add; of hash there is one for each weight.
         self.matrix_cost = self.n * self.m * (1 if self.projection.bitwise else p)
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return self.projection.matvec(a).view(self.n, self.m)
 
 
@@ -49,27 +49,27 @@ class RankOne(Sum, kind="rank1"):
         self.matrix_cost = self.n * self.m * p
         self.apply_cost = (self.n + self.m) * p
 
-    def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+    def _constants(self) -> tuple[Tensor, ...]:
         # Vector by vector: with more atoms the first ones stay what they are.
         return (
             self._normals(self.p, self.n).T / math.sqrt(self.n),
             self._normals(self.p, self.m, column=1).T / math.sqrt(self.m),
         )
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return (u * a) @ v.T
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return F.linear((x @ v) * a, u)
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return F.linear((y @ u) * a, v)
 
 
-class Free(Sum, kind="free"):
+class Dense(Sum, kind="free"):
     """Every entry by itself, Mⱼ = e eᵀ: a factor as it is in any network."""
 
     def setup(self) -> None:
@@ -77,11 +77,11 @@ class Free(Sum, kind="free"):
         self.p = self.n * self.m
         self.energy = float(self.p)
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return a.view(self.n, self.m)
 
 
-class Given(Sum, kind="given"):
+class UserBasis(Sum, kind="given"):
     """Matrices of the user's, (p, n, m), which a file must hold."""
 
     def setup(
@@ -91,8 +91,8 @@ class Given(Sum, kind="given"):
         energy: float = 1.0,
     ) -> None:
         """``tensor`` holds them; or a file does, and only ``shape`` and ``energy`` are known."""
-        known = tensor is not None
-        if shape is not None and not known:
+        has_values = tensor is not None
+        if shape is not None and not has_values:
             tensor = torch.zeros(*shape)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 3:
             raise SubspanError("given matrices must be one floating tensor (p, n, m)")
@@ -103,13 +103,13 @@ class Given(Sum, kind="given"):
             )
         self._count(tensor.shape[0])
         self.tensor = tensor
-        self.energy = float(tensor.double().square().sum()) if known else energy
+        self.energy = float(tensor.double().square().sum()) if has_values else energy
         if not 0 < self.energy < math.inf:
             raise SubspanError("given matrices must be finite, and not all zero")
         self.matrix_cost = self.n * self.m * self.p
 
-    def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+    def _constants(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return torch.tensordot(a, constants[0], dims=1)

@@ -17,11 +17,11 @@ class Diagonal(Sum, kind="diagonal"):
         self.energy = float(self.n)
         self.matrix_cost = self.apply_cost = self.n
 
-    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return a.diag()
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return x * a
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
-        return self.apply(y, a)  # symmetric
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+        return self._apply(y, a)  # symmetric

@@ -21,7 +21,7 @@ class Fixed(Sum):
 class Selection(Fixed):
     """Coordinates that are picked: row i of M is a row of the identity."""
 
-    def constants(self) -> tuple[Tensor, ...]:  # noqa: D102
+    def _constants(self) -> tuple[Tensor, ...]:
         return (self._picked(),)
 
     def _picked(self) -> Tensor:
@@ -38,10 +38,10 @@ class Selection(Fixed):
         self.matrix_cost = self.n * self.m
         self.apply_cost = self.n
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return x[..., constants[0]]
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return y.new_zeros(*y.shape[:-1], self.m).index_copy(-1, constants[0], y)
 
 
@@ -54,10 +54,10 @@ class Identity(Fixed, kind="identity"):
         self.matrix_cost = self.n * self.m
         self.apply_cost = self.n
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.pad(x, (0, self.n - self.m))  # a negative padding cuts off
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.pad(y, (0, self.m - self.n))
 
 
@@ -69,7 +69,7 @@ class Subsample(Selection, kind="subsample"):
         return order[: self.n].sort().values
 
 
-class Permutation(Selection, kind="permutation"):
+class PermutationMatrix(Selection, kind="permutation"):
     """All coordinates in another order."""
 
     def setup(self) -> None:
@@ -93,7 +93,7 @@ class Hadamard(Fixed, kind="hadamard"):
         self.matrix_cost = self.n * self.n
         self.apply_cost = 2 * self.n * self.n.bit_length()
 
-    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
+    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         shape, size = x.shape, 1
         while size < self.n:
             first, second = x.reshape(-1, self.n // (2 * size), 2, size).unbind(2)
@@ -101,5 +101,5 @@ class Hadamard(Fixed, kind="hadamard"):
             size *= 2
         return x.reshape(shape) / math.sqrt(self.n)
 
-    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:  # noqa: D102
-        return self.apply(y, a)  # symmetric
+    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+        return self._apply(y, a)  # symmetric

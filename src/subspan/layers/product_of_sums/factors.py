@@ -37,7 +37,7 @@ GAINS = {  # variance of an output over that of an input, of a weight n × m
 }
 
 
-def described(factor: Any) -> dict[str, Any]:
+def parse_factor(factor: Any) -> dict[str, Any]:
     """A factor as a mapping with its ``kind``, from a mapping, a name or a tensor.
 
     Raises:
@@ -105,9 +105,9 @@ def function(name: str) -> Callable[[Tensor], Tensor]:
     if not colon:
         raise unknown("function f", name, FUNCTIONS)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        loaded = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SubspanError(f"no function {name!r}: {error}") from None
-    if not callable(found):
+    if not callable(loaded):
         raise SubspanError(f"{name!r} is no function")
-    return found
+    return loaded

@@ -1,9 +1,9 @@
-"""A layer whose weight is a product of sums: Linear, and Conv2d."""
+"""Layers whose weight is a product of sums."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
 from subspan.layers.atoms import HALF
-from subspan.layers.plain import Convolution, autocast_type, linear
-from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, described, function
-from subspan.layers.product_of_sums.order import Plan, expected, planned
+from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, function, parse_factor
+from subspan.layers.product_of_sums.order import Plan, plan_product
+from subspan.layers.protocol import Compressed
 
 
-class ProductOfSums(nn.Module, ABC):
+class ProductOfSums(Compressed, type_name="product-of-sums"):
     """A layer with the weight Πᵢ cᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ, n × m.
 
     The constants cᵢ follow from the shapes and ``init``: with them coefficients are standard normal
@@ -55,7 +55,7 @@ class ProductOfSums(nn.Module, ABC):
         if not 0 <= stream < 1 << 18:
             raise SubspanError(f"stream must be in [0, 2^18), got {stream!r}")
         self.shape, self.seed, self.stream, self.init = (n, m), seed, stream, init
-        self.factors = [described(factor) for factor in factors]
+        self.factors = [parse_factor(factor) for factor in factors]
         first = stream * STREAMS
         with torch.device("cpu"):  # numbers, even where a network is made without any
             self.sums = chain(n, m, self.factors, seed, first)
@@ -72,7 +72,7 @@ class ProductOfSums(nn.Module, ABC):
                 self.register_parameter(f"a{i}", nn.Parameter(torch.empty(s.p, **like)))
             else:
                 self.register_buffer(f"a{i}", torch.ones(s.p, **like), persistent=False)
-            constants = self._made(i)
+            constants = self._make_constants(i)
             self._constants.append([f"fixed{i}_{j}" for j in range(len(constants))])
             for name, constant in zip(self._constants[i], constants, strict=True):
                 # What a seed makes is in no file; what a user gives must be.
@@ -97,16 +97,16 @@ class ProductOfSums(nn.Module, ABC):
         where f is the identity.
         """
         gain = GAINS[self.init](*self.shape)
-        for s, own in zip(self.sums, self.trained, strict=True):
-            if not own:
+        for s, trained in zip(self.sums, self.trained, strict=True):
+            if not trained:
                 gain /= s.energy / s.n
         scales = []
-        for s, own in zip(self.sums, self.trained, strict=True):
-            scales.append(math.sqrt(gain * s.n / s.energy) if own else 1.0)
-            gain = 1.0 if own else gain
+        for s, trained in zip(self.sums, self.trained, strict=True):
+            scales.append(math.sqrt(gain * s.n / s.energy) if trained else 1.0)
+            gain = 1.0 if trained else gain
         return scales
 
-    def _made(self, i: int) -> list[Tensor]:
+    def _make_constants(self, i: int) -> list[Tensor]:
         """Make the constants of factor i, where its coefficients are, and in their type."""
         with torch.device("cpu"):
             constants = self.sums[i].constants()
@@ -131,7 +131,7 @@ class ProductOfSums(nn.Module, ABC):
                 continue
             if not self.trained[i]:
                 now.fill_(1)
-            for name, constant in zip(self._constants[i], self._made(i), strict=True):
+            for name, constant in zip(self._constants[i], self._make_constants(i), strict=True):
                 setattr(self, name, constant)
         return self
 
@@ -147,9 +147,9 @@ class ProductOfSums(nn.Module, ABC):
         bias = self._bias_of.in_dim if self._bias_of else self.bias is not None
         factors = []
         for factor, s in zip(self.factors, self.sums, strict=True):
-            own = {key: value for key, value in factor.items() if key != "tensor"}
-            given = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
-            factors.append(own | given)
+            written = {key: value for key, value in factor.items() if key != "tensor"}
+            of_tensor = {"shape": [s.p, s.n, s.m], "energy": s.energy} if s.kind == "given" else {}
+            factors.append(written | of_tensor)
         return {
             "factors": factors,
             "bias": bias,
@@ -161,25 +161,16 @@ class ProductOfSums(nn.Module, ABC):
     @property
     def matrix(self) -> Tensor:
         """W as a matrix, (n, m), made at each call."""
-        return self._formed(planned(self.sums, None), None)
+        return self._form(plan_product(self.sums, None), None)
 
     def factor(self, i: int) -> Tensor:
         """F of factor i as a matrix."""
-        return self._formed(planned(self.sums[i : i + 1], None, i), None)
+        return self._form(plan_product(self.sums[i : i + 1], None, i), None)
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
         """W in the shape of the ordinary layer's."""
-
-    @abstractmethod
-    def dense(self) -> nn.Module:
-        """The ordinary layer with this weight."""
-
-    @property
-    def bias_length(self) -> int:
-        """The length of the ordinary layer's bias: n, or 0 without one."""
-        return 0 if self.bias is None else self.shape[0]
 
     def full_bias(self) -> Tensor | None:
         """(n,), or None."""
@@ -192,10 +183,10 @@ class ProductOfSums(nn.Module, ABC):
 
     def values(self, i: int) -> Tensor:
         """Return the numbers of factor i, (p,): a parameter a; of a fixed one, ones."""
-        found: Tensor = getattr(self, f"a{i}")
-        return found
+        values: Tensor = getattr(self, f"a{i}")
+        return values
 
-    def _formed(self, plan: Plan, x: Tensor | None) -> Tensor:
+    def _form(self, plan: Plan, x: Tensor | None) -> Tensor:
         """An interval of the chain: a matrix; with x in it rows, (B, n) for n × B."""
         if plan.way == "vectors":
             assert x is not None
@@ -203,7 +194,7 @@ class ProductOfSums(nn.Module, ABC):
         if plan.way == "product":
             assert plan.left is not None
             assert plan.right is not None
-            left, right = self._formed(plan.left, x), self._formed(plan.right, x)
+            left, right = self._form(plan.left, x), self._form(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
         s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
         a = self.coefficients(plan.at)
@@ -211,209 +202,12 @@ class ProductOfSums(nn.Module, ABC):
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
             assert plan.left is not None
-            return s.apply_t(self._formed(plan.left, x), a, *constants)
+            return s.apply_t(self._form(plan.left, x), a, *constants)
         assert plan.right is not None
-        y = self._formed(plan.right, x)
+        y = self._form(plan.right, x)
         return s.apply(y, a, *constants) if plan.right.vectors else s.apply(y.T, a, *constants).T
 
-
-class ProductOfSumsLinear(ProductOfSums):
-    """``nn.Linear`` with a product of sums for its weight.
-
-    Args:
-        in_features: m.
-        out_features: n.
-        factors: of W, the leftmost first; see :class:`ProductOfSums`.
-        bias: whether there is one; or how many numbers a projection makes one of.
-        seed: of the fixed matrices, in [0, 2⁶⁴).
-        stream: in [0, 2¹⁸); tells layers of one seed apart.
-        init: "he", "glorot" or "lecun".
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Raises:
-        SubspanError: for factors that do not chain, or that cannot be.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        factors: Sequence[Any],
-        bias: bool | int = True,
-        *,
-        seed: int = 0,
-        stream: int = 0,
-        init: str = "he",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.in_features, self.out_features = in_features, out_features
-        super().__init__(
-            out_features, in_features, factors, bias, seed, stream, init, device, dtype
-        )
-
-    def cost(self, batch: int) -> Plan:
-        """Say how a batch is multiplied, and with how many multiply-adds: print it."""
-        batch = expected(batch)
-        if batch not in self._plans:
-            self._plans[batch] = planned(self.sums, batch)
-        found: Plan = self._plans[batch]
-        return found
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, m) → (…, n)."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise SubspanError(
-                f"expected inputs (…, {self.in_features}), got {tuple(x.shape)}: in_features is "
-                f"{self.in_features}"
-            )
-        rows = x.reshape(-1, self.in_features)
-        y = self._formed(self.cost(rows.shape[0]), rows).view(*x.shape[:-1], self.out_features)
-        bias = self.full_bias()
-        y = y if bias is None else y + bias
-        return y.to(autocast_type(y))
-
-    @property
-    def weight(self) -> Tensor:
-        """(n, m)."""
-        return self.matrix
-
-    def dense(self) -> nn.Linear:
-        """``nn.Linear`` with this weight."""
-        return linear(self.weight, self.full_bias())
-
-    def extra_repr(self) -> str:
-        """Sizes, and the factors."""
-        return f"{self.in_features}, {self.out_features}, {_factors(self)}"
-
-
-class ProductOfSumsConv2d(ProductOfSums, Convolution):
-    """``nn.Conv2d`` with a product of sums for its kernel, out × (in·k²).
-
-    The last factors make filters, and the first ones a 1×1 convolution of what these give, or all
-    of them one kernel, whatever is cheapest for the number of places.
-
-    Args:
-        in_channels: of the input.
-        out_channels: n.
-        kernel_size: of the filters.
-        factors: as of :class:`ProductOfSumsLinear`, with m = in_channels·k².
-        stride: as in ``nn.Conv2d``.
-        padding: as there.
-        dilation: as there.
-        bias: as of :class:`ProductOfSumsLinear`.
-        padding_mode: as in ``nn.Conv2d``.
-        seed: of the fixed matrices, in [0, 2⁶⁴).
-        stream: in [0, 2¹⁸).
-        init: "he", "glorot" or "lecun".
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Raises:
-        SubspanError: for factors that do not chain, or that cannot be.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        factors: Sequence[Any],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool | int = True,
-        padding_mode: str = "zeros",
-        *,
-        seed: int = 0,
-        stream: int = 0,
-        init: str = "he",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
-        m = in_channels * math.prod(self.kernel_size)
-        super().__init__(out_channels, m, factors, bias, seed, stream, init, device, dtype)
-
-    def cost(self, places: int) -> tuple[Plan | None, Plan]:
-        """Say how so many places (batch × height × width of the output) are computed.
-
-        Returns:
-            The plan of the 1×1 convolution, or None, and that of the filters.
-        """
-        places = expected(places)
-        if places not in self._plans:
-            self._plans[places] = self._cheapest(places)
-        found: tuple[Plan | None, Plan] = self._plans[places]
-        return found
-
-    def _cheapest(self, places: int) -> tuple[Plan | None, Plan]:
-        """Try every factor as the first of the filters."""
-        ways: list[tuple[int, Plan | None, Plan]] = []
-        for cut in range(len(self.sums)):
-            filters = planned(self.sums[cut:], None, cut)
-            after = planned(self.sums[:cut], places) if cut else None
-            cost = filters.cost + places * self.sums[cut].n * self.shape[1]
-            ways.append((cost + (after.cost if after else 0), after, filters))
-        best = ways[0]
-        for way in ways:
-            if way[0] < best[0]:
-                best = way
-        return best[1:]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) → (B, out, H', W'), also of one image without B."""
-        if x.dim() == 3:
-            return self._images(x.unsqueeze(0)).squeeze(0)
-        if x.dim() != 4:
-            raise SubspanError(f"expected images (B, in, H, W) or (in, H, W), got {tuple(x.shape)}")
-        return self._images(x)
-
-    def _images(self, x: Tensor) -> Tensor:
-        x, padding = self.padded(x)
-        if isinstance(padding, str):  # zeros that are as many on both sides
-            raise AssertionError(padding)
-        places = x.shape[0]
-        geometry = (x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride)
-        for side, p, d, k, s in zip(*geometry, strict=True):
-            places *= (side + 2 * p - d * (k - 1) - 1) // s + 1
-        after, filters = self.cost(places)
-        kernel = self._kernel(self._formed(filters, None))
-        bias = self.full_bias()
-        h = F.conv2d(
-            x, kernel, bias if after is None else None, self.stride, padding, self.dilation
-        )
-        if after is None:
-            return h
-        rows = h.movedim(1, -1)
-        y = self._formed(after, rows.reshape(-1, h.shape[1])).view(*rows.shape[:-1], self.shape[0])
-        y = y if bias is None else y + bias
-        y = y.to(autocast_type(y)).movedim(-1, 1)
-        # Channels last now: as it came out of the convolution, for somebody may take a view of it.
-        return y.contiguous() if h.is_contiguous() else y
-
-    def _kernel(self, flat: Tensor) -> Tensor:
-        return flat.reshape(-1, self.in_channels, *self.kernel_size)
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in, k, k)."""
-        return self._kernel(self.matrix)
-
-    def dense(self) -> nn.Conv2d:
-        """``nn.Conv2d`` with this kernel."""
-        return self.ordinary(self.weight, self.full_bias())
-
-    def extra_repr(self) -> str:
-        """Sizes, and the factors."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, {_factors(self)}"
-        )
-
-
-def _factors(layer: ProductOfSums) -> str:
-    parts = [f"{s.kind} {s.n}×{s.m} of {s.p}" for s in layer.sums]
-    return f"W = {' · '.join(parts)}, bias={layer.recipe['bias']}"
+    def describe_factors(self) -> str:
+        """The factors in a line, as the layer is printed."""
+        parts = [f"{s.kind} {s.n}×{s.m} of {s.p}" for s in self.sums]
+        return f"W = {' · '.join(parts)}, bias={self.recipe['bias']}"

@@ -38,7 +38,7 @@ class Plan:
         return f"{self.text}: {self.cost:,} multiply-adds"
 
 
-def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
+def plan_product(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
     """Find the cheapest order for the product of all factors, and of a batch if there is one.
 
     Args:
@@ -64,12 +64,15 @@ def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
                 ways.append(Plan(cost, text, "product", right.vectors, left=left, right=right))
             right = best[i + 1, j]
             # What is empty meets matrices only: transforms of nothing are an error.
-            if (own := sums[i].apply_cost) is not None and (batch != 0 or not right.vectors):
-                cost, text = own * sizes[j + 1] + right.cost, f"({sums[i].kind}· {right.text})"
+            if (per_vector := sums[i].apply_cost) is not None and (batch != 0 or not right.vectors):
+                cost, text = (
+                    per_vector * sizes[j + 1] + right.cost,
+                    f"({sums[i].kind}· {right.text})",
+                )
                 ways.append(Plan(cost, text, "apply", right.vectors, i + offset, right=right))
-            if j < k and (own := sums[j].apply_cost) is not None:
+            if j < k and (per_vector := sums[j].apply_cost) is not None:
                 left = best[i, j - 1]
-                cost, text = own * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
+                cost, text = per_vector * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
                 ways.append(Plan(cost, text, "apply_t", False, j + offset, left=left))
             best[i, j] = ways[0]
             for plan in ways:  # a loop, since torch.compile takes no min with a key
@@ -78,7 +81,7 @@ def planned(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
     return best[0, last]
 
 
-def expected(size: int) -> int:
+def example_size(size: int) -> int:
     """Return a size, or the example of one that torch.export leaves open: every order is right."""
     if isinstance(size, torch.SymInt):
         example = size.node.hint

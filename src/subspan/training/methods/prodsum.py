@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums, recipes
-from subspan.layers.places import replaced
-from subspan.layers.product_of_sums import described
+from subspan.layers.product_of_sums import parse_factor
+from subspan.layers.replace import exchange
 from subspan.subspace.compartments import matches
 from subspan.training.config import Run, split
 from subspan.training.methods import Method, Option
@@ -103,7 +103,7 @@ class ProductsOfSums(Method):
         for name, layer in _layers(model).items():
             larger = grow(layer, _factors(rules, name, layer))
             carry_over(optimizer, layer, larger)
-            model = replaced(model, {id(layer): larger})
+            model = exchange(model, {id(layer): larger})
         return model
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
@@ -186,7 +186,7 @@ def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, Rule]:
     return {
         pattern: _recipe(_filled(rule, p))
         if isinstance(rule, dict)
-        else [_filled(described(factor), p) for factor in rule]
+        else [_filled(parse_factor(factor), p) for factor in rule]
         for pattern, rule in rules.items()
     }
 

@@ -1,8 +1,7 @@
-"""Where in a network a layer of ours can stand, and how it gets there."""
+"""Layers of a network that can be replaced, and how others get into their places."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ ATTENTION = (  # parameters of nn.MultiheadAttention
 
 
 @dataclass(frozen=True)
-class Place:
+class ReplaceableLayer:
     """A layer that could be replaced, and the attention that it would be part of.
 
     Attributes:
@@ -50,9 +49,9 @@ class Place:
         return self.layer
 
 
-def places(net: nn.Module) -> dict[str, Place]:
+def find_replaceable(net: nn.Module) -> dict[str, ReplaceableLayer]:
     """Find every layer of the kinds that can be replaced, by its first name."""
-    found: dict[str, Place] = {}
+    candidates: dict[str, ReplaceableLayer] = {}
     inside: set[int] = set()
     used = used_elsewhere(net)
     for name, module in net.named_modules():
@@ -63,17 +62,17 @@ def places(net: nn.Module) -> dict[str, Place]:
             split = None if why else Attention(module)
             for part in PROJECTIONS:
                 layer = None if split is None else getattr(split, part)
-                found[dot + part] = Place(module, layer, split, part, why)
+                candidates[dot + part] = ReplaceableLayer(module, layer, split, part, why)
         elif isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in inside:
             why = _obstacle(module, used)
-            found[name] = Place(module, None if why else module, obstacle=why)
-    return found
+            candidates[name] = ReplaceableLayer(module, None if why else module, obstacle=why)
+    return candidates
 
 
 def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
     """Say why a linear or convolutional layer cannot be replaced; or None."""
     if type(layer) not in (*LINEAR, nn.Conv2d):
-        return f"its class, {named(layer)}, is no ordinary one and may compute anything"
+        return f"its class, {full_name(layer)}, is no ordinary one and may compute anything"
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     why = obstacle(layer, ("weight", "bias")) or used.get(id(layer))
     if why is not None:
@@ -93,7 +92,7 @@ def _obstacle(layer: nn.Module, used: Mapping[int, str]) -> str | None:
     return None
 
 
-def named(module: nn.Module) -> str:
+def full_name(module: nn.Module) -> str:
     """Return the full name of a module's class: a derived one may share its parent's last name."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
@@ -101,7 +100,7 @@ def named(module: nn.Module) -> str:
 def _obstacle_of_attention(module: nn.MultiheadAttention, used: Mapping[int, str]) -> str | None:
     """Say why an attention cannot be split into four layers; or None."""
     if type(module) is not nn.MultiheadAttention:
-        return f"the class of its attention, {named(module)}, may compute anything"
+        return f"the class of its attention, {full_name(module)}, may compute anything"
     if module.bias_k is not None or module.add_zero_attn:
         return "it is part of an attention with add_bias_kv or add_zero_attn"
     return (
@@ -111,8 +110,8 @@ def _obstacle_of_attention(module: nn.MultiheadAttention, used: Mapping[int, str
     )
 
 
-def chosen(
-    net: nn.Module, found: Mapping[str, Place], targets: Patterns, exclude: Patterns
+def select_layers(
+    net: nn.Module, candidates: Mapping[str, ReplaceableLayer], targets: Patterns, exclude: Patterns
 ) -> list[str]:
     """Select layers by patterns; by default all that nothing stands against.
 
@@ -124,23 +123,23 @@ def chosen(
     for path, module in net.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     names = {
-        name: [name] if place.projection else paths[id(place.owner)]
-        for name, place in found.items()
+        name: [name] if candidate.projection else paths[id(candidate.owner)]
+        for name, candidate in candidates.items()
     }
     if targets is None:
-        wanted = {name for name, place in found.items() if place.obstacle is None}
+        wanted = {name for name, candidate in candidates.items() if candidate.obstacle is None}
     else:
         _refuse_other_kinds(net, names, targets)
         wanted = select(names, targets, "targets", "layer")
     wanted -= select(names, exclude, "exclude", "layer")
     if not wanted:
-        why = next((f"; {n}: {p.obstacle}" for n, p in found.items() if p.obstacle), "")
+        why = next((f"; {n}: {p.obstacle}" for n, p in candidates.items() if p.obstacle), "")
         raise SubspanError(
             "there is no layer to factorise: expected an nn.Linear, an nn.Conv2d without groups or "
-            f"an nn.MultiheadAttention, the network has {', '.join(found) or 'none'}{why}"
+            f"an nn.MultiheadAttention, the network has {', '.join(candidates) or 'none'}{why}"
         )
-    ordered = [name for name in found if name in wanted]
-    check(found, ordered)
+    ordered = [name for name in candidates if name in wanted]
+    check_replaceable(candidates, ordered)
     return ordered
 
 
@@ -160,40 +159,79 @@ def _refuse_other_kinds(
                 )
 
 
-def check(found: Mapping[str, Place], names: Sequence[str]) -> None:
+def check_replaceable(candidates: Mapping[str, ReplaceableLayer], names: Sequence[str]) -> None:
     """Refuse layers that cannot be replaced, or have what a new one could not have.
 
     Raises:
         SubspanError: naming the layer, and the reason.
     """
     for name in names:
-        place = found[name]
-        if place.obstacle is not None:
+        candidate = candidates[name]
+        if candidate.obstacle is not None:
             raise SubspanError(
-                f"layer {name!r} cannot be replaced, since {place.obstacle}: leave it out"
+                f"layer {name!r} cannot be replaced, since {candidate.obstacle}: leave it out"
             )
-        if isinstance(place.owner, nn.MultiheadAttention):
-            whole = name.removesuffix(place.projection)
-            refuse_hooks(whole.removesuffix("."), place.owner)
-            refuse_hooks(whole + "out_proj", place.owner.out_proj, called=False)
+        if isinstance(candidate.owner, nn.MultiheadAttention):
+            whole = name.removesuffix(candidate.projection)
+            refuse_hooks(whole.removesuffix("."), candidate.owner)
+            refuse_hooks(whole + "out_proj", candidate.owner.out_proj, called=False)
         else:
-            refuse_hooks(name, place.owner)
+            refuse_hooks(name, candidate.owner)
 
 
-MADE: dict[type[nn.Module], Callable[[], nn.Module]] = {
-    **{kind: functools.partial(kind, 1, 1) for kind in LINEAR},
+EXAMPLES: dict[type[nn.Module], Callable[[], nn.Module]] = {
     nn.Conv2d: lambda: nn.Conv2d(1, 1, 1),
     nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1),
+    Attention: lambda: Attention(nn.MultiheadAttention(1, 1)),
 }
 
 
-def fresh(kind: type[nn.Module]) -> nn.Module:
-    """Make a layer of a class, as it is before anybody touches it."""
+def example(kind: type[nn.Module]) -> nn.Module:
+    """Make a layer of an ordinary class, as it is before anybody touches it."""
     with torch.random.fork_rng(devices=[]):
-        return MADE[kind]()
+        return EXAMPLES[kind]() if kind in EXAMPLES else kind(1, 1)
 
 
-def put(net: nn.Module, found: Mapping[str, Place], layers: Mapping[str, nn.Module]) -> nn.Module:
+def replace_layers(
+    net: nn.Module,
+    make: Callable[[str, nn.Linear | nn.Conv2d], nn.Module],
+    *,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+) -> nn.Module:
+    """Put other layers in place of a network's linear and convolutional ones.
+
+    The projections of an ``nn.MultiheadAttention`` become four layers (``q_proj``, …,
+    ``out_proj``). A new layer has the hooks, the attributes, ``training`` and ``requires_grad`` of
+    the old one.
+
+    Args:
+        net: changed in place.
+        make: makes the new layer from the name and the layer that it replaces, which it must not
+            change.
+        targets: which layers, by patterns as of :class:`~subspan.SubspaceModel`. By default every
+            ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes, that shares
+            its parameters with no other module and whose weight nothing else computes
+            (``weight_norm``, ``spectral_norm``, ``prune``, a parametrization). Others are left as
+            they are by default, and refused where a pattern names them.
+        exclude: layers to leave as they are.
+
+    Returns:
+        ``net``; or the new layer, if ``net`` itself is one that was replaced.
+
+    Raises:
+        SubspanError: for a layer that cannot be replaced, or has a hook on a weight or a
+            ``state_dict``, which would be lost; and if there is nothing to replace. The network is
+            then untouched.
+    """
+    candidates = find_replaceable(net)
+    names = select_layers(net, candidates, targets, exclude)
+    return put_layers(net, candidates, {name: make(name, candidates[name].plain) for name in names})
+
+
+def put_layers(
+    net: nn.Module, candidates: Mapping[str, ReplaceableLayer], layers: Mapping[str, nn.Module]
+) -> nn.Module:
     """Exchange layers, which take over the hooks, attributes and flags of the old ones.
 
     Returns:
@@ -204,25 +242,25 @@ def put(net: nn.Module, found: Mapping[str, Place], layers: Mapping[str, nn.Modu
     """
     new: dict[int, nn.Module] = {}
     for name, layer in layers.items():
-        place = found[name]
-        hand_over(name, place.plain, layer, fresh(type(place.plain)))
-        if place.attention is None:
-            new[id(place.owner)] = layer
+        candidate = candidates[name]
+        hand_over(name, candidate.plain, layer, example(type(candidate.plain)))
+        if candidate.attention is None:
+            new[id(candidate.owner)] = layer
             continue
-        setattr(place.attention, place.projection, layer)
-        if id(place.owner) not in new:
-            whole, like = name.rpartition(".")[0], fresh(nn.MultiheadAttention)
-            hand_over(whole, place.owner, place.attention, like, parts=True)
-            new[id(place.owner)] = place.attention
+        setattr(candidate.attention, candidate.projection, layer)
+        if id(candidate.owner) not in new:
+            whole, like = name.rpartition(".")[0], example(nn.MultiheadAttention)
+            hand_over(whole, candidate.owner, candidate.attention, like, parts=True)
+            new[id(candidate.owner)] = candidate.attention
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             id(m) in new for m in module.modules()
         ):
             module.use_nested_tensor = False  # a fused path that reads weights around `forward`
-    return replaced(net, new)
+    return exchange(net, new)
 
 
-def replaced(net: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+def exchange(net: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Exchange modules wherever they are used, and nothing else; the keys are their ``id``."""
     for parent in list(net.modules()):
         for name, child in parent._modules.items():

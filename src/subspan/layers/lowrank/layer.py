@@ -1,17 +1,12 @@
-"""Linear and convolutional layers whose weight is U S Vᵀ, never expanded.
-
-Sources: Schotthöfer, Zangrando, Kusch, Ceruti and Tudisco, "Low-rank lottery tickets: finding
-efficient low-rank neural networks via matrix differential equations", NeurIPS 2022.
-
-What optimizers on the manifold need besides gradients is in :mod:`subspan.layers.watched`.
-"""
+"""The factors of a layer of low rank: their state, their ranks, and the product with an input."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +15,12 @@ from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.layers import factors
 from subspan.layers.factors import plain
-from subspan.layers.plain import Convolution, autocast_type, filled, linear
-from subspan.layers.watched import Geometry, Tangents, Watched, down, filters, out
+from subspan.layers.plain import autocast_type
+from subspan.layers.protocol import Compressed
+from subspan.layers.watched import Geometry, Tangents, Watched, down, out
 
 
-class LowRank(nn.Module, ABC):
+class LowRank(Compressed, type_name="lowrank"):
     """A layer with weight W = U S Vᵀ, as an n × m matrix.
 
     Attributes:
@@ -34,6 +30,7 @@ class LowRank(nn.Module, ABC):
         bias: (n,) parameter, or None.
     """
 
+    resizes = True
     _watcher: weakref.ref[Tangents] | None = None
 
     def __init__(
@@ -46,9 +43,10 @@ class LowRank(nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(n, m):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
             raise SubspanError(
-                f"the rank of a {n} × {m} weight must be in [1, {min(n, m)}], got {rank}"
+                f"the rank of a {n} × {m} weight must be an integer in [1, {min(n, m)}], got "
+                f"{rank!r}"
             )
         like = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, rank, **like))  # type: ignore[arg-type]
@@ -82,22 +80,52 @@ class LowRank(nn.Module, ABC):
         return self.S.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
         """The shape (n, m) of the weight as a matrix."""
         return self.U.shape[0], self.V.shape[0]
+
+    @property
+    def recipe(self) -> int:
+        """The rank."""
+        return self.rank
+
+    @classmethod
+    def make(cls, recipe: int, **arguments: Any) -> Self:
+        """Make a layer of a rank, with random factors."""
+        return cls(rank=recipe, **arguments)
+
+    def recipe_in(self, tensors: Mapping[str, Tensor]) -> int:
+        """The rank of the core S among the tensors, if the weight can have it."""
+        core = tensors.get("S", self.S)
+        r = len(core) if core.dim() else 0
+        return r if 1 <= r <= min(self.shape) else self.rank
+
+    def resize(self, recipe: Any) -> None:
+        """Take a rank, with any factors."""
+        (n, m), empty = self.shape, self.S.new_empty
+        self.set_factors(empty(n, recipe), empty(recipe, recipe), empty(m, recipe))
+
+    @property
+    def inference_numbers(self) -> int:
+        """The number of parameters of two factors, r (n + m), and of the bias."""
+        return self.own_numbers - self.S.numel()
+
+    @classmethod
+    def published_counts(cls, layers: Sequence[LowRank], matrices: int) -> dict[str, int]:
+        """Count r (n + 1) numbers of a layer in evaluation, 5 r (n + m) + 12 r² in training."""
+        sizes = [(*layer.shape, layer.rank) for layer in layers]
+        return {
+            "'params eval' of Schotthöfer 2022": sum(r * (n + 1) for n, _, r in sizes) + matrices,
+            "'params train' of Schotthöfer 2022": sum(
+                5 * r * (n + m) + 12 * r * r for n, m, r in sizes
+            )
+            + 2 * matrices,
+        }
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
         """W in the shape of the dense layer's, made at each call: for looking at, not for work."""
-
-    @abstractmethod
-    def dense(self) -> nn.Module:
-        """The ordinary layer with this weight."""
-
-    @abstractmethod
-    def two_factors(self) -> nn.Sequential:
-        """Two ordinary layers, of Vᵀ and of U S."""
 
     @property
     def tangents(self) -> Tangents | None:
@@ -110,12 +138,12 @@ class LowRank(nn.Module, ABC):
         A layer that is frozen has none. Transforms of functions (``torch.func``, forward mode) are
         about the three factors alone, and a function of our own would be in their way.
         """
-        found = self.tangents
-        if found is None or not found.awake or not torch.is_grad_enabled():
+        tangents = self.tangents
+        if tangents is None or not tangents.awake or not torch.is_grad_enabled():
             return None
         if not (self.U.requires_grad and self.S.requires_grad and self.V.requires_grad):
             return None
-        return found if torch.compiler.is_compiling() or not transformed() else None
+        return tangents if torch.compiler.is_compiling() or not transformed() else None
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
@@ -135,29 +163,29 @@ class LowRank(nn.Module, ABC):
             V: (m, r').
         """
         with plain():
-            for own, new in ((self.U, U), (self.S, S), (self.V, V)):
-                if own.shape == new.shape:
-                    own.data.copy_(new)
+            for factor, new in ((self.U, U), (self.S, S), (self.V, V)):
+                if factor.shape == new.shape:
+                    factor.data.copy_(new)
                     continue
-                own.grad = None
+                factor.grad = None
                 # A graph that is still alive (that of the last loss) keeps the node that
                 # accumulates this gradient, which knows the old shape. A change of type or device,
                 # and only that, makes autograd forget the node.
-                dtype = own.dtype
+                dtype = factor.dtype
                 other = torch.float64 if dtype == torch.float32 else torch.float32
-                own.data = torch.empty(0, dtype=other, device=own.device)
+                factor.data = torch.empty(0, dtype=other, device=factor.device)
                 # Allocated at its own size:
-                own.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+                factor.data = new.detach().to(dtype).clone(memory_format=torch.contiguous_format)
         self._renew_tangents()
 
     def _renew_tangents(self) -> None:
         """Bring k and l to the shape, type and device of the factors."""
-        found = self.tangents
-        if found is None:
+        tangents = self.tangents
+        if tangents is None:
             return
-        was = len(found.k), len(found.l), found.k.dtype, found.k.device
+        was = len(tangents.k), len(tangents.l), tangents.k.dtype, tangents.k.device
         if was != (self.S.shape[1], self.S.shape[0], self.S.dtype, self.S.device):
-            found.renew(self)
+            tangents.renew(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the layer to another device or type, and what watches it, too."""
@@ -180,10 +208,10 @@ class LowRank(nn.Module, ABC):
     ) -> None:
         """Add the witness, by which loading knows factors that have been averaged."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = [self._parameters.get(name) for name in "USV"]
-        if all(isinstance(p, factors.Factor) and not p.is_meta for p in own):
+        parameters = [self._parameters.get(name) for name in "USV"]
+        if all(isinstance(p, factors.Factor) and not p.is_meta for p in parameters):
             with plain():
-                destination[prefix + "witness"] = factors.witness(*own)  # type: ignore[arg-type]
+                destination[prefix + "witness"] = factors.witness(*parameters)  # type: ignore[arg-type]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -193,15 +221,15 @@ class LowRank(nn.Module, ABC):
         Raises:
             SubspanError: if somebody has averaged the factors one by one.
         """
-        found = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
+        tensors = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
         saved = state_dict.pop(prefix + "witness", None)  # older states have none
-        if len(found) == 3 and all(t.dim() == 2 for t in found):
-            U, S, V = found
+        if len(tensors) == 3 and all(t.dim() == 2 for t in tensors):
+            U, S, V = tensors
             (n, m), r = self.shape, S.shape[0]
             if (U.shape, S.shape, V.shape) == ((n, r), (r, r), (m, r)):
                 with plain():
                     if saved is not None:
-                        factors.check(prefix.removesuffix(".") or "the layer", found, saved)
+                        factors.check(prefix.removesuffix(".") or "the layer", tensors, saved)
                     self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
         self._adopt()
@@ -219,129 +247,3 @@ class LowRank(nn.Module, ABC):
             return Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)
         U, S, V = (factor.to(kind) for factor in (self.U, self.S, self.V))
         return out(down(x, V, how), S, U, how, bias)
-
-
-class LowRankLinear(LowRank):
-    """``nn.Linear`` with the weight U S Vᵀ.
-
-    Args:
-        in_features: m.
-        out_features: n.
-        rank: r, at most min(n, m).
-        bias: whether there is one.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Raises:
-        SubspanError: for a rank that the weight cannot have.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.in_features, self.out_features = in_features, out_features
-        super().__init__(out_features, in_features, rank, bias, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, m) → (…, n)."""
-        return self._output(x, None)
-
-    @property
-    def weight(self) -> Tensor:
-        """(n, m)."""
-        return self._matrix()
-
-    def dense(self) -> nn.Linear:
-        """``nn.Linear`` with this weight."""
-        return linear(self.weight, self.bias)
-
-    def two_factors(self) -> nn.Sequential:
-        """(r, m) without a bias, then (n, r)."""
-        with plain():
-            return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
-
-    def extra_repr(self) -> str:
-        """As in ``nn.Linear``."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
-
-
-class LowRankConv2d(LowRank, Convolution):
-    """``nn.Conv2d`` with the kernel U S Vᵀ, out × (in·k²): r filters, then a 1×1 convolution.
-
-    Args:
-        in_channels: of the input.
-        out_channels: n.
-        kernel_size: of the filters.
-        rank: r, at most min(n, in_channels·k²).
-        stride: as in ``nn.Conv2d``.
-        padding: as there.
-        dilation: as there.
-        bias: whether there is one.
-        padding_mode: as there.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Raises:
-        SubspanError: for a rank that the weight cannot have.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        rank: int,
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.place(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
-        m = in_channels * math.prod(self.kernel_size)
-        super().__init__(out_channels, m, rank, bias, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) → (B, out, H', W'), or the same without B."""
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x, padding = self.padded(x)
-        return self._output(x, (self.kernel_size, self.stride, padding, self.dilation))
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in, k, k)."""
-        return self._matrix().view(-1, self.in_channels, *self.kernel_size)
-
-    def dense(self) -> nn.Conv2d:
-        """``nn.Conv2d`` with this kernel."""
-        return self.ordinary(self.weight, self.bias)
-
-    def two_factors(self) -> nn.Sequential:
-        """Vᵀ as r filters without a bias, then a 1×1 convolution."""
-        with plain():
-            K, first = self.U @ self.S, filters(self.V, self.kernel_size)
-            last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
-            return nn.Sequential(
-                self.ordinary(first, None), filled(last, K[..., None, None], self.bias)
-            )
-
-    def extra_repr(self) -> str:
-        """As in ``nn.Conv2d``."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"rank={self.rank}, stride={self.stride}, padding={self.padding}, "
-            f"bias={self.bias is not None}"
-        )

@@ -1,0 +1,149 @@
+"""The file: a header and tensors, under one digest.
+
+The recipes of compressed layers stand in the header. Two types of layers are older than their
+registry and have a field each; all others share the field ``layers``, which says the module that
+defines a type, so that whoever lacks it can be told. No module is imported because a file says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import safetensors
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.layers.protocol import Compressed, compressed_layers, layer_type, layer_types
+from subspan.subspace.parameters import digest_tensors
+
+FORMAT = 1
+KEY = "subspan"
+COORDINATES = "coordinates"
+FIELD_OF = {"lowrank": "ranks", "product-of-sums": "sums"}  # of the older types of layers
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by kind
+    "full": {},
+    "lowrank": {"ranks": dict},
+    "product-of-sums": {"ranks": dict, "sums": dict},
+    "layers": {"ranks": dict, "sums": dict, "layers": dict},
+    "subspace": {
+        "recipe": dict,
+        "init_seed": (int, NoneType),
+        "fingerprint": str,
+        "layout": str,
+    },
+}
+Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names
+
+
+def describe_layers(net: nn.Module) -> dict[str, Any]:
+    """The fields of a header that say which layers of a network are compressed, and its kind.
+
+    Raises:
+        SubspanError: if the recipe of a layer is not JSON.
+    """
+    fields: dict[str, dict[str, Any]] = {}
+    for name, layer in compressed_layers(net).items():
+        kind = layer.type_name
+        try:
+            json.dumps(layer.recipe)
+        except TypeError as error:
+            raise SubspanError(f"the recipe of layer {name!r} must be JSON: {error}") from None
+        if kind in FIELD_OF:
+            fields.setdefault(FIELD_OF[kind], {})[name] = layer.recipe
+        else:
+            entry = {"module": layer_type(kind).__module__, "recipes": {}}
+            entry = fields.setdefault("layers", {}).setdefault(kind, entry)
+            entry["recipes"][name] = layer.recipe
+    kind = next(kind for kind, named in FIELDS.items() if fields.keys() <= named.keys())
+    return {"kind": kind} | {field: fields.get(field, {}) for field in FIELDS[kind]}
+
+
+def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
+    """The compressed layers that a header describes, by their types.
+
+    Args:
+        header: of :func:`read`.
+        path: of the file, for errors.
+
+    Raises:
+        SubspanError: for a type that no imported module defines, and for layers without recipes.
+    """
+    types: Types = {
+        layer_type(kind): header[field] for kind, field in FIELD_OF.items() if header.get(field)
+    }
+    for kind, entry in header.get("layers", {}).items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("recipes"), dict):
+            raise SubspanError(f"{path} has no recipes of its layers of the type {kind!r}")
+        if kind not in layer_types():
+            raise SubspanError(
+                f"{path} has layers of the type {kind!r}, which no imported module defines: import "
+                f"{entry.get('module')} first, if you trust it (--import on the command line)"
+            )
+        types[layer_type(kind)] = entry["recipes"]
+    return types
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a checkpoint, checked to be whole and unchanged.
+
+    Raises:
+        SubspanError: if it is no checkpoint, of a newer format, cut short or edited.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SubspanError(f"{path} is not a file: expected a checkpoint that subspan saved")
+    if not os.access(path, os.R_OK):
+        raise SubspanError(f"{path} may not be read: see to its permissions")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise SubspanError(f"{path} is damaged or no safetensors file: {error}") from None
+    if KEY not in metadata:
+        raise SubspanError(
+            f"{path} is no subspan checkpoint: it has no {KEY!r} key in its metadata"
+        )
+    try:
+        header = json.loads(metadata[KEY])
+        version = header["format"]
+    except (ValueError, KeyError, TypeError):
+        raise SubspanError(f"{path} is damaged: its header is not readable") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise SubspanError(
+            f"{path} has format {version}, this version of subspan reads up to {FORMAT}: upgrade"
+        )
+    if header.pop("digest", None) != digest(header, tensors):
+        raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
+    fields = {"extra": dict, "weights": int} | FIELDS.get(str(header.get("kind")), {"kind": ()})
+    if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
+        raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
+    return header, tensors
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint's header, with the names and shapes of its tensors and its size.
+
+    It needs no module that defines the layers.
+    """
+    header, tensors = read(path)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return header | {"tensors": shapes, "bytes": Path(path).stat().st_size}
+
+
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """128 bits over the header and all tensors."""
+    sha = hashlib.sha256(to_json(header).encode())
+    sha.update(digest_tensors({name: tensors[name] for name in sorted(tensors)}).encode())
+    return sha.hexdigest()[:32]
+
+
+def to_json(header: Mapping[str, Any]) -> str:
+    """Write a header in the one way that its digest is made of."""
+    return json.dumps(header, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,215 @@
+"""A saved model, rebuilt around a network, and tensors put back into one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.checkpoint.file import COORDINATES, layers_of, read
+from subspan.checkpoint.saving import count_kinds, stored_tensors
+from subspan.counts import count
+from subspan.errors import SubspanError
+from subspan.layers.protocol import Compressed, compressed_layers, layer_type
+from subspan.layers.rebuild import rebuild_layers
+from subspan.subspace import init
+from subspan.subspace.dtensors import copy_into
+from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_slots, saved_buffers
+
+Net = nn.Module | Callable[[], nn.Module]
+
+
+@torch.inference_mode(False)  # what is made in it could not be trained
+def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
+    """Rebuild a saved model around a network.
+
+    Args:
+        path: of a file of :func:`save`.
+        net: the network with the initial weights that the model was trained from, or a function
+            that makes it. For a model of :meth:`SubspaceModel.from_seed` only its architecture
+            counts: its initial weights are drawn anew.
+
+    Returns:
+        The :class:`SubspaceModel` (or the ordinary network) as it was saved. ``net`` is taken over.
+
+    Raises:
+        SubspanError: if the file is not usable, or the network is another one; a network that was
+            given is then untouched.
+    """
+    header, tensors = read(path)
+    types, seed = layers_of(header, path), header.get("init_seed")
+    if isinstance(net, nn.Module):
+        network = net
+    else:
+        network = net() if seed is None else init.build(net, seed)
+    if not isinstance(network, nn.Module):
+        raise SubspanError(f"expected a function that makes the network, got {network!r} from it")
+    find_slots(network)  # refuses parameters without values
+    if any(SubspaceModel.of(module) for module in network.modules()):
+        raise SubspanError(
+            "the network is in a subspace already: load the file around another one, or unwrap() "
+            "its SubspaceModel first"
+        )
+    weights = count(network).dense
+    if header["kind"] == "subspace":  # around the numbers that compressed layers have themselves
+        layers = compressed_layers(network).values()
+        weights -= sum(layer.dense_numbers - layer.own_numbers for layer in layers)
+    if weights != header["weights"]:
+        raise SubspanError(
+            f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
+        )
+    if header["kind"] != "subspace":
+        try:
+            network = rebuild_layers(network, types)
+        except SubspanError as error:
+            raise SubspanError(f"{path} does not fit this network: {error}") from None
+        restore(network, tensors)
+        return network
+    if network is net and seed is not None:
+        before = [(p, p.detach().clone()) for p in network.parameters()]
+        init.initialize(network, seed)
+    else:
+        before = []
+    try:
+        model = _wrap(path, network, header, tensors)
+        restore(model, tensors)
+    except BaseException:
+        if (begun := SubspaceModel.of(network)) is not None:
+            begun.unwrap()
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        raise
+    return model
+
+
+def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
+    """Give a network the compressed layers that a header describes, with any values.
+
+    Raises:
+        SubspanError: if the network is another one; it is then untouched.
+    """
+    return rebuild_layers(network, layers_of(header))
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint, as :func:`read` gives them, into the model that was saved.
+
+    Raises:
+        SubspanError: if they are another model's; this one is then untouched.
+    """
+    model = SubspaceModel.of(model) or model
+    live = stored_tensors(model)
+    resized: dict[type[Compressed], dict[str, Any]] = {}
+    # Those inside a SubspaceModel are its base, and not in the file.
+    layers = {} if isinstance(model, SubspaceModel) else compressed_layers(model)
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        recipe = layer.recipe_in(
+            {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        )
+        if recipe != layer.recipe:
+            resized.setdefault(layer_type(layer.type_name), {})[name] = recipe
+            twin = layer.rebuild(layer, recipe, device="meta")
+            live |= {prefix + key: p for key, p in twin.named_parameters()}
+    may_lack: set[str] = set()
+    if isinstance(model, SubspaceModel):
+        live[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
+        may_lack = {f"body.{name}" for name in saved_buffers(model.body)}
+    for name in sorted((live.keys() | tensors.keys()) - (may_lack - tensors.keys())):
+        in_network, in_file = (
+            str(list(ts[name].shape)) if name in ts else "no place" for ts in (live, tensors)
+        )
+        if in_network != in_file:
+            raise SubspanError(
+                f"the checkpoint is of another network: {name} has shape {in_file} in the file "
+                f"and {in_network} in the network"
+            )
+    if resized:
+        rebuild_layers(model, resized)
+        live |= stored_tensors(model)
+    for name, tensor in tensors.items():
+        copy_into(live[name], tensor)
+    if isinstance(model, SubspaceModel):
+        parts = tensors[COORDINATES].split([part.dim for part in model.compartments])
+        for w, part in zip(model.coordinates.values(), parts, strict=True):
+            w.copy_(part)
+
+
+def _wrap(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> SubspaceModel:
+    """The model of a recipe, if this is its network."""
+    try:
+        # Files from before padding rows were kept say nothing of them.
+        model = SubspaceModel(net, **{"padding": "train"} | header["recipe"])
+    except (SubspanError, TypeError, ValueError) as error:
+        raise SubspanError(f"{path} does not fit this network: {error}") from None
+    _take_buffers(path, model, header, tensors)
+    check_base(path, model, header)
+    model.init_seed = header["init_seed"]
+    return model
+
+
+def _take_buffers(
+    path: str | os.PathLike[str],
+    model: SubspaceModel,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Accept a network whose buffers have changed (by training, before unwrap()) if all are here.
+
+    Raises:
+        SubspanError: if the file leaves some buffers to the network, and they may be others.
+    """
+    weights = model.subspace
+    same = "parameters" in header and header["parameters"] == weights.parameters_digest()
+    if not same or model.base_fingerprint == header["fingerprint"]:
+        return
+    if left := [name for name in weights.base_buffers if f"body.{name}" not in tensors]:
+        raise SubspanError(
+            f"{path} was trained from other initial weights: the parameters are the same, but a "
+            f"buffer is not ({left[0]} or another): give the network as it was before training"
+        )
+    weights.take_fingerprint(header["fingerprint"])
+
+
+def check_base(
+    path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any]
+) -> None:
+    """Refuse coordinates around another base than theirs.
+
+    Raises:
+        SubspanError: if the header's θ₀ is not this model's, or another part of it is trained.
+    """
+    if (here := count_kinds(model.subspace.packed.values())) != (
+        there := header.get("quantised", {})
+    ):
+        raise SubspanError(
+            f"{path} was trained around a network with {_say_kinds(there)}, and this one has "
+            f"{_say_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
+        )
+    if model.base_fingerprint != header["fingerprint"]:
+        raise SubspanError(
+            f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
+            f"this network has {model.base_fingerprint}): give the network that it was trained from"
+        )
+    if model.layout != header["layout"]:
+        raise SubspanError(
+            f"{path} was trained with other parameters frozen (requires_grad=False) than this "
+            "network has: freeze the same ones"
+        )
+
+
+def _say_kinds(numbers: Mapping[str, int]) -> str:
+    """Say how many quantised tensors of each kind there are."""
+    tensors = ", ".join(f"{number} of {kind}" for kind, number in numbers.items())
+    return f"quantised tensors ({tensors})" if tensors else "no quantised tensors"

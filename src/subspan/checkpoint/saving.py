@@ -1,0 +1,130 @@
+"""Writing a model: which header and which tensors its file has."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from subspan.checkpoint.file import COORDINATES, FORMAT, KEY, describe_layers, digest, to_json
+from subspan.counts import count
+from subspan.errors import SubspanError
+from subspan.files import refuse_what_is_no_file, write_atomically
+from subspan.subspace.dtensors import whole
+from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_aliases, find_quantised, find_slots, saved_buffers
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> int:
+    """Write a model to one safetensors file, all of it or nothing.
+
+    Args:
+        model: a :class:`SubspaceModel`; or an ordinary network, stored with all its weights.
+        path: of the file; its folder must exist.
+        extra: JSON values of the caller's, given back by :func:`inspect`.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        SubspanError: if there is no such folder, ``extra`` is not JSON, a SubspaceModel lies
+            inside another module, or a module has state beside parameters and buffers.
+        OSError: if the file cannot be written; one that was there before is then still whole.
+    """
+    path = Path(path)
+    refuse_what_is_no_file(path)
+    header, data = contents(model, extra)
+    text = to_json(header | {"digest": digest(header, data)})
+    return write_atomically(path, safetensors.torch.save(data, metadata={KEY: text}))
+
+
+def contents(
+    model: nn.Module, extra: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and copies of the tensors that a file of this model has.
+
+    Raises:
+        SubspanError: as :func:`save`.
+    """
+    header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
+    model = SubspaceModel.of(model) or model
+    _check_only_tensors(model)
+    if isinstance(model, SubspaceModel):
+        model.subspace.changes.check_complete()
+        changed = {**model.fully_trained(), **model.changed_buffers()}
+        tensors = {f"body.{name}": tensor for name, tensor in changed.items()}
+        tensors[COORDINATES] = torch.cat([w.detach() for w in model.coordinates.values()])
+        header |= {
+            "kind": "subspace",
+            "recipe": model.recipe,
+            "init_seed": model.init_seed,
+            "fingerprint": model.base_fingerprint,
+            "layout": model.layout,
+            "weights": model.summary().weights,
+        }
+        if packed := model.subspace.packed:
+            header["quantised"] = count_kinds(packed.values())
+        if saved_buffers(model.body):
+            header["parameters"] = model.subspace.parameters_digest()
+    else:
+        tensors = stored_tensors(model)
+        header |= {"weights": count(model).dense} | describe_layers(model)
+    try:
+        header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
+    except TypeError as error:
+        raise SubspanError(f"extra must hold JSON values: {error}") from None
+    # Copies: safetensors refuses tensors that overlap in memory.
+    layout = torch.contiguous_format
+    return header, {
+        n: whole(t.detach()).to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
+    }
+
+
+def _check_only_tensors(model: nn.Module) -> None:
+    """Refuse state that is no parameter and no buffer, which no file here could hold.
+
+    Raises:
+        SubspanError: naming a module that has some.
+    """
+    for name, module in model.named_modules():
+        overridden = type(module).get_extra_state is not nn.Module.get_extra_state
+        if overridden and module.get_extra_state() is not None:
+            raise SubspanError(
+                f"{name or 'the network'} ({type(module).__name__}) has state of its own "
+                "(get_extra_state), which a file of tensors would lose: keep it in buffers, or "
+                "save state_dict() by torch.save"
+            )
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Live tensors by the names that they have in a file, without coordinates."""
+    if isinstance(model, SubspaceModel):
+        tensors = {**model.fully_trained(), **saved_buffers(model.body)}
+        return {f"body.{name}": tensor for name, tensor in tensors.items()}
+    if any(SubspaceModel.of(module) for module in model.modules()):
+        raise SubspanError(
+            f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "
+            "DDP, `._orig_mod` of torch.compile), or put its merge() there"
+        )
+    places = find_slots(model)
+    for name, packed in find_quantised(model, places).items():
+        raise SubspanError(
+            f"{name} is quantised ({packed.kind}), and a file of a whole network holds dense "
+            "weights only: save state_dict() by torch.save, or coordinates around it"
+        )
+    parameters = {name: model.get_parameter(name) for name in find_aliases(places)}
+    return {**parameters, **saved_buffers(model)}
+
+
+def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
+    """Count the quantised tensors of each kind."""
+    return dict(sorted(Counter(kinds).items()))

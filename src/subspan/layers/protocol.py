@@ -1,0 +1,200 @@
+"""The protocol of compressed layers: layers that hold fewer numbers than their weight has.
+
+Checkpoints, counts, :func:`~subspan.layers.merge`, exports and the training know compressed layers
+by this class alone. A new type of layer is a class derived from it, in this package or in any
+module that is imported before a file of such layers is loaded (``docs/add-a-layer.md``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError, unknown
+
+_types: dict[str, type[Compressed]] = {}
+
+
+class Compressed(nn.Module, ABC):
+    """A layer in the place of an ``nn.Linear`` or an ``nn.Conv2d``, which holds fewer numbers.
+
+    Its parameters and the buffers of its ``state_dict`` are what a file holds. ``recipe`` says what
+    they mean. A class is made with the arguments of the layer that it replaces, and those of the
+    recipe.
+
+    Args:
+        type_name: registers a type, so that files name it. Classes derived from this one are of
+            that type, too.
+        replaces: registers the class as the one of its type in the place of ``nn.Linear``, or of
+            ``nn.Conv2d``.
+
+    Attributes:
+        type_name: the name in files.
+        classes: those of the type by what they replace.
+        shape: n and m of the weight as a matrix; a kernel is flattened to out × (in·k²).
+        bias: (n,), or None; or whatever makes it, if :attr:`bias_length` says how long it is.
+        resizes: whether :meth:`resize` takes another recipe in place.
+    """
+
+    type_name: ClassVar[str]
+    classes: ClassVar[dict[type[nn.Module], type[Compressed]]]
+    shape: tuple[int, int]
+    resizes: ClassVar[bool] = False
+
+    def __init_subclass__(
+        cls,
+        *,
+        type_name: str | None = None,
+        replaces: type[nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if type_name is not None:
+            if type_name in _types:
+                raise TypeError(f"a type of layers named {type_name!r} is registered already")
+            cls.type_name, cls.classes = type_name, {}
+            _types[type_name] = cls
+        if replaces is not None:
+            if replaces in cls.classes:
+                raise TypeError(f"{cls.type_name!r} has a class in place of {replaces} already")
+            cls.classes[replaces] = cls
+
+    # ---- what every type says --------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def recipe(self) -> Any:
+        """JSON that says, with the layer's tensors, which weight they make."""
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """The ordinary layer with copies of this weight and bias."""
+
+    # ---- what follows from that, and may be said better ------------------------------------------
+
+    @classmethod
+    def make(cls, recipe: Any, **arguments: Any) -> Self:
+        """Make a layer of a recipe, with any values; by default its entries are arguments, too.
+
+        Args:
+            recipe: as :attr:`recipe` gives it.
+            arguments: of ``nn.Linear`` or of ``nn.Conv2d``, without ``groups``.
+
+        Raises:
+            SubspanError: for a recipe that a layer of these sizes cannot have.
+        """
+        return cls(**arguments | recipe)
+
+    @classmethod
+    def rebuild(cls, like: Counterpart, recipe: Any, device: Device = None) -> Compressed:
+        """Make a layer of this type and a recipe, with any values, in the place of another one.
+
+        Args:
+            like: gives the sizes, the geometry, whether there is a bias, and the dtype.
+            recipe: as :attr:`recipe` gives it.
+            device: of its tensors; that of ``like`` by default.
+
+        Raises:
+            SubspanError: for a recipe that this place cannot have.
+        """
+        arguments = _arguments_of(like)
+        replaced = nn.Conv2d if "kernel_size" in arguments else nn.Linear
+        if replaced not in cls.classes:
+            raise SubspanError(
+                f"a layer of the type {cls.type_name!r} cannot take the place of an "
+                f"nn.{replaced.__name__}: leave it out"
+            )
+        if device is not None:
+            arguments["device"] = device
+        return cls.classes[replaced].make(recipe, **arguments)
+
+    def two_factors(self) -> nn.Module:
+        """Two ordinary layers, where the weight is a product of two; otherwise the dense one."""
+        return self.dense()
+
+    @property
+    def bias_length(self) -> int:
+        """The length of the ordinary layer's bias: n, or 0 without one."""
+        return 0 if getattr(self, "bias", None) is None else self.shape[0]
+
+    @property
+    def dense_numbers(self) -> int:
+        """The number of parameters of the ordinary layer."""
+        return math.prod(self.shape) + self.bias_length
+
+    @property
+    def own_numbers(self) -> int:
+        """The number of parameters of this layer."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def inference_numbers(self) -> int:
+        """The number of those that are needed to run it."""
+        return self.own_numbers
+
+    @classmethod
+    def published_counts(cls, layers: Sequence[Any], matrices: int) -> dict[str, int]:
+        """Count a network as certain papers do, by name.
+
+        Args:
+            layers: all of this type in the network; at least one.
+            matrices: how many numbers all other weights with two dimensions or more have.
+        """
+        return {}
+
+    def recipe_in(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The recipe with which tensors were saved, by their sizes; by default the layer's own.
+
+        Args:
+            tensors: of a file, by their names in this layer.
+        """
+        return self.recipe
+
+    def resize(self, recipe: Any) -> None:
+        """Take a recipe, with any values; the parameters stay the same objects."""
+        raise NotImplementedError
+
+
+Device: TypeAlias = torch.device | str | None
+Counterpart: TypeAlias = nn.Linear | nn.Conv2d | Compressed
+
+
+def layer_types() -> list[str]:
+    """All types of compressed layers by name."""
+    return sorted(_types)
+
+
+def layer_type(name: str) -> type[Compressed]:
+    """The class of a type of compressed layers.
+
+    Raises:
+        SubspanError: if no module that is imported defines it.
+    """
+    if name not in _types:
+        raise unknown("type of layers", name, layer_types())
+    return _types[name]
+
+
+def compressed_layers(net: nn.Module) -> dict[str, Compressed]:
+    """The compressed layers of a network by their first names."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, Compressed)}
+
+
+def _arguments_of(layer: Counterpart) -> dict[str, Any]:
+    """The arguments with which an ordinary layer of the same sizes and geometry is made."""
+    names: tuple[str, ...] = ("in_features", "out_features")
+    if hasattr(layer, "kernel_size"):
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        names += ("padding_mode",)
+    tensor = next(itertools.chain(layer.parameters(), layer.buffers()))
+    return {name: getattr(layer, name) for name in names} | {
+        "bias": getattr(layer, "bias", None) is not None,
+        "device": tensor.device,
+        "dtype": tensor.dtype,
+    }
