@@ -9,7 +9,7 @@ import torch
 
 from subspan.linalg import rank_of
 from subspan.optim import integrators
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import USV
 
 N, M = 12, 9
 
@@ -28,11 +28,11 @@ def point(values, seed=0):
     r = len(values)
     left, right = basis(r, r, seed + 2), basis(r, r, seed + 3)
     core = left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T
-    return Factors(basis(N, r, seed), core, basis(M, r, seed + 1))
+    return USV(basis(N, r, seed), core, basis(M, r, seed + 1))
 
 
 def slopes(G, at):
-    return Factors(G @ at.V, at.U.T @ G @ at.V, G.T @ at.U)
+    return USV(G @ at.V, at.U.T @ G @ at.V, G.T @ at.U)
 
 
 def tangent(G, at):
@@ -76,7 +76,7 @@ ROBUST = [kls, kls_adaptive, parallel, retracted, retracted_v]
 
 def vanilla(at, gradient, h):
     G = gradient(at.dense())
-    slope = Factors(G @ at.V @ at.S.T, at.U.T @ G @ at.V, G.T @ at.U @ at.S)
+    slope = USV(G @ at.V @ at.S.T, at.U.T @ G @ at.V, G.T @ at.U @ at.S)
     return integrators.vanilla(at, slope, h)
 
 
@@ -148,7 +148,7 @@ def test_all_are_consistent(step):
 def test_full_rank_is_gradient_descent(step):
     W, G = rand(N, M), rand(N, M, seed=1)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    after = step(Factors(U, S.diag(), Vh.T), lambda _: G, 0.3)
+    after = step(USV(U, S.diag(), Vh.T), lambda _: G, 0.3)
     torch.testing.assert_close(after.dense(), W - 0.3 * G)
 
 
@@ -156,7 +156,7 @@ def test_full_rank_is_gradient_descent(step):
 def test_truncation_is_optimal_and_within_its_tolerance(tolerance):
     """The orientation of V matters (erratum): a core perturbed by 1 % tells it."""
     at = point([3.0, 1.0, 0.5, 0.2])
-    at = Factors(at.U, at.S + 0.01 * rand(4, 4, seed=8) * at.S.norm() / 4, at.V)
+    at = USV(at.U, at.S + 0.01 * rand(4, 4, seed=8) * at.S.norm() / 4, at.V)
     core = integrators.spectrum(at)
     r = rank_of(core.S, tolerance)
     after = integrators.truncated(at, core, r)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from subspan.layers import LowRank, factorize, merge
 from subspan.optim import DLRT, RandomBases, integrators
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import USV
 from tests import optimizer_laws
 from tests.nets import build
 from tests.optimizer_laws import Case, loss_of, weights
@@ -29,7 +29,8 @@ def bases(name: str, closure: str = "none", error: float = 1e-9, **options: Any)
         return RandomBases([group for group in groups if group["params"]], 9, lr=0.5, **options)
 
     def step(net: nn.Module, optimizer: RandomBases) -> Tensor:
-        P = torch.block_diag(*[part.projections[0].dense(step=0) for part in optimizer._parts])
+        parts = optimizer.directions.compartments
+        P = torch.block_diag(*[part.projections[0].dense(step=0) for part in parts])
         g = torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None])
         before = weights(net)
         return before - 0.5 * P @ (P.T @ (g + options.get("weight_decay", 0.0) * before))
@@ -69,10 +70,10 @@ def slope(base: str, g: Tensor) -> Tensor:
 def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Tensor:
     h = 0.1
     layers = {name: m for name, m in net.named_modules() if isinstance(m, LowRank)}
-    at = {n: Factors(*(p.detach() for p in (m.U, m.S, m.V))) for n, m in layers.items()}
+    at = {n: USV(*(p.detach() for p in (m.U, m.S, m.V))) for n, m in layers.items()}
     biases = {n: m.bias.detach() for n, m in layers.items()}
 
-    def gradients(of: dict[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradients(of: dict[str, USV]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         dense = merge(copy.deepcopy(net))
         for name, factors in of.items():
             dense.get_submodule(name).weight.data.copy_(factors.dense())
@@ -84,13 +85,13 @@ def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Te
         }
 
     G, of_bias = gradients(at)
-    after: dict[str, Factors] = {}
+    after: dict[str, USV] = {}
     for name, here in at.items():
         U, S, V = here.U, here.S, here.V
         K, core, L = G[name] @ V, U.T @ G[name] @ V, G[name].T @ U
         if integrator == "vanilla":
             K, L = K @ S.T, L @ S
-        moves = Factors(slope(base, K), slope(base, core), slope(base, L))
+        moves = USV(slope(base, K), slope(base, core), slope(base, L))
         if integrator == "vanilla":
             after[name] = integrators.vanilla(here, moves, h)
         elif integrator == "kls":
