@@ -618,6 +618,8 @@ def test_sparse_gradients_of_what_is_not_factored():
         ({"betas": (0.5, 0.9)}, "base 'sgd' has no betas"),
         ({"workers": "independent"}, "unknown workers 'independent'"),
         ({"workers": "shared"}, "workers='shared' needs a process group"),
+        ({"check_every": -1}, "check_every must be an integer >= 0, got -1"),
+        ({"nonfinite": "skipp"}, "unknown nonfinite 'skipp': did you mean skip"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
@@ -687,6 +689,40 @@ def test_a_step_to_infinity_is_refused(integrator):
     if integrator != "kls":
         assert torch.isfinite(dense(net)).all()
     del before
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+def test_a_step_to_infinity_can_be_left_out(integrator):
+    """The network's gradients may be cleared by anybody then: no tangent is left of the step."""
+    net, twin = mlp(), mlp()
+    settings = options(integrator, momentum=0.9)
+    optimizer, other = DLRT(net, 0.1, nonfinite="skip", **settings), DLRT(twin, 0.1, **settings)
+    run(net, optimizer, 2)
+    run(twin, other, 2)
+    for group in optimizer.param_groups:
+        group["lr"] = float("inf")
+    losses = run(net, optimizer, 1)
+    assert torch.equal(dense(net), dense(twin))
+    assert (optimizer.steps, optimizer.skipped) == (3, 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for group in other.param_groups:
+        group["steps"] += 1
+    net.zero_grad(set_to_none=False)
+    expected = run(twin, other, 3)
+    assert losses[0] == expected[0]
+    assert run(net, optimizer, 3) == expected
+
+
+def test_states_of_before_count_no_steps_that_were_void():
+    net, twin = mlp(), mlp()
+    optimizer, other = DLRT(net, 0.1), DLRT(twin, 0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["skipped"]
+    other.load_state_dict(state)
+    assert other.skipped == 0
+    assert run(net, optimizer, 2) == run(twin, other, 2)
 
 
 def test_a_weight_of_zeros_keeps_its_least_rank():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.layers import LowRank, factorize, merge
-from subspan.optim import DLRT, RandomBases, integrators
-from subspan.optim.integrators import USV
+from subspan.optim import DLRT, RandomBases
+from subspan.optim.estimators import ESTIMATORS
+from subspan.optim.integrators import INTEGRATORS, USV, Integrator
 from tests import optimizer_laws
 from tests.nets import build
 from tests.optimizer_laws import Case, loss_of, weights
@@ -47,14 +48,14 @@ def bases(name: str, closure: str = "none", error: float = 1e-9, **options: Any)
 
 
 def dlrt(name: str, integrator: str = "parallel", base: str = "sgd", **options: Any) -> Case:
-    closure = "backward" if "kls" in integrator else "none"
+    closure = "backward" if INTEGRATORS[integrator].evaluations == 2 else "none"
 
     def optimizer(net: nn.Module) -> DLRT:
-        more = {"tolerance": 0.0} if integrator == "kls-adaptive" else {}
+        more = {"tolerance": 0.0} if INTEGRATORS[integrator].ranks == "adaptive" else {}
         return DLRT(net, 0.1, integrator=integrator, base=base, **(more | options))
 
     def step(net: nn.Module, optimizer: DLRT) -> Tensor:
-        return integrated(net, integrator, base, optimizer.ranks_may_change)
+        return integrated(net, INTEGRATORS[integrator](), base, optimizer.ranks_may_change)
 
     def mlp() -> nn.Module:
         return factorize(build("mlp", torch.float64), rank=3)
@@ -67,7 +68,7 @@ def slope(base: str, g: Tensor) -> Tensor:
     return g / (g.abs() + 1e-8) if base == "adam" else g
 
 
-def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Tensor:
+def integrated(net: nn.Module, integrator: Integrator, base: str, adapting: bool) -> Tensor:
     h = 0.1
     layers = {name: m for name, m in net.named_modules() if isinstance(m, LowRank)}
     at = {n: USV(*(p.detach() for p in (m.U, m.S, m.V))) for n, m in layers.items()}
@@ -89,23 +90,17 @@ def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Te
     for name, here in at.items():
         U, S, V = here.U, here.S, here.V
         K, core, L = G[name] @ V, U.T @ G[name] @ V, G[name].T @ U
-        if integrator == "vanilla":
+        if not integrator.tangents:
             K, L = K @ S.T, L @ S
         moves = USV(slope(base, K), slope(base, core), slope(base, L))
-        if integrator == "vanilla":
-            after[name] = integrators.vanilla(here, moves, h)
-        elif integrator == "kls":
-            after[name] = integrators.kls_bases(here, moves, h)
-        elif integrator == "kls-adaptive":
-            after[name] = integrators.augmented(here, moves)
-        elif adapting:
-            after[name] = integrators.parallel(here, moves, h)
+        if adapting:
+            after[name] = integrator.wider_step(here, moves, h)
         else:
-            after[name] = integrators.retracted(here, moves, h, "U")
-    if "kls" in integrator:
+            after[name] = integrator.first_step(here, moves, h, 0)
+    if integrator.evaluations == 2:
         G, of_bias = gradients(after)
         after = {
-            n: integrators.kls_core(new, slope(base, new.U.T @ G[n] @ new.V), h)
+            n: integrator.second_step(new, slope(base, new.U.T @ G[n] @ new.V), h)
             for n, new in after.items()
         }
     moved = {n: biases[n] - h * slope(base, of_bias[n]) for n in at}
@@ -141,3 +136,9 @@ CASES: list[Case] = [
 @pytest.mark.parametrize("law", optimizer_laws.LAWS, ids=lambda law: law.__name__)
 def test_laws(law: Callable[[Case], None], case: Case) -> None:
     law(case)
+
+
+def test_every_estimator_and_integrator_has_a_row() -> None:
+    trained = [case.optimizer(case.build()) for case in CASES]
+    assert {o.estimator for o in trained if isinstance(o, RandomBases)} == set(ESTIMATORS)
+    assert {o.integrator for o in trained if isinstance(o, DLRT)} == set(INTEGRATORS)

@@ -782,7 +782,7 @@ def test_parameters_cannot_come_later():
         ({"dim": 0}, "dim must be a positive integer"),
         ({"dim": [5, 200], "compartments": "layer"}, "compartment '2' has 68 weights"),
         ({"distribution": "rademaker"}, "unknown distribution 'rademaker'.*rademacher"),
-        ({"estimator": "nes"}, "unknown estimator 'nes'"),
+        ({"estimator": "evolutoin"}, "unknown estimator 'evolutoin': did you mean evolution"),
         ({"workers": "share"}, "unknown workers 'share'.*shared"),
         ({"workers": "shared"}, "workers='shared' needs a process group: start with torchrun"),
         ({"nonfinite": "ignore"}, "unknown nonfinite"),

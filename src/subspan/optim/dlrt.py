@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from subspan import distributed
@@ -24,14 +23,13 @@ from subspan.optim.factored import all_finite, dense, find_layers, parameters, r
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
 from subspan.optim.moments import BASES, SETTINGS, transport, turn_core
-from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, evaluate
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
-from subspan.optim.workers import Workers
 
 
 class DLRT(BaseOptimizer):
-    r"""Descent on the low-rank manifold for factored layers, the base's update for all else.
+    r"""Gradient descent on the low-rank manifold; what is not factored takes the base's steps.
 
     ==============  =========  ==================================================================
     integrator      gradients  step
@@ -44,10 +42,10 @@ class DLRT(BaseOptimizer):
 
     - *Moments* of the base are transported with the bases (:mod:`subspan.optim.moments`).
     - *Weight decay* λ is decoupled: W ← (1 − ηλ) W, which is S ← (1 − ηλ) S.
-    - *Gradients* of U, S and V are theirs, as ever; those of K = U S and L = V Sᵀ are left beside
-      them while this object lives (:class:`~subspan.layers.lowrank.Tangents`). A number by which
-      all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these, too;
-      any other change of them is refused.
+    - *Gradients* of U, S and V are what they always are. Those of K = U S and L = V Sᵀ are left
+      beside them while this object lives (:class:`~subspan.layers.watched.Tangents`). A number by
+      which all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these,
+      too; any other change of gradients is refused.
     - *A layer without a gradient*, which the batch did not use, stays as it is, and so does a
       frozen one. Where there is a target for the whole network, its rank falls with the others.
 
@@ -56,11 +54,11 @@ class DLRT(BaseOptimizer):
         lr: η.
         tolerance: τ in [0, 1): where ranks may change, singular values are left out as long as
             their norm is at most τ times that of all, layer by layer.
-        target_ratio: in place of τ, share in (0, 1) of the factored layers' dense numbers that
-            shall be gone after ``freeze_after`` steps: τ, the same for all layers, is then chosen
-            anew each time so that r (n + m) in all falls to the rest along a cubic (Zhu and
-            Gupta 2017): fast at first, while the spectrum forms, and slowly at the end.
-        integrator: see above.
+        target_ratio: in place of τ, the share in (0, 1) of the factored layers' dense numbers that
+            is to be gone after ``freeze_after`` steps. At each step τ, the same for all layers, is
+            chosen so that the sum of r (n + m) falls to the rest along a cubic (Zhu and Gupta
+            2017): fast at first, while the spectrum forms, and slowly at the end.
+        integrator: one of the table, or of your own (``docs/add-an-optimizer.md``).
         base: "sgd" or "adam".
         momentum: μ, of "sgd" alone.
         betas: of "adam" alone.
@@ -75,9 +73,11 @@ class DLRT(BaseOptimizer):
         rank_every: steps between those at which ranks may change.
         freeze_after: steps after which they stay; None for never.
         workers: in a process group, "shared": gradients are averaged over all processes, those of
-            the factors and not of W. Do not wrap the network in DDP then: parameters whose shape
-            changes are not for its buckets. None: this process alone, or DDP with ranks that stay.
+            the factors and not of W. Do not wrap the network in DDP then, whose buckets have fixed
+            shapes. None: this process alone, or DDP with ranks that stay.
         check_every: steps between comparisons of all workers' weights; 0: never.
+        nonfinite: a step with a number that is not finite, in a gradient or in the factors that
+            it leads to: "error", or "skip" to leave everything as it is (:attr:`skipped` counts).
 
     Raises:
         SubspanError: for anything that cannot be trained as asked.
@@ -109,8 +109,6 @@ class DLRT(BaseOptimizer):
         self._integrator = INTEGRATORS.find(integrator)()
         if base not in BASES:
             raise unknown("base", base, BASES)
-        if workers not in (None, "shared"):
-            raise unknown("workers", workers, ["shared"])
         given = {"momentum": momentum, "betas": betas, "eps": eps}
         usual = {"momentum": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
         for name in given.keys() - set(SETTINGS[base]):
@@ -127,9 +125,10 @@ class DLRT(BaseOptimizer):
             freeze_after,
         )
         if self._integrator.ranks == "fixed" and self.rule.adapts:
+            others = [name for name, other in INTEGRATORS.items() if other.ranks != "fixed"]
             raise SubspanError(
                 f"integrator {integrator!r} keeps ranks as they are: leave out tolerance and "
-                "target_ratio, or use parallel or kls-adaptive"
+                f"target_ratio, or use {' or '.join(others)}"
             )
         if self._integrator.ranks == "adaptive" and not self.rule.adapts:
             raise SubspanError(f"integrator {integrator!r} needs a tolerance or a target_ratio")
@@ -144,7 +143,8 @@ class DLRT(BaseOptimizer):
         super().__init__(
             [{"params": group} for group in groups if group],
             {"lr": lr, **settings, "weight_decay": weight_decay, "begun_with": None},
-            workers=Workers("shared", check_every) if workers else None,
+            workers=workers,
+            check_every=check_every,
             nonfinite=nonfinite,
             needs_closure=self._integrator.evaluations == 2,
         )
@@ -228,11 +228,8 @@ class DLRT(BaseOptimizer):
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """Return the loss of a closure, which leaves gradients."""
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None:
+        loss = evaluate(closure)
+        if closure is not None and loss is None:
             raise SubspanError("the closure returned no loss: it must return it")
         return loss
 

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from subspan.errors import SubspanError
 from subspan.optim.compartment import CompartmentWeights
+from subspan.optim.optimizer import evaluate
 from subspan.optim.registry import Registry
 
 Closure = Callable[[], Any]
@@ -76,10 +77,7 @@ class Gradient(Estimator, name="gradient"):
 
     def estimate(self, out: Tensor, redraw: Tensor, closure: Closure | None) -> Any:
         """Add Pᵀ g for the gradients that are there after the closure, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         missing = True
         for weights in self.compartments:
             gradients: dict[str, Tensor | None] = {}
@@ -109,7 +107,7 @@ class Forward(Estimator, name="forward"):
                         # brings the tangent.
                         zero = torch.zeros_like(tangent)
                         weights.tensors[name].sub_(forward_ad.make_dual(zero, -tangent))
-                    loss, slope = forward_ad.unpack_dual(_value(closure))
+                    loss, slope = forward_ad.unpack_dual(value(closure))
                     if slope is not None:
                         out[j] += slope
         return loss.detach()
@@ -121,29 +119,47 @@ class Evolution(Estimator, name="evolution"):
     def estimate(self, out: Tensor, redraw: Tensor, closure: Closure | None) -> Tensor:
         """Add the differences; the loss is the mean of all evaluations.
 
-        The weights come back to the last bit: a copy takes the memory that gradients would. Both
-        evaluations of a pair draw the same random numbers (dropout masks, say), or the difference
-        would be one of noise divided by 2σ; the next pair draws others.
+        Both evaluations of a pair draw the same random numbers (dropout masks, say), or the
+        difference would be one of noise divided by 2σ; the next pair draws others.
         """
-        assert closure is not None
+        probe = Probe(self, redraw, closure)
         total = out.new_zeros(())
-        tensors = [t for weights in self.compartments for t in weights.tensors.values()]
-        copies = {id(t): t.detach().clone() for t in tensors}
         for weights in self.compartments:
             for j in range(weights.place.start, weights.place.stop):
-                unit, generators = _unit(out, j), Generators(self.compartments)
-                ends = []
-                for sign in (1.0, -1.0):
-                    weights.add_weights(unit, self.basis, redraw, alpha=sign * self.sigma)
-                    generators.restore()
-                    try:
-                        ends.append(_value(closure).detach().to(out))
-                    finally:
-                        for tensor in weights.tensors.values():
-                            tensor.detach().copy_(copies[id(tensor)])
-                out[j] += (ends[0] - ends[1]) / (2 * self.sigma)
-                total += ends[0] + ends[1]
+                generators = Generators(self.compartments)
+                above = probe.loss(weights, j, self.sigma, out)
+                generators.restore()
+                below = probe.loss(weights, j, -self.sigma, out)
+                out[j] += (above - below) / (2 * self.sigma)
+                total += above + below
         return total / (2 * out.numel())
+
+
+class Probe:
+    """Evaluates the loss at some distance from the weights, which come back to the last bit.
+
+    A copy of them takes the memory that gradients would.
+
+    Args:
+        estimator: whose weights and basis these are.
+        redraw: the number of the basis, 0-D int64.
+        closure: evaluates the loss.
+    """
+
+    def __init__(self, estimator: Estimator, redraw: Tensor, closure: Closure | None) -> None:
+        assert closure is not None
+        self._basis, self._redraw, self._closure = estimator.basis, redraw, closure
+        tensors = [t for weights in estimator.compartments for t in weights.tensors.values()]
+        self._copies = {id(t): t.detach().clone() for t in tensors}
+
+    def loss(self, weights: CompartmentWeights, j: int, length: float, like: Tensor) -> Tensor:
+        """Return the loss at θ + length · P e_j, in the precision of coordinates ``like``."""
+        weights.add_weights(_unit(like, j), self._basis, self._redraw, length)
+        try:
+            return value(self._closure).detach().to(like)
+        finally:
+            for tensor in weights.tensors.values():
+                tensor.detach().copy_(self._copies[id(tensor)])
 
 
 class Generators:
@@ -172,7 +188,7 @@ def _unit(like: Tensor, j: int) -> Tensor:
     return unit
 
 
-def _value(closure: Closure) -> Tensor:
+def value(closure: Closure) -> Tensor:
     """Return the loss of a closure, a tensor without dimensions."""
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError, unknown
-from subspan.optim.workers import Workers
+from subspan.optim.workers import WorkerMode, Workers
 
 Nonfinite = Literal["error", "skip"]
 
@@ -38,27 +38,38 @@ class BaseOptimizer(Optimizer):
     Args:
         params: as for every optimizer.
         defaults: the settings of each group, among them ``lr``.
-        workers: the processes that train together with this one, or None.
+        workers: how processes train together, one of ``worker_modes``; None: this one alone.
+        check_every: steps between comparisons of all workers' weights; 0: never.
         nonfinite: see above.
         needs_closure: whether :meth:`step` must be given a closure.
 
     Attributes:
         needs_closure: likewise.
+
+    Raises:
+        SubspanError: for a value that makes no sense, or workers without a process group.
     """
+
+    worker_modes: ClassVar[tuple[WorkerMode, ...]] = ("shared",)
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: Mapping[str, Any],
         *,
-        workers: Workers | None = None,
+        workers: WorkerMode | None = None,
+        check_every: int = 100,
         nonfinite: Nonfinite = "error",
         needs_closure: bool = False,
     ) -> None:
         if nonfinite not in ("error", "skip"):
             raise unknown("nonfinite", nonfinite, ["error", "skip"])
+        if workers not in (None, *self.worker_modes):
+            raise unknown("workers", workers, self.worker_modes)
+        if not is_count(check_every, least=0):
+            raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
         self.nonfinite, self.needs_closure = nonfinite, needs_closure
-        self._workers = workers
+        self._workers = Workers(workers, check_every) if workers else None
         self._tensors: dict[str, Tensor] = {}
         super().__init__(params, {**defaults, "steps": 0, "skipped": 0})
 
@@ -148,6 +159,14 @@ class BaseOptimizer(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("skipped", 0)
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """Return the loss of a closure that calls ``backward()``; without a closure, None."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from subspan.optim.parameters import (
     refuse_computed,
     refuse_immovable,
 )
-from subspan.optim.workers import WorkerMode, Workers
+from subspan.optim.workers import WorkerMode
 from subspan.subspace import slots
 from subspan.subspace.compartments import Rules
 
@@ -90,6 +90,8 @@ class RandomBases(BaseOptimizer):
         SubspanError: for anything that cannot be trained as asked.
     """
 
+    worker_modes = ("shared", "independent")
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -115,14 +117,10 @@ class RandomBases(BaseOptimizer):
         if distribution not in projections():
             raise unknown("distribution", distribution, projections())
         estimate = ESTIMATORS.find(estimator)
-        if workers not in (None, "shared", "independent"):
-            raise unknown("workers", workers, ["shared", "independent"])
         if redraw_every is not None and not is_count(redraw_every, least=1):
             raise SubspanError(
                 f"redraw_every must be a positive integer or None, got {redraw_every!r}"
             )
-        if not is_count(check_every, least=0):
-            raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
         if not 0 < sigma < math.inf:
             raise SubspanError(f"sigma must be a positive number, got {sigma}")
         padding: dict[int, tuple[int, int]] = {}
@@ -145,7 +143,8 @@ class RandomBases(BaseOptimizer):
             super().__init__(
                 params,
                 defaults,
-                workers=Workers(workers, check_every) if workers else None,
+                workers=workers,
+                check_every=check_every,
                 nonfinite=nonfinite,
                 needs_closure=estimate.needs_closure,
             )
