@@ -50,7 +50,7 @@ class Move:
     """A step of a registered integrator, at the same rank or through a wider one."""
 
     def __init__(self, name, wider=False, number=0):
-        self.integrator, self.wider, self.number = INTEGRATORS[name](), wider, number
+        self.integrator, self.wider, self.number = INTEGRATORS[name], wider, number
         self.__name__ = f"{name}{'-wider' * wider}-{number}"
 
     def __call__(self, at, gradient, h, r=None):
@@ -61,7 +61,7 @@ class Move:
             new = self.integrator.wider_step(at, slope, h)
         else:
             new = self.integrator.first_step(at, slope, h, self.number)
-        if self.integrator.evaluations == 2:
+        if self.integrator.second_step:
             core = new.U.T @ gradient(new.dense()) @ new.V
             new = self.integrator.second_step(new, core, h)
         if self.wider:
@@ -75,9 +75,9 @@ ROBUST = [
     for name, integrator in INTEGRATORS.items()
     if integrator.tangents
     for wider, number in ((False, 0), (False, 1), (True, 0))
-    if not wider or integrator.ranks != "fixed"
+    if not wider or integrator.wider_step
 ]
-TWICE = [move for move in ROBUST if move.integrator.evaluations == 2]
+TWICE = [move for move in ROBUST if move.integrator.second_step]
 WIDER = [move for move in ROBUST if move.wider]
 parallel, retracted, retracted_v = (
     Move("parallel", True),

@@ -48,14 +48,14 @@ def bases(name: str, closure: str = "none", error: float = 1e-9, **options: Any)
 
 
 def dlrt(name: str, integrator: str = "parallel", base: str = "sgd", **options: Any) -> Case:
-    closure = "backward" if INTEGRATORS[integrator].evaluations == 2 else "none"
+    closure = "backward" if INTEGRATORS[integrator].second_step else "none"
 
     def optimizer(net: nn.Module) -> DLRT:
-        more = {"tolerance": 0.0} if INTEGRATORS[integrator].ranks == "adaptive" else {}
+        more = {"tolerance": 0.0} if INTEGRATORS[integrator].adaptive else {}
         return DLRT(net, 0.1, integrator=integrator, base=base, **(more | options))
 
     def step(net: nn.Module, optimizer: DLRT) -> Tensor:
-        return integrated(net, INTEGRATORS[integrator](), base, optimizer.ranks_may_change)
+        return integrated(net, INTEGRATORS[integrator], base, optimizer.ranks_may_change)
 
     def mlp() -> nn.Module:
         return factorize(build("mlp", torch.float64), rank=3)
@@ -93,16 +93,13 @@ def integrated(net: nn.Module, integrator: Integrator, base: str, adapting: bool
         if not integrator.tangents:
             K, L = K @ S.T, L @ S
         moves = USV(slope(base, K), slope(base, core), slope(base, L))
-        if adapting:
+        if adapting and integrator.wider_step:
             after[name] = integrator.wider_step(here, moves, h)
         else:
             after[name] = integrator.first_step(here, moves, h, 0)
-    if integrator.evaluations == 2:
+    if second := integrator.second_step:
         G, of_bias = gradients(after)
-        after = {
-            n: integrator.second_step(new, slope(base, new.U.T @ G[n] @ new.V), h)
-            for n, new in after.items()
-        }
+        after = {n: second(new, slope(base, new.U.T @ G[n] @ new.V), h) for n, new in after.items()}
     moved = {n: biases[n] - h * slope(base, of_bias[n]) for n in at}
     return torch.cat([t for n in at for t in (after[n].dense().reshape(-1), moved[n])])
 

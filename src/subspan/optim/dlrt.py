@@ -15,14 +15,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from subspan import distributed
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
 from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, write
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
-from subspan.optim.moments import BASES, SETTINGS, transport, turn_core
+from subspan.optim.moments import BASES, settings_of, transport, turn_core
 from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, evaluate
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
@@ -106,31 +106,25 @@ class DLRT(BaseOptimizer):
         check_every: int = 100,
         nonfinite: Nonfinite = "error",
     ) -> None:
-        self._integrator = INTEGRATORS.find(integrator)()
-        if base not in BASES:
-            raise unknown("base", base, BASES)
-        given = {"momentum": momentum, "betas": betas, "eps": eps}
-        usual = {"momentum": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
-        for name in given.keys() - set(SETTINGS[base]):
-            if given[name] != usual[name]:
-                raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
+        steps = INTEGRATORS.find(integrator)
+        settings = settings_of(base, momentum=momentum, betas=betas, eps=eps)
         self.rule = RankRule(
-            tolerance,
-            target_ratio,
-            min_rank,
-            max_rank,
-            tolerance_warmup,
-            adapt_from,
-            rank_every,
-            freeze_after,
+            tolerance=tolerance,
+            target_ratio=target_ratio,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            tolerance_warmup=tolerance_warmup,
+            adapt_from=adapt_from,
+            rank_every=rank_every,
+            freeze_after=freeze_after,
         )
-        if self._integrator.ranks == "fixed" and self.rule.adapts:
-            others = [name for name, other in INTEGRATORS.items() if other.ranks != "fixed"]
+        if self.rule.adapts and not steps.wider_step:
+            others = [name for name, other in INTEGRATORS.items() if other.wider_step]
             raise SubspanError(
                 f"integrator {integrator!r} keeps ranks as they are: leave out tolerance and "
                 f"target_ratio, or use {' or '.join(others)}"
             )
-        if self._integrator.ranks == "adaptive" and not self.rule.adapts:
+        if steps.adaptive and not self.rule.adapts:
             raise SubspanError(f"integrator {integrator!r} needs a tolerance or a target_ratio")
         self._layers = find_layers(net, min_rank)
         self._base = BASES[base]
@@ -139,21 +133,21 @@ class DLRT(BaseOptimizer):
         groups = [
             [(n, p) for n, p in named if (id(p) in factors) is inside] for inside in (True, False)
         ]
-        settings = {name: given[name] for name in SETTINGS[base]}
         super().__init__(
             [{"params": group} for group in groups if group],
             {"lr": lr, **settings, "weight_decay": weight_decay, "begun_with": None},
             workers=workers,
             check_every=check_every,
             nonfinite=nonfinite,
-            needs_closure=self._integrator.evaluations == 2,
+            needs_closure=steps.second_step is not None,
         )
+        self.integrator = integrator
         self._tensors = dict(named)
         self._gradients = self._watch()
 
     def _watch(self) -> Gradients:
         """Have autograd leave tangents from now on, if the integrator needs them."""
-        watch = Watch(self._layers) if self._integrator.tangents else None
+        watch = Watch(self._layers) if INTEGRATORS[self.integrator].tangents else None
         return Gradients(self._layers, watch, self._workers)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -165,11 +159,6 @@ class DLRT(BaseOptimizer):
         with plain():
             super().zero_grad(set_to_none)
         self._gradients.clear()
-
-    @property
-    def integrator(self) -> str:
-        """The name of the integrator."""
-        return self._integrator.name
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -195,8 +184,7 @@ class DLRT(BaseOptimizer):
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
         self._gradients.check()
-        twice = self._integrator.evaluations == 2  # which changes the layers on the way
-        before = read(self._layers, copy=twice)
+        before = read(self._layers, copy=self.needs_closure)  # two evaluations change the layers
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
         loss = None
@@ -207,7 +195,7 @@ class DLRT(BaseOptimizer):
         except BaseException as error:
             self.state.clear()
             self.state.update(state)
-            if twice:
+            if self.needs_closure:
                 write(self._layers, before)
             if isinstance(error, NonFiniteError):
                 error.loss = loss
@@ -240,25 +228,28 @@ class DLRT(BaseOptimizer):
         closure: Callable[[], Any] | None,
     ) -> dict[str, USV]:
         """Return the factors after the step; a second evaluation changes the layers on the way."""
-        group, integrator = self.param_groups[0], self._integrator
-        h, wider = float(group["lr"]), self.ranks_may_change
+        group, integrator = self.param_groups[0], INTEGRATORS[self.integrator]
+        first, wider, second = integrator.first_step, integrator.wider_step, integrator.second_step
+        h, widening = float(group["lr"]), self.ranks_may_change
         decay = 1 - h * group["weight_decay"]
         after: dict[str, USV] = {}
         for name, gradient in gradients.items():
             at = before[name]
             slope = self._slopes(self._layers[name], gradient)
-            if integrator.evaluations == 1:  # else W stays until its second gradient is known
+            if not second:  # else W stays until its second gradient is known
                 at = USV(at.U, at.S * decay, at.V)
-            after[name] = (
-                integrator.wider_step(at, slope, h)
-                if wider
-                else integrator.first_step(at, slope, h, self.steps)
-            )
+            if wider and widening:
+                after[name] = wider(at, slope, h)
+            else:
+                after[name] = first(at, slope, h, self.steps)
         middle = before
-        if integrator.evaluations == 2:
+        if second:
             middle = {**before, **after}
-            after = self._move_cores(before, after, closure, h, decay)
-        if wider:
+            slopes = self._slopes_of_cores(before, after, closure)
+            for name, at in after.items():
+                shrunk = USV(at.U, at.S * decay, at.V)
+                after[name] = second(shrunk, slopes[name], h)
+        if widening:
             after = self._truncate(before, after)
         finite = all_finite((at.U, at.S, at.V) for at in after.values())
         for name, is_finite in zip(after, finite, strict=True):
@@ -277,22 +268,20 @@ class DLRT(BaseOptimizer):
     def _slopes(self, layer: LowRank, gradient: USV) -> USV:
         """Return the base's slopes for the gradients of K, S and L."""
         group, (U, S, V) = self.param_groups[0], parameters(layer)
-        later = self._integrator.evaluations == 2  # S then has a slope at the new bases
+        # With a closure the core has its slope at the new bases.
         return USV(
             self._base(self.state[U], gradient.U, group),
-            gradient.S if later else self._base(self.state[S], gradient.S, group),
+            gradient.S if self.needs_closure else self._base(self.state[S], gradient.S, group),
             self._base(self.state[V], gradient.V, group),
         )
 
-    def _move_cores(
+    def _slopes_of_cores(
         self,
         before: Mapping[str, USV],
         at: Mapping[str, USV],
         closure: Callable[[], Any] | None,
-        h: float,
-        decay: float,
-    ) -> dict[str, USV]:
-        """Evaluate a gradient at the new bases, and move the cores along it."""
+    ) -> dict[str, Tensor]:
+        """Evaluate the gradients of the cores at new bases, and return the base's slopes."""
         write(self._layers, at)
         for layer in self._layers.values():
             layer.S.grad = None  # whether the closure clears it or not
@@ -305,14 +294,12 @@ class DLRT(BaseOptimizer):
                 f"{min(missing)!r}, which the first one used: the closure must evaluate one loss "
                 "twice; 'parallel' evaluates it once"
             )
-        after: dict[str, USV] = {}
+        slopes: dict[str, Tensor] = {}
         for name, new in at.items():
             state = self.state[self._layers[name].S]
             turn_core(state, before[name], new)
-            slope = self._base(state, gradients[name].S, self.param_groups[0])
-            shrunk = USV(new.U, new.S * decay, new.V)
-            after[name] = self._integrator.second_step(shrunk, slope, h)
-        return after
+            slopes[name] = self._base(state, gradients[name].S, self.param_groups[0])
+        return slopes
 
     def _truncate(self, before: Mapping[str, USV], moved: Mapping[str, USV]) -> dict[str, USV]:
         """Return the factors at the ranks that the tolerance, or the target, leaves."""
@@ -324,12 +311,12 @@ class DLRT(BaseOptimizer):
             raise NonFiniteError(
                 f"step {self.steps} makes a factor singular or not finite ({error})"
             ) from None
-        shapes = {name: self._layers[name].shape for name in wide}
         group = self.param_groups[0]
         if group["begun_with"] is None:
             group["begun_with"] = sum(
                 layer.rank * sum(layer.shape) for layer in self._layers.values()
             )
+        shapes = {name: self._layers[name].shape for name in wide}
         values = {name: core.S for name, core in cores.items()}
         ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
         return {

@@ -28,8 +28,9 @@ An :class:`Integrator` says which of these make a step of DLRT.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -160,93 +161,50 @@ def _turned(at: USV) -> USV:
 # ---- integrators by name -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Integrator:
-    """One way to move the factors of a layer; a subclass registers itself by its name.
+    """One way to move the factors of a layer, in steps that DLRT makes.
 
-    DLRT calls :meth:`first_step`, or :meth:`wider_step` and then `truncated` in a step in which
-    ranks may change. If there are two evaluations, it puts the result into the network, evaluates
-    the gradient of the core once more, and calls :meth:`second_step`.
+    Args:
+        first_step: moves W along slopes by h at the same rank, given the number of steps made
+            before. If there is a second step, it moves the bases alone.
+        wider_step: moves W along slopes by h at up to twice the rank, and `truncated` follows; None
+            if ranks never change.
+        second_step: moves the core along its slope at the new bases by h; None if one gradient is
+            enough.
+        adaptive: whether it needs a rule by which ranks change.
+        tangents: whether slopes are those of K, S and L, and bases stay orthonormal; else slopes
+            are those of U, S and V.
     """
 
-    name: ClassVar[str]
-    """The name that users type."""
-    evaluations: ClassVar[int] = 1
-    """Gradients of a step: 1, or 2 by a closure."""
-    ranks: ClassVar[Literal["fixed", "any", "adaptive"]] = "fixed"
-    """Whether ranks can never change, may, or must, by a tolerance or a target."""
-    tangents: ClassVar[bool] = True
-    """Whether slopes are those of K, S and L, and bases stay orthonormal; else of U, S and V."""
-
-    def __init_subclass__(cls, *, name: str) -> None:
-        INTEGRATORS.add(name, cls)
-        cls.name = name
-
-    def first_step(self, at: USV, slope: USV, h: float, step: int) -> USV:
-        """Move at the same rank; with two evaluations, only the bases.
-
-        Args:
-            at: W.
-            slope: of K, S and L, or of U, S and V; with two evaluations that of S does not count.
-            h: step size.
-            step: the steps made before.
-        """
-        raise NotImplementedError
-
-    def wider_step(self, at: USV, slope: USV, h: float) -> USV:
-        """Move at up to twice the rank, where ranks are not "fixed"."""
-        raise NotImplementedError
-
-    def second_step(self, at: USV, slope_of_core: Tensor, h: float) -> USV:
-        """Move the core, with two evaluations."""
-        raise NotImplementedError
+    first_step: Callable[[USV, USV, float, int], USV]
+    wider_step: Callable[[USV, USV, float], USV] | None = None
+    second_step: Callable[[USV, Tensor, float], USV] | None = None
+    adaptive: bool = False
+    tangents: bool = True
 
 
-INTEGRATORS: Registry[type[Integrator]] = Registry("integrator")
+INTEGRATORS: Registry[Integrator] = Registry("integrator")
 
 
-class Parallel(Integrator, name="parallel"):
-    """Move K, L and S from one gradient (GeoLoRA 2024)."""
-
-    ranks = "any"
-
-    def first_step(self, at: USV, slope: USV, h: float, step: int) -> USV:
-        """Let the bases come first in turns, which treats both alike."""
-        return retracted(at, slope, h, "V" if step % 2 else "U")
-
-    def wider_step(self, at: USV, slope: USV, h: float) -> USV:
-        """Move in old and new directions."""
-        return parallel(at, slope, h)
+def _parallel(at: USV, slope: USV, h: float, step: int) -> USV:
+    """Let the bases come first in turns, which treats both alike."""
+    return retracted(at, slope, h, "V" if step % 2 else "U")
 
 
-class KLS(Integrator, name="kls"):
-    """Move K and L, then S with a gradient at the new bases (Ceruti and Lubich 2022)."""
-
-    evaluations = 2
-
-    def first_step(self, at: USV, slope: USV, h: float, step: int) -> USV:
-        """Move K and L."""
-        return kls_bases(at, slope, h)
-
-    def second_step(self, at: USV, slope_of_core: Tensor, h: float) -> USV:
-        """Move S."""
-        return kls_core(at, slope_of_core, h)
+def _kls(at: USV, slope: USV, h: float, step: int) -> USV:
+    return kls_bases(at, slope, h)
 
 
-class AdaptiveKLS(KLS, name="kls-adaptive"):
-    """Move S in old and new bases together, then truncate (Ceruti, Kusch and Lubich 2022)."""
-
-    ranks = "adaptive"
-
-    def wider_step(self, at: USV, slope: USV, h: float) -> USV:
-        """Add the new directions."""
-        return augmented(at, slope)
+def _widened(at: USV, slope: USV, h: float) -> USV:
+    return augmented(at, slope)
 
 
-class Vanilla(Integrator, name="vanilla"):
-    """Move U, S and V by plain gradient, for comparison."""
+def _vanilla(at: USV, slope: USV, h: float, step: int) -> USV:
+    return vanilla(at, slope, h)
 
-    tangents = False
 
-    def first_step(self, at: USV, slope: USV, h: float, step: int) -> USV:
-        """Move all three."""
-        return vanilla(at, slope, h)
+INTEGRATORS.add("parallel", Integrator(_parallel, parallel))
+INTEGRATORS.add("kls", Integrator(_kls, second_step=kls_core))
+INTEGRATORS.add("kls-adaptive", Integrator(_kls, _widened, kls_core, adaptive=True))
+INTEGRATORS.add("vanilla", Integrator(_vanilla, tangents=False))

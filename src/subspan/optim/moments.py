@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspan.errors import SubspanError, unknown
 from subspan.optim.integrators import USV
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
@@ -48,7 +49,29 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
 
 
 BASES = {"sgd": sgd, "adam": adam}
-SETTINGS = {"sgd": ("momentum",), "adam": ("betas", "eps")}  # of a group, for schedulers to change
+SETTINGS: dict[str, dict[str, Any]] = {  # by base, with what they usually are
+    "sgd": {"momentum": 0.0},
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8},
+}
+
+
+def settings_of(base: str, **given: Any) -> dict[str, Any]:
+    """Return the settings of a group that a base has, which schedulers may change.
+
+    Args:
+        base: "sgd" or "adam".
+        given: the settings of all bases.
+
+    Raises:
+        SubspanError: for an unknown base, or another one's setting that is not what it usually is.
+    """
+    if base not in BASES:
+        raise unknown("base", base, BASES)
+    for other in SETTINGS.keys() - {base}:
+        for name, usual in SETTINGS[other].items():
+            if given[name] != usual:
+                raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
+    return {name: given[name] for name in SETTINGS[base]}
 
 
 def turn_core(core: dict[str, Any], old: USV, new: USV) -> None:
