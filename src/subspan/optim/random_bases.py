@@ -72,19 +72,27 @@ class RandomBases(BaseOptimizer):
         weight_decay: λ.
         estimator: how coordinates are found: "gradient" after ``loss.backward()``; or by a closure
             given to :meth:`step` that returns the loss: "forward" (d forward-mode derivatives) or
-            "evolution" (2 d evaluations, antithetic: NES; d=1 is MeZO).
+            "evolution" (2 d evaluations, antithetic: NES; d=1 is MeZO); or one of your own
+            (``docs/add-an-optimizer.md``).
         sigma: the distance in weight space of the evaluations of "evolution".
         seed: of the bases, in [0, 2⁶⁴).
         workers: in a process group of :mod:`torch.distributed`, "shared": all draw one basis and
             average coordinates; "independent": each draws its own, and all coordinates are
             gathered. No DDP is needed, and only coordinates travel. None: this process alone.
         check_every: steps between comparisons of all workers' weights; 0: never.
-        nonfinite: what a step with a coordinate that is no number does: "skip" (and counts, see
-            :attr:`skipped`) or "error".
+        nonfinite: what a step with a coordinate that is not finite does: "skip" to leave the
+            weights as they are (:attr:`skipped` counts), or "error".
         journal: a file that records every step (:mod:`subspan.optim.journal`). If it is there
             already, its steps are made first: the parameters must be those that it began with.
         extra: JSON values of the caller's for the journal's header.
-        options: what the family has beyond these (``s`` of ``sparse``).
+        options: of the family alone (``s`` of ``sparse``).
+
+    Attributes:
+        coordinates: (d,) of the last step: how fast the loss changed along each vector of this
+            process.
+        directions: the bases, and the weights that they move.
+        last_move: the last step, until the next one begins; None if it was void.
+        layout: digest of the bases and of the weights of their rows.
 
     Raises:
         SubspanError: for anything that cannot be trained as asked.
@@ -213,10 +221,8 @@ class RandomBases(BaseOptimizer):
             if group["weight_decay"]:
                 self._add_decay(number, redraw)
         coordinates = self._workers.combine(own, step) if self._workers else own.unsqueeze(0)
-        # The sum of finite numbers may still be too large; what is no number, no sum hides.
-        if not math.isfinite(float(coordinates.sum())) and not bool(
-            torch.isfinite(coordinates).all()
-        ):
+        # A sum of finite numbers may be infinite, but no sum hides one that is not finite.
+        if not math.isfinite(coordinates.sum()) and not bool(coordinates.isfinite().all()):
             raise NonFiniteError(f"a coordinate of step {step} is not finite", loss)
         for group in groups:
             if group.get("momentum"):
@@ -256,11 +262,11 @@ class RandomBases(BaseOptimizer):
     def _agreement(self) -> dict[str, Any]:
         return self._settings
 
-    # ---- what the bases catch --------------------------------------------------------------------
+    # ---- alignment -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def alignment(self) -> dict[str, dict[str, float]]:
-        """How much of the gradient that is there the next step's basis catches (Gressmann, fig. 4).
+        """Measure how much of the gradient the next step's basis catches (Gressmann, figure 4).
 
         Returns:
             For every compartment, and for "all" of them: ``cosine`` between the gradient g and the
@@ -283,7 +289,7 @@ class RandomBases(BaseOptimizer):
                 v += float(entries(along[piece.tensor], piece).double().square().sum())
             squares[weights.compartment.name] = [float(own[weights.place].square().sum()), g, v]
         squares["all"] = [sum(column) for column in zip(*squares.values(), strict=True)]
-        tiny = 1e-300  # of a gradient that is zero nothing is caught
+        tiny = 1e-300  # a gradient of zeros has both 0
         return {
             name: {"cosine": c / max(math.sqrt(g * v), tiny), "share": math.sqrt(c / max(g, tiny))}
             for name, (c, g, v) in squares.items()
