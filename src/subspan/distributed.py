@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 def meet_again(backend: str | None) -> None:
     """Start the process group of a job that torchrun has restarted; of any other, do nothing.
 
-    A workaround: torchrun keeps one store for all attempts (unless
+    A workaround (pytorch/pytorch#135712): torchrun keeps one store for all attempts (unless
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), so that Gloo would look there for a rank and find the
     address of the one that died. The connection is then refused, or hangs.
 
@@ -35,8 +35,8 @@ def meet_again(backend: str | None) -> None:
 def leave() -> None:
     """End the process group, if there is one, at the end of a program.
 
-    A workaround: Gloo's threads may still hold what was sent last, and abort Python if it ends
-    before they do.
+    A workaround (pytorch/pytorch#179291): Gloo's threads may still hold what was sent last, and
+    abort Python if it ends before they do.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -693,7 +693,6 @@ def test_a_step_to_infinity_is_refused(integrator):
 
 @pytest.mark.parametrize("integrator", ROBUST)
 def test_a_step_to_infinity_can_be_left_out(integrator):
-    """The network's gradients may be cleared by anybody then: no tangent is left of the step."""
     net, twin = mlp(), mlp()
     settings = options(integrator, momentum=0.9)
     optimizer, other = DLRT(net, 0.1, nonfinite="skip", **settings), DLRT(twin, 0.1, **settings)
@@ -708,10 +707,23 @@ def test_a_step_to_infinity_can_be_left_out(integrator):
         group["lr"] = 0.1
     for group in other.param_groups:
         group["steps"] += 1
-    net.zero_grad(set_to_none=False)
     expected = run(twin, other, 3)
     assert losses[0] == expected[0]
     assert run(net, optimizer, 3) == expected
+
+
+def test_a_step_that_was_left_out_leaves_no_tangents():
+    """Gradients may be cleared by the network, too, which knows of none."""
+    net, twin = mlp(), mlp()
+    optimizer, other = DLRT(net, 0.1, nonfinite="skip"), DLRT(twin, 0.1)
+    (loss_of(net) * float("inf")).backward()
+    optimizer.step()
+    net.zero_grad(set_to_none=False)
+    for network, its in ((net, optimizer), (twin, other)):
+        its.param_groups[0]["steps"] = 0  # so that both begin with the same basis
+        loss_of(network).backward()
+        its.step()
+    assert torch.equal(dense(net), dense(twin))
 
 
 def test_states_of_before_count_no_steps_that_were_void():
