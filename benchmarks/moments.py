@@ -22,7 +22,7 @@ import torch
 
 from subspan.files import write_atomically
 from subspan.optim import dlrt
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import USV
 from subspan.training import machine
 from subspan.training.config import Run, Training
 from subspan.training.train import train
@@ -30,7 +30,7 @@ from subspan.training.train import train
 RATES = {"sgd": 0.03, "adam": 0.002}
 
 
-def left(states: tuple[dict[str, Any], ...], old: Factors, new: Factors) -> None:
+def left(states: tuple[dict[str, Any], ...], old: USV, new: USV) -> None:
     """Only as many columns as there are now."""
     r = new.rank
     for of, shape in zip(states, (new.U.shape, (r, r), new.V.shape), strict=True):
@@ -41,7 +41,7 @@ def left(states: tuple[dict[str, Any], ...], old: Factors, new: Factors) -> None
             of[key] = now
 
 
-def reset(states: tuple[dict[str, Any], ...], old: Factors, new: Factors) -> None:
+def reset(states: tuple[dict[str, Any], ...], old: USV, new: USV) -> None:
     """Nothing is known."""
     for of in states:
         of.clear()

@@ -400,3 +400,32 @@ def a_closure_is_honoured(case: Case) -> None:
     assert float(found.detach()) == pytest.approx(seen[0], rel=0.1 if case.closure == "loss" else 0)
     train(case, other, theirs)
     assert torch.equal(weights(net), weights(other))
+
+
+@law
+def numbers_that_are_not_finite_change_nothing(case: Case) -> None:
+    """They are an error, or make the step void: the next ones are those of a twin without it."""
+    (net, optimizer), (other, theirs) = case.pair(), case.pair()
+    if not hasattr(optimizer, "nonfinite"):
+        return  # an optimizer without this rule
+    train(case, net, optimizer)
+    train(case, other, theirs)
+    before = weights(net)
+
+    def broken(net: nn.Module) -> Tensor:
+        return loss_of(net) * float("nan")
+
+    optimizer.nonfinite = "error"
+    with pytest.raises(SubspanError, match=r"step 1 is not finite: lower .* nonfinite='skip'"):
+        train(case, net, optimizer, loss=broken)
+    assert torch.equal(weights(net), before)
+    optimizer.nonfinite = "skip"
+    [loss] = train(case, net, optimizer, loss=broken)
+    assert torch.equal(weights(net), before)
+    assert (optimizer.steps, optimizer.skipped) == (2, 1)
+    assert loss is None or loss.isnan()
+    for group in theirs.param_groups:
+        group["steps"] += 1
+    train(case, net, optimizer, 2)
+    train(case, other, theirs, 2)
+    assert torch.equal(weights(net), weights(other))

@@ -63,6 +63,9 @@ _MOVED = {
     "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
     "subspan.lab.report.gallery": "subspan.experiments.gallery",
     "subspan.lab.reproduce": "subspan.experiments",
+    "subspan.optim.base": "subspan.optim.moments",
+    "subspan.optim.copies": "subspan.optim.optimizer",
+    "subspan.optim.parts": "subspan.optim.compartment",
 }
 for _old, _new in _RENAMED.items():
     _MOVED |= dict.fromkeys(

@@ -618,6 +618,8 @@ def test_sparse_gradients_of_what_is_not_factored():
         ({"betas": (0.5, 0.9)}, "base 'sgd' has no betas"),
         ({"workers": "independent"}, "unknown workers 'independent'"),
         ({"workers": "shared"}, "workers='shared' needs a process group"),
+        ({"check_every": -1}, "check_every must be an integer >= 0, got -1"),
+        ({"nonfinite": "skipp"}, "unknown nonfinite 'skipp': did you mean skip"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
@@ -687,6 +689,52 @@ def test_a_step_to_infinity_is_refused(integrator):
     if integrator != "kls":
         assert torch.isfinite(dense(net)).all()
     del before
+
+
+@pytest.mark.parametrize("integrator", ROBUST)
+def test_a_step_to_infinity_can_be_left_out(integrator):
+    net, twin = mlp(), mlp()
+    settings = options(integrator, momentum=0.9)
+    optimizer, other = DLRT(net, 0.1, nonfinite="skip", **settings), DLRT(twin, 0.1, **settings)
+    run(net, optimizer, 2)
+    run(twin, other, 2)
+    for group in optimizer.param_groups:
+        group["lr"] = float("inf")
+    losses = run(net, optimizer, 1)
+    assert torch.equal(dense(net), dense(twin))
+    assert (optimizer.steps, optimizer.skipped) == (3, 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for group in other.param_groups:
+        group["steps"] += 1
+    expected = run(twin, other, 3)
+    assert losses[0] == expected[0]
+    assert run(net, optimizer, 3) == expected
+
+
+def test_a_step_that_was_left_out_leaves_no_tangents():
+    """Gradients may be cleared by the network, too, which knows of none."""
+    net, twin = mlp(), mlp()
+    optimizer, other = DLRT(net, 0.1, nonfinite="skip"), DLRT(twin, 0.1)
+    (loss_of(net) * float("inf")).backward()
+    optimizer.step()
+    net.zero_grad(set_to_none=False)
+    for network, its in ((net, optimizer), (twin, other)):
+        its.param_groups[0]["steps"] = 0  # so that both begin with the same basis
+        loss_of(network).backward()
+        its.step()
+    assert torch.equal(dense(net), dense(twin))
+
+
+def test_states_of_before_count_no_steps_that_were_void():
+    net, twin = mlp(), mlp()
+    optimizer, other = DLRT(net, 0.1), DLRT(twin, 0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["skipped"]
+    other.load_state_dict(state)
+    assert other.skipped == 0
+    assert run(net, optimizer, 2) == run(twin, other, 2)
 
 
 def test_a_weight_of_zeros_keeps_its_least_rank():

@@ -9,7 +9,7 @@ import torch
 
 from subspan.linalg import rank_of
 from subspan.optim import integrators
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import INTEGRATORS, USV
 
 N, M = 12, 9
 
@@ -28,11 +28,11 @@ def point(values, seed=0):
     r = len(values)
     left, right = basis(r, r, seed + 2), basis(r, r, seed + 3)
     core = left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T
-    return Factors(basis(N, r, seed), core, basis(M, r, seed + 1))
+    return USV(basis(N, r, seed), core, basis(M, r, seed + 1))
 
 
 def slopes(G, at):
-    return Factors(G @ at.V, at.U.T @ G @ at.V, G.T @ at.U)
+    return USV(G @ at.V, at.U.T @ G @ at.V, G.T @ at.U)
 
 
 def tangent(G, at):
@@ -46,45 +46,52 @@ def best(W, r):
     return U[:, :r] @ S[:r].diag() @ Vh[:r]
 
 
-def kls(at, gradient, h):
-    after = integrators.kls_bases(at, slopes(gradient(at.dense()), at), h)
-    core = after.U.T @ gradient(after.dense()) @ after.V
-    return integrators.kls_core(after, core, h)
+class Move:
+    """A step of a registered integrator, at the same rank or through a wider one."""
+
+    def __init__(self, name, wider=False, number=0):
+        self.integrator, self.wider, self.number = INTEGRATORS[name], wider, number
+        self.__name__ = f"{name}{'-wider' * wider}-{number}"
+
+    def __call__(self, at, gradient, h, r=None):
+        slope = slopes(gradient(at.dense()), at)
+        if not self.integrator.tangents:
+            slope = USV(slope.U @ at.S.T, slope.S, slope.V @ at.S)
+        if self.wider:
+            new = self.integrator.wider_step(at, slope, h)
+        else:
+            new = self.integrator.first_step(at, slope, h, self.number)
+        if self.integrator.second_step:
+            core = new.U.T @ gradient(new.dense()) @ new.V
+            new = self.integrator.second_step(new, core, h)
+        if self.wider:
+            new = integrators.truncated(new, integrators.spectrum(new), r or at.rank)
+        return new
 
 
-def kls_adaptive(at, gradient, h, r=None):
-    wide = integrators.augmented(at, slopes(gradient(at.dense()), at))
-    wide = integrators.kls_core(wide, wide.U.T @ gradient(wide.dense()) @ wide.V, h)
-    return integrators.truncated(wide, integrators.spectrum(wide), r or at.rank)
-
-
-def parallel(at, gradient, h, r=None):
-    wide = integrators.parallel(at, slopes(gradient(at.dense()), at), h)
-    return integrators.truncated(wide, integrators.spectrum(wide), r or at.rank)
-
-
-def retracted(at, gradient, h):
-    return integrators.retracted(at, slopes(gradient(at.dense()), at), h, "U")
-
-
-def retracted_v(at, gradient, h):
-    return integrators.retracted(at, slopes(gradient(at.dense()), at), h, "V")
-
-
-ROBUST = [kls, kls_adaptive, parallel, retracted, retracted_v]
-
-
-def vanilla(at, gradient, h):
-    G = gradient(at.dense())
-    slope = Factors(G @ at.V @ at.S.T, at.U.T @ G @ at.V, G.T @ at.U @ at.S)
-    return integrators.vanilla(at, slope, h)
+# The laws of this file hold for every integrator that is registered.
+ROBUST = [
+    Move(name, wider, number)
+    for name, integrator in INTEGRATORS.items()
+    if integrator.tangents
+    for wider, number in ((False, 0), (False, 1), (True, 0))
+    if not wider or integrator.wider_step
+]
+TWICE = [move for move in ROBUST if move.integrator.second_step]
+WIDER = [move for move in ROBUST if move.wider]
+parallel, retracted, retracted_v = (
+    Move("parallel", True),
+    Move("parallel"),
+    Move("parallel", False, 1),
+)
+vanilla = Move("vanilla")
 
 
 SPECTRA = [[3.0, 1.0, 0.5, 0.2], [3.0, 1.0, 1e-4, 1e-8], [1.0, 0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("step", ROBUST)
+@pytest.mark.parametrize("step", ROBUST, ids=lambda move: move.__name__)
 def test_bases_stay_orthonormal(step, spectrum):
     at = point(spectrum)
     for seed in range(5):
@@ -111,7 +118,7 @@ def test_retraction_is_a_projection_of_the_same(spectrum):
     torch.testing.assert_close(retracted_v(at, lambda _: G, h).dense(), W @ V @ V.T)
 
 
-@pytest.mark.parametrize("step", [retracted, retracted_v])
+@pytest.mark.parametrize("step", [retracted, retracted_v], ids=lambda move: move.__name__)
 def test_retraction_differs_from_truncation_by_the_square_of_the_step(step):
     at, G = point([3.0, 1.0, 0.5, 0.2]), rand(N, M, seed=9)
     differences = [
@@ -122,7 +129,7 @@ def test_retraction_differs_from_truncation_by_the_square_of_the_step(step):
         assert coarse / fine > 3.7
 
 
-@pytest.mark.parametrize("step", [kls, kls_adaptive])
+@pytest.mark.parametrize("step", TWICE, ids=lambda move: move.__name__)
 @pytest.mark.parametrize("spectrum", SPECTRA[:2])
 def test_a_flow_of_rank_r_is_followed_exactly(step, spectrum):
     """Ẇ = Ȧ(t) with A of rank r: the increment A(t₁) − A(t₀) is all that the steps need."""
@@ -132,7 +139,7 @@ def test_a_flow_of_rank_r_is_followed_exactly(step, spectrum):
     torch.testing.assert_close(after.dense(), target.dense())
 
 
-@pytest.mark.parametrize("step", ROBUST)
+@pytest.mark.parametrize("step", ROBUST, ids=lambda move: move.__name__)
 def test_all_are_consistent(step):
     """One step is W − h P(G) up to the square of h."""
     at, G = point([3.0, 1.0, 0.5, 0.2]), rand(N, M, seed=9)
@@ -144,11 +151,11 @@ def test_all_are_consistent(step):
     assert errors[0] / errors[1] > 3.7
 
 
-@pytest.mark.parametrize("step", ROBUST)
+@pytest.mark.parametrize("step", ROBUST, ids=lambda move: move.__name__)
 def test_full_rank_is_gradient_descent(step):
     W, G = rand(N, M), rand(N, M, seed=1)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    after = step(Factors(U, S.diag(), Vh.T), lambda _: G, 0.3)
+    after = step(USV(U, S.diag(), Vh.T), lambda _: G, 0.3)
     torch.testing.assert_close(after.dense(), W - 0.3 * G)
 
 
@@ -156,7 +163,7 @@ def test_full_rank_is_gradient_descent(step):
 def test_truncation_is_optimal_and_within_its_tolerance(tolerance):
     """The orientation of V matters (erratum): a core perturbed by 1 % tells it."""
     at = point([3.0, 1.0, 0.5, 0.2])
-    at = Factors(at.U, at.S + 0.01 * rand(4, 4, seed=8) * at.S.norm() / 4, at.V)
+    at = USV(at.U, at.S + 0.01 * rand(4, 4, seed=8) * at.S.norm() / 4, at.V)
     core = integrators.spectrum(at)
     r = rank_of(core.S, tolerance)
     after = integrators.truncated(at, core, r)
@@ -184,7 +191,7 @@ def descend(step, at, target, steps, h=0.2):
     return float((at.dense() - target).norm() / target.norm())
 
 
-@pytest.mark.parametrize("step", ROBUST)
+@pytest.mark.parametrize("step", ROBUST, ids=lambda move: move.__name__)
 @pytest.mark.parametrize("smallest", [1e-2, 1e-8])
 def test_small_singular_values_do_not_matter(step, smallest):
     target = point([3.0, 1.0, 0.5, 0.2], seed=60).dense()
@@ -197,7 +204,7 @@ def test_plain_descent_stalls_at_small_singular_values():
     assert descend(vanilla, point([1.0, 1e-8, 1e-8, 1e-8]), target, 60) > 0.3
 
 
-@pytest.mark.parametrize("step", [kls_adaptive, parallel])
+@pytest.mark.parametrize("step", WIDER, ids=lambda move: move.__name__)
 def test_the_rank_grows_to_what_the_flow_needs(step):
     target = point([3.0, 1.0, 0.5, 0.2], seed=60).dense()
     at = point([1.0])

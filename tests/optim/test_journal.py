@@ -123,7 +123,7 @@ def test_rates_are_those_of_each_step(tmp_path):
     for lr in (1.0, 0.3, 0.1):
         optimizer.param_groups[0]["lr"] = lr
         run(net, optimizer, 1)
-    rates = [record.rates for record in Journal(tmp_path / "journal").records()]
+    rates = [move.rates for move in Journal(tmp_path / "journal").moves()]
     assert rates == [(1.0, 0.01), (0.3, 0.01), (0.1, 0.01)]
     other = mlp(torch.float32)
     replay(tmp_path / "journal", {str(n): p for n, p in enumerate(other.parameters())})

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.layers import LowRank, factorize, merge
-from subspan.optim import DLRT, RandomBases, integrators
-from subspan.optim.integrators import Factors
+from subspan.optim import DLRT, RandomBases
+from subspan.optim.estimators import ESTIMATORS
+from subspan.optim.integrators import INTEGRATORS, USV, Integrator
 from tests import optimizer_laws
 from tests.nets import build
 from tests.optimizer_laws import Case, loss_of, weights
@@ -29,7 +30,8 @@ def bases(name: str, closure: str = "none", error: float = 1e-9, **options: Any)
         return RandomBases([group for group in groups if group["params"]], 9, lr=0.5, **options)
 
     def step(net: nn.Module, optimizer: RandomBases) -> Tensor:
-        P = torch.block_diag(*[part.projections[0].dense(step=0) for part in optimizer._parts])
+        parts = optimizer.directions.compartments
+        P = torch.block_diag(*[part.projections[0].dense(step=0) for part in parts])
         g = torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None])
         before = weights(net)
         return before - 0.5 * P @ (P.T @ (g + options.get("weight_decay", 0.0) * before))
@@ -46,14 +48,14 @@ def bases(name: str, closure: str = "none", error: float = 1e-9, **options: Any)
 
 
 def dlrt(name: str, integrator: str = "parallel", base: str = "sgd", **options: Any) -> Case:
-    closure = "backward" if "kls" in integrator else "none"
+    closure = "backward" if INTEGRATORS[integrator].second_step else "none"
 
     def optimizer(net: nn.Module) -> DLRT:
-        more = {"tolerance": 0.0} if integrator == "kls-adaptive" else {}
+        more = {"tolerance": 0.0} if INTEGRATORS[integrator].adaptive else {}
         return DLRT(net, 0.1, integrator=integrator, base=base, **(more | options))
 
     def step(net: nn.Module, optimizer: DLRT) -> Tensor:
-        return integrated(net, integrator, base, optimizer.ranks_may_change)
+        return integrated(net, INTEGRATORS[integrator], base, optimizer.ranks_may_change)
 
     def mlp() -> nn.Module:
         return factorize(build("mlp", torch.float64), rank=3)
@@ -66,13 +68,13 @@ def slope(base: str, g: Tensor) -> Tensor:
     return g / (g.abs() + 1e-8) if base == "adam" else g
 
 
-def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Tensor:
+def integrated(net: nn.Module, integrator: Integrator, base: str, adapting: bool) -> Tensor:
     h = 0.1
     layers = {name: m for name, m in net.named_modules() if isinstance(m, LowRank)}
-    at = {n: Factors(*(p.detach() for p in (m.U, m.S, m.V))) for n, m in layers.items()}
+    at = {n: USV(*(p.detach() for p in (m.U, m.S, m.V))) for n, m in layers.items()}
     biases = {n: m.bias.detach() for n, m in layers.items()}
 
-    def gradients(of: dict[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradients(of: dict[str, USV]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         dense = merge(copy.deepcopy(net))
         for name, factors in of.items():
             dense.get_submodule(name).weight.data.copy_(factors.dense())
@@ -84,29 +86,20 @@ def integrated(net: nn.Module, integrator: str, base: str, adapting: bool) -> Te
         }
 
     G, of_bias = gradients(at)
-    after: dict[str, Factors] = {}
+    after: dict[str, USV] = {}
     for name, here in at.items():
         U, S, V = here.U, here.S, here.V
         K, core, L = G[name] @ V, U.T @ G[name] @ V, G[name].T @ U
-        if integrator == "vanilla":
+        if not integrator.tangents:
             K, L = K @ S.T, L @ S
-        moves = Factors(slope(base, K), slope(base, core), slope(base, L))
-        if integrator == "vanilla":
-            after[name] = integrators.vanilla(here, moves, h)
-        elif integrator == "kls":
-            after[name] = integrators.kls_bases(here, moves, h)
-        elif integrator == "kls-adaptive":
-            after[name] = integrators.augmented(here, moves)
-        elif adapting:
-            after[name] = integrators.parallel(here, moves, h)
+        moves = USV(slope(base, K), slope(base, core), slope(base, L))
+        if adapting and integrator.wider_step:
+            after[name] = integrator.wider_step(here, moves, h)
         else:
-            after[name] = integrators.retracted(here, moves, h, "U")
-    if "kls" in integrator:
+            after[name] = integrator.first_step(here, moves, h, 0)
+    if second := integrator.second_step:
         G, of_bias = gradients(after)
-        after = {
-            n: integrators.kls_core(new, slope(base, new.U.T @ G[n] @ new.V), h)
-            for n, new in after.items()
-        }
+        after = {n: second(new, slope(base, new.U.T @ G[n] @ new.V), h) for n, new in after.items()}
     moved = {n: biases[n] - h * slope(base, of_bias[n]) for n in at}
     return torch.cat([t for n in at for t in (after[n].dense().reshape(-1), moved[n])])
 
@@ -140,3 +133,9 @@ CASES: list[Case] = [
 @pytest.mark.parametrize("law", optimizer_laws.LAWS, ids=lambda law: law.__name__)
 def test_laws(law: Callable[[Case], None], case: Case) -> None:
     law(case)
+
+
+def test_every_estimator_and_integrator_has_a_row() -> None:
+    trained = [case.optimizer(case.build()) for case in CASES]
+    assert {o.estimator for o in trained if isinstance(o, RandomBases)} == set(ESTIMATORS)
+    assert {o.integrator for o in trained if isinstance(o, DLRT)} == set(INTEGRATORS)

@@ -218,10 +218,10 @@ def test_independent_workers_are_one_process_with_all_their_vectors(ranks):
     net, world = mlp(), len(ranks)
     bases = [RandomBases(net, 12, 0.5, seed=4)]
     for rank in range(1, world):  # basis r of one compartment has stream r
-        [part] = bases[0]._parts
+        [part] = bases[0].directions.compartments
         other = RandomBases(net, 12, 0.5, seed=4)
         moved = [type(p)(p.out_dim, p.in_dim, p.seed, rank) for p in part.projections]
-        object.__setattr__(other._parts[0], "projections", tuple(moved))
+        object.__setattr__(other.directions.compartments[0], "projections", tuple(moved))
         bases.append(other)
     for step in range(STEPS):
         net.zero_grad()

@@ -101,7 +101,7 @@ def test_a_journal_is_cut_by_its_own_steps(tmp_path):
     ready = prepare(run)
     state = {"param_groups": [{"steps": 3}]}
     ready.method.optimizer(ready.model, run, tmp_path, {}, steps=STEPS, resume=state)
-    assert [record.step for record in Journal(tmp_path / JOURNAL).records()] == [0, 1, 2]
+    assert [move.step for move in Journal(tmp_path / JOURNAL).moves()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("stop", [3, STEPS, STEPS + 4])

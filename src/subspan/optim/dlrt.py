@@ -9,34 +9,27 @@ gradient a step: Schotthöfer et al., "GeoLoRA", 2024. The steps are those of
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from subspan import distributed
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
-from subspan.optim.base import BASES, SETTINGS, transport, turn_core
-from subspan.optim.copies import Copied
-from subspan.optim.gradients import Gradients, all_finite, dense, parameters, tensors
-from subspan.optim.integrators import Factors
+from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, write
+from subspan.optim.gradients import Gradients
+from subspan.optim.integrators import INTEGRATORS, USV
+from subspan.optim.moments import BASES, settings_of, transport, turn_core
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, evaluate
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
-from subspan.subspace.parameters import digest_tensors
-
-Integrator = Literal["parallel", "kls", "kls-adaptive", "vanilla"]
-TWO_EVALUATIONS = ("kls", "kls-adaptive")
-FIXED_RANKS = ("kls", "vanilla")
 
 
-class DLRT(Copied, Optimizer):
-    r"""Descent on the low-rank manifold for factored layers, the base's update for all else.
+class DLRT(BaseOptimizer):
+    r"""Gradient descent on the low-rank manifold; what is not factored takes the base's steps.
 
     ==============  =========  ==================================================================
     integrator      gradients  step
@@ -47,12 +40,12 @@ class DLRT(Copied, Optimizer):
     "vanilla"       1          U, S and V by plain gradient, for comparison; ranks stay
     ==============  =========  ==================================================================
 
-    - *Moments* of the base are transported with the bases (:mod:`subspan.optim.base`).
+    - *Moments* of the base are transported with the bases (:mod:`subspan.optim.moments`).
     - *Weight decay* λ is decoupled: W ← (1 − ηλ) W, which is S ← (1 − ηλ) S.
-    - *Gradients* of U, S and V are theirs, as ever; those of K = U S and L = V Sᵀ are left beside
-      them while this object lives (:class:`~subspan.layers.watched.Tangents`). A number by which
-      all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these, too;
-      any other change of them is refused.
+    - *Gradients* of U, S and V are what they always are. Those of K = U S and L = V Sᵀ are left
+      beside them while this object lives (:class:`~subspan.layers.watched.Tangents`). A number by
+      which all gradients of a layer are scaled (clipping by norm, gradient scalers) scales these,
+      too; any other change of gradients is refused.
     - *A layer without a gradient*, which the batch did not use, stays as it is, and so does a
       frozen one. Where there is a target for the whole network, its rank falls with the others.
 
@@ -61,11 +54,11 @@ class DLRT(Copied, Optimizer):
         lr: η.
         tolerance: τ in [0, 1): where ranks may change, singular values are left out as long as
             their norm is at most τ times that of all, layer by layer.
-        target_ratio: in place of τ, share in (0, 1) of the factored layers' dense numbers that
-            shall be gone after ``freeze_after`` steps: τ, the same for all layers, is then chosen
-            anew each time so that r (n + m) in all falls to the rest along a cubic (Zhu and
-            Gupta 2017): fast at first, while the spectrum forms, and slowly at the end.
-        integrator: see above.
+        target_ratio: in place of τ, the share in (0, 1) of the factored layers' dense numbers that
+            is to be gone after ``freeze_after`` steps. At each step τ, the same for all layers, is
+            chosen so that the sum of r (n + m) falls to the rest along a cubic (Zhu and Gupta
+            2017): fast at first, while the spectrum forms, and slowly at the end.
+        integrator: one of the table, or of your own (``docs/add-an-optimizer.md``).
         base: "sgd" or "adam".
         momentum: μ, of "sgd" alone.
         betas: of "adam" alone.
@@ -80,9 +73,11 @@ class DLRT(Copied, Optimizer):
         rank_every: steps between those at which ranks may change.
         freeze_after: steps after which they stay; None for never.
         workers: in a process group, "shared": gradients are averaged over all processes, those of
-            the factors and not of W. Do not wrap the network in DDP then: parameters whose shape
-            changes are not for its buckets. None: this process alone, or DDP with ranks that stay.
+            the factors and not of W. Do not wrap the network in DDP then, whose buckets have fixed
+            shapes. None: this process alone, or DDP with ranks that stay.
         check_every: steps between comparisons of all workers' weights; 0: never.
+        nonfinite: a step with a number that is not finite, in a gradient or in the factors that
+            it leads to: "error", or "skip" to leave everything as it is (:attr:`skipped` counts).
 
     Raises:
         SubspanError: for anything that cannot be trained as asked.
@@ -95,7 +90,7 @@ class DLRT(Copied, Optimizer):
         *,
         tolerance: float | None = None,
         target_ratio: float | None = None,
-        integrator: Integrator = "parallel",
+        integrator: str = "parallel",
         base: Literal["sgd", "adam"] = "sgd",
         momentum: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -109,69 +104,50 @@ class DLRT(Copied, Optimizer):
         freeze_after: int | None = None,
         workers: Literal["shared"] | None = None,
         check_every: int = 100,
+        nonfinite: Nonfinite = "error",
     ) -> None:
-        for name, value, allowed in (
-            ("integrator", integrator, get_args(Integrator)),
-            ("base", base, tuple(BASES)),
-        ):
-            if value not in allowed:
-                raise unknown(name, value, allowed)
-        if workers not in (None, "shared"):
-            raise unknown("workers", workers, ["shared"])
-        given = {"momentum": momentum, "betas": betas, "eps": eps}
-        usual = {"momentum": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
-        for name in given.keys() - set(SETTINGS[base]):
-            if given[name] != usual[name]:
-                raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
+        steps = INTEGRATORS.find(integrator)
+        settings = settings_of(base, momentum=momentum, betas=betas, eps=eps)
         self.rule = RankRule(
-            tolerance,
-            target_ratio,
-            min_rank,
-            max_rank,
-            tolerance_warmup,
-            adapt_from,
-            rank_every,
-            freeze_after,
+            tolerance=tolerance,
+            target_ratio=target_ratio,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            tolerance_warmup=tolerance_warmup,
+            adapt_from=adapt_from,
+            rank_every=rank_every,
+            freeze_after=freeze_after,
         )
-        if integrator in FIXED_RANKS and self.rule.adapts:
+        if self.rule.adapts and not steps.wider_step:
+            others = [name for name, other in INTEGRATORS.items() if other.wider_step]
             raise SubspanError(
                 f"integrator {integrator!r} keeps ranks as they are: leave out tolerance and "
-                "target_ratio, or use parallel or kls-adaptive"
+                f"target_ratio, or use {' or '.join(others)}"
             )
-        if integrator == "kls-adaptive" and not self.rule.adapts:
-            raise SubspanError("integrator 'kls-adaptive' needs a tolerance or a target_ratio")
-        factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
-        if not factored:
-            raise SubspanError(
-                "the network has no factored layer: call subspan.layers.factorize(net, …) first"
-            )
-        self._layers = {n: m for n, m in factored.items() if _trainable(n, m)}
-        if not self._layers:
-            raise SubspanError("every factored layer of the network is frozen: unfreeze some")
-        for name, layer in self._layers.items():
-            least = min(layer.shape)
-            if min_rank > least:
-                raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
-        self.integrator, self._base = integrator, BASES[base]
-        self.check_every = check_every
+        if steps.adaptive and not self.rule.adapts:
+            raise SubspanError(f"integrator {integrator!r} needs a tolerance or a target_ratio")
+        self._layers = find_layers(net, min_rank)
+        self._base = BASES[base]
         factors = {id(p) for layer in self._layers.values() for p in parameters(layer)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-        self._tensors = dict(named)
         groups = [
             [(n, p) for n, p in named if (id(p) in factors) is inside] for inside in (True, False)
         ]
-        own = {name: given[name] for name in SETTINGS[base]}
         super().__init__(
             [{"params": group} for group in groups if group],
-            {"lr": lr, **own, "weight_decay": weight_decay, "steps": 0, "begun_with": None},
+            {"lr": lr, **settings, "weight_decay": weight_decay, "begun_with": None},
+            workers=workers,
+            check_every=check_every,
+            nonfinite=nonfinite,
+            needs_closure=steps.second_step is not None,
         )
-        self._workers = distributed.Workers("shared") if workers else None
-        self._agreed = self._workers is None
-        self._gradients = self._watching()
+        self.integrator = integrator
+        self._tensors = dict(named)
+        self._gradients = self._watch()
 
-    def _watching(self) -> Gradients:
-        """Have autograd leave tangents from now on; "vanilla" needs none."""
-        watch = None if self.integrator == "vanilla" else Watch(self._layers)
+    def _watch(self) -> Gradients:
+        """Have autograd leave tangents from now on, if the integrator needs them."""
+        watch = Watch(self._layers) if INTEGRATORS[self.integrator].tangents else None
         return Gradients(self._layers, watch, self._workers)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,16 +159,6 @@ class DLRT(Copied, Optimizer):
         with plain():
             super().zero_grad(set_to_none)
         self._gradients.clear()
-
-    @property
-    def steps(self) -> int:
-        """Steps made."""
-        return int(self.param_groups[0]["steps"])
-
-    @property
-    def needs_closure(self) -> bool:
-        """Whether :meth:`step` must be given a closure that evaluates loss and gradients."""
-        return self.integrator in TWO_EVALUATIONS
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -211,119 +177,87 @@ class DLRT(Copied, Optimizer):
 
     # ---- a step ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the weights once.
-
-        Args:
-            closure: clears gradients, evaluates the loss, calls ``backward()`` and returns the
-                loss. The two "kls" integrators call it twice; the others do without.
-
-        Returns:
-            The loss of the first evaluation, if there is a closure.
-
-        Raises:
-            SubspanError: for a missing closure, for no gradient at all, for gradients that somebody
-                has changed otherwise than by one number for each layer, and for numbers that are
-                not finite. The factors are then those of before.
-        """
-        if self.needs_closure and closure is None:
-            raise SubspanError(
-                f"integrator {self.integrator!r} evaluates the gradient twice: it needs "
-                "step(closure); 'parallel' does without"
-            )
-        if not self._agreed:
-            self._check_start()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._workers is None and self.ranks_may_change and distributed.world() > 1:
             raise SubspanError(
                 "ranks cannot change under DDP, nor without a word between processes: give "
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
         self._gradients.check()
-        copy = self.needs_closure  # which changes the layers on the way
-        before = {
-            name: _factors(layer, copy)
-            for name, layer in self._layers.items()
-            if _trainable(name, layer)
-        }
+        before = read(self._layers, copy=self.needs_closure)  # two evaluations change the layers
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
+        loss = None
         try:
             loss = self._evaluate(closure)
-            found = self._gradients.found(before, self._others, self.steps)
-            after = self._moved(before, found, closure)
-        except BaseException:
+            gradients = self._gradients.collect(before, self._others, self.steps)
+            after = self._move_factors(before, gradients, closure)
+        except BaseException as error:
             self.state.clear()
             self.state.update(state)
-            if copy:
-                self._put(before)
+            if self.needs_closure:
+                write(self._layers, before)
+            if isinstance(error, NonFiniteError):
+                error.loss = loss
+                if self.nonfinite == "skip":
+                    self._gradients.clear()
             raise
         with plain():
-            self._put(after)
+            write(self._layers, after)
             self._move_others()
         self._gradients.clear()
-        for group in self.param_groups:
-            group["steps"] += 1
-        if self._workers and self.check_every and self.steps % self.check_every == 0:
-            self._workers.check_same(self._tensors, self.steps)
         return loss
 
-    def _put(self, factors: Mapping[str, Factors]) -> None:
-        for name, at in factors.items():
-            self._layers[name].set_factors(at.U, at.S, at.V)
+    def _missing_closure(self) -> str:
+        return (
+            f"integrator {self.integrator!r} evaluates the gradient twice: it needs "
+            "step(closure); 'parallel' does without"
+        )
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """The loss of a closure, which leaves gradients."""
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None:
+        """Return the loss of a closure, which leaves gradients."""
+        loss = evaluate(closure)
+        if closure is not None and loss is None:
             raise SubspanError("the closure returned no loss: it must return it")
         return loss
 
-    def _moved(
+    def _move_factors(
         self,
-        before: Mapping[str, Factors],
-        gradients: Mapping[str, Factors],
+        before: Mapping[str, USV],
+        gradients: Mapping[str, USV],
         closure: Callable[[], Any] | None,
-    ) -> dict[str, Factors]:
-        """The factors after the step; the "kls" integrators change the layers on the way."""
-        group = self.param_groups[0]
-        h, changing = float(group["lr"]), self.ranks_may_change
+    ) -> dict[str, USV]:
+        """Return the factors after the step; a second evaluation changes the layers on the way."""
+        group, integrator = self.param_groups[0], INTEGRATORS[self.integrator]
+        first, wider, second = integrator.first_step, integrator.wider_step, integrator.second_step
+        h, widening = float(group["lr"]), self.ranks_may_change
         decay = 1 - h * group["weight_decay"]
-        after: dict[str, Factors] = {}
+        after: dict[str, USV] = {}
         for name, gradient in gradients.items():
             at = before[name]
             slope = self._slopes(self._layers[name], gradient)
-            if not self.needs_closure:  # else after the second gradient, which W must see as it is
-                at = Factors(at.U, at.S * decay, at.V)
-            if self.integrator == "vanilla":
-                after[name] = integrators.vanilla(at, slope, h)
-            elif self.integrator == "parallel" and not changing:
-                first: Literal["U", "V"] = "V" if self.steps % 2 else "U"
-                after[name] = integrators.retracted(at, slope, h, first)
-            elif self.integrator == "parallel":
-                after[name] = integrators.parallel(at, slope, h)
-            elif changing:
-                after[name] = integrators.augmented(at, slope)
+            if not second:  # else W stays until its second gradient is known
+                at = USV(at.U, at.S * decay, at.V)
+            if wider and widening:
+                after[name] = wider(at, slope, h)
             else:
-                after[name] = integrators.kls_bases(at, slope, h)
+                after[name] = first(at, slope, h, self.steps)
         middle = before
-        if self.needs_closure:
+        if second:
             middle = {**before, **after}
-            after = self._galerkin(before, after, closure, h, decay)
-        if changing:
-            after = self._truncated(before, after)
-        for name, finite in zip(
-            after, all_finite(tensors(new) for new in after.values()), strict=True
-        ):
-            if not finite:
-                raise SubspanError(
-                    f"the factors of layer {name!r} would not be finite after step {self.steps}: "
-                    "lower the learning rate"
+            slopes = self._slopes_of_cores(before, after, closure)
+            for name, at in after.items():
+                shrunk = USV(at.U, at.S * decay, at.V)
+                after[name] = second(shrunk, slopes[name], h)
+        if widening:
+            after = self._truncate(before, after)
+        finite = all_finite((at.U, at.S, at.V) for at in after.values())
+        for name, is_finite in zip(after, finite, strict=True):
+            if not is_finite:
+                raise NonFiniteError(
+                    f"the factors of layer {name!r} would not be finite after step {self.steps}"
                 )
-        if self.integrator != "vanilla":
+        if integrator.tangents:
             for name, new in after.items():
                 layer = self._layers[name]
                 states = self.state[layer.U], self.state[layer.S], self.state[layer.V]
@@ -331,65 +265,58 @@ class DLRT(Copied, Optimizer):
                 transport(states, before[name], new)
         return after
 
-    def _slopes(self, layer: LowRank, gradient: Factors) -> Factors:
-        """What the base makes of the gradients of K, S and L."""
+    def _slopes(self, layer: LowRank, gradient: USV) -> USV:
+        """Return the base's slopes for the gradients of K, S and L."""
         group, (U, S, V) = self.param_groups[0], parameters(layer)
-        # With a closure the core's turn comes at the new bases.
-        return Factors(
+        # With a closure the core has its slope at the new bases.
+        return USV(
             self._base(self.state[U], gradient.U, group),
             gradient.S if self.needs_closure else self._base(self.state[S], gradient.S, group),
             self._base(self.state[V], gradient.V, group),
         )
 
-    def _galerkin(
+    def _slopes_of_cores(
         self,
-        before: Mapping[str, Factors],
-        at: Mapping[str, Factors],
+        before: Mapping[str, USV],
+        at: Mapping[str, USV],
         closure: Callable[[], Any] | None,
-        h: float,
-        decay: float,
-    ) -> dict[str, Factors]:
-        """The S-step: a gradient at the new bases, and the core moved along it."""
-        self._put(at)
+    ) -> dict[str, Tensor]:
+        """Evaluate the gradients of the cores at new bases, and return the base's slopes."""
+        write(self._layers, at)
         for layer in self._layers.values():
             layer.S.grad = None  # whether the closure clears it or not
         with self._gradients.of_cores():
             self._evaluate(closure)
-        gradients = self._gradients.found(at, self._others, self.steps, core=True)
+        gradients = self._gradients.collect(at, self._others, self.steps, core=True)
         if missing := at.keys() - gradients.keys():
             raise SubspanError(
                 f"the second evaluation of step {self.steps} does not use layer "
                 f"{min(missing)!r}, which the first one used: the closure must evaluate one loss "
                 "twice; 'parallel' evaluates it once"
             )
-        after: dict[str, Factors] = {}
+        slopes: dict[str, Tensor] = {}
         for name, new in at.items():
             state = self.state[self._layers[name].S]
             turn_core(state, before[name], new)
-            slope = self._base(state, gradients[name].S, self.param_groups[0])
-            shrunk = Factors(new.U, new.S * decay, new.V)
-            after[name] = integrators.kls_core(shrunk, slope, h)
-        return after
+            slopes[name] = self._base(state, gradients[name].S, self.param_groups[0])
+        return slopes
 
-    def _truncated(
-        self, before: Mapping[str, Factors], moved: Mapping[str, Factors]
-    ) -> dict[str, Factors]:
-        """Back to the ranks that the tolerance, or the target, leaves."""
+    def _truncate(self, before: Mapping[str, USV], moved: Mapping[str, USV]) -> dict[str, USV]:
+        """Return the factors at the ranks that the tolerance, or the target, leaves."""
         # A target is one for all layers, those that have no gradient in this step among them.
         wide = dict(moved) if self.rule.target_ratio is None else {**before, **moved}
         try:
             cores = {name: integrators.spectrum(at) for name, at in wide.items()}
         except RuntimeError as error:  # of LAPACK, on numbers that are not finite
-            raise SubspanError(
-                f"step {self.steps} makes a factor singular or not finite: lower the learning "
-                f"rate ({error})"
+            raise NonFiniteError(
+                f"step {self.steps} makes a factor singular or not finite ({error})"
             ) from None
-        shapes = {name: self._layers[name].shape for name in wide}
         group = self.param_groups[0]
         if group["begun_with"] is None:
             group["begun_with"] = sum(
                 layer.rank * sum(layer.shape) for layer in self._layers.values()
             )
+        shapes = {name: self._layers[name].shape for name in wide}
         values = {name: core.S for name, core in cores.items()}
         ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
         return {
@@ -417,40 +344,26 @@ class DLRT(Copied, Optimizer):
 
     # ---- workers, state --------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but tangents.
+    def _agreement(self) -> dict[str, Any]:
+        return {
+            "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],
+            "the settings": [
+                self.integrator,
+                self._base.__name__,
+                *dataclasses.astuple(self.rule),
+                self._workers.check_every if self._workers else None,
+                self.nonfinite,
+            ],
+        }
 
-        Raises:
-            SubspanError: for an optimizer with workers, of which there is one in each process.
-        """
-        if self._workers:
-            raise SubspanError(
-                "a DLRT with workers cannot be copied, for its processes have one between them: "
-                "make a new one in each process and load_state_dict() into it"
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but tangents."""
         return {name: v for name, v in super().__getstate__().items() if name != "_gradients"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the layers that have been copied with it."""
         super().__setstate__(state)
-        self._gradients = self._watching()
-
-    def _check_start(self) -> None:
-        assert self._workers is not None
-        settings = [
-            self.integrator,
-            self._base.__name__,
-            *dataclasses.astuple(self.rule),
-            self.check_every,
-        ]
-        agreement = {
-            "the network or its ranks": [[n, list(t.shape)] for n, t in self._tensors.items()],
-            "the settings": settings,
-            "the steps made": self.steps,
-            "the weights": digest_tensors(self._tensors),
-        }
-        self._workers.check_start(agreement, next(iter(self._tensors.values())).device)
-        self._agreed = True
+        self._gradients = self._watch()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer was, after the network's own state has been loaded.
@@ -475,34 +388,7 @@ class DLRT(Copied, Optimizer):
             SubspanError: for a rate or a decay that is none, and for a group that is added while
                 workers average gradients, of which the others would know nothing.
         """
-        if getattr(self, "_workers", None):
+        if self._workers and self._tensors:
             raise SubspanError("workers know of no parameters added later: make a new optimizer")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name in ("lr", "weight_decay"):
-            if not 0 <= float(group[name]) < math.inf:
-                raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
-        if not 0 <= group.get("momentum", 0.0) < 1:
-            raise SubspanError(f"momentum must be in [0, 1), got {group['momentum']}")
-
-
-def _trainable(name: str, layer: LowRank) -> bool:
-    """Whether a layer is to be trained, and not frozen.
-
-    Raises:
-        SubspanError: if it is neither.
-    """
-    trained = [p.requires_grad for p in parameters(layer)]
-    if any(trained) and not all(trained):
-        raise SubspanError(
-            f"some factors of layer {name!r} are frozen, and no step can move the others alone: "
-            "freeze or unfreeze all three"
-        )
-    return all(trained)
-
-
-def _factors(layer: LowRank, copy: bool) -> Factors:
-    """The factors of a layer, in a precision that bases can be orthonormal in."""
-    wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
-    with plain():
-        return Factors(*(p.detach().to(wide, copy=copy) for p in parameters(layer)))
+        check_group(self.param_groups[-1])

@@ -22,10 +22,13 @@ makes of them (momentum, Adam).
 
 With explicit Euler steps and exact slopes `parallel` is W − h P(G), P the projection to the tangent
 space at W: its core has the blocks that P leaves, and zero where P has none.
+
+An :class:`Integrator` says which of these make a step of DLRT.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,13 +36,15 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import complement, orthonormalize, polish, svd
+from subspan.optim.registry import Registry
 
 
 @dataclass(frozen=True)
-class Factors:
-    """W = U S Vᵀ: (n, r), (r, r), (m, r), or in between another core than square.
+class USV:
+    """W = U S Vᵀ with U (n, r), S (r, r) and V (m, r); inside a step S may not be square.
 
-    In the same shapes slopes: of K in the place of U, of S, and of L in the place of V.
+    Slopes have the same shapes: that of K in the place of U, that of S, and that of L in the place
+    of V.
     """
 
     U: Tensor
@@ -48,42 +53,42 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The size of the core."""
+        """Return the size of the core."""
         return self.S.shape[0]
 
     def dense(self) -> Tensor:
-        """W itself, (n, m)."""
+        """Return W itself, (n, m)."""
         return self.U @ self.S @ self.V.T
 
 
-def kls_bases(at: Factors, slope: Factors, h: float) -> Factors:
-    """New bases from K- and L-step, and the old weight seen in them: U₁ (U₁ᵀ W V₁) V₁ᵀ.
+def kls_bases(at: USV, slope: USV, h: float) -> USV:
+    """Make the K- and L-step and see the old weight in the new bases: U₁ (U₁ᵀ W V₁) V₁ᵀ.
 
     K₁ = U S − h G V   = U₁ R        L₁ = V Sᵀ − h Gᵀ U = V₁ R'        S̃ = (U₁ᵀ U) S (Vᵀ V₁)
     """
     U, _ = orthonormalize(at.U @ at.S - h * slope.U)
     V, _ = orthonormalize(at.V @ at.S.T - h * slope.V)
-    return Factors(U, (U.T @ at.U) @ at.S @ (at.V.T @ V), V)
+    return USV(U, (U.T @ at.U) @ at.S @ (at.V.T @ V), V)
 
 
-def kls_core(at: Factors, slope_of_core: Tensor, h: float) -> Factors:
-    """The S-step, S₁ = S̃ − h U₁ᵀ G(U₁ S̃ V₁ᵀ) V₁."""
-    return Factors(at.U, at.S - h * slope_of_core, at.V)
+def kls_core(at: USV, slope_of_core: Tensor, h: float) -> USV:
+    """Make the S-step, S₁ = S̃ − h U₁ᵀ G(U₁ S̃ V₁ᵀ) V₁."""
+    return USV(at.U, at.S - h * slope_of_core, at.V)
 
 
-def augmented(at: Factors, slope: Factors) -> Factors:
-    """W unchanged in bases of old and new directions, [U, Ũ] and [V, Ṽ], of up to twice the rank.
+def augmented(at: USV, slope: USV) -> USV:
+    """Add new directions to the bases, [U, Ũ] and [V, Ṽ], up to twice the rank; W stays.
 
     K₁ = U S − h G V adds to the span of U what G V does, whatever h is; likewise L₁.
     """
     U, V = complement(at.U, slope.U), complement(at.V, slope.V)
     S = at.S.new_zeros(at.rank + U.shape[1], at.rank + V.shape[1])
     S[: at.rank, : at.rank] = at.S
-    return Factors(torch.cat([at.U, U], dim=1), S, torch.cat([at.V, V], dim=1))
+    return USV(torch.cat([at.U, U], dim=1), S, torch.cat([at.V, V], dim=1))
 
 
-def parallel(at: Factors, slope: Factors, h: float) -> Factors:
-    """All three steps from one gradient, at up to twice the rank; `truncated` is to follow.
+def parallel(at: USV, slope: USV, h: float) -> USV:
+    """Make all three steps from one gradient, at up to twice the rank; `truncated` is to follow.
 
              ⎡ S − h Uᵀ G V    −h Uᵀ G Ṽ ⎤
     [U, Ũ]   ⎢                           ⎥   [V, Ṽ]ᵀ
@@ -96,11 +101,11 @@ def parallel(at: Factors, slope: Factors, h: float) -> Factors:
     return wide
 
 
-def retracted(at: Factors, slope: Factors, h: float, first: Literal["U", "V"]) -> Factors:
-    """`parallel`, then the projection of its result Ŵ onto the range of Ŵ V (or of Ŵᵀ U).
+def retracted(at: USV, slope: USV, h: float, first: Literal["U", "V"]) -> USV:
+    """Make the step of `parallel` and project its result Ŵ onto the range of Ŵ V (or of Ŵᵀ U).
 
-    Half a step of subspace iteration from the old basis: optimal up to second order in h as long
-    as the singular values stay apart; small ones lose no more than what is as small.
+    This is half a step of subspace iteration from the old basis: optimal up to second order in h as
+    long as the singular values stay apart; small ones lose no more than what is as small.
     Nothing here is larger than n × r.
 
         Ŵ V = U (S − h Uᵀ G V) − h (1 − U Uᵀ) G V = U₁ R
@@ -121,18 +126,18 @@ def retracted(at: Factors, slope: Factors, h: float, first: Literal["U", "V"]) -
     kept = at.U.T @ U
     # − h (G V)ᵀ (1 − U Uᵀ) U₁ = (Ŵ V − U S)ᵀ U₁ = Rᵀ − Sᵀ kept
     V, core = orthonormalize(at.V @ (R.T + h * (at.V.T @ slope.V) @ kept) - h * slope.V @ kept)
-    return Factors(U, core.T, V)
+    return USV(U, core.T, V)
 
 
-def spectrum(at: Factors) -> Factors:
-    """The SVD of the core: U, the diagonal of S, and V (not Vᴴ)."""
+def spectrum(at: USV) -> USV:
+    """Return the SVD of the core: U, the diagonal of S, and V (not Vᴴ)."""
     # `torch.linalg.svd` gives Vᴴ, whose ROWS are the right singular vectors, and published codes
     # take its columns; ours gives V.
-    return Factors(*svd(at.S))
+    return USV(*svd(at.S))
 
 
-def truncated(at: Factors, core: Factors, rank: int) -> Factors:
-    """The best approximation of a rank, with a diagonal S.
+def truncated(at: USV, core: USV, rank: int) -> USV:
+    """Return the best approximation of a rank, with a diagonal S.
 
     Args:
         at: with orthonormal bases.
@@ -140,14 +145,66 @@ def truncated(at: Factors, core: Factors, rank: int) -> Factors:
         rank: r. With `rank_of(core.S, τ)` the error is at most τ ‖W‖ (Frobenius).
     """
     U, V = at.U @ core.U[:, :rank], at.V @ core.V[:, :rank]
-    return Factors(polish(U), core.S[:rank].diag(), polish(V))
+    return USV(polish(U), core.S[:rank].diag(), polish(V))
 
 
-def vanilla(at: Factors, slope: Factors, h: float) -> Factors:
-    """Gradient descent on the factors; slopes are those of U, S and V, which stay no bases."""
-    return Factors(at.U - h * slope.U, at.S - h * slope.S, at.V - h * slope.V)
+def vanilla(at: USV, slope: USV, h: float) -> USV:
+    """Descend on the factors: slopes are those of U, S and V, which do not stay orthonormal."""
+    return USV(at.U - h * slope.U, at.S - h * slope.S, at.V - h * slope.V)
 
 
-def _turned(at: Factors) -> Factors:
-    """Wᵀ."""
-    return Factors(at.V, at.S.T, at.U)
+def _turned(at: USV) -> USV:
+    """Return Wᵀ."""
+    return USV(at.V, at.S.T, at.U)
+
+
+# ---- integrators by name -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Integrator:
+    """One way to move the factors of a layer, in steps that DLRT makes.
+
+    Args:
+        first_step: moves W along slopes by h at the same rank, given the number of steps made
+            before. If there is a second step, it moves the bases alone.
+        wider_step: moves W along slopes by h at up to twice the rank, and `truncated` follows; None
+            if ranks never change.
+        second_step: moves the core along its slope at the new bases by h; None if one gradient is
+            enough.
+        adaptive: whether it needs a rule by which ranks change.
+        tangents: whether slopes are those of K, S and L, and bases stay orthonormal; else slopes
+            are those of U, S and V.
+    """
+
+    first_step: Callable[[USV, USV, float, int], USV]
+    wider_step: Callable[[USV, USV, float], USV] | None = None
+    second_step: Callable[[USV, Tensor, float], USV] | None = None
+    adaptive: bool = False
+    tangents: bool = True
+
+
+INTEGRATORS: Registry[Integrator] = Registry("integrator")
+
+
+def _parallel(at: USV, slope: USV, h: float, step: int) -> USV:
+    """Let the bases come first in turns, which treats both alike."""
+    return retracted(at, slope, h, "V" if step % 2 else "U")
+
+
+def _kls(at: USV, slope: USV, h: float, step: int) -> USV:
+    return kls_bases(at, slope, h)
+
+
+def _widened(at: USV, slope: USV, h: float) -> USV:
+    return augmented(at, slope)
+
+
+def _vanilla(at: USV, slope: USV, h: float, step: int) -> USV:
+    return vanilla(at, slope, h)
+
+
+INTEGRATORS.add("parallel", Integrator(_parallel, parallel))
+INTEGRATORS.add("kls", Integrator(_kls, second_step=kls_core))
+INTEGRATORS.add("kls-adaptive", Integrator(_kls, _widened, kls_core, adaptive=True))
+INTEGRATORS.add("vanilla", Integrator(_vanilla, tangents=False))

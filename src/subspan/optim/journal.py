@@ -16,8 +16,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.families.operator import as_step
 from subspan.files import refuse_what_is_no_file, write_atomically
-from subspan.optim import parts as parts_
-from subspan.optim.parts import Part
+from subspan.optim.directions import Directions, Move
 from subspan.subspace.parameters import digest_tensors
 
 MAGIC, FORMAT = b"SUBSPANJ", 1
-
-
-@dataclass(frozen=True)
-class Record:
-    """One step: the rate of each group, and (bases, d) coordinates before the rate."""
-
-    step: int
-    rates: tuple[float, ...]
-    coordinates: Tensor
 
 
 class Journal:
@@ -51,7 +39,7 @@ class Journal:
         path: of the file.
 
     Attributes:
-        header: what the file says before its records.
+        header: the JSON before the records.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -83,15 +71,15 @@ class Journal:
 
     @staticmethod
     def create(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Journal:
-        """A new file without records, there as a whole or not at all."""
+        """Write a new file without records, as a whole or not at all."""
         refuse_what_is_no_file(Path(path))
         text = json.dumps({"format": FORMAT} | dict(header), sort_keys=True).encode()
         crc = struct.pack("<I", zlib.crc32(text))
         write_atomically(Path(path), MAGIC + struct.pack("<I", len(text)) + text + crc)
         return Journal(path)
 
-    def records(self) -> Iterator[Record]:
-        """The records in order, up to a tail that was cut off.
+    def moves(self) -> Iterator[Move]:
+        """Read the steps in order, up to a tail that was cut off.
 
         Raises:
             SubspanError: if a record is damaged that others follow.
@@ -112,7 +100,7 @@ class Journal:
                 numbers = np.frombuffer(raw[8 + 8 * self._rates : -4], self._dtype)
                 coordinates = torch.from_numpy(numbers.astype(self._dtype.newbyteorder("=")))
                 rates = struct.unpack_from(f"<{self._rates}d", raw, 8)
-                yield Record(step, rates, coordinates.view(self._shape))
+                yield Move(step, rates, coordinates.view(self._shape))
                 last = step
 
     def cut(self, before: int | None = None) -> None:
@@ -121,61 +109,41 @@ class Journal:
         Args:
             before: remove this step and those behind it, too.
         """
-        whole = sum(1 for record in self.records() if before is None or record.step < before)
+        whole = sum(1 for move in self.moves() if before is None or move.step < before)
         with self.path.open("r+b") as file:
             file.truncate(self._begin + whole * self._length)
 
-    def append(self, record: Record) -> None:
-        """Write one step behind the others; it is with the system when this returns."""
-        numbers = record.coordinates.detach().cpu().numpy().astype(self._dtype)
-        raw = struct.pack(f"<Q{self._rates}d", record.step, *record.rates) + numbers.tobytes()
+    def append(self, move: Move) -> None:
+        """Write one step behind the others; the system has it when this returns."""
+        numbers = move.coordinates.detach().cpu().numpy().astype(self._dtype)
+        raw = struct.pack(f"<Q{self._rates}d", move.step, *move.rates) + numbers.tobytes()
         with self.path.open("ab") as file:
             file.write(raw + struct.pack("<I", zlib.crc32(raw)))
 
     def sync(self) -> None:
-        """What was appended is on the disk when this returns, whatever becomes of the system."""
+        """Bring all steps to the disk, so that they outlast a crash of the system."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def header_of(
-    found: Sequence[Part],
-    groups: Sequence[int],
-    bases: int,
-    redraw_every: int | None,
-    dtype: torch.dtype,
-    extra: Mapping[str, Any],
+    directions: Directions, dtype: torch.dtype, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a journal says of the optimizer that writes it."""
-    tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
+    """Return the header of a journal.
+
+    Args:
+        directions: of the optimizer, before its first step.
+        dtype: of coordinates.
+        extra: JSON values of the caller's.
+    """
+    tensors = {n: t for weights in directions.compartments for n, t in weights.tensors.items()}
     return {
-        "parts": [part.described() for part in found],
-        "groups": list(groups),
-        "bases": bases,
-        "redraw_every": redraw_every,
+        **directions.described(),
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": {n: [list(t.shape), str(t.dtype)] for n, t in tensors.items()},
         "base": digest_tensors(tensors),
         "extra": dict(extra),
     }
-
-
-def redraw(step: int, every: int | None) -> int:
-    """Which basis a step is made in."""
-    return 0 if every is None else step // every
-
-
-def move(found: Sequence[Part], groups: Sequence[int], record: Record, every: int | None) -> None:
-    """Make a step: θ ← θ − η P v, for every basis and every group with its own rate."""
-    if len(groups) == 1:
-        lengths = record.coordinates * -record.rates[0]
-    else:
-        along = record.coordinates.split(list(groups), dim=1)
-        lengths = torch.cat([c * -rate for c, rate in zip(along, record.rates, strict=True)], dim=1)
-    step = as_step(redraw(record.step, every))
-    for basis, own in enumerate(lengths.unbind()):
-        for part in found:
-            part.add_weights(own, basis=basis, step=step)
 
 
 @torch.no_grad()
@@ -219,13 +187,12 @@ def replay(
         raise SubspanError(
             f"{path} began with other weights: give the network as it was before the first step"
         )
-    every = header["redraw_every"]
-    records = list(journal.records())
-    there = records[-1].step + 1 if records else 0
-    if steps is not None and not 0 <= steps <= there:
-        raise SubspanError(f"{path} has {there} steps, not {steps}")
-    found = [parts_.from_description(described, tensors) for described in header["parts"]]
-    for record in records:
-        if steps is None or record.step < steps:
-            move(found, header["groups"], record, every)
-    return there if steps is None else steps
+    moves = list(journal.moves())
+    last = moves[-1].step + 1 if moves else 0
+    if steps is not None and not 0 <= steps <= last:
+        raise SubspanError(f"{path} has {last} steps, not {steps}")
+    directions = Directions.from_description(header, tensors)
+    for move in moves:
+        if steps is None or move.step < steps:
+            directions.move(move, directions.redraw(move.step))
+    return last if steps is None else steps

@@ -1,4 +1,4 @@
-"""Which ranks a step of training leaves: by a tolerance, or by a target for the whole network."""
+"""The rule for ranks after a step: a tolerance, or a target for the whole network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, int]]  # (n, m) of every layer
 
 @dataclass(frozen=True)
 class RankRule:
-    """When ranks may change and what they become; the arguments are those of ``DLRT``.
+    """The steps in which ranks may change, and the ranks after them; arguments as of ``DLRT``.
 
     Raises:
         SubspanError: for a value that makes no sense.
@@ -64,7 +64,7 @@ class RankRule:
         return self.tolerance is not None or self.target_ratio is not None
 
     def may_change(self, step: int) -> bool:
-        """Whether they may in a step, counted from 0."""
+        """Return whether ranks may change in a step, counted from 0."""
         frozen = self.freeze_after is not None and step >= self.freeze_after
         since = step - self.adapt_from
         return self.adapts and not frozen and since >= 0 and since % self.rank_every == 0
@@ -72,13 +72,13 @@ class RankRule:
     def ranks(
         self, step: int, singular_values: Mapping[str, Tensor], shapes: Shapes, begun_with: int
     ) -> dict[str, int]:
-        """The ranks after a step.
+        """Return the ranks after a step.
 
         Args:
             step: counted from 0.
             singular_values: of every layer, in descending order.
             shapes: of every layer's weight.
-            begun_with: Σ r (n + m) before ranks first changed.
+            begun_with: the sum of r (n + m) before ranks first changed.
 
         Raises:
             SubspanError: if ``min_rank`` keeps the network above the target.
@@ -95,14 +95,15 @@ class RankRule:
             return by((self.tolerance or 0.0) * warmth)
         return self._within(self._budget(step, shapes, begun_with), by, shapes)
 
-    def _bounded(self, rank: int, known: int, shape: tuple[int, int]) -> int:
-        most = min(known, *shape)
+    def _bounded(self, rank: int, available: int, shape: tuple[int, int]) -> int:
+        """Return a rank within all bounds, of which the singular values available are one."""
+        most = min(available, *shape)
         if self.max_rank is not None:
             most = min(most, self.max_rank)
         return min(max(rank, self.min_rank), most)
 
     def _budget(self, step: int, shapes: Shapes, begun_with: int) -> float:
-        """Numbers that all layers may have after a step: a cubic from the first to the target."""
+        """Return how many numbers layers may have after a step: a cubic from first to target."""
         assert self.freeze_after is not None
         target = self._target(shapes)
         # The last of these steps is at the target itself.
@@ -118,7 +119,7 @@ class RankRule:
     def _within(
         self, budget: float, by: Callable[[float], dict[str, int]], shapes: Shapes
     ) -> dict[str, int]:
-        """Ranks at the least common tolerance that a budget of numbers allows."""
+        """Return the ranks at the least common tolerance that a budget of numbers allows."""
 
         def numbers(tolerance: float) -> int:
             return sum(r * sum(shapes[name]) for name, r in by(tolerance).items())

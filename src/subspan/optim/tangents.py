@@ -1,4 +1,4 @@
-"""The gradients of K, S and L that a step is made of, and whether they are those of the factors.
+"""Tangents ∂K and ∂L of layers, and whether they still belong to the gradients of the factors.
 
 Autograd leaves tangents ∂K and ∂L beside the gradients of U, S and V while a layer is watched
 (:mod:`subspan.layers.watched`). Between ``backward()`` and ``step()`` people clip, scale and
@@ -7,8 +7,8 @@ average gradients, and know nothing of tangents. What autograd left obeys
     (U.grad, S.grad, V.grad) = c (∂K Sᵀ, Uᵀ ∂K, ∂L S)        with c = 1,
 
 and after clipping by norm, or after a gradient scaler, with another number c, which belongs to the
-tangents, too. Any other change breaks this. Freivalds' test tells at O((n + m) r): both sides are
-multiplied by a vector (R. Freivalds, "Probabilistic machines can use less running time", 1977).
+tangents, too. Any other change breaks this. Freivalds' test finds out at O((n + m) r): both sides
+are multiplied by a vector (R. Freivalds, "Probabilistic machines can use less running time", 1977).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from subspan import distributed
 from subspan.errors import SubspanError
 from subspan.layers.lowrank import LowRank
 from subspan.layers.watched import Tangents
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import USV
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative: what rounding may do
 COARSE = 0.05  # of 16-bit gradients, and where float32 products are rounded like those
@@ -52,17 +52,17 @@ class Watch:
 
     def clear(self) -> None:
         """Forget all tangents."""
-        for found in self._tangents.values():
-            found.clear()
+        for tangents in self._tangents.values():
+            tangents.clear()
 
     def check(self) -> None:
-        """Refuse to go on where somebody else watches a layer now.
+        """Refuse to go on where another object watches a layer now.
 
         Raises:
             SubspanError: naming the layer.
         """
-        for name, found in self._tangents.items():
-            if self._layers[name].tangents is not found:
+        for name, tangents in self._tangents.items():
+            if self._layers[name].tangents is not tangents:
                 raise SubspanError(
                     f"another DLRT has been made for layer {name!r} since this one: go on with "
                     "that one, or make a new one"
@@ -72,72 +72,74 @@ class Watch:
     def asleep(self) -> Iterator[None]:
         """Evaluate gradients without tangents inside."""
         try:
-            for found in self._tangents.values():
-                found.awake = False
+            for tangents in self._tangents.values():
+                tangents.awake = False
             yield
         finally:
-            for found in self._tangents.values():
-                found.awake = True
+            for tangents in self._tangents.values():
+                tangents.awake = True
 
     def tangents(
-        self, gradients: Mapping[str, Factors], at: Mapping[str, Factors], alone: bool
-    ) -> dict[str, Factors]:
-        """∂K, ∂S and ∂L, scaled as somebody may have scaled the gradients.
+        self, gradients: Mapping[str, USV], at: Mapping[str, USV], alone: bool
+    ) -> dict[str, USV]:
+        """Return ∂K, ∂S and ∂L, scaled as the gradients may have been scaled.
 
-        DDP averages gradients and leaves tangents to us: all processes then decide together.
+        DDP averages gradients and no tangents: all processes then average these, and decide
+        together.
 
         Args:
             gradients: of U, S and V of some layers, in the precision of their factors.
             at: the factors of all layers that have not been frozen.
-            alone: whether this process's gradients are nobody else's affair.
+            alone: whether this process's gradients concern no other process.
 
         Raises:
             SubspanError: for gradients that have been changed otherwise.
         """
-        found = {name: self._left(name, gradient) for name, gradient in gradients.items()}
-        scales, changed = self._compared(gradients, found, at)
+        left = {name: self._left(name, gradient) for name, gradient in gradients.items()}
+        scales, changed = self._compare(gradients, left, at)
         if not alone and self._under_ddp(changed):
             device = next(iter(self._layers.values())).S.device
             if distributed.anywhere(changed is not None, device):
-                # Of all layers: which ones it has used is each process's own affair.
+                # Of all layers: processes may have used different ones.
                 mine = [self._left(name, factors) for name, factors in at.items()]
-                means = iter(distributed.means([t for left in mine for t in (left.U, left.V)]))
+                means = iter(distributed.means([t for m in mine for t in (m.U, m.V)]))
                 pairs = {name: (next(means), next(means)) for name in at}
-                found = {n: Factors(pairs[n][0], g.S, pairs[n][1]) for n, g in gradients.items()}
-                scales, changed = self._compared(gradients, found, at)
+                left = {n: USV(pairs[n][0], g.S, pairs[n][1]) for n, g in gradients.items()}
+                scales, changed = self._compare(gradients, left, at)
                 if distributed.anywhere(changed is not None, device) and changed is None:
                     raise SubspanError(CHANGED.format("a layer in another process"))
         if changed is not None:
             raise SubspanError(CHANGED.format(f"layer {changed!r}"))
-        return {name: _scaled(left, scales[name]) for name, left in found.items()}
+        return {name: _scaled(tangent, scales[name]) for name, tangent in left.items()}
 
-    def _left(self, name: str, like: Factors) -> Factors:
-        """∂K and ∂L as autograd has left them beside another ∂S; zeros where it has not."""
+    def _left(self, name: str, like: USV) -> USV:
+        """Return ∂K and ∂L as autograd has left them, or zeros, beside the S of ``like``."""
         K, L = self._tangents[name].of_k, self._tangents[name].of_l
-        return Factors(
+        return USV(
             torch.zeros_like(like.U) if K is None else K.to(like.U.dtype),
             like.S,
             torch.zeros_like(like.V) if L is None else L.to(like.V.dtype),
         )
 
-    def _compared(
+    def _compare(
         self,
-        gradients: Mapping[str, Factors],
-        found: Mapping[str, Factors],
-        at: Mapping[str, Factors],
+        gradients: Mapping[str, USV],
+        tangents: Mapping[str, USV],
+        at: Mapping[str, USV],
     ) -> tuple[dict[str, float], str | None]:
         """Return each layer's scale, and the name of a layer whose gradients do not fit."""
         if not gradients:
             return {}, None
-        told = compared([(gradients[name], found[name], at[name]) for name in gradients]).tolist()
-        changed = None
-        for name, (_, error) in zip(gradients, told, strict=True):
+        layers = [(gradients[name], tangents[name], at[name]) for name in gradients]
+        scales, changed = {}, None
+        for name, (scale, error) in zip(gradients, compare(layers).tolist(), strict=True):
+            scales[name] = scale
             if error > tolerance(self._layers[name].U):
                 changed = changed or name
-        return {name: c for name, (c, _) in zip(gradients, told, strict=True)}, changed
+        return scales, changed
 
     def _under_ddp(self, changed: str | None) -> bool:
-        """Whether DDP averages the gradients; looked up once, and again if it would explain all."""
+        """Return whether DDP averages the gradients; look again if that would explain a change."""
         if distributed.world() == 1:
             return False
         if self._ddp is None or (changed and not self._ddp):
@@ -145,8 +147,8 @@ class Watch:
         return self._ddp
 
 
-def compared(layers: Sequence[tuple[Factors, Factors, Factors]]) -> Tensor:
-    """The number c of each layer, and how far the rest is from it.
+def compare(layers: Sequence[tuple[USV, USV, USV]]) -> Tensor:
+    """Return the number c of each layer, and how far the gradients are from it.
 
     Args:
         layers: gradients of U, S and V; tangents, ∂K in the place of U and ∂L in that of V (S does
@@ -156,21 +158,21 @@ def compared(layers: Sequence[tuple[Factors, Factors, Factors]]) -> Tensor:
         (layers, 2): c, and the largest of the three errors, relative to c and to the norms of what
         is multiplied. Gradients that are not finite may make them NaN.
     """
-    found, expected, norms, lengths = [], [], [], []
+    products, expected, norms, lengths = [], [], [], []
     for gradient, tangent, at in layers:
         z, K, L = _vector(at.rank).to(at.S), tangent.U, tangent.V
-        found += [gradient.U @ z, gradient.S @ z, gradient.V @ z]
+        products += [gradient.U @ z, gradient.S @ z, gradient.V @ z]
         expected += [K @ (at.S.T @ z), at.U.T @ (K @ z), L @ (at.S @ z)]
         of_k, of_l, of_s = (torch.linalg.vector_norm(t) for t in (K, L, at.S))
         norms += [of_k * of_s, of_k, of_l * of_s]
-        lengths += [len(part) for part in found[-3:]]
+        lengths += [len(part) for part in products[-3:]]
     # The rest is arithmetic of a few numbers for each layer: done for all of them together.
-    device = found[0].device
-    kind = functools.reduce(torch.promote_types, (t.dtype for t in found))
+    device = products[0].device
+    kind = functools.reduce(torch.promote_types, (t.dtype for t in products))
     part = torch.repeat_interleave(torch.tensor(lengths)).to(device)
     least = torch.finfo(kind).tiny
     size = torch.stack([norm.to(device, kind) for norm in norms]).clamp(min=least)[part]
-    f, e = (torch.cat([t.to(device, kind) for t in side]) / size for side in (found, expected))
+    f, e = (torch.cat([t.to(device, kind) for t in side]) / size for side in (products, expected))
 
     def sums(terms: Tensor, of: Tensor, count: int) -> Tensor:
         return terms.new_zeros(count).index_add_(0, of, terms)
@@ -185,18 +187,18 @@ def compared(layers: Sequence[tuple[Factors, Factors, Factors]]) -> Tensor:
     return torch.stack([c, errors / c.abs().clamp(min=least)], dim=1)
 
 
-def _scaled(left: Factors, c: float) -> Factors:
-    """Tangents times c, beside a gradient of S that has been scaled already."""
-    return left if c == 1 else Factors(c * left.U, left.S, c * left.V)
+def _scaled(left: USV, c: float) -> USV:
+    """Return tangents times c, beside a gradient of S that has been scaled already."""
+    return left if c == 1 else USV(c * left.U, left.S, c * left.V)
 
 
 def tolerance(factor: Tensor) -> float:
-    """The greatest error of :func:`compared` that rounding explains."""
+    """Return the greatest error of :func:`compare` that rounding explains."""
     rounded = factor.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return COARSE if rounded else TOLERANCE.get(factor.dtype, COARSE)
 
 
 @functools.lru_cache(maxsize=256)
 def _vector(r: int) -> Tensor:
-    """Normal numbers (r,), always the same: nobody changes gradients so as to deceive these."""
+    """Return normal numbers (r,), always the same: no change of gradients is made to evade them."""
     return torch.randn(r, generator=torch.Generator().manual_seed(r), dtype=torch.float64)

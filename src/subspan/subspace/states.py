@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
-from subspan.subspace.inplace import FINGERPRINT
+from subspan.subspace.links import FINGERPRINT, trained_keys
 from subspan.subspace.sharded import refuse_whole
 
 if TYPE_CHECKING:

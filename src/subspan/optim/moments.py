@@ -1,4 +1,4 @@
-"""What a base optimizer makes of a gradient, and what becomes of its memory when bases turn.
+"""Momentum and Adam for factors: slopes from gradients, and moments that follow the bases.
 
 Running means of the gradients of K, S and L are those of one tangent vector at W,
 
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.optim.integrators import Factors
+from subspan.errors import SubspanError, unknown
+from subspan.optim.integrators import USV
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 
 
 def sgd(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """The gradient, or with momentum μ its running sum m ← μ m + g."""
+    """Return the gradient, or with momentum μ its running sum m ← μ m + g."""
     if not group["momentum"]:
         return gradient
     before = state.get(FIRST)
@@ -35,7 +36,7 @@ def sgd(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Te
 
 
 def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """m̂ / (√v̂ + ε) of running means of g and g² (Kingma and Ba, ICLR 2015, algorithm 1)."""
+    """Return m̂ / (√v̂ + ε) of means of g and g² (Kingma and Ba, ICLR 2015, algorithm 1)."""
     first, second = group["betas"]
     if FIRST not in state:
         state[FIRST], state[SECOND] = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -48,11 +49,33 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
 
 
 BASES = {"sgd": sgd, "adam": adam}
-SETTINGS = {"sgd": ("momentum",), "adam": ("betas", "eps")}  # that a group has, and schedulers turn
+SETTINGS: dict[str, dict[str, Any]] = {  # by base, with what they usually are
+    "sgd": {"momentum": 0.0},
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8},
+}
 
 
-def turn_core(core: dict[str, Any], old: Factors, new: Factors) -> None:
-    """Bring the memory of S from old bases to new ones; what lies outside the new ones is gone."""
+def settings_of(base: str, **given: Any) -> dict[str, Any]:
+    """Return the settings of a group that a base has, which schedulers may change.
+
+    Args:
+        base: "sgd" or "adam".
+        given: the settings of all bases.
+
+    Raises:
+        SubspanError: for an unknown base, or another one's setting that is not what it usually is.
+    """
+    if base not in BASES:
+        raise unknown("base", base, BASES)
+    for other in SETTINGS.keys() - {base}:
+        for name, usual in SETTINGS[other].items():
+            if given[name] != usual:
+                raise SubspanError(f"base {base!r} has no {name}, got {given[name]}: leave it out")
+    return {name: given[name] for name in SETTINGS[base]}
+
+
+def turn_core(core: dict[str, Any], old: USV, new: USV) -> None:
+    """Bring the moments of S from old bases to new ones; what lies outside the new ones is lost."""
     if FIRST not in core:
         return
     left, right = old.U.T @ new.U, old.V.T @ new.V
@@ -62,14 +85,14 @@ def turn_core(core: dict[str, Any], old: Factors, new: Factors) -> None:
 
 
 def transport(
-    states: tuple[dict[str, Any], dict[str, Any], dict[str, Any]], old: Factors, new: Factors
+    states: tuple[dict[str, Any], dict[str, Any], dict[str, Any]], old: USV, new: USV
 ) -> None:
-    """Bring the memories of K and L, and the mean of S with them, from old bases to new ones.
+    """Bring the moments of K and L, and the mean of S with them, from old bases to new ones.
 
     Args:
-        states: of K, S and L.
-        old: W before, of which the bases count.
-        new: W after, perhaps of another rank.
+        states: the moments of K, S and L.
+        old: W before the step; its bases count.
+        new: W after the step, perhaps of another rank.
     """
     of_k, of_s, of_l = states
     if FIRST not in of_k:
@@ -88,7 +111,7 @@ def transport(
 
 
 def _mixed(v: Tensor, turn: Tensor) -> Tensor:
-    """Running squares (n, r) in a basis V as those in V', with VᵀV' (r, r')."""
+    """Return the running squares (n, r) in a basis V as those in V', with VᵀV' (r, r')."""
     weights = turn.square()
     missing = (1 - weights.sum(dim=0)).clamp(min=0)  # of each new column
     return v @ weights + v.mean(dim=1, keepdim=True) * missing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from subspan.optim.base import FIRST, SECOND, transport, turn_core
-from subspan.optim.integrators import Factors
+from subspan.optim.integrators import USV
+from subspan.optim.moments import FIRST, SECOND, transport, turn_core
 
 N, M, R = 9, 7, 3
 
@@ -16,13 +16,13 @@ def bases(r, seed):
         torch.linalg.qr(torch.randn(k, r, generator=generator, dtype=torch.float64)).Q
         for k in (N, M)
     )
-    return Factors(U, torch.eye(r, dtype=torch.float64), V)
+    return USV(U, torch.eye(r, dtype=torch.float64), V)
 
 
 def test_squares_follow_a_permutation_with_signs():
     old = bases(R, 0)
     order, signs = [2, 0, 1], torch.tensor([1.0, -1, -1], dtype=torch.float64)
-    new = Factors(old.U[:, order] * signs, old.S, old.V[:, order] * signs)
+    new = USV(old.U[:, order] * signs, old.S, old.V[:, order] * signs)
     k, s, l = (torch.rand(*shape, dtype=torch.float64) for shape in ((N, R), (R, R), (M, R)))  # noqa: E741
     states = {FIRST: k, SECOND: k}, {FIRST: s, SECOND: s}, {FIRST: l, SECOND: l}
     turn_core(states[1], old, new)
@@ -37,7 +37,7 @@ def test_squares_follow_a_permutation_with_signs():
 def test_squares_of_a_new_direction_are_the_mean_of_their_row():
     """A zero there would be an enormous step."""
     wide = bases(R + 1, 0)
-    old = Factors(wide.U[:, :R], wide.S[:R, :R], wide.V[:, :R])
+    old = USV(wide.U[:, :R], wide.S[:R, :R], wide.V[:, :R])
     k, l = torch.rand(N, R, dtype=torch.float64), torch.rand(M, R, dtype=torch.float64)  # noqa: E741
     states = {FIRST: k, SECOND: k}, {}, {FIRST: l, SECOND: l}
     transport(states, old, wide)

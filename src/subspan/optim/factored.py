@@ -1,0 +1,99 @@
+"""Factored layers as an optimizer trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.layers.factors import plain
+from subspan.layers.lowrank import LowRank
+from subspan.optim.integrators import USV
+
+
+def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
+    """Return the factored layers of a network that are not frozen, by name.
+
+    Raises:
+        SubspanError: if there are none, if one is frozen in part, or has no such rank.
+    """
+    factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
+    if not factored:
+        raise SubspanError(
+            "the network has no factored layer: call subspan.layers.factorize(net, …) first"
+        )
+    layers = {n: m for n, m in factored.items() if is_trained(n, m)}
+    if not layers:
+        raise SubspanError("every factored layer of the network is frozen: unfreeze some")
+    for name, layer in layers.items():
+        least = min(layer.shape)
+        if min_rank > least:
+            raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
+    return layers
+
+
+def is_trained(name: str, layer: LowRank) -> bool:
+    """Return whether a layer is trained, and not frozen.
+
+    Raises:
+        SubspanError: if it is neither.
+    """
+    trained = [p.requires_grad for p in parameters(layer)]
+    if any(trained) and not all(trained):
+        raise SubspanError(
+            f"some factors of layer {name!r} are frozen, and no step can move the others alone: "
+            "freeze or unfreeze all three"
+        )
+    return all(trained)
+
+
+def read(layers: Mapping[str, LowRank], copy: bool) -> dict[str, USV]:
+    """Return the factors of the layers that are not frozen, precise enough for orthonormal bases.
+
+    Raises:
+        SubspanError: if a layer is frozen in part.
+    """
+    with plain():
+        return {n: _read(layer, copy) for n, layer in layers.items() if is_trained(n, layer)}
+
+
+def _read(layer: LowRank, copy: bool) -> USV:
+    wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
+    return USV(*(p.detach().to(wide, copy=copy) for p in parameters(layer)))
+
+
+def write(layers: Mapping[str, LowRank], factors: Mapping[str, USV]) -> None:
+    """Put factors into layers, by name."""
+    for name, at in factors.items():
+        layers[name].set_factors(at.U, at.S, at.V)
+
+
+def parameters(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """Return U, S and V."""
+    return layer.U, layer.S, layer.V
+
+
+def all_finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
+    """Return whether all numbers of each group are finite, in one message to the host."""
+    norms = [
+        torch.stack(
+            [
+                torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+                for t in tensors
+            ]
+        ).sum()
+        for tensors in groups
+    ]
+    return torch.stack([t.to(norms[0].device) for t in norms]).isfinite().tolist() if norms else []
+
+
+def tensors(at: USV, core: bool = False) -> list[Tensor]:
+    """Return all three, or S alone."""
+    return [at.S] if core else [at.U, at.S, at.V]
+
+
+def dense(grad: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor; that of a sparse embedding is none."""
+    return grad.to_dense() if grad.is_sparse else grad

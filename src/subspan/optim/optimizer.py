@@ -1,0 +1,189 @@
+"""Behaviour that the optimizers of this package share: workers, void steps, copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from subspan.errors import SubspanError, unknown
+from subspan.optim.workers import WorkerMode, Workers
+
+Nonfinite = Literal["error", "skip"]
+
+
+class NonFiniteError(SubspanError):
+    """A step has met a number that is infinite or none, and has changed no weight.
+
+    Attributes:
+        loss: the loss of the step, where it was evaluated.
+    """
+
+    def __init__(self, finding: str, loss: Any = None) -> None:
+        super().__init__(f"{finding}: lower the learning rate, or give nonfinite='skip'")
+        self.loss = loss
+
+
+class BaseOptimizer(Optimizer):
+    """An optimizer that trains alone or with workers, and moves all weights of a step or none.
+
+    A subclass writes :meth:`_step`, and :meth:`_agreement` if it takes workers. A step that raises
+    :class:`NonFiniteError` is an error with ``nonfinite="error"``; with "skip" it is void: it
+    counts and leaves the weights as they are.
+
+    Args:
+        params: as for every optimizer.
+        defaults: the settings of each group, among them ``lr``.
+        workers: how processes train together, one of ``worker_modes``; None: this one alone.
+        check_every: steps between comparisons of all workers' weights; 0: never.
+        nonfinite: see above.
+        needs_closure: whether :meth:`step` must be given a closure.
+
+    Attributes:
+        needs_closure: likewise.
+
+    Raises:
+        SubspanError: for a value that makes no sense, or workers without a process group.
+    """
+
+    worker_modes: ClassVar[tuple[WorkerMode, ...]] = ("shared",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: Mapping[str, Any],
+        *,
+        workers: WorkerMode | None = None,
+        check_every: int = 100,
+        nonfinite: Nonfinite = "error",
+        needs_closure: bool = False,
+    ) -> None:
+        if nonfinite not in ("error", "skip"):
+            raise unknown("nonfinite", nonfinite, ["error", "skip"])
+        if workers not in (None, *self.worker_modes):
+            raise unknown("workers", workers, self.worker_modes)
+        if not is_count(check_every, least=0):
+            raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
+        self.nonfinite, self.needs_closure = nonfinite, needs_closure
+        self._workers = Workers(workers, check_every) if workers else None
+        self._tensors: dict[str, Tensor] = {}
+        super().__init__(params, {**defaults, "steps": 0, "skipped": 0})
+
+    @property
+    def steps(self) -> int:
+        """Steps made, void ones too."""
+        return int(self.param_groups[0]["steps"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were void, because a number was not finite."""
+        return int(self.param_groups[0]["skipped"])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the weights once.
+
+        Args:
+            closure: evaluates the loss and returns it; the class says whether it must be given,
+                and whether it calls ``backward()``.
+
+        Returns:
+            The loss of the first evaluation, if there is a closure.
+
+        Raises:
+            SubspanError: if the closure or all gradients are missing, if numbers are not finite
+                (see ``nonfinite``), or if workers do not fit together or are lost. The weights
+                are then those of before.
+        """
+        with torch.no_grad():
+            if closure is None and self.needs_closure:
+                raise SubspanError(self._missing_closure())
+            if self._workers:
+                self._workers.compare_once(self._agreement, self._tensors, self.steps)
+            try:
+                loss = self._step(closure)
+            except NonFiniteError as error:
+                if self.nonfinite == "error":
+                    raise
+                loss = error.loss
+                for group in self.param_groups:
+                    group["skipped"] += 1
+            for group in self.param_groups:
+                group["steps"] += 1
+            if self._workers:
+                self._workers.compare_weights(self._tensors, self.steps)
+            return loss
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """Move the weights and return the loss, or raise :class:`NonFiniteError` and move nothing.
+
+        Gradients are not recorded here.
+        """
+        raise NotImplementedError
+
+    def _agreement(self) -> dict[str, Any]:
+        """Return what all workers must have in common, as JSON by the name that errors give it."""
+        return {}
+
+    def _missing_closure(self) -> str:
+        """Return what is said where a closure is needed and not given."""
+        return f"{type(self).__name__} needs step(closure), with a closure that returns the loss"
+
+    # ---- copies and states -----------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all attributes, so that ``copy`` and ``pickle`` take the optimizer as it is.
+
+        PyTorch copies groups, state and defaults alone. Hooks stay behind, as there, and so does
+        what others have put over a method, as a scheduler does over ``step``.
+
+        Raises:
+            SubspanError: for an optimizer with workers, which are processes.
+        """
+        if self._workers:
+            raise SubspanError(
+                f"{type(self).__name__} with workers cannot be copied, for its processes have one "
+                "between them: make a new one in each process and load_state_dict() into it"
+            )
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if "_hooks" not in name and not callable(getattr(type(self), name, None))
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy or a state; older states do not count the steps that were void."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("skipped", 0)
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """Return the loss of a closure that calls ``backward()``; without a closure, None."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check the values of a group that every optimizer has.
+
+    Raises:
+        SubspanError: for a rate or a decay that is negative or infinite, or a momentum outside
+            [0, 1).
+    """
+    for name in ("lr", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
+    momentum = group.get("momentum", 0.0)
+    if not 0 <= momentum < 1:
+        raise SubspanError(f"momentum must be in [0, 1), got {momentum}")
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Return whether a value is an integer of at least some size, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,102 @@
+"""Parameters as an optimizer is given them: names, and what can be moved along random vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.computed import Computed
+
+
+def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    """Return the parameters of every group by name; by running numbers where they have none."""
+    named: list[dict[str, Tensor]] = []
+    number = 0
+    for group in groups:
+        names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
+        number += len(names)
+        named.append(dict(zip(names, group["params"], strict=True)))
+    names = [name for group in named for name in group]
+    if len(set(names)) < len(names):  # of two networks
+        return [{f"{n}/{name}": t for name, t in g.items()} for n, g in enumerate(named)]
+    return named
+
+
+def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:
+    """Return entries start … stop−1 of padding rows, by the id of the embedding's table.
+
+    Their gradient is zero and an ordinary optimizer never moves them, unless another layer shares
+    the table.
+    """
+    rows: dict[int, tuple[int, int]] = {}
+    shared: set[int] = set()
+    for module in net.modules():
+        for tensor in module._parameters.values():
+            row = getattr(module, "padding_idx", None)
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and row is not None:
+                length = module.embedding_dim
+                rows[id(tensor)] = row * length, (row + 1) * length
+            else:
+                shared.add(id(tensor))
+    return {key: row for key, row in rows.items() if key not in shared}
+
+
+def leave_frozen(group: dict[str, Any], number: int) -> None:
+    """Keep in a group only the tensors that require a gradient, and their names.
+
+    Raises:
+        SubspanError: if none does.
+    """
+    trained = [tensor.requires_grad for tensor in group["params"]]
+    if not any(trained):
+        raise SubspanError(
+            f"there is nothing to train in group {number} of the parameters: no tensor in it "
+            "requires a gradient"
+        )
+    for key in {"params", "param_names"} & set(group):
+        group[key] = list(compress(group[key], trained))
+
+
+def refuse_computed(params: Sequence[Any]) -> None:
+    """Refuse weights that are computed when they are read, alone or in pairs with a name.
+
+    Raises:
+        SubspanError: if there is one.
+    """
+    for given in params:
+        tensor = given[-1] if isinstance(given, tuple) and given else given
+        if isinstance(tensor, Computed):
+            raise SubspanError(
+                f"{tensor.weight_name} is computed from coordinates: give the coordinates, which "
+                "are among parameters() of the SubspaceModel"
+            )
+
+
+def refuse_immovable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor to which P c cannot be added.
+
+    Raises:
+        SubspanError: if it is complex, or if two of its entries lie in one place.
+    """
+    if not tensor.is_floating_point():
+        raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
+    if _overlaps(tensor):
+        raise SubspanError(
+            f"entries of {name} share memory (it is expanded), and cannot move on their own: give "
+            "the tensor that it was expanded from, or a clone() of it"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether two entries may lie in one place, as those of an expanded tensor do."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
