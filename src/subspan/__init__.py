@@ -45,8 +45,8 @@ _ROOMS = {
     "subspace": "calls changes compartments formed guards init inplace quantised sharded slots "
     "states summary weights",
     "training": "config data evaluate export locks loop methods nets options_file own records "
-    "replay score signals state tasks trackers train",
-    "sweeps": "backends claims intrinsic jobs pool smaller sweep",
+    "replay score state tasks trackers train",
+    "sweeps": "backends intrinsic smaller sweep",
     "experiments": "everything",
     "commands": "console doctor",
 }
@@ -62,6 +62,16 @@ _MOVED = {
     "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
     "subspan.lab.report.gallery": "subspan.experiments.gallery",
     "subspan.lab.reproduce": "subspan.experiments",
+}
+_MOVED |= {
+    f"subspan.{before}.{old}": f"subspan.{room}.{new}"
+    for room, old, new in (
+        ("sweeps", "claims", "folder"),
+        ("sweeps", "jobs", "worker"),
+        ("sweeps", "pool", "runner"),
+        ("training", "signals", "stop"),
+    )
+    for before in ("lab", room)
 }
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]

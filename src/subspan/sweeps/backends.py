@@ -1,4 +1,4 @@
-"""Where a sweep's runs are spread: processes of this machine, or a Ray cluster, through joblib."""
+"""Where the runs of a sweep are spread: this process, processes of this machine, or Ray."""
 
 from __future__ import annotations
 
@@ -6,45 +6,129 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import joblib
 
 from subspan.errors import SubspanError, unknown
+from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.worker import Worker
 from subspan.training.config import Training
 from subspan.training.loop import on_cpu
+from subspan.training.stop import Stop
 
 Name = Literal["loky", "ray"]
 ANSWER_WITHIN = 5.0  # seconds for the head of a cluster to accept a connection
+LOOK_EVERY = 1.0  # seconds between chances for a signal while Ray is waited for
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One of joblib's backends.
+class Backend(ABC):
+    """A way to spread runs.
 
     Args:
-        name: joblib's name for it.
         jobs: how many runs it takes at a time.
-        deaths: what joblib raises when one of its processes has died.
-        remote: whether processes may be on other machines, so that even one run at a time is
-            given to them.
-        options: joblib's, of this backend.
     """
 
-    name: str
     jobs: int
-    deaths: tuple[type[Exception], ...]
-    remote: bool = False
+
+    @abstractmethod
+    def spread(self, worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
+        """Yield the outcomes of runs as they end.
+
+        A run whose process was killed has "died". Runs that nobody had begun by then may be
+        missing.
+        """
+
+
+class InThisProcess(Backend):
+    """One run after the other, in the process of the sweep."""
+
+    def spread(self, worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
+        """Yield the outcomes, in order."""
+        return (worker.run(job, stop) for job in jobs)
+
+
+@dataclass(frozen=True)
+class Loky(Backend):
+    """Processes of this machine, by joblib.
+
+    Args:
+        threads: of each process; None if the environment says it.
+    """
+
+    threads: int | None = None
+
+    def spread(self, worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
+        """Yield the outcomes as runs end, and those that were under way as died if one was."""
+        if not jobs:
+            return
+        options = {} if self.threads is None else {"inner_max_num_threads": self.threads}
+        many = max(2, min(self.jobs, len(jobs)))  # joblib has no process for a single one
+        with joblib.parallel_config("loky", **options):
+            parallel = joblib.Parallel(
+                n_jobs=many,
+                return_as="generator_unordered",
+                batch_size=1,
+                pre_dispatch=min(self.jobs, many),
+            )
+        outcomes = parallel(joblib.delayed(worker)(job) for job in jobs)
+        left = {job.name: job for job in jobs}
+        try:
+            for outcome in outcomes:
+                del left[outcome.job.name]
+                yield outcome
+        except BrokenProcessPool:  # joblib gives runs away in order, one for each that ends
+            yield from (Outcome(job, "died") for job in list(left.values())[: self.jobs])
+        finally:
+            with warnings.catch_warnings(), contextlib.suppress(Exception):
+                warnings.simplefilter("ignore")  # of the runs that are given up
+                outcomes.close()
+
+
+@dataclass(frozen=True)
+class OnRay(Backend):
+    """Processes of a Ray cluster, which may be on other machines.
+
+    Args:
+        options: what Ray is to reserve for each run.
+    """
+
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def chosen(self) -> AbstractContextManager[Any]:
-        """A context in which joblib takes this backend."""
-        chosen: AbstractContextManager[Any] = joblib.parallel_config(self.name, **self.options)
-        return chosen
+    def spread(self, worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
+        """Yield the outcomes as runs end."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        task = ray.remote(max_retries=0, **self.options)(_perform)
+        waiting, running = list(jobs), dict[Any, Job]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    job = waiting.pop(0)
+                    running[task.remote(worker, job)] = job
+                ended, _ = ray.wait(list(running), timeout=LOOK_EVERY)
+                for reference in ended:
+                    job = running.pop(reference)
+                    try:
+                        yield ray.get(reference)
+                    except RayTaskError as error:  # the worker itself could not be called
+                        yield Outcome.of_error(job, error)
+                    except RayError:
+                        yield Outcome(job, "died")
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+def _perform(worker: Worker, job: Job) -> Outcome:
+    return worker(job)
 
 
 def check(name: str, address: str | None, jobs: int) -> None:
@@ -65,7 +149,7 @@ def check(name: str, address: str | None, jobs: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(
+def open_backend(
     name: str, address: str | None, jobs: int, training: Training, runs: int
 ) -> Iterator[Backend]:
     """A backend, ready for runs.
@@ -80,37 +164,32 @@ def opened(
     Raises:
         SubspanError: if Ray is not installed or does not answer, or has too few processors.
     """
-    if name == "loky":
-        if jobs == -1:
-            jobs = joblib.cpu_count() if on_cpu(training) else 1
-        yield Backend("loky", jobs, (BrokenProcessPool,), options=_threads(min(jobs, runs)))
+    if name == "ray":
+        with join_ray(address, jobs):
+            yield _on_ray(training, jobs)
         return
-    with ray_joined(address, jobs):
-        yield _on_ray(training, jobs)
-
-
-def _threads(many: int) -> dict[str, Any]:
-    """Threads of each of so many processes, as joblib is told.
-
-    By itself it would divide the cores by the runs that are left: those that go on after an
-    interruption, or are tried again, would have other threads than before, and end with other bits.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"inner_max_num_threads": max(1, joblib.cpu_count() // many)}
+    if jobs == -1:
+        jobs = joblib.cpu_count() if on_cpu(training) else 1
+    if jobs == 1:
+        yield InThisProcess(1)
+        return
+    # By itself joblib would divide the cores by the runs that are left: those that go on after an
+    # interruption, or are tried again, would have other threads than before, and other bits.
+    threads = max(1, joblib.cpu_count() // min(jobs, runs))
+    yield Loky(jobs, None if "OMP_NUM_THREADS" in os.environ else threads)
 
 
 @contextlib.contextmanager
-def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
+def join_ray(address: str | None, jobs: int) -> Iterator[None]:
     """Join a Ray cluster, or start one of this machine alone and end it afterwards.
 
-    What is joined already stays so.
+    A cluster that is joined already stays so.
 
     Raises:
         SubspanError: if Ray is not installed, or does not answer.
     """
-    # Before the import: an ended cluster is not begun again by whoever still asks for a result,
-    # and nothing is reported to Ray's makers unless the user wants it.
+    # Before the import: Ray must not start another cluster when one has ended, nor report to its
+    # makers unless the user wants it.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -122,14 +201,17 @@ def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(2, jobs, joblib.cpu_count())}
+    local: dict[str, Any] = {
+        "include_dashboard": False,
+        "num_cpus": max(2, jobs, joblib.cpu_count()),
+    }
     try:
         _knock(address)
         ray.init(
             address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **(own if address == "local" else {}),
+            **(local if address == "local" else {}),
         )
     except (Exception, SystemExit) as error:  # after two minutes Ray would end this process
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -145,48 +227,24 @@ def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """See whether anything is there, which Ray itself takes two minutes for."""
+    """Connect to an address, or raise OSError; Ray itself would try for two minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=ANSWER_WITHIN).close()
 
 
 def _on_ray(training: Training, jobs: int) -> Backend:
-    """Ray's own backend of joblib, with what it lacks to hand over results one by one."""
+    """A run for each GPU of the cluster that was joined, or for each of its CPUs."""
     import ray
-    from ray.exceptions import RayActorError
-    from ray.util.joblib.ray_backend import RayBackend
 
-    class Streaming(RayBackend):
-        """Results as they come. Joblib's base class fears for pools that must be joined."""
-
-        supports_return_generator = True
-        _pool: Any = None
-
-        def terminate(self) -> None:
-            """Let processes end in order; of those that are killed Ray complains at length."""
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
-            self.reset_batch_stats()
-
-    joblib.register_parallel_backend("ray", Streaming)
-    there = ray.cluster_resources()
-    cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    cluster = ray.cluster_resources()
+    cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
     on_gpu = training.device != "cpu" and gpus > 0
     slots = gpus if on_gpu else cpus
-    if cpus < 2 or jobs > slots:
+    if slots < max(1, jobs):
         raise SubspanError(
-            f"this Ray cluster has {cpus} CPUs and {gpus} GPUs; expected two CPUs at least, and "
+            f"this Ray cluster has {cpus} CPUs and {gpus} GPUs; expected "
             f"{'a GPU' if on_gpu else 'a CPU'} for each of --jobs {jobs}"
         )
-    # A process for each run: Ray's pool deals them out in turn, also to those that are busy. It
-    # has two processes at least.
-    each = {"num_gpus": min(1, gpus / 2)} if on_gpu else {"scheduling_strategy": "SPREAD"}
-    return Backend(
-        "ray",
-        slots if jobs == -1 else jobs,
-        (RayActorError,),
-        remote=True,
-        options={"maxtasksperchild": 1, "ray_remote_args": each},
-    )
+    each = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"scheduling_strategy": "SPREAD"}
+    return OnRay(slots if jobs == -1 else jobs, each)

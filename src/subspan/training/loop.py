@@ -7,7 +7,6 @@ launch``).
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from subspan.training import data, records, state, trackers
 from subspan.training.config import Run, Training
 from subspan.training.evaluate import describe, evaluate
 from subspan.training.methods import Method
-from subspan.training.signals import Signals
+from subspan.training.stop import Stop
 from subspan.training.tasks import Task
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -62,11 +61,10 @@ class Loop:
         where: dict[str, Any] | None,
         report: Report | None,
         on_step: Callable[[], None] | None,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.out, self.where = ready, accelerator, out, where
-        self.signals = Signals("in the middle of a step")
-        self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
+        self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.log = trackers.Log(accelerator, out, where.get("log") if where else None)
         self.training = ready.run.training
         device = accelerator.device
@@ -233,7 +231,7 @@ class Loop:
                 self.change()
             self.save_state()
             if self.stopping and epoch < self.training.epochs:
-                self.stop()
+                raise self.stopped()
 
     def change(self) -> None:
         """What a method changes between two epochs."""
@@ -288,7 +286,7 @@ class Loop:
                 self.within |= {"total": total, "seen": seen, "seconds": seconds}
                 self.save_state()
                 if self.stopping:
-                    self.stop()
+                    raise self.stopped()
         seconds, lr = time.perf_counter() - started, self.within["lr"]
         self.within = {"total": torch.zeros_like(total), "seen": 0, "seconds": 0.0, "lr": lr}
         if accelerator.num_processes > 1:
@@ -405,14 +403,12 @@ class Loop:
     @property
     def stopping(self) -> bool:
         """Whether to end now. The main process does; the others cannot go on without it."""
-        asked = bool(self.signals.seen) or self.asked_to_stop()
-        return asked and self.accelerator.is_main_process
+        return self.stop.requested and self.accelerator.is_main_process
 
-    def stop(self) -> None:
-        """End as a signal asked for; all is saved."""
+    def stopped(self) -> Stopped:
+        """The exception that ends a run of which all is saved."""
         steps = self.steps * self.training.epochs
-        number = self.signals.seen or signal.SIGTERM
-        raise Stopped(f"stopped after {self.done:,} of {steps:,} steps", number)
+        return self.stop.error(f"after {self.done:,} of {steps:,} steps")
 
     def extra(self) -> dict[str, Any]:
         """What ``subspan eval`` needs to find the network and the task again."""
