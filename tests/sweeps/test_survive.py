@@ -55,7 +55,9 @@ def test_two_sweeps_divide_the_work(tmp_path):
     until(lambda: len(begun(tmp_path)) == 2, one, two)
     assert begun(tmp_path) == [("hash", one.pid), ("full", two.pid)]
     (tmp_path / "wait-hash").unlink()
-    time.sleep(3)
+    done = tmp_path / "run" / "runs" / RUNS[1]
+    until(lambda: (done / "record.json").exists() and record_of(done)["status"] == "complete", one)
+    time.sleep(1)
     assert one.poll() is None
     assert sweep_of(tmp_path / "run")["status"] == "running"
     (tmp_path / "wait-full").unlink()

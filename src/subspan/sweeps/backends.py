@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import joblib
@@ -119,7 +119,7 @@ class OnRay(Backend):
                     try:
                         yield ray.get(reference)
                     except RayTaskError as error:  # the worker itself could not be called
-                        yield Outcome.of_error(job, error)
+                        yield replace(Outcome.of_error(job, error.cause), traceback=str(error))
                     except RayError:
                         yield Outcome(job, "died")
         finally:
@@ -243,8 +243,8 @@ def _on_ray(training: Training, jobs: int) -> Backend:
     slots = gpus if on_gpu else cpus
     if slots < max(1, jobs):
         raise SubspanError(
-            f"this Ray cluster has {cpus} CPUs and {gpus} GPUs; expected "
-            f"{'a GPU' if on_gpu else 'a CPU'} for each of --jobs {jobs}"
+            f"this Ray cluster has {cpus} CPUs and {gpus} GPUs; expected {'GPUs' if on_gpu else 'CPUs'}"
+            f" for {max(1, jobs)} at a time (--jobs)"
         )
     each = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"scheduling_strategy": "SPREAD"}
     return OnRay(slots if jobs == -1 else jobs, each)

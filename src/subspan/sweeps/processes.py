@@ -49,7 +49,7 @@ def run_in_processes(worker: Worker, job: Job, processes: int) -> Outcome:
             except BaseException:
                 _kill(process)
                 raise
-        with contextlib.suppress(FileNotFoundError, EOFError):
+        with contextlib.suppress(FileNotFoundError, EOFError, pickle.UnpicklingError):
             outcome: Outcome = pickle.loads((folder / OUTCOME).read_bytes())
             return outcome
         words = (folder / "errors").read_text(errors="replace")

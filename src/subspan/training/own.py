@@ -44,7 +44,8 @@ def load(name: str) -> None:
 
 def remember(modules: Iterable[str]) -> None:
     """Put modules into the environment, from which other processes of this command have them."""
-    os.environ[IMPORTS] = ",".join(dict.fromkeys([*remembered(), *modules]))
+    if names := dict.fromkeys([*remembered(), *modules]):
+        os.environ[IMPORTS] = ",".join(names)
 
 
 def remembered() -> tuple[str, ...]:
