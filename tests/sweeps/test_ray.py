@@ -14,7 +14,7 @@ import pytest
 
 from subspan import SubspanError
 from subspan.experiments import reproduce
-from subspan.sweeps import backends
+from subspan.sweeps import cluster
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Training
 from tests.processes import RUNS, begun, ended, start, telling, until
@@ -70,10 +70,10 @@ def test_what_is_refused(cli, in_tmp_path, monkeypatch):
             "cpu",
             9,
             None,
-            "has 8 CPUs and 0 GPUs; expected CPUs for 9 at a time",
+            "has 8 CPUs and 0 GPUs; expected at least 9 CPUs",
         ),
-        ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, None, "and 2 GPUs; expected GPUs for 3 at a time"),
-        ({}, "cpu", -1, None, "has 0 CPUs and 0 GPUs; expected CPUs for 1 at a time"),
+        ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, None, "and 2 GPUs; expected at least 3 GPUs"),
+        ({}, "cpu", -1, None, "has 0 CPUs and 0 GPUs; expected at least 1 CPUs"),
     ],
 )
 def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch):
@@ -82,10 +82,9 @@ def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
     if many is None:
         with pytest.raises(SubspanError, match=each):
-            backends._on_ray(Training(device=device), jobs)
+            cluster.reserve(Training(device=device), jobs)
         return
-    backend = backends._on_ray(Training(device=device), jobs)
-    assert (backend.jobs, backend.options) == (many, each)
+    assert cluster.reserve(Training(device=device), jobs) == (many, each)
 
 
 def test_the_same_as_without(tmp_path):
@@ -176,7 +175,7 @@ def test_a_cluster_that_is_joined(nobody, tmp_path, monkeypatch):
             assert head.poll() is None
         said = ended(start(tmp_path, *words[:-4], "--jobs", 3, "--out", "other"))
         assert said[0] == 2
-        assert "has 2 CPUs and 0 GPUs; expected CPUs for 3 at a time (--jobs)" in said[2]
+        assert "has 2 CPUs and 0 GPUs; expected at least 3 CPUs, one for each" in said[2]
     finally:
         head.terminate()
         head.wait(30)

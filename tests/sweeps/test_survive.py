@@ -134,11 +134,13 @@ def test_threads_do_not_depend_on_what_is_left(jobs, threads, monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
-        assert backend.jobs == (8 if jobs == -1 else jobs)
-        assert backend.threads == threads
+        assert backend.keywords == {
+            "many": 8 if jobs == -1 else jobs,
+            "options": {"inner_max_num_threads": threads},
+        }
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
-        assert backend.threads is None
+        assert backend.keywords["options"] == {}
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def run_jobs(
             else:
                 ready[job.name] = job
         full, tried = 0, len(suspects)
-        for outcome in backend.spread(worker, list(ready.values()), stop):
+        for outcome in backend(worker, list(ready.values()), stop):
             job = ready.pop(outcome.job.name)
             if outcome.status in ("done", "failed"):
                 yield outcome
