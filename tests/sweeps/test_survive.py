@@ -149,7 +149,7 @@ def test_a_sweep_of_runs_in_two_processes_dies(number, tmp_path):
     """Killed, its run goes on and the next sweep waits for it; stopped twice, all of it ends."""
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "two.py"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "src")))
     how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
     folder = tmp_path / "run" / "runs" / "rbd-dim20-lr1-seed0"
 

@@ -63,25 +63,29 @@ class SweepFolder:
         self._sign("go-on").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def join(self, first: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    def join(
+        self, first: Mapping[str, Any], *, overwrite: bool, shown: Path | None = None
+    ) -> Iterator[None]:
         """Have a right to the folder, which other sweeps of the same configuration may have, too.
 
         Args:
             first: what ``sweep.json`` is to say from now on.
             overwrite: whether what another configuration left there may be replaced.
+            shown: the folder as the user named it, for errors.
 
         Raises:
             SubspanError: if the folder belongs to another configuration, or a sweep of another one
                 is under way there.
         """
+        shown = shown or self.out
         with contextlib.ExitStack() as life:
             try:
                 with self._exclusively():
                     config = first["config"]
-                    same = records.claim(self.out, FILE, config, overwrite=overwrite)
+                    same = records.claim(shown, FILE, config, overwrite=overwrite)
                     if same is None and self._has_others():
                         raise SubspanError(
-                            f"a sweep of another configuration is under way in {self.out}: wait "
+                            f"a sweep of another configuration is under way in {shown}: wait "
                             "for its end, or give another --out"
                         )
                     life.enter_context(locks.lock_file(self._sign("alive")))

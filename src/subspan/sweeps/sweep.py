@@ -137,7 +137,7 @@ def sweep(
     try:
         with (
             backends.open_backend(backend, ray_address, jobs, config.training, total) as opened,
-            folder.join(first, overwrite=overwrite),
+            folder.join(first, overwrite=overwrite, shown=out),
             Stop(on_signal) as stop,
         ):
             try:
