@@ -44,8 +44,8 @@ _PACKAGES = ("layers", "optim")
 _ROOMS = {
     "subspace": "changes compartments formed init quantised sharded states summary weights",
     "training": "config data evaluate export locks loop methods nets options_file own records "
-    "replay score signals state tasks trackers train",
-    "sweeps": "backends claims intrinsic jobs pool smaller sweep",
+    "replay score state tasks trackers train",
+    "sweeps": "backends intrinsic smaller sweep",
     "experiments": "everything",
     "commands": "console doctor",
 }
@@ -71,6 +71,16 @@ for _old, _new in _RENAMED.items():
     _MOVED |= dict.fromkeys(
         (f"subspan.{_old}", f"subspan.subspace.{_old}"), f"subspan.subspace.{_new}"
     )
+_MOVED |= {
+    f"subspan.{before}.{old}": f"subspan.{room}.{new}"
+    for room, old, new in (
+        ("sweeps", "claims", "folder"),
+        ("sweeps", "jobs", "worker"),
+        ("sweeps", "pool", "runner"),
+        ("training", "signals", "stop"),
+    )
+    for before in ("lab", room)
+}
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

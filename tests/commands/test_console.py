@@ -12,7 +12,7 @@ from rich.console import Console
 from subspan.commands import console
 from subspan.commands.doctor import Finding
 from subspan.sweeps.intrinsic import IntrinsicDimension
-from subspan.sweeps.jobs import Job
+from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.training.records import CompleteRun, Epoch
 from subspan.training.score import Score
@@ -123,8 +123,10 @@ def progress_of_everything():
             progress.step()
         progress.epoch(ROW)
     with console.runs(2) as done:
-        done((Job("[a]", a_run(dim=5)), RECORD), 1)
-        done((Job("b", a_run(dim=5)), "it [failed]"), 0)
+        done(Outcome(Job("[a]", a_run(dim=5)), "done", RECORD), 1)
+        for name in "bc":
+            error = {"error": "it [failed]", "traceback": "here\n"}
+            done(Outcome(Job(name, a_run(dim=5)), "failed", **error), 0)
 
 
 def test_progress_without_a_terminal(capsys, monkeypatch):
@@ -134,7 +136,9 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
         "[x] on digits, hash, lr 0.3: 100 steps",
         "epoch   3/1  train loss 0.5000  validation loss 0.2500  accuracy 87.50 %  1.5 s",
         "[a]: validation 50.00 %, 12.3 s",
+        "here",
         "b failed: it [failed]",
+        "c failed: it [failed]",
     ]
     monkeypatch.setenv("RANK", "1")
     with console.training(a_run(dim=5)) as progress:

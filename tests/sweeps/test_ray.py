@@ -14,7 +14,7 @@ import pytest
 
 from subspan import SubspanError
 from subspan.experiments import reproduce
-from subspan.sweeps import backends
+from subspan.sweeps import cluster
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Training
 from tests.processes import RUNS, begun, ended, start, telling, until
@@ -63,11 +63,17 @@ def test_what_is_refused(cli, in_tmp_path, monkeypatch):
     [
         ({"CPU": 8.0}, "auto", -1, 8, {"scheduling_strategy": "SPREAD"}),
         ({"CPU": 8.0, "GPU": 4.0}, "cpu", 3, 3, {"scheduling_strategy": "SPREAD"}),
-        ({"CPU": 8.0, "GPU": 4.0}, "auto", -1, 4, {"num_gpus": 1}),
-        ({"CPU": 8.0, "GPU": 1.0}, "cuda", -1, 1, {"num_gpus": 0.5}),
-        ({"CPU": 8.0}, "cpu", 9, None, "has 8 CPUs and 0 GPUs; .* a CPU for each of --jobs 9"),
-        ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, None, "and 2 GPUs; .* a GPU for each of --jobs 3"),
-        ({"CPU": 1.0}, "cpu", -1, None, "has 1 CPUs .* expected two CPUs at least"),
+        ({"CPU": 8.0, "GPU": 4.0}, "auto", -1, 4, {"num_gpus": 1, "num_cpus": 0}),
+        ({"CPU": 1.0}, "cpu", -1, 1, {"scheduling_strategy": "SPREAD"}),
+        (
+            {"CPU": 8.0},
+            "cpu",
+            9,
+            None,
+            "has 8 CPUs and 0 GPUs; expected at least 9 CPUs",
+        ),
+        ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, None, "and 2 GPUs; expected at least 3 GPUs"),
+        ({}, "cpu", -1, None, "has 0 CPUs and 0 GPUs; expected at least 1 CPUs"),
     ],
 )
 def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch):
@@ -76,10 +82,9 @@ def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
     if many is None:
         with pytest.raises(SubspanError, match=each):
-            backends._on_ray(Training(device=device), jobs)
+            cluster.reserve(Training(device=device), jobs)
         return
-    backend = backends._on_ray(Training(device=device), jobs)
-    assert (backend.jobs, backend.options["ray_remote_args"]) == (many, each)
+    assert cluster.reserve(Training(device=device), jobs) == (many, each)
 
 
 def test_the_same_as_without(tmp_path):
@@ -141,6 +146,7 @@ def test_a_cluster_that_is_joined(nobody, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
     telling(tmp_path)
+    (tmp_path / "extra.py").write_text(EXTRA)
     port = nobody.partition(":")[2]
     head = subprocess.Popen(
         [
@@ -165,15 +171,26 @@ def test_a_cluster_that_is_joined(nobody, tmp_path, monkeypatch):
         until(lambda: answers(nobody), head)
         for _ in range(2):
             words = ("--backend", "ray", "--ray-address", nobody, "--jobs", 2, "--seeds", 2)
-            assert ended(start(tmp_path, *words))[0] == 0
+            assert ended(start(tmp_path, *words, "--import", "extra"))[0] == 0
             assert head.poll() is None
         said = ended(start(tmp_path, *words[:-4], "--jobs", 3, "--out", "other"))
         assert said[0] == 2
-        assert "has 2 CPUs and 0 GPUs; expected two CPUs at least, and a CPU for each" in said[2]
+        assert "has 2 CPUs and 0 GPUs; expected at least 3 CPUs, one for each" in said[2]
     finally:
         head.terminate()
         head.wait(30)
     assert sweep_of(tmp_path / "run")["status"] == "complete"
+    imported = {int(line) for line in (tmp_path / "imported").read_text().splitlines()}
+    assert imported > {pid for _, pid in begun(tmp_path)}
+
+
+EXTRA = """
+import os
+from pathlib import Path
+
+with open(Path(__file__).parent / "imported", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+"""
 
 
 def answers(address):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -18,10 +17,11 @@ import pytest
 
 from subspan import SubspanError, files
 from subspan.errors import Stopped
-from subspan.sweeps import backends, claims
-from subspan.sweeps.claims import Claim
-from subspan.sweeps.pool import KILLED
+from subspan.sweeps import backends
+from subspan.sweeps import folder as module
+from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.runner import KILLED
 from subspan.sweeps.sweep import sweep
 from subspan.training import locks
 from subspan.training import train as trainer
@@ -56,7 +56,9 @@ def test_two_sweeps_divide_the_work(tmp_path):
     until(lambda: len(begun(tmp_path)) == 2, one, two)
     assert begun(tmp_path) == [("hash", one.pid), ("full", two.pid)]
     (tmp_path / "wait-hash").unlink()
-    time.sleep(3)
+    done = tmp_path / "run" / "runs" / RUNS[1]
+    until(lambda: (done / "record.json").exists() and record_of(done)["status"] == "complete", one)
+    time.sleep(1)
     assert one.poll() is None
     assert sweep_of(tmp_path / "run")["status"] == "running"
     (tmp_path / "wait-full").unlink()
@@ -115,7 +117,7 @@ def test_a_run_that_is_trained_without_the_sweep(tmp_path):
     folder, said = tmp_path / "runs" / "hash-dim10-lr0.3-seed0", []
     config = a_sweep(dims=("10",))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locks.training_in(folder))
+        stack.enter_context(locks.lock_folder(folder))
 
         def say(what):
             said.append(what)
@@ -132,12 +134,14 @@ def test_threads_do_not_depend_on_what_is_left(jobs, threads, monkeypatch):
     """Eight cores for twenty runs; joblib would divide them by the runs that it is given."""
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
-        assert backend.jobs == (8 if jobs == -1 else jobs)
-        assert joblib.parallel.get_active_backend()[0].inner_max_num_threads == threads
+    with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
+        assert backend.keywords == {
+            "many": 8 if jobs == -1 else jobs,
+            "options": {"inner_max_num_threads": threads},
+        }
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with backends.opened("loky", None, jobs, Training(), runs=20) as backend, backend.chosen():
-        assert joblib.parallel.get_active_backend()[0].inner_max_num_threads is None
+    with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
+        assert backend.keywords["options"] == {}
 
 
 @pytest.mark.slow
@@ -146,7 +150,7 @@ def test_a_sweep_of_runs_in_two_processes_dies(number, tmp_path):
     """Killed, its run goes on and the next sweep waits for it; stopped twice, all of it ends."""
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "two.py"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "src")))
     how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
     folder = tmp_path / "run" / "runs" / "rbd-dim20-lr1-seed0"
 
@@ -158,7 +162,7 @@ def test_a_sweep_of_runs_in_two_processes_dies(number, tmp_path):
         until(lambda: epochs() > 1, one)
         family = psutil.Process(one.pid).children(recursive=True)
         assert len(family) >= 3  # torchrun and its two
-        assert locks.trained_in(folder)
+        assert locks.is_locked(folder / locks.FILE)
         one.send_signal(number)
         if number == signal.SIGTERM:
             time.sleep(0.1)
@@ -166,7 +170,7 @@ def test_a_sweep_of_runs_in_two_processes_dies(number, tmp_path):
     assert one.returncode != 0
     if number == signal.SIGTERM:
         until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
-        assert not locks.trained_in(folder)
+        assert not locks.is_locked(folder / locks.FILE)
     before = epochs()
     said = subprocess.run(command, **how, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
@@ -203,57 +207,51 @@ if __name__ == "__main__":
 """
 
 
-def claim(out, *dims, status="running", **other):
-    first = SweepRecord(status=status, config={"dims": list(dims)}, baseline=None, rows=[])
-    return Claim(out, first, overwrite=other.pop("overwrite", False))
+def first(*dims, status="running"):
+    return SweepRecord(status=status, config={"dims": list(dims)}, baseline=None, rows=[])
 
 
-def test_claims(tmp_path):
-    """Of one configuration many; the last to leave takes the locks with it."""
-    locks = tmp_path / claims.FOLDER
-    with claim(tmp_path, 1) as one:
-        with claim(tmp_path, 1) as two:
-            with two.place.busy_with("a") as free:
-                assert free
-                assert two.place.begun("a")
-                assert not one.place.begun("a")
-                assert not one.place.is_free("a")
-                with one.place.busy_with("a") as also:
-                    assert not also
-                assert not one.place.begun("a")
-            assert one.place.is_free("a")
-            assert not two.place.begun("a")
-            with pytest.raises(SubspanError, match="under way"), claim(tmp_path, 2, overwrite=True):
+def test_a_folder_that_is_shared(tmp_path):
+    """By sweeps of one configuration; the last to leave takes the locks with it."""
+    one, two, other = (SweepFolder(tmp_path) for _ in range(3))
+    with one.join(first(1), overwrite=False):
+        with two.join(first(1), overwrite=False):
+            with locks.lock_folder(two.run("a")):
+                assert one.is_busy("a")
+            assert not one.is_busy("a")
+            with (
+                pytest.raises(SubspanError, match="under way"),
+                other.join(first(2), overwrite=True),
+            ):
                 pass
             two.ask_to_stop()
-            assert (one.place.stopping, two.place.stopping) == (False, True)
-            # What one has completed the other does not take back.
-            one.write(replace(one.first, status="complete"))
-            two.write(replace(one.first, status="interrupted"))
+            assert (one.is_stopping(), two.is_stopping()) == (False, True)
+            # A sweep that was interrupted does not take back what another has completed.
+            one.write(first(1, status="complete"))
+            two.write(first(1, status="interrupted"))
             assert sweep_of(tmp_path)["status"] == "complete"
-        assert locks.is_dir()
-    assert not locks.exists()
-    with claim(tmp_path, 2, overwrite=True):
+        assert (tmp_path / module.LOCKS).is_dir()
+    assert not (tmp_path / module.LOCKS).exists()
+    with other.join(first(2), overwrite=True):
         assert sweep_of(tmp_path)["config"] == {"dims": [2]}
 
 
 def test_locks_that_are_left_behind(tmp_path):
-    """By a sweep that was killed: nobody holds them."""
-    one = claim(tmp_path / "run", 1)
-    one.__enter__()
-    with one.place.busy_with("hash-dim10-lr0.3-seed0"):
-        left = contents(tmp_path / "run")
-    one.__exit__()
+    """A sweep that was killed holds none of them."""
+    out = tmp_path / "run"
+    one = SweepFolder(out)
+    with one.join(first(1), overwrite=False), locks.lock_folder(one.run(RUNS[1])):
+        left = contents(out)
     for name, content in left.items():
-        path = tmp_path / "run" / name
         if content is None:
-            path.mkdir(exist_ok=True)
+            (out / name).mkdir(exist_ok=True)
         else:
-            path.write_bytes(content[0])
-    (tmp_path / "run" / "sweep.json").unlink()
-    assert (tmp_path / "run" / claims.FOLDER).exists()
-    sweep(a_sweep(dims=("10",)), tmp_path / "run", jobs=1)
-    whole(tmp_path / "run")
+            (out / name).write_bytes(content[0])
+    (out / "sweep.json").unlink()
+    assert (out / module.LOCKS).exists()
+    assert (one.run(RUNS[1]) / locks.FILE).exists()
+    sweep(a_sweep(dims=("10",)), out, jobs=1)
+    whole(out)
 
 
 # ---- a worker is killed --------------------------------------------------------------------------
@@ -357,10 +355,10 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     def on_run(outcome, left):
-        done.append(outcome[0].name)
+        done.append(outcome.job.name)
         monkeypatch.setattr(files.os, "fsync", no_room)
         monkeypatch.setattr(trainer, "prepare", lambda run: tried.append(run) or prepare(run))
-        monkeypatch.setattr(claims.SweepRecord, "write", lambda *_: None)
+        monkeypatch.setattr(SweepRecord, "write", lambda *_: None)
 
     prepare = trainer.prepare
     config = a_sweep(dims=("10", "20", "40"))

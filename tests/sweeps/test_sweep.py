@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-import subspan.sweeps.jobs as module
+import subspan.sweeps.worker as module
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import intrinsic_dimension
 from subspan.sweeps.result import SweepRecord

@@ -93,8 +93,8 @@ def close(out: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
-        ("torchrun", 2),
         ("accelerate", 4),
+        pytest.param("torchrun", 2, marks=pytest.mark.slow),
         pytest.param("torchrun", 4, marks=pytest.mark.slow),
         pytest.param("accelerate", 2, marks=pytest.mark.slow),
     ],

@@ -287,7 +287,7 @@ def test_a_record_without_a_state(cli, in_tmp_path, monkeypatch):
 
 def test_one_at_a_time(tmp_path, in_tmp_path, cli):
     """Another process trains in this folder: nothing there is touched, nor an empty one left."""
-    with locks.training_in(Path("run")):
+    with locks.lock_folder(Path("run")):
         before = contents(tmp_path)
         said = cli(*TRAIN)
         assert said.code == 2
@@ -296,8 +296,8 @@ def test_one_at_a_time(tmp_path, in_tmp_path, cli):
         assert contents(tmp_path) == before
     assert not Path("run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / locks.TRAINING).touch()  # as a process that is killed leaves it
-    assert not locks.trained_in(tmp_path / "run")
+    (tmp_path / "run" / locks.FILE).touch()  # as a process that is killed leaves it
+    assert not locks.is_locked(tmp_path / "run" / locks.FILE)
     assert cli(*TRAIN).code == 0
     assert set(os.listdir("run")) == {"model.safetensors", "record.json"}
 

@@ -27,7 +27,7 @@ from subspan.training.score import ACCURACY, Score
 
 if TYPE_CHECKING:
     from subspan.commands.doctor import Finding
-    from subspan.sweeps.jobs import Outcome
+    from subspan.sweeps.job import Outcome
     from subspan.sweeps.result import SweepRecord
     from subspan.training.config import Run
     from subspan.training.records import CompleteRun, Epoch
@@ -124,14 +124,18 @@ def runs(total: int) -> Iterator[Any]:
     """Progress of a sweep: a bar of runs, and a line per run."""
     with _progress("runs") as bar:
         task = bar.add_task("sweep", total=total)
+        shown = set[str]()  # errors whose traceback was shown, which many runs may have
 
         def done(outcome: Outcome, left: int) -> None:
-            job, found = outcome
-            if isinstance(found, str):
-                say(f"{job.name} failed: {found}", style="red")
+            name, record = outcome.job.name, outcome.record
+            if record is not None:
+                score = record.score.show(record.val_score)
+                say(f"{name}: validation {score}, {record.seconds_total:.1f} s")
             else:
-                score = found.score.show(found.val_score)
-                say(f"{job.name}: validation {score}, {found.seconds_total:.1f} s")
+                if outcome.traceback and outcome.error not in shown:
+                    shown.add(outcome.error)
+                    say(outcome.traceback.rstrip())
+                say(f"{name} failed: {outcome.error}", style="red")
             bar.update(task, completed=total - left)
 
         yield done

@@ -20,7 +20,7 @@ from subspan.errors import SubspanError, unknown
 from subspan.experiments import published
 from subspan.experiments.many import sweep_parts
 from subspan.sweeps import backends
-from subspan.sweeps.jobs import Outcome
+from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import Provenance
 from subspan.sweeps.result import Published as Published
 from subspan.training.config import Sweep

@@ -12,8 +12,8 @@ from typing import Any
 
 from subspan import report
 from subspan.errors import SubspanError
-from subspan.sweeps import backends
-from subspan.sweeps.jobs import Outcome
+from subspan.sweeps import cluster
+from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.sweep import check, sweep, total_runs
 from subspan.training.config import Sweep
@@ -57,7 +57,7 @@ def sweep_parts(
             raise SubspanError(f"{part}: {error}" if part else str(error)) from error
     results = {}
     left = sum(map(total_runs, parts.values()))
-    with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
+    with cluster.join(ray_address, jobs) if backend == "ray" else nullcontext():
         for part, config in parts.items():
             left -= total_runs(config)
 

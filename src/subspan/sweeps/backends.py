@@ -1,50 +1,29 @@
-"""Where a sweep's runs are spread: processes of this machine, or a Ray cluster, through joblib."""
+"""Where the runs of a sweep are spread: this process, processes of this machine, or Ray."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import joblib
 
 from subspan.errors import SubspanError, unknown
+from subspan.sweeps import cluster
+from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.worker import Worker
 from subspan.training.config import Training
 from subspan.training.devices import on_cpu
+from subspan.training.stop import Stop
 
 Name = Literal["loky", "ray"]
-ANSWER_WITHIN = 5.0  # seconds for the head of a cluster to accept a connection
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One of joblib's backends.
-
-    Args:
-        name: joblib's name for it.
-        jobs: how many runs it takes at a time.
-        deaths: what joblib raises when one of its processes has died.
-        remote: whether processes may be on other machines, so that even one run at a time is
-            given to them.
-        options: joblib's, of this backend.
-    """
-
-    name: str
-    jobs: int
-    deaths: tuple[type[Exception], ...]
-    remote: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def chosen(self) -> AbstractContextManager[Any]:
-        """A context in which joblib takes this backend."""
-        chosen: AbstractContextManager[Any] = joblib.parallel_config(self.name, **self.options)
-        return chosen
+Backend = Callable[[Worker, Sequence[Job], Stop], Iterator[Outcome]]
+"""Yields the outcomes of runs as they end. A run whose process was killed has "died"; runs that no
+process had begun by then may be missing."""
 
 
 def check(name: str, address: str | None, jobs: int) -> None:
@@ -65,10 +44,10 @@ def check(name: str, address: str | None, jobs: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(
+def open_backend(
     name: str, address: str | None, jobs: int, training: Training, runs: int
 ) -> Iterator[Backend]:
-    """A backend, ready for runs.
+    """Make a backend ready for runs.
 
     Args:
         name: loky, processes of this machine; ray, those of a cluster.
@@ -80,113 +59,53 @@ def opened(
     Raises:
         SubspanError: if Ray is not installed or does not answer, or has too few processors.
     """
-    if name == "loky":
-        if jobs == -1:
-            jobs = joblib.cpu_count() if on_cpu(training) else 1
-        yield Backend("loky", jobs, (BrokenProcessPool,), options=_threads(min(jobs, runs)))
+    if name == "ray":
+        with cluster.join(address, jobs):
+            many, options = cluster.reserve(training, jobs)
+            yield partial(cluster.run_on_ray, many=many, options=options)
         return
-    with ray_joined(address, jobs):
-        yield _on_ray(training, jobs)
-
-
-def _threads(many: int) -> dict[str, Any]:
-    """Threads of each of so many processes, as joblib is told.
-
-    By itself it would divide the cores by the runs that are left: those that go on after an
-    interruption, or are tried again, would have other threads than before, and end with other bits.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"inner_max_num_threads": max(1, joblib.cpu_count() // many)}
-
-
-@contextlib.contextmanager
-def ray_joined(address: str | None, jobs: int) -> Iterator[None]:
-    """Join a Ray cluster, or start one of this machine alone and end it afterwards.
-
-    What is joined already stays so.
-
-    Raises:
-        SubspanError: if Ray is not installed, or does not answer.
-    """
-    # Before the import: an ended cluster is not begun again by whoever still asks for a result,
-    # and nothing is reported to Ray's makers unless the user wants it.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError:
-        raise SubspanError("--backend ray needs Ray: pip install 'subspan[ray]'") from None
-    if ray.is_initialized():
-        yield
+    if jobs == -1:
+        jobs = joblib.cpu_count() if on_cpu(training) else 1
+    if jobs == 1:
+        yield run_here
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(2, jobs, joblib.cpu_count())}
-    try:
-        _knock(address)
-        ray.init(
-            address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(own if address == "local" else {}),
+    # By itself joblib would divide the cores by the runs that are left: those that go on after an
+    # interruption, or are tried again, would have other threads than before, and other bits.
+    threads = max(1, joblib.cpu_count() // min(jobs, runs))
+    threads_by_us = {} if "OMP_NUM_THREADS" in os.environ else {"inner_max_num_threads": threads}
+    yield partial(run_in_workers, many=jobs, options=threads_by_us)
+
+
+def run_here(worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
+    """One run after the other, in this process."""
+    return (worker.run(job, stop) for job in jobs)
+
+
+def run_in_workers(
+    worker: Worker, jobs: Sequence[Job], stop: Stop, *, many: int, options: dict[str, int]
+) -> Iterator[Outcome]:
+    """So many runs at a time in processes of this machine, with joblib's options.
+
+    When a process is killed joblib ends the others, too: all runs that were under way have died.
+    """
+    if not jobs:
+        return
+    with joblib.parallel_config("loky", **options):
+        parallel = joblib.Parallel(
+            n_jobs=max(2, min(many, len(jobs))),  # joblib has no process for a single run
+            return_as="generator_unordered",
+            batch_size=1,
+            pre_dispatch=min(many, len(jobs)),
         )
-    except (Exception, SystemExit) as error:  # after two minutes Ray would end this process
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SubspanError(
-            f"no Ray answers at {address} ({reason}): give the host:port that 'ray start --head' "
-            "names (and, where it wants one, its token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=...), "
-            "or no --ray-address to start one on this machine"
-        ) from None
+    outcomes = parallel(joblib.delayed(worker)(job) for job in jobs)
+    left = {job.name: job for job in jobs}
     try:
-        yield
+        for outcome in outcomes:
+            del left[outcome.job.name]
+            yield outcome
+    except BrokenProcessPool:  # joblib has given away runs in order, one for each that ended
+        yield from (Outcome(job, "died") for job in list(left.values())[:many])
     finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """See whether anything is there, which Ray itself takes two minutes for."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=ANSWER_WITHIN).close()
-
-
-def _on_ray(training: Training, jobs: int) -> Backend:
-    """Ray's own backend of joblib, with what it lacks to hand over results one by one."""
-    import ray
-    from ray.exceptions import RayActorError
-    from ray.util.joblib.ray_backend import RayBackend
-
-    class Streaming(RayBackend):
-        """Results as they come. Joblib's base class fears for pools that must be joined."""
-
-        supports_return_generator = True
-        _pool: Any = None
-
-        def terminate(self) -> None:
-            """Let processes end in order; of those that are killed Ray complains at length."""
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
-            self.reset_batch_stats()
-
-    joblib.register_parallel_backend("ray", Streaming)
-    there = ray.cluster_resources()
-    cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-    on_gpu = training.device != "cpu" and gpus > 0
-    slots = gpus if on_gpu else cpus
-    if cpus < 2 or jobs > slots:
-        raise SubspanError(
-            f"this Ray cluster has {cpus} CPUs and {gpus} GPUs; expected two CPUs at least, and "
-            f"{'a GPU' if on_gpu else 'a CPU'} for each of --jobs {jobs}"
-        )
-    # A process for each run: Ray's pool deals them out in turn, also to those that are busy. It
-    # has two processes at least.
-    each = {"num_gpus": min(1, gpus / 2)} if on_gpu else {"scheduling_strategy": "SPREAD"}
-    return Backend(
-        "ray",
-        slots if jobs == -1 else jobs,
-        (RayActorError,),
-        remote=True,
-        options={"maxtasksperchild": 1, "ray_remote_args": each},
-    )
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")  # of the runs that are given up
+            outcomes.close()

@@ -17,18 +17,20 @@ from typing import Any
 from subspan.errors import Stopped, SubspanError
 from subspan.files import readable
 from subspan.sweeps import backends
-from subspan.sweeps.claims import Claim
+from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
-from subspan.sweeps.jobs import FULL, Job, Outcome
-from subspan.sweeps.pool import Pool
+from subspan.sweeps.job import FULL, Job, Outcome
 from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
-from subspan.training import records, trackers
+from subspan.sweeps.runner import run_jobs
+from subspan.sweeps.worker import Worker
+from subspan.training import own, records, trackers
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.machine import versions
 from subspan.training.methods import method
 from subspan.training.prepare import prepare
 from subspan.training.records import CompleteRun
 from subspan.training.score import ACCURACY, Score
+from subspan.training.stop import Stop
 
 
 @dataclass
@@ -98,7 +100,7 @@ def sweep(
         out: output folder; runs are in ``out/runs``.
         jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
         overwrite: replace what another configuration left there.
-        on_run: called with each outcome and the number of runs still to do.
+        on_run: called with each final outcome and the number of runs still to do.
         experiment: the published one that this repeats, for ``sweep.json``.
         published: curves to hold it against, likewise.
         backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
@@ -127,32 +129,42 @@ def sweep(
         found = _result(config, points, failed, status)
         return replace(found, experiment=experiment, published=list(published))
 
-    claim = Claim(out, result("running"), overwrite=overwrite)
-    claim.check()
+    first = result("running")
+    SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
+    folder = SweepFolder(out.absolute())
+    worker = Worker(folder, overwrite, config.processes, tuple(log), own.remembered())
+
+    def on_signal() -> None:
+        folder.ask_to_stop()
+        say("stopping: runs save where they are; a second signal does not wait for them")
+
     total = left = total_runs(config)
     try:
-        with backends.opened(backend, ray_address, jobs, config.training, total) as chosen, claim:
-            pool = Pool(claim, chosen, overwrite, config.processes, say, log)
+        with (
+            backends.open_backend(backend, ray_address, jobs, config.training, total) as opened,
+            folder.join(first, overwrite=overwrite, shown=out),
+            Stop(on_signal) as stop,
+        ):
             try:
-                with pool:
-                    for stage in _stages(config, points):
-                        where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
-                        for job, outcome in pool.outcomes([job for job, *_ in stage]):
-                            left -= 1
-                            point, lr, seed = where[job.name]
-                            if isinstance(outcome, CompleteRun):
-                                point.done[lr, seed] = outcome
-                            else:
-                                failed[job.name] = outcome
-                            claim.write(result("running"))
-                            if on_run:
-                                on_run((job, outcome), left)
+                for stage in _stages(config, points):
+                    where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
+                    todo = [job for job, *_ in stage]
+                    for outcome in run_jobs(todo, worker, opened, stop, say):
+                        left -= 1
+                        point, lr, seed = where[outcome.job.name]
+                        if outcome.record is not None:
+                            point.done[lr, seed] = outcome.record
+                        else:
+                            failed[outcome.job.name] = outcome.error
+                        folder.write(result("running"))
+                        if on_run:
+                            on_run(outcome, left)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    claim.write(result("interrupted"))
+                    folder.write(result("interrupted"))
                 raise
             found = result("complete")
-            claim.write(found)
+            folder.write(found)
     except (Stopped, OSError) as error:
         done = f"{sum(len(point.done) for point in points)} of {total} runs are complete"
         again = "give the same command again"

@@ -1,6 +1,6 @@
-"""Locks of the operating system, which die with the process that holds them.
+"""Locks of folders, which the operating system frees when their process ends, however it ends.
 
-A file alone says nothing about who holds it: one that a killed process left is free.
+A lock file alone says nothing: one that a killed process left behind is free.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from subspan.errors import SubspanError
 
-TRAINING = ".lock"  # in the folder of a run, while it is trained
+FILE = ".lock"  # in the folder of a run, while it is trained
 
 
 class BusyError(SubspanError):
@@ -21,11 +21,16 @@ class BusyError(SubspanError):
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Hold a lock if it is free; says whether it was."""
+def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock on a file, whose folder exists; yield whether it was free.
+
+    Args:
+        path: the file, which is made.
+        wait: whether to wait until it is free.
+    """
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout:
         yield False
         return
@@ -35,50 +40,36 @@ def held(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def trained_in(out: Path) -> bool:
-    """Whether a process, on whichever machine, trains in this folder now."""
-    if not (out / TRAINING).exists():
+def is_locked(path: Path) -> bool:
+    """Whether a process, on whichever machine, holds the lock on this file now."""
+    if not path.exists():
         return False
-    with held(out / TRAINING) as free:
+    with lock_file(path) as free:
         return not free
 
 
-def refuse_if_trained_in(out: Path) -> None:
-    """As :func:`training_in` would.
-
-    Raises:
-        BusyError: if a process trains in this folder now.
-    """
-    if trained_in(out):
-        raise _busy(out)
-
-
 @contextlib.contextmanager
-def training_in(out: Path) -> Iterator[None]:
-    """Be the only one who trains in a folder, which is made; one that stays empty is removed.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Be the only process that trains in a folder. It is made, and removed if it stays empty.
 
     Raises:
-        BusyError: if another process does already.
+        BusyError: if another process trains there.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with held(out / TRAINING) as free:
+        with lock_file(folder / FILE) as free:
             if not free:
-                raise _busy(out)
+                raise BusyError(
+                    f"another process trains in {folder} (it holds {folder / FILE}): wait for its "
+                    "end, or give another --out"
+                )
             try:
                 yield
-            finally:  # while it is held: who waits for it then looks for the file again
-                with contextlib.suppress(OSError):  # Windows keeps what is open
-                    (out / TRAINING).unlink()
+            finally:  # before the release: a process that waits for the lock makes a new file
+                with contextlib.suppress(OSError):  # Windows keeps files that are open
+                    (folder / FILE).unlink()
     finally:
-        for folder in made:
+        for path in made:
             with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-
-
-def _busy(out: Path) -> BusyError:
-    return BusyError(
-        f"another process trains in {out} (it holds {out / TRAINING}): wait for its end, or give "
-        "another --out"
-    )
+                path.rmdir()

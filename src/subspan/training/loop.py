@@ -7,7 +7,6 @@ launch``).
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -31,8 +30,8 @@ from subspan.training.machine import PeakMemory
 from subspan.training.prepare import Prepared
 from subspan.training.records import CompleteRun, Epoch, RunRecord
 from subspan.training.schema import MisfitError, from_json, to_json
-from subspan.training.signals import Signals
 from subspan.training.state import Progress, TrainState, Within
+from subspan.training.stop import Stop
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 SAVE_EVERY = 300.0  # seconds between states within an epoch
@@ -65,13 +64,12 @@ class Loop:
         before: TrainState | None,
         report: Report | None,
         on_step: Callable[[], None] | None,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.before = ready, accelerator, before
         self.run, self.method, self.training = ready.run, ready.method, ready.run.training
-        self.report, self.on_step, self.asked_to_stop = report, on_step, asked_to_stop
+        self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.folder = RunFolder(out, accelerator.is_main_process)
-        self.signals = Signals("in the middle of a step")
         self.log = trackers.Log(accelerator, out, before.log if before else None)
         device, processes = accelerator.device, accelerator.num_processes
         self.memory = PeakMemory(device)
@@ -192,7 +190,7 @@ class Loop:
                 self.change()
             self.save_state()
             if self.stopping and epoch < epochs:
-                self.stop()
+                raise self.stopped()
 
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
@@ -248,7 +246,7 @@ class Loop:
                 progress.within = Within(total, seen, seconds, within.lr)
                 self.save_state()
                 if self.stopping:
-                    self.stop()
+                    raise self.stopped()
         seconds = time.perf_counter() - started
         progress.within = Within(torch.zeros_like(total), lr=within.lr)
         if accelerator.num_processes > 1:
@@ -345,14 +343,12 @@ class Loop:
     @property
     def stopping(self) -> bool:
         """Whether to end now. The main process does; the others cannot go on without it."""
-        asked = bool(self.signals.seen) or self.asked_to_stop()
-        return asked and self.accelerator.is_main_process
+        return self.stop.requested and self.accelerator.is_main_process
 
-    def stop(self) -> None:
-        """End as a signal asked for; all is saved."""
+    def stopped(self) -> Stopped:
+        """The exception that ends a run of which all is saved."""
         steps = self.steps * self.training.epochs
-        number = self.signals.seen or signal.SIGTERM
-        raise Stopped(f"stopped after {self.progress.done:,} of {steps:,} steps", number)
+        return self.stop.error(f"after {self.progress.done:,} of {steps:,} steps")
 
     def extra(self) -> dict[str, Any]:
         """What ``subspan eval`` needs to find the network and the task again."""

@@ -44,13 +44,18 @@ def load(name: str) -> None:
 
 def remember(modules: Iterable[str]) -> None:
     """Put modules into the environment, from which other processes of this command have them."""
-    known = filter(None, os.environ.get(IMPORTS, "").split(","))
-    os.environ[IMPORTS] = ",".join(dict.fromkeys([*known, *modules]))
+    if names := dict.fromkeys([*remembered(), *modules]):
+        os.environ[IMPORTS] = ",".join(names)
+
+
+def remembered() -> tuple[str, ...]:
+    """The modules that ``--import`` named in this process, or in the one that started it."""
+    return tuple(filter(None, os.environ.get(IMPORTS, "").split(",")))
 
 
 def load_remembered() -> None:
-    """Import what ``--import`` named in the process that started this one."""
-    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+    """Import them."""
+    for name in remembered():
         load(name)
 
 

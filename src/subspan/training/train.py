@@ -9,16 +9,17 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from subspan.errors import Stopped, SubspanError
+from subspan.errors import SubspanError
 from subspan.training import trackers
 from subspan.training.config import Run
 from subspan.training.devices import accelerator
-from subspan.training.locks import training_in
+from subspan.training.locks import lock_folder
 from subspan.training.loop import Loop, Report
 from subspan.training.prepare import prepare
 from subspan.training.records import CompleteRun, RunRecord
 from subspan.training.resume import find_state
 from subspan.training.score import Score
+from subspan.training.stop import Stop
 
 
 def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | None:
@@ -44,7 +45,7 @@ def train(
     report: Report | None = None,
     on_step: Callable[[], None] | None = None,
     on_start: Callable[[int, int, Score], None] | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    stop: Stop | None = None,
     log: Sequence[str] = (),
 ) -> CompleteRun:
     """Train, and leave ``model.safetensors`` (the best epoch) and ``record.json`` in a folder.
@@ -62,7 +63,7 @@ def train(
         on_step: called after each step.
         on_start: called before the first step with the number of steps, and how many of them were
             made before, and the task's score.
-        asked_to_stop: asked after each step whether to save and end, as a signal would have it.
+        stop: the request to stop of a larger program; by default signals are taken here.
         log: trackers that are told every epoch (:mod:`subspan.training.trackers`).
 
     Returns:
@@ -79,12 +80,12 @@ def train(
         return found
     ready = prepare(run)
     devices = accelerator(run.training, log_with=list(log) or None, project_dir=out)
-    with training_in(out) if devices.is_main_process else contextlib.nullcontext():
+    with lock_folder(out) if devices.is_main_process else contextlib.nullcontext():
         if found := completed(run, out, overwrite=overwrite):  # meanwhile, by another process
             return found
         begun = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
         before = find_state(run.as_dict(), out) if begun else None
-        loop = Loop(ready, devices, out, before, report, on_step, asked_to_stop)
+        loop = Loop(ready, devices, out, before, report, on_step, stop)
         loop.open()
         if on_start:
             on_start(loop.steps * run.training.epochs, loop.progress.done, loop.score)
@@ -95,14 +96,14 @@ def _finish(loop: Loop) -> CompleteRun:
     """Do all that is left of a training; its record."""
     try:
         loop.log.begin(loop.record.config, loop.record.history)
-        with loop.signals:
+        with loop.stop:
             loop.fit()
         loop.finish()
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        if loop.signals.seen and not interrupted and not loop.accelerator.is_main_process:
+        if loop.stop.requested and not interrupted and not loop.accelerator.is_main_process:
             # What went wrong is that the main process has stopped, and answers no more.
-            raise Stopped("stopped with the first process", loop.signals.seen) from error
+            raise loop.stop.error("with the first process") from error
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
             loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
         raise
