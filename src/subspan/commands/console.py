@@ -22,7 +22,6 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from subspan.training.records import grouped
 from subspan.training.score import ACCURACY, Score
 
 if TYPE_CHECKING:
@@ -188,153 +187,21 @@ def measuring(total: int) -> Iterator[Any]:
 
 
 def benched(record: dict[str, Any], files: Sequence[Path]) -> None:
-    """The tables of a benchmark, and where its picture is.
+    """The tables of a benchmark, and where its picture is."""
+    from subspan.bench.part import measured
 
-    Times are medians ± half their interquartile range. No product can be faster than the bytes move
-    that it must touch: those of P that exist, and both vectors.
-    """
-    copy = record["machine"]["copy_bytes_per_second"]
-    say(f"{record['machine']['device']}; a copy moves {copy / 1e9:.1f} GB/s")
-    for (out_dim, in_dim), rows in grouped(record.get("products", ()), "out_dim", "in_dim"):
-        say(f"\nproducts at D = {out_dim:,}, d = {in_dim:,}")
-        base = next((row for row in rows if row["projection"] == "stored-dense"), {})
-        table = _table(
-            "projection",
-            "bytes of P",
-            "P w ms",
-            "× stored",
-            "× its bytes",
-            "Pᵀ g ms",
-            "× stored",
-            "× its bytes",
-        )
-        for row in rows:
-            cells = [f"{row['bytes_of_p']:,}"] if "bytes_of_p" in row else [row["skipped"]]
-            for key in ("forward", "backward") if "forward" in row else ():
-                whole = base.get(key)
-                limit = (row["bytes_of_p"] + 4 * (out_dim + in_dim)) / copy
-                cells += [_milliseconds(row[key]), _ratio(row[key], whole) if whole else ""]
-                cells.append(f"{row[key]['median'] / limit:.3g}")
-            table.add_row(row["projection"], *cells)
-        console.print(table)
-    for part, title, against in (
-        ("steps", "training step", "adam"),
-        ("optimizers", "step in redrawn bases", "sgd"),
-    ):
-        for (net,), rows in grouped(record.get(part, ()), "net"):
-            first = rows[0]
-            say(
-                f"\n{title} of {net}, {first['weights']:,} weights, d = {first['dim']:,}, "
-                f"batch of {first['batch_size']}"
-            )
-            table = _table("trained by", "step ms", f"× {against}")
-            for row in rows:
-                if "step" in row:
-                    cells = [_milliseconds(row["step"]), _ratio(row["step"], first["step"])]
-                else:
-                    cells = [row["skipped"]]
-                table.add_row(row["projection"], *cells)
+    machine = record["machine"]
+    say(f"{machine['device']}; a copy moves {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s")
+    for part, rows in measured(record):
+        for some in part.groups(rows):
+            say(f"\n{part.heading(some)}")
+            found = part.table(some, machine)
+            table = _table(*found.columns)
+            for line in found.rows:
+                table.add_row(*line)
             console.print(table)
-    if record.get("memory"):
-        say("\npeak memory of two steps: θ₀, θ, gradient, optimizer, P and all temporaries")
-        table = _table("D", "d", "trained by", "bytes", "× 4·D")
-        for row in record["memory"]:
-            peak = row.get("peak_bytes")
-            cells = (
-                [row["skipped"]]
-                if peak is None
-                else [f"{peak:,}", f"{peak / (4 * row['out_dim']):.2f}"]
-            )
-            table.add_row(f"{row['out_dim']:,}", f"{row['in_dim']:,}", row["projection"], *cells)
-        console.print(table)
-    for (width,), rows in grouped(record.get("lowrank", ()), "width"):
-        dense = rows[0]
-        say(f"\nfive hidden layers of {width:,}, batch of {dense['batch_size']}, SGD inside")
-        table = _table(
-            "rank",
-            "step ms",
-            "× dense",
-            "ranks may change ms",
-            "× dense",
-            "inference ms",
-            "× dense",
-            "peak bytes",
-            "× dense",
-        )
-        for row in rows:
-            cells = [f"{row['rank']:,}" if row["rank"] else "dense"]
-            for key, of in (("step", "step"), ("adaptive", "step"), ("inference", "inference")):
-                there = key in row
-                cells += (
-                    [_milliseconds(row[key]), _ratio(row[key], dense[of])] if there else ["", ""]
-                )
-            cells += [f"{row['peak_bytes']:,}", f"{row['peak_bytes'] / dense['peak_bytes']:.3g}"]
-            table.add_row(*cells)
-        console.print(table)
-    for (what,), rows in grouped(record.get("sums", ()), "what"):
-        dense = rows[0]
-        say(f"\n{what}, batch of {dense['batch_size']}")
-        table = _table("made of", "numbers", "bytes stored", "bytes of M", "ms", "× dense")
-        for row in rows:
-            counts = [f"{row[key]:,}" for key in ("numbers", "bytes_stored", "bytes_of_m")]
-            cells = [*counts, _milliseconds(row["step"]), _ratio(row["step"], dense["step"])]
-            table.add_row(row["projection"], *cells)
-        console.print(table)
-    for (net, name), rows in grouped(record.get("laboratory", ()), "net", "method"):
-        bare = rows[0]
-        say(f"\nepoch of {net}, {name}: {bare['images']:,} images, batch of {bare['batch_size']}")
-        table = _table("loop", "epoch ms", "× bare")
-        for row in rows:
-            table.add_row(
-                row["projection"], _milliseconds(row["step"]), _ratio(row["step"], bare["step"])
-            )
-        console.print(table)
-    for (blocks, batch, allocator), rows in grouped(
-        record.get("blocks", ()), "blocks", "batch_size", "allocator"
-    ):
-        _large(f"blocks {blocks}, batch of {batch}, memory {allocator}", rows)
-    for (dtype, tokens), rows in grouped(record.get("transformer", ()), "dtype", "tokens"):
-        _large(f"a decoder in {dtype}, {tokens} tokens", rows)
     for path in files:
         say(f"{'picture' if path.suffix == '.png' else 'record'}: {path}")
-
-
-def _large(what: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The table of a large network: each way to train it, with its time, memory and loss."""
-    first = rows[0]
-    say(f"\n{what}: {first['weights']:,} weights, d = {first['dim']:,}")
-    known = next((row for row in rows if "peak_bytes" in row), None)
-    if known is not None:
-        say(
-            f"θ₀ takes {known['weight_bytes'] / 1e6:,.1f} MB, its largest tensor "
-            f"{known['largest_bytes'] / 1e6:,.1f} MB, the libraries "
-            f"{known['library_bytes'] / 1e6:,.0f} MB or so; the peaks are beyond these"
-        )
-    allowed = any("allowed_bytes" in row for row in rows)
-    table = _table(
-        "trained by",
-        "numbers",
-        "step ms",
-        "× full",
-        "peak MB",
-        "× θ₀",
-        *["× (3 × largest + activations)"] * allowed,
-        "loss",
-        "after",
-    )
-    for row in rows:
-        if "skipped" in row:
-            table.add_row(row["projection"], row["skipped"])
-            continue
-        cells = [f"{row['numbers']:,}", _milliseconds(row["step"])]
-        cells.append(_ratio(row["step"], first["step"]) if "step" in first else "")
-        cells.append(f"{row['peak_bytes'] / 1e6:,.1f}")
-        cells.append(f"{row['peak_bytes'] / row['weight_bytes']:.3f}")
-        if allowed:
-            cells.append(f"{row['peak_bytes'] / row['allowed_bytes']:.2f}")
-        cells += [f"{loss:.5g}" for loss in row["losses"]]
-        table.add_row(row["projection"], *cells)
-    console.print(table)
 
 
 def _table(*names: str) -> Table:
@@ -344,15 +211,6 @@ def _table(*names: str) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-
-
-def _milliseconds(timing: dict[str, float]) -> str:
-    spread = (timing["high"] - timing["low"]) / 2
-    return f"{1e3 * timing['median']:.3f} ± {1e3 * spread:.3f}"
-
-
-def _ratio(timing: dict[str, float], base: dict[str, float]) -> str:
-    return f"{timing['median'] / base['median']:.3g}"
 
 
 def listing(rows: Iterable[tuple[str, str, str]]) -> None:

@@ -1,0 +1,88 @@
+"""The time of a whole training step in a subspace, against the ordinary one of that network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from subspan.bench import candidates
+from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.settings import Bench
+from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
+from subspan.bench.timing import interleaved
+from subspan.families import stored
+from subspan.subspace.model import SubspaceModel
+from subspan.training import nets
+
+
+class Steps(Part):
+    """Steps of training in a fixed subspace."""
+
+    name = "steps"
+    help = "steps of training in a fixed subspace, against plain Adam on all weights"
+    shared = ("net",)
+    quantities = (Quantity("step", "step ms", "a training step"),)
+    subject, base_name = "trained by", "adam"
+    unit = "times the step of plain adam"
+
+    def check(self, settings: Bench) -> None:
+        """Refuse a d that does not fit into a network."""
+        check_dim(settings)
+
+    def count(self, settings: Bench) -> int:
+        """Count the networks."""
+        return len(settings.nets)
+
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+        """Time a step of every network in every projection, and one of plain Adam.
+
+        Returns:
+            Rows with ``net``, ``weights``, ``projection`` ("adam" for the ordinary training),
+            ``dim``, ``batch_size`` and the timing ``step``.
+        """
+        rows, device, dim = [], settings.place, settings.dim
+        for name in settings.nets:
+            weights = nets.weights(name, SHAPE)
+            x, y = random_batch(settings.batch_size, device)
+            timed, steps = {}, {}
+            for method in (candidates.PLAIN, *settings.candidates):
+                row: Row = {
+                    "net": name,
+                    "weights": weights,
+                    "projection": method,
+                    "dim": dim,
+                    "batch_size": settings.batch_size,
+                }
+                rows.append(row)
+                net = nets.build(name, SHAPE)
+                if method != candidates.PLAIN:
+                    if reason := candidates.too_large(method, weights, dim, device):
+                        row["skipped"] = reason
+                        continue
+                    net = SubspaceModel(net, dim, **candidates.options(method))
+                timed[method], steps[method] = row, training_step(net.to(device), x, y)
+            for method, timing in interleaved(steps, settings.seconds, device).items():
+                timed[method]["step"] = timing
+            stored.forget()
+            done(f"training steps of {name}")
+        return rows
+
+    def title(self, rows: Sequence[Row]) -> str:
+        """Name the network and d."""
+        first = rows[0]
+        return f"training step, {first['net']} ({first['weights']:,} weights), d = {first['dim']:,}"
+
+    def heading(self, rows: Sequence[Row]) -> str:
+        """Name the network, d and the batch."""
+        return f"training step of {network_of(rows)}"
+
+
+def network_of(rows: Sequence[Row]) -> str:
+    """Describe the network that the rows have in common."""
+    first = rows[0]
+    return (
+        f"{first['net']}, {first['weights']:,} weights, d = {first['dim']:,}, "
+        f"batch of {first['batch_size']}"
+    )
+
+
+Steps()
