@@ -165,7 +165,7 @@ def test_the_record(measured):
 
 
 def test_the_picture_shows_the_ratios(measured):
-    first, second, fourth, third, fifth, *_ = picture.draw(measured.record).axes
+    first, second, third, fourth, fifth, *_ = picture.draw(measured.record).axes
     assert fifth.get_xlabel() == "rank"
     whole = measured.record["products"][-1]["forward"]["median"]
     ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
