@@ -35,6 +35,7 @@ class Sorting(Part):
     help = "torch.sort against an addition"
     shared = ("size",)
     quantities = (Quantity("time", "ms", "the time"),)
+    title = "sorting {size:,} numbers"
     subject, base_name, unit = "operation", "adding", "times an addition"
 
     def check(self, settings):
@@ -48,9 +49,6 @@ class Sorting(Part):
         done("sorting")
         size = settings.batch_size
         return [{"projection": k, "size": size, "time": v} for k, v in timings.items()]
-
-    def title(self, rows):
-        return f"sorting {rows[0]['size']} numbers"
 
 
 Sorting()
@@ -75,10 +73,10 @@ def test_committed_records_are_shown(path, capsys):
     show_bench(record, [])
     said = capsys.readouterr().out
     for part, some in groups:
-        assert part.heading(some) in said
+        assert part.make_heading(some) in said
         assert len(part.table(some, record["machine"]).rows) == len(some)
     axes = picture.draw(record).axes
-    assert [ax.get_title() for ax in axes] == [part.title(some) for part, some in groups]
+    assert [ax.get_title() for ax in axes] == [part.make_title(some) for part, some in groups]
     for ax, (part, some) in zip(axes, groups, strict=True):
         labels = [label.get_text() for label in ax.get_yticklabels()]
         assert part.name == "lowrank" or labels == [part.tick(row) for row in some]

@@ -26,10 +26,10 @@ class LargePart(Part):
             return row.get("weight_bytes")
         return super().whole(row, rows, quantity)
 
-    def heading_of(self, network: str, rows: Sequence[Row]) -> str:
-        """Describe a network, and say what its tensors and the libraries take anyway."""
-        first = rows[0]
-        lines = [f"{network}: {first['weights']:,} weights, d = {first['dim']:,}"]
+    def make_heading(self, rows: Sequence[Row]) -> str:
+        """Describe the network, and say what its tensors and the libraries take anyway."""
+        weights, dim = rows[0]["weights"], rows[0]["dim"]
+        lines = [f"{super().make_heading(rows)}: {weights:,} weights, d = {dim:,}"]
         known = next((row for row in rows if "peak_bytes" in row), None)
         if known is not None:
             lines.append(

@@ -57,13 +57,15 @@ class Quantity:
 class Part(ABC):
     """One thing that ``subspan bench`` measures; making an instance registers it.
 
-    A part needs the first four attributes, :meth:`measure` and :meth:`title`.
+    A part needs the first five attributes and :meth:`measure`.
 
     Attributes:
         name: what people type.
         help: one line on what is measured.
         shared: keys whose values all rows of one table have in common.
         quantities: what is compared.
+        title: of a panel of the picture, a format string of the first row's keys.
+        heading: above a table on the terminal, likewise; the title if it is empty.
         counts: other numbers that a table shows, by key, and what heads their column.
         subject: heads the first column, which names the rows.
         base_name: names the row that others are held against, in the heads of columns.
@@ -74,6 +76,8 @@ class Part(ABC):
     help: str
     shared: tuple[str, ...]
     quantities: tuple[Quantity, ...]
+    title: str
+    heading = ""
     counts: Mapping[str, str] = {}
     subject = "projection"
     base_name = "the first"
@@ -93,13 +97,13 @@ class Part(ABC):
             done: is called :meth:`count` times with a line on what has just been measured.
         """
 
-    @abstractmethod
-    def title(self, rows: Sequence[Row]) -> str:
-        """Return the title of a panel of the picture, of rows that belong together."""
+    def make_title(self, rows: Sequence[Row]) -> str:
+        """Make the title of the panel of rows that belong together."""
+        return self.title.format(**rows[0])
 
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Return the lines above a table on the terminal; by default the title."""
-        return self.title(rows)
+    def make_heading(self, rows: Sequence[Row]) -> str:
+        """Make the lines above the table of rows that belong together."""
+        return (self.heading or self.title).format(**rows[0])
 
     def check(self, settings: Bench) -> None:  # noqa: B027 (a part may have nothing to refuse)
         """Refuse settings before anything is measured.

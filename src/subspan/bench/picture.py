@@ -31,7 +31,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
     for number, (part, rows) in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, number)
-        axes.set_title(part.title(rows))
+        axes.set_title(part.make_title(rows))
         part.draw(axes, rows)
     figure.suptitle(record["machine"]["device"], fontsize=6.5, color="0.4")
     return figure

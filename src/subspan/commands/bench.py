@@ -63,7 +63,7 @@ def show_bench(record: Mapping[str, Any], files: Sequence[Path]) -> None:
     console.say(f"{machine['device']}; a copy moves {copied:.1f} GB/s")
     for part, rows in measured(record):
         for some in part.groups(rows):
-            console.say(f"\n{part.heading(some)}")
+            console.say(f"\n{part.make_heading(some)}")
             table = part.table(some, machine)
             console.print_table(table.columns, table.rows)
     for path in files:

@@ -11,16 +11,18 @@ from typing import Any
 
 from subspan import report
 from subspan.commands import console
+from subspan.commands.method_options import (
+    add_method_options,
+    list_methods,
+    read_method_options,
+)
 from subspan.commands.parsing import (
     LISTED,
     Arguments,
     Parser,
     add_jobs,
     add_log,
-    add_method_options,
     add_out,
-    list_methods,
-    method_options,
     parse,
     read_fields,
     trackers_given,
@@ -57,7 +59,7 @@ def main(argv: Arguments) -> None:
     given = parse(parser, argv)
 
     training = read_fields(Training, given)
-    settings = read_fields(Sweep, given, training=training, options=method_options(given))
+    settings = read_fields(Sweep, given, training=training, options=read_method_options(given))
     nets = [training.net] if given.nets is None else split(given.nets, "nets")
     parts = {}
     for net in nets:

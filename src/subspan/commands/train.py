@@ -14,14 +14,16 @@ from rich.progress import Progress, TaskID
 
 from subspan import distributed
 from subspan.commands import console
+from subspan.commands.method_options import (
+    add_method_options,
+    list_methods,
+    read_method_options,
+)
 from subspan.commands.parsing import (
     Arguments,
     Parser,
     add_log,
-    add_method_options,
     add_out,
-    list_methods,
-    method_options,
     parse,
     read,
     read_fields,
@@ -59,7 +61,7 @@ def main(argv: Arguments) -> None:
         run, trackers = _read_begun(parse(parser, argv, defaults=False), out)
         log = log or trackers
     else:
-        options = method_options(given)
+        options = read_method_options(given)
         rates = method(given.method).rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
         training, seed = read_fields(Training, given), read("seed", int, given.seed)

@@ -85,6 +85,8 @@ class BlocksPart(LargePart):
         "weights: minutes, and up to 8 GB): peak memory, steps, loss"
     )
     shared = ("blocks", "batch_size", "allocator")
+    title = "{weights:,} weights, batch {batch_size}, memory {allocator}"
+    heading = "blocks {blocks}, batch of {batch_size}, memory {allocator}"
 
     def check(self, settings: Bench) -> None:
         """Refuse a d that does not fit into the network."""
@@ -116,16 +118,6 @@ class BlocksPart(LargePart):
                 rows += [common | row for row in found]
                 done(f"blocks {settings.blocks}, batch of {batch_size}, {name}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the weights, the batch and the allocator."""
-        weights, batch_size, memory = (rows[0][k] for k in ("weights", "batch_size", "allocator"))
-        return f"{weights:,} weights, batch {batch_size}, memory {memory}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the blocks, the batch and the allocator."""
-        blocks, batch_size, memory = (rows[0][key] for key in self.shared)
-        return self.heading_of(f"blocks {blocks}, batch of {batch_size}, memory {memory}", rows)
 
 
 BlocksPart()

@@ -175,6 +175,8 @@ class Laboratory(Part):
     help = "an epoch of subspan train, as it is and in a subspace, against one of a bare loop"
     shared = ("net", "method")
     quantities = (Quantity("step", "epoch ms", "an epoch"),)
+    title = "epoch of {net}, {method}, batch {batch_size}"
+    heading = "epoch of {net}, {method}: {images:,} images, batch of {batch_size}"
     subject, base_name = "loop", "bare"
     unit = "times the bare loop"
 
@@ -212,16 +214,6 @@ class Laboratory(Part):
                 ]
                 done(f"epochs of {net}, {name}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the network, the method and the batch."""
-        net, name, batch_size = (rows[0][key] for key in ("net", "method", "batch_size"))
-        return f"epoch of {net}, {name}, batch {batch_size}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the network, the method, the images and the batch."""
-        net, name, batch_size = (rows[0][key] for key in ("net", "method", "batch_size"))
-        return f"epoch of {net}, {name}: {rows[0]['images']:,} images, batch of {batch_size}"
 
     def full_label(self, row: Row) -> str:
         """Name the loop and the method."""

@@ -110,6 +110,8 @@ class LowRank(Part):
         Quantity("inference", "inference ms", "inference"),
         Quantity("peak_bytes", "peak bytes", "peak memory"),
     )
+    title = "five layers of {width:,}, batch {batch_size}: time by rank"
+    heading = "five hidden layers of {width:,}, batch of {batch_size}, SGD inside"
     subject, base_name = "layers", "dense"
 
     def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
@@ -144,16 +146,6 @@ class LowRank(Part):
                     row[key] = timings[f"{key} {row['rank']}"]
         done(f"low rank at width {width:,}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the layers and the batch."""
-        width, batch_size = rows[0]["width"], rows[0]["batch_size"]
-        return f"five layers of {width:,}, batch {batch_size}: time by rank"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the layers, the batch and the optimizer."""
-        width, batch_size = rows[0]["width"], rows[0]["batch_size"]
-        return f"five hidden layers of {width:,}, batch of {batch_size}, SGD inside"
 
     def label(self, row: Row) -> str:
         """Name the rank."""

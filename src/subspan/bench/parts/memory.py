@@ -63,6 +63,11 @@ class Memory(Part):
     help = "the peak memory of steps in a fixed subspace, against that of plain Adam"
     shared = ("out_dim", "in_dim")
     quantities = (Quantity("peak_bytes", "bytes", "peak memory"),)
+    title = "peak memory, D = {out_dim:,}, d = {in_dim:,}"
+    heading = (
+        "peak memory of two steps at D = {out_dim:,}, d = {in_dim:,}: θ₀, θ, gradient, optimizer, "
+        "P and all temporaries"
+    )
     subject, base_name = "trained by", "4·D"
     unit = "times the weights in float32"
 
@@ -88,16 +93,6 @@ class Memory(Part):
                 row["peak_bytes"] = run_in_process(peak, *arguments, memory_of=method)
             done(f"memory at D={out_dim:,}, d={in_dim:,}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the size."""
-        return f"peak memory, D = {rows[0]['out_dim']:,}, d = {rows[0]['in_dim']:,}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the size, and what is alive at the peak."""
-        size = f"D = {rows[0]['out_dim']:,}, d = {rows[0]['in_dim']:,}"
-        what = "θ₀, θ, gradient, optimizer, P and all temporaries"
-        return f"peak memory of two steps at {size}: {what}"
 
     def whole(self, row: Row, rows: Sequence[Row], quantity: Quantity) -> float | None:
         """Return the bytes of the weights."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch.optim import SGD
 
 from subspan.bench.part import Part, Quantity, Row
-from subspan.bench.parts.steps import network_of
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
 from subspan.bench.timing import interleaved
@@ -25,6 +24,10 @@ class Optimizers(Part):
     help = "steps in bases that are redrawn at every step, against plain SGD"
     shared = ("net",)
     quantities = (Quantity("step", "step ms", "a training step"),)
+    title = "step in redrawn bases, {net} ({weights:,} weights), d = {dim:,}"
+    heading = (
+        "step in redrawn bases of {net}, {weights:,} weights, d = {dim:,}, batch of {batch_size}"
+    )
     subject, base_name = "trained by", PLAIN
     unit = f"times the step of plain {PLAIN}"
 
@@ -70,15 +73,6 @@ class Optimizers(Part):
             ]
             done(f"steps in random bases of {name}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the network and d."""
-        net, weights, dim = (rows[0][key] for key in ("net", "weights", "dim"))
-        return f"step in redrawn bases, {net} ({weights:,} weights), d = {dim:,}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the network, d and the batch."""
-        return f"step in redrawn bases of {network_of(rows)}"
 
 
 Optimizers()

@@ -24,6 +24,8 @@ class Products(Part):
     help = "P w and Pᵀ g, against a matrix that is stored"
     shared = ("out_dim", "in_dim")
     quantities = (Quantity("forward", "P w ms", "P w"), Quantity("backward", "Pᵀ g ms", "Pᵀ g"))
+    title = "P w and Pᵀ g, D = {out_dim:,}, d = {in_dim:,}"
+    heading = "products at D = {out_dim:,}, d = {in_dim:,}"
     unit = "times the product with a stored matrix"
 
     def count(self, settings: Bench) -> int:
@@ -58,14 +60,6 @@ class Products(Part):
             stored.forget()
             done(f"products at D={out_dim:,}, d={in_dim:,}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the products and the size."""
-        return f"P w and Pᵀ g, D = {rows[0]['out_dim']:,}, d = {rows[0]['in_dim']:,}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the size."""
-        return f"products at D = {rows[0]['out_dim']:,}, d = {rows[0]['in_dim']:,}"
 
     def base(self, rows: Sequence[Row]) -> Row:
         """Return the row of the stored matrix."""

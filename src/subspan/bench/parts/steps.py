@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from subspan.bench import candidates
 from subspan.bench.part import Part, Quantity, Row
@@ -21,6 +21,8 @@ class Steps(Part):
     help = "steps of training in a fixed subspace, against plain Adam on all weights"
     shared = ("net",)
     quantities = (Quantity("step", "step ms", "a training step"),)
+    title = "training step, {net} ({weights:,} weights), d = {dim:,}"
+    heading = "training step of {net}, {weights:,} weights, d = {dim:,}, batch of {batch_size}"
     subject, base_name = "trained by", "adam"
     unit = "times the step of plain adam"
 
@@ -65,24 +67,6 @@ class Steps(Part):
             stored.forget()
             done(f"training steps of {name}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the network and d."""
-        first = rows[0]
-        return f"training step, {first['net']} ({first['weights']:,} weights), d = {first['dim']:,}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the network, d and the batch."""
-        return f"training step of {network_of(rows)}"
-
-
-def network_of(rows: Sequence[Row]) -> str:
-    """Describe the network that the rows have in common."""
-    first = rows[0]
-    return (
-        f"{first['net']}, {first['weights']:,} weights, d = {first['dim']:,}, "
-        f"batch of {first['batch_size']}"
-    )
 
 
 Steps()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ class Sums(Part):
         "bytes_stored": "bytes stored",
         "bytes_of_m": "bytes of M",
     }
+    title = "{what}, batch {batch_size}"
+    heading = "{what}, batch of {batch_size}"
     subject, base_name = "made of", "dense"
     unit = "times the dense one"
 
@@ -163,14 +165,6 @@ class Sums(Part):
         rows += _rows(f"a training step of {NET}", networks, steps, settings)
         done(f"training steps of {NET}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name what is timed, and the batch."""
-        return f"{rows[0]['what']}, batch {rows[0]['batch_size']}"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name what is timed, and the batch."""
-        return f"{rows[0]['what']}, batch of {rows[0]['batch_size']}"
 
 
 Sums()

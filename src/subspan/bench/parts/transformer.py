@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class Transformer(LargePart):
     name = "transformer"
     help = "ways to train a decoder of --decoder weights: peak memory, steps, loss"
     shared = ("dtype", "tokens")
+    title = "decoder of {weights:,} weights, {dtype}, {tokens} tokens"
+    heading = "a decoder in {dtype}, {tokens} tokens"
 
     def check(self, settings: Bench) -> None:
         """Refuse what cannot be measured.
@@ -157,16 +159,6 @@ class Transformer(LargePart):
                     row["allowed_bytes"] = 3 * row["largest_bytes"] + frozen["peak_bytes"]
         done(f"a decoder of {number:,} weights, {dtype}")
         return rows
-
-    def title(self, rows: Sequence[Row]) -> str:
-        """Name the weights, the dtype and the tokens."""
-        weights, dtype, tokens = (rows[0][key] for key in ("weights", "dtype", "tokens"))
-        return f"decoder of {weights:,} weights, {dtype}, {tokens} tokens"
-
-    def heading(self, rows: Sequence[Row]) -> str:
-        """Name the dtype and the tokens."""
-        dtype, tokens = (rows[0][key] for key in self.shared)
-        return self.heading_of(f"a decoder in {dtype}, {tokens} tokens", rows)
 
 
 Transformer()
