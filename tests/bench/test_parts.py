@@ -43,9 +43,9 @@ class Sorting(Part):
             raise SystemExit("nothing to sort")
 
     def measure(self, settings, done):
-        x = torch.randn(settings.batch_size, device=settings.place)
+        x = torch.randn(settings.batch_size, device=settings.torch_device)
         calls = {"adding": lambda: x + 1, "sorting": lambda: x.sort()}
-        timings = interleaved(calls, settings.seconds, settings.place)
+        timings = interleaved(calls, settings.seconds, settings.torch_device)
         done("sorting")
         size = settings.batch_size
         return [{"projection": k, "size": size, "time": v} for k, v in timings.items()]

@@ -53,9 +53,9 @@ def bench(
             "status": "running",
             "config": config,
             "machine": {
-                "device": records.device_name(settings.place),
+                "device": records.device_name(settings.torch_device),
                 "versions": records.versions(),
-                "copy_bytes_per_second": copy_bandwidth(settings.place, settings.seconds),
+                "copy_bytes_per_second": copy_bandwidth(settings.torch_device, settings.seconds),
             },
         }
         done("copy bandwidth")

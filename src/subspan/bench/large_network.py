@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from subspan.bench.part import Row
+from subspan.bench.part import Measurement
 from subspan.bench.resident import Beyond, resident
 from subspan.bench.settings import Bench
 from subspan.bench.subprocess import Worker
@@ -171,7 +171,7 @@ def measure(
     weight_bytes: int,
     allocator: Mapping[str, str],
     variants: Sequence[str] = (),
-) -> list[Row]:
+) -> list[Measurement]:
     """Measure every variant, in turns of a step if all fit into half the memory.
 
     Args:
@@ -189,7 +189,7 @@ def measure(
         ``loss``; or ``skipped``, a reason.
     """
     variants = variants or VARIANTS
-    rows: dict[str, Row] = {variant: {"projection": variant} for variant in variants}
+    rows: dict[str, Measurement] = {variant: {"projection": variant} for variant in variants}
     available = psutil.virtual_memory().available
     possible = []
     for variant in variants:
@@ -203,7 +203,7 @@ def measure(
     together = (sum(HELD[variant] for variant in possible) + MORE) * weight_bytes
 
     def start(variant: str) -> Worker:
-        how = (module, variant, settings.large_dim, str(settings.place), *arguments)
+        how = (module, variant, settings.large_dim, str(settings.torch_device), *arguments)
         return Worker(steps, *how, allocator=allocator)
 
     groups = [possible] if together < available / 2 else [[variant] for variant in possible]
@@ -215,9 +215,9 @@ def measure(
 
 def _take_turns(
     start: Callable[[str], Worker], variants: Sequence[str], seconds: float
-) -> dict[str, Row]:
+) -> dict[str, Measurement]:
     """Let a worker for each variant make steps in an order that changes; skip those that fail."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Measurement] = {}
     times: dict[str, list[float]] = {}
     first_losses: dict[str, float] = {}
     workers: dict[str, Worker] = {}

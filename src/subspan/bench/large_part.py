@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from subspan.bench.bars import BLUE, GREEN, draw_bars, show_number
-from subspan.bench.part import Part, Quantity, Row, show
+from subspan.bench.part import Measurement, Part, Quantity, show
 from subspan.report.tables import Table
 
 
@@ -20,13 +20,15 @@ class LargePart(Part):
         Quantity("peak_bytes", "peak MB", "peak memory"),
     )
 
-    def whole(self, row: Row, rows: Sequence[Row], quantity: Quantity) -> float | None:
+    def whole(
+        self, row: Measurement, rows: Sequence[Measurement], quantity: Quantity
+    ) -> float | None:
         """Return the bytes of θ₀ for a peak beyond it, and the step of all weights for a step."""
         if quantity.key == "peak_bytes":
             return row.get("weight_bytes")
         return super().whole(row, rows, quantity)
 
-    def make_heading(self, rows: Sequence[Row]) -> str:
+    def make_heading(self, rows: Sequence[Measurement]) -> str:
         """Describe the network, and say what its tensors and the libraries take anyway."""
         weights, dim = rows[0]["weights"], rows[0]["dim"]
         lines = [f"{super().make_heading(rows)}: {weights:,} weights, d = {dim:,}"]
@@ -39,7 +41,7 @@ class LargePart(Part):
             )
         return "\n".join(lines)
 
-    def table(self, rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
+    def table(self, rows: Sequence[Measurement], machine: Mapping[str, Any]) -> Table:
         """Make the table of a network: each way to train it."""
         allowed = any("allowed_bytes" in row for row in rows)
         columns = ["trained by", "numbers", "step ms", "× full", "peak MB", "× θ₀"]
@@ -60,7 +62,7 @@ class LargePart(Part):
             lines.append([self.label(row), *cells, *(f"{loss:.5g}" for loss in row["losses"])])
         return Table(columns, lines, words=1)
 
-    def draw(self, axes: Axes, rows: Sequence[Row]) -> None:
+    def draw(self, axes: Axes, rows: Sequence[Measurement]) -> None:
         """Draw peak memory beyond θ₀ in units of θ₀, and steps against training all weights."""
         step, peak = self.quantities
         bars = [

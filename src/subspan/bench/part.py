@@ -27,7 +27,7 @@ from subspan.training.records import grouped
 if TYPE_CHECKING:
     from subspan.bench.settings import Bench
 
-Row = dict[str, Any]  # JSON values; "skipped" is the reason where nothing was measured
+Measurement = dict[str, Any]  # JSON values; "skipped" is the reason where nothing was measured
 
 _registry: dict[str, Part] = {}
 
@@ -89,19 +89,19 @@ class Part(ABC):
         _registry[self.name] = self
 
     @abstractmethod
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Measure, and return the rows of the record, which are JSON.
 
         Args:
-            settings: what to measure; ``settings.candidates``, ``settings.place``.
+            settings: what to measure; ``settings.candidates``, ``settings.torch_device``.
             done: is called :meth:`count` times with a line on what has just been measured.
         """
 
-    def make_title(self, rows: Sequence[Row]) -> str:
+    def make_title(self, rows: Sequence[Measurement]) -> str:
         """Make the title of the panel of rows that belong together."""
         return self.title.format(**rows[0])
 
-    def make_heading(self, rows: Sequence[Row]) -> str:
+    def make_heading(self, rows: Sequence[Measurement]) -> str:
         """Make the lines above the table of rows that belong together."""
         return (self.heading or self.title).format(**rows[0])
 
@@ -116,32 +116,36 @@ class Part(ABC):
         """Return how often :meth:`measure` calls ``done``."""
         return 1
 
-    def label(self, row: Row) -> str:
+    def label(self, row: Measurement) -> str:
         """Name a row among those of its group."""
         return str(row["projection"])
 
-    def full_label(self, row: Row) -> str:
+    def full_label(self, row: Measurement) -> str:
         """Name a row where the rows of all groups stand in one table."""
         return self.label(row)
 
-    def base(self, rows: Sequence[Row]) -> Row:
+    def base(self, rows: Sequence[Measurement]) -> Measurement:
         """Return the row that the others are held against."""
         return rows[0]
 
-    def whole(self, row: Row, rows: Sequence[Row], quantity: Quantity) -> float | None:
+    def whole(
+        self, row: Measurement, rows: Sequence[Measurement], quantity: Quantity
+    ) -> float | None:
         """Return what a row's quantity is divided by: that of the base; None where it has none."""
         return number(self.base(rows).get(quantity.base_key))
 
-    def ratio(self, row: Row, rows: Sequence[Row], quantity: Quantity) -> float | None:
+    def ratio(
+        self, row: Measurement, rows: Sequence[Measurement], quantity: Quantity
+    ) -> float | None:
         """Return a row's quantity as a multiple; None if one of both was not measured."""
         ours, whole = number(row.get(quantity.key)), self.whole(row, rows, quantity)
         return None if ours is None or whole is None else ours / whole
 
-    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def groups(self, rows: Sequence[Measurement]) -> list[list[Measurement]]:
         """Divide rows into those that belong together."""
         return [some for _, some in grouped(rows, *self.shared)]
 
-    def table(self, rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
+    def table(self, rows: Sequence[Measurement], machine: Mapping[str, Any]) -> Table:
         """Make the table of rows that belong together.
 
         Args:
@@ -153,7 +157,7 @@ class Part(ABC):
             columns += [quantity.column, f"× {self.base_name}"]
         return Table(columns, [[self.label(row), *self._cells(row, rows)] for row in rows], words=1)
 
-    def _cells(self, row: Row, rows: Sequence[Row]) -> Iterator[str]:
+    def _cells(self, row: Measurement, rows: Sequence[Measurement]) -> Iterator[str]:
         if "skipped" in row:
             yield row["skipped"]
             return
@@ -164,7 +168,7 @@ class Part(ABC):
             yield show(row[quantity.key]) if quantity.key in row else ""
             yield "" if ratio is None else show_number(ratio)
 
-    def draw(self, axes: Axes, rows: Sequence[Row]) -> None:
+    def draw(self, axes: Axes, rows: Sequence[Measurement]) -> None:
         """Draw the panel of rows that belong together: bars of ratios, a colour a quantity."""
         colours = COLOURS if len(self.quantities) > 1 else (GREEN,)
         values = {q.key: [self.ratio(row, rows, q) for row in rows] for q in self.quantities}
@@ -183,7 +187,7 @@ class Part(ABC):
         if len(bars) > 1:
             axes.legend(loc="upper right")
 
-    def tick(self, row: Row) -> str:
+    def tick(self, row: Measurement) -> str:
         """Name a row in the picture, and say if it was skipped."""
         return self.label(row) + (" (skipped)" if "skipped" in row else "")
 
@@ -231,7 +235,7 @@ def part(name: str) -> Part:
     return known[name]
 
 
-def measured(record: Mapping[str, Any]) -> list[tuple[Part, list[Row]]]:
+def measured(record: Mapping[str, Any]) -> list[tuple[Part, list[Measurement]]]:
     """Return the parts of a record that have been measured, each with its rows, in their order.
 
     Raises:

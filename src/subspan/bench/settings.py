@@ -1,4 +1,4 @@
-"""What ``subspan bench`` measures, and how: its settings."""
+"""The settings of ``subspan bench``: what it measures, and how."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from subspan.errors import SubspanError, unknown
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure, and how.
+    """The settings of a benchmark.
 
     Args:
         parts: what to measure, see below.
@@ -68,7 +68,7 @@ class Bench:
         candidates.select(self.methods)
         for out_dim, in_dim in self.pairs():
             candidates.make("hash", out_dim, in_dim)  # refuses what does not fit
-        _ = self.block_sizes, self.place
+        _ = self.block_sizes, self.torch_device
         for each in named:
             each.check(self)
 
@@ -99,7 +99,7 @@ class Bench:
         return candidates.select(self.methods or candidates.names())
 
     @property
-    def place(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The device, as PyTorch has it."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")

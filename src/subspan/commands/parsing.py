@@ -174,7 +174,7 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
         SubspanError: for an argument that does not exist, or has a wrong value.
     """
     words = [dashed(word) for word in argv]
-    known = set(parser.kinds) - {"config", "imports", "help"}
+    known = set(parser.kinds) - {"config", "imports", "help", "print_config"}
     for option, word in zip(["", *words], words, strict=False):
         name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
         if name == "--config" and value:

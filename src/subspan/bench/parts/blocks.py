@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from subspan.bench import candidates
 from subspan.bench.large_network import Problem, measure
 from subspan.bench.large_part import LargePart
-from subspan.bench.part import Row
+from subspan.bench.part import Measurement
 from subspan.bench.settings import Bench
 from subspan.bench.subprocess import ALLOCATOR
 
@@ -94,19 +94,19 @@ class BlocksPart(LargePart):
 
     def count(self, settings: Bench) -> int:
         """Count batches and allocators."""
-        return len(settings.batches) * len(allocators(settings.place))
+        return len(settings.batches) * len(allocators(settings.torch_device))
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Measure every batch, allocator and way to train.
 
         Returns:
             Rows with ``blocks``, ``weights``, ``batch_size``, ``allocator``, ``dim`` and those of
             :func:`subspan.bench.large_network.measure`.
         """
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         sizes, number = settings.block_sizes, weights(settings.block_sizes)
         for batch_size in settings.batches:
-            for name, allocator in allocators(settings.place).items():
+            for name, allocator in allocators(settings.torch_device).items():
                 common = {
                     "blocks": settings.blocks,
                     "weights": number,

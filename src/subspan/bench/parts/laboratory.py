@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import check_dim
-from subspan.bench.timing import ROUNDS, Timing
+from subspan.bench.timing import ROUNDS, Quartiles
 from subspan.training import data, nets
 from subspan.training import loop as loops
 from subspan.training.config import Run, Training
@@ -95,8 +95,8 @@ def _interleaved(
     options: dict[str, Any],
     images: data.ImageData,
     settings: Bench,
-) -> dict[str, Timing]:
-    how, device, batch_size = method(name), settings.place, settings.batch_size
+) -> dict[str, Quartiles]:
+    how, device, batch_size = method(name), settings.torch_device, settings.batch_size
 
     def model() -> nn.Module:
         return how.wrap(nets.build(net, images.image_shape), 0, options).to(device)
@@ -155,13 +155,13 @@ def _interleaved(
 
 
 class Clock:
-    """Seconds since the last look, on a device that has done all that it was told."""
+    """A clock that waits for a device to finish before it is read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.last = device, time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last one."""
+        """Return the seconds since the last lap."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()
@@ -188,15 +188,15 @@ class Laboratory(Part):
         """Count the networks, each with its methods."""
         return len(settings.nets) * len(METHODS)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time epochs of every network, trained as it is and in a subspace (hash).
 
         Returns:
             Rows with ``net``, ``method``, ``projection`` (whose loop: "bare", "laboratory"),
             ``batch_size``, ``images`` and the timing ``step`` of an epoch.
         """
-        rows: list[Row] = []
-        images = random_images(settings.place)
+        rows: list[Measurement] = []
+        images = random_images(settings.torch_device)
         for net in settings.nets:
             for name in METHODS:
                 options = {} if name == "full" else {"dim": settings.dim}
@@ -215,7 +215,7 @@ class Laboratory(Part):
                 done(f"epochs of {net}, {name}")
         return rows
 
-    def full_label(self, row: Row) -> str:
+    def full_label(self, row: Measurement) -> str:
         """Name the loop and the method."""
         return f"{row['projection']}, {row['method']}"
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD
 
 from subspan.bench.bars import BLUE, GREEN, ORANGE, show_number
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, random_batch, training_step
 from subspan.bench.subprocess import run_in_process
@@ -77,7 +77,7 @@ def peak(width: int, rank: int, batch_size: int, device: str) -> int:
     return max(memory.read() - before, 1)  # a small one may fit into what is there
 
 
-def break_even(rows: Sequence[Row], key: str = "step") -> float | None:
+def break_even(rows: Sequence[Measurement], key: str = "step") -> float | None:
     """Find the rank at which a row's time crosses the dense one's, between measured ranks.
 
     Returns:
@@ -114,7 +114,7 @@ class LowRank(Part):
     heading = "five hidden layers of {width:,}, batch of {batch_size}, SGD inside"
     subject, base_name = "layers", "dense"
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Measure the dense network, and one of every rank.
 
         Returns:
@@ -122,9 +122,9 @@ class LowRank(Part):
             stay), ``adaptive`` (ranks may change at each step) and ``inference``; ``peak_bytes`` of
             two training steps, in a process of its own.
         """
-        width, batch_size, device = settings.width, settings.batch_size, settings.place
+        width, batch_size, device = settings.width, settings.batch_size, settings.torch_device
         x, y = random_batch(batch_size, device)
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         steps: dict[str, Callable[[], object]] = {}
         for rank in (DENSE, *settings.ranks):
             arguments = (width, rank, batch_size, str(device))
@@ -147,11 +147,11 @@ class LowRank(Part):
         done(f"low rank at width {width:,}")
         return rows
 
-    def label(self, row: Row) -> str:
+    def label(self, row: Measurement) -> str:
         """Name the rank."""
         return f"rank {row['rank']:,}" if row["rank"] else "dense"
 
-    def draw(self, axes: Axes, rows: Sequence[Row]) -> None:
+    def draw(self, axes: Axes, rows: Sequence[Measurement]) -> None:
         """Draw times and peak memory by rank, and mark the rank at which a step breaks even."""
         factored = [row for row in rows if row["rank"] != DENSE]
         ranks = [row["rank"] for row in factored]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.bench import candidates
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.subprocess import run_in_process
 from subspan.subspace.model import SubspaceModel
@@ -75,16 +75,16 @@ class Memory(Part):
         """Count the sizes."""
         return len(settings.sizes)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Measure every projection at every size, and plain Adam.
 
         Returns:
             Rows with the projection's name, ``out_dim``, ``in_dim`` and ``peak_bytes``.
         """
-        rows, device = [], settings.place
+        rows, device = [], settings.torch_device
         for out_dim, in_dim in settings.pairs():
             for method in (candidates.PLAIN, *settings.candidates):
-                row: Row = {"projection": method, "out_dim": out_dim, "in_dim": in_dim}
+                row: Measurement = {"projection": method, "out_dim": out_dim, "in_dim": in_dim}
                 rows.append(row)
                 if reason := candidates.too_large(method, out_dim, in_dim, device):
                     row["skipped"] = reason
@@ -94,7 +94,9 @@ class Memory(Part):
             done(f"memory at D={out_dim:,}, d={in_dim:,}")
         return rows
 
-    def whole(self, row: Row, rows: Sequence[Row], quantity: Quantity) -> float | None:
+    def whole(
+        self, row: Measurement, rows: Sequence[Measurement], quantity: Quantity
+    ) -> float | None:
         """Return the bytes of the weights."""
         return float(4 * row["out_dim"])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.optim import SGD
 
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
 from subspan.bench.timing import interleaved
@@ -39,7 +39,7 @@ class Optimizers(Part):
         """Count the networks."""
         return len(settings.nets)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time a step of every network in every family of bases, and one of plain SGD.
 
         Stored matrices are left out: nothing of a basis that is redrawn can be stored.
@@ -47,8 +47,8 @@ class Optimizers(Part):
         Returns:
             Rows as of the part ``steps``, with "sgd" for the plain step.
         """
-        rows: list[Row] = []
-        device, dim = settings.place, settings.dim
+        rows: list[Measurement] = []
+        device, dim = settings.torch_device, settings.dim
         for name in settings.nets:
             x, y = random_batch(settings.batch_size, device)
             steps = {}

@@ -10,7 +10,7 @@ import torch
 
 from subspan.bench import candidates
 from subspan.bench.bars import show_number
-from subspan.bench.part import Part, Quantity, Row, number, show
+from subspan.bench.part import Measurement, Part, Quantity, number, show
 from subspan.bench.settings import Bench
 from subspan.bench.timing import interleaved
 from subspan.families import stored
@@ -32,19 +32,19 @@ class Products(Part):
         """Count the sizes."""
         return len(settings.sizes)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time both products of every projection at every size.
 
         Returns:
             Rows with the projection's name, ``out_dim``, ``in_dim``, ``bytes_of_p`` that exist
             between products, and the timings ``forward`` (P w) and ``backward`` (Pᵀ g).
         """
-        rows, device = [], settings.place
+        rows, device = [], settings.torch_device
         for out_dim, in_dim in settings.pairs():
             w, g = torch.randn(in_dim, device=device), torch.randn(out_dim, device=device)
             at_this_size, forward, backward = {}, {}, {}
             for name in settings.candidates:
-                row: Row = {"projection": name, "out_dim": out_dim, "in_dim": in_dim}
+                row: Measurement = {"projection": name, "out_dim": out_dim, "in_dim": in_dim}
                 rows.append(row)
                 if reason := candidates.too_large(name, out_dim, in_dim, device):
                     row["skipped"] = reason
@@ -61,11 +61,11 @@ class Products(Part):
             done(f"products at D={out_dim:,}, d={in_dim:,}")
         return rows
 
-    def base(self, rows: Sequence[Row]) -> Row:
+    def base(self, rows: Sequence[Measurement]) -> Measurement:
         """Return the row of the stored matrix."""
         return next((row for row in rows if row["projection"] == candidates.DENSE), {})
 
-    def table(self, rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
+    def table(self, rows: Sequence[Measurement], machine: Mapping[str, Any]) -> Table:
         """Compare with a stored matrix, and with moving the bytes that a product must touch.
 
         No product can be faster than that: the bytes of P that exist, and both vectors.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from subspan.bench import candidates
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
 from subspan.bench.timing import interleaved
@@ -34,20 +34,20 @@ class Steps(Part):
         """Count the networks."""
         return len(settings.nets)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time a step of every network in every projection, and one of plain Adam.
 
         Returns:
             Rows with ``net``, ``weights``, ``projection`` ("adam" for the ordinary training),
             ``dim``, ``batch_size`` and the timing ``step``.
         """
-        rows, device, dim = [], settings.place, settings.dim
+        rows, device, dim = [], settings.torch_device, settings.dim
         for name in settings.nets:
             weights = nets.weights(name, SHAPE)
             x, y = random_batch(settings.batch_size, device)
             timed, steps = {}, {}
             for method in (candidates.PLAIN, *settings.candidates):
-                row: Row = {
+                row: Measurement = {
                     "net": name,
                     "weights": weights,
                     "projection": method,

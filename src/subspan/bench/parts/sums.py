@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from subspan import checkpoint
-from subspan.bench.part import Part, Quantity, Row
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, random_batch, training_step
 from subspan.bench.timing import interleaved
@@ -108,8 +108,8 @@ def _rows(
     networks: Mapping[str, nn.Module],
     steps: Mapping[str, Callable[[], object]],
     settings: Bench,
-) -> list[Row]:
-    timings = interleaved(steps, settings.seconds, settings.place)
+) -> list[Measurement]:
+    timings = interleaved(steps, settings.seconds, settings.torch_device)
     return [
         {
             "what": what,
@@ -145,7 +145,7 @@ class Sums(Part):
         """Count the layer and the network."""
         return 2
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time forward and backward pass of one n × n layer, and training steps of LeNet.
 
         Returns:
@@ -153,7 +153,7 @@ class Sums(Part):
             ``numbers`` that are trained, ``bytes_stored`` in a checkpoint, ``bytes_of_m`` (of the
             matrices Mⱼ, had they to be stored whole), ``batch_size`` and the timing ``step``.
         """
-        width, batch_size, device = settings.width, settings.batch_size, settings.place
+        width, batch_size, device = settings.width, settings.batch_size, settings.torch_device
         layers = _layers(width, device)
         passes = {name: _passes(net, width, batch_size, device) for name, net in layers.items()}
         what = f"a layer {width:,} × {width:,}, forward and backward"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subspan.bench import candidates
 from subspan.bench.large_network import FROZEN, Problem, measure
 from subspan.bench.large_part import LargePart
-from subspan.bench.part import Row
+from subspan.bench.part import Measurement
 from subspan.bench.settings import Bench
 from subspan.bench.subprocess import ALLOCATOR
 from subspan.errors import SubspanError
@@ -133,7 +133,7 @@ class Transformer(LargePart):
             )
         candidates.make("hash", weights(settings.decoder), settings.large_dim)
 
-    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Row]:
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Measure every way to train.
 
         Returns:
@@ -149,9 +149,9 @@ class Transformer(LargePart):
             (settings.decoder, dtype, tokens),
             settings,
             number * getattr(torch, dtype).itemsize,
-            {} if settings.place.type == "cuda" else ALLOCATOR,
+            {} if settings.torch_device.type == "cuda" else ALLOCATOR,
         )
-        rows: list[Row] = [common | row for row in found]
+        rows: list[Measurement] = [common | row for row in found]
         frozen = next(row for row in rows if row["projection"] == FROZEN)
         if "peak_bytes" in frozen:
             for row in rows:
