@@ -90,7 +90,7 @@ def test_help_shows_the_options_of_the_methods_that_are_named(cli, in_tmp_path):
     general = cli("train", "--help").out
     assert "--batch-size" in general
     assert "--method hash --help" in general
-    assert not [name for name in ("--dim ", "--targets", "--tolerance") if name in general]
+    assert not [name for name in ("--dim DIM", "--targets", "--tolerance") if name in general]
     of_hash = cli("train", "--help", "--method=hash").out
     assert "--dim DIM" in of_hash
     assert "--tolerance" not in of_hash

@@ -53,7 +53,7 @@ class Parser(ArgumentParser):
             "parts of the benchmark or experiments; may be given several times",
         )
 
-    def add_argument(self, *names: str, **settings: Any) -> Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **settings: Any) -> Action:
         """Add an argument; its name has dashes for underscores."""
         default, text = settings.get("default"), settings.get("help")
         if text not in (None, SUPPRESS) and default not in (None, SUPPRESS):
@@ -219,8 +219,8 @@ def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
         if not (word.startswith("--") and equals):
             name, value = option, word
         action = parser.flags().get(name)
-        if action is None or "=" in option:
-            continue
+        if action is None or "=" in option or value.startswith("--"):
+            continue  # of a flag, or of an option that has no value: jsonargparse says so
         if name == "--config":
             given += [
                 (key.replace("-", "_"), ["--config", yaml.safe_dump({"value": one})], str(one))
