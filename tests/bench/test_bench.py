@@ -13,7 +13,7 @@ import torch
 
 from subspan import bench as module
 from subspan.bench import Bench, bench, candidates, large_network, picture, timing
-from subspan.bench.part import part
+from subspan.bench.part import find_part
 from subspan.bench.parts import blocks, laboratory, lowrank, memory, sums, transformer
 from subspan.bench.resident import Beyond
 from subspan.bench.subprocess import ALLOCATOR, Worker, run_in_process
@@ -119,12 +119,12 @@ def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch):
     free = SimpleNamespace(available=10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     settings = Bench(**QUICK | {"methods": ("hash",), "sizes": ("1000000x600",), "dim": 50})
-    [hashed, dense] = part("products").measure(settings, print)
+    [hashed, dense] = find_part("products").measure(settings, print)
     assert "forward" in hashed
     assert dense["skipped"] == "needs 3 of 1 GB"
     assert not {"forward", "backward", "bytes_of_p"} & set(dense)
     told, free.available = [], 10**6
-    rows = part("steps").measure(settings, told.append)
+    rows = find_part("steps").measure(settings, told.append)
     assert ["step" in row for row in rows] == [True, True, False]
     assert told == ["training steps of mlp-8"]
 
@@ -186,7 +186,7 @@ def test_what_is_done_is_not_measured_again(measured, monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in ("products", "steps", "memory", "optimizers"):
-            patch.setattr(part(name), "measure", never)
+            patch.setattr(find_part(name), "measure", never)
         assert bench(measured.settings, measured.out) == json.loads(json.dumps(measured.record))
         with pytest.raises(AssertionError):
             bench(measured.settings, measured.out, overwrite=True)
@@ -204,7 +204,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(part("steps"), "measure", interrupt)
+        patch.setattr(find_part("steps"), "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bench(settings, tmp_path)
     left = json.loads((tmp_path / "bench.json").read_text())
@@ -220,7 +220,7 @@ def test_peak_memory_is_of_what_a_step_needs():
     """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
     D = 16_000_000  # vectors that go back to the system when they are freed
     settings = Bench(methods=("hash",), sizes=(f"{D}x1000",))
-    adam, hashed, _ = part("memory").measure(settings, lambda _: None)
+    adam, hashed, _ = find_part("memory").measure(settings, lambda _: None)
     assert 5.9 < adam["peak_bytes"] / (4 * D) < 6.3
     assert 2.9 < hashed["peak_bytes"] / (4 * D) < 3.2
 
@@ -434,7 +434,7 @@ def test_loops_take_turns(few_images, monkeypatch):
     monkeypatch.setattr(laboratory.Clock, "lap", lap)
     told = []
     settings = Bench(**QUICK | {"batch_size": 64})
-    rows = part("laboratory").measure(settings, told.append)
+    rows = find_part("laboratory").measure(settings, told.append)
     assert told == ["epochs of mlp-8, full", "epochs of mlp-8, hash"]
     names = [(row["method"], row["projection"]) for row in rows]
     assert names == [(m, loop) for m in ("full", "hash") for loop in ("bare", "laboratory")]
@@ -534,7 +534,7 @@ def test_a_decoder_has_the_weights_that_are_wanted(wanted):
 def test_blocks_are_trained_in_turns(no_peft, here):
     told = []
     settings = Bench(blocks="2x8x16", batches=(4,), large_dim=20, seconds=1e-3)
-    rows = part("blocks").measure(settings, told.append)
+    rows = find_part("blocks").measure(settings, told.append)
     assert told == [
         "blocks 2x8x16, batch of 4, given back at once",
         "blocks 2x8x16, batch of 4, as glibc keeps it",
@@ -567,7 +567,7 @@ def test_a_decoder_is_trained(no_peft, here):
     settings = Bench(
         decoder=transformer.LEAST, dtype="bfloat16", tokens=4, large_dim=50, seconds=1e-3
     )
-    rows = part("transformer").measure(settings, told.append)
+    rows = find_part("transformer").measure(settings, told.append)
     weights = transformer.weights(transformer.LEAST)
     assert told == [f"a decoder of {weights:,} weights, bfloat16"]
     found = of(rows)
@@ -609,7 +609,7 @@ def test_memory_of_blocks_is_what_training_them_takes(no_peft):
         patch.setattr(large_network, "VARIANTS", some)
         patch.setattr(blocks, "ALLOCATORS", {"given back at once": ALLOCATOR})
         settings = Bench(blocks="4x512x2048", batches=(4,), large_dim=100, seconds=1e-3)
-        full, frozen = part("blocks").measure(settings, print)
+        full, frozen = find_part("blocks").measure(settings, print)
     for key in ("peak_bytes", "sampled_bytes"):
         # A step of Adam needs a temporary or two of one tensor beside these.
         assert 2.9 < full[key] / full["weight_bytes"] < 3.8

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from subspan.bench.part import part
+from subspan.bench.part import find_part
 from subspan.bench.settings import Bench as Bench
 from subspan.bench.timing import copy_bandwidth
 from subspan.training import records
@@ -61,7 +61,7 @@ def bench(
         done("copy bandwidth")
     for name in settings.parts:
         if name not in record:
-            record[name] = part(name).measure(settings, done)
+            record[name] = find_part(name).measure(settings, done)
             records.write_json(out / FILE, record)
     record["status"] = "complete"
     records.write_json(out / FILE, record)
@@ -70,4 +70,4 @@ def bench(
 
 def total(settings: Bench) -> int:
     """Return how often ``done`` is called if nothing was measured before."""
-    return 1 + sum(part(name).count(settings) for name in settings.parts)
+    return 1 + sum(find_part(name).count(settings) for name in settings.parts)

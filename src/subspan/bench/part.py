@@ -223,7 +223,7 @@ def parts() -> dict[str, Part]:
     return dict(_registry)
 
 
-def part(name: str) -> Part:
+def find_part(name: str) -> Part:
     """Return the part of that name.
 
     Raises:
@@ -242,4 +242,4 @@ def measured(record: Mapping[str, Any]) -> list[tuple[Part, list[Measurement]]]:
         SubspanError: for a part that no file here and no module of ``--import`` has.
     """
     names = [name for name in record["config"]["parts"] if name in record]
-    return [(part(name), record[name]) for name in names]
+    return [(find_part(name), record[name]) for name in names]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from subspan.bench import candidates
-from subspan.bench.part import part
+from subspan.bench.part import find_part
 from subspan.errors import SubspanError, unknown
 
 
@@ -53,7 +53,7 @@ class Bench:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        named = [part(name) for name in dict.fromkeys(self.parts)]
+        named = [find_part(name) for name in dict.fromkeys(self.parts)]
         if len(named) < len(self.parts):
             raise SubspanError(f"parts names one part twice: {', '.join(self.parts)}")
         for rank in self.ranks:

@@ -161,9 +161,9 @@ class LowRank(Part):
             (adaptive, ORANGE, "training step, ranks may change"),
             (inference, BLUE, "inference"),
         ):
-            ratios = [self.ratio(row, rows, quantity) for row in factored]
+            ratios = [self.ratio(row, rows, quantity) or math.nan for row in factored]
             axes.plot(ranks, ratios, color=colour, marker="o", label=label)
-        ratios = [self.ratio(row, rows, memory) for row in factored]
+        ratios = [self.ratio(row, rows, memory) or math.nan for row in factored]
         label = "peak training memory"
         axes.plot(ranks, ratios, color="0.5", marker="s", linestyle=":", label=label)
         even = break_even(rows)
