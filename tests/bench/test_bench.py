@@ -12,25 +12,11 @@ import pytest
 import torch
 
 from subspan import bench as module
-from subspan.bench import (
-    Bench,
-    bench,
-    blocks,
-    candidates,
-    laboratory,
-    lowrank,
-    memory,
-    optimizers,
-    picture,
-    products,
-    steps,
-    sums,
-    timing,
-    transformer,
-    variants,
-)
-from subspan.bench.apart import ALLOCATOR, Worker, apart
+from subspan.bench import Bench, bench, candidates, large_network, picture, timing
+from subspan.bench.part import find_part
+from subspan.bench.parts import blocks, laboratory, lowrank, memory, sums, transformer
 from subspan.bench.resident import Beyond
+from subspan.bench.subprocess import ALLOCATOR, Worker, run_in_process
 from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from subspan.cache import cache
 from subspan.errors import SubspanError
@@ -106,9 +92,9 @@ def test_bandwidth_counts_reading_and_writing(monkeypatch):
 def test_every_family_is_measured_beside_four_stored_matrices():
     assert candidates.names()[-4:] == ["stored-dense", "stored-coo", "stored-csr", "stored-csc"]
     assert {"hash", "rademacher", "gaussian", "kronecker"} < set(candidates.names())
-    assert candidates.chosen(["rademacher", "hash"]) == ["hash", "rademacher", "stored-dense"]
+    assert candidates.select(["rademacher", "hash"]) == ["hash", "rademacher", "stored-dense"]
     with pytest.raises(SubspanError, match=r"'hush'.*hash"):
-        candidates.chosen(["hush"])
+        candidates.select(["hush"])
 
 
 @pytest.mark.parametrize(
@@ -132,13 +118,14 @@ def test_bytes_of_p_are_those_that_exist(name, expected):
 def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch):
     free = SimpleNamespace(available=10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    [hashed, dense] = products.measure(["hash", "stored-dense"], [(10**6, 600)], 1e-3, CPU, print)
+    settings = Bench(**QUICK | {"methods": ("hash",), "sizes": ("1000000x600",), "dim": 50})
+    [hashed, dense] = find_part("products").measure(settings, print)
     assert "forward" in hashed
     assert dense["skipped"] == "needs 3 of 1 GB"
     assert not {"forward", "backward", "bytes_of_p"} & set(dense)
     told, free.available = [], 10**6
-    rows = steps.measure(["stored-dense"], ["mlp-8"], 50, 4, 1e-3, CPU, told.append)
-    assert ["step" in row for row in rows] == [True, False]
+    rows = find_part("steps").measure(settings, told.append)
+    assert ["step" in row for row in rows] == [True, True, False]
     assert told == ["training steps of mlp-8"]
 
 
@@ -151,8 +138,8 @@ def measured(tmp_path_factory):
     out, told = tmp_path_factory.mktemp("bench") / "out", []
     settings = Bench(methods=("hash", "rademacher"), **QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        for part in (memory, lowrank):
-            patch.setattr(part, "apart", lambda function, *arguments, of: function(*arguments))
+        for room in (memory, lowrank):
+            patch.setattr(room, "run_in_process", lambda f, *arguments, memory_of: f(*arguments))
         record = bench(settings, out, done=told.append)
     return SimpleNamespace(out=out, told=told, settings=settings, record=record)
 
@@ -178,7 +165,7 @@ def test_the_record(measured):
 
 
 def test_the_picture_shows_the_ratios(measured):
-    first, second, fourth, third, fifth, *_ = picture.draw(measured.record).axes
+    first, second, third, fourth, fifth, *_ = picture.draw(measured.record).axes
     assert fifth.get_xlabel() == "rank"
     whole = measured.record["products"][-1]["forward"]["median"]
     ends = [bar.get_x() + bar.get_width() for bar in first.patches][:3]
@@ -198,8 +185,8 @@ def test_what_is_done_is_not_measured_again(measured, monkeypatch):
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        for part in (products, steps, memory, optimizers):
-            patch.setattr(part, "measure", never)
+        for name in ("products", "steps", "memory", "optimizers"):
+            patch.setattr(find_part(name), "measure", never)
         assert bench(measured.settings, measured.out) == json.loads(json.dumps(measured.record))
         with pytest.raises(AssertionError):
             bench(measured.settings, measured.out, overwrite=True)
@@ -217,7 +204,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "measure", interrupt)
+        patch.setattr(find_part("steps"), "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bench(settings, tmp_path)
     left = json.loads((tmp_path / "bench.json").read_text())
@@ -232,14 +219,15 @@ def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypat
 def test_peak_memory_is_of_what_a_step_needs():
     """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
     D = 16_000_000  # vectors that go back to the system when they are freed
-    adam, hashed = memory.measure(["hash"], [(D, 1000)], CPU, lambda _: None)
+    settings = Bench(methods=("hash",), sizes=(f"{D}x1000",))
+    adam, hashed, _ = find_part("memory").measure(settings, lambda _: None)
     assert 5.9 < adam["peak_bytes"] / (4 * D) < 6.3
     assert 2.9 < hashed["peak_bytes"] / (4 * D) < 3.2
 
 
 def test_a_measurement_that_fails_is_an_error():
     with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: .*Error"):
-        memory.measure(["nobody"], [(100, 10)], CPU, print)
+        run_in_process(memory.peak, "nobody", 100, 10, "cpu", memory_of="nobody")
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -332,13 +320,16 @@ def test_networks_of_the_low_rank_benchmark(rank):
     net = lowrank.network(1100, rank)
     ranks = [layer.rank for layer in net.modules() if hasattr(layer, "rank")]
     assert ranks == [min(rank, 784), rank, rank, rank, rank]
-    optimizer = lowrank.optimizer_of(net, rank, adapting=True)
+    optimizer = lowrank.make_optimizer(net, rank, adapting=True)
     assert optimizer.ranks_may_change
-    assert not lowrank.optimizer_of(net, rank).ranks_may_change
+    assert not lowrank.make_optimizer(net, rank).ranks_may_change
 
 
 def test_memory_of_low_rank_follows_the_rank():
-    dense, low = (apart(lowrank.peak, 1500, rank, 2, "cpu", of="it") for rank in (lowrank.DENSE, 4))
+    dense, low = (
+        run_in_process(lowrank.peak, 1500, rank, 2, "cpu", memory_of="it")
+        for rank in (lowrank.DENSE, 4)
+    )
     weights = 784 * 1500 + 4 * 1500**2
     assert dense > 0.95 * 2 * 4 * weights  # and their gradients
     assert low < dense / 4
@@ -442,7 +433,8 @@ def test_loops_take_turns(few_images, monkeypatch):
 
     monkeypatch.setattr(laboratory.Clock, "lap", lap)
     told = []
-    rows = laboratory.measure(["mlp-8"], 10, 64, 1e-3, CPU, told.append)
+    settings = Bench(**QUICK | {"batch_size": 64})
+    rows = find_part("laboratory").measure(settings, told.append)
     assert told == ["epochs of mlp-8, full", "epochs of mlp-8, hash"]
     names = [(row["method"], row["projection"]) for row in rows]
     assert names == [(m, loop) for m in ("full", "hash") for loop in ("bare", "laboratory")]
@@ -483,9 +475,11 @@ def test_the_laboratory_is_measured_if_it_is_named(few_images, in_tmp_path, cli)
 @pytest.fixture
 def no_peft(monkeypatch):
     """PEFT is not installed, whatever is."""
-    found = variants.importlib.util.find_spec
+    found = large_network.importlib.util.find_spec
     monkeypatch.setattr(
-        variants.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
+        large_network.importlib.util,
+        "find_spec",
+        lambda name: None if name == "peft" else found(name),
     )
 
 
@@ -495,8 +489,9 @@ def here(monkeypatch):
     turns = []
 
     class Near:
-        def __init__(self, function, variant, *arguments, allocator):
-            self.variant, self.values = variant, function(variant, *arguments)
+        def __init__(self, function, module, variant, *arguments, allocator):
+            arguments = json.loads(json.dumps(arguments))
+            self.variant, self.values = variant, function(module, variant, *arguments)
 
         def turn(self):
             turns.append(self.variant)
@@ -508,7 +503,7 @@ def here(monkeypatch):
         def __exit__(self, *_):
             self.values.close()
 
-    monkeypatch.setattr(variants, "Worker", Near)
+    monkeypatch.setattr(large_network, "Worker", Near)
     return turns
 
 
@@ -519,8 +514,10 @@ def of(rows):
 @pytest.mark.parametrize("size", ["24x1024x4096", "3x5x7"])
 def test_the_weights_of_blocks_are_counted(size):
     with torch.device("meta"):
-        net = blocks.Blocks(*blocks.parsed(size))
-    assert sum(p.numel() for p in net.parameters()) == blocks.weights(size)
+        net = blocks.Blocks(*Bench(blocks=size).block_sizes)
+    assert sum(p.numel() for p in net.parameters()) == blocks.weights(
+        Bench(blocks=size).block_sizes
+    )
 
 
 @pytest.mark.parametrize("wanted", [transformer.LEAST, 10**6, 20_000_000, 10**9, 7 * 10**9])
@@ -536,7 +533,8 @@ def test_a_decoder_has_the_weights_that_are_wanted(wanted):
 
 def test_blocks_are_trained_in_turns(no_peft, here):
     told = []
-    rows = blocks.measure("2x8x16", (4,), 20, 1e-3, CPU, told.append)
+    settings = Bench(blocks="2x8x16", batches=(4,), large_dim=20, seconds=1e-3)
+    rows = find_part("blocks").measure(settings, told.append)
     assert told == [
         "blocks 2x8x16, batch of 4, given back at once",
         "blocks 2x8x16, batch of 4, as glibc keeps it",
@@ -566,7 +564,10 @@ def test_blocks_are_trained_in_turns(no_peft, here):
 
 def test_a_decoder_is_trained(no_peft, here):
     told = []
-    rows = transformer.measure(transformer.LEAST, "bfloat16", 4, 50, 1e-3, CPU, told.append)
+    settings = Bench(
+        decoder=transformer.LEAST, dtype="bfloat16", tokens=4, large_dim=50, seconds=1e-3
+    )
+    rows = find_part("transformer").measure(settings, told.append)
     weights = transformer.weights(transformer.LEAST)
     assert told == [f"a decoder of {weights:,} weights, bfloat16"]
     found = of(rows)
@@ -584,12 +585,13 @@ def test_a_decoder_is_trained(no_peft, here):
 def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, monkeypatch):
     free = SimpleNamespace(available=10**6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    some = (variants.FULL, variants.FROZEN, variants.SUBSPAN)
+    some = (large_network.FULL, large_network.FROZEN, large_network.SUBSPAN)
 
     def measure(weight_bytes):
         here.clear()
-        arguments = ("1x8x16", 4, 20, "cpu")
-        return variants.measure(blocks.steps, arguments, some, weight_bytes, 1e-3, {})
+        settings = Bench(large_dim=20, seconds=1e-3)
+        arguments = ((1, 8, 16), 4)
+        return large_network.measure(blocks.__name__, arguments, settings, weight_bytes, {}, some)
 
     assert all("step" in row for row in measure(10**4))
     assert here[:3] == ["full", "frozen", "subspan"]
@@ -603,9 +605,11 @@ def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, m
 def test_memory_of_blocks_is_what_training_them_takes(no_peft):
     """In processes of their own: two moments and a gradient, or nothing but activations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "VARIANTS", (variants.FULL, variants.FROZEN))
+        some = (large_network.FULL, large_network.FROZEN)
+        patch.setattr(large_network, "VARIANTS", some)
         patch.setattr(blocks, "ALLOCATORS", {"given back at once": ALLOCATOR})
-        full, frozen = blocks.measure("4x512x2048", (4,), 100, 1e-3, CPU, print)
+        settings = Bench(blocks="4x512x2048", batches=(4,), large_dim=100, seconds=1e-3)
+        full, frozen = find_part("blocks").measure(settings, print)
     for key in ("peak_bytes", "sampled_bytes"):
         # A step of Adam needs a temporary or two of one tensor beside these.
         assert 2.9 < full[key] / full["weight_bytes"] < 3.8

@@ -41,6 +41,13 @@ BAD = {
     "train --method hsh": "unknown method 'hsh': did you mean hash?",
     "train --method full": "method 'full' has no options, got --dim",
     "train --s 3": "unknown option of hash 's'",
+    "train --tolerance 0.1": "(it is one of dlrt, dlrt-ratio)",
+    "sweep --tolerance 0.1": "unknown option of hash 'tolerance'",
+    "train --lr --seed 3": "--lr: expected one argument",
+    "train --config '{lr: abc}'": "lr must be a number or null, got abc",
+    "train --config '{epochs: 1.5}'": "epochs must be an integer, got 1.5",
+    "bench --ranks 2.5": "ranks must be an integer, got 2.5",
+    "bench --parts steps,steps": "parts names one part twice: steps, steps",
     "train --dim null": "method 'hash' needs --dim",
     "train --dim 0": "dim must be a positive integer",
     "train --dim -3": "compartments, got -3",
@@ -289,9 +296,9 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):
 
 
 def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):
-    from subspan.commands import console
+    from subspan.commands.train import TrainingProgress
 
-    monkeypatch.setattr(console.TrainingProgress, "epoch", lambda *_: ctrl_c())
+    monkeypatch.setattr(TrainingProgress, "epoch", lambda *_: ctrl_c())
     said = cli(*TRAIN, "--dim", "5", "--epochs", "3")
     assert said.code == 130
     words = "stopped after 11 of 33 steps; to go on: subspan train --resume --out run"

@@ -44,8 +44,7 @@ OPTIONS = {
         "--net",
         "--batch-size",
         "--mixed-precision",
-        "--dim",
-        "--train-fully",
+        "--method METHOD",
         "--overwrite",
     ],
     "sweep": ["--dims", "--baseline-lrs", "--weight-decay", "--seeds", "--jobs", "--threshold"],
@@ -81,9 +80,55 @@ def test_the_configuration_is_printed(command, cli):
 
 
 def test_an_option_says_what_it_means_to_whom(cli):
-    said = " ".join(cli("train", "--help").out.split())
-    assert "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀; layers to factor" in said
-    assert "layers that stay dense (dlrt, dlrt-ratio)" in said
+    said = " ".join(cli("sweep", "--methods", "hash,dlrt", "--help").out.split())
+    assert "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀ (hash); layers to" in said
+    assert "layers that stay dense (dlrt)" in said
+
+
+def test_help_shows_the_options_of_the_methods_that_are_named(cli, in_tmp_path):
+    """And none where no method is named: those of all are 35."""
+    general = cli("train", "--help").out
+    assert "--batch-size" in general
+    assert "--method hash --help" in general
+    assert not [name for name in ("--dim DIM", "--targets", "--tolerance") if name in general]
+    of_hash = cli("train", "--help", "--method=hash").out
+    assert "--dim DIM" in of_hash
+    assert "--tolerance" not in of_hash
+    (in_tmp_path / "run.yaml").write_text("method: dlrt\n")
+    for words in (("--method", "dlrt"), ("--config", "run.yaml")):
+        of_dlrt = cli("train", *words, "--help").out
+        assert "--tolerance TOLERANCE" in of_dlrt
+        assert "--dim DIM" not in of_dlrt
+    of_both = cli("sweep", "--methods", "dlrt,sparse", "--help").out
+    assert "--tolerance TOLERANCE" in of_both
+    assert "--s S" in of_both
+    assert "--redraw-every" not in of_both
+
+
+def test_what_is_printed_has_the_options_that_are_given(cli):
+    said = cli("train", "--dim", "5", "--print_config")
+    assert "dim: 5\n" in said.out
+    assert "tolerance" not in said.out
+    said = cli("train", "--method", "dlrt", "--tolerance", "0.1", "--print_config")
+    assert "tolerance: 0.1\n" in said.out
+
+
+def test_a_file_of_an_earlier_version_names_all_options(cli, in_tmp_path):
+    """Without a value, those of other methods are no more than that."""
+    (in_tmp_path / "run.yaml").write_text("method: hash\ndim: 5\ntolerance: null\ns: null\n")
+    said = cli("train", "--config", "run.yaml", "--print_config")
+    assert (said.code, said.err) == (0, "")
+    (in_tmp_path / "run.yaml").write_text("method: hash\ndim: 5\ntolerance: 0.1\n")
+    said = cli("train", "--config", "run.yaml", "--print_config")
+    assert said.code == 2
+    assert "unknown option of hash 'tolerance'" in said.err
+    assert said.err.endswith("(it is one of dlrt, dlrt-ratio)\n")
+
+
+def test_whole_numbers_may_be_written_as_floats(cli):
+    said = cli("train", "--epochs", "1e3", "--seed", "7", "--print_config")
+    assert (said.code, said.err) == (0, "")
+    assert "epochs: 1000.0\n" in said.out
 
 
 # ---- what is done --------------------------------------------------------------------------------

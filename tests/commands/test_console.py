@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from subspan.commands import console
-from subspan.commands.doctor import Finding
+from subspan.commands import console, doctor
+from subspan.commands.doctor import Check
+from subspan.commands.sweep import show_runs, show_sweep
+from subspan.commands.train import show_progress, show_result
+from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
@@ -73,14 +76,16 @@ ACCURACY = (
 )
 
 
-def test_lines_are_whole(capsys):
+def test_lines_are_whole(capsys, monkeypatch):
     """Names with brackets and colons are no markup; nothing is wrapped at 80 columns."""
     out = Path("runs") / ("[red]" + "y" * 100)
-    console.trained(RECORD, out, anew=True)
-    console.swept(SWEEP, [out / "curve.png", out / "curve.svg", out / "report.html"])
-    console.facts({"net": "a:b:c", "extra": {"shape": [1, 2]}, "empty": {}, "n": 12345})
-    console.diagnosis([Finding("[x]", True, "[y]"), Finding("z", False, "w")])
-    console.listing([("name", "title [a]", "source " * 30)])
+    show_result(RECORD, out, complete_before=False)
+    show_sweep(SWEEP, [out / "curve.png", out / "curve.svg", out / "report.html"])
+    console.print_facts({"net": "a:b:c", "extra": {"shape": [1, 2]}, "empty": {}, "n": 12345})
+    checks = [Check("[x]", True, "[y]"), Check("z", False, "w")]
+    monkeypatch.setattr(doctor, "run_checks", lambda: checks)
+    with pytest.raises(SubspanError, match=r"^failed checks: z$"):
+        doctor.main([])
     lines = capsys.readouterr().out.splitlines()
     assert all(line.strip() and line.isprintable() for line in lines)
     expected = [
@@ -99,9 +104,8 @@ def test_lines_are_whole(capsys):
         "  shape: [1, 2]",
         "empty: {}",
         "n: 12,345",
-        "ok  [x]: [y]",
-        "ILL z: w",
-        "    title [a]",
+        "ok   [x]: [y]",
+        "FAIL z: w",
     ]
     assert [line for line in lines if line in expected] == expected
     table = [" ".join(line.split()) for line in lines]
@@ -110,19 +114,20 @@ def test_lines_are_whole(capsys):
 
 
 def test_a_run_that_was_complete(capsys):
-    console.trained(replace(RECORD, stored_parameters=159_010, notes=[]), Path("a"), anew=False)
+    record = replace(RECORD, stored_parameters=159_010, notes=[])
+    show_result(record, Path("a"), complete_before=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "complete already, not repeated"
     assert lines[1].startswith("test accuracy 98.77 %, 159,010 numbers stored, 3,700 bytes")
 
 
 def progress_of_everything():
-    with console.training(a_run(dim=5, net="[x]")) as progress:
+    with show_progress(a_run(dim=5, net="[x]")) as progress:
         progress.start(100, 0, Score())
         for _ in range(100):
             progress.step()
         progress.epoch(ROW)
-    with console.runs(2) as done:
+    with show_runs(2) as done:
         done(Outcome(Job("[a]", a_run(dim=5)), "done", RECORD), 1)
         for name in "bc":
             error = {"error": "it [failed]", "traceback": "here\n"}
@@ -141,7 +146,7 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
         "c failed: it [failed]",
     ]
     monkeypatch.setenv("RANK", "1")
-    with console.training(a_run(dim=5)) as progress:
+    with show_progress(a_run(dim=5)) as progress:
         progress.epoch(ROW)
     assert capsys.readouterr().out == ""
 

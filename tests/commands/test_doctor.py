@@ -9,14 +9,14 @@ import torch
 
 from subspan import kernels
 from subspan.commands import doctor
-from subspan.commands.doctor import examine
+from subspan.commands.doctor import run_checks
 from subspan.families import projections
 from subspan.training import machine
 
 
 def test_all_is_well(cli):
-    found = examine()
-    assert [f for f in found if not f.well] == []
+    found = run_checks()
+    assert [f for f in found if not f.passed] == []
     subjects = [f.subject for f in found]
     assert subjects.count("Philox4x32-10 known answer") == 3
     assert {f"projection {name}" for name in projections()} <= set(subjects)
@@ -28,7 +28,7 @@ def test_all_is_well(cli):
     said = cli("doctor")
     assert (said.code, said.err) == (0, "")
     assert len(said.out.splitlines()) == len(found)
-    assert all(line.startswith("ok  ") for line in said.out.splitlines())
+    assert all(line.startswith("ok   ") for line in said.out.splitlines())
 
 
 def test_a_wrong_answer_is_found(monkeypatch, cli):
@@ -43,14 +43,14 @@ def test_a_wrong_answer_is_found(monkeypatch, cli):
     imprecise = right._replace(matvec=lambda *arguments: 1.001 * right.matvec(*arguments))
     monkeypatch.setitem(kernels.available("cpu"), "fastfood", imprecise)
     monkeypatch.setitem(kernels.available("cpu"), "sparse", right._replace(matvec=broken))
-    ill = {f.subject: f.seen for f in examine() if not f.well}
+    ill = {f.subject: f.seen for f in run_checks() if not f.passed}
     assert {"Philox4x32-10 known answer", "projection fastfood", "projection sparse"} <= set(ill)
     assert "projection gaussian" not in ill
     assert "[no] kernel" in ill["projection sparse"]
     said = cli("doctor")
     assert said.code == 2
-    assert "not well: Philox4x32-10 known answer, projection fastfood, " in said.err
-    assert "ILL projection sparse: numba: RuntimeError('[no] kernel')" in said.out
+    assert "failed checks: Philox4x32-10 known answer, projection fastfood, " in said.err
+    assert "FAIL projection sparse: numba: RuntimeError('[no] kernel')" in said.out
 
 
 def test_versions_and_device():
@@ -70,8 +70,8 @@ def test_the_version_of_pytorch_names_its_build(build, monkeypatch, cli):
     )
     monkeypatch.setattr(torch, "__version__", build)
     assert machine.versions()["torch"] == build
-    assert f"ok  version: torch {build}" in [
-        " ".join(s.split(" ")) for s in cli("doctor").out.splitlines()
+    assert f"ok version: torch {build}" in [
+        " ".join(s.split()) for s in cli("doctor").out.splitlines()
     ]
 
 

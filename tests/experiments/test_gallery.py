@@ -240,7 +240,7 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
         asked.append(json.loads(json.dumps(settings.as_dict())))
         raise SubspanError("asked")
 
-    monkeypatch.setattr("subspan.experiments.many.sweep_parts", run)
+    monkeypatch.setattr("subspan.commands.sweep.sweep_parts", run)
     words = shlex.split(sweep_command(config))
     assert words[0] == "subspan"
     assert cli(*words[1:]).err.endswith("error: asked\n")

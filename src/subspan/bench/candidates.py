@@ -1,4 +1,4 @@
-"""What is measured against each other: every family, and matrices that are stored."""
+"""The projections that are compared: every family, and matrices that are stored."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DENSE = "stored-dense"  # what products are held against
 
 
 def names() -> list[str]:
-    """All names, stored matrices last."""
+    """List all names, stored matrices last."""
     return [name for name in projections() if name != "stored"] + list(STORED)
 
 
-def chosen(methods: Sequence[str]) -> list[str]:
-    """The names that were asked for, and the dense matrix that they are compared with.
+def select(methods: Sequence[str]) -> list[str]:
+    """Select the names that were asked for, and the dense matrix that they are compared with.
 
     Raises:
         SubspanError: for an unknown name.
@@ -36,19 +36,19 @@ def chosen(methods: Sequence[str]) -> list[str]:
 
 
 def options(name: str) -> dict[str, Any]:
-    """Arguments of :class:`~subspan.subspace.SubspaceModel` that make it use this projection."""
+    """Return the arguments of :class:`~subspan.subspace.SubspaceModel` that choose a projection."""
     return {"projection": "stored", **STORED[name]} if name in STORED else {"projection": name}
 
 
 def make(name: str, out_dim: int, in_dim: int) -> Projection:
-    """The projection itself."""
+    """Make the projection itself."""
     arguments = options(name)
     family = arguments.pop("projection")
     return projection(family, out_dim=out_dim, in_dim=in_dim, **arguments)
 
 
 def needed(name: str, out_dim: int, in_dim: int) -> int:
-    """Bytes that exist at the same time while a stored matrix is made; 0 for others."""
+    """Count the bytes that exist at the same time while a stored matrix is made; 0 for others."""
     if name not in STORED:
         return 0
     if STORED[name]["layout"] == "dense":
@@ -57,16 +57,16 @@ def needed(name: str, out_dim: int, in_dim: int) -> int:
 
 
 def too_large(name: str, out_dim: int, in_dim: int, device: torch.device) -> str:
-    """Why a candidate cannot be measured here; empty if it can."""
-    there = psutil.virtual_memory().available
+    """Say why a candidate cannot be measured here; nothing if it can."""
+    free = psutil.virtual_memory().available
     if device.type == "cuda":
-        there = min(there, torch.cuda.mem_get_info(device)[0])
+        free = min(free, torch.cuda.mem_get_info(device)[0])
     bytes_ = needed(name, out_dim, in_dim)
-    return f"needs {bytes_ / 1e9:.0f} of {there / 1e9:.0f} GB" if bytes_ > there else ""
+    return f"needs {bytes_ / 1e9:.0f} of {free / 1e9:.0f} GB" if bytes_ > free else ""
 
 
 def bytes_of(p: Projection, device: torch.device) -> int:
-    """Bytes of P that exist between products: a stored matrix, or what is kept of an index."""
+    """Count the bytes of P between products: a stored matrix, or what is kept of an index."""
     if isinstance(p, stored.Stored):
         return stored.stored_bytes(p, device)
     cache.clear()

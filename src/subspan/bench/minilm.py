@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 
 def encoder(classes: int = 10) -> nn.Module:
-    """The encoder with a layer of classes.
+    """Make the encoder with a layer of classes.
 
     Raises:
         SubspanError: without Hugging Face's transformers.

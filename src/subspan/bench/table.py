@@ -1,66 +1,39 @@
-"""The table of a benchmark: every row as multiples of what it is held against."""
+"""The table of a benchmark in the gallery: every row as multiples of what it is held against."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.bench import PARTS
-from subspan.bench.candidates import DENSE
+from subspan.bench.bars import show_number
+from subspan.bench.part import measured
 from subspan.report.tables import NONE, Table
-from subspan.training.records import grouped
-
-_KEYS = {  # by which the rows of a part belong together
-    "products": ("out_dim", "in_dim"),
-    "memory": ("out_dim", "in_dim"),
-    "steps": ("net",),
-    "optimizers": ("net",),
-    "lowrank": ("width",),
-    "sums": ("what",),
-    "laboratory": ("net", "method"),
-    "blocks": ("batch_size", "allocator"),
-    "transformer": ("dtype",),
-}
-_WORDS = {
-    "forward": "P w",
-    "backward": "Pᵀ g",
-    "step": "a training step",
-    "adaptive": "a step, ranks may change",
-    "inference": "inference",
-    "peak_bytes": "peak memory",
-}
 
 
 def of_bench(record: Mapping[str, Any]) -> Table:
-    """What a benchmark measured, as multiples of what it is held against.
+    """Make one table of all parts of a benchmark.
 
     Args:
         record: of ``bench.json``.
     """
-    groups = [
-        (part, rows) for part in PARTS for _, rows in grouped(record.get(part, ()), *_KEYS[part])
-    ]
-    found = [key for key in _WORDS if any(key in row for _, rows in groups for row in rows)]
+    found = measured(record)
+    groups = [(part, some) for part, rows in found for some in part.groups(rows)]
+    words = list(
+        dict.fromkeys(
+            quantity.words
+            for part, rows in groups
+            for quantity in part.quantities
+            if any(quantity.key in row for row in rows)
+        )
+    )
     lines = []
     for part, rows in groups:
-        base = next((row for row in rows if row.get("projection") == DENSE), rows[0])
         for row in rows:
-            # A step whose ranks may change is held against the dense one, which has no ranks.
-            ratios = [_ratio(row, base, key, "step" if key == "adaptive" else key) for key in found]
-            lines.append((part, _name(row), *ratios))
-    apart = len({part for part, _ in groups}) > 1
-    columns = ("part", "what", *(f"{_WORDS[key]}, ×" for key in found))
-    return Table(columns[not apart :], [line[not apart :] for line in lines], words=1 + apart)
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    if "projection" in row:
-        return ", ".join(str(row[key]) for key in ("projection", "method") if key in row)
-    return f"rank {row['rank']:,}" if row["rank"] else "dense"
-
-
-def _ratio(row: Mapping[str, Any], base: Mapping[str, Any], key: str, of: str) -> str:
-    if key not in row or of not in base:
-        return NONE
-    ours, theirs = (x["median"] if isinstance(x, dict) else x for x in (row[key], base[of]))
-    return f"{ours / theirs:.3g}"
+            ratios = {q.words: part.ratio(row, rows, q) for q in part.quantities}
+            cells = [ratios.get(word) for word in words]
+            shown = [NONE if cell is None else show_number(cell) for cell in cells]
+            lines.append((part.name, part.full_label(row), *shown))
+    several = len(found) > 1
+    columns = ("part", "what", *(f"{word}, ×" for word in words))
+    first = 0 if several else 1
+    return Table(columns[first:], [line[first:] for line in lines], words=1 + several)

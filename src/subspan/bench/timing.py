@@ -19,12 +19,12 @@ ROUNDS = (5, 100)  # at least, at most
 CALLS = 4  # in a turn, or as many as fill
 TURN = 0.02  # seconds
 
-Timing = dict[str, float]  # median, low, high (quartiles) in seconds; calls
+Quartiles = dict[str, float]  # median, low, high (quartiles) in seconds; calls
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
-) -> dict[str, Timing]:
+) -> dict[str, Quartiles]:
     """Time functions in turns.
 
     Args:
@@ -62,7 +62,7 @@ def interleaved(
     return {name: spread(measured) for name, measured in times.items()}
 
 
-def spread(seconds: list[float]) -> Timing:
+def spread(seconds: list[float]) -> Quartiles:
     """Return the median and the quartiles of some calls."""
     low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "low": low, "high": high, "calls": len(seconds)}

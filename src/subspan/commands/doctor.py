@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from subspan import kernels
-from subspan.commands.parsing import Arguments, make_parser, parse
+from subspan.commands import console
+from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.errors import SubspanError
 from subspan.families import projection, projections
 from subspan.philox import philox4x32
@@ -26,38 +27,38 @@ KNOWN_ANSWERS = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's: what was looked at, whether it is well, and what was seen."""
+class Check:
+    """One line of the doctor's: what was checked, whether it passed, and what was seen."""
 
     subject: str
-    well: bool
+    passed: bool
     seen: str
 
 
-def examine() -> list[Finding]:
-    """Look at everything; nothing is raised, nothing is written."""
-    found = [Finding("version", True, f"{name} {v}") for name, v in machine.versions().items()]
-    found.append(Finding("device", True, machine.device_name(torch.device("cpu"))))
-    found += [
-        Finding("device", True, torch.cuda.get_device_name(i))
+def run_checks() -> list[Check]:
+    """Check everything; nothing is raised, nothing is written."""
+    checks = [Check("version", True, f"{name} {v}") for name, v in machine.versions().items()]
+    checks.append(Check("device", True, machine.device_name(torch.device("cpu"))))
+    checks += [
+        Check("device", True, torch.cuda.get_device_name(i))
         for i in range(torch.cuda.device_count())
     ]
-    found += [_known_answer(*vector) for vector in KNOWN_ANSWERS]
-    found += [_products(name) for name in projections()]
-    return found
+    checks += [_check_known_answer(*vector) for vector in KNOWN_ANSWERS]
+    checks += [_check_products(name) for name in projections()]
+    return checks
 
 
-def _known_answer(
+def _check_known_answer(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
-) -> Finding:
+) -> Check:
     c0, c1, c2, c3 = (torch.tensor(word) for word in counter)
     words = [int(word) for word in philox4x32((c0, c1, c2, c3), key)]
     seen = " ".join(f"{word:08x}" for word in words)
-    return Finding("Philox4x32-10 known answer", words == list(expected), seen)
+    return Check("Philox4x32-10 known answer", words == list(expected), seen)
 
 
-def _products(name: str) -> Finding:
-    """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ in float32, by the kernel that users get, and P w against float64."""
+def _check_products(name: str) -> Check:
+    """Check ⟨P w, g⟩ = ⟨w, Pᵀ g⟩ in float32, by the kernel that users get, and P w in float64."""
     p = projection(name, out_dim=1009, in_dim=37, seed=2**40 + 1)
     kernel = "numba" if name in kernels.available("cpu") else "torch"
     try:
@@ -66,19 +67,19 @@ def _products(name: str) -> Finding:
         error = float((p.matvec(w) - exact).norm() / exact.norm())
         adjoint = float((p.matvec(w) @ g - w @ p.rmatvec(g)).abs() / (exact.norm() * g.norm()))
     except Exception as failure:  # the doctor reports what it finds
-        return Finding(f"projection {name}", False, f"{kernel}: {failure!r}")
-    well = max(error, adjoint) < 1e-5
-    return Finding(
-        f"projection {name}", well, f"{kernel}: error {error:.0e}, adjoint {adjoint:.0e}"
+        return Check(f"projection {name}", False, f"{kernel}: {failure!r}")
+    passed = max(error, adjoint) < 1e-5
+    return Check(
+        f"projection {name}", passed, f"{kernel}: error {error:.0e}, adjoint {adjoint:.0e}"
     )
 
 
 def main(argv: Arguments) -> None:
-    """What works on this machine: kernels, devices, the generator's known answers, versions."""
-    from subspan.commands import console
-
-    parse(make_parser("doctor", main.__doc__), argv)
-    findings = examine()
-    console.diagnosis(findings)
-    if ill := [finding.subject for finding in findings if not finding.well]:
-        raise SubspanError(f"not well: {', '.join(ill)}")
+    """Check what works on this machine: kernels, devices, the generator's known answers."""
+    parse(Parser("doctor", main.__doc__), argv)
+    checks = run_checks()
+    for check in checks:
+        mark, style = ("ok  ", None) if check.passed else ("FAIL", "red")
+        console.say(f"{mark} {check.subject}: {check.seen}", style=style)
+    if failed := [check.subject for check in checks if not check.passed]:
+        raise SubspanError(f"failed checks: {', '.join(failed)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from subspan.commands.parsing import Arguments, make_parser, parse
+from subspan.commands.parsing import Arguments, Parser, parse
+from subspan.experiments.gallery import write
 
 
 def main(argv: Arguments) -> None:
@@ -13,9 +14,7 @@ def main(argv: Arguments) -> None:
     The folder holds a folder for each of them, as runs does after some subspan reproduce. A page
     FILE.html has the pictures inside, FILE.md links to them.
     """
-    from subspan.experiments.gallery import write
-
-    parser = make_parser("gallery", main.__doc__)
+    parser = Parser("gallery", main.__doc__)
     parser.add_argument("folder", type=str, help="with the experiments' folders")
     parser.add_argument("file", type=str, help="the page to write: ….html or ….md")
     given = parse(parser, argv)

@@ -1,150 +1,281 @@
-"""The parsers of all commands share this: options of methods, YAML files, refusals."""
+"""The parser of a command: options from dataclasses and methods, YAML files, refusals.
+
+An option is a field of a dataclass, an option of a method, or one of the few that only a command
+has. Its help is what the dataclass's docstring says of the field.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import functools
+import operator
+import types
+import typing
+from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from subspan.errors import SubspanError, unknown
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
-    from subspan.sweeps.result import SweepRecord
+from subspan.training import config
+from subspan.training.options_file import check_file, check_value
 
 Arguments = Sequence[str]
+# A list as people type it, 10,30,100, or as YAML has it, or one value.
+LISTED = list[str | int | float] | str | int | float | None
 
 
-def make_parser(command: str, description: str | None, epilog: str = "") -> ArgumentParser:
-    """Make the parser of a command, with the options that every command has."""
-    from argparse import SUPPRESS, RawDescriptionHelpFormatter
+class Parser(ArgumentParser):
+    """A parser that knows its options by their names with dashes, and what their values may be."""
 
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    def __init__(self, command: str, description: str | None, epilog: str = "") -> None:
+        self.actions: list[Action] = []
+        self.kinds: dict[str, Any] = {}  # type hints by the name of an argument
+        super().__init__(
+            prog=f"subspan {command}",
+            description=description,
+            epilog=epilog,
+            formatter_class=RawDescriptionHelpFormatter,
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", action="config", help="a YAML file of these options")
+        self.add_argument(
+            "--import",
+            dest="imports",
+            default=SUPPRESS,
+            metavar="MODULE",
+            help="first import a module of yours, which adds projections, methods, kinds of atoms, "
+            "parts of the benchmark or experiments; may be given several times",
+        )
 
-    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """The usual help, with the epilog's lines as they are."""
+    def add_argument(self, *names: str, **settings: Any) -> Action:
+        """Add an argument; its name has dashes for underscores."""
+        default, text = settings.get("default"), settings.get("help")
+        if text not in (None, SUPPRESS) and default not in (None, SUPPRESS):
+            settings["help"] = f"{text} (default: {default})"
+        action: Action = super().add_argument(*map(dashed, names), **settings)
+        self.actions.append(action)
+        self.kinds[action.dest] = settings.get("type")
+        return action
 
-    parser = ArgumentParser(
-        prog=f"subspan {command}",
-        description=description,
-        epilog=epilog,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        default=SUPPRESS,
-        type=str | None,
-        metavar="MODULE",
-        help="import a module of yours first, which adds projections, methods, kinds of atoms, "
-        "types of layers or experiments; may be given several times",
-    )
-    return parser
+    def add_fields(self, cls: type, *, without: Iterable[str] = (), **defaults: Any) -> None:
+        """Add the fields of a dataclass as options, each with what the docstring says of it.
+
+        Args:
+            cls: the dataclass.
+            without: fields that are no options.
+            defaults: in place of those of the dataclass. None stands for what the command chooses.
+        """
+        hints = get_type_hints(cls)
+        said = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
+        for field in fields(cls):
+            if field.name in without:
+                continue
+            default = defaults.get(field.name, None if field.default is MISSING else field.default)
+            kind = typed(hints[field.name])
+            if isinstance(default, tuple):
+                default = ",".join(map(str, default)) or None
+            kind = kind if default is not None else kind | None
+            text = " ".join((said[field.name] or "").split())
+            self.add_argument(f"--{field.name}", type=kind, default=default, help=text.rstrip("."))
+
+    def flags(self) -> dict[str, Action]:
+        """Return the options by their names with dashes."""
+        return {
+            name: action
+            for action in self.actions
+            for name in action.option_strings
+            if name.startswith("--") and not name.endswith("+")
+        }
 
 
-def parse(parser: ArgumentParser, argv: Arguments) -> Namespace:
-    """Parse; every option is known by its name with dashes, too."""
-    from argparse import ArgumentError
+def dashed(word: str) -> str:
+    """Write an option's name with dashes, but for the one that jsonargparse looks for."""
+    name, equals, value = word.partition("=")
+    known = not name.startswith("--") or name == "--print_config"
+    return word if known else f"{name.replace('_', '-')}{equals}{value}"
 
-    from subspan.training.options_file import check_file, check_value
 
-    for action in parser._actions:
-        if "--print_config" in action.option_strings:  # jsonargparse looks for this very word
-            continue
-        dashed = [name.replace("_", "-") for name in action.option_strings if "_" in name]
-        action.option_strings = [*dashed, *action.option_strings]
-        parser._option_string_actions.update(dict.fromkeys(dashed, action))
-    known = set(parser.get_defaults().keys()) - {"config", "imports"}
-    for option, word in zip(["", *argv], argv, strict=False):
+def typed(hint: Any) -> Any:
+    """Return the type that values of a field have where they are given: lists may be texts."""
+    if get_origin(hint) is tuple:
+        return LISTED
+    if get_origin(hint) is Mapping:
+        return dict[str, Any]
+    if hint is int:
+        return int | float  # 1e6 is whole; read_fields refuses what is not
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        # A mapping first: it could be taken for a text.
+        some = sorted(map(typed, get_args(hint)), key=lambda kind: get_origin(kind) is not dict)
+        return functools.reduce(operator.or_, some)
+    return hint
+
+
+def read_fields(cls: type, given: Namespace, **others: Any) -> Any:
+    """Make a dataclass of the arguments that have the names of its fields.
+
+    Args:
+        cls: the dataclass.
+        given: the arguments; lists in any of their forms.
+        others: fields that are no arguments.
+    """
+    hints = get_type_hints(cls)
+    values = {
+        field.name: read(field.name, hints[field.name], given[field.name])
+        for field in fields(cls)
+        if field.name not in others and field.name in given
+    }
+    return cls(**others, **values)
+
+
+def read(name: str, hint: Any, value: Any) -> Any:
+    """Convert a value to what a field has: a list to a tuple, 1e6 to an integer.
+
+    Raises:
+        SubspanError: for a value that cannot be converted.
+    """
+    if isinstance(value, Mapping):
+        return config.rates(value, name) if get_origin(hint) is not dict else value
+    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    listed = next((option for option in options if get_origin(option) is tuple), None)
+    if listed is not None:
+        of = get_args(listed)[0]
+        if value is None:
+            return ()
+        if of is str:
+            return config.split(value, name)
+        return tuple(_whole(name, n) if of is int else n for n in config.floats(value, name))
+    return _whole(name, value) if int in options and isinstance(value, float) else value
+
+
+def _whole(name: str, value: float) -> int:
+    if not float(value).is_integer():
+        raise SubspanError(f"{name} must be an integer, got {value}")
+    return int(value)
+
+
+# ---- parsing -------------------------------------------------------------------------------------
+
+
+def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespace:
+    """Parse the arguments.
+
+    Args:
+        parser: of the command.
+        argv: what was typed after the command's name.
+        defaults: whether what was not given has its default; otherwise it is left out.
+
+    Raises:
+        SubspanError: for an argument that does not exist, or has a wrong value.
+    """
+    words = [dashed(word) for word in argv]
+    known = set(parser.kinds) - {"config", "imports", "help", "print_config"}
+    for option, word in zip(["", *words], words, strict=False):
         name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
         if name == "--config" and value:
             check_file(value, known, parser.prog)
         else:
             check_value(name, value)
+    _check_names(parser, words)
     try:
-        return parser.parse_args(argv)
+        return parser.parse_args(words, defaults=defaults)
     except ArgumentError as error:
-        raise _refusal(str(error), parser) from error
+        sentence = _find_wrong_value(parser, words) or " ".join(str(error).split())
+        raise SubspanError(f"{sentence}; see {parser.prog} --help") from error
 
 
-def _refusal(message: str, parser: ArgumentParser) -> SubspanError:
-    """The parser's message, of many lines and types of Python, as a sentence."""
-    if found := re.fullmatch(r"unrecognized arguments: ([^\s=]+).*", message):
-        flags = [name for name in parser._option_string_actions if re.fullmatch(r"--[a-z-]+", name)]
-        return unknown(f"argument of {parser.prog}", found[1], flags)
-    key = re.match(r'Parser key "(\w+)":\s*', message)
-    value = re.search(r".*(?:Given|Got) value: (.*)\Z", message, re.DOTALL)
-    if key and value:
-        names = {"float": "a number", "int": "an integer", "NoneType": "null", "str": "a text"}
-        types = re.findall(r"Expected an? (?:<class '|typing\.)?(\w+(?:\[.*\])?)", message)
-        kinds = " or ".join(names.get(kind, kind.replace("Literal", "one of ")) for kind in types)
-        message = f"{key[1]} must be {kinds}, got {value[1]}"
-    elif key:
-        message = f"--{key[1]}: {message[key.end() :]}"
-    return SubspanError(f"{' '.join(message.split())}; see {parser.prog} --help")
+def _check_names(parser: Parser, words: Sequence[str]) -> None:
+    """Refuse an option that the command does not have, and a word too many."""
+    flags = parser.flags()
+    room = sum(not action.option_strings for action in parser.actions)
+    value_of = None  # the option whose value comes next
+    for word in words:
+        name = word.partition("=")[0].removesuffix("+")
+        if name.startswith("--") and name != "--print_config":
+            if name not in flags:
+                raise unknown(f"argument of {parser.prog}", name, flags)
+            value_of = None if "=" in word or flags[name].nargs == 0 else name
+        elif value_of is not None or word == "-h" or name == "--print_config":
+            value_of = None
+        else:
+            room -= 1
+            if room < 0:
+                raise unknown(f"argument of {parser.prog}", word, flags)
 
 
-def list_methods() -> str:
-    """List all methods, a line each, for the end of a help text."""
-    from subspan.training.methods import methods
+def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
+    """Find the first option that has not a value of its type, and say what it must be.
 
-    lines = [f"  {name:16} {how.help}" for name, how in sorted(methods().items())]
-    return "\n".join(["methods:", *lines])
-
-
-def add_options(parser: ArgumentParser, without: Sequence[str] = ()) -> None:
-    """The options of all methods; each run is told only those that were given."""
-    from subspan.training.methods import methods
-
-    owners: dict[str, dict[str, list[str]]] = {}  # by name and by what it means to them
-    options = {}
-    for how in methods().values():
-        for option in how.options:
-            if option.name not in without:
-                owners.setdefault(option.name, {}).setdefault(option.help, []).append(how.name)
-                options[option.name] = option
-    group = parser.add_argument_group("options of methods")
-    for name, option in options.items():
-        meanings = [
-            text + (f" ({', '.join(some)})" if len(some) < 4 else "")
-            for text, some in sorted(owners[name].items(), key=lambda item: -len(item[1]))
-        ]
-        group.add_argument(
-            f"--{name}", type=option.type | None, default=None, help="; ".join(meanings)
-        )
-
-
-def options_given(given: Namespace) -> dict[str, Any]:
-    """The methods' options that were given."""
-    from subspan.training.methods import methods
-
-    names = {option.name for how in methods().values() for option in how.options}
-    return {n: given[n] for n in sorted(names) if given.get(n) is not None}
+    jsonargparse says so in many lines of Python's types, so each value is tried alone.
+    """
+    given: list[tuple[str, list[str], str]] = []
+    for option, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=")
+        if not (word.startswith("--") and equals):
+            name, value = option, word
+        action = parser.flags().get(name)
+        if action is None or "=" in option or value.startswith("--"):
+            continue  # of a flag, or of an option that has no value: jsonargparse says so
+        if name == "--config":
+            given += [
+                (key.replace("-", "_"), ["--config", yaml.safe_dump({"value": one})], str(one))
+                for key, one in load_file(value).items()
+            ]
+        elif action.nargs != 0:
+            given.append((action.dest, [f"--value={value}"], value))
+    for name, argv, value in given:
+        kind = parser.kinds.get(name)
+        alone = ArgumentParser(exit_on_error=False)
+        alone.add_argument("--config", action="config")
+        alone.add_argument("--value", type=kind or str)
+        try:
+            alone.parse_args(argv)
+        except ArgumentError:
+            return f"{name} must be {' or '.join(dict.fromkeys(_describe(kind)))}, got {value}"
+    return None
 
 
-def instance(cls: type, given: Namespace) -> Any:
-    """Make a dataclass of the arguments that have the names of its fields."""
-    from dataclasses import fields
+def load_file(name: str) -> Mapping[str, Any]:
+    """Load what ``--config`` names; nothing if that is not possible: check_file says why."""
+    try:
+        text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else name
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
 
-    return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+def _describe(kind: Any) -> list[str]:
+    """Name the values that a type has."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        some = get_args(kind)
+        if int in some and float in some and str not in some:
+            some = tuple(one for one in some if one is not float)
+        return [word for one in some for word in _describe(one)]
+    if get_origin(kind) is Literal:
+        return [f"one of {list(get_args(kind))}"]
+    names: dict[Any, str] = {
+        float: "a number",
+        int: "an integer",
+        types.NoneType: "null",
+        str: "a text",
+        bool: "true or false",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return [names.get(get_origin(kind) or kind, str(kind))]
 
 
-def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
-    """Show a sweep; one without a good run has failed."""
-    from subspan.commands import console
-
-    console.swept(result, files)
-    if not result.points:
-        raise SubspanError(f"all runs failed, {len(result.failed)} of them: see above")
+# ---- options that several commands have ----------------------------------------------------------
 
 
 def add_out(
-    parser: ArgumentParser,
+    parser: Parser,
     default: str | None,
     *,
     overwrite: str = "replace what another configuration left there",
@@ -155,27 +286,25 @@ def add_out(
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
 
 
-def add_log(parser: ArgumentParser) -> None:
+def add_log(parser: Parser) -> None:
     """Add ``--log``."""
     parser.add_argument(
         "--log",
         "--log_with",
         type=list[str] | str | None,
         default=None,
-        help="trackers that are told every epoch, separated by commas, or a YAML list: "
-        "tensorboard, wandb, trackio, …; those that can keep their files beside the record. "
-        "(torchrun takes --log for an option of its own: under it, say --log-with)",
+        help="trackers that get every epoch, separated by commas, or a YAML list: tensorboard, "
+        "wandb, trackio, …; those that can keep their files beside the record. (torchrun takes "
+        "--log for an option of its own: under it, say --log-with)",
     )
 
 
 def trackers_given(given: Namespace) -> tuple[str, ...]:
     """Return the names that ``--log`` gives."""
-    from subspan.training.config import split
-
-    return () if given.log is None else split(given.log, "log")
+    return () if given.log is None else config.split(given.log, "log")
 
 
-def add_jobs(parser: ArgumentParser) -> None:
+def add_jobs(parser: Parser) -> None:
     """Add how runs are spread over processes and machines."""
     parser.add_argument(
         "--jobs",

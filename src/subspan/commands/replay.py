@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from subspan.commands.parsing import Arguments, make_parser, parse
+from subspan.commands.parsing import Arguments, Parser, parse
+from subspan.training.replay import replay as rebuild_weights
 
 
 def main(argv: Arguments) -> None:
@@ -10,9 +11,7 @@ def main(argv: Arguments) -> None:
 
     ``subspan train --method rbd --journal true`` writes one beside its record.
     """
-    from subspan.training.replay import replay as rebuild_weights
-
-    parser = make_parser("replay", main.__doc__)
+    parser = Parser("replay", main.__doc__)
     parser.add_argument("journal", type=str, help="the file")
     parser.add_argument(
         "--step", type=int | None, default=None, help="how many steps to make; null: all"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from subspan.commands.parsing import Arguments, make_parser, parse
+from subspan.commands.parsing import Arguments, Parser, parse
+from subspan.report import write
 
 
 def main(argv: Arguments) -> None:
     """Draw the pictures and the page of a folder that train or sweep wrote."""
-    from subspan.report import write
-
-    parser = make_parser("report", main.__doc__)
+    parser = Parser("report", main.__doc__)
     parser.add_argument("folder", type=str, help="with a sweep.json or a record.json")
     for path in write(Path(parse(parser, argv).folder)):
         print(path)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from subspan.commands.parsing import (
     Arguments,
+    Parser,
     add_jobs,
     add_log,
     add_out,
-    make_parser,
     parse,
-    show_sweep,
     trackers_given,
 )
 from subspan.errors import SubspanError
@@ -28,7 +27,7 @@ def main(argv: Arguments) -> None:
     from subspan.experiments.everything import reproduce_all
 
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
-    parser = make_parser("reproduce", main.__doc__, f"experiments:\n{listing}")
+    parser = Parser("reproduce", main.__doc__, f"experiments:\n{listing}")
     parser.add_argument(
         "name",
         nargs="?",
@@ -55,7 +54,8 @@ def main(argv: Arguments) -> None:
     given = parse(parser, argv)
 
     if given.list or given.name is None:
-        console.listing([(e.name, e.title, e.source) for e in experiments().values()])
+        for e in experiments().values():
+            console.say(f"{e.name}\n    {e.title}\n    {e.source}")
         return
     other = f"-{Path(given.data).name}" if given.data else ""
     out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
@@ -81,6 +81,8 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
     """Run one experiment and show what came of it."""
     from subspan.bench import total as bench_total
     from subspan.commands import console
+    from subspan.commands.bench import show_bench, show_progress
+    from subspan.commands.sweep import show_runs, show_sweep
     from subspan.experiments import Timing, experiment
     from subspan.experiments import reproduce as run_experiment
     from subspan.sweeps.sweep import total_runs
@@ -95,15 +97,15 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
         "log": trackers_given(given),
     }
     if isinstance(chosen, Timing):
-        with console.measuring(bench_total(chosen.bench(given.budget))) as done:
+        with show_progress(bench_total(chosen.bench(given.budget))) as done:
             [record] = run_experiment(name, out, done=done, **how).values()
-        console.benched(record, [out / "bench.json", out / "bench.png"])
+        show_bench(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
         return
     # Where all are run, those whose runs are timed go one at a time.
     jobs = 1 if chosen.timed and given.name == "all" else given.jobs
     parts = chosen.parts(given.budget)
-    with console.runs(sum(map(total_runs, parts.values()))) as progress:
+    with show_runs(sum(map(total_runs, parts.values()))) as progress:
         results = run_experiment(name, out, jobs=jobs, on_run=progress, say=console.say, **how)
     for part, result in results.items():
         if part:

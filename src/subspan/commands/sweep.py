@@ -1,124 +1,81 @@
-"""``subspan sweep``."""
+"""``subspan sweep``, and the progress and the results of sweeps on the terminal."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from subspan import report
+from subspan.commands import console
+from subspan.commands.method_options import (
+    add_method_options,
+    list_methods,
+    read_method_options,
+)
 from subspan.commands.parsing import (
+    LISTED,
     Arguments,
+    Parser,
     add_jobs,
     add_log,
-    add_options,
     add_out,
-    instance,
-    list_methods,
-    make_parser,
-    options_given,
     parse,
-    show_sweep,
+    read_fields,
     trackers_given,
 )
 from subspan.errors import SubspanError
+from subspan.experiments.many import sweep_parts
+from subspan.files import readable
+from subspan.sweeps.job import Outcome
+from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.smaller import beside
+from subspan.sweeps.sweep import total_runs
+from subspan.training.config import Sweep, Training, split
 
 
 def main(argv: Arguments) -> None:
-    """Accuracy against the number of coordinates, and the intrinsic dimension."""
-    from dataclasses import replace
+    """Accuracy against the number of coordinates, and the intrinsic dimension.
 
-    from subspan import report
-    from subspan.commands import console
-    from subspan.experiments.many import sweep_parts
-    from subspan.files import readable
-    from subspan.sweeps.smaller import beside
-    from subspan.sweeps.sweep import total_runs
-    from subspan.training import config
-
-    parser = make_parser("sweep", main.__doc__, list_methods())
-    parser.add_class_arguments(config.Training, as_group=False)
-    lists = "separated by commas, or a YAML list"
-    parser.add_argument(
-        "--methods", type=list[str] | str, default="hash", help=f"names as below, {lists}"
-    )
-    parser.add_argument(
-        "--dims",
-        type=list[str | int] | str | int,
-        default="10,30,100,300,1000,3000",
-        help=f"numbers of coordinates, {lists}; 600+250 gives those of each compartment; of dlrt "
-        "tolerances, 0.05,0.1,0.2, of dlrt-ratio shares, of prodsum atoms (p)",
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
-    parser.add_argument(
-        "--lrs",
-        type=dict[str, Any] | list[str | float] | str | float | None,
-        default=None,
-        help=f"learning rates to choose from at every d, on the validation part, {lists}; or "
-        "those of each method, {rbd: [1, 2], fpd: 4}; null: the methods' own",
-    )
-    parser.add_argument(
-        "--baseline", type=str | None, default="full", help="what the others are held against"
-    )
-    parser.add_argument(
-        "--baseline_lrs",
-        type=list[str | float] | str | float | None,
-        default=None,
-        help="the same, of the baseline",
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=0.9, help="share of the baseline's score for d_int"
-    )
+    Options that take several values take them separated by commas, or as a YAML list.
+    """
+    parser = Parser("sweep", main.__doc__, list_methods("sweep", "methods"))
+    parser.add_fields(Training)
+    parser.add_fields(Sweep, without=("training", "options", "processes"))
     parser.add_argument(
         "--nets",
-        type=list[str] | str | None,
+        type=LISTED,
         default=None,
-        help=f"networks to compare at equal d, in place of --net, {lists}: each has a folder and "
-        "its curves, and there is one picture of all",
+        help="networks to compare at equal d, in place of --net: each has a folder and its curves, "
+        "and there is one picture of all",
     )
-    parser.add_argument(
-        "--small",
-        type=list[str] | str | None,
-        default=None,
-        help=f"smaller networks to hold projections against, by name, {lists}: all their weights "
-        "are trained; auto: the largest of the same kind that have at most d weights, at every d",
-    )
-    add_options(parser, without=("dim",))
+    add_method_options(parser, argv, {"methods": "hash"}, without=("dim",))
     add_jobs(parser)
     add_log(parser)
     add_out(parser, "runs/sweep")
     given = parse(parser, argv)
 
-    settings = config.Sweep(
-        training=instance(config.Training, given),
-        methods=config.split(given.methods, "methods"),
-        dims=config.split(given.dims, "dims"),
-        seeds=given.seeds,
-        lrs=() if given.lrs is None else config.rates(given.lrs, "lrs"),
-        options=options_given(given),
-        threshold=given.threshold,
-        baseline=given.baseline,
-        baseline_lrs=()
-        if given.baseline_lrs is None
-        else config.floats(given.baseline_lrs, "baseline_lrs"),
-    )
-    nets = [settings.training.net] if given.nets is None else config.split(given.nets, "nets")
+    training = read_fields(Training, given)
+    settings = read_fields(Sweep, given, training=training, options=read_method_options(given))
+    nets = [training.net] if given.nets is None else split(given.nets, "nets")
     parts = {}
     for net in nets:
-        part = replace(settings, training=replace(settings.training, net=net))
-        if given.small == "auto":
-            part = replace(part, small=beside(part))
-        elif given.small is not None:
-            part = replace(part, small=config.split(given.small, "small"))
+        part = replace(settings, training=replace(training, net=net))
+        if settings.small == ("auto",):
+            part = replace(part, small=beside(replace(part, small=())))
         parts["" if given.nets is None else readable(str(net))] = part
     if len(parts) < len(nets):
         raise SubspanError(f"nets names one network twice: {', '.join(map(str, nets))}")
     out = Path(given.out)
-    with console.runs(sum(map(total_runs, parts.values()))) as progress:
+    with show_runs(sum(map(total_runs, parts.values()))) as on_run:
         results = sweep_parts(
             parts,
             out,
             jobs=given.jobs,
             overwrite=given.overwrite,
-            on_run=progress,
+            on_run=on_run,
             backend=given.backend,
             ray_address=given.ray_address,
             say=console.say,
@@ -131,3 +88,67 @@ def main(argv: Arguments) -> None:
     if given.nets is not None:
         picture, _ = report.write_comparison(out, {name: out / name for name in parts})
         console.say(f"\npicture of all: {picture}")
+
+
+@contextmanager
+def show_runs(total: int) -> Iterator[Callable[[Outcome, int], None]]:
+    """Show the progress of a sweep: a bar of runs, and a line per run."""
+    with console.progress("runs") as bar:
+        task = bar.add_task("sweep", total=total)
+        shown = set[str]()  # errors whose traceback was shown, which many runs may have
+
+        def on_run(outcome: Outcome, left: int) -> None:
+            name, record = outcome.job.name, outcome.record
+            if record is not None:
+                score = record.score.show(record.val_score)
+                console.say(f"{name}: validation {score}, {record.seconds_total:.1f} s")
+            else:
+                if outcome.traceback and outcome.error not in shown:
+                    shown.add(outcome.error)
+                    console.say(outcome.traceback.rstrip())
+                console.say(f"{name} failed: {outcome.error}", style="red")
+            bar.update(task, completed=total - left)
+
+        yield on_run
+
+
+def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
+    """Show the table of a sweep, intrinsic dimensions, failures, and where the picture is.
+
+    Scores are means over seeds ± their standard deviation.
+
+    Raises:
+        SubspanError: if no run succeeded.
+    """
+    score = result.score
+    judged = f"test {score.name}{score.unit}"
+    console.print_table(
+        ("method", "d", "lr", judged, "seeds", "stored", "bytes", "s / run"),
+        [
+            (
+                point.small or point.method,
+                f"{point.dim:,}",
+                f"{point.lr:g}",
+                score.summary(point.test_score),
+                str(len(point.test_score)),
+                f"{point.stored_parameters:,}",
+                f"{point.checkpoint_bytes:,}",
+                f"{statistics.fmean(point.seconds_total):.1f}",
+            )
+            for point in result.points
+        ],
+    )
+    for name, dimension in result.d_int.items():
+        value, note, low, high = dimension.value, dimension.note, dimension.low, dimension.high
+        interval = f" [{low:.0f}, {high:.0f}]" if low is not None and high is not None else ""
+        said = note if value is None else f"{value:.0f}{interval}{f' ({note})' if note else ''}"
+        share = f"{100 * dimension.threshold:g} % of the baseline"
+        console.say(f"intrinsic dimension of {name}, {share}: {said}")
+    for failure in result.failed:
+        console.say(f"failed: {failure.run}: {failure.error}", style="red")
+    for path in files:
+        if path.name in ("curve.png", "report.html"):
+            kind = "picture" if path.suffix == ".png" else "report"
+            console.say(f"{kind}: {path}")
+    if not result.points:
+        raise SubspanError(f"all runs failed, {len(result.failed)} of them: see above")

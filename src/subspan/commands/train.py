@@ -2,66 +2,72 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+from rich.progress import Progress, TaskID
+
+from subspan import distributed
+from subspan.commands import console
+from subspan.commands.method_options import (
+    add_method_options,
+    list_methods,
+    read_method_options,
+)
 from subspan.commands.parsing import (
     Arguments,
+    Parser,
     add_log,
-    add_options,
     add_out,
-    instance,
-    list_methods,
-    make_parser,
-    options_given,
     parse,
+    read,
+    read_fields,
     trackers_given,
 )
 from subspan.errors import Stopped, SubspanError
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
-    from subspan.training.config import Run
+from subspan.training.config import Run, Training
+from subspan.training.methods import method
+from subspan.training.records import CompleteRun, Epoch, RunRecord, changes, differences
+from subspan.training.score import ACCURACY, Score
+from subspan.training.train import train
 
 
 def main(argv: Arguments) -> None:
     """Train one network by one method."""
-    from subspan import distributed
-    from subspan.commands import console
-    from subspan.training.config import Run, Training
-    from subspan.training.methods import method
-    from subspan.training.train import train as run_training
-
-    parser = make_parser("train", main.__doc__, list_methods())
-    parser.add_class_arguments(Training, as_group=False)
-    parser.add_argument("--method", type=str, default="hash", help="how, see the list below")
-    parser.add_argument("--lr", type=float | None, default=None, help="null: the method's own")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    add_options(parser)
+    parser = Parser("train", main.__doc__, list_methods("train", "method"))
+    parser.add_fields(Training)
+    parser.add_fields(Run, without=("training", "options"), method="hash", lr=None)
+    if "--resume" in argv:
+        add_method_options(parser, argv, {})
+    else:
+        add_method_options(parser, argv, {"method": "hash"})
     add_log(parser)
     add_out(parser, "runs/train")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with what --out says was begun there; no other option is needed. (The command "
+        help="go on with the run that was begun in --out; no other option is needed. (The command "
         "that began it does the same, if it is given again.)",
     )
     given = parse(parser, argv)
 
     out, log = Path(given.out), trackers_given(given)
     if given.resume:
-        run, before = _begun(parser.parse_args(argv, defaults=False), out)
-        log = log or before
+        run, trackers = _read_begun(parse(parser, argv, defaults=False), out)
+        log = log or trackers
     else:
-        how = method(given.method)
-        options = options_given(given)
-        rates = how.rates(options)
+        options = read_method_options(given)
+        rates = method(given.method).rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
-        run = Run(instance(Training, given), given.method, options, lr, given.seed)
-    with console.training(run, resumed=given.resume) as progress:
+        training, seed = read_fields(Training, given), read("seed", int, given.seed)
+        run = Run(training, given.method, options, lr, seed)
+    with show_progress(run, resumed=given.resume) as progress:
         try:
-            record = run_training(
+            record = train(
                 run,
                 out,
                 overwrite=given.overwrite,
@@ -73,15 +79,12 @@ def main(argv: Arguments) -> None:
         except Stopped as stopped:
             go_on = f"; to go on: subspan train --resume --out {out}"
             raise Stopped(f"{stopped}{go_on}", stopped.signal) from None
-    console.trained(record, out, anew=progress.started)
+    show_result(record, out, complete_before=not progress.started)
     distributed.leave()
 
 
-def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
-    """The run of a record, and its trackers; options that are given must be the record's own."""
-    from subspan.training.config import Run
-    from subspan.training.records import RunRecord, changes, differences
-
+def _read_begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
+    """Read the run of a record, and its trackers; options that are given must be the record's."""
     record = RunRecord.read(out)
     if record is None:
         raise SubspanError(f"nothing was begun in {out}: it has no record.json")
@@ -95,3 +98,63 @@ def _begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
             "to go on, or give another --out"
         )
     return run, tuple(record.log)
+
+
+@dataclass
+class TrainingProgress:
+    """A bar of steps, and a line per epoch."""
+
+    bar: Progress
+    task: TaskID
+    run: Run
+    resumed: bool = False
+    started: bool = False
+    score: Score = ACCURACY
+
+    def start(self, steps: int, done: int, score: Score) -> None:
+        """Show how many steps there are, and how many were made before."""
+        self.started, self.score = True, score
+        self.bar.update(self.task, total=steps, completed=done)
+        before = f", going on after {done:,}" if done else ""
+        if self.resumed and not done:
+            before = ", from the first on: there is no state of it to go on from"
+        how = f"{self.run.training.title}, {self.run.method}, lr {self.run.lr:g}"
+        console.say(f"{how}: {steps:,} steps{before}")
+
+    def step(self) -> None:
+        """Count a step."""
+        self.bar.advance(self.task)
+
+    def epoch(self, row: Epoch) -> None:
+        """Show an epoch."""
+        epochs = self.run.training.epochs
+        console.say(
+            f"epoch {row.epoch:>3}/{epochs}  train loss {row.train_loss:.4f}  "
+            f"validation loss {row.val_loss:.4f}  "
+            f"{self.score.name} {self.score.show(row.val_score)}  "
+            f"{row.seconds:.1f} s"
+        )
+
+
+@contextmanager
+def show_progress(run: Run, *, resumed: bool = False) -> Iterator[TrainingProgress]:
+    """Show the progress of a run; of its processes only the first says anything."""
+    console.console.quiet = os.environ.get("RANK", "0") != "0"
+    with console.progress("steps") as bar:
+        yield TrainingProgress(bar, bar.add_task("training", total=None), run, resumed)
+
+
+def show_result(record: CompleteRun, out: Path, *, complete_before: bool) -> None:
+    """Show the result of a run, of this command or of one before."""
+    if complete_before:
+        console.say("complete already, not repeated")
+    stored, weights, score = record.stored_parameters, record.weights, record.score
+    fewer = f" for {weights:,} weights ({weights / stored:,.0f} times fewer)"
+    console.say(
+        f"test {score.name} {score.show(record.test_score)}, {stored:,} numbers stored"
+        f"{fewer if stored < weights else ''}, {record.checkpoint_bytes:,} bytes, "
+        f"{record.seconds_total:.1f} s"
+    )
+    for note in record.notes:
+        console.say(f"note: {note}")
+    console.say(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}")

@@ -1,4 +1,4 @@
-"""What a run and a sweep are told: plain data, read from flags and YAML, written into records."""
+"""The configuration of a run and of a sweep: plain data, from flags and YAML, kept in records."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ class Training:
             images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
             there is no test part a sixth of the images becomes one, the same for every seed. null
             is digits, or the task's own.
-        task: your own, where it is not image classification, as package.module:function; see
-            examples/language_model.py. It gets net and data, validation and seed if it has
-            parameters of these names.
-        image_column: where the images are; null finds it by the columns' types and usual names.
-        label_column: where the labels are; null finds it likewise.
-        resize: 32, or 28x32 (height x width): what all images are resized to while they are read,
-            whatever their sizes and shapes; null leaves them, and they must have one size.
+        task: a task of your own, if it is not image classification, as package.module:function;
+            see examples/language_model.py. The function is called with net, data, validation and
+            seed if it has parameters of these names.
+        image_column: the column of the images; null finds it by the columns' types and usual
+            names.
+        label_column: the column of the labels; null finds it likewise.
+        resize: the size to which all images are brought while they are read, 32, or 28x32 (height
+            x width); null leaves them as they are, and then they must have one size.
         epochs: passes over the training part.
         batch_size: images per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
-        schedule: of the learning rate: onecycle, cosine (to zero), or constant.
-        weight_decay: added to the gradient of what is trained, times its value.
-        patience: stop after so many epochs without a better validation score; null never does.
-        validation: share of the training images that is set aside for choices.
-        init: initial weights: seed draws them from our generator, so that the checkpoint need not
-            hold them; own keeps those that the network's function made; auto is seed for the
-            networks of this library and own for yours and for those of tasks.
-        mixed_precision: no, bf16 or fp16.
-        device: cpu, cuda, or auto.
+        schedule: how the learning rate changes: onecycle, cosine (to zero), or constant.
+        weight_decay: this times a trained number is added to its gradient.
+        patience: stop after so many epochs without a better validation score; null never stops.
+        validation: the share of the training images that is set aside for choices.
+        init: where initial weights come from: seed draws them from the library's generator, so
+            that the checkpoint need not hold them; own keeps those that the network's function
+            made; auto is seed for the networks of this library and own for yours and for those of
+            tasks.
+        mixed_precision: the precision of forward and backward pass: no is float32.
+        device: where to train; auto is the GPU if there is one.
     """
 
     net: str | None = None
@@ -114,10 +116,11 @@ class Run:
 
     Args:
         training: what is trained, on what and how long.
-        method: a name of :func:`subspan.training.methods.methods`.
+        method: the method by its name.
         options: the method's own, without those left at their defaults.
-        lr: the (highest) learning rate.
-        seed: of θ₀, of P, of the validation part and of the order of batches.
+        lr: the learning rate, the highest of its schedule; on the command line null is the middle
+            one of those that the method tries.
+        seed: it gives θ₀, P, the validation part and the order of batches.
     """
 
     training: Training
@@ -142,7 +145,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Run:
-        """Of :meth:`as_dict`.
+        """Read what :meth:`as_dict` wrote.
 
         Raises:
             SubspanError: for anything else.
@@ -163,24 +166,25 @@ class Sweep:
 
     Args:
         training: common to all runs.
-        methods: names of methods.
-        dims: values of the methods' axis, the numbers that are trained: 10,30,100; a sum such as
-            600+250 gives those of each compartment.
-        seeds: how many seeds, 0, 1, …
-        lrs: learning rates to choose from at every point, by validation score of seed 0; or by
-            method, {"rbd": (1.0, 2.0), "fpd": (4.0,)}. Where there are none, each method's own.
+        methods: the methods to compare, by their names.
+        dims: numbers of coordinates, as 10,30,100; 600+250 gives those of each compartment. For
+            dlrt they are tolerances, as 0.05,0.1,0.2, for dlrt-ratio shares, for prodsum numbers
+            of atoms (p).
+        seeds: how many seeds to run, 0, 1, …
+        lrs: learning rates to choose from at every d, by the validation score of seed 0; or those
+            of each method, {rbd: [1, 2], fpd: 4}. Where there are none, the methods' own.
         options: the methods' own, common to all.
-        threshold: share of the baseline's score at which the intrinsic dimension is read off.
-        baseline: the method that the others are held against; null for none.
-        baseline_lrs: learning rates to choose from for the baseline; empty takes its own.
+        threshold: the share of the baseline's score at which the intrinsic dimension is read off.
+        baseline: the method that the others are compared with; null for none.
+        baseline_lrs: learning rates to choose from for the baseline; null takes its own.
         processes: of each run, started by torchrun on this machine.
-        small: smaller networks, by name, that are trained by all their weights: what as many
-            numbers reach without a projection.
+        small: smaller networks to compare with, by name, of which all weights are trained; auto
+            takes the largest of the same kind that have at most d weights, at every d.
     """
 
     training: Training
     methods: tuple[str, ...] = ("hash",)
-    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
+    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000", "3000")
     seeds: int = 1
     lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     options: dict[str, Any] = field(default_factory=dict)

@@ -16,8 +16,7 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
     """Refuse a YAML file that is no mapping of options, each given once.
 
     Args:
-        name: of the file. One that is not there is left to whoever opens it, as is an option that
-            is no file but YAML itself.
+        name: of the file; or YAML itself, which has a colon.
         known: the options; they may be written with dashes for underscores.
         command: whose options they are.
 
@@ -28,8 +27,8 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
     if path.is_dir():
         raise SubspanError(f"--config {name} is a folder: give a YAML file")
     inline = not path.is_file()
-    if inline and not name.lstrip().startswith("{"):
-        return
+    if inline and ":" not in name:
+        raise SubspanError(f"--config: File does not exist: {name!r}; give a YAML file")
     try:
         text = name if inline else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

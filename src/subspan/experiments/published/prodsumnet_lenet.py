@@ -6,7 +6,7 @@ matrix decompositions", arXiv 1809.02209, 2018, experiments on LeNet.
 
 from typing import Any
 
-from subspan.bench.sums import BIAS, CONVOLUTIONS, DENSE
+from subspan.bench.parts.sums import BIAS, CONVOLUTIONS, DENSE
 from subspan.experiments import Experiment, Published
 from subspan.training.config import Sweep, Training
 

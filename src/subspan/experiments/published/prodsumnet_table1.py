@@ -7,7 +7,7 @@ Convnets) and Zhou 2015 (KFC).
 
 from typing import Any
 
-from subspan.bench.sums import BIAS, CONVOLUTIONS, DENSE
+from subspan.bench.parts.sums import BIAS, CONVOLUTIONS, DENSE
 from subspan.experiments import Experiment, Published
 from subspan.training.config import Sweep, Training
 

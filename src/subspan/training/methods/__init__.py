@@ -176,9 +176,16 @@ class Method(ABC):
         known = [option.name for option in self.options]
         for name in options:
             if name not in known:
+                owners = [
+                    other.name
+                    for other in methods().values()
+                    if any(option.name == name for option in other.options)
+                ]
+                whose = f" (it is one of {', '.join(owners)})" if owners else ""
                 if not known:
-                    raise SubspanError(f"method {self.name!r} has no options, got --{name}")
-                raise unknown(f"option of {self.name}", name, known)
+                    message = f"method {self.name!r} has no options, got --{name}{whose}"
+                    raise SubspanError(message)
+                raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
 
     def at(self, value: str) -> dict[str, Any]:
         """The options of a point of a sweep, from a text of ``--dims``."""

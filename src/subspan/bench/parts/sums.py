@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from subspan import checkpoint
-from subspan.bench.steps import SHAPE, a_batch, training_step
+from subspan.bench.part import Measurement, Part, Quantity
+from subspan.bench.settings import Bench
+from subspan.bench.step import SHAPE, random_batch, training_step
 from subspan.bench.timing import interleaved
 from subspan.layers import ProductOfSums, ProductOfSumsLinear, recipes
 from subspan.training import nets
@@ -34,45 +36,6 @@ DENSE: dict[str, list[dict[str, Any]]] = {
     "fc2": [{"kind": "hash", "p": "p"}],
 }
 BIAS = 10  # numbers for the biases of each layer
-
-
-def measure(
-    width: int, batch_size: int, seconds: float, device: torch.device, done: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Forward and backward pass of one layer, and training steps of LeNet.
-
-    Args:
-        width: n of n × n layers.
-        batch_size: images, or vectors.
-        seconds: to spend on each timing.
-        device: where.
-        done: is told about the layers, and about LeNet.
-
-    Returns:
-        Rows with ``what`` is timed, ``projection`` (what the layers are; first "dense"),
-        ``numbers`` that are trained, ``bytes_stored`` in a checkpoint, ``bytes_of_m`` (of the
-        matrices Mⱼ, had they to be stored whole), ``batch_size`` and the timing ``step``.
-    """
-    rows = _rows(
-        f"a layer {width:,} × {width:,}, forward and backward",
-        _layers(width, device),
-        lambda layer: _passes(layer, width, batch_size, device),
-        batch_size,
-        seconds,
-        device,
-    )
-    done("layers as products of sums")
-    x, y = a_batch(batch_size, device)
-    rows += _rows(
-        f"a training step of {NET}",
-        _networks(device),
-        lambda net: training_step(net, x, y),
-        batch_size,
-        seconds,
-        device,
-    )
-    done(f"training steps of {NET}")
-    return rows
 
 
 class Expanded(nn.Module):
@@ -101,7 +64,7 @@ def _layers(n: int, device: torch.device) -> dict[str, nn.Module]:
         "dense": nn.Linear(n, n, **like),
         f"{ATOMS} of rank one, W first": Expanded(ProductOfSumsLinear(n, n, rank1, **like)),
         f"{ATOMS} of rank one": ProductOfSumsLinear(n, n, rank1, **like),
-        **{name: ProductOfSumsLinear(n, n, own, **like) for name, own in factors.items()},
+        **{name: ProductOfSumsLinear(n, n, some, **like) for name, some in factors.items()},
     }
 
 
@@ -111,12 +74,12 @@ def _networks(device: torch.device) -> dict[str, nn.Module]:
         return method("prodsum").wrap(nets.build(NET, SHAPE), 0, options)
 
     once = {"conv1|conv2|fc1|fc2": [{"kind": "hash", "p": "p"}]}
-    found = {
+    networks = {
         "dense": nets.build(NET, SHAPE),
         "two sums": sums(656, CONVOLUTIONS | DENSE),
         "one sum": sums(785, once),
     }
-    return {name: net.to(device) for name, net in found.items()}
+    return {name: net.to(device) for name, net in networks.items()}
 
 
 def _passes(
@@ -142,22 +105,66 @@ def _bytes_of_m(net: nn.Module) -> int:
 
 def _rows(
     what: str,
-    candidates: dict[str, nn.Module],
-    step: Callable[[nn.Module], Callable[[], object]],
-    batch_size: int,
-    seconds: float,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    timings = interleaved({name: step(net) for name, net in candidates.items()}, seconds, device)
+    networks: Mapping[str, nn.Module],
+    steps: Mapping[str, Callable[[], object]],
+    settings: Bench,
+) -> list[Measurement]:
+    timings = interleaved(steps, settings.seconds, settings.torch_device)
     return [
         {
             "what": what,
             "projection": name,
-            "batch_size": batch_size,
+            "batch_size": settings.batch_size,
             "step": timings[name],
             "numbers": sum(p.numel() for p in net.parameters()),
             "bytes_stored": _bytes_stored(net),
             "bytes_of_m": _bytes_of_m(net),
         }
-        for name, net in candidates.items()
+        for name, net in networks.items()
     ]
+
+
+class Sums(Part):
+    """Products of sums: a layer, and LeNet."""
+
+    name = "sums"
+    help = "products of sums against dense layers: a layer, and a training step of LeNet"
+    shared = ("what",)
+    quantities = (Quantity("step", "ms", "a training step"),)
+    counts: Mapping[str, str] = {
+        "numbers": "numbers",
+        "bytes_stored": "bytes stored",
+        "bytes_of_m": "bytes of M",
+    }
+    title = "{what}, batch {batch_size}"
+    heading = "{what}, batch of {batch_size}"
+    subject, base_name = "made of", "dense"
+    unit = "times the dense one"
+
+    def count(self, settings: Bench) -> int:
+        """Count the layer and the network."""
+        return 2
+
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
+        """Time forward and backward pass of one n × n layer, and training steps of LeNet.
+
+        Returns:
+            Rows with ``what`` is timed, ``projection`` (what the layers are; first "dense"),
+            ``numbers`` that are trained, ``bytes_stored`` in a checkpoint, ``bytes_of_m`` (of the
+            matrices Mⱼ, had they to be stored whole), ``batch_size`` and the timing ``step``.
+        """
+        width, batch_size, device = settings.width, settings.batch_size, settings.torch_device
+        layers = _layers(width, device)
+        passes = {name: _passes(net, width, batch_size, device) for name, net in layers.items()}
+        what = f"a layer {width:,} × {width:,}, forward and backward"
+        rows = _rows(what, layers, passes, settings)
+        done("layers as products of sums")
+        x, y = random_batch(batch_size, device)
+        networks = _networks(device)
+        steps = {name: training_step(net, x, y) for name, net in networks.items()}
+        rows += _rows(f"a training step of {NET}", networks, steps, settings)
+        done(f"training steps of {NET}")
+        return rows
+
+
+Sums()

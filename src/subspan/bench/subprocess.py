@@ -31,13 +31,13 @@ for value in m.{f}(*json.loads(sys.argv[1])):
 """
 
 
-def apart(function: Callable[..., Any], *arguments: Any, of: str) -> Any:
-    """What a function returns in a new process.
+def run_in_process(function: Callable[..., Any], *arguments: Any, memory_of: str) -> Any:
+    """Return what a function returns in a new process.
 
     Args:
         function: of a module's top level; arguments and result are such as JSON has.
-        arguments: its own.
-        of: whose memory, for the message if it fails.
+        arguments: of the function.
+        memory_of: whose memory is measured, for the message if it fails.
 
     Raises:
         SubspanError: if it fails, with the last line that it said.
@@ -47,7 +47,7 @@ def apart(function: Callable[..., Any], *arguments: Any, of: str) -> Any:
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALLOCATOR)
     if result.returncode != 0:
         last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
-        raise SubspanError(f"the memory of {of} could not be measured: {last[0]}")
+        raise SubspanError(f"the memory of {memory_of} could not be measured: {last[0]}")
     return json.loads(result.stdout)
 
 
@@ -58,7 +58,7 @@ class Worker:
 
     Args:
         function: a generator of a module's top level; arguments and values are such as JSON has.
-        arguments: its own.
+        arguments: of the function.
         allocator: environment variables of glibc's malloc; others of its that this process has are
             not handed on.
     """
@@ -68,12 +68,12 @@ class Worker:
     ) -> None:
         code = TURNS.format(m=function.__module__, f=function.__name__)
         around = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self._output,
             text=True,
             env=around | dict(allocator),
         )
@@ -98,8 +98,8 @@ class Worker:
         if line:
             return json.loads(line)
         code = self.process.wait()
-        self.said.seek(0)
-        last = self.said.read().strip().splitlines()[-1:] or [f"exit {code}"]
+        self._output.seek(0)
+        last = self._output.read().strip().splitlines()[-1:] or [f"exit {code}"]
         raise SubspanError(last[0].removeprefix("subspan.errors.SubspanError: "))
 
     def __enter__(self) -> Self:
@@ -108,4 +108,4 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
-        self.said.close()
+        self._output.close()

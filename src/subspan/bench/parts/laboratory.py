@@ -1,4 +1,4 @@
-"""What the laboratory costs: an epoch of its own loop against one of a bare loop.
+"""The cost of the laboratory: an epoch of its own loop against one of a bare loop.
 
 The bare loop is what a person would write: normalise, forward, cross entropy, backward, Adam, the
 schedule, and a look at the validation part after each epoch. The laboratory's is that of ``subspan
@@ -22,7 +22,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from subspan.bench.timing import ROUNDS, Timing
+from subspan.bench.part import Measurement, Part, Quantity
+from subspan.bench.settings import Bench
+from subspan.bench.step import check_dim
+from subspan.bench.timing import ROUNDS, Quartiles
 from subspan.training import data, devices, nets
 from subspan.training.config import Run, Training
 from subspan.training.data.images import statistics
@@ -38,49 +41,6 @@ TURN = 8  # steps
 METHODS = ("full", "hash")
 LOOPS = ("bare", "laboratory")
 RATE = 1e-3
-
-
-def measure(
-    net_names: Sequence[str],
-    dim: int,
-    batch_size: int,
-    seconds: float,
-    device: torch.device,
-    done: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Rows for every network, trained as it is and in a subspace: the bare loop, the laboratory's.
-
-    Args:
-        net_names: networks by name, for images of 28 by 28 pixels.
-        dim: d of the subspace (hash).
-        batch_size: images in a step.
-        seconds: to spend on each loop; five epochs at least.
-        device: where.
-        done: is told about every network and method.
-
-    Returns:
-        Rows with ``net``, ``method``, ``projection`` (whose loop: "bare", "laboratory"),
-        ``batch_size``, ``images`` and the timing ``step`` of an epoch.
-    """
-    rows = []
-    images = random_images(device)
-    for net in net_names:
-        for name in METHODS:
-            options = {} if name == "full" else {"dim": dim}
-            timings = _interleaved(net, name, options, images, batch_size, seconds, device)
-            for loop, timing in timings.items():
-                rows.append(
-                    {
-                        "net": net,
-                        "method": name,
-                        "projection": loop,
-                        "batch_size": batch_size,
-                        "images": len(images.train),
-                        "step": timing,
-                    }
-                )
-            done(f"epochs of {net}, {name}")
-    return rows
 
 
 def random_images(device: torch.device) -> data.ImageData:
@@ -136,11 +96,9 @@ def _interleaved(
     name: str,
     options: dict[str, Any],
     images: data.ImageData,
-    batch_size: int,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, Timing]:
-    how = method(name)
+    settings: Bench,
+) -> dict[str, Quartiles]:
+    how, device, batch_size = method(name), settings.torch_device, settings.batch_size
 
     def model() -> nn.Module:
         return how.wrap(nets.build(net, images.image_shape), 0, options).to(device)
@@ -156,7 +114,7 @@ def _interleaved(
     for _ in bare(model(), images, batch_size, orders(1)):
         pass
     least, most = ROUNDS
-    epochs = 1 + max(least, min(most, int(seconds / clock.lap())))
+    epochs = 1 + max(least, min(most, int(settings.seconds / clock.lap())))
     other = bare(model(), images, batch_size, orders(epochs))
     turns: list[tuple[float, float]] = []
     ends: list[int] = []
@@ -199,14 +157,69 @@ def _interleaved(
 
 
 class Clock:
-    """Seconds since the last look, on a device that has done all that it was told."""
+    """A clock that waits for a device to finish before it is read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.last = device, time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last one."""
+        """Return the seconds since the last lap."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()
         return self.last - before
+
+
+class Laboratory(Part):
+    """Epochs of ``subspan train`` against those of a bare loop."""
+
+    name = "laboratory"
+    help = "an epoch of subspan train, as it is and in a subspace, against one of a bare loop"
+    shared = ("net", "method")
+    quantities = (Quantity("step", "epoch ms", "an epoch"),)
+    title = "epoch of {net}, {method}, batch {batch_size}"
+    heading = "epoch of {net}, {method}: {images:,} images, batch of {batch_size}"
+    subject, base_name = "loop", "bare"
+    unit = "times the bare loop"
+
+    def check(self, settings: Bench) -> None:
+        """Refuse a d that does not fit into a network."""
+        check_dim(settings)
+
+    def count(self, settings: Bench) -> int:
+        """Count the networks, each with its methods."""
+        return len(settings.nets) * len(METHODS)
+
+    def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
+        """Time epochs of every network, trained as it is and in a subspace (hash).
+
+        Returns:
+            Rows with ``net``, ``method``, ``projection`` (whose loop: "bare", "laboratory"),
+            ``batch_size``, ``images`` and the timing ``step`` of an epoch.
+        """
+        rows: list[Measurement] = []
+        images = random_images(settings.torch_device)
+        for net in settings.nets:
+            for name in METHODS:
+                options = {} if name == "full" else {"dim": settings.dim}
+                timings = _interleaved(net, name, options, images, settings)
+                rows += [
+                    {
+                        "net": net,
+                        "method": name,
+                        "projection": loop,
+                        "batch_size": settings.batch_size,
+                        "images": len(images.train),
+                        "step": timing,
+                    }
+                    for loop, timing in timings.items()
+                ]
+                done(f"epochs of {net}, {name}")
+        return rows
+
+    def full_label(self, row: Measurement) -> str:
+        """Name the loop and the method."""
+        return f"{row['projection']}, {row['method']}"
+
+
+Laboratory()

@@ -24,8 +24,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from subspan.bench.apart import Worker
+from subspan.bench.part import Measurement
 from subspan.bench.resident import Beyond, resident
+from subspan.bench.settings import Bench
+from subspan.bench.subprocess import Worker
 from subspan.bench.timing import ROUNDS, spread
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
@@ -37,6 +39,7 @@ FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA = (
     "subspan, checkpointed",
     "lora",
 )
+VARIANTS = (FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA)
 RANK = 8  # of LoRA, PEFT's own default
 CHANGE = 1e-4  # of a weight in a step
 LORA_RATE = 1e-3
@@ -50,8 +53,11 @@ MORE = 2
 class Problem:
     """A network, and its loss on a batch that stays the same.
 
-    ``loss`` is told whether the gradient shall reach the input, as it does where nothing else is
-    trained. ``matrices`` are the kinds of layers that LoRA adapts.
+    Attributes:
+        net: the network.
+        loss: of it, and of whether the gradient shall reach the input, as it must where nothing
+            else is trained.
+        matrices: the kinds of layers that LoRA adapts.
     """
 
     net: nn.Module
@@ -59,8 +65,8 @@ class Problem:
     matrices: tuple[type[nn.Module], ...] = (nn.Linear,)
 
 
-def training(problem: Problem, variant: str, dim: int) -> tuple[Callable[[], float], int]:
-    """A function that makes one step and returns the loss before it; how many numbers it trains."""
+def prepare(problem: Problem, variant: str, dim: int) -> tuple[Callable[[], float], int]:
+    """Make the step of a variant, which returns the loss before it; and count what is trained."""
     net, optimizer = problem.net, None
     weights = sum(p.numel() for p in net.parameters())
     if variant == FULL:
@@ -72,7 +78,7 @@ def training(problem: Problem, variant: str, dim: int) -> tuple[Callable[[], flo
         # Columns have norm 1, so that a weight moves by √(d/D) of what a coordinate does.
         optimizer = torch.optim.Adam(net.parameters(), lr=CHANGE * math.sqrt(weights / dim))
     else:
-        net = with_lora(net, problem.matrices)
+        net = add_lora(net, problem.matrices)
         optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], LORA_RATE)
 
     def step() -> float:
@@ -87,8 +93,8 @@ def training(problem: Problem, variant: str, dim: int) -> tuple[Callable[[], flo
     return step, sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def with_lora(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    """The network with PEFT's LoRA on every layer of these kinds, nothing else being trained."""
+def add_lora(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Put PEFT's LoRA on every layer of these kinds; nothing else is trained then."""
     peft = importlib.import_module("peft")
     names = [name for name, module in net.named_modules() if isinstance(module, kinds)]
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, bias="none")
@@ -97,7 +103,7 @@ def with_lora(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
 
 
 def steps(
-    make: Callable[[bool], Problem], variant: str, dim: int, device: torch.device
+    module: str, variant: str, dim: int, device: str, *arguments: Any
 ) -> Iterator[dict[str, Any]]:
     """Make a step whenever the next value is asked for, and say what the steps so far took.
 
@@ -106,22 +112,31 @@ def steps(
     begins where θ₀ is there and nothing else, and not in the times.
 
     Args:
-        make: the problem, in full size or small.
+        module: of a part; its function ``problem(large, checkpointed, device, *arguments)`` makes
+            the :class:`Problem`, in full size or small.
         variant: how to train.
         dim: d of the subspace.
         device: where.
+        arguments: of the part's.
 
     Yields:
         ``seconds`` and ``loss`` of this step, ``peak_bytes`` and ``sampled_bytes`` beyond θ₀ until
         now; ``numbers`` that are trained, ``weights``, ``weight_bytes`` of θ₀,
         ``largest_bytes`` of its largest tensor, and ``library_bytes``, resident before θ₀ was.
     """
+    place = torch.device(device)
+
+    def make(large: bool) -> Problem:
+        function = importlib.import_module(module).problem
+        problem: Problem = function(large, variant == CHECKPOINTED, place, *arguments)
+        return problem
+
     torch.manual_seed(0)
     small = make(False)
-    training(small, variant, min(dim, 100))[0]()
+    prepare(small, variant, min(dim, 100))[0]()
     del small
     gc.collect()
-    libraries = resident(device)
+    libraries = resident(place)
     torch.manual_seed(0)
     problem = make(True)
     sizes = [p.numel() * p.element_size() for p in problem.net.parameters()]
@@ -131,15 +146,15 @@ def steps(
         "largest_bytes": max(sizes),
         "library_bytes": libraries,
     }
-    beyond = Beyond(device)
+    beyond = Beyond(place)
     with beyond.watching():
-        step, numbers = training(problem, variant, dim)
+        step, numbers = prepare(problem, variant, dim)
     while True:
         start = time.perf_counter()
         with beyond.watching():
             loss = step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
         yield facts | {
             "seconds": time.perf_counter() - start,
             "loss": loss,
@@ -150,87 +165,90 @@ def steps(
 
 
 def measure(
-    function: Callable[..., Iterator[dict[str, Any]]],
+    module: str,
     arguments: Sequence[Any],
-    variants: Sequence[str],
+    settings: Bench,
     weight_bytes: int,
-    seconds: float,
     allocator: Mapping[str, str],
-) -> list[dict[str, Any]]:
-    """A row for every variant, measured in turns of a step if all fit into half the memory.
+    variants: Sequence[str] = (),
+) -> list[Measurement]:
+    """Measure every variant, in turns of a step if all fit into half the memory.
 
     Args:
-        function: a generator as :func:`steps`, of a module's top level.
-        arguments: its own, after the variant.
-        variants: what to compare.
+        module: of the part, see :func:`steps`.
+        arguments: of its function ``problem``, after the first three.
+        settings: d of the subspace, the device, seconds to spend on each variant: five steps at
+            least, after the first.
         weight_bytes: of θ₀.
-        seconds: to spend on each; five steps at least, after the first.
         allocator: environment variables of glibc's malloc.
+        variants: what to compare; by default all.
 
     Returns:
         Rows with ``projection`` (the variant) and what :func:`steps` says of the last step, with
         ``step`` (the timing) instead of ``seconds`` and ``losses`` (the first, the last) instead of
         ``loss``; or ``skipped``, a reason.
     """
-    rows = {variant: {"projection": variant} for variant in variants}
-    there = psutil.virtual_memory().available
+    variants = variants or VARIANTS
+    rows: dict[str, Measurement] = {variant: {"projection": variant} for variant in variants}
+    available = psutil.virtual_memory().available
     possible = []
     for variant in variants:
         needed = (HELD[variant] + 0.5) * weight_bytes
         if variant == LORA and importlib.util.find_spec("peft") is None:
             rows[variant]["skipped"] = "not installed: pip install 'subspan[peft]'"
-        elif variant == FULL and needed > 0.8 * there:
-            rows[variant]["skipped"] = f"needs {needed / 1e9:.1f} of {there / 1e9:.1f} GB"
+        elif variant == FULL and needed > 0.8 * available:
+            rows[variant]["skipped"] = f"needs {needed / 1e9:.1f} of {available / 1e9:.1f} GB"
         else:
             possible.append(variant)
-    all_of_them = (sum(HELD[variant] for variant in possible) + MORE) * weight_bytes
-    groups = [possible] if all_of_them < there / 2 else [[variant] for variant in possible]
+    together = (sum(HELD[variant] for variant in possible) + MORE) * weight_bytes
+
+    def start(variant: str) -> Worker:
+        how = (module, variant, settings.large_dim, str(settings.torch_device), *arguments)
+        return Worker(steps, *how, allocator=allocator)
+
+    groups = [possible] if together < available / 2 else [[variant] for variant in possible]
     for group in groups:
-        for variant, found in _in_turns(function, arguments, group, seconds, allocator).items():
-            rows[variant] |= found
+        for variant, row in _take_turns(start, group, settings.seconds).items():
+            rows[variant] |= row
     return list(rows.values())
 
 
-def _in_turns(
-    function: Callable[..., Iterator[dict[str, Any]]],
-    arguments: Sequence[Any],
-    variants: Sequence[str],
-    seconds: float,
-    allocator: Mapping[str, str],
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _take_turns(
+    start: Callable[[str], Worker], variants: Sequence[str], seconds: float
+) -> dict[str, Measurement]:
+    """Let a worker for each variant make steps in an order that changes; skip those that fail."""
+    rows: dict[str, Measurement] = {}
     times: dict[str, list[float]] = {}
-    firsts: dict[str, float] = {}
+    first_losses: dict[str, float] = {}
+    workers: dict[str, Worker] = {}
+
+    def turn(variant: str) -> None:
+        try:
+            value = workers[variant].turn()
+        except SubspanError as error:
+            rows[variant] = {"skipped": str(error)}
+            del workers[variant]
+            return
+        loss, took = value.pop("loss"), value.pop("seconds")
+        if variant in first_losses:
+            times.setdefault(variant, []).append(took)
+            value["step"] = spread(times[variant])
+        first_losses.setdefault(variant, loss)
+        rows[variant] = value | {"losses": [first_losses[variant], loss]}
+
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-
-        def turn(variant: str) -> None:
-            try:
-                value = workers[variant].turn()
-            except SubspanError as error:
-                found[variant] = {"skipped": str(error)}
-                del workers[variant]
-                return
-            loss, took = value.pop("loss"), value.pop("seconds")
-            if variant in firsts:
-                times.setdefault(variant, []).append(took)
-                value["step"] = spread(times[variant])
-            firsts.setdefault(variant, loss)
-            found[variant] = value | {"losses": [firsts[variant], loss]}
-
         for variant in variants:
-            worker = Worker(function, variant, *arguments, allocator=allocator)
-            workers[variant] = stack.enter_context(worker)
+            workers[variant] = stack.enter_context(start(variant))
             turn(variant)
         least, most = ROUNDS
-        shuffle, rounds, done = random.Random(0).shuffle, least, 0
-        while workers and done < rounds:
+        shuffle, rounds, made = random.Random(0).shuffle, least, 0
+        while workers and made < rounds:
             order = list(workers)
             shuffle(order)
             for variant in order:
                 turn(variant)
-            done += 1
-            if done == least:
+            made += 1
+            if made == least:
                 a_round = sum(times[variant][-1] for variant in workers)
                 rounds = max(least, min(most, int(seconds * len(workers) / max(a_round, 1e-9))))
-    return found
+    return rows
