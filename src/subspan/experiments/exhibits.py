@@ -13,7 +13,7 @@ from typing import Any, cast
 from subspan.bench import FILE as BENCH
 from subspan.bench.table import of_bench
 from subspan.errors import SubspanError
-from subspan.experiments import Budget, Experiment, Timing, experiments
+from subspan.experiments import Benchmark, Budget, Experiment, experiments
 from subspan.report import bars, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
 from subspan.report.records import Sweep, read
@@ -281,7 +281,7 @@ def _planned(name: str, budget: str) -> dict[str, Settings]:
 def _reproduce(sweep: Sweep, planned: Mapping[str, Settings]) -> str:
     """The command of a published experiment, on other data if they are others."""
     told = sweep.experiment
-    words = [f"subspan reproduce {told.get('name', '')}"]
+    words = [f"subspan reproduce {shlex.quote(told.get('file') or told.get('name', ''))}"]
     if told.get("budget") == "full":
         words.append("--budget full")
     own = planned.get(told.get("part", ""))
@@ -322,7 +322,7 @@ def _word(value: Any) -> str:
 def _of_bench(folder: Path) -> Exhibit:
     record = read_json(folder / BENCH)
     assert record is not None  # it is there
-    known, budget = _timing(record["config"])
+    known, budget = _benchmark(record["config"])
     parts = record["config"].get("parts", ())
     unfinished = record["status"] != "complete"
     picture = folder / "bench.png"
@@ -344,10 +344,10 @@ def _of_bench(folder: Path) -> Exhibit:
     )
 
 
-def _timing(config: Mapping[str, Any]) -> tuple[Timing | None, str]:
+def _benchmark(config: Mapping[str, Any]) -> tuple[Benchmark | None, str]:
     """The experiment that a benchmark's configuration is of: its record does not name it."""
     for known in experiments().values():
-        if isinstance(known, Timing):
+        if isinstance(known, Benchmark):
             for budget, bench in known.benches.items():
                 ours = plain(asdict(bench))
                 if all(ours.get(key) == value for key, value in config.items()):

@@ -23,7 +23,7 @@ class Published:
     dims: tuple[int, ...] = ()
     """One for each accuracy; none where only ``labels`` are known."""
     baseline: float | None = None
-    d_int: float | None = None
+    d_int: int | float | None = None
     method: str | None = None
     """The one method that it is to be compared with; None for all."""
     labels: tuple[str, ...] = ()

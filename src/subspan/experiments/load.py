@@ -85,7 +85,7 @@ def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
         lost -= set(run)
     for part in lost:
         raise parts.error(f"no budget runs the part {part}: leave it out, or name it", part)
-    places = {part: parts.place(part) + f", {part}" for part in parts}
+    places = {part: f"{parts.place(part)}, {part}" for part in parts}
     return Experiment(
         **about,
         sweeps=sweeps,

@@ -27,6 +27,7 @@ def sweep_parts(
     ray_address: str | None = None,
     on_run: Callable[[Outcome, int], None] | None = None,
     extra: Callable[[str], Mapping[str, Any]] = lambda part: {},
+    places: Mapping[str, str] | None = None,
     log: Sequence[str] = (),
     **how: Any,
 ) -> dict[str, dict[str, Any]]:
@@ -40,6 +41,7 @@ def sweep_parts(
         ray_address: likewise.
         on_run: called after each run, with how many are left in all parts.
         extra: what else the ``sweep.json`` of a part is to say.
+        places: what errors call a part, where that is not its name: a file and a line, perhaps.
         log: likewise.
         how: the other arguments of :func:`subspan.sweeps.sweep.sweep`.
 
@@ -53,7 +55,8 @@ def sweep_parts(
         try:
             check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
         except SubspanError as error:
-            raise SubspanError(f"{part}: {error}" if part else str(error)) from error
+            place = (places or {}).get(part, part)
+            raise SubspanError(f"{place}: {error}" if place else str(error)) from error
     results = {}
     left = sum(map(total_runs, parts.values()))
     with backends.ray_joined(ray_address, jobs) if backend == "ray" else nullcontext():
