@@ -16,8 +16,8 @@ from subspan.experiments import Benchmark, exhibits, experiments, gallery
 from subspan.experiments.exhibits import FAMILIES, sweep_command
 from subspan.report import write
 from subspan.training.config import Sweep, Training
-from tests.runs import contents
 from tests.report.test_report import LI, Document, a_sweep, row, save
+from tests.runs import contents
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/gallery.md"

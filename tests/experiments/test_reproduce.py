@@ -21,8 +21,8 @@ from subspan.sweeps.sweep import _points, check, total_runs
 from subspan.training.config import Sweep, Training
 from subspan.training.nets import weights
 from subspan.training.train import prepare
-from tests.training.data.makers import encoded
 from tests.runs import NET
+from tests.training.data.makers import encoded
 
 
 @pytest.fixture

@@ -14,20 +14,20 @@ Budget = Literal["quick", "full"]
 Choice = TypeVar("Choice")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """A published curve: accuracies (fractions) at numbers of coordinates."""
 
     label: str
-    accuracy: tuple[float, ...]
     dims: tuple[int, ...] = ()
     """One for each accuracy; none where only ``labels`` are known."""
+    labels: tuple[str, ...] = ()
+    """Values of the method's axis by which points are compared, where counts are an outcome."""
+    accuracy: tuple[float, ...]
     baseline: float | None = None
     d_int: int | float | None = None
     method: str | None = None
     """The one method that it is to be compared with; None for all."""
-    labels: tuple[str, ...] = ()
-    """Values of the method's axis by which points are compared, where counts are an outcome."""
 
     def __post_init__(self) -> None:
         for name, points, other in (

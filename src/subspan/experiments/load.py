@@ -40,7 +40,10 @@ def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
     Raises:
         SubspanError: the file cannot be used; it names the line and the nearest right key.
     """
-    content = read(path)
+    content = read(path, file or str(path))
+    timing = "bench" in content
+    kind = "an experiment with a bench" if timing else "an experiment"
+    content.check_keys(f"key of {kind}", BENCH if timing else SWEEP)
     about = {
         name: " ".join(content.fit(name, str).split()) if name in content else ""
         for name in ("title", "source", "differences")
@@ -50,41 +53,23 @@ def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
             raise content.error(f"an experiment needs a {name}")
     budgets = content.mapping("budgets")
     budgets.check_keys("budget", BUDGETS)
-    if "bench" in content:
-        content.check_keys("key of an experiment with a bench", BENCH)
+    if timing:
         usual = content.mapping("bench")
         benches = {b: usual.replaced_by(budgets.mapping(b)).make(Bench, "bench") for b in BUDGETS}
         return Benchmark(**about, benches=benches)
-    content.check_keys("key of an experiment", SWEEP)
     if "sweep" not in content:
         raise content.error("an experiment needs a sweep, or a bench")
     parts = content.mapping("parts")
     for part in parts:
         if not re.fullmatch(r"\w[\w.-]*", part):
             raise parts.error(f"a part is the name of a folder, got {part!r}", part)
-    lost = set(parts)
-    sweeps = {}
-    for budget in BUDGETS:
-        own = budgets.mapping(budget)
-        special = own.mapping("parts")
-        special.check_keys("part", parts)
-        run = own.fit("only", tuple[str, ...]) if "only" in own else tuple(parts) or ("",)
-        for part in run:
-            if part not in (parts or ("",)):
-                raise own.error(unknown("part", part, parts), "only")
-        layers = own.only(own.keys() - {"only", "parts"})
-        sweeps[budget] = {
-            part: _sweep(
-                content.mapping("sweep").replaced_by(
-                    parts.mapping(part), layers, special.mapping(part)
-                ),
-                Path(file).parent if file else None,
-            )
-            for part in run
-        }
-        lost -= set(run)
-    for part in lost:
-        raise parts.error(f"no budget runs the part {part}: leave it out, or name it", part)
+    sweeps = {
+        budget: _sweeps(content.mapping("sweep"), parts, budgets.mapping(budget), file)
+        for budget in BUDGETS
+    }
+    for part in parts:
+        if not any(part in run for run in sweeps.values()):
+            raise parts.error(f"no budget runs the part {part}: name it, or leave it out", part)
     places = {part: f"{parts.place(part)}, {part}" for part in parts}
     return Experiment(
         **about,
@@ -95,8 +80,25 @@ def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
     )
 
 
-def _sweep(values: Located, beside: Path | None) -> Sweep:
-    """The sweep that a part's keys describe; ``beside`` is the folder of the user's file."""
+def _sweeps(general: Located, parts: Located, budget: Located, file: str) -> dict[str, Sweep]:
+    """The parts that a budget runs; one that is called "" where there are none."""
+    special = budget.mapping("parts")
+    special.check_keys("part", parts)
+    run = budget.fit("only", tuple[str, ...]) if "only" in budget else tuple(parts) or ("",)
+    if not run:
+        raise budget.error("only names no part: name one, or leave it out", "only")
+    for part in run:
+        if part not in (parts or ("",)):
+            raise budget.error(unknown("part", part, parts), "only")
+    of_all = budget.only(budget.keys() - {"only", "parts"})
+    return {
+        part: _sweep(general.replaced_by(parts.mapping(part), of_all, special.mapping(part)), file)
+        for part in run
+    }
+
+
+def _sweep(values: Located, file: str) -> Sweep:
+    """The sweep that a part's keys describe."""
     chosen = [_method(values, "methods", name) for name in _names(values, "methods")]
     chosen += [_method(values, "baseline", name) for name in _names(values, "baseline")]
     options: dict[str, Any] = {}
@@ -110,8 +112,10 @@ def _sweep(values: Located, beside: Path | None) -> Sweep:
         for name in _names(values, key):
             if ":" not in name and not nets.is_builtin(name):
                 raise values.error(unknown("net", name, nets.names()), key)
-    if beside is not None and re.match(r"\.\.?(/|$)", training.data or ""):
-        training = replace(training, data=os.path.join(beside, training.data or ""))
+    if file and re.match(r"\.\.?(/|$)", training.data or ""):
+        place = os.path.normpath(Path(file).parent / (training.data or ""))
+        # With ./ in front, a folder that is not there is not taken for a name.
+        training = replace(training, data=place if os.path.isabs(place) else f"./{place}")
     given = {key: values.fit(key, options[key]) for key in options if values.get(key) is not None}
     return values.only(_OF_SWEEP).make(Sweep, "a sweep", training=training, options=given)
 

@@ -119,13 +119,16 @@ class Located(dict[str, Any]):
             raise
 
 
-def read(path: Path) -> Located:
+def read(path: Path, name: str) -> Located:
     """Read a YAML file that is one mapping.
+
+    Args:
+        path: the file.
+        name: what errors call it.
 
     Raises:
         SubspanError: there is no such file, or it is nothing of the kind.
     """
-    name = str(path)
     if path.is_dir():
         raise SubspanError(f"{name} is a folder: give a YAML file")
     if not path.is_file():
