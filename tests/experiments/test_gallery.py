@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.experiments import Timing, exhibits, experiments, gallery
+from subspan.experiments import Benchmark, exhibits, experiments, gallery
 from subspan.experiments.exhibits import FAMILIES, sweep_command
 from subspan.report import write
 from subspan.training.config import Sweep, Training
@@ -189,6 +189,13 @@ def test_other_data_and_the_budget_are_in_the_command(tmp_path):
     assert shown(tmp_path).command == command
 
 
+def test_the_command_of_a_users_file_names_the_file(tmp_path):
+    raw = a_sweep(["hash"]) | an_experiment(name="mine")
+    raw["experiment"]["file"] = "my papers/mine.yaml"
+    place(tmp_path / "one", raw)
+    assert shown(tmp_path).command == "subspan reproduce 'my papers/mine.yaml'"
+
+
 def test_times_are_shown_where_they_are_a_result(tmp_path):
     raw = a_sweep(["hash"]) | an_experiment(name="minut-sparse-benchmark")
     raw["rows"][0]["bytes_sent_per_step"] = [1234.0, None]
@@ -273,7 +280,7 @@ def test_a_benchmark_is_in_multiples_of_the_dense_network(tmp_path):
 
 def test_the_configuration_of_a_benchmark_says_which_experiment_it_is(tmp_path):
     known = experiments()["dlrt-timing"]
-    assert isinstance(known, Timing)
+    assert isinstance(known, Benchmark)
     bench = known.benches["full"]
     config = {"ranks": list(bench.ranks), "width": bench.width, "seconds": bench.seconds}
     place(tmp_path / "one", a_bench(**config), "bench.json")

@@ -29,7 +29,6 @@ from tests.training.data.makers import encoded
 @pytest.fixture
 def tiny(monkeypatch):
     """An experiment of two seconds."""
-    experiments()
     monkeypatch.setattr(module, "_registry", {})
     settings = {"methods": ("hash",), "dims": ("5", "30"), "lrs": (0.3,), "baseline_lrs": (0.01,)}
     tiny = Experiment(
@@ -37,13 +36,23 @@ def tiny(monkeypatch):
         title="Digits",
         source="Nobody 2026",
         differences="all of it",
-        published=(Published("Nobody 2026", (5, 30), (0.25, 0.5), baseline=0.75, d_int=17),),
+        published={
+            "": (
+                Published(
+                    label="Nobody 2026",
+                    dims=(5, 30),
+                    accuracy=(0.25, 0.5),
+                    baseline=0.75,
+                    d_int=17,
+                ),
+            )
+        },
         sweeps={
-            "quick": Sweep(Training(net=NET, epochs=1), **settings),
-            "full": Sweep(Training(net=NET, epochs=2), **settings),
+            "quick": {"": Sweep(Training(net=NET, epochs=1), **settings)},
+            "full": {"": Sweep(Training(net=NET, epochs=2), **settings)},
         },
     )
-    monkeypatch.setitem(experiments(), "tiny", tiny)
+    module.register(tiny)
     return tiny
 
 
@@ -96,22 +105,22 @@ def test_the_published_ones():
     ]
     assert [rows[-1].accuracy for rows in fashion.published.values()] == [(0.8565,), (0.8556,)]
     assert [s.processes for s in distributed.parts("quick").values()] == [1, 2, 2, 4, 4]
-    assert (li.published[0].d_int, li.published[0].baseline) == (290, 0.991)
-    assert dict(zip(li.published[0].dims, li.published[0].accuracy, strict=True)) == {
+    assert (li.published[""][0].d_int, li.published[""][0].baseline) == (290, 0.991)
+    assert dict(zip(li.published[""][0].dims, li.published[""][0].accuracy, strict=True)) == {
         100: 0.763,
         200: 0.864,
         500: 0.939,
         1000: 0.963,
         5000: 0.983,
     }
-    assert dict(zip(minut.published[0].dims, minut.published[0].accuracy, strict=True)) == {
+    assert dict(zip(minut.published[""][0].dims, minut.published[""][0].accuracy, strict=True)) == {
         850: 0.901,
         1500: 0.925,
         2500: 0.941,
         5000: 0.955,
     }
-    assert minut.published[0].baseline == 0.976
-    fc, cifar = found["li-mnist-fc"].published[0], found["li-cifar-lenet"].published[0]
+    assert minut.published[""][0].baseline == 0.976
+    fc, cifar = found["li-mnist-fc"].published[""][0], found["li-cifar-lenet"].published[""][0]
     assert (fc.d_int, fc.baseline, fc.accuracy) == (750, 0.981, (0.175, 0.451, 0.593))
     assert dict(zip(cifar.dims, cifar.accuracy, strict=True)) == {
         500: 0.384,
@@ -130,22 +139,21 @@ def test_the_published_ones():
         "minut-cifar-mlp": ({150: 0.267, 3000: 0.444, 4750: 0.466}, 0.517),
     }
     for name, (curve, baseline) in layers.items():
-        published = found[name].published[0]
+        published = found[name].published[""][0]
         assert dict(zip(published.dims, published.accuracy, strict=True)) == curve
         assert published.baseline == baseline
-        assert all(s.options == {"compartments": "layer"} for s in found[name].sweeps.values())
+        for budget in ("quick", "full"):
+            assert found[name].parts(budget)[""].options == {"compartments": "layer"}
     assert kinds.timed
     assert [e.timed for e in (li, minut)] == [False, False]
-    assert kinds.sweeps["quick"].dims == kinds.sweeps["full"].dims == ("4000+500",)
+    assert {s.dims for budget in kinds.sweeps.values() for s in budget.values()} == {("4000+500",)}
     assert {"stored-dense", "stored-coo", "stored-csr", "stored-csc"} <= set(
-        kinds.sweeps["quick"].methods
+        kinds.parts("quick")[""].methods
     )
 
 
 def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_registry", {})
-    timed = replace(tiny, timed=True)
-    monkeypatch.setitem(experiments(), "tiny", timed)
+    monkeypatch.setitem(module._registry, "tiny", replace(tiny, timed=True))
     with pytest.raises(SubspanError, match="times its runs: one at a time, not --jobs 2"):
         reproduce("tiny", tmp_path / "out", jobs=2)
     told = []
@@ -189,7 +197,7 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
         data, _, _ = config.training.data.partition("[:")  # there are few images here
         there = replace(config, training=replace(config.training, data=data))
         check(there)
-        for published in experiment.published_of(part):
+        for published in experiment.published.get(part, ()):
             if published.labels:
                 assert len(published.labels) == len(published.accuracy)
                 assert len(published.dims) in (0, len(published.accuracy))
@@ -285,12 +293,12 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
 
 
 def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
-    settings = tiny.sweeps["quick"]
+    settings = tiny.parts("quick")[""]
     parts = {"one": settings, "two": replace(settings, baseline=None, dims=("7",))}
-    published = {"one": tiny.published * 2, "two": (Published("Else 2026", (7,), (0.4,), 0.9),)}
-    monkeypatch.setattr(module, "_registry", {})
+    other = Published(label="Else 2026", dims=(7,), accuracy=(0.4,), baseline=0.9)
+    published = {"one": tiny.published[""] * 2, "two": (other,)}
     several = replace(tiny, sweeps={"quick": parts}, published=published)
-    monkeypatch.setitem(experiments(), "tiny", several)
+    monkeypatch.setitem(module._registry, "tiny", several)
     said = cli("reproduce", "tiny", "--jobs", 1, "--out", "out")
     assert (said.code, said.err) == (0, "")
     for words in ("\none\n", "\ntwo\n", "picture: out/two/curve.png", "out/summary.png"):
@@ -317,7 +325,7 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in sent.patches] == [
         (3, 1000)
     ]
-    with pytest.raises(SubspanError, match="budget must be quick or full, got 'full'"):
+    with pytest.raises(SubspanError, match="budget must be quick, got 'full'"):
         reproduce("tiny", Path("out"), budget="full")
 
 
@@ -384,42 +392,36 @@ def test_all(tiny, in_tmp_path, cli, monkeypatch):
     lost = replace(
         tiny,
         name="lost",
-        sweeps={"quick": Sweep(Training(net=NET, data="./nowhere"), dims=("5",))},
+        sweeps={"quick": {"": Sweep(Training(net=NET, data="./nowhere"), dims=("5",))}},
     )
-    monkeypatch.setattr(module, "_registry", {})
-    monkeypatch.setattr(module.pkgutil, "iter_modules", lambda path: [])
-    experiments.cache_clear()
-    for found in (replace(tiny, name="z"), lost, tiny):
-        module._registry[found.name] = found
-    try:
-        said = cli("reproduce", "all", "--jobs", 1)
-        assert (said.code, said.err) == (0, "")
-        missing = "lost could not be run: there is no data folder ./nowhere"
-        assert missing in said.out
-        assert "page of all: runs/all-quick/index.html" in said.out
-        page = Path("runs/all-quick/index.html").read_text()
-        assert missing in page
-        assert page.count("Nobody 2026") >= 2
-        again = cli("reproduce", "all", "--jobs", 1)
-        assert again.code == 0
-        assert Path("runs/all-quick/index.html").read_text() == page
-        # Nor does a record that was edited.
-        spoilt = Path("runs/all-quick/tiny/sweep.json")
-        spoilt.write_text("{}")
-        said = cli("reproduce", "all", "--jobs", 1)
-        assert (said.code, said.err) == (0, "")
-        assert "tiny could not be run: runs/all-quick/tiny/sweep.json is damaged" in said.out
-        page = Path("runs/all-quick/index.html").read_text()
-        assert page.count("Nobody 2026") >= 1
-        assert "tiny/sweep.json is damaged" in page
-        assert spoilt.read_text() == "{}"
-        said = cli("reproduce", "all", "--data", "mnist")
-        assert said.code == 2
-        assert "all experiments have data of their own: leave --data out" in said.err
-        del module._registry["z"], module._registry["tiny"]
-        experiments.cache_clear()
-        said = cli("reproduce", "all", "--jobs", 1, "--out", "none")
-        assert said.code == 2
-        assert "no experiment could be run: see above" in said.err
-    finally:
-        experiments.cache_clear()
+    monkeypatch.setattr(module, "_published", dict)
+    for found in (replace(tiny, name="z"), lost):
+        module.register(found)
+    said = cli("reproduce", "all", "--jobs", 1)
+    assert (said.code, said.err) == (0, "")
+    missing = "lost could not be run: there is no data folder ./nowhere"
+    assert missing in said.out
+    assert "page of all: runs/all-quick/index.html" in said.out
+    page = Path("runs/all-quick/index.html").read_text()
+    assert missing in page
+    assert page.count("Nobody 2026") >= 2
+    again = cli("reproduce", "all", "--jobs", 1)
+    assert again.code == 0
+    assert Path("runs/all-quick/index.html").read_text() == page
+    # Nor does a record that was edited.
+    spoilt = Path("runs/all-quick/tiny/sweep.json")
+    spoilt.write_text("{}")
+    said = cli("reproduce", "all", "--jobs", 1)
+    assert (said.code, said.err) == (0, "")
+    assert "tiny could not be run: runs/all-quick/tiny/sweep.json is damaged" in said.out
+    page = Path("runs/all-quick/index.html").read_text()
+    assert page.count("Nobody 2026") >= 1
+    assert "tiny/sweep.json is damaged" in page
+    assert spoilt.read_text() == "{}"
+    said = cli("reproduce", "all", "--data", "mnist")
+    assert said.code == 2
+    assert "all experiments have data of their own: leave --data out" in said.err
+    del module._registry["z"], module._registry["tiny"]
+    said = cli("reproduce", "all", "--jobs", 1, "--out", "none")
+    assert said.code == 2
+    assert "no experiment could be run: see above" in said.err

@@ -103,7 +103,7 @@ def test_an_import_that_is_no_module(name):
 
 
 def test_a_second_registration_of_a_name_is_an_error():
-    from subspan.experiments import Experiment, experiments
+    from subspan.experiments import experiments, register
     from subspan.training.methods import methods
 
     with pytest.raises(TypeError, match="'toeplitz' is registered already"):
@@ -113,9 +113,8 @@ def test_a_second_registration_of_a_name_is_an_error():
 
     with pytest.raises(TypeError, match="a method named 'full' is registered already"):
         type(methods()["full"])("full", "a second one")
-    known = next(e for e in experiments().values() if isinstance(e, Experiment))
-    with pytest.raises(TypeError, match="is registered already"):
-        Experiment(**{name: getattr(known, name) for name in known.__dataclass_fields__})
+    with pytest.raises(TypeError, match="'li-mnist-fc' is registered already"):
+        register(experiments()["li-mnist-fc"])
 
 
 def test_a_projection_that_has_the_name_of_a_kind_is_refused(monkeypatch):

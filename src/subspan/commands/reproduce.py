@@ -19,12 +19,18 @@ from subspan.errors import SubspanError
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from subspan.experiments import Benchmark, Experiment
+
 
 def main(argv: Arguments) -> None:
-    """Run a published experiment, or all, and show published and measured side by side."""
+    """Run a published experiment, or all, and show published and measured side by side.
+
+    An experiment of your own is a YAML file: docs/add-an-experiment.md.
+    """
     from subspan.commands import console
-    from subspan.experiments import experiments
+    from subspan.experiments import ALL, experiment, experiments
     from subspan.experiments.everything import reproduce_all
+    from subspan.files import readable
 
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = Parser("reproduce", main.__doc__, f"experiments:\n{listing}")
@@ -32,7 +38,8 @@ def main(argv: Arguments) -> None:
         "name",
         nargs="?",
         default=None,
-        help="one of the experiments below; all: one after the other, and one page of them all",
+        help="one of the experiments below; a YAML file of your own, FILE.yaml; all: those below "
+        "one after the other, and one page of them all",
     )
     parser.add_argument("--list", action="store_true", help="list the experiments and end")
     parser.add_argument(
@@ -58,17 +65,19 @@ def main(argv: Arguments) -> None:
             console.say(f"{e.name}\n    {e.title}\n    {e.source}")
         return
     other = f"-{Path(given.data).name}" if given.data else ""
-    out = Path(given.out or f"runs/{given.name}{other}-{given.budget}")
-    if given.name != "all":
-        _reproduced(given.name, out, given)
+    if given.name != ALL:
+        chosen = experiment(given.name)
+        out = given.out or f"runs/{readable(chosen.name)}{other}-{given.budget}"
+        _reproduced(chosen, Path(out), given)
         return
     if given.data is not None:
         raise SubspanError("all experiments have data of their own: leave --data out")
 
     def one(name: str, folder: Path) -> None:
         console.say(f"\n{name}: {experiments()[name].title}")
-        _reproduced(name, folder, given)
+        _reproduced(experiment(name), folder, given)
 
+    out = Path(given.out or f"runs/{ALL}-{given.budget}")
     page, missing = reproduce_all(out, one)
     for sentence in missing:
         console.say(sentence, style="red")
@@ -77,17 +86,15 @@ def main(argv: Arguments) -> None:
     console.say(f"\npage of all: {page}")
 
 
-def _reproduced(name: str, out: Path, given: Namespace) -> None:
+def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> None:
     """Run one experiment and show what came of it."""
     from subspan.bench import total as bench_total
     from subspan.commands import console
     from subspan.commands.bench import show_bench, show_progress
     from subspan.commands.sweep import show_runs, show_sweep
-    from subspan.experiments import Timing, experiment
-    from subspan.experiments import reproduce as run_experiment
+    from subspan.experiments import ALL, Benchmark, reproduce
     from subspan.sweeps.sweep import total_runs
 
-    chosen = experiment(name)
     how = {
         "budget": given.budget,
         "data": given.data,
@@ -96,17 +103,17 @@ def _reproduced(name: str, out: Path, given: Namespace) -> None:
         "ray_address": given.ray_address,
         "log": trackers_given(given),
     }
-    if isinstance(chosen, Timing):
+    if isinstance(chosen, Benchmark):
         with show_progress(bench_total(chosen.bench(given.budget))) as done:
-            [record] = run_experiment(name, out, done=done, **how).values()
+            [record] = reproduce(chosen, out, done=done, **how).values()
         show_bench(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
         return
     # Where all are run, those whose runs are timed go one at a time.
-    jobs = 1 if chosen.timed and given.name == "all" else given.jobs
+    jobs = 1 if chosen.timed and given.name == ALL else given.jobs
     parts = chosen.parts(given.budget)
     with show_runs(sum(map(total_runs, parts.values()))) as progress:
-        results = run_experiment(name, out, jobs=jobs, on_run=progress, say=console.say, **how)
+        results = reproduce(chosen, out, jobs=jobs, on_run=progress, say=console.say, **how)
     for part, result in results.items():
         if part:
             console.say(f"\n{part}")

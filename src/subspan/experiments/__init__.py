@@ -1,140 +1,85 @@
-"""Published experiments, one file each: the source, the recipe, the published numbers.
+"""Published experiments: the source, the recipe, the published numbers.
 
 An experiment is an ordinary sweep; what it found and what was published stand side by side in the
-sweep's report. A file in this folder that makes an :class:`Experiment` has added it.
+sweep's report. Each is a YAML file: those of the package are in ``published/``, and a user's own is
+named on the command line (``docs/add-an-experiment.md``).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from subspan import report
-from subspan.bench import Bench, bench, picture
+from subspan.bench import bench, picture
 from subspan.errors import SubspanError, unknown
-from subspan.experiments import published
+from subspan.experiments.experiment import Benchmark as Benchmark
+from subspan.experiments.experiment import Budget as Budget
+from subspan.experiments.experiment import Experiment as Experiment
+from subspan.experiments.experiment import Published as Published
+from subspan.experiments.load import load
 from subspan.experiments.many import sweep_parts
 from subspan.sweeps import backends
 from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import Provenance
-from subspan.sweeps.result import Published as Published
-from subspan.training.config import Sweep
+from subspan.training import own
 
-Budget = Literal["quick", "full"]
-Choice = TypeVar("Choice")
+FOLDER = Path(__file__).parent / "published"
+ALL = "all"  # no experiment's name: it stands for all of them
 
-_registry: dict[str, Experiment | Timing] = {}
+_registry: dict[str, Experiment | Benchmark] = {}
 
 
-def _register(experiment: Experiment | Timing) -> None:
-    if experiment.name in _registry:
+def register(experiment: Experiment | Benchmark) -> None:
+    """Add an experiment that a module of the user's makes in Python.
+
+    Raises:
+        TypeError: if there is one of that name.
+    """
+    if experiment.name in _registry or (FOLDER / f"{experiment.name}.yaml").is_file():
         raise TypeError(f"an experiment named {experiment.name!r} is registered already")
     _registry[experiment.name] = experiment
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One published experiment.
-
-    Args:
-        name: what people type.
-        title: one line.
-        source: the paper.
-        differences: what is not as published, and why.
-        published: the numbers to hold ours against; by part, if there are parts.
-        sweeps: the configuration by budget; "quick" ends within ten minutes on two cores, "full"
-            uses the published recipe. An experiment of several parts has a sweep for each by name.
-        timed: whether the runs' times are a result: they run one at a time then.
-    """
-
-    name: str
-    title: str
-    source: str
-    differences: str
-    published: tuple[Published, ...] | Mapping[str, tuple[Published, ...]]
-    sweeps: Mapping[Budget, Sweep | Mapping[str, Sweep]]
-    timed: bool = False
-
-    def __post_init__(self) -> None:
-        _register(self)
-
-    def parts(self, budget: Budget) -> dict[str, Sweep]:
-        """The sweeps by the name of their part; a single one has none.
-
-        Raises:
-            SubspanError: for a budget that is none.
-        """
-        found = _of_budget(self.sweeps, budget)
-        return {"": found} if isinstance(found, Sweep) else dict(found)
-
-    def published_of(self, part: str) -> tuple[Published, ...]:
-        """What a part is held against."""
-        found = self.published
-        return found.get(part, ()) if isinstance(found, Mapping) else found
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A published measurement of times: an ordinary benchmark.
-
-    Args:
-        name: what people type.
-        title: one line.
-        source: the paper, and its numbers.
-        differences: what is not as published, and why.
-        benches: what to measure by budget.
-    """
-
-    name: str
-    title: str
-    source: str
-    differences: str
-    benches: Mapping[Budget, Bench]
-
-    def __post_init__(self) -> None:
-        _register(self)
-
-    def bench(self, budget: Budget) -> Bench:
-        """What to measure.
-
-        Raises:
-            SubspanError: for a budget that is none.
-        """
-        return _of_budget(self.benches, budget)
-
-
-def _of_budget(choices: Mapping[Budget, Choice], budget: Budget) -> Choice:
-    if budget not in choices:
-        raise SubspanError(f"budget must be quick or full, got {budget!r}")
-    return choices[budget]
-
-
 @functools.cache
-def experiments() -> dict[str, Experiment | Timing]:
-    """All experiments by name."""
-    for module in pkgutil.iter_modules(published.__path__):
-        importlib.import_module(f"{published.__name__}.{module.name}")
-    return dict(sorted(_registry.items()))
+def _published() -> dict[str, Experiment | Benchmark]:
+    return {path.stem: load(path) for path in FOLDER.glob("*.yaml")}
 
 
-def experiment(name: str) -> Experiment | Timing:
-    """The experiment of that name.
+def experiments() -> dict[str, Experiment | Benchmark]:
+    """All experiments by name: those of the package, and those that were registered."""
+    return dict(sorted((_published() | _registry).items()))
+
+
+def experiment(name: str) -> Experiment | Benchmark:
+    """The experiment of that name, or in that file.
+
+    Args:
+        name: of an experiment, or of a YAML file: it ends in .yaml or .yml, or has a slash.
 
     Raises:
-        SubspanError: if there is none, with the nearest names.
+        SubspanError: if there is none, with the nearest names; or if the file cannot be used, or
+            has the name of another experiment.
     """
-    if name not in experiments():
-        raise unknown("experiment", name, experiments())
-    return experiments()[name]
+    path, known = Path(name), experiments()
+    if path.suffix not in (".yaml", ".yml") and "/" not in name:
+        if name not in known:
+            raise unknown("experiment", name, known)
+        return known[name]
+    found = load(path, file=name)
+    if found.name in (*known, ALL):
+        raise SubspanError(
+            f"{name} has the name of another experiment, {found.name!r}: rename the file"
+        )
+    return found
 
 
 def reproduce(
-    name: str,
+    which: str | Experiment | Benchmark,
     out: Path,
     *,
     budget: Budget = "quick",
@@ -153,7 +98,8 @@ def reproduce(
     An experiment of several parts has a folder for each, and ``summary.png`` over them.
 
     Args:
-        name: of the experiment.
+        which: an experiment, or the name or the file of one, as of :func:`experiment`. What a
+            user's file names, data that begins with ./ and modules, is looked for beside it first.
         out: output folder.
         budget: "quick" or "full".
         data: in place of the published data set, another of as large images; then no published
@@ -175,13 +121,14 @@ def reproduce(
         SubspanError: for an unknown name or budget, data or trackers for a benchmark, or Ray for
             times.
     """
-    chosen = experiment(name)
+    chosen = experiment(which) if isinstance(which, str) else which
+    name = chosen.name
     backends.check(backend, ray_address, jobs)
-    if backend != "loky" and (isinstance(chosen, Timing) or chosen.timed):
+    if backend != "loky" and (isinstance(chosen, Benchmark) or chosen.timed):
         raise SubspanError(
             f"{name} measures times: on this machine alone, not with --backend {backend}"
         )
-    if isinstance(chosen, Timing):
+    if isinstance(chosen, Benchmark):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
         if log:
@@ -189,6 +136,8 @@ def reproduce(
         record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
         picture.write(record, out)
         return {"": record}
+    if chosen.timed and jobs > 1:
+        raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
     parts, title = chosen.parts(budget), chosen.title
     if data is not None:
         title += f"; here with {data}"
@@ -196,36 +145,35 @@ def reproduce(
             part: replace(config, training=replace(config.training, data=data))
             for part, config in parts.items()
         }
-    if chosen.timed:
-        if jobs > 1:
-            raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
-        jobs = 1
+    about = Provenance(
+        name=name,
+        budget=budget,
+        title=title,
+        source=chosen.source,
+        differences=chosen.differences,
+        file=chosen.file,
+    )
 
     def extra(part: str) -> dict[str, Any]:
         return {
-            "experiment": Provenance(
-                name=name,
-                budget=budget,
-                title=title,
-                source=chosen.source,
-                differences=chosen.differences,
-                part=part,
-            ),
-            "published": () if data else chosen.published_of(part),
+            "experiment": replace(about, part=part),
+            "published": () if data else chosen.published.get(part, ()),
         }
 
-    results = sweep_parts(
-        parts,
-        out,
-        jobs=jobs,
-        backend=backend,
-        ray_address=ray_address,
-        on_run=on_run,
-        extra=extra,
-        overwrite=overwrite,
-        say=say,
-        log=log,
-    )
+    with own.modules_beside(chosen.file) if chosen.file else nullcontext():
+        results = sweep_parts(
+            parts,
+            out,
+            jobs=1 if chosen.timed else jobs,
+            backend=backend,
+            ray_address=ray_address,
+            on_run=on_run,
+            extra=extra,
+            places=chosen.places,
+            overwrite=overwrite,
+            say=say,
+            log=log,
+        )
     if len(parts) > 1:
         report.write_summary(out, {part: out / part for part in parts}, title)
     return results

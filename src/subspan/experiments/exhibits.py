@@ -13,7 +13,7 @@ from typing import Any, cast
 from subspan.bench import FILE as BENCH
 from subspan.bench.table import of_bench
 from subspan.errors import SubspanError
-from subspan.experiments import Budget, Experiment, Timing, experiments
+from subspan.experiments import Benchmark, Budget, Experiment, experiments
 from subspan.report import bars, read, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
 from subspan.sweeps.result import Provenance, SweepRecord
@@ -279,7 +279,7 @@ def _planned(name: str, budget: str) -> dict[str, Sweep]:
 
 def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep]) -> str:
     """The command of a published experiment, on other data if they are others."""
-    words = [f"subspan reproduce {told.name}"]
+    words = [f"subspan reproduce {shlex.quote(told.file or told.name)}"]
     if told.budget == "full":
         words.append("--budget full")
     own = planned.get(told.part)
@@ -320,7 +320,7 @@ def _word(value: Any) -> str:
 def _of_bench(folder: Path) -> Exhibit:
     record = read_json(folder / BENCH)
     assert record is not None  # it is there
-    known, budget = _timing(record["config"])
+    known, budget = _benchmark(record["config"])
     parts = record["config"].get("parts", ())
     unfinished = record["status"] != "complete"
     picture = folder / "bench.png"
@@ -342,10 +342,10 @@ def _of_bench(folder: Path) -> Exhibit:
     )
 
 
-def _timing(config: Mapping[str, Any]) -> tuple[Timing | None, str]:
+def _benchmark(config: Mapping[str, Any]) -> tuple[Benchmark | None, str]:
     """The experiment that a benchmark's configuration is of: its record does not name it."""
     for known in experiments().values():
-        if isinstance(known, Timing):
+        if isinstance(known, Benchmark):
             for budget, bench in known.benches.items():
                 ours = plain(asdict(bench))
                 if all(ours.get(key) == value for key, value in config.items()):

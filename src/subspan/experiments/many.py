@@ -28,6 +28,7 @@ def sweep_parts(
     ray_address: str | None = None,
     on_run: Callable[[Outcome, int], None] | None = None,
     extra: Callable[[str], Mapping[str, Any]] = lambda part: {},
+    places: Mapping[str, str] | None = None,
     log: Sequence[str] = (),
     **how: Any,
 ) -> dict[str, SweepRecord]:
@@ -41,6 +42,7 @@ def sweep_parts(
         ray_address: likewise.
         on_run: called after each run, with how many are left in all parts.
         extra: ``experiment`` and ``published`` of a part, as of :func:`subspan.sweeps.sweep.sweep`.
+        places: what errors call a part, where that is not its name: a file and a line, perhaps.
         log: likewise.
         how: the other arguments of :func:`subspan.sweeps.sweep.sweep`.
 
@@ -54,7 +56,8 @@ def sweep_parts(
         try:
             check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
         except SubspanError as error:
-            raise SubspanError(f"{part}: {error}" if part else str(error)) from error
+            place = (places or {}).get(part, part)
+            raise SubspanError(f"{place}: {error}" if place else str(error)) from error
     results = {}
     left = sum(map(total_runs, parts.values()))
     with cluster.join(ray_address, jobs) if backend == "ray" else nullcontext():

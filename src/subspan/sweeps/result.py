@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.training.records import Record, RunRecord
 from subspan.training.schema import OPTIONAL, MisfitError, from_json
@@ -123,14 +124,14 @@ def _known(values: Any) -> list[float]:
     return [value for value in values if value is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """A published curve: accuracies at numbers of coordinates.
 
     Attributes:
         label: the source.
-        dims: how many coordinates; empty where only labels are known.
-        accuracy: at each of them, in [0, 1].
+        dims: how many coordinates, one number for each accuracy; none where only labels are known.
+        accuracy: fractions.
         baseline: what all weights reached there.
         d_int: the intrinsic dimension that was published.
         method: the one method that it is to be compared with; None for all.
@@ -138,7 +139,7 @@ class Published:
     """
 
     label: str
-    dims: tuple[int, ...]
+    dims: tuple[int, ...] = ()
     accuracy: tuple[float, ...]
     baseline: float | None = None
     d_int: float | None = None
@@ -151,14 +152,15 @@ class Published:
             ("labels", self.labels, self.dims),
         ):
             if len(points) != len(self.accuracy) and (points or not other):
-                raise ValueError(
-                    f"{len(points)} published {name} but {len(self.accuracy)} accuracies"
+                raise SubspanError(
+                    f"{name} has {len(points)} entries and accuracy {len(self.accuracy)}: give "
+                    "one for each"
                 )
+        for accuracy in (*self.accuracy, *([] if self.baseline is None else [self.baseline])):
+            if not 0 <= accuracy <= 1:
+                raise SubspanError(f"an accuracy is a fraction in [0, 1], got {accuracy}")
         if any(dim < 1 for dim in self.dims):
-            raise ValueError(f"dims must be positive, got {list(self.dims)}")
-        baseline = () if self.baseline is None else (self.baseline,)
-        if not all(0 <= value <= 1 for value in (*self.accuracy, *baseline)):
-            raise ValueError(f"accuracies must be in [0, 1], got {[*self.accuracy, *baseline]}")
+            raise SubspanError(f"dims must be at least 1, got {min(self.dims)}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Provenance:
         source: the paper.
         differences: what is not as published, and why.
         part: of an experiment that has several; else empty.
+        file: of an experiment of the user's own; None for those of the package.
     """
 
     name: str
@@ -180,6 +183,7 @@ class Provenance:
     source: str
     differences: str
     part: str = ""
+    file: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

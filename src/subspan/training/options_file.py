@@ -29,14 +29,8 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
     inline = not path.is_file()
     if inline and ":" not in name:
         raise SubspanError(f"--config: File does not exist: {name!r}; give a YAML file")
-    try:
-        text = name if inline else path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = 1 + error.object[: error.start].count(b"\n")
-        raise SubspanError(
-            f"--config {name} is not UTF-8 in line {line}: save it as UTF-8"
-        ) from None
-    node = _composed(text, f"--config {name}")
+    text = name if inline else read_text(path, f"--config {name}")
+    node = compose(text, f"--config {name}")
     if node is None:
         raise SubspanError(f"--config {name} is empty: {_REMEDY}, or leave it out")
     if not isinstance(node, yaml.MappingNode):
@@ -44,11 +38,11 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
         raise SubspanError(f"--config {name} must have names and values, got {kind}: {_REMEDY}")
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value.replace("-", "_") not in known:
-            what = key.value if isinstance(key, yaml.ScalarNode) else f"in line {_line(key)}"
+            what = key.value if isinstance(key, yaml.ScalarNode) else f"in line {line_of(key)}"
             raise unknown(f"key in the file of --config for {command}", what, known)
     if all(isinstance(value, yaml.ScalarNode) and not value.value for _, value in node.value):
         raise SubspanError(f"--config {name} has no value for any of its keys: {_REMEDY}")
-    _once(node, f"--config {name}", dashes=True)
+    refuse_repeated_keys(node, f"--config {name}", dashes=True)
 
 
 def check_value(option: str, text: str) -> None:
@@ -62,13 +56,32 @@ def check_value(option: str, text: str) -> None:
     except yaml.YAMLError:
         return  # no YAML: whoever needs it as such will say so
     if node is not None:
-        _once(node, option)
+        refuse_repeated_keys(node, option)
 
 
-def _composed(text: str, name: str) -> yaml.Node | None:
-    """The file's tree, with lines; None if there is nothing in it."""
+def read_text(path: Path, name: str) -> str:
+    """Read a file of UTF-8, called ``name`` in errors.
+
+    Raises:
+        SubspanError: it is not UTF-8; with the line.
+    """
     try:
-        return yaml.compose(text, yaml.SafeLoader)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise SubspanError(f"{name} is not UTF-8 in line {line}: save it as UTF-8") from None
+
+
+def compose(
+    text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader
+) -> yaml.Node | None:
+    """Parse YAML, called ``name`` in errors, to a tree with lines; None if there is nothing in it.
+
+    Raises:
+        SubspanError: it is no YAML; with the line.
+    """
+    try:
+        return yaml.compose(text, loader)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, str(error.problem)
         if problem.startswith("but "):
@@ -80,30 +93,31 @@ def _composed(text: str, name: str) -> yaml.Node | None:
         raise SubspanError(f"{name} is no YAML ({' '.join(str(error).split())}): mend it") from None
 
 
-def _line(node: yaml.Node) -> int:
+def line_of(node: yaml.Node) -> int:
+    """The line that a node begins in, from 1."""
     return int(node.start_mark.line) + 1
 
 
-def _once(
+def refuse_repeated_keys(
     node: yaml.Node, name: str, *, dashes: bool = False, inside: tuple[yaml.Node, ...] = ()
 ) -> None:
     """Refuse a key that is given twice in one mapping, wherever it is: the last would win."""
     if any(node is other for other in inside):
-        raise SubspanError(f"{name} has in line {_line(node)} what contains itself: write it out")
+        raise SubspanError(f"{name} has in line {line_of(node)} what contains itself: write it out")
     inside = (*inside, node)
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _once(item, name, inside=inside)
+            refuse_repeated_keys(item, name, inside=inside)
     if isinstance(node, yaml.MappingNode):
-        lines: dict[tuple[str, str], int] = {}
+        lines: dict[str, int] = {}
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
-                word = (key.tag, key.value.replace("-", "_") if dashes else key.value)
+                word = key.value.replace("-", "_") if dashes else key.value
                 if word in lines:
-                    both = sorted({lines[word], _line(key)})
+                    both = sorted({lines[word], line_of(key)})
                     where = f"line{'s' if len(both) > 1 else ''} {' and '.join(map(str, both))}"
                     raise SubspanError(
                         f"{name} has the key {key.value!r} twice, in {where}: leave one out"
                     )
-                lines[word] = _line(key)
-            _once(value, name, inside=inside)
+                lines[word] = line_of(key)
+            refuse_repeated_keys(value, name, inside=inside)

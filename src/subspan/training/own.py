@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -9,7 +10,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +59,26 @@ def load_remembered() -> None:
     """Import them."""
     for name in remembered():
         load(name)
+
+
+@contextlib.contextmanager
+def modules_beside(file: str) -> Iterator[None]:
+    """Look for the user's modules in a file's folder first, then where they always are.
+
+    So do processes that begin meanwhile: they inherit the environment.
+    """
+    folder, before = str(Path(file).parent.resolve()), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+    path = list(sys.path)
+    sys.path[:0] = [folder, os.getcwd()]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _module(name: str, what: str) -> ModuleType:

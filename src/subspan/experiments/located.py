@@ -1,0 +1,232 @@
+"""A YAML file that a person writes: mappings that know their lines, and dataclasses made of them.
+
+Every error names the file and the line. Scalars are those of YAML 1.2, so that ``no`` is a text
+and ``1e-4`` a number; of ``010`` and ``12:30`` nobody makes 8 and 750.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from subspan.errors import SubspanError, unknown
+from subspan.training.options_file import compose, line_of, read_text, refuse_repeated_keys
+
+T = TypeVar("T")
+_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+
+
+class Located(dict[str, Any]):
+    """A mapping of a YAML file.
+
+    Attributes:
+        file: its name, as in errors.
+        line: the line that it begins in.
+        lines: the line of each key.
+    """
+
+    def __init__(self, file: str, line: int) -> None:
+        super().__init__()
+        self.file, self.line = file, line
+        self.lines: dict[str, int] = {}
+
+    def place(self, key: str | None = None) -> str:
+        """The file and the line of a key, or of the mapping."""
+        return f"{self.file}, line {self.line if key is None else self.lines[key]}"
+
+    def error(self, message: object, key: str | None = None) -> SubspanError:
+        """An error that names the place first."""
+        return SubspanError(f"{self.place(key)}: {message}")
+
+    def only(self, keys: Collection[str]) -> Located:
+        """The items with these keys."""
+        found = Located(self.file, self.line)
+        for key in self:
+            if key in keys:
+                found[key], found.lines[key] = self[key], self.lines[key]
+        return found
+
+    def replaced_by(self, *others: Located) -> Located:
+        """The items of all; a key that is given again replaces what was given before."""
+        found = self.only(self.keys())
+        for other in others:
+            found.update(other)
+            found.lines.update(other.lines)
+        return found
+
+    def mapping(self, key: str) -> Located:
+        """The mapping at a key; an empty one where there is none."""
+        value = self.get(key)
+        if value is None:
+            return Located(self.file, self.lines.get(key, self.line))
+        if not isinstance(value, Located):
+            raise self.error(f"{key} must be a mapping of names to values, got {value!r}", key)
+        return value
+
+    def check_keys(self, kind: str, known: Collection[str]) -> None:
+        """Refuse other keys than these, with the nearest one."""
+        for key in self:
+            if key not in known:
+                raise self.error(unknown(kind, key, known), key)
+
+    def fit(self, key: str, kind: Any) -> Any:
+        """The value at a key as a type of Python's, or an annotation."""
+        try:
+            return _fit(self[key], kind)
+        except (TypeError, yaml.YAMLError):
+            words = _in_words(kind)
+            raise self.error(f"{key} must be {words}, got {self[key]!r}", key) from None
+
+    def make(self, cls: type[T], kind: str, **more: Any) -> T:
+        """Make a dataclass of the items. Null, where a field takes none, is the field's default.
+
+        Args:
+            cls: a dataclass.
+            kind: what it is called, in errors.
+            more: fields that no key gives.
+
+        Raises:
+            SubspanError: a key is no field, or lacks; or a value does not fit.
+        """
+        hints = get_type_hints(cls)
+        own = [f for f in fields(cls) if f.name not in more]  # type: ignore[arg-type]
+        self.check_keys(f"key of {kind}", [f.name for f in own])
+        given = dict(more)
+        for f in own:
+            takes_null = NoneType in get_args(hints[f.name])
+            if f.name in self and (takes_null or self[f.name] is not None):
+                given[f.name] = self.fit(f.name, hints[f.name])
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise self.error(f"{kind} needs {f.name}")
+        try:
+            return cls(**given)
+        except SubspanError:
+            # Values are wrong by themselves, or with one that stands before them among the fields.
+            for key in list(given)[len(more) :]:
+                more[key] = given[key]
+                try:
+                    cls(**more)
+                except SubspanError as error:
+                    raise self.error(error, key) from None
+                except TypeError:  # an argument that is required is still to come
+                    continue
+            raise
+
+
+def read(path: Path, name: str) -> Located:
+    """Read a YAML file that is one mapping.
+
+    Args:
+        path: the file.
+        name: what errors call it.
+
+    Raises:
+        SubspanError: there is no such file, or it is nothing of the kind.
+    """
+    if path.is_dir():
+        raise SubspanError(f"{name} is a folder: give a YAML file")
+    if not path.is_file():
+        raise SubspanError(f"there is no file {name}: give one that exists")
+    root = compose(read_text(path, name), name, _Loader)
+    if not isinstance(root, yaml.MappingNode):
+        line = 1 if root is None else line_of(root)
+        raise SubspanError(f"{name}, line {line}: the file must be a mapping of names to values")
+    refuse_repeated_keys(root, name)
+    try:
+        found: Located = _value(root, name, yaml.constructor.SafeConstructor())
+    except (yaml.MarkedYAMLError, ValueError) as error:
+        if isinstance(error, SubspanError):
+            raise
+        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) else 1
+        problem = getattr(error, "problem", error)
+        raise SubspanError(f"{name}, line {line}: {problem}") from None
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars as in YAML 1.2, and merge keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)
+
+
+def _value(node: yaml.Node, file: str, scalars: yaml.constructor.SafeConstructor) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, file, scalars) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return scalars.construct_object(node)
+    found = Located(file, line_of(node))
+    scalars.flatten_mapping(node)
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise SubspanError(f"{file}, line {line_of(key)}: a key must be a text")
+        found[key.value], found.lines[key.value] = _value(value, file, scalars), line_of(key)
+    return found
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return _plain(value)
+    if origin in (Union, UnionType):
+        for one in args:
+            try:
+                return _fit(value, one)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+    elif origin is tuple:  # one value, a list, or texts between commas
+        if isinstance(value, str):
+            value = [yaml.load(f"- {item.strip()}", _Loader)[0] for item in value.split(",")]
+        items = value if isinstance(value, list) else [value]
+        numbers = (int, float) if args[0] is str else ()  # dims are numbers, and texts as 600+250
+        return tuple(str(i) if type(i) in numbers else _fit(i, args[0]) for i in items)
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return {key: _fit(inner, args[1]) for key, inner in value.items()}
+    elif origin is list:
+        if isinstance(value, list):
+            return [_fit(item, args[0]) for item in value]
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _in_words(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_in_words, args)))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (tuple, list):
+        return f"a list, each {_in_words(args[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping of names to values"
+    return "null" if kind is NoneType else _WORDS.get(kind, str(kind))

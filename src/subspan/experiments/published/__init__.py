@@ -1,1 +1,0 @@
-"""Published experiments, one a file; importing one registers it."""
