@@ -44,7 +44,15 @@ NAVIGATION = {
         "docs/api/laboratory",
         "docs/format",
     ),
-    "Extend": ("docs/add-a-projection", "docs/add-a-method", "docs/design", "CONTRIBUTING"),
+    "Extend": (
+        "docs/add-a-projection",
+        "docs/add-a-layer",
+        "docs/add-an-optimizer",
+        "docs/add-a-method",
+        "docs/add-an-experiment",
+        "docs/design",
+        "CONTRIBUTING",
+    ),
     "Project": ("CHANGELOG", "SECURITY"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.training.schema import to_json
 from subspan.training.score import Score
 
 DIMS = [10, 100, 1000, 10000]
@@ -148,10 +149,10 @@ def test_interval_covers_the_truth_about_as_often_as_documented():
     assert 0.82 <= hits / trials < 0.99  # near 0.9 with ten seeds
 
 
-def test_as_dict_is_json():
+def test_it_is_json():
     found = intrinsic_dimension(DIMS, [[s, s + 0.01] for s in LINE], [1.0], threshold=0.5)
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False)) == found.as_dict()
-    assert set(found.as_dict()) == {"value", "low", "high", "target", "threshold", "note"}
+    assert json.loads(json.dumps(to_json(found), allow_nan=False)) == to_json(found)
+    assert set(to_json(found)) == {"value", "low", "high", "target", "threshold", "note"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from subspan.sweeps import processes
 from subspan.sweeps import worker as module
 from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.worker import Worker
 from subspan.training import locks, own
 from subspan.training.locks import BusyError
@@ -21,7 +22,7 @@ from tests.runs import a_run
 
 JOB = Job("a", a_run(dim=5))
 POPEN = subprocess.Popen
-FIRST = {"format": 1, "status": "running", "config": {}}
+FIRST = SweepRecord(status="running", config={}, baseline=None, rows=[])
 
 
 @pytest.fixture
