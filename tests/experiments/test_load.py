@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from subspan.bench import sums
+from subspan.bench.parts import sums
 from subspan.errors import SubspanError
 from subspan.experiments import Benchmark, Experiment, experiment, experiments
 from subspan.experiments.load import load
 from subspan.training.config import Sweep, Training
 from subspan.training.records import differences, plain
+from subspan.training.schema import to_json
 from tests.runs import contents, sweep_of
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_each_is_what_its_committed_record_says(file):
         config["options"] = {"distribution": "rademacher"} | config["options"]
     assert differences(config, sweep.as_dict()) == {}
     usual = {"method": None, "labels": []}  # likewise
-    ours = [curve.as_dict() for curve in found.published.get(told["part"], ())]
+    ours = [to_json(curve) for curve in found.published.get(told["part"], ())]
     assert [usual | curve for curve in record["published"]] == ours
     assert found.title == told["title"]
 

@@ -303,7 +303,7 @@ def test_folders_of_other_things(tmp_path, trained, monkeypatch):
 
 def test_what_is_published_is_in_the_file_from_the_beginning_on(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
-    seen, curve = [], Published("Nobody 2026", (5,), (0.25,))
+    seen, curve = [], Published(label="Nobody 2026", dims=(5,), accuracy=(0.25,))
     result = sweep(
         a_sweep(),
         tmp_path,

@@ -48,7 +48,7 @@ def subspan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_options_of_a_projection_of_the_users_are_flags(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    shown = subspan(tmp_path, "train", "--import=mine", "--help").stdout
+    shown = subspan(tmp_path, "train", "--import=mine", "--method", "scaled", "--help").stdout
     assert "--gain" in shown
     assert "how much longer the columns are" in " ".join(shown.split())
 
@@ -79,6 +79,7 @@ def test_an_import_that_fails_is_named(tmp_path, monkeypatch, source, words):
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     with pytest.raises(SubspanError) as error:
         own.load("mine")
     assert all(word in str(error.value) for word in words), error.value
@@ -89,6 +90,7 @@ def test_nothing_is_written_then(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("x = 1\nraise ValueError('no licence')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     assert main(["train", "--import", "mine", *DIGITS, "--out", "out"]) == 2
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1

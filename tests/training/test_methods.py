@@ -198,6 +198,6 @@ def test_the_guide_to_adding_a_method(last_layers, tmp_path, cli, in_tmp_path):
     bad = cli(*words, "--layers", 3, "--overwrite")
     assert bad.code == 2
     assert "layers must be in [1, 2] for this net, got 3" in bad.err
-    helped = cli("train", "--help").out
+    helped = cli("train", "--method", last_layers, "--help").out
     assert "--layers" in helped
     assert "the last layers only, the others as they were drawn" in helped

@@ -168,16 +168,16 @@ TRAIN = ("train", "--net", "mlp-16", "--dim", "9", "--epochs", "3", "--out", "ru
 
 
 def stop_in_epoch(monkeypatch, epoch):
-    from subspan.commands import console
+    from subspan.commands import train as command
 
-    plain = console.TrainingProgress.epoch
+    plain = command.TrainingProgress.epoch
 
     def report(self, row):
         plain(self, row)
         if row.epoch == epoch:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(console.TrainingProgress, "epoch", report)
+    monkeypatch.setattr(command.TrainingProgress, "epoch", report)
 
 
 def test_by_command(cli, in_tmp_path, monkeypatch):

@@ -95,9 +95,9 @@ class Parser(ArgumentParser):
 
 
 def dashed(word: str) -> str:
-    """Write an option's name with dashes, but for the one that jsonargparse looks for."""
+    """Write an option's name with dashes, but for jsonargparse's own, which it looks for."""
     name, equals, value = word.partition("=")
-    known = not name.startswith("--") or name == "--print_config"
+    known = not name.startswith("--") or name.startswith("--print_")
     return word if known else f"{name.replace('_', '-')}{equals}{value}"
 
 

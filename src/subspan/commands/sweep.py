@@ -43,7 +43,9 @@ def main(argv: Arguments) -> None:
     """
     parser = Parser("sweep", main.__doc__, list_methods("sweep", "methods"))
     parser.add_fields(Training)
-    parser.add_fields(Sweep, without=("training", "options", "processes"))
+    parser.add_fields(
+        Sweep, without=("training", "options", "processes"), dims="10,30,100,300,1000,3000"
+    )
     parser.add_argument(
         "--nets",
         type=LISTED,

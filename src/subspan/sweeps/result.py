@@ -174,7 +174,7 @@ class Provenance:
         source: the paper.
         differences: what is not as published, and why.
         part: of an experiment that has several; else empty.
-        file: of an experiment of the user's own; None for those of the package.
+        file: of an experiment of the user's own; empty for those of the package.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Provenance:
     source: str
     differences: str
     part: str = ""
-    file: str | None = field(default=None, metadata=OPTIONAL)
+    file: str = field(default="", metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

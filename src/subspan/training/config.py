@@ -184,7 +184,7 @@ class Sweep:
 
     training: Training
     methods: tuple[str, ...] = ("hash",)
-    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000", "3000")
+    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
     seeds: int = 1
     lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     options: dict[str, Any] = field(default_factory=dict)
