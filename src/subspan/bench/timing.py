@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-ROUNDS = (5, 100)  # at least, at most
+ROUNDS = (5, 1000)  # at least, at most
 CALLS = 4  # in a turn, or as many as fill
 TURN = 0.02  # seconds
 
@@ -30,7 +30,7 @@ def interleaved(
     Args:
         candidates: what to call, by name.
         seconds: to spend on each of them, more or less: never fewer than 5 rounds, nor more
-            than 100.
+            than 1,000.
         device: what they run on; an accelerator is waited for after each call.
 
     Returns:
