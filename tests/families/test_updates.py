@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 import subspan
 from subspan import SubspanError
-from subspan.families import base, operator
+from subspan.families import base, operator, updates
+from tests.laws import vector
 
 
 class Live(TorchDispatchMode):
@@ -96,3 +97,23 @@ def test_a_step_that_changes_in_a_compiled_update_does_not_recompile() -> None:
             update(theta, g, torch.tensor(step))
             expected -= 0.1 * p.matvec(p.rmatvec(g, step=step), step=step)
     torch.testing.assert_close(theta, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [9, 2000])
+def test_16_bit_tensors_a_part_at_a_time(monkeypatch, dtype, d):
+    """Sums are of float32, each rounded once; where a part ends makes no difference."""
+    monkeypatch.setattr(updates, "ROUND", 1000)
+    p = subspan.projection("hash", out_dim=20_000, in_dim=d, seed=2)
+    w, step = vector(d, torch.float32), torch.tensor(1)
+    parts = [vector(n, seed=n).to(dtype).view(-1, 7) for n in (7 * 333, 7, 7 * 1000)]
+    rows = p.matvec(w, step=1, rows=range(5, 5 + 7 * 1334)).split([part.numel() for part in parts])
+    for theta, part, along in zip(updates.add(p, parts, w, step, 5), parts, rows, strict=True):
+        assert theta.dtype == dtype
+        assert torch.equal(theta, (part.float() + along.view(part.shape)).to(dtype))
+    g = torch.zeros(p.out_dim, dtype=torch.float64)
+    g[5 : 5 + 7 * 1334] = torch.cat([part.double().reshape(-1) for part in parts])
+    expected = p.rmatvec(g, step=1)
+    found = updates.gather(p, parts, w, step, 5)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from subspan.families.base import Projection
 
 LARGE = 1 << 22  # bytes of θ whose memory is used again
+ROUND = 1 << 17  # numbers in float32 at a time, where a kernel computes for 16-bit vectors
 
 
 def add(
@@ -67,6 +68,13 @@ def _add(
     if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
         kernel.added(p, ready, w.contiguous(), step, start, outs)
         return
+    if kernel and kernel.added and all(base.device == w.device for base in bases):
+        for base, out in zip(bases, outs, strict=True):
+            _add_rounded(
+                kernel.added, p, base.reshape(-1), w.contiguous(), step, start, out.view(-1)
+            )
+            start += base.numel()
+        return
     sizes = [base.numel() for base in bases]
     if len(sizes) > 1:
         rows = times(w, step, p.recipe, start, start + sum(sizes), False).split(sizes)
@@ -84,6 +92,24 @@ def _add(
         out[inside] = base[inside] + rows  # in the wider dtype of both
 
 
+def _add_rounded(
+    added: Callable[..., None],
+    p: Projection,
+    base: Tensor,
+    w: Tensor,
+    step: Tensor,
+    start: int,
+    out: Tensor,
+) -> None:
+    """Put θ₀ + P w into ``out``, by a kernel for numbers of the precision of ``w``."""
+    room = w.new_empty(min(ROUND, len(base)))
+    for first in range(0, len(base), ROUND):
+        part = room[: len(base) - first]
+        part.copy_(base[first : first + ROUND])
+        added(p, [part], w, step, start + first, [part])
+        out[first : first + ROUND] = part
+
+
 def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, start: int) -> Tensor:
     """Compute Pᵀ g, (d,) like ``w``, of vectors whose rows follow each other from ``start`` on.
 
@@ -93,10 +119,16 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     kernel, times = _kernel_and_product(p, w)
     if kernel and kernel.gathered and (ready := _ready(parts, w)):
         return kernel.gathered(p, ready, step, start)
-    flat = [part.reshape(-1) for part in parts]
+    flat, out = [part.reshape(-1) for part in parts], torch.zeros_like(w)
+    if kernel and kernel.gathered and all(part.device == w.device for part in flat):
+        length = max(ROUND, 32 * len(w))  # so that the sums of several threads are worth it
+        for vector in flat:
+            for part in vector.split(length):
+                out.add_(kernel.gathered(p, [part.to(w.dtype)], step, start))
+                start += len(part)
+        return out
     if len(flat) > 1:
         flat = [torch.cat([part.to(w.device, w.dtype) for part in flat])]
-    out = torch.zeros_like(w)
     for block in p.blocks_of(range(start, start + len(flat[0]))):
         part = flat[0][block.start - start : block.stop - start].to(w.device, w.dtype)
         out.add_(times(part, step, p.recipe, block.start, block.stop, True))
