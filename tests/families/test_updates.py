@@ -52,6 +52,7 @@ def test_nothing_of_the_size_of_the_weights_exists_beside_them(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BLOCK", 1 << 12)
+    monkeypatch.setattr(updates, "ROUND", 1 << 12)
     monkeypatch.setattr(base, "product", operator.project)  # an operator, whose result is seen
     p = subspan.projection(family, out_dim=1 << 18, in_dim=5)
     theta, g, w = torch.zeros(1 << 18, dtype=dtype), torch.ones(1 << 18, dtype=dtype), torch.ones(5)
@@ -106,7 +107,7 @@ def test_16_bit_tensors_a_part_at_a_time(monkeypatch, dtype, d):
     monkeypatch.setattr(updates, "ROUND", 1000)
     p = subspan.projection("hash", out_dim=20_000, in_dim=d, seed=2)
     w, step = vector(d, torch.float32), torch.tensor(1)
-    parts = [vector(n, seed=n).to(dtype).view(-1, 7) for n in (7 * 333, 7, 7 * 1000)]
+    parts = [vector(n, seed=n).to(dtype).view(-1, 7) for n in (7 * 333, 0, 7, 7 * 1000)]
     rows = p.matvec(w, step=1, rows=range(5, 5 + 7 * 1334)).split([part.numel() for part in parts])
     for theta, part, along in zip(updates.add(p, parts, w, step, 5), parts, rows, strict=True):
         assert theta.dtype == dtype

@@ -68,7 +68,7 @@ def _add(
     if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
         kernel.added(p, ready, w.contiguous(), step, start, outs)
         return
-    if kernel and kernel.added and all(base.device == w.device for base in bases):
+    if kernel and kernel.added and all(_fits(base, w) for base in bases):
         for base, out in zip(bases, outs, strict=True):
             _add_rounded(
                 kernel.added, p, base.reshape(-1), w.contiguous(), step, start, out.view(-1)
@@ -120,10 +120,10 @@ def gather(p: Projection, parts: Sequence[Tensor], w: Tensor, step: Tensor, star
     if kernel and kernel.gathered and (ready := _ready(parts, w)):
         return kernel.gathered(p, ready, step, start)
     flat, out = [part.reshape(-1) for part in parts], torch.zeros_like(w)
-    if kernel and kernel.gathered and all(part.device == w.device for part in flat):
+    if kernel and kernel.gathered and all(_fits(part, w) for part in flat):
         length = max(ROUND, 32 * len(w))  # so that the sums of several threads are worth it
         for vector in flat:
-            for part in vector.split(length):
+            for part in vector.split(length) if len(vector) else ():
                 out.add_(kernel.gathered(p, [part.to(w.dtype)], step, start))
                 start += len(part)
         return out
@@ -148,6 +148,11 @@ def _take_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
     if size < LARGE or not like.is_cpu:
         return torch.empty(like.shape, dtype=dtype, device=like.device)
     return rooms.take(size).view(dtype).view(like.shape)
+
+
+def _fits(tensor: Tensor, w: Tensor) -> bool:
+    """Whether sums with ``w`` have its precision and are made on its device."""
+    return tensor.device == w.device and torch.promote_types(tensor.dtype, w.dtype) == w.dtype
 
 
 def _ready(tensors: Sequence[Tensor], w: Tensor) -> list[Tensor]:
