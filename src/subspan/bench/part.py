@@ -22,7 +22,6 @@ from subspan.bench.bars import COLOURS, GREEN, draw_bars, show_number
 from subspan.errors import unknown
 from subspan.report.tables import Table
 from subspan.training.own import load_remembered
-from subspan.training.records import grouped
 
 if TYPE_CHECKING:
     from subspan.bench.settings import Bench
@@ -143,7 +142,10 @@ class Part(ABC):
 
     def groups(self, rows: Sequence[Measurement]) -> list[list[Measurement]]:
         """Divide rows into those that belong together."""
-        return [some for _, some in grouped(rows, *self.shared)]
+        groups: dict[tuple[Any, ...], list[Measurement]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[key] for key in self.shared), []).append(row)
+        return list(groups.values())
 
     def table(self, rows: Sequence[Measurement], machine: Mapping[str, Any]) -> Table:
         """Make the table of rows that belong together.

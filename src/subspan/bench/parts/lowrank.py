@@ -98,7 +98,7 @@ def break_even(rows: Sequence[Measurement], key: str = "step") -> float | None:
     return found
 
 
-class LowRank(Part):
+class LowRankPart(Part):
     """Layers of low rank against dense ones."""
 
     name = "lowrank"
@@ -191,4 +191,4 @@ class LowRank(Part):
         axes.legend(loc="upper left")
 
 
-LowRank()
+LowRankPart()

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from subspan.counts import count
 from subspan.errors import SubspanError, unknown
-from subspan.subspace.parameters import saved_buffers
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
@@ -166,10 +166,12 @@ class Method(ABC):
             beyond seeds (buffers that training changed, too); ``weights``, all of the network, tied
             ones once. A method may add ``counts``, other numbers by what they are called.
         """
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(p.numel() for p in model.parameters())
-        stored = weights + sum(b.numel() for b in saved_buffers(model).values())
-        return {"trainable_parameters": trainable, "stored_parameters": stored, "weights": weights}
+        found = count(model)
+        return {
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "stored_parameters": found.stored,
+            "weights": found.dense,
+        }
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""
