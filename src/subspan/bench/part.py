@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from subspan.bench import parts as own_parts
 from subspan.bench.bars import COLOURS, GREEN, draw_bars, show_number
-from subspan.errors import unknown
+from subspan.registry import Registry
 from subspan.report.tables import Table
 from subspan.training.own import load_remembered
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Measurement = dict[str, Any]  # JSON values; "skipped" is the reason where nothing was measured
 
-_registry: dict[str, Part] = {}
+_registry: Registry[Part] = Registry("part")
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ class Part(ABC):
     unit = "times the first"
 
     def __init__(self) -> None:
-        if self.name in _registry:
-            raise TypeError(f"a part named {self.name!r} is registered already")
-        _registry[self.name] = self
+        _registry.add(self.name, self)
 
     @abstractmethod
     def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
@@ -231,10 +229,8 @@ def find_part(name: str) -> Part:
     Raises:
         SubspanError: if there is none, with the nearest names.
     """
-    known = parts()
-    if name not in known:
-        raise unknown("part", name, known)
-    return known[name]
+    parts()  # imports them
+    return _registry.find(name)
 
 
 def measured(record: Mapping[str, Any]) -> list[tuple[Part, list[Measurement]]]:

@@ -21,11 +21,12 @@ from torch.optim import SGD, Adam, Optimizer
 
 from subspan.counts import count
 from subspan.errors import SubspanError, unknown
+from subspan.registry import Registry
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 
-_registry: dict[str, Method] = {}
+_registry: Registry[Method] = Registry("method")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class Method(ABC):
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help
-        if name in _registry:
-            raise TypeError(f"a method named {name!r} is registered already")
-        _registry[name] = self
+        _registry.add(name, self)
 
     @abstractmethod
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
@@ -209,6 +208,5 @@ def method(name: str) -> Method:
     Raises:
         SubspanError: if there is none, with the nearest names.
     """
-    if name not in methods():
-        raise unknown("method", name, methods())
-    return methods()[name]
+    methods()  # imports them
+    return _registry.find(name)
