@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from types import ModuleType
 from typing import TypeVar
 
 from subspan.errors import unknown
@@ -28,3 +31,9 @@ class Registry(dict[str, T]):
         if name not in self:
             raise unknown(self.kind, name, self)
         return self[name]
+
+
+def import_files(package: ModuleType) -> list[ModuleType]:
+    """Import every file of a package, which registers what is in it, and return the modules."""
+    files = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(file.name) for file in files]

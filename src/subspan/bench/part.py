@@ -7,9 +7,6 @@ a module of yours that ``--import`` names.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 
 from subspan.bench import parts as own_parts
-from subspan.bench.bars import COLOURS, GREEN, draw_bars, show_number
-from subspan.registry import Registry
+from subspan.bench.bars import COLOURS, GREEN, draw_bars
+from subspan.registry import Registry, import_files
+from subspan.report.bars import show_number
 from subspan.report.tables import Table
 from subspan.training.own import load_remembered
 
@@ -210,25 +208,15 @@ def show(value: Any) -> str:
     return f"{value:,}"
 
 
-@functools.cache
-def _import_own_parts() -> None:
-    for module in pkgutil.iter_modules(own_parts.__path__):
-        importlib.import_module(f"{own_parts.__name__}.{module.name}")
-
-
 def parts() -> dict[str, Part]:
     """Return all parts by name, those of the user's modules, too."""
     load_remembered()
-    _import_own_parts()
+    import_files(own_parts)
     return dict(_registry)
 
 
 def find_part(name: str) -> Part:
-    """Return the part of that name.
-
-    Raises:
-        SubspanError: if there is none, with the nearest names.
-    """
+    """Return the part of that name; raise SubspanError with the nearest names if there is none."""
     parts()  # imports them
     return _registry.find(name)
 

@@ -8,8 +8,7 @@ A file in this folder that makes an instance of :class:`Method` has added it
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from subspan.counts import count
 from subspan.errors import SubspanError, unknown
-from subspan.registry import Registry
+from subspan.registry import Registry, import_files
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
@@ -197,8 +196,7 @@ class Method(ABC):
 def methods() -> dict[str, Method]:
     """All methods by name; those of the user's modules, too."""
     load_remembered()
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    import_files(sys.modules[__name__])
     return dict(_registry)
 
 
