@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import check_options
 from subspan.registry import Registry
 
 if TYPE_CHECKING:
@@ -49,12 +48,7 @@ def projection(
         SubspanError: for an unknown name or option, or a value out of range.
     """
     family = _families.find(name)
-    options_of_family = {field.name for field in fields(family)} - COMMON
-    for option in options:
-        if option not in options_of_family:
-            if not options_of_family:
-                raise SubspanError(f"projection {name!r} has no options, got {option!r}")
-            raise unknown(f"option of projection {name!r}", option, options_of_family)
+    check_options(f"projection {name!r}", options, family, apart=COMMON)
     return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
 
 
