@@ -14,7 +14,7 @@ SOURCE = Path(subspan.__file__).parent
 
 # Every module, lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    ("errors", "cache", "files"),
+    ("errors", "cache", "files", "registry"),
     ("philox",),
     ("shuffle",),
     ("kernels",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from inspect import Parameter, signature
 
 
@@ -41,15 +41,21 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:
     return SubspanError(f"unknown {kind} {str(name)!r}: {hint}known are {', '.join(known)}")
 
 
-def check_options(owner: str, options: Iterable[str], make: Callable[..., object]) -> None:
+def check_options(
+    owner: str,
+    options: Iterable[str],
+    make: Callable[..., object],
+    apart: Collection[str] = ("n", "m"),
+) -> None:
     """Refuse options that a function does not have, and the lack of one that it needs.
 
     Args:
         owner: what has the options, as its users call it.
         options: names that were given.
-        make: the function that would take them; n and m are not the user's to give.
+        make: the function that would take them.
+        apart: parameters of it that are no options.
     """
-    parameters = {k: v for k, v in signature(make).parameters.items() if k not in ("n", "m")}
+    parameters = {k: v for k, v in signature(make).parameters.items() if k not in apart}
     given = list(options)
     rest = [k for k, v in parameters.items() if v.kind is Parameter.VAR_KEYWORD]
     for name in rest:  # the function looks at all other options itself

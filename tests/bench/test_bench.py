@@ -16,7 +16,7 @@ from subspan.bench import Bench, bench, candidates, large_network, picture, timi
 from subspan.bench.part import find_part
 from subspan.bench.parts import blocks, laboratory, lowrank, memory, sums, transformer
 from subspan.bench.resident import Beyond
-from subspan.bench.subprocess import ALLOCATOR, Worker, run_in_process
+from subspan.bench.subprocess import ALLOCATOR, SteppedProcess, run_in_process
 from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from subspan.cache import cache
 from subspan.errors import SubspanError
@@ -503,7 +503,7 @@ def here(monkeypatch):
         def __exit__(self, *_):
             self.values.close()
 
-    monkeypatch.setattr(large_network, "Worker", Near)
+    monkeypatch.setattr(large_network, "SteppedProcess", Near)
     return turns
 
 
@@ -617,7 +617,7 @@ def test_memory_of_blocks_is_what_training_them_takes(no_peft):
 
 
 def test_a_worker_hands_on_values_and_failures():
-    with Worker(counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
+    with SteppedProcess(counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
         assert [worker.turn(), worker.turn()] == [[2, "1"], [1, "1"]]
         with pytest.raises(SubspanError, match=r"^no more numbers$"):
             worker.turn()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def mine(in_tmp_path, monkeypatch):
     """A module with a part; both are forgotten afterwards."""
     (in_tmp_path / "mine.py").write_text(MINE)
     parts()
-    monkeypatch.setattr(module, "_registry", dict(module._registry))
+    monkeypatch.setattr(module, "_registry", copy.copy(module._registry))
     monkeypatch.setenv("SUBSPAN_IMPORT", "")
     yield in_tmp_path
     sys.modules.pop("mine", None)

@@ -145,12 +145,12 @@ def test_the_place_of_a_nonzero_in_a_long_block() -> None:
 
 
 @launch.kernel
-def _permuted(index, out, last, step, tag, k0, k1, BITS: tl.constexpr, ROUNDS: tl.constexpr):
+def _permuted(index, out, last, step, tag, k0, k1, BITS: tl.constexpr):
     place = tl.arange(0, 128)
     x = tl.load(index + place)
     x = x.to(tl.uint32) if BITS <= 32 else x.to(tl.uint64)
     column = tl.full((1,), 1, tl.uint32)
-    image = draws.permute(x, last, BITS, ROUNDS, column, step, tag, k0, k1)
+    image = draws.permute(x, last, BITS, column, step, tag, k0, k1)
     tl.store(out + place, image.to(tl.int64))
 
 
@@ -160,7 +160,7 @@ def test_permutations_about_32_bits(D: int) -> None:
     p = subspan.projection("orthogonal", out_dim=D, in_dim=3, **EVERYTHING)
     index = torch.cat((torch.arange(64) % D, D - 1 - torch.arange(64) % D))
     ours = torch.empty(128, dtype=torch.int64, device=DEVICE)
-    arguments = (D - 1, *launch.counter(p, torch.tensor(5)), *draws.rounds(D))
+    arguments = (D - 1, *launch.counter(p, torch.tensor(5)), (D - 1).bit_length())
     _permuted[(1,)](index.to(DEVICE), ours, *arguments)
     assert torch.equal(ours.cpu(), p.source.permutation(D, column=1, step=5)(index))
 
@@ -203,8 +203,8 @@ def test_only_the_tail_is_part_of_the_program() -> None:
         p = subspan.projection("hash", out_dim=(blocks << 10) + 1000, in_dim=9)
         grid, arguments = hash_._arguments(p, torch.tensor(0), 0, p.out_dim)
         assert grid == (blocks + 1,)
-        constants.add(arguments[-2:])
-    assert constants == {(10, 8)}
+        constants.add(arguments[-1])
+    assert constants == {10}
 
 
 @launch.kernel

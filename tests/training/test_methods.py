@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_counts_of_all_weights():
 def last_layers(monkeypatch):
     """The method of the guide, registered as its file in the folder would be."""
     methods()
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.setattr(registry, "_registry", copy.copy(registry._registry))
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(code, str(GUIDE), "exec"), {"__name__": "subspan.training.methods.last_layer"})
     methods.cache_clear()

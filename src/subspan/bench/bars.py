@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from subspan.report.bars import show_number
+
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 COLOURS = (BLUE, ORANGE, GREEN)
 Bars = tuple[Sequence[float | None], str, str]  # a value for each row, the colour, the label
@@ -51,8 +53,3 @@ def draw_bars(axes: Axes, names: Sequence[str], bars: Sequence[Bars]) -> None:
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
     axes.grid(False, axis="y")
     axes.invert_yaxis()
-
-
-def show_number(x: float) -> str:
-    """Show three digits."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from subspan.bench.part import Measurement
 from subspan.bench.resident import Beyond, resident
 from subspan.bench.settings import Bench
-from subspan.bench.subprocess import Worker
+from subspan.bench.subprocess import SteppedProcess
 from subspan.bench.timing import ROUNDS, spread
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
@@ -202,9 +202,9 @@ def measure(
             possible.append(variant)
     together = (sum(HELD[variant] for variant in possible) + MORE) * weight_bytes
 
-    def start(variant: str) -> Worker:
+    def start(variant: str) -> SteppedProcess:
         how = (module, variant, settings.large_dim, str(settings.torch_device), *arguments)
-        return Worker(steps, *how, allocator=allocator)
+        return SteppedProcess(steps, *how, allocator=allocator)
 
     groups = [possible] if together < available / 2 else [[variant] for variant in possible]
     for group in groups:
@@ -214,13 +214,13 @@ def measure(
 
 
 def _take_turns(
-    start: Callable[[str], Worker], variants: Sequence[str], seconds: float
+    start: Callable[[str], SteppedProcess], variants: Sequence[str], seconds: float
 ) -> dict[str, Measurement]:
     """Let a worker for each variant make steps in an order that changes; skip those that fail."""
     rows: dict[str, Measurement] = {}
     times: dict[str, list[float]] = {}
     first_losses: dict[str, float] = {}
-    workers: dict[str, Worker] = {}
+    workers: dict[str, SteppedProcess] = {}
 
     def turn(variant: str) -> None:
         try:

@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from subspan.bench.bars import BLUE, GREEN, draw_bars, show_number
+from subspan.bench.bars import BLUE, GREEN, draw_bars
 from subspan.bench.part import Measurement, Part, Quantity, show
+from subspan.report.bars import show_number
 from subspan.report.tables import Table
 
 

@@ -7,9 +7,6 @@ a module of yours that ``--import`` names.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 
 from subspan.bench import parts as own_parts
-from subspan.bench.bars import COLOURS, GREEN, draw_bars, show_number
-from subspan.errors import unknown
+from subspan.bench.bars import COLOURS, GREEN, draw_bars
+from subspan.registry import Registry, import_files
+from subspan.report.bars import show_number
 from subspan.report.tables import Table
 from subspan.training.own import load_remembered
-from subspan.training.records import grouped
 
 if TYPE_CHECKING:
     from subspan.bench.settings import Bench
 
 Measurement = dict[str, Any]  # JSON values; "skipped" is the reason where nothing was measured
 
-_registry: dict[str, Part] = {}
+_registry: Registry[Part] = Registry("part")
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,7 @@ class Part(ABC):
     unit = "times the first"
 
     def __init__(self) -> None:
-        if self.name in _registry:
-            raise TypeError(f"a part named {self.name!r} is registered already")
-        _registry[self.name] = self
+        _registry.add(self.name, self)
 
     @abstractmethod
     def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
@@ -143,7 +138,10 @@ class Part(ABC):
 
     def groups(self, rows: Sequence[Measurement]) -> list[list[Measurement]]:
         """Divide rows into those that belong together."""
-        return [some for _, some in grouped(rows, *self.shared)]
+        groups: dict[tuple[Any, ...], list[Measurement]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[key] for key in self.shared), []).append(row)
+        return list(groups.values())
 
     def table(self, rows: Sequence[Measurement], machine: Mapping[str, Any]) -> Table:
         """Make the table of rows that belong together.
@@ -210,29 +208,17 @@ def show(value: Any) -> str:
     return f"{value:,}"
 
 
-@functools.cache
-def _import_own_parts() -> None:
-    for module in pkgutil.iter_modules(own_parts.__path__):
-        importlib.import_module(f"{own_parts.__name__}.{module.name}")
-
-
 def parts() -> dict[str, Part]:
     """Return all parts by name, those of the user's modules, too."""
     load_remembered()
-    _import_own_parts()
+    import_files(own_parts)
     return dict(_registry)
 
 
 def find_part(name: str) -> Part:
-    """Return the part of that name.
-
-    Raises:
-        SubspanError: if there is none, with the nearest names.
-    """
-    known = parts()
-    if name not in known:
-        raise unknown("part", name, known)
-    return known[name]
+    """Return the part of that name; raise SubspanError with the nearest names if there is none."""
+    parts()  # imports them
+    return _registry.find(name)
 
 
 def measured(record: Mapping[str, Any]) -> list[tuple[Part, list[Measurement]]]:

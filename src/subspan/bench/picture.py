@@ -9,17 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from subspan.bench.part import measured
-from subspan.files import write_atomically
 from subspan.report import pictures
 
 
 def write(record: Mapping[str, Any], out: Path) -> list[Path]:
     """Write ``bench.png`` and ``bench.svg`` beside the record; returns the files."""
-    figure = draw(record)
-    files = {"bench.png": pictures.png(figure), "bench.svg": pictures.svg(figure)}
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    return [out / name for name in files]
+    return pictures.write(draw(record), out, "bench")
 
 
 @pictures.styled

@@ -10,20 +10,32 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from subspan.bench import candidates
+from subspan.bench.part import Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.training import nets
 
 SHAPE = (1, 28, 28)
 
 
-def check_dim(settings: Bench) -> None:
-    """Refuse a d that does not fit into one of the networks.
+class StepPart(Part):
+    """A part that measures training steps of each network."""
 
-    Raises:
-        SubspanError: for such a d.
-    """
-    for net in settings.nets:
-        candidates.make("hash", nets.weights(net, SHAPE), settings.dim)
+    shared: tuple[str, ...] = ("net",)
+    quantities: tuple[Quantity, ...] = (Quantity("step", "step ms", "a training step"),)
+    subject = "trained by"
+
+    def check(self, settings: Bench) -> None:
+        """Refuse a d that does not fit into one of the networks.
+
+        Raises:
+            SubspanError: for such a d.
+        """
+        for net in settings.nets:
+            candidates.make("hash", nets.weights(net, SHAPE), settings.dim)
+
+    def count(self, settings: Bench) -> int:
+        """Count the networks."""
+        return len(settings.nets)
 
 
 def random_batch(batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, memory_of: str
     return json.loads(result.stdout)
 
 
-class Worker:
+class SteppedProcess:
     """A process that runs a generator and waits after each value, so that several take turns.
 
     Leaving the ``with`` block ends the process.

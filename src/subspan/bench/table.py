@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.bench.bars import show_number
 from subspan.bench.part import measured
+from subspan.report.bars import show_number
 from subspan.report.tables import NONE, Table
 
 

@@ -304,8 +304,8 @@ def trackers_given(given: Namespace) -> tuple[str, ...]:
     return () if given.log is None else config.split(given.log, "log")
 
 
-def add_jobs(parser: Parser) -> None:
-    """Add how runs are spread over processes and machines."""
+def add_running(parser: Parser, out: str | None) -> None:
+    """Add how runs are spread over processes and machines, ``--log``, and :func:`add_out`."""
     parser.add_argument(
         "--jobs",
         type=int,
@@ -327,3 +327,5 @@ def add_jobs(parser: Parser) -> None:
         default=None,
         help="host:port of a cluster's head; null starts Ray on this machine alone",
     )
+    add_log(parser)
+    add_out(parser, out)

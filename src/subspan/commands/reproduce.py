@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from subspan.commands.parsing import (
-    Arguments,
-    Parser,
-    add_jobs,
-    add_log,
-    add_out,
-    parse,
-    trackers_given,
-)
+from subspan.commands.parsing import Arguments, Parser, add_running, parse, trackers_given
 from subspan.errors import SubspanError
 
 if TYPE_CHECKING:
@@ -55,9 +47,7 @@ def main(argv: Arguments) -> None:
         default=None,
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
     )
-    add_jobs(parser)
-    add_log(parser)
-    add_out(parser, None)
+    add_running(parser, None)
     given = parse(parser, argv)
 
     if given.list or given.name is None:

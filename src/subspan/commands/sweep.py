@@ -19,9 +19,7 @@ from subspan.commands.parsing import (
     LISTED,
     Arguments,
     Parser,
-    add_jobs,
-    add_log,
-    add_out,
+    add_running,
     parse,
     read_fields,
     trackers_given,
@@ -54,9 +52,7 @@ def main(argv: Arguments) -> None:
         "and there is one picture of all",
     )
     add_method_options(parser, argv, {"methods": "hash"}, without=("dim",))
-    add_jobs(parser)
-    add_log(parser)
-    add_out(parser, "runs/sweep")
+    add_running(parser, "runs/sweep")
     given = parse(parser, argv)
 
     training = read_fields(Training, given)

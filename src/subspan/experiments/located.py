@@ -17,6 +17,7 @@ import yaml
 
 from subspan.errors import SubspanError, unknown
 from subspan.training.options_file import compose, line_of, read_text, refuse_repeated_keys
+from subspan.training.schema import to_json
 
 T = TypeVar("T")
 _WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
@@ -184,7 +185,7 @@ def _value(node: yaml.Node, file: str, scalars: yaml.constructor.SafeConstructor
 def _fit(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        return _plain(value)
+        return to_json(value)
     if origin in (Union, UnionType):
         for one in args:
             try:
@@ -211,12 +212,6 @@ def _fit(value: Any, kind: Any) -> Any:
     elif type(value) is kind:
         return value
     raise TypeError
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _in_words(kind: Any) -> str:

@@ -52,9 +52,10 @@ def sweep_parts(
     Raises:
         SubspanError: as :func:`subspan.sweeps.sweep.sweep`.
     """
+    shared: dict[str, Any] = {"jobs": jobs, "backend": backend, "ray_address": ray_address}
     for part, config in parts.items():  # all: what is wrong in the last one is not for hours later
         try:
-            check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
+            check(config, **shared, log=log)
         except SubspanError as error:
             place = (places or {}).get(part, part)
             raise SubspanError(f"{place}: {error}" if place else str(error)) from error
@@ -68,17 +69,7 @@ def sweep_parts(
                 if on_run:
                     on_run(outcome, left_in_part + later)
 
-            results[part] = sweep(
-                config,
-                out / part,
-                jobs=jobs,
-                backend=backend,
-                ray_address=ray_address,
-                on_run=one_run,
-                **extra(part),
-                log=log,
-                checked=True,
-                **how,
-            )
+            own = {"on_run": one_run, **extra(part), **how}
+            results[part] = sweep(config, out / part, log=log, checked=True, **shared, **own)
             report.write(out / part)
     return results

@@ -1,12 +1,11 @@
 """The families of projections; importing this package registers every file of it."""
 
-import importlib
-import pkgutil
+import sys
 
 from subspan.families.base import Projection
 from subspan.families.registry import projection, projections
+from subspan.registry import import_files
 
-for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
-    importlib.import_module(_file.name)
+import_files(sys.modules[__name__])
 
 __all__ = ["Projection", "projection", "projections"]

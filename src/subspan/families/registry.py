@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import check_options
+from subspan.registry import Registry
 
 if TYPE_CHECKING:
     from subspan.families.base import Projection
 
 COMMON = {"out_dim", "in_dim", "seed", "stream", "recipe"}  # fields of every projection
 
-_families: dict[str, type[Projection]] = {}
+_families: Registry[type[Projection]] = Registry("projection")
 
 
 def register(name: str, family: type[Projection]) -> None:
@@ -23,9 +23,7 @@ def register(name: str, family: type[Projection]) -> None:
     Raises:
         TypeError: if another one has it.
     """
-    if name in _families:
-        raise TypeError(f"a projection named {name!r} is registered already")
-    _families[name] = family
+    _families.add(name, family)
 
 
 def projections() -> dict[str, type[Projection]]:
@@ -49,15 +47,8 @@ def projection(
     Raises:
         SubspanError: for an unknown name or option, or a value out of range.
     """
-    if name not in _families:
-        raise unknown("projection", name, _families)
-    family = _families[name]
-    options_of_family = {field.name for field in fields(family)} - COMMON
-    for option in options:
-        if option not in options_of_family:
-            if not options_of_family:
-                raise SubspanError(f"projection {name!r} has no options, got {option!r}")
-            raise unknown(f"option of projection {name!r}", option, options_of_family)
+    family = _families.find(name)
+    check_options(f"projection {name!r}", options, family, apart=COMMON)
     return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
 
 

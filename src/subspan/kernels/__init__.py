@@ -9,9 +9,7 @@ sums in an order of its own. A file in ``cpu/`` or ``gpu/`` names the families t
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import pkgutil
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -19,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from subspan.registry import import_files
 
 Product = Callable[[Any, Tensor, Tensor, int, int], Tensor]  # (projection, x, step, start, stop)
 
@@ -45,11 +45,10 @@ def collect(package: ModuleType) -> dict[str, Kernel]:
         TypeError: if two files serve one family.
     """
     kernels: dict[str, Kernel] = {}
-    for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        module = importlib.import_module(file.name)
+    for module in import_files(package):
         for family, kernel in getattr(module, "KERNELS", {}).items():
             if family in kernels:
-                raise TypeError(f"{file.name} has a second kernel for {family!r}")
+                raise TypeError(f"{module.__name__} has a second kernel for {family!r}")
             kernels[family] = kernel
     return kernels
 

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
+from subspan.registry import Registry
 
-_types: dict[str, type[Compressed]] = {}
+_types: Registry[type[Compressed]] = Registry("type of layers")
 
 
 class Compressed(nn.Module, ABC):
@@ -56,10 +57,8 @@ class Compressed(nn.Module, ABC):
     ) -> None:
         super().__init_subclass__(**kwargs)
         if type_name is not None:
-            if type_name in _types:
-                raise TypeError(f"a type of layers named {type_name!r} is registered already")
+            _types.add(type_name, cls)
             cls.type_name, cls.classes = type_name, {}
-            _types[type_name] = cls
         if replaces is not None:
             if replaces in cls.classes:
                 raise TypeError(f"{cls.type_name!r} has a class in place of {replaces} already")
@@ -176,9 +175,7 @@ def layer_type(name: str) -> type[Compressed]:
     Raises:
         SubspanError: if no module that is imported defines it.
     """
-    if name not in _types:
-        raise unknown("type of layers", name, layer_types())
-    return _types[name]
+    return _types.find(name)
 
 
 def compressed_layers(net: nn.Module) -> dict[str, Compressed]:

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from subspan.errors import SubspanError
 from subspan.optim.compartment import CompartmentWeights
 from subspan.optim.optimizer import evaluate
-from subspan.optim.registry import Registry
+from subspan.registry import Registry
 
 Closure = Callable[[], Any]
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import complement, orthonormalize, polish, svd
-from subspan.optim.registry import Registry
+from subspan.registry import Registry
 
 
 @dataclass(frozen=True)

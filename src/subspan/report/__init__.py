@@ -78,10 +78,7 @@ def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path
 
     found = {name: read(folder) for name, folder in parts.items()}
     figure = bars.summary({n: s for n, s in found.items() if isinstance(s, SweepRecord)}, title)
-    files = {"summary.png": pictures.png(figure), "summary.svg": pictures.svg(figure)}
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    return [out / name for name in files]
+    return pictures.write(figure, out, "summary")
 
 
 def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
@@ -99,7 +96,4 @@ def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
     found = {name: read(folder) for name, folder in parts.items()}
     sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, SweepRecord)}
     figure = pictures.comparison_figure(sweeps)
-    files = {"comparison.png": pictures.png(figure), "comparison.svg": pictures.svg(figure)}
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    return [out / name for name in files]
+    return pictures.write(figure, out, "comparison")

@@ -137,7 +137,7 @@ def _panel(
         behind, offset = max([*seeds, *known]), 4.0
         for value, shade in [(mean(seeds), "black"), *((value, _PUBLISHED) for value in known)]:
             axes.annotate(
-                _plain(value),
+                show_number(value),
                 (behind, place),
                 (offset, 0),
                 textcoords="offset points",
@@ -145,7 +145,8 @@ def _panel(
                 fontsize=5.5,
                 color=shade,
             )
-            offset += 3.2 * len(_plain(value)) + 3  # in points, as wide as digits are at this size
+            # In points, as wide as digits are at this size:
+            offset += 3.2 * len(show_number(value)) + 3
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), ".", color="0.2", markersize=1.8)
     axes.margins(x=0.22)
@@ -158,9 +159,10 @@ def _logarithmic(axes: Axes) -> None:
     if widths and max(widths) >= 20 * min(widths):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show_number(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _plain(x: float) -> str:
+def show_number(x: float) -> str:
+    """Show three digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from subspan.files import write_atomically
 from subspan.report.curves import (
     Curve,
     measured_curves,
@@ -318,6 +320,14 @@ def _draw_spectra(axes: Axes, run: RunRecord) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"number of the singular value, after epoch {last.epoch}")
     axes.set_ylabel("singular value")
+
+
+def write(figure: Figure, out: Path, name: str) -> list[Path]:
+    """Write ``NAME.png`` and ``NAME.svg`` in a folder; returns the files."""
+    files = {out / f"{name}.png": png(figure), out / f"{name}.svg": svg(figure)}
+    for path, content in files.items():
+        write_atomically(path, content)
+    return list(files)
 
 
 @styled

@@ -7,7 +7,7 @@ here (that of a sweep in :mod:`subspan.sweeps.result`). Format 2 is written, 1 a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -225,22 +225,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise SubspanError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise SubspanError(
-            f"{path} is damaged or no record of subspan ({error!r}): restore it"
-        ) from None
+        raise _damaged(path, repr(error)) from None
     if type(version) is not int or version < 1:
-        raise SubspanError(
-            f"{path} is damaged or no record of subspan (its format is {version!r}): restore it"
-        )
+        raise _damaged(path, f"its format is {version!r}")
     if version > FORMAT:
         raise SubspanError(
             f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
         )
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("status"), str):
-        raise SubspanError(
-            f"{path} is damaged or no record of subspan (it lacks config or status): restore it"
-        )
+        raise _damaged(path, "it lacks config or status")
     return dict(_upgrade(content) if version == 1 else content)
+
+
+def _damaged(path: Path, why: str) -> SubspanError:
+    return SubspanError(f"{path} is damaged or no record of subspan ({why}): restore it")
 
 
 def _refuse(constant: str) -> None:
@@ -311,13 +309,3 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a file gives it back: through JSON, where tuples are lists."""
     found: dict[str, Any] = json.loads(json.dumps(config))
     return found
-
-
-def grouped(
-    rows: Iterable[dict[str, Any]], *keys: str
-) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
-    """Rows with the same values under some keys together, in the order of the first of each."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.items())

@@ -24,7 +24,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {"given back at once": ALLOCATOR, "as gl
 SMALL = (1, 32, 64)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """x + B relu(A x)."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -42,7 +42,7 @@ class Blocks(nn.Module):
 
     def __init__(self, number: int, width: int, hidden: int, checkpointed: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(number))
+        self.blocks = nn.ModuleList(ResidualBlock(width, hidden) for _ in range(number))
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from subspan.bench.part import Measurement, Part, Quantity
+from subspan.bench.part import Measurement, Quantity
 from subspan.bench.settings import Bench
-from subspan.bench.step import check_dim
+from subspan.bench.step import StepPart
 from subspan.bench.timing import ROUNDS, Quartiles
 from subspan.training import data, devices, nets
 from subspan.training.config import Run, Training
@@ -170,21 +170,16 @@ class Clock:
         return self.last - before
 
 
-class Laboratory(Part):
+class Laboratory(StepPart):
     """Epochs of ``subspan train`` against those of a bare loop."""
 
     name = "laboratory"
     help = "an epoch of subspan train, as it is and in a subspace, against one of a bare loop"
-    shared = ("net", "method")
+    shared, subject, base_name = ("net", "method"), "loop", "bare"
     quantities = (Quantity("step", "epoch ms", "an epoch"),)
     title = "epoch of {net}, {method}, batch {batch_size}"
     heading = "epoch of {net}, {method}: {images:,} images, batch of {batch_size}"
-    subject, base_name = "loop", "bare"
     unit = "times the bare loop"
-
-    def check(self, settings: Bench) -> None:
-        """Refuse a d that does not fit into a network."""
-        check_dim(settings)
 
     def count(self, settings: Bench) -> int:
         """Count the networks, each with its methods."""

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import nn
 from torch.optim import SGD
 
-from subspan.bench.bars import BLUE, GREEN, ORANGE, show_number
+from subspan.bench.bars import BLUE, GREEN, ORANGE
 from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import SHAPE, random_batch, training_step
@@ -23,6 +23,7 @@ from subspan.bench.subprocess import run_in_process
 from subspan.bench.timing import interleaved
 from subspan.layers import LowRankLinear
 from subspan.optim import DLRT
+from subspan.report.bars import show_number
 from subspan.training.machine import PeakMemory
 
 DENSE, HIDDEN = 0, 5  # the rank that a dense row has; hidden layers
@@ -98,7 +99,7 @@ def break_even(rows: Sequence[Measurement], key: str = "step") -> float | None:
     return found
 
 
-class LowRank(Part):
+class LowRankPart(Part):
     """Layers of low rank against dense ones."""
 
     name = "lowrank"
@@ -191,4 +192,4 @@ class LowRank(Part):
         axes.legend(loc="upper left")
 
 
-LowRank()
+LowRankPart()

@@ -19,7 +19,7 @@ from subspan.subspace.model import SubspaceModel
 from subspan.training.machine import PeakMemory
 
 
-class Weights(nn.Module):
+class Vector(nn.Module):
     """A network that is one vector of weights, and returns it."""
 
     def __init__(self, number: int) -> None:
@@ -36,7 +36,7 @@ def peak(method: str, out_dim: int, in_dim: int, device: str) -> int:
     place = torch.device(device)
 
     def two_steps(out_dim: int, in_dim: int) -> None:
-        net: nn.Module = Weights(out_dim).to(place)
+        net: nn.Module = Vector(out_dim).to(place)
         if method != candidates.PLAIN:
             net = SubspaceModel(net, in_dim, **candidates.options(method))
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, foreach=False)

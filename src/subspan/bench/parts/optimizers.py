@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch.optim import SGD
 
-from subspan.bench.part import Measurement, Part, Quantity
+from subspan.bench.part import Measurement
 from subspan.bench.settings import Bench
-from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
+from subspan.bench.step import SHAPE, StepPart, random_batch, training_step
 from subspan.bench.timing import interleaved
 from subspan.optim import RandomBases
 from subspan.training import nets
@@ -17,27 +17,17 @@ from subspan.training.methods.subspace import STORED
 PLAIN = "sgd"
 
 
-class Optimizers(Part):
+class Optimizers(StepPart):
     """Steps in bases that are redrawn."""
 
     name = "optimizers"
     help = "steps in bases that are redrawn at every step, against plain SGD"
-    shared = ("net",)
-    quantities = (Quantity("step", "step ms", "a training step"),)
     title = "step in redrawn bases, {net} ({weights:,} weights), d = {dim:,}"
     heading = (
         "step in redrawn bases of {net}, {weights:,} weights, d = {dim:,}, batch of {batch_size}"
     )
-    subject, base_name = "trained by", PLAIN
+    base_name = PLAIN
     unit = f"times the step of plain {PLAIN}"
-
-    def check(self, settings: Bench) -> None:
-        """Refuse a d that does not fit into a network."""
-        check_dim(settings)
-
-    def count(self, settings: Bench) -> int:
-        """Count the networks."""
-        return len(settings.nets)
 
     def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time a step of every network in every family of bases, and one of plain SGD.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from subspan.bench import candidates
-from subspan.bench.bars import show_number
 from subspan.bench.part import Measurement, Part, Quantity, number, show
 from subspan.bench.settings import Bench
 from subspan.bench.timing import interleaved
 from subspan.families import stored
+from subspan.report.bars import show_number
 from subspan.report.tables import Table
 
 

@@ -5,34 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from subspan.bench import candidates
-from subspan.bench.part import Measurement, Part, Quantity
+from subspan.bench.part import Measurement
 from subspan.bench.settings import Bench
-from subspan.bench.step import SHAPE, check_dim, random_batch, training_step
+from subspan.bench.step import SHAPE, StepPart, random_batch, training_step
 from subspan.bench.timing import interleaved
 from subspan.families import stored
 from subspan.subspace.model import SubspaceModel
 from subspan.training import nets
 
 
-class Steps(Part):
+class Steps(StepPart):
     """Steps of training in a fixed subspace."""
 
     name = "steps"
     help = "steps of training in a fixed subspace, against plain Adam on all weights"
-    shared = ("net",)
-    quantities = (Quantity("step", "step ms", "a training step"),)
     title = "training step, {net} ({weights:,} weights), d = {dim:,}"
     heading = "training step of {net}, {weights:,} weights, d = {dim:,}, batch of {batch_size}"
-    subject, base_name = "trained by", "adam"
+    base_name = "adam"
     unit = "times the step of plain adam"
-
-    def check(self, settings: Bench) -> None:
-        """Refuse a d that does not fit into a network."""
-        check_dim(settings)
-
-    def count(self, settings: Bench) -> int:
-        """Count the networks."""
-        return len(settings.nets)
 
     def measure(self, settings: Bench, done: Callable[[str], None]) -> list[Measurement]:
         """Time a step of every network in every projection, and one of plain Adam.

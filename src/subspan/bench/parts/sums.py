@@ -124,7 +124,7 @@ def _rows(
     ]
 
 
-class Sums(Part):
+class SumsPart(Part):
     """Products of sums: a layer, and LeNet."""
 
     name = "sums"
@@ -167,4 +167,4 @@ class Sums(Part):
         return rows
 
 
-Sums()
+SumsPart()

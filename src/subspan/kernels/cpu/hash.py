@@ -1,8 +1,4 @@
-"""``hash``: both products follow an index of the rows, which is made where it is used.
-
-A tile of rows lies in one block of the shuffle, whose rounds run over all of its lanes at once. The
-index of a small matrix is kept between calls, where making it takes longer than following it.
-"""
+"""``hash``: both products follow an index of the rows, which is made where it is used."""
 
 from __future__ import annotations
 
@@ -11,121 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import int64, prange, uint32, uint64
+from numba import int64, prange, uint32
 from torch import Tensor
 
-from subspan.cache import cache
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
-from subspan.kernels.cpu.common import (
-    add_signs,
-    as_bits,
-    as_float,
-    floats_at,
-    inline,
-    permuted,
-    philox,
-    round_keys,
-    sequence,
-    shift_right,
-    widest,
-)
-from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
+from subspan.kernels.cpu.common import as_bits, as_float, floats_at, inline, widest
+from subspan.kernels.cpu.hash_index import TASK, TILE, find_index, made_from, write_index
 
-TILE = 1 << SMALLEST  # rows whose index is made together, in the first cache level
-TASK = 16 * TILE  # rows of P w that one task writes
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
-M0, M1, M2, M3 = (np.uint32(m) for m in MULTIPLIERS)
 FEW = 1 << 10  # coordinates whose negatives have places of their own, in the first cache level
-NOTHING, NOWHERE = np.empty(0, np.uint32), np.empty(0, np.int64)
-
-
-@inline
-def _round(x, key, multiplier, mask, shift):
-    x = uint32(uint32(uint32(x ^ key) * multiplier) & mask)
-    return uint32(x ^ shift_right(x, shift))
-
-
-@inline
-def _images(out, x, bits, keys):
-    """Images of the rows x, x + 1, … of a block of 2^bits rows, as places in it."""
-    mask, shift = uint32((uint64(1) << uint64(bits)) - uint64(1)), uint32((bits + 1) // 2)
-    k0, k1, k2, k3 = keys
-    for i in range(TILE):
-        y = _round(uint32(x + uint32(i)), k0, M0, mask, shift)
-        y = _round(y, k1, M1, mask, shift)
-        y = _round(y, k2, M2, mask, shift)
-        out[i] = _round(y, k3, M3, mask, shift)
-
-
-@inline
-def _modulo(out, offset, d):
-    """(x + offset) mod d, for offset < d, by a product.
-
-    With 2^k ≤ d < 2^(k+1), the quotient x ⌊(2^(32+k) − 1)/d⌋ div 2^(32+k) is right or too small by
-    one, and then the rest is too large by d; x − d wraps, and is larger than x, if it is right.
-    """
-    k = 0
-    while d >> (k + 1) > 0:
-        k += 1
-    factor, shift = uint32(((1 << (32 + k)) - 1) // d), uint32(k)
-    d, offset = uint32(d), uint32(offset)
-    for i in range(TILE):
-        high = uint32((uint64(out[i]) * uint64(factor)) >> uint64(32))
-        rest = uint32(out[i] - uint32(shift_right(high, shift) * d))
-        rest = uint32(min(rest, uint32(rest - d)) + offset)
-        out[i] = min(rest, uint32(rest - d))
-
-
-@inline
-def _block(first, size):
-    """Number, first row and bits of the block that holds a row; bits 0 of the tail."""
-    number = first >> LARGEST
-    start, bits = number << LARGEST, LARGEST
-    if number == size >> LARGEST:  # no block of 2³² rows is left
-        while bits > 0:
-            bits -= 1
-            if bits < SMALLEST:
-                bits = 0
-            elif size >> bits & 1:
-                if first < start + (1 << bits):
-                    break
-                start += 1 << bits
-                number += 1
-    return number, start, bits
-
-
-@common.function
-def _index(out, signs, tile, size, d, widths, address):
-    """2·bucket + [sign is minus] of a tile's rows; ``signs`` is room of (8, 4)."""
-    first = tile * TILE
-    number, start, bits = _block(first, size)
-    if bits:
-        _images(out, uint32(first - start), bits, philox(number, KEYS, address))
-    else:
-        keys, count = round_keys(widths[0], TAIL, address), size - first
-        room = np.empty((3, TILE), np.uint32)
-        permuted(out, room, 0, count, uint32(count - 1), keys, widths)
-        out[count:] = 0
-    _modulo(out, start % d, d)
-    sequence(signs, first % SPAN // 128, TILE // 128, SIGNS + first // SPAN, address)
-    for n in range(TILE // 128):
-        for m in range(4):
-            add_signs(out, n * 128 + m * 32, signs[n, m])
-
-
-@common.kernel
-def _fill(out, start, d, size, widths, address):
-    """The index of the rows from ``start`` on."""
-    stop = start + out.size
-    for task in prange(start // TASK, (stop + TASK - 1) // TASK):
-        widest()
-        index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
-        for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
-            first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
-            if first < last:
-                _index(index, signs, tile, size, d, widths, address)
-                out[first - start : last - start] = index[first - tile * TILE : last - tile * TILE]
+NOWHERE = np.empty(0, np.int64)
 
 
 @inline
@@ -227,7 +119,7 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
             if kept.size:
                 words = kept[first - start : last - start]
             else:
-                _index(index, signs, tile, size, d, widths, address)
+                write_index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
             _look_up(found, words, table, signed)
             done, stopped = first - start, last - start
@@ -268,7 +160,7 @@ def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths
             if kept.size:
                 words = kept[first - start : last - start]
             else:
-                _index(index, signs, tile, size, d, widths, address)
+                write_index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
             done, stopped = first - start, last - start
             while done < stopped:
@@ -291,7 +183,7 @@ def _matvec_apart(w, d, outs, firsts, size, widths, address):
         along, start, stop = np.empty(TILE, np.float32), firsts[n], firsts[n] + width
         for tile in range(start // TILE, (stop + TILE - 1) // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
-            _index(index, signs, tile, size, d, widths, address)
+            write_index(index, signs, tile, size, d, widths, address)
             _look_up(along, index[first - tile * TILE : last - tile * TILE], table, signed)
             rows = outs[n, first - start : last - start]
             for i in range(rows.size):
@@ -312,31 +204,10 @@ def _rmatvec_apart(parts, firsts, out, d, partial, chunk, size, widths, address)
             start, stop = firsts[n], firsts[n] + width
             for tile in range(start // TILE, (stop + TILE - 1) // TILE):
                 first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
-                _index(index, signs, tile, size, d, widths, address)
+                write_index(index, signs, tile, size, d, widths, address)
                 rows = parts[n, first - start : last - start]
                 _sum(sums, index[first - tile * TILE : last - tile * TILE], rows, values, signed)
     _total(out, partial, d, size)
-
-
-def _made(p: Any, step: Tensor) -> tuple[Any, ...]:
-    """From what an index is made."""
-    return p.out_dim, common.widths(max(1, p.out_dim % TILE)), common.address(p, step)
-
-
-def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[Any, ...]:
-    """The index that is kept, and from what it is made."""
-    size, widths, address = _made(p, step)
-
-    def build() -> tuple[Any]:
-        index = np.empty(stop - start, np.uint32)
-        common.threads(4 * index.size)
-        _fill(index, start, p.in_dim, size, widths, address)
-        return (index,)
-
-    if 4 * size > common.KEPT or address[0]:  # a basis that is drawn again is used twice
-        return NOTHING, size, widths, address
-    (index,) = cache.get(("hash", p.recipe, start, stop, "numba"), build)
-    return index, size, widths, address
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
@@ -356,7 +227,7 @@ def added(
 def _rows(p: Any, w: Tensor, bases: Any, outs: Sequence[Tensor], step: Tensor, start: int) -> None:
     bounds = common.bounds(outs)
     rows = int(bounds[-1])
-    arguments = _arguments(p, step, start, start + rows)
+    arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     _matvec(w.data_ptr(), p.in_dim, bases, common.addresses(outs), bounds, start, *arguments)
 
@@ -377,7 +248,7 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
     partial = np.empty((-(-tiles // chunk), sums), np.float32)
     out = torch.empty(d)
-    arguments = _arguments(p, step, start, start + rows)
+    arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     places = common.addresses(parts), bounds, start, out.data_ptr()
     _rmatvec(*places, d, partial, chunk, *arguments)
@@ -387,7 +258,7 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
 def added_apart(p: Any, w: Tensor, step: Tensor, firsts: Tensor, outs: Tensor) -> None:
     """Add P w to the vectors ``outs``, (n, width), whose first rows are ``firsts``, (n,)."""
     common.threads(8 * outs.numel())
-    _matvec_apart(w.numpy(), p.in_dim, outs.numpy(), firsts.numpy(), *_made(p, step))
+    _matvec_apart(w.numpy(), p.in_dim, outs.numpy(), firsts.numpy(), *made_from(p, step))
 
 
 def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tensor:
@@ -398,7 +269,7 @@ def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tenso
     chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
     partial, out = np.empty((-(-count // chunk), sums), np.float32), torch.empty(d)
     common.threads(8 * parts.numel())
-    arguments = out.numpy(), d, partial, chunk, *_made(p, step)
+    arguments = out.numpy(), d, partial, chunk, *made_from(p, step)
     _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)
     return out
 

@@ -28,7 +28,7 @@ from subspan.kernels.cpu.common import (
     round_keys,
     sequence,
 )
-from subspan.kernels.cpu.hash import TASK, TILE
+from subspan.kernels.cpu.hash_index import TASK, TILE
 
 ROW = 32
 SHORT = 256  # rows

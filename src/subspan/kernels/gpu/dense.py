@@ -25,6 +25,8 @@ PROGRAMS = 2048  # programs of Pᵀ g that are wanted; the device has room for a
 LEAST = 16  # octets of a chunk
 RUN = tl.constexpr(32)  # terms in a row before they are added to the sum: errors grow slower
 
+_OCTETS, _WARPS, _COLUMNS = (tl.constexpr(c) for c in (OCTETS, WARPS, COLUMNS))
+
 
 @triton.jit
 def gaussian_octet(octet, column, most, step, tag, k0, k1):
@@ -64,29 +66,13 @@ def positive_octet(octet, column, most, step, tag, k0, k1):
 
 
 @kernel
-def _matvec(
-    w,
-    out,
-    d,
-    n,
-    first,
-    lead,
-    trips,
-    most,
-    step,
-    tag,
-    k0,
-    k1,
-    ENTRIES: tl.constexpr,
-    OCTETS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+def _matvec(w, out, d, n, first, lead, trips, most, step, tag, k0, k1, ENTRIES: tl.constexpr):
     """Eight rows per lane, columns dealt to the warps; ``lead`` rows of the first octet are cut."""
-    lane = tl.program_id(0).to(tl.int64) * OCTETS + tl.arange(0, OCTETS)
+    lane = tl.program_id(0).to(tl.int64) * _OCTETS + tl.arange(0, _OCTETS)
     octet = first.to(tl.uint32) + lane.to(tl.uint32)[None, :]
-    column = tl.arange(0, WARPS).to(tl.uint32)[:, None]
+    column = tl.arange(0, _WARPS).to(tl.uint32)[:, None]
     most = most.to(tl.uint32)
-    zero = tl.zeros((WARPS, OCTETS), tl.float32)
+    zero = tl.zeros((_WARPS, _OCTETS), tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
     for done in range(0, trips, RUN):
         a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -95,7 +81,7 @@ def _matvec(
             z0, z1, z2, z3, z4, z5, z6, z7 = ENTRIES(octet, column, most, step, tag, k0, k1)
             a0, a1, a2, a3 = a0 + z0 * x, a1 + z1 * x, a2 + z2 * x, a3 + z3 * x
             a4, a5, a6, a7 = a4 + z4 * x, a5 + z5 * x, a6 + z6 * x, a7 + z7 * x
-            column += WARPS
+            column += _WARPS
         s0, s1, s2, s3 = s0 + a0, s1 + a1, s2 + a2, s3 + a3
         s4, s5, s6, s7 = s4 + a4, s5 + a5, s6 + a6, s7 + a7
     row = lane * 8 - lead
@@ -152,29 +138,14 @@ def _run(
 
 
 @kernel
-def _rmatvec(
-    g,
-    out,
-    d,
-    n,
-    first,
-    lead,
-    trips,
-    most,
-    step,
-    tag,
-    k0,
-    k1,
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _rmatvec(g, out, d, n, first, lead, trips, most, step, tag, k0, k1, ENTRIES: tl.constexpr):
     """A column per lane, one chunk of octets: sums of chunk c in row c of ``out``."""
-    column = tl.program_id(0).to(tl.uint32) * COLUMNS + tl.arange(0, COLUMNS).to(tl.uint32)
+    column = tl.program_id(0).to(tl.uint32) * _COLUMNS + tl.arange(0, _COLUMNS).to(tl.uint32)
     chunk = tl.program_id(1).to(tl.int64)
     most = most.to(tl.uint32)
     octet = first.to(tl.uint32) + (chunk * trips).to(tl.uint32)
     row = chunk * trips * 8 - lead
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((_COLUMNS,), tl.float32)
     for done in range(0, trips, RUN):
         count = tl.minimum(trips - done, RUN)
         if (row >= 0) & (row + count * 8 <= n):
@@ -195,20 +166,9 @@ def products(entries: Any, parameters: Any) -> Kernel:
         octets = -(-stop // 8) - first
         trips = -(-p.in_dim // WARPS)
         most, scale = parameters(p)
+        arguments = out, p.in_dim, stop - start, first, start % 8, trips, word(most)
         _matvec[(-(-octets // OCTETS),)](
-            w * scale,
-            out,
-            p.in_dim,
-            stop - start,
-            first,
-            start % 8,
-            trips,
-            word(most),
-            *counter(p, step),
-            entries,
-            OCTETS,
-            WARPS,
-            num_warps=WARPS,
+            w * scale, *arguments, *counter(p, step), entries, num_warps=WARPS
         )
         return out
 
@@ -221,19 +181,9 @@ def products(entries: Any, parameters: Any) -> Kernel:
         chunks = -(-octets // trips)
         partial = g.new_empty(chunks, p.in_dim)
         most, scale = parameters(p)
+        arguments = partial, p.in_dim, stop - start, first, start % 8, trips, word(most)
         _rmatvec[(tiles, chunks)](
-            g,
-            partial,
-            p.in_dim,
-            stop - start,
-            first,
-            start % 8,
-            trips,
-            word(most),
-            *counter(p, step),
-            entries,
-            COLUMNS,
-            num_warps=COLUMNS // 32,
+            g, *arguments, *counter(p, step), entries, num_warps=COLUMNS // 32
         )
         return partial.sum(dim=0) * scale
 
@@ -257,8 +207,8 @@ KERNELS = {
 
 
 # A test compiles these without a GPU.
-_OCTETS = (gaussian_octet, signed_octet, positive_octet)
 CASES: list[Case] = [
-    *((_matvec, 8, {}, {"ENTRIES": f, "OCTETS": 32, "WARPS": 8}) for f in _OCTETS),
-    *((_rmatvec, 4, {}, {"ENTRIES": f, "COLUMNS": 128}) for f in _OCTETS),
+    (product, warps, {}, {"ENTRIES": octet})
+    for product, warps in ((_matvec, WARPS), (_rmatvec, COLUMNS // 32))
+    for octet in (gaussian_octet, signed_octet, positive_octet)
 ]

@@ -12,6 +12,7 @@ import triton.language as tl
 from subspan.philox import FEISTEL_ROUNDS, FEISTEL_ROUNDS_SMALL, MULTIPLIERS, ROUNDS, WEYL
 
 _ROUNDS, _ONCE = tl.constexpr(ROUNDS), tl.constexpr(FEISTEL_ROUNDS)
+_MANY = tl.constexpr(FEISTEL_ROUNDS_SMALL)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in WEYL)
 
@@ -68,14 +69,13 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-def rounds(size: int) -> tuple[int, int]:
-    """Bits and rounds of a permutation of [0, size), as constants of :func:`encrypt`."""
-    return (size - 1).bit_length(), FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
-
-
 @triton.jit
-def encrypt(x, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, k1):
-    """All rounds of a permutation of [0, 2^BITS), once; x is uint32, or uint64 beyond 32 bits."""
+def encrypt(x, BITS: tl.constexpr, column, step, tag, k0, k1):
+    """All rounds of a permutation of [0, 2^BITS), once; x is uint32, or uint64 beyond 32 bits.
+
+    Permutations of at most 32 elements take more rounds.
+    """
+    ROUNDS: tl.constexpr = _ONCE if BITS > 5 else _MANY
     LOW: tl.constexpr = BITS // 2
     HIGH: tl.constexpr = BITS - LOW
     low = (x & ((1 << LOW) - 1)).to(tl.uint32)
@@ -94,13 +94,13 @@ def encrypt(x, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, 
 
 
 @triton.jit
-def permute(x, last, BITS: tl.constexpr, ROUNDS: tl.constexpr, column, step, tag, k0, k1):
+def permute(x, last, BITS: tl.constexpr, column, step, tag, k0, k1):
     """Images of ``x`` in [0, last] under the permutation of ``column``."""
     last = last.to(x.dtype)
-    x = encrypt(x, BITS, ROUNDS, column, step, tag, k0, k1)
+    x = encrypt(x, BITS, column, step, tag, k0, k1)
     outside = x > last
     while tl.max(outside.to(tl.int32)) > 0:
-        x = tl.where(outside, encrypt(x, BITS, ROUNDS, column, step, tag, k0, k1), x)
+        x = tl.where(outside, encrypt(x, BITS, column, step, tag, k0, k1), x)
         outside = x > last
     return x
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu import fastfood_passes
 from subspan.kernels.gpu.butterflies import walsh_hadamard
-from subspan.kernels.gpu.draws import encrypt, flip, normal, rounds, sign_bit
+from subspan.kernels.gpu.draws import encrypt, flip, normal, sign_bit
 from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 LARGEST = 12  # log₂ of the largest block that is one program
@@ -26,35 +26,23 @@ PROGRAMS = 1024  # programs of Pᵀ g that are wanted
 
 
 @triton.jit
-def _draws(block, m, step, tag, k0, k1, LOG: tl.constexpr, ROUNDS: tl.constexpr):
+def _draws(block, m, step, tag, k0, k1, LOG: tl.constexpr):
     """Signs, places and normals of elements ``m`` of blocks, the normals with Σ z² = n."""
     column = (block * 3).to(tl.uint32)
     sign = sign_bit(m, column, step, tag, k0, k1)
-    place = encrypt(m.to(tl.uint32), LOG, ROUNDS, column + 1, step, tag, k0, k1).to(tl.int64)
+    place = encrypt(m.to(tl.uint32), LOG, column + 1, step, tag, k0, k1).to(tl.int64)
     z = normal(m, column + 2, step, tag, k0, k1)
     return sign, place, z * tl.sqrt((1 << LOG) / tl.sum(z * z, axis=1))[:, None]
 
 
 @kernel
 def _matvec(
-    w,
-    out,
-    d,
-    blocks,
-    first,
-    scale,
-    step,
-    tag,
-    k0,
-    k1,
-    LOG: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    w, out, d, blocks, first, scale, step, tag, k0, k1, LOG: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Some blocks of rows, whole ones."""
     number = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     m = tl.arange(0, 1 << LOG)[None, :]
-    sign, place, z = _draws(first + number, m, step, tag, k0, k1, LOG, ROUNDS)
+    sign, place, z = _draws(first + number, m, step, tag, k0, k1, LOG)
     x = flip(tl.load(w + m, mask=m < d, other=0), sign)
     here, mask = out + (number << LOG), number < blocks
     tl.store(here + m, walsh_hadamard(x, LOG), mask=mask)
@@ -66,19 +54,7 @@ def _matvec(
 
 @kernel
 def _rmatvec(
-    g,
-    out,
-    n,
-    first,
-    lead,
-    trips,
-    step,
-    tag,
-    k0,
-    k1,
-    LOG: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    g, out, n, first, lead, trips, step, tag, k0, k1, LOG: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Sums over a chunk of blocks, ``BLOCKS`` of them side by side; ``lead`` rows are cut."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -88,7 +64,7 @@ def _rmatvec(
     here = out + ((chunk * BLOCKS + side) << LOG)
     total = tl.zeros((BLOCKS, 1 << LOG), tl.float32)
     for _ in range(trips):
-        sign, place, z = _draws(first + number, m, step, tag, k0, k1, LOG, ROUNDS)
+        sign, place, z = _draws(first + number, m, step, tag, k0, k1, LOG)
         row = (number << LOG) + m - lead
         x = tl.load(g + row, mask=(row >= 0) & (row < n), other=0)
         tl.store(here + place, walsh_hadamard(x, LOG) * z)
@@ -105,33 +81,24 @@ def _scale(p: Any) -> float:
     return math.sqrt(p.block / p.out_dim) / p.block
 
 
-def _shape(p: Any) -> tuple[int, int, int, int]:
-    """log₂ n, rounds of the permutation, blocks of a program, and its warps."""
-    log, turns = rounds(p.block)
-    return log, turns, 1 << max(0, TILE - log), 4 if log <= TILE else 16  # or registers run out
+def _shape(p: Any) -> tuple[int, int, int]:
+    """log₂ n, blocks of a program, and its warps."""
+    log = (p.block - 1).bit_length()
+    return log, 1 << max(0, TILE - log), 4 if log <= TILE else 16  # or registers run out
 
 
 @on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    log, turns, beside, warps = _shape(p)
+    log, beside, warps = _shape(p)
+    scale = _scale(p)
     if log > LARGEST:
-        return fastfood_passes.matvec(p, w, step, start, stop) * _scale(p)
+        return fastfood_passes.matvec(p, w, step, start, stop) * scale
     first = start >> log
     blocks = -(-stop // p.block) - first
     out = w.new_empty(blocks << log)
     _matvec[(-(-blocks // beside),)](
-        w,
-        out,
-        p.in_dim,
-        blocks,
-        first,
-        _scale(p),
-        *counter(p, step),
-        log,
-        turns,
-        beside,
-        num_warps=warps,
+        w, out, p.in_dim, blocks, first, scale, *counter(p, step), log, beside, num_warps=warps
     )
     return out[start - (first << log) : stop - (first << log)]
 
@@ -139,7 +106,7 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 @on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
-    log, turns, beside, warps = _shape(p)
+    log, beside, warps = _shape(p)
     if log > LARGEST:
         return fastfood_passes.rmatvec(p, g, step, start, stop) * _scale(p)
     first = start >> log
@@ -147,19 +114,8 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     trips = -(-groups // PROGRAMS)
     chunks = -(-groups // trips)
     partial = g.new_empty(chunks * beside, p.block)
-    _rmatvec[(chunks,)](
-        g,
-        partial,
-        stop - start,
-        first,
-        start - (first << log),
-        trips,
-        *counter(p, step),
-        log,
-        turns,
-        beside,
-        num_warps=warps,
-    )
+    rows = stop - start, first, start - (first << log)
+    _rmatvec[(chunks,)](g, partial, *rows, trips, *counter(p, step), log, beside, num_warps=warps)
     return partial.sum(dim=0)[: p.in_dim] * _scale(p)
 
 
@@ -168,7 +124,7 @@ KERNELS = {"fastfood": Kernel(matvec, rmatvec)}
 
 # A test compiles these without a GPU.
 CASES: list[Case] = [
-    (f, n, {"scale": "fp32"}, {"LOG": log, "ROUNDS": r, "BLOCKS": b})
+    (f, n, {"scale": "fp32"}, {"LOG": log, "BLOCKS": b})
     for f in (_matvec, _rmatvec)
-    for log, r, b, n in ((0, 32, 1024, 4), (4, 32, 64, 4), (9, 8, 2, 4), (12, 8, 1, 16))
+    for log, b, n in ((0, 1024, 4), (4, 64, 4), (9, 2, 4), (12, 1, 16))
 ]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subspan.kernels.gpu.butterflies import walsh_hadamard
-from subspan.kernels.gpu.draws import encrypt, flip, normal, rounds, sign_bit
+from subspan.kernels.gpu.draws import encrypt, flip, normal, sign_bit
 from subspan.kernels.gpu.launch import Case, counter, kernel
 
 ROW = 12  # log₂ of the neighbours that are transformed at once
@@ -75,13 +75,12 @@ def _mix(
     k0,
     k1,
     LOG: tl.constexpr,
-    ROUNDS: tl.constexpr,
     INVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """G Π x of every block, or (G Π)ᵀ x; ``size`` holds the factors of the blocks' normals."""
     place, m, column = _element(first.to(tl.int64), LOG, TILE)
-    image = encrypt(m.to(tl.uint32), LOG, ROUNDS, column + 1, step, tag, k0, k1)
+    image = encrypt(m.to(tl.uint32), LOG, column + 1, step, tag, k0, k1)
     image = place - m + image.to(tl.int64)
     z = normal(m, column + 2, step, tag, k0, k1) * tl.load(size + (place >> LOG))
     source, target = (place, image) if INVERSE else (image, place)
@@ -121,18 +120,18 @@ def _groups(p: Any, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def _mixed(p: Any, x: Tensor, first: int, step: Tensor, inverse: bool) -> Tensor:
     """G Π x of blocks from ``first`` on, or (G Π)ᵀ x."""
-    log, turns = rounds(p.block)
+    log = (p.block - 1).bit_length()
     programs, numbers = (x.numel() // TILE,), counter(p, step)
     squares, out = x.new_empty(programs), torch.empty_like(x)
     _squares[programs](squares, first, *numbers, log, TILE)
     size = torch.sqrt(p.block / squares.view(-1, p.block // TILE).sum(dim=1))
-    _mix[programs](x, out, size, first, *numbers, log, turns, inverse, TILE)
+    _mix[programs](x, out, size, first, *numbers, log, inverse, TILE)
     return out
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w, but for the scale."""
-    log, _ = rounds(p.block)
+    log = (p.block - 1).bit_length()
     out = w.new_empty(stop - start)
     for first, last in _groups(p, start, stop):
         x = w.new_empty((last - first) << log)
@@ -147,7 +146,7 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g, but for the scale."""
-    log, _ = rounds(p.block)
+    log = (p.block - 1).bit_length()
     out = g.new_zeros(p.in_dim)
     for first, last in _groups(p, start, stop):
         x = g.new_zeros((last - first) << log)
@@ -168,9 +167,6 @@ CASES: list[Case] = [
     (_far, 4, {}, {"LEVELS": 6, "BESIDE": 64}),
     (_spread, 4, {}, {"LOG": 14, "TILE": 1024}),
     (_squares, 4, {}, {"LOG": 14, "TILE": 1024}),
-    *(
-        (_mix, 4, {"size": "*fp32"}, {"LOG": 31, "ROUNDS": 8, "INVERSE": i, "TILE": 1024})
-        for i in (False, True)
-    ),
+    *((_mix, 4, {"size": "*fp32"}, {"LOG": 31, "INVERSE": i, "TILE": 1024}) for i in (False, True)),
     (_gather, 4, {}, {"LOG": 14, "TILE": 1024}),
 ]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subspan.kernels import Kernel
-from subspan.kernels.gpu.draws import flip, permute, philox, pick, rounds
+from subspan.kernels.gpu.draws import flip, permute, philox, pick
 from subspan.kernels.gpu.fixed import Sums, deposit
 from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
 from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
@@ -51,14 +51,14 @@ def _round(x, key, multiplier, mask, shift):
 
 
 @triton.jit
-def _image(row, inside, size, top, step, tag, k0, k1, BITS: tl.constexpr, ROUNDS: tl.constexpr):
+def _image(row, inside, size, top, step, tag, k0, k1, BITS: tl.constexpr):
     """Finds the places of the tile's rows in the block or tail that they are in, and its start."""
     if row + _TILE > size:  # only the tail is no whole tile
         last = (size - row - 1).to(tl.int32)
         column = tl.full((1,), _TAIL, tl.uint32)
         x = tl.where(inside <= last, inside, 0).to(tl.uint32)
         start = row
-        image = permute(x, last, BITS, ROUNDS, column, step, tag, k0, k1)
+        image = permute(x, last, BITS, column, step, tag, k0, k1)
     else:
         number, bits = _block(row, size, top)
         a, b, c, d = philox(number, tl.full((1,), _KEYS, tl.uint32), step, tag, k0, k1)
@@ -96,27 +96,13 @@ def _signs(row, step, tag, k0, k1):
 
 
 @triton.jit
-def _buckets(
-    n,
-    size,
-    d,
-    factor,
-    first,
-    lead,
-    top,
-    step,
-    tag,
-    k0,
-    k1,
-    BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):
+def _buckets(n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS: tl.constexpr):
     """Gives the begin of a tile in the range, which rows are in it, their buckets and signs."""
     inside = tl.arange(0, _TILE)
     begin = tl.program_id(0).to(tl.int64) * _TILE - lead
     row = (tl.program_id(0).to(tl.int64) + first) * _TILE
     size = size.to(tl.int64)
-    image, start = _image(row, inside, size, top, step, tag, k0, k1, BITS, ROUNDS)
+    image, start = _image(row, inside, size, top, step, tag, k0, k1, BITS)
     offset = (start.to(tl.uint64) % d.to(tl.uint64)).to(tl.uint32)
     bucket = _modulo(image, offset, d.to(tl.uint32), factor.to(tl.uint32).to(tl.uint64))
     sign = _signs(row, step, tag, k0, k1)
@@ -127,24 +113,10 @@ def _buckets(
 
 @kernel
 def _matvec(
-    table,
-    out,
-    n,
-    size,
-    d,
-    factor,
-    first,
-    lead,
-    top,
-    step,
-    tag,
-    k0,
-    k1,
-    BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    table, out, n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS: tl.constexpr
 ):
     begin, mask, bucket, sign = _buckets(
-        n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS, ROUNDS
+        n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS
     )
     tl.store(out + begin + tl.arange(0, _TILE), flip(tl.load(table + bucket), sign), mask=mask)
 
@@ -168,10 +140,9 @@ def _rmatvec(
     k0,
     k1,
     BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
 ):
     begin, mask, bucket, sign = _buckets(
-        n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS, ROUNDS
+        n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS
     )
     copy = (tl.program_id(0) % copies).to(tl.int64) * d
     value = flip(tl.load(g + begin + tl.arange(0, _TILE), mask=mask, other=0), sign)
@@ -182,7 +153,7 @@ def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[tuple[int],
     first, size, d = start // TILE, p.out_dim, p.in_dim
     factor, top = word(((1 << 32) - 1) // d), min(size.bit_length(), LARGEST)
     shared = (stop - start, size, d, factor, first, start % TILE, top, *counter(p, step))
-    return (-(-stop // TILE) - first,), (*shared, *rounds(max(1, size % TILE)))
+    return (-(-stop // TILE) - first,), (*shared, max(0, size % TILE - 1).bit_length())
 
 
 @on_device
@@ -210,7 +181,5 @@ KERNELS = {"hash": Kernel(matvec, rmatvec)}
 
 # A test compiles these without a GPU.
 CASES: list[Case] = [
-    (f, 1, {"scale": "*fp64"}, {"BITS": b, "ROUNDS": r})
-    for f in (_matvec, _rmatvec)
-    for b, r in ((0, 32), (5, 32), (10, 8))
+    (f, 1, {"scale": "*fp64"}, {"BITS": bits}) for f in (_matvec, _rmatvec) for bits in (0, 5, 10)
 ]

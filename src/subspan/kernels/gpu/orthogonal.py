@@ -14,12 +14,14 @@ from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.butterflies import halves, merge
-from subspan.kernels.gpu.draws import block_signs, flip, permute, rounds
+from subspan.kernels.gpu.draws import block_signs, flip, permute
 from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
 
 ROWS = 64  # rows of 32 elements of a program
 TILE = 256  # coordinates of a program
 HALF = tl.constexpr(math.sqrt(0.5))
+
+_TILE = tl.constexpr(TILE)
 
 
 @kernel
@@ -69,27 +71,14 @@ def _signs(x, out, start, n, first, begin, end, step, tag, k0, k1):
 
 
 @kernel
-def _chosen(
-    x,
-    out,
-    d,
-    last,
-    step,
-    tag,
-    k0,
-    k1,
-    BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    SCATTER: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def _chosen(x, out, d, last, step, tag, k0, k1, BITS: tl.constexpr, SCATTER: tl.constexpr):
     """out[π(j)] = x[j], or out[j] = x[π(j)], for j < d."""
-    j = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(0).to(tl.int64) * _TILE + tl.arange(0, _TILE)
     mask = j < d
     index = tl.where(mask, j, 0)
     index = index.to(tl.uint32) if BITS <= 32 else index.to(tl.uint64)
     column = tl.full((1,), 1, tl.uint32)
-    image = permute(index, last, BITS, ROUNDS, column, step, tag, k0, k1).to(tl.int64)
+    image = permute(index, last, BITS, column, step, tag, k0, k1).to(tl.int64)
     source, target = (j, image) if SCATTER else (image, j)
     tl.store(out + target, tl.load(x + source, mask=mask, other=0), mask=mask)
 
@@ -109,9 +98,8 @@ def _transform(x: Tensor, inverse: bool) -> None:
 
 
 def _choose(p: Any, x: Tensor, out: Tensor, step: Tensor, scatter: bool) -> None:
-    _chosen[(-(-p.in_dim // TILE),)](
-        x, out, p.in_dim, p.out_dim - 1, *counter(p, step), *rounds(p.out_dim), scatter, TILE
-    )
+    bits, programs = (p.out_dim - 1).bit_length(), (-(-p.in_dim // TILE),)
+    _chosen[programs](x, out, p.in_dim, p.out_dim - 1, *counter(p, step), bits, scatter)
 
 
 @on_device
@@ -147,8 +135,5 @@ CASES: list[Case] = [
     *((_inner, 4, {}, {"ROWS": 64, "INVERSE": i}) for i in (False, True)),
     (_outer, 4, {}, {"ROWS": 64}),
     (_signs, 1, {}, {}),
-    *(
-        (_chosen, 4, {}, {"BITS": b, "ROUNDS": 8, "SCATTER": s, "TILE": 256})
-        for b, s in ((19, False), (34, True))
-    ),
+    *((_chosen, 4, {}, {"BITS": b, "SCATTER": s}) for b, s in ((19, False), (34, True))),
 ]

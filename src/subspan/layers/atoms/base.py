@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subspan.errors import SubspanError, check_options
 from subspan.philox import Source
+from subspan.registry import Registry
 
 DOMAIN = 48  # of the random numbers' counter: atoms
 
@@ -22,7 +23,7 @@ BUTTERFLY = 16
 HALF = (torch.bfloat16, torch.float16)
 
 
-_kinds: dict[str, type[Sum]] = {}
+_kinds: Registry[type[Sum]] = Registry("kind of atoms")
 
 
 class Sum(ABC):
@@ -55,10 +56,8 @@ class Sum(ABC):
     def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if kind is not None:
-            if kind in _kinds:
-                raise TypeError(f"a kind of atoms named {kind!r} is registered already")
+            _kinds.add(kind, cls)
             cls.kind = kind
-            _kinds[kind] = cls
 
     def __init__(self, n: int, m: int, seed: int, stream: int, **options: Any) -> None:
         self.n, self.m = n, m

@@ -30,7 +30,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
         dtype: of the parameters.
 
     Raises:
-        SubspanError: for a rank that the weight cannot have.
+        SubspanError: for a rank that is not in [1, min(n, in_channels·k²)].
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
         dtype: of the parameters.
 
     Raises:
-        SubspanError: for a rank that the weight cannot have.
+        SubspanError: for a rank that is not in [1, min(n, m)].
     """
 
     def __init__(

@@ -8,8 +8,7 @@ A file in this folder that makes an instance of :class:`Method` has added it
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from subspan.counts import count
 from subspan.errors import SubspanError, unknown
-from subspan.subspace.parameters import saved_buffers
+from subspan.registry import Registry, import_files
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 
-_registry: dict[str, Method] = {}
+_registry: Registry[Method] = Registry("method")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ class Method(ABC):
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help
-        if name in _registry:
-            raise TypeError(f"a method named {name!r} is registered already")
-        _registry[name] = self
+        _registry.add(name, self)
 
     @abstractmethod
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
@@ -166,10 +164,12 @@ class Method(ABC):
             beyond seeds (buffers that training changed, too); ``weights``, all of the network, tied
             ones once. A method may add ``counts``, other numbers by what they are called.
         """
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(p.numel() for p in model.parameters())
-        stored = weights + sum(b.numel() for b in saved_buffers(model).values())
-        return {"trainable_parameters": trainable, "stored_parameters": stored, "weights": weights}
+        found = count(model)
+        return {
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "stored_parameters": found.stored,
+            "weights": found.dense,
+        }
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""
@@ -196,8 +196,7 @@ class Method(ABC):
 def methods() -> dict[str, Method]:
     """All methods by name; those of the user's modules, too."""
     load_remembered()
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    import_files(sys.modules[__name__])
     return dict(_registry)
 
 
@@ -207,6 +206,5 @@ def method(name: str) -> Method:
     Raises:
         SubspanError: if there is none, with the nearest names.
     """
-    if name not in methods():
-        raise unknown("method", name, methods())
-    return methods()[name]
+    methods()  # imports them
+    return _registry.find(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,9 +90,8 @@ class LowRankTraining(Method):
         return (1e-3, 2e-3, 4e-3)
 
     def optimizer(
-        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
-        steps: int, resume: Mapping[str, Any] | None,
-    ) -> Optimizer:  # fmt: skip
+        self, model: nn.Module, run: Run, *rest: Any, steps: int, **more: Any
+    ) -> Optimizer:
         """DLRT around the base."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         training = run.training
@@ -141,10 +139,7 @@ class LowRankTraining(Method):
     def counts(self, model: nn.Module) -> dict[str, Any]:
         """True counts, and those of the paper beside them."""
         found = count(model)
-        return {
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "stored_parameters": found.stored,
-            "weights": found.dense,
+        return super().counts(model) | {
             "ranks": {name: layer.rank for name, layer in _factored(model).items()},
             "counts": {"to run it": found.inference, **found.published},
         }

@@ -6,14 +6,12 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers import ProductOfSums, carry_over, grow, product_of_sums, recipes
 from subspan.layers.product_of_sums import parse_factor
@@ -67,23 +65,14 @@ class ProductsOfSums(Method):
             replace(copy.deepcopy(net), p)
         return replace(net, first)
 
-    def optimizer(
-        self,
-        model: nn.Module,
-        run: Run,
-        out: Path,
-        extra: Mapping[str, Any],
-        *,
-        steps: int,
-        resume: Mapping[str, Any] | None,
-    ) -> Optimizer:
+    def optimizer(self, model: nn.Module, run: Run, *rest: Any, **more: Any) -> Optimizer:
         """An ordinary one; each stage must get an epoch."""
         stages = len(_stages(run.options))
         if run.training.epochs < stages:
             raise SubspanError(
                 f"{stages} stages need {stages} epochs at least, got {run.training.epochs}"
             )
-        return super().optimizer(model, run, out, extra, steps=steps, resume=resume)
+        return super().optimizer(model, run, *rest, **more)
 
     def after_epoch(
         self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]
@@ -117,15 +106,6 @@ class ProductsOfSums(Method):
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Far above Adam's 1e-3 for weights: coefficients begin at 1, whatever they multiply."""
         return (0.01, 0.03, 0.1)
-
-    def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Coefficients, biases, and the layers that stayed."""
-        found = count(model)
-        return {
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "stored_parameters": found.stored,
-            "weights": found.dense,
-        }
 
 
 def _layers(model: nn.Module) -> dict[str, ProductOfSums]:

@@ -62,14 +62,7 @@ class Bases(Method):
         return (0.5, 1.0, 2.0)
 
     def optimizer(
-        self,
-        model: nn.Module,
-        run: Run,
-        out: Path,
-        extra: Mapping[str, Any],
-        *,
-        steps: int,
-        resume: Mapping[str, Any] | None,
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], **more: Any
     ) -> Optimizer:
         """The bases' own; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -80,11 +73,11 @@ class Bases(Method):
             first = not many or dist.get_rank() == 0
             if first:
                 out.mkdir(parents=True, exist_ok=True)
-                if resume is None:
+                if more["resume"] is None:
                     (out / JOURNAL).unlink(missing_ok=True)
                 else:
                     # Steps of its own: of fp16's, those with too large gradients are left out.
-                    done = resume["param_groups"][0]["steps"]
+                    done = more["resume"]["param_groups"][0]["steps"]
                     Journal(out / JOURNAL).cut(before=done)
             if many:
                 dist.barrier()

@@ -69,17 +69,6 @@ class Subspace(Method):
         d = dims if isinstance(dims, int) else sum(dims)
         return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in (1, 3, 9))
 
-    def counts(self, model: nn.Module) -> dict[str, int]:
-        """Coordinates, what is trained fully, and buffers that training changed."""
-        assert isinstance(model, SubspaceModel)
-        summary = model.summary()
-        buffers = sum(b.numel() for b in model.changed_buffers().values())
-        return {
-            "trainable_parameters": summary.trainable,
-            "stored_parameters": summary.trainable + buffers,
-            "weights": summary.weights,
-        }
-
 
 def options_of(family: type[Projection]) -> list[Option]:
     """A family's own arguments as options, each with what the family's docstring says of it."""
