@@ -169,3 +169,19 @@ def test_a_class_that_pytorch_derives_is_saved(tmp_path):
     assert torch.equal(load(tmp_path / "net.safetensors", other)(x), net(x))
     with pytest.raises(SubspanError, match="the checkpoint is of another network"):
         load(tmp_path / "net.safetensors", with_first(LowRankLinear(6, 6, 2)))
+
+
+def test_a_class_that_fully_shard_derives_is_saved_and_loaded(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    meeting = f"file://{tmp_path}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        net, other = with_first(LowRankLinear(6, 6, 2)), with_first(LowRankLinear(6, 6, 2))
+        for one in (net, other):
+            fully_shard(one[0])
+        save(net, tmp_path / "net.safetensors")
+        x = torch.ones(1, 6)
+        assert torch.equal(load(tmp_path / "net.safetensors", other)(x), net(x))
+    finally:
+        torch.distributed.destroy_process_group()
