@@ -102,6 +102,15 @@ def test_another_recipe_is_taken_with_the_hooks_of_the_layer(tmp_path: Path) -> 
     assert calls == [1]
 
 
+def test_a_layer_of_the_same_recipe_stays(tmp_path: Path) -> None:
+    """Whoever holds it, or its parameters, goes on with what was loaded."""
+    net = scale(plain(), targets="0")
+    subspan.save(net, tmp_path / "net")
+    layer = net[0]
+    assert subspan.load(tmp_path / "net", net) is net
+    assert net[0] is layer
+
+
 def test_its_numbers_are_counted() -> None:
     net = scale(plain())
     counts = subspan.count(net)

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 
 from subspan import SubspaceModel, SubspanError, checkpoint, load, save
-from subspan.layers import LowRank, factorize, product_of_sums
+from subspan.layers import LowRank, LowRankLinear, factorize, product_of_sums, protocol
 from subspan.optim import DLRT
 from tests.nets import batch, build
 
@@ -108,3 +109,79 @@ def test_the_header_of_older_types_of_layers_has_the_fields_that_it_had(tmp_path
     expected = header | {"kind": "product-of-sums", "ranks": {}, "sums": {"0": sums}}
     assert checkpoint.contents(net)[0] == expected
     assert checkpoint.contents(factorize(net, rank=2))[0] == expected | {"ranks": {"1": 2}}
+
+
+class Doubling(LowRankLinear):
+    """A class that is derived from one of ours, and no type of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_first(layer):
+    return torch.nn.Sequential(layer, torch.nn.Linear(6, 3))
+
+
+def test_a_derived_class_would_come_back_as_another_function(tmp_path):
+    """A file names the type alone, so neither a saved layer nor a loaded one may be of it."""
+    path = tmp_path / "net.safetensors"
+    with pytest.raises(
+        SubspanError, match=r"'0' cannot be saved, since its class, .*\.Doubling, ma"
+    ):
+        save(with_first(Doubling(6, 6, 2)), path)
+    assert not path.exists()
+    save(with_first(LowRankLinear(6, 6, 2)), path)
+    other = with_first(Doubling(6, 6, 2))
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    with pytest.raises(SubspanError, match="no layer '0' that could be of the type 'lowrank'"):
+        load(path, other)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_a_derived_class_is_a_type_of_its_own_when_it_is_registered(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_types", dict(protocol._types))
+
+    class Tripling(LowRankLinear, type_name="tripling", replaces=torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    net, path, x = with_first(Tripling(6, 6, 2)), tmp_path / "net.safetensors", torch.ones(1, 6)
+    save(net, path)
+    for other in (torch.nn.Linear(6, 6), Tripling(6, 6, 3)):
+        assert torch.equal(load(path, with_first(other))(x), net(x))
+    save(with_first(LowRankLinear(6, 6, 2)), path)
+    with pytest.raises(SubspanError, match="no layer '0' that could be of the type 'lowrank'"):
+        load(path, net)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_class_that_pytorch_derives_is_saved(tmp_path):
+    """That of a parametrization; it says by the names of its tensors which network it needs."""
+    net, other = with_first(LowRankLinear(6, 6, 2)), with_first(LowRankLinear(6, 6, 3))
+    for one in (net, other):
+        register_parametrization(one[0], "bias", Twice())
+    save(net, tmp_path / "net.safetensors")
+    x = torch.ones(1, 6)
+    assert torch.equal(load(tmp_path / "net.safetensors", other)(x), net(x))
+    with pytest.raises(SubspanError, match="the checkpoint is of another network"):
+        load(tmp_path / "net.safetensors", with_first(LowRankLinear(6, 6, 2)))
+
+
+def test_a_class_that_fully_shard_derives_is_saved_and_loaded(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    meeting = f"file://{tmp_path}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        net, other = with_first(LowRankLinear(6, 6, 2)), with_first(LowRankLinear(6, 6, 2))
+        for one in (net, other):
+            fully_shard(one[0])
+        save(net, tmp_path / "net.safetensors")
+        x = torch.ones(1, 6)
+        assert torch.equal(load(tmp_path / "net.safetensors", other)(x), net(x))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -38,7 +38,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return SubspanError(f"unknown {kind} {str(name)!r}: {hint}known are {', '.join(known)}")
+    names = f"known are {', '.join(known)}" if known else "there is none"
+    return SubspanError(f"unknown {kind} {str(name)!r}: {hint}{names}")
 
 
 def check_options(

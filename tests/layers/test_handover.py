@@ -536,3 +536,12 @@ def test_a_class_derived_from_ours_is_not_merged():
     with pytest.raises(SubspanError, match=r"'0' cannot be merged, since its class, .*Doubling"):
         merge(made)
     assert_untouched(made, before)
+
+
+def test_a_hook_on_a_factor_is_not_lost_by_merging():
+    made = nn.Sequential(LowRankLinear(6, 6, 2))
+    made[0].U.register_hook(lambda grad: None)
+    before = everything(made)
+    with pytest.raises(SubspanError, match=r"'0'.*hook on its U"):
+        merge(made)
+    assert_untouched(made, before)

@@ -816,3 +816,13 @@ def test_nothing_to_train():
         message = f"nothing to train in group {len(groups) - 1} .* no tensor in it requires a grad"
         with pytest.raises(SubspanError, match=message):
             RandomBases(groups, 10)
+
+
+def test_a_state_that_does_not_count_void_steps():
+    """States of earlier versions are such."""
+    net = mlp(torch.float32)
+    state = RandomBases(net, 10, 0.5).state_dict()
+    del state["param_groups"][0]["skipped"]
+    optimizer = RandomBases(mlp(torch.float32), 10, 0.5)
+    optimizer.load_state_dict(state)
+    assert optimizer.skipped == 0

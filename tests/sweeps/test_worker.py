@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from subspan.cache import cache
 from subspan.errors import Stopped, SubspanError
+from subspan.families import projection, stored
 from subspan.sweeps import processes
 from subspan.sweeps import worker as module
 from subspan.sweeps.folder import SweepFolder
@@ -94,6 +97,23 @@ def test_imports_travel_with_the_run(folder, in_tmp_path, monkeypatch):
     outcome = Worker(folder, imports=("not_there",)).run(JOB, Stop())
     assert outcome.status == "failed"
     assert "there is no module 'not_there'" in outcome.error
+
+
+def test_a_run_leaves_no_matrices_to_the_next(folder, monkeypatch):
+    """Which would count them as its own memory."""
+
+    def train(*_, **__):
+        p = projection("stored", out_dim=20, in_dim=3, seed=0)
+        stored._matrix(p, 0, torch.device("cpu"), torch.float32)
+        cache.get("a run's", lambda: (torch.ones(3),))
+
+    monkeypatch.setattr(module, "train", train)
+    assert Worker(folder).run(JOB, Stop()).status == "done"
+    assert stored._matrix.cache_info().currsize == 0
+    built = []
+    cache.get("a run's", lambda: (built.append(True) or torch.ones(3),))
+    assert built
+    cache.clear()
 
 
 # ---- several processes, with something quick in place of torchrun --------------------------------

@@ -12,7 +12,7 @@ import pytest
 from subspan.errors import SubspanError
 from subspan.sweeps.result import SweepRecord
 from subspan.training.methods import method
-from subspan.training.records import CompleteRun, RunRecord, read_json
+from subspan.training.records import CompleteRun, Epoch, RunRecord, read_json
 from subspan.training.schema import to_json
 from subspan.training.train import train
 from tests.runs import a_run, contents, copied, record_of
@@ -179,3 +179,20 @@ def test_what_a_method_says_is_checked(says, value, message, tmp_path, monkeypat
     with pytest.raises(SubspanError, match=f"the method hash says of the run: {message}"):
         train(a_run(dim=5), tmp_path / "run")
     assert (tmp_path / "run").exists() == (says == "diagnose")
+
+
+def test_what_is_empty_is_left_out() -> None:
+    """Of a row, what a method may say; elsewhere an empty value says that there was nothing."""
+    measured = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "val_score": 0.5}
+    row: dict[str, Any] = measured | {"learning_rate": 0.1, "seconds": 1.0}
+    assert to_json(Epoch(**row)) == row
+    assert to_json(Epoch(**row, ranks={"fc": 3})) == row | {"ranks": {"fc": 3}}
+
+
+def test_names_of_the_first_format_are_free_in_later_ones(trained, tmp_path) -> None:
+    copied(trained, tmp_path / "run")
+    spoil(tmp_path / "run", lambda r: r["history"][0].update(val_accuracy=0.25))
+    found = RunRecord.read(tmp_path / "run")
+    assert found is not None
+    assert found.history[0].more == {"val_accuracy": 0.25}
+    assert found.history[0].val_score != 0.25

@@ -19,7 +19,14 @@ import safetensors
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.layers.protocol import Compressed, compressed_layers, layer_type, layer_types
+from subspan.layers.protocol import (
+    Compressed,
+    comes_back,
+    compressed_layers,
+    layer_type,
+    layer_types,
+)
+from subspan.layers.replace import full_name
 from subspan.subspace.parameters import digest_tensors
 
 FORMAT = 1
@@ -45,7 +52,7 @@ def describe_layers(net: nn.Module) -> dict[str, Any]:
     """The fields of a header that say which layers of a network are compressed, and its kind.
 
     Raises:
-        SubspanError: if the recipe of a layer is not JSON.
+        SubspanError: if the recipe of a layer is not JSON, or a loaded layer would be another.
     """
     fields: dict[str, dict[str, Any]] = {}
     for name, layer in compressed_layers(net).items():
@@ -54,6 +61,12 @@ def describe_layers(net: nn.Module) -> dict[str, Any]:
             json.dumps(layer.recipe)
         except TypeError as error:
             raise SubspanError(f"the recipe of layer {name!r} must be JSON: {error}") from None
+        if not comes_back(layer, layer_type(kind)):
+            raise SubspanError(
+                f"layer {name!r} cannot be saved, since its class, {full_name(layer)}, may compute "
+                f"anything, and a file would name its type, {kind!r}: register the class as a type "
+                "of its own (type_name=… and replaces=…)"
+            )
         if kind in FIELD_OF:
             fields.setdefault(FIELD_OF[kind], {})[name] = layer.recipe
         else:

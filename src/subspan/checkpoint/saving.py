@@ -37,7 +37,8 @@ def save(
 
     Raises:
         SubspanError: if there is no such folder, ``extra`` is not JSON, a SubspaceModel lies
-            inside another module, or a module has state beside parameters and buffers.
+            inside another module, a module has state beside parameters and buffers, or a
+            compressed layer is of a class that no type registers.
         OSError: if the file cannot be written; one that was there before is then still whole.
     """
     path = Path(path)

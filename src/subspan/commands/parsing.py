@@ -183,10 +183,13 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
             check_value(name, value)
     _check_names(parser, words)
     try:
-        return parser.parse_args(words, defaults=defaults)
+        given = parser.parse_args(words, defaults=defaults)
     except ArgumentError as error:
         sentence = _find_wrong_value(parser, words) or " ".join(str(error).split())
         raise SubspanError(f"{sentence}; see {parser.prog} --help") from error
+    if given.get("out") == "":  # of a variable of the shell that is not set
+        raise SubspanError("out is empty: give a name for what is written")
+    return given
 
 
 def _check_names(parser: Parser, words: Sequence[str]) -> None:

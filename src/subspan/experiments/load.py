@@ -18,6 +18,7 @@ from subspan.bench import Bench
 from subspan.errors import SubspanError, unknown
 from subspan.experiments.experiment import Benchmark, Budget, Experiment, Published
 from subspan.experiments.located import Located, read
+from subspan.sweeps.sweep import total_runs
 from subspan.training import nets
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import Method, method
@@ -117,7 +118,12 @@ def _sweep(values: Located, file: str) -> Sweep:
         # With ./ in front, a folder that is not there is not taken for a name.
         training = replace(training, data=place if os.path.isabs(place) else f"./{place}")
     given = {key: values.fit(key, options[key]) for key in options if values.get(key) is not None}
-    return values.only(_OF_SWEEP).make(Sweep, "a sweep", training=training, options=given)
+    sweep = values.only(_OF_SWEEP).make(Sweep, "a sweep", training=training, options=given)
+    try:
+        total_runs(sweep)
+    except SubspanError as error:  # of a value that only a method knows to be wrong
+        raise values.error(error) from None
+    return sweep
 
 
 def _names(values: Located, key: str) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ def _fit(value: Any, kind: Any) -> Any:
             except TypeError:
                 continue
     elif origin is Literal:
-        if value in args and not isinstance(value, bool):
+        if value in args:
             return value
     elif origin is tuple:  # one value, a list, or texts between commas
         if isinstance(value, str):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from subspan.errors import SubspanError
 from subspan.registry import Registry
@@ -181,6 +182,17 @@ def layer_type(name: str) -> type[Compressed]:
 def compressed_layers(net: nn.Module) -> dict[str, Compressed]:
     """The compressed layers of a network by their first names."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Compressed)}
+
+
+def comes_back(layer: Compressed, kind: type[Compressed]) -> bool:
+    """Whether a type makes this layer of its recipe; a derived class may compute anything.
+
+    The classes that PyTorch derives count as their bases: of ``fully_shard``, of parametrizations.
+    """
+    own: type = type(layer)
+    if is_parametrized(layer) or any(c.__name__ == "FSDPModule" for c in own.__bases__):
+        own = own.__bases__[-1]
+    return own is type(kind.rebuild(layer, layer.recipe, device="meta"))
 
 
 def _arguments_of(layer: Counterpart) -> dict[str, Any]:

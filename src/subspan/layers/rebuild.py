@@ -9,7 +9,7 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.layers.handover import hand_over, refuse_hooks
-from subspan.layers.protocol import Compressed, Counterpart, Device
+from subspan.layers.protocol import Compressed, Counterpart, Device, comes_back
 from subspan.layers.replace import check_replaceable, exchange, find_replaceable, put_layers
 
 Layer = TypeVar("Layer", bound=Compressed)
@@ -32,7 +32,11 @@ def rebuild_layers(
     """
     modules, candidates = dict(net.named_modules()), find_replaceable(net)
     wanted = {name: (kind, recipe) for kind, of in types.items() for name, recipe in of.items()}
-    present = {n: m for n, (kind, _) in wanted.items() if isinstance(m := modules.get(n), kind)}
+    present = {
+        name: layer
+        for name, (kind, _) in wanted.items()
+        if isinstance(layer := modules.get(name), kind) and comes_back(layer, kind)
+    }
     for name, (kind, _) in wanted.items():
         if name not in present and name not in candidates:
             raise SubspanError(
