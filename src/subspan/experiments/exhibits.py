@@ -77,7 +77,7 @@ OTHERS = Family("Other experiments", "", module="", part="", prefix="")
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What a page shows of one experiment.
+    """An experiment as the gallery shows it.
 
     Attributes:
         folder: where its records are.
@@ -139,7 +139,7 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
 
 
 def _exhibit(place: Path) -> Exhibit | None:
-    """What a folder holds, if that is an experiment."""
+    """Make the exhibit of a folder, or None if it holds no experiment."""
     try:
         if (place / BENCH).is_file():
             return _of_bench(place)
@@ -227,7 +227,7 @@ def _says_more(sweep: SweepRecord) -> bool:
 
 
 def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
-    """How much was spent, and what that means for the numbers."""
+    """Say how much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
     epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
     words = f"Budget {budget}: " if budget else ""
@@ -260,7 +260,7 @@ def _d_int(sweep: SweepRecord) -> list[str]:
 
 
 def _lacks(sweep: SweepRecord) -> list[str]:
-    """What a sweep does not have: an end, runs."""
+    """Say what a sweep lacks: its end, or runs."""
     lacks = [] if sweep.status == "complete" else [f"Its status is {sweep.status!r}."]
     if sweep.failed:
         number_of = f"{len(sweep.failed)} run{'s' * (len(sweep.failed) > 1)}"

@@ -72,7 +72,7 @@ class Benchmark:
     file: str = ""
 
     def bench(self, budget: Budget) -> Bench:
-        """What to measure.
+        """Return what to measure within a budget.
 
         Raises:
             SubspanError: for a budget that is none.

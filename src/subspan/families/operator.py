@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("subspan::project", mutates_args=())
 def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """The same as an operator, for graphs that are compiled, exported or traced."""
+    """Compute P x or Pᵀ x as an operator, for graphs that are compiled, exported or traced."""
     out = compute(x, step, recipe, start, stop, adjoint)
     return out.clone() if out is x else out  # an operator must not return its argument
 

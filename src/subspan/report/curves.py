@@ -1,4 +1,4 @@
-"""What a sweep's picture shows, as plain data: scores over d, and the words beside them."""
+"""The curves of a sweep's picture as plain data: scores over d, and the words beside them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def measured_curves(sweep: SweepRecord) -> list[Curve]:
 
 
 def small_curves(sweep: SweepRecord) -> list[Curve]:
-    """What smaller networks reach by themselves, over their weights: one curve, or none."""
+    """Return the curve of smaller networks, scores over their weights: one, or none."""
     points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
     if not points:
         return []
@@ -119,7 +119,7 @@ def d_int_name(threshold: float) -> str:
 
 
 def d_int_bound(found: IntrinsicDimension) -> str:
-    """What is known of an intrinsic dimension: ``= 234``, ``≤ 10`` or ``not reached``."""
+    """Say what is known of an intrinsic dimension: ``= 234``, ``≤ 10`` or ``not reached``."""
     if found.value is None:
         return "not reached"
     return ("≤ " if found.note.startswith("upper bound") else "= ") + number(found.value)
@@ -131,7 +131,7 @@ def number(value: float) -> str:
 
 
 def axis_name(method: str) -> str:
-    """What a method is varied by, in words: "d", "tolerance"; empty if by nothing."""
+    """Name what a method is varied by: "d", "tolerance"; empty if by nothing."""
     how = methods().get(method)
     axis = (how.axis if how else None) or ""
     return "d" if axis == "dim" else axis.replace("_", " ")

@@ -230,7 +230,7 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
 
 
 def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
-    """What factored networks come to, counted in several ways."""
+    """Make the section of factored networks: their ranks, and their counts in several ways."""
     names = list(dict.fromkeys(name for row in rows for name in row.counts))
     return Section(
         "Ranks and counts",
@@ -323,7 +323,7 @@ def _history(run: RunRecord) -> Section:
 
 
 def _facts(found: SweepRecord | RunRecord) -> list[Section]:
-    """What it takes to do it again: configuration, versions and device."""
+    """Make the sections that a repetition needs: configuration, versions and device."""
     versions = {**found.versions, "device": found.device}
     return [
         Section(heading, ["name", "value"], [[k, _plain(v)] for k, v in facts.items()], words=True)

@@ -161,7 +161,7 @@ def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
 
 
 def _draw_baseline(axes: Axes, baseline: PointRecord, sweep: SweepRecord) -> list[Line2D]:
-    """Where all weights end, and the share of it that counts as solved."""
+    """Draw the score of training all weights, and the share of it that counts as solved."""
     score, scores = sweep.score, baseline.test_score
     mean = sum(scores) / len(scores)
     solved = score.share(mean, sweep.threshold)
@@ -278,7 +278,7 @@ def run_figure(run: RunRecord) -> Figure:
 
 
 def _draw_alignment(axes: Axes, run: RunRecord) -> None:
-    """How much of the gradient the bases catch, by compartment: at most as many as have colours."""
+    """Draw the share of the gradient that bases catch, for as many compartments as have colours."""
     names = list(dict.fromkeys(name for line in run.history for name in line.alignment))
     shown = [name for name in names if name != "all"][: len(_COLOURS) - 1]
     if len(shown) < 2:

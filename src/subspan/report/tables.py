@@ -24,7 +24,7 @@ class Table:
 
 
 def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table:
-    """What every row of an experiment's sweeps reached, and what was published.
+    """Make the table of an experiment's sweeps: each row's result beside the published one.
 
     Columns in which nothing would stand are left out, and those of costs unless they are a result.
 

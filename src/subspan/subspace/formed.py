@@ -1,4 +1,4 @@
-"""How long θ lives: what a call of the network keeps, and what the backward pass forms again.
+"""The life of θ: what a call of the network keeps, and what the backward pass forms again.
 
 θ of a network of up to KEPT weights is formed once for each call, small tensors together. Of a
 larger one, each tensor is formed when it is read and dropped after the operator that used it; what
@@ -39,7 +39,7 @@ _level = torch._C._functorch.maybe_current_level
 
 
 def version_of(tensor: Tensor | QuantisedTensor) -> Any:
-    """How often a tensor was changed in place; −1 of one that cannot tell."""
+    """Return how often a tensor was changed in place; −1 of one that does not count."""
     if isinstance(tensor, QuantisedTensor):
         return tensor.version
     return -1 if tensor.is_inference() else tensor._version
@@ -181,7 +181,7 @@ class Outermost:
         return True
 
     def _formula(self, tensor: Tensor) -> Formula | None:
-        """How a tensor was formed that is θ or a view of it."""
+        """Return the formula of a tensor that is θ or a view of it, else None."""
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
             return None
         assert self.formulas is not None

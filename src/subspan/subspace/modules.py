@@ -1,4 +1,4 @@
-"""How a network stays itself while its weights are computed: what its modules do in another way.
+"""The behaviour of modules whose weights are computed, so that a network stays itself.
 
 A trained parameter stays in its module, under its name, as a frozen
 :class:`~subspan.subspace.theta0.Base` that holds θ₀, and reading it gives θ

@@ -1,4 +1,4 @@
-"""Where the parameters of a network live, which of them can be trained in a subspace, and digests.
+"""The places of a network's parameters, which of them a subspace can train, and digests.
 
 A *slot* is one entry of one module's ``_parameters``; a *tensor* is what is in it. Tied weights are
 one tensor in several slots; a module that is reachable by two paths has each slot once.

@@ -56,16 +56,16 @@ class QuantisedTensor:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its tensors."""
         return next(iter(self.parts.values())).device
 
     @property
     def version(self) -> tuple[int, ...]:
-        """How often its tensors were changed in place."""
+        """The number of changes in place of each of its tensors."""
         return tuple(-1 if t.is_inference() else t._version for t in self.parts.values())
 
     def cut(self, start: int, stop: int) -> QuantisedTensor:
-        """Entries start … stop−1 of the flattened weight."""
+        """Take entries start … stop−1 of the flattened weight."""
         return replace(self, entries=slice(start, stop))
 
     def dense(self) -> Tensor:
@@ -114,7 +114,10 @@ def _own_class(parameter: Any) -> type:
 
 @functools.cache
 def _kind(module: type, parameter: type) -> Callable[[Any, Any, Any], QuantisedTensor] | None:
-    """How weights of a class in modules of a class are stored; a pickled one has lost its class."""
+    """Find the function that reads the packed weights of a class, in modules of a class.
+
+    The module's class counts, too, because a pickled parameter has lost its own.
+    """
     if is_class(parameter, "torchao"):
         return _torchao
     for name, kind in (("Linear4bit", _four_bits), ("Linear8bitLt", _eight_bits)):

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are spread: this process, processes of this machine, or Ray."""
+"""Backends that run the jobs of a sweep: this process, processes of this machine, or Ray."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Schedule = Literal["onecycle", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class Training:
-    """How one network is trained on one data set.
+    """The configuration of one training, but for its method: network, data and schedule.
 
     Args:
         net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
@@ -94,17 +94,17 @@ class Training:
 
     @property
     def title(self) -> str:
-        """What is trained on what, in words."""
+        """The network and the data set in words, as in "lenet on mnist"."""
         return title(asdict(self))
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Of :data:`DECODING` what was asked for, as ``data.load`` takes it."""
+        """The options of :data:`DECODING` that are set, as arguments of ``data.load``."""
         return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """What is trained on what, of a configuration in a record: "lenet on mnist"."""
+    """Name the network and the data set of a recorded configuration: "lenet on mnist"."""
     parts = [config.get("task"), config.get("net")]
     what = ", ".join(str(part) for part in parts if part) or "network"
     return f"{what} on {config['data']}" if config.get("data") else what

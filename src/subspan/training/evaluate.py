@@ -36,14 +36,14 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
-    """What a checkpoint says, so that :func:`rebuild` finds the network and the task again."""
+    """Describe network and task for a checkpoint, so that :func:`rebuild` finds them again."""
     own = {"task": training.task, "validation": training.validation} if training.task else {}
     known = {"net": training.net, "data": training.data, "seed": seed} | training.decoding
     return known | own | task.describe()
 
 
 def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
-    """What makes the network that a file speaks of, with its first weights; None if it does not."""
+    """Return a function that makes a file's network with its first weights, or None."""
     if extra.get("task"):
         task, seed = _task(extra), extra["seed"]
         return lambda: tasks.draw(task, seed)

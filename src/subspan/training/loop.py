@@ -351,7 +351,7 @@ class Loop:
         return self.stop.error(f"after {self.progress.done:,} of {steps:,} steps")
 
     def extra(self) -> dict[str, Any]:
-        """What ``subspan eval`` needs to find the network and the task again."""
+        """Return what the checkpoint says so that ``subspan eval`` finds network and task again."""
         described = describe(self.ready.task, self.training, self.run.seed)
         return described | {"method": self.method.name}
 

@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Widths:
-    """What tells two networks of one kind apart: a perceptron, or a LeNet if it has channels.
+    """The widths of a network with layers of any width: a LeNet if it has channels, else an MLP.
 
     Attributes:
         crop: whether it sees the middle 28x28 pixels only, as in Minut 2023.
@@ -53,7 +53,7 @@ class Widths:
 
     @property
     def name(self) -> str:
-        """What :func:`build` makes this network of."""
+        """The name that :func:`build` makes this network from."""
         kind = f"lenet-k{self.kernel}" if self.channels else "mlp"
         return "-".join(["minut"] * self.crop + [kind, *map(str, self.channels + self.dense)])
 
@@ -120,7 +120,7 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
 
 
 def weights(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> int:
-    """How many weights the network of that name has."""
+    """Count the weights of the network of that name."""
     return sum(p.numel() for p in build(name, input_shape, classes).parameters())
 
 

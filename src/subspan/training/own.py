@@ -1,4 +1,4 @@
-"""What users bring along: a network, a task, by the name ``package.module:function``."""
+"""Networks and tasks of the user's own, by the name ``package.module:function``."""
 
 from __future__ import annotations
 

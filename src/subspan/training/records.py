@@ -84,7 +84,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What the next random basis would catch of the last batch's gradient.
+    """The part of the last batch's gradient that lies in the next random basis.
 
     Attributes:
         cosine: between the gradient and its part in the basis.
@@ -128,7 +128,7 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
-    """What one training run did, so far: ``record.json``.
+    """The record of one training run, finished or not: ``record.json``.
 
     Attributes:
         score: what the run is judged by.
@@ -297,7 +297,7 @@ def claim(
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two configurations say differently; what one does not know it leaves at null."""
+    """Return the options in which two configurations differ; a missing option counts as null."""
     a, b = plain(theirs), plain(ours)
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
 

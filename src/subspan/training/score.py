@@ -1,4 +1,4 @@
-"""What a task is judged by: a number with a direction, and a zero that shares count from."""
+"""A score: the number that judges a task, its direction, and the zero that shares count from."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Score:
 
     @property
     def scale(self) -> float:
-        """What people read is so many times the score."""
+        """The factor between a score and the number that people read: 100 for percentages."""
         return 100.0 if self.percent else 1.0
 
     @property
     def unit(self) -> str:
-        """After the name, on an axis or above a column."""
+        """The text after the name, on an axis or above a column."""
         return " (%)" if self.percent else ""
 
     def summary(self, values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Where a training run stands, in one file, so that it can go on bit for bit.
+"""The state of a training run in one file, from which it goes on bit for bit.
 
 The file is PyTorch's own, read with ``weights_only``: nothing in it is executable.
 """
@@ -29,7 +29,7 @@ FORMAT = 2
 
 @dataclass
 class Within:
-    """How far an epoch is that is under way.
+    """The part of the current epoch that is done.
 
     Attributes:
         total: the sum of the losses of its samples, a scalar on the run's device.
@@ -46,7 +46,7 @@ class Within:
 
 @dataclass
 class Progress:
-    """How far a run is, and what it has measured.
+    """The part of a run that is done, and its measurements.
 
     Attributes:
         within: the epoch that is under way.
@@ -100,7 +100,7 @@ class TrainState:
     seconds_total: float
 
     def state_dict(self) -> dict[str, Any]:
-        """As it stands in the file: flat, of plain values and tensors."""
+        """Return the content of the file: one flat dict of plain values and tensors."""
         progress = vars(self.progress) | {
             "within": vars(self.progress.within),
             "history": to_json(self.progress.history),
@@ -110,7 +110,7 @@ class TrainState:
 
     @classmethod
     def from_state_dict(cls, content: Mapping[str, Any]) -> TrainState:
-        """Of :meth:`state_dict`, this version's or an older one's.
+        """Make a state from :meth:`state_dict` of this version or an older one.
 
         Raises:
             KeyError, TypeError, ValueError: for anything else.

@@ -37,14 +37,14 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class RawData:
-    """What a source holds, before a validation part is drawn from its training part.
+    """The content of a source, before a validation part is drawn from its training part.
 
     Attributes:
         train: the whole training part.
         test: the test part.
         classes: number of classes.
         notes: sentences that a reader of the results should know.
-        names: of the classes, in order; empty where they have but numbers.
+        names: of the classes, in order; empty where classes are only numbered.
         depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
 
@@ -73,7 +73,7 @@ class ImageData:
         mean: float32 (C,), of the training part's levels, divided by 255.
         std: float32 (C,), of the same.
         notes: sentences that a reader of the results should know.
-        names: of the classes, in order; empty where they have but numbers.
+        names: of the classes, in order; empty where classes are only numbered.
         depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
 

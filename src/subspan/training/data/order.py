@@ -48,7 +48,7 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """How many batches there are in an epoch of ``size`` samples.
+    """Count the batches in an epoch of ``size`` samples.
 
     Raises:
         SubspanError: ``batch_size`` is below 1.

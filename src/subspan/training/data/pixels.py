@@ -131,7 +131,7 @@ def _wide_colours(image: Any, content: bytes) -> np.ndarray | None:
 
 
 def _raw(tile: Any) -> str:
-    """How Pillow is about to read the pixels of a part of an image: "RGB;16B", say."""
+    """Return the layout in which Pillow is about to read a tile's pixels, such as "RGB;16B"."""
     arguments = tile[3]
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 

@@ -1,4 +1,4 @@
-"""Where a data set comes from: its name to a folder, the Hub, or scikit-learn."""
+"""The sources of data sets: a name leads to a folder, the Hub, or scikit-learn."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def load(
 def _find(
     name: str, image_column: str | None, label_column: str | None, size: pixels.Size | None
 ) -> tuple[list[Any], Callable[[], RawData]]:
-    """What identifies the set's content, as JSON can hold it, and the function that reads it."""
+    """Find a set: JSON that identifies its content, and the function that reads it."""
     if not name:
         raise unknown("data set", name, names())
     columns = {"image_column": image_column, "label_column": label_column}

@@ -38,7 +38,7 @@ class Option:
 
 
 class Method(ABC):
-    """What a method does to a network, which optimizer it takes, and what it counts.
+    """A method of training: how it changes a network, its optimizer, and its counts.
 
     Args:
         name: what people type.
@@ -46,7 +46,7 @@ class Method(ABC):
     """
 
     options: tuple[Option, ...] = ()
-    """Beyond the network, the data and the training."""
+    """The options of this method, beside those of the network, the data and the training."""
     axis: str | None = None
     """The option that a sweep varies: how many numbers are trained; None if it cannot."""
     adapts = False
@@ -135,7 +135,7 @@ class Method(ABC):
         return False
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """What else an epoch's row should say, after its last step: JSON values by name."""
+        """Return more values for an epoch's row, after its last step: JSON by name."""
         return {}
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:

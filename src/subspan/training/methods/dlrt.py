@@ -87,14 +87,14 @@ class LowRankTraining(Method):
         return {self.axis: share}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Around Adam's usual 1e-3, a little higher: the core's steps are shared by few numbers."""
+        """Return rates a little above Adam's usual 1e-3: few numbers share the core's steps."""
         return (1e-3, 2e-3, 4e-3)
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], *,
         steps: int, resume: Mapping[str, Any] | None,
     ) -> Optimizer:  # fmt: skip
-        """DLRT around the base."""
+        """Make DLRT around the base."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         training = run.training
         return self._make(
@@ -105,7 +105,7 @@ class LowRankTraining(Method):
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
-        """With a closure: two of the integrators evaluate the gradient twice."""
+        """Make a step with a closure: two of the integrators evaluate the gradient twice."""
         seen: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -126,7 +126,7 @@ class LowRankTraining(Method):
         return optimizer.steps >= (small_by or 0)
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Ranks and singular values of every factored layer."""
+        """Return ranks and singular values of every factored layer."""
         assert isinstance(optimizer, DLRT)
         return {
             "ranks": optimizer.ranks,
@@ -139,7 +139,7 @@ class LowRankTraining(Method):
         }
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """True counts, and those of the paper beside them."""
+        """Count the numbers, and as the paper counts them."""
         found = count(model)
         return {
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

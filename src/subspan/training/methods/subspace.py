@@ -61,7 +61,7 @@ class Subspace(Method):
         return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Around 3/√d, so that steps have one length at every d.
+        """Return rates around 3/√d, so that steps have one length at every d.
 
         Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
         """
@@ -70,7 +70,7 @@ class Subspace(Method):
         return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in (1, 3, 9))
 
     def counts(self, model: nn.Module) -> dict[str, int]:
-        """Coordinates, what is trained fully, and buffers that training changed."""
+        """Count coordinates, what is trained fully, and buffers that training changed."""
         assert isinstance(model, SubspaceModel)
         summary = model.summary()
         buffers = sum(b.numel() for b in model.changed_buffers().values())
@@ -82,7 +82,7 @@ class Subspace(Method):
 
 
 def options_of(family: type[Projection]) -> list[Option]:
-    """A family's own arguments as options, each with what the family's docstring says of it."""
+    """Make options of a family's own arguments, each explained as in the family's docstring."""
     kinds, shared = get_type_hints(family), {field.name for field in fields(Projection)}
     return [
         Option(field.name, kinds[field.name], _said_of(field.name, family))

@@ -45,24 +45,24 @@ class Classification(Task):
         self.notes = images.notes
 
     def network(self) -> nn.Module:
-        """From images (N, C, H, W) to logits (N, classes)."""
+        """Build the network, from images (N, C, H, W) to logits (N, classes)."""
         return nets.build(self.net, self.images.image_shape, self.images.classes)
 
     def size(self) -> int:
-        """Of the training part."""
+        """Return the number of training images."""
         return len(self.images.train)
 
     def batch(self, index: Tensor) -> data.Split:
-        """Images and labels."""
+        """Select images and labels."""
         return self.images.train.select(index)
 
     def loss(self, net: nn.Module, batch: data.Split) -> Tensor:
-        """Mean cross entropy."""
+        """Return the mean cross entropy."""
         return cross_entropy(net(self.images.normalize(batch.images)), batch.labels)
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Mean cross entropy, and accuracy as a fraction."""
+        """Return the mean cross entropy, and accuracy as a fraction."""
         split: data.Split = getattr(self.images, part)
         loss = correct = 0.0
         for index in torch.arange(len(split), device=split.labels.device).split(BATCH):
