@@ -107,7 +107,7 @@ class Exhibit:
 
 
 def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
-    """The experiments of a folder, in the order of its folders' names.
+    """Return the experiments of a folder, in the order of its folders' names.
 
     A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
     whose folders have a ``sweep.json`` each is an experiment of several parts.
@@ -204,7 +204,7 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
 
 
 def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
-    """That of most of the methods; where none has one, as with all weights, that of the name."""
+    """Choose the family of most of the methods; where none has one, that of the name."""
     homes = Counter(
         type(methods()[row.method]).__module__.rpartition(".")[2]
         for sweep in sweeps
@@ -219,7 +219,7 @@ def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
 
 
 def _says_more(sweep: SweepRecord) -> bool:
-    """Whether its picture shows what the table does not: no point alone, none above another."""
+    """Return whether the picture of a sweep shows more than its table."""
     dims = [row.dim for row in sweep.rows]
     return bool(dims) and (
         bars.suits(sweep) or sweep.baseline is not None or max(dims) > 1.5 * min(dims)
@@ -243,7 +243,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _d_int(sweep: SweepRecord) -> list[str]:
-    """Intrinsic dimensions, where the curve crosses the threshold; and those published."""
+    """Write the intrinsic dimensions, measured and published."""
     found = []
     for method, ours in sweep.d_int.items():
         if ours.value is not None and not ours.note.startswith("upper bound"):
@@ -270,7 +270,7 @@ def _lacks(sweep: SweepRecord) -> list[str]:
 
 
 def _planned(name: str, budget: str) -> dict[str, Sweep]:
-    """The sweeps that a published experiment has, by part; none of what is not known here."""
+    """Return the sweeps of a published experiment by part; none if it is unknown here."""
     known = experiments().get(name)
     if not isinstance(known, Experiment) or budget not in known.sweeps:
         return {}
@@ -278,7 +278,7 @@ def _planned(name: str, budget: str) -> dict[str, Sweep]:
 
 
 def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep]) -> str:
-    """The command of a published experiment, on other data if they are others."""
+    """Return the command of a published experiment, on other data if they are others."""
     words = [f"subspan reproduce {shlex.quote(told.file or told.name)}"]
     if told.budget == "full":
         words.append("--budget full")
@@ -290,7 +290,7 @@ def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep
 
 
 def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
-    """The ``subspan sweep`` of a configuration, as a person would type it; or of many networks."""
+    """Write the ``subspan sweep`` command of a configuration, or of many networks."""
     usual = Sweep(Training()).as_dict() | {"small": []}
     always = ("net", "data", "methods", "dims")
     words = ["subspan sweep"]
@@ -308,7 +308,7 @@ def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value on the command line: a list with commas, what is nested as JSON."""
+    """Return a value on the command line: a list with commas, what is nested as JSON."""
     if isinstance(value, list | tuple) and not any(isinstance(v, list | dict) for v in value):
         return shlex.quote(",".join(map(str, value)))
     return shlex.quote(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -171,7 +171,7 @@ class Outermost:
             ) from error
 
     def _spared(self, theta: Tensor) -> bool:
-        """Whether autograd gets θ as it is, for as long as there is room."""
+        """Return whether autograd gets θ as it is, for as long as there is room."""
         place = theta.untyped_storage().data_ptr()
         if place not in self._spared_places:
             if theta.numel() > self.spare:
@@ -212,7 +212,7 @@ class Formula:
         parts: Sequence[Part],
         dtype: torch.dtype,
     ) -> Formula:
-        """A formula of the tensors as they are now."""
+        """Return a formula of the tensors as they are now."""
         return cls(name, tuple(parts), dtype, _versions(parts))
 
     @torch.no_grad()
@@ -243,7 +243,7 @@ class Formula:
 
 
 def freed(base: Tensor) -> bool:
-    """Whether FSDP has taken the memory of a tensor back."""
+    """Return whether FSDP has taken the memory of a tensor back."""
     return base.numel() > 0 and not base.untyped_storage().nbytes()
 
 

@@ -35,7 +35,7 @@ class Slot:
         return tuple(modules), attribute
 
     def find(self, net: nn.Module) -> tuple[nn.Module, str]:
-        """The module and its attribute; ``get_submodule`` would take a tenth of a small step."""
+        """Find the module and attribute; ``get_submodule`` would take a tenth of a small step."""
         modules, attribute = self.names
         for name in modules:
             net = net._modules[name]  # type: ignore[assignment]

@@ -127,7 +127,7 @@ def _kind(module: type, parameter: type) -> Callable[[Any, Any, Any], QuantisedT
 
 
 def is_class(cls: type, library: str, name: str = "") -> bool:
-    """Whether a class, or one that it derives from, is of a library and has a name."""
+    """Return whether a class, or one that it derives from, is of a library and has a name."""
     return any(
         base.__module__.partition(".")[0] == library and (not name or base.__name__ == name)
         for base in cls.__mro__
@@ -135,7 +135,7 @@ def is_class(cls: type, library: str, name: str = "") -> bool:
 
 
 def _four_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
-    """A weight of ``bitsandbytes.nn.Linear4bit``."""
+    """Return a weight of ``bitsandbytes.nn.Linear4bit``."""
     state = getattr(like, "quant_state", None) or module.quant_state
     if state is None:
         return _not_yet(parameter, f"bitsandbytes-{getattr(parameter, 'quant_type', '4bit')}")
@@ -186,7 +186,7 @@ def _eight_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
 
 
 def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor:
-    """A weight that will be quantised one day."""
+    """Return a weight that will be quantised one day."""
     with _plain():
         data = parameter.detach()
     refusal = refusal or (
@@ -199,7 +199,7 @@ def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor
 
 
 def _torchao(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
-    """A parameter of torchao: a subclass that is made of tensors."""
+    """Return a parameter of torchao: a subclass that is made of tensors."""
     cls = _own_class(like)
     with _plain():
         parts = dict(_inner(parameter))

@@ -220,7 +220,7 @@ class Shards:
         )
 
     def _differs(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these numbers are others in another process; all get the same answer."""
+        """Return whether these numbers are others in another process; all get the same answer."""
         import torch.distributed as dist
 
         if not tensors:  # coordinates that are given, by functional_call say

@@ -77,7 +77,7 @@ def open_backend(
 
 
 def run_here(worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
-    """One run after the other, in this process."""
+    """Yield the outcome of one run after the other, in this process."""
     return (worker.run(job, stop) for job in jobs)
 
 

@@ -83,7 +83,7 @@ class PointRecord:
         small: str = "",
         tried_lrs: dict[str, float] | None = None,
     ) -> PointRecord:
-        """The runs of a point, which differ in their seed; what one lacks is left out.
+        """Return the runs of a point, which differ in their seed; what one lacks is left out.
 
         Args:
             runs: at least one.

@@ -48,7 +48,7 @@ class Point:
     done: dict[tuple[float, int], CompleteRun] = field(default_factory=dict)
 
     def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
-        """The run with this learning rate and seed."""
+        """Return the run with this learning rate and seed."""
         at = f"-{self.label}" if self.label else ""
         net = f"{readable(self.small)}-" if self.small else ""
         name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
@@ -178,7 +178,7 @@ def sweep(
 
 
 def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:
-    """The first seed at all rates, and then, when these are done, the others at the best.
+    """Yield the jobs of the first seed at all rates, then those of others at the best.
 
     Points with many coordinates take longest: begin with them, so that none is left for the end.
     """
@@ -295,7 +295,7 @@ def _row(point: Point) -> PointRecord | None:
 def _intrinsic(
     config: Sweep, rows: list[PointRecord], baseline: PointRecord | None, score: Score
 ) -> dict[str, IntrinsicDimension]:
-    """The intrinsic dimension by method, where there is a curve and a baseline."""
+    """Return the intrinsic dimension by method, where there is a curve and a baseline."""
     if baseline is None:
         return {}
     if not score.better(statistics.fmean(baseline.test_score), score.zero):

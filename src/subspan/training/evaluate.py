@@ -58,7 +58,7 @@ def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
 
 
 def _task(extra: Mapping[str, Any], data: str | None = None, **decoding: Any) -> Task:
-    """The task that a checkpoint was trained on, or the same on other data."""
+    """Return the task that a checkpoint was trained on, or the same on other data."""
     as_trained: dict[str, Any] = {key: extra.get(key) for key in DECODING}
     given = {key: value for key, value in decoding.items() if value is not None}
     training = Training(
@@ -72,7 +72,7 @@ def _task(extra: Mapping[str, Any], data: str | None = None, **decoding: Any) ->
 
 
 def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint of the laboratory, and what the file says of it.
+    """Return the model of a checkpoint of the laboratory, and what the file says of it.
 
     Raises:
         SubspanError: if the file is unusable, or does not say which network it belongs to.

@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def bytes_sent() -> int:
-    """Bytes that this process has written so far, to sockets and to files; 0 if nobody counts."""
+    """Count the bytes that this process has written, to sockets and files; 0 if unknown."""
     file = Path("/proc/self/io")
     if not file.is_file():
         return 0
@@ -63,7 +63,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        """The peak so far."""
+        """Return the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")

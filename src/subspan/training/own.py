@@ -51,7 +51,7 @@ def remember(modules: Iterable[str]) -> None:
 
 
 def remembered() -> tuple[str, ...]:
-    """The modules that ``--import`` named in this process, or in the one that started it."""
+    """Return the modules that ``--import`` named in this process, or in the one that started it."""
     return tuple(filter(None, os.environ.get(IMPORTS, "").split(",")))
 
 

@@ -136,7 +136,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def line_of(text: str, path: Path, renamed: Mapping[str, str]) -> int:
-    """The line on which a value begins, or on which what should hold it does.
+    """Return the line on which a value begins, or on which what should hold it does.
 
     Args:
         text: valid JSON.

@@ -131,7 +131,7 @@ def write(path: Path, state: TrainState) -> None:
 
 
 def read(path: Path) -> TrainState | None:
-    """A state, or None where there is none.
+    """Return a state, or None where there is none.
 
     Raises:
         SubspanError: if the file is damaged, or of another format.
@@ -155,7 +155,7 @@ def read(path: Path) -> TrainState | None:
 
 
 def generators() -> dict[str, Any]:
-    """The states of all generators that a network may draw from, as dropout does.
+    """Return the states of all generators that a network may draw from, as dropout does.
 
     Of the GPU that this process uses: all processes draw alike, each on its own.
     """
@@ -170,12 +170,12 @@ def generators() -> dict[str, Any]:
 
 
 def seed_generators(seed: int) -> None:
-    """Begin them all at a seed, of which NumPy's takes 32 bits."""
+    """Seed all generators; NumPy's takes 32 bits of the seed."""
     set_seed(seed % (1 << 32))
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put them back; that of the GPU where there is one."""
+    """Set the states of all generators again; the GPU's where there is one."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])

@@ -120,7 +120,7 @@ class Log:
 
 
 def numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and lists, as "ranks/fc1"; what is none is left out."""
+    """Yield the numbers in nested dicts and lists by names such as "ranks/fc1"."""
     if isinstance(values, (Mapping, list)):
         parts = values.items() if isinstance(values, Mapping) else enumerate(values)
         for key, value in parts:
@@ -130,7 +130,7 @@ def numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _plain(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings as trackers take them: the method's beside the others, lists as texts."""
+    """Flatten settings for trackers: the method's beside the others, lists as texts."""
     for name, value in (config | config["options"]).items():
         if name != "options" and value is not None:
             yield name, value if isinstance(value, (bool, int, float, str)) else str(value)

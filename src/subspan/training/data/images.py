@@ -27,11 +27,11 @@ class Split:
         return len(self.labels)
 
     def select(self, index: Tensor) -> Split:
-        """The samples at ``index`` (int64, on the split's device), in that order."""
+        """Return the samples at ``index`` (int64, on the split's device), in that order."""
         return Split(self.images.index_select(0, index), self.labels.index_select(0, index))
 
     def to(self, device: torch.device | str) -> Split:
-        """The split on another device."""
+        """Return the split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -102,7 +102,7 @@ class ImageData:
         return (images.float() / 255 - mean) / std
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The set on another device."""
+        """Return the set on another device."""
         return replace(
             self,
             train=self.train.to(device),

@@ -80,7 +80,7 @@ class Method(ABC):
 
     @abstractmethod
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Learning rates worth trying with Adam and these options; the middle is the default."""
+        """Return learning rates to try with Adam and these options; the middle is the default."""
 
     def optimizer(
         self,
@@ -92,7 +92,7 @@ class Method(ABC):
         steps: int,
         resume: Mapping[str, Any] | None,
     ) -> Optimizer:
-        """The optimizer of what requires a gradient.
+        """Return the optimizer of what requires a gradient.
 
         Args:
             model: of :meth:`wrap`.
@@ -114,7 +114,7 @@ class Method(ABC):
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
-        """One step: by default forward, backward, and the optimizer's.
+        """Make one step: by default forward, backward, and the optimizer's.
 
         Args:
             optimizer: of :meth:`optimizer`.
@@ -131,7 +131,7 @@ class Method(ABC):
         return value
 
     def needs_processes(self, options: Mapping[str, Any]) -> bool:
-        """Whether in another number of processes a run would be another, beyond rounding."""
+        """Return whether the number of processes changes a run by more than rounding."""
         return False
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Method(ABC):
         return {}
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """Whether what is trained so far may be the best epoch; the last one must."""
+        """Return whether this epoch may count as the best; the last one must."""
         return True
 
     def after_epoch(
@@ -159,7 +159,7 @@ class Method(ABC):
         return None
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """The true counts of a trained model.
+        """Return the true counts of a trained model.
 
         Returns:
             ``trainable_parameters``; ``stored_parameters``, every number that inference needs
@@ -188,13 +188,13 @@ class Method(ABC):
                 raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
 
     def at(self, value: str) -> dict[str, Any]:
-        """The options of a point of a sweep, from a text of ``--dims``."""
+        """Return the options of a point of a sweep, from a text of ``--dims``."""
         return {} if self.axis is None else {self.axis: value}
 
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """All methods by name; those of the user's modules, too."""
+    """Return all methods by name; those of the user's modules, too."""
     load_remembered()
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
@@ -202,7 +202,7 @@ def methods() -> dict[str, Method]:
 
 
 def method(name: str) -> Method:
-    """The method of that name.
+    """Return the method of that name.
 
     Raises:
         SubspanError: if there is none, with the nearest names.

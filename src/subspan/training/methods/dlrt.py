@@ -73,7 +73,7 @@ class LowRankTraining(Method):
         return net
 
     def at(self, value: str) -> dict[str, Any]:
-        """A point of a sweep: a number, and no number of coordinates."""
+        """Return the options of a point of a sweep: a number, and none of coordinates."""
         assert self.axis is not None
         try:
             share = float(value)
@@ -119,7 +119,7 @@ class LowRankTraining(Method):
         return seen[0]
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """An early network that is better because it is larger is not what was asked for."""
+        """Return whether the target is reached: larger early networks do not count as best."""
         assert isinstance(optimizer, DLRT)
         rule = optimizer.rule
         small_by = rule.freeze_after if rule.target_ratio else rule.tolerance_warmup
@@ -178,7 +178,7 @@ def _factored(net: nn.Module) -> dict[str, LowRank]:
 
 
 def _last(net: nn.Module) -> str | None:
-    """The last linear layer: the classes, few rows that are not of low rank."""
+    """Return the last linear layer: the classes, few rows that are not of low rank."""
     linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     return linear[-1] if len(linear) > 1 else None
 

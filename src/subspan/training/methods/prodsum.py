@@ -133,7 +133,7 @@ def _layers(model: nn.Module) -> dict[str, ProductOfSums]:
 
 
 def _stages(options: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The values of p, one after the other; only None if nothing is called p."""
+    """Return the values of p, one after the other; only None if nothing is called p."""
     if "stages" not in options:
         if "plateau" in options:
             raise SubspanError("--plateau ends a stage: give --stages, too")

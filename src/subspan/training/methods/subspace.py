@@ -101,7 +101,7 @@ def _said_of(argument: str, family: type) -> str:
 
 
 def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
-    """The option ``dim``: 750 → 750, "600+250" → [600, 250]; None where rules give the dimensions.
+    """Parse the option ``dim``: 750 → 750, "600+250" → [600, 250]; None if rules give it.
 
     Raises:
         SubspanError: for anything that is no positive integer or sum of such.

@@ -97,7 +97,7 @@ def _what(value: Any) -> str:
 
 
 def load(training: Training, seed: int) -> Task:
-    """The task of a run.
+    """Return the task of a run.
 
     Args:
         training: what is trained on what.
@@ -128,7 +128,7 @@ def load(training: Training, seed: int) -> Task:
 
 
 def draw(task: Task, seed: int) -> nn.Module:
-    """The task's network; what it draws of initial weights comes from this seed."""
+    """Return the task's network; what it draws of initial weights comes from this seed."""
     state.seed_generators(seed)
     net = task.network()
     if not isinstance(net, nn.Module):

@@ -19,7 +19,7 @@ BATCH = 1000  # images that are evaluated at a time
 
 
 def load(training: Training, seed: int) -> Classification:
-    """The data set and network of a run.
+    """Return the data set and network of a run.
 
     Raises:
         SubspanError: if there is no such data set, or it cannot be read.
@@ -73,7 +73,7 @@ class Classification(Task):
         return loss / len(split), correct / len(split)
 
     def describe(self) -> dict[str, Any]:
-        """The network's input, so that it can be built and fed without the data."""
+        """Return the network's input, so that it can be built and fed without the data."""
         images = self.images
         # A digest: of a thousand classes the names would be larger than the coordinates.
         text = json.dumps(images.names).encode()
@@ -87,12 +87,12 @@ class Classification(Task):
         }
 
     def to(self, device: torch.device) -> Classification:
-        """The set on another device."""
+        """Return the set on another device."""
         return type(self)(self.images.to(device), self.net)
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
-        """One image through the network, so that a wrong shape is a sentence, not a traceback."""
+        """Send one image through the network: a wrong shape becomes a sentence, no traceback."""
         images = self.images
         state = net.training
         net.eval()
