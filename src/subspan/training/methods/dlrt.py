@@ -20,19 +20,19 @@ from subspan.training.methods import Method, Option
 from subspan.training.methods.subspace import PATTERNS
 
 OPTIONS = (
-    Option("tolerance", float, "τ in [0, 1): share of ‖W‖ that truncation may leave out"),
+    Option("tolerance", float, "τ in [0, 1): the share of ‖W‖ that truncation may leave out"),
     Option(
         "target_ratio",
         float,
-        "in place of τ: share of the layers' numbers that shall be gone",
+        "in place of τ: the share of the layers' numbers to get rid of",
     ),
-    Option("rank", int | str, "of all factored layers at first, as far as they have it; full"),
-    Option("min_rank", int, "least rank (1)"),
-    Option("max_rank", int, "greatest rank"),
-    Option("rank_every", int, "steps between those at which ranks may change (1)"),
-    Option("adapt_at", float, "share of the training until which ranks stay as they are (0)"),
-    Option("freeze_at", float, "share of the training after which ranks stay (target_ratio: 0.5)"),
-    Option("tolerance_warmup", float, "share of the training over which τ rises from 0 (0.3)"),
+    Option("rank", int | str, "the rank of factored layers at first, at most their largest; full is that"),
+    Option("min_rank", int, "the least rank (1)"),
+    Option("max_rank", int, "the greatest rank"),
+    Option("rank_every", int, "ranks may change at every so many steps (1)"),
+    Option("adapt_at", float, "the share of the training before ranks may change (0)"),
+    Option("freeze_at", float, "the share of the training after which ranks stay (target_ratio: 0.5)"),
+    Option("tolerance_warmup", float, "the share of the training over which τ rises from 0 (0.3)"),
     Option("integrator", str, "parallel, kls, kls-adaptive or vanilla"),
     Option("targets", PATTERNS, "layers to factor (all but the last), as fc1 or [fc1,fc2]"),
     Option("exclude", PATTERNS, "layers that stay dense"),
@@ -186,4 +186,4 @@ def _last(net: nn.Module) -> str | None:
 LowRankTraining(
     "dlrt", "layers of low rank from the start, which adapts (Schotthöfer 2022)", "tolerance"
 )
-LowRankTraining("dlrt-ratio", "the same; sweeps vary the ratio and not τ", "target_ratio")
+LowRankTraining("dlrt-ratio", "as dlrt, but sweeps vary the target ratio and not τ", "target_ratio")

@@ -31,7 +31,7 @@ class ProductsOfSums(Method):
 
     axis = "p"
     options = (
-        Option("p", int, "atoms of a sum: of each layer, or whatever --factors call p, as in p: p"),
+        Option("p", int, "the number of atoms of a sum, or whatever --factors call p, as in p: p"),
         Option(
             "stages",
             list[int] | str,
@@ -40,7 +40,7 @@ class ProductsOfSums(Method):
             "the stage has had its share of the epochs",
         ),
         Option("plateau", int, "epochs without a better validation accuracy that end a stage (2)"),
-        Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
+        Option("atoms", str, "the kind of the atoms where there are no --factors (hash)"),
         Option(
             "factors",
             dict[str, list[Any] | dict[str, Any]],
@@ -49,7 +49,7 @@ class ProductsOfSums(Method):
             "pattern fits stay as they are",
         ),
         Option("bias", bool | int, "whether biases are trained, or through how many numbers each"),
-        Option("scale", str, "variance of the first weights: he, glorot or lecun"),
+        Option("scale", str, "the variance of the first weights: he, glorot or lecun"),
     )
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:

@@ -25,14 +25,14 @@ OPTIONS = (
     DIM,
     *SHARED,
     Option("distribution", str, "the family of the bases: hash (default), rademacher, gaussian, …"),
-    Option("momentum", float, "of coordinates; begins anew with each basis"),
-    Option("nonfinite", str, "a step with a coordinate that is no number: skip, or error"),
-    Option("workers", str, "with many processes: shared bases, or independent ones"),
-    Option("check_every", int, "steps between comparisons of all processes' weights"),
+    Option("momentum", float, "the momentum of coordinates; it begins anew with each basis"),
+    Option("nonfinite", str, "skip a step with a coordinate that is not finite, or end in an error: skip, error"),
+    Option("workers", str, "several processes share a basis, or each has its own: shared, independent"),
+    Option("check_every", int, "compare the weights of all processes every so many steps"),
     Option("journal", bool, f"write every step to {JOURNAL}, and go on from it"),
 )
-REDRAW = Option("redraw_every", int, "steps until the next basis (1)")
-SIGMA = Option("sigma", float, "distance in weight space of the two evaluations")
+REDRAW = Option("redraw_every", int, "draw a new basis every so many steps (1)")
+SIGMA = Option("sigma", float, "the step in weight space to each of the two evaluations")
 
 
 class Bases(Method):
