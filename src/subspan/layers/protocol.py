@@ -120,7 +120,7 @@ class Compressed(nn.Module, ABC):
 
     @property
     def bias_length(self) -> int:
-        """The length of the ordinary layer's bias: n, or 0 without one."""
+        """The length of the ordinary layer's bias, n, or 0 without one."""
         return 0 if getattr(self, "bias", None) is None else self.shape[0]
 
     @property

@@ -52,7 +52,7 @@ class Score:
 
     @property
     def scale(self) -> float:
-        """The factor between a score and the number that people read: 100 for percentages."""
+        """The factor between a score and the number that people read, 100 for percentages."""
         return 100.0 if self.percent else 1.0
 
     @property

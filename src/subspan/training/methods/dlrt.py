@@ -26,12 +26,18 @@ OPTIONS = (
         float,
         "in place of τ: the share of the layers' numbers to get rid of",
     ),
-    Option("rank", int | str, "the rank of factored layers at first, at most their largest; full is that"),
+    Option(
+        "rank",
+        int | str,
+        "the rank of factored layers at first, at most their largest; full is that",
+    ),
     Option("min_rank", int, "the least rank (1)"),
     Option("max_rank", int, "the greatest rank"),
     Option("rank_every", int, "ranks may change at every so many steps (1)"),
     Option("adapt_at", float, "the share of the training before ranks may change (0)"),
-    Option("freeze_at", float, "the share of the training after which ranks stay (target_ratio: 0.5)"),
+    Option(
+        "freeze_at", float, "the share of the training after which ranks stay (target_ratio: 0.5)"
+    ),
     Option("tolerance_warmup", float, "the share of the training over which τ rises from 0 (0.3)"),
     Option("integrator", str, "parallel, kls, kls-adaptive or vanilla"),
     Option("targets", PATTERNS, "layers to factor (all but the last), as fc1 or [fc1,fc2]"),

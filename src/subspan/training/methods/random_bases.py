@@ -26,8 +26,14 @@ OPTIONS = (
     *SHARED,
     Option("distribution", str, "the family of the bases: hash (default), rademacher, gaussian, …"),
     Option("momentum", float, "the momentum of coordinates; it begins anew with each basis"),
-    Option("nonfinite", str, "skip a step with a coordinate that is not finite, or end in an error: skip, error"),
-    Option("workers", str, "several processes share a basis, or each has its own: shared, independent"),
+    Option(
+        "nonfinite",
+        str,
+        "skip a step with a coordinate that is not finite, or end in an error: skip, error",
+    ),
+    Option(
+        "workers", str, "several processes share a basis, or each has its own: shared, independent"
+    ),
     Option("check_every", int, "compare the weights of all processes every so many steps"),
     Option("journal", bool, f"write every step to {JOURNAL}, and go on from it"),
 )

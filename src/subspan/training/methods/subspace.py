@@ -49,7 +49,9 @@ class Subspace(Method):
         first_line = (family.__doc__ or "").partition("\n")[0]
         plain = re.sub(r":\w+:|`", "", first_line)  # a terminal shows no markup
         if preset:
-            plain = "a stored matrix " + ", ".join(f"{key} {value}" for key, value in preset.items())
+            plain = "a stored matrix " + ", ".join(
+                f"{key} {value}" for key, value in preset.items()
+            )
         super().__init__(name or family.family, f"θ₀ + P w: {plain}")
         self.preset = {"projection": family.family} | preset
         self.options = COMMON + tuple(o for o in options_of(family) if o.name not in preset)
