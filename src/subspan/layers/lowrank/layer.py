@@ -125,7 +125,7 @@ class LowRank(Compressed, type_name="lowrank"):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """W in the shape of the dense layer's, made at each call, to look at and not to train with."""
+        """W in the shape of the dense layer's, made at each call, to look at and not to train."""
 
     @property
     def tangents(self) -> Tangents | None:
