@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [*sorted((ROOT / "docs/tutorials").glob("*.md")), ROOT / "docs/commands.md"]
-CELL = re.compile(r"```\{code-cell\} python\n(?::tags:.*\n)?(.*?)```", re.DOTALL)
+CELL = re.compile(r"```\{code-cell\} python\n(?::tags:[^\n]*\n)?(.*?)```", re.DOTALL)
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 
 

@@ -82,7 +82,7 @@ def _import(arguments: list[str]) -> list[str]:
 
 
 def overview() -> str:
-    """What ``subspan --help`` says."""
+    """Return the text of ``subspan --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(

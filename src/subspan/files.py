@@ -13,7 +13,7 @@ from subspan.errors import SubspanError
 
 
 def readable(name: str) -> str:
-    """A name as that of a file or folder, where "package.module:function" has a colon."""
+    """Return a name as that of a file or folder, where "package.module:function" has a colon."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 

@@ -64,7 +64,7 @@ def polish(u: Tensor) -> Tensor:
 
 
 def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin singular value decomposition A = U diag(σ) Vᵀ.
+    """Return the thin singular value decomposition A = U diag(σ) Vᵀ.
 
     LAPACK's divide and conquer gives up on harmless matrices with many equal singular values, or
     returns what is not finite (in float32, once in some hundred cores at the start of a training).
@@ -93,7 +93,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank_of(singular_values: Tensor, tolerance: float) -> int:
-    """The least rank at which truncation leaves out at most a share of the norm.
+    """Return the least rank at which truncation leaves out at most a share of the norm.
 
     Args:
         singular_values: in descending order.

@@ -208,7 +208,7 @@ class Source:
     def permutation(
         self, size: int, *, column: Tensor | int = 0, step: Tensor | int = 0
     ) -> Permutation:
-        """A keyed permutation of [0, size): its round keys are the first words of the sequence.
+        """Return a keyed permutation of [0, size); its round keys are the sequence's first words.
 
         Their number is 8, or 32 for a size of at most 32. Of a size that is a power of 2, a vector
         of columns gives as many permutations at once, which map (n, 1) to (n, len(column)).
@@ -221,7 +221,7 @@ class Source:
 
 
 def rounds(size: int) -> int:
-    """The number of rounds, hence of keys, of a permutation of [0, size)."""
+    """Return the number of rounds, hence of keys, of a permutation of [0, size)."""
     return FEISTEL_ROUNDS if size > 32 else FEISTEL_ROUNDS_SMALL
 
 

@@ -1,4 +1,4 @@
-"""What generating P costs: products, training steps and memory, against stored matrices and Adam.
+"""The benchmark: what it costs to generate P instead of storing it, or to train with Adam.
 
 Every number is measured in one run of one machine, in turns with what it is compared with, so that
 the ratios mean something where the times do not.

@@ -49,7 +49,7 @@ Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their
 
 
 def describe_layers(net: nn.Module) -> dict[str, Any]:
-    """The fields of a header that say which layers of a network are compressed, and its kind.
+    """Return the header's fields on a network's compressed layers, and on its kind.
 
     Raises:
         SubspanError: if the recipe of a layer is not JSON, or a loaded layer would be another.
@@ -78,7 +78,7 @@ def describe_layers(net: nn.Module) -> dict[str, Any]:
 
 
 def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
-    """The compressed layers that a header describes, by their types.
+    """Return the compressed layers that a header describes, by their types.
 
     Args:
         header: of :func:`read`.
@@ -103,7 +103,7 @@ def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a checkpoint, checked to be whole and unchanged.
+    """Return the header and the tensors of a checkpoint, checked to be whole and unchanged.
 
     Raises:
         SubspanError: if it is no checkpoint, of a newer format, cut short or edited.
@@ -151,7 +151,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """128 bits over the header and all tensors."""
+    """Return 128 bits of a hash over the header and all tensors."""
     sha = hashlib.sha256(to_json(header).encode())
     sha.update(digest_tensors({name: tensors[name] for name in sorted(tensors)}).encode())
     return sha.hexdigest()[:32]

@@ -147,7 +147,7 @@ def _wrap(
     header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> SubspaceModel:
-    """The model of a recipe, if this is its network."""
+    """Return the model of a recipe, if this is its network."""
     try:
         # Files from before padding rows were kept say nothing of them.
         model = SubspaceModel(net, **{"padding": "train"} | header["recipe"])

@@ -51,7 +51,7 @@ def save(
 def contents(
     model: nn.Module, extra: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and copies of the tensors that a file of this model has.
+    """Return the header and copies of the tensors that a file of this model has.
 
     Raises:
         SubspanError: as :func:`save`.
@@ -107,7 +107,7 @@ def _check_only_tensors(model: nn.Module) -> None:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Live tensors by the names that they have in a file, without coordinates."""
+    """Return live tensors by the names that they have in a file, without coordinates."""
     if isinstance(model, SubspaceModel):
         tensors = {**model.fully_trained(), **saved_buffers(model.body)}
         return {f"body.{name}": tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What all commands print with: lines, tables, progress bars."""
+"""Printing for all commands: lines, tables, progress bars."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ def _published() -> dict[str, Experiment | Benchmark]:
 
 
 def experiments() -> dict[str, Experiment | Benchmark]:
-    """All experiments by name: those of the package, and those that were registered."""
+    """Return all experiments by name: those of the package, and those that were registered."""
     return dict(sorted((_published() | _registry).items()))
 
 
 def experiment(name: str) -> Experiment | Benchmark:
-    """The experiment of that name, or in that file.
+    """Return the experiment of that name, or in that file.
 
     Args:
         name: of an experiment, or of a YAML file: it ends in .yaml or .yml, or has a slash.

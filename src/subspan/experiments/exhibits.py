@@ -77,7 +77,7 @@ OTHERS = Family("Other experiments", "", module="", part="", prefix="")
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What a page shows of one experiment.
+    """An experiment as the gallery shows it.
 
     Attributes:
         folder: where its records are.
@@ -107,7 +107,7 @@ class Exhibit:
 
 
 def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
-    """The experiments of a folder, in the order of its folders' names.
+    """Return the experiments of a folder, in the order of its folders' names.
 
     A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
     whose folders have a ``sweep.json`` each is an experiment of several parts.
@@ -139,7 +139,7 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
 
 
 def _exhibit(place: Path) -> Exhibit | None:
-    """What a folder holds, if that is an experiment."""
+    """Make the exhibit of a folder, or None if it holds no experiment."""
     try:
         if (place / BENCH).is_file():
             return _of_bench(place)
@@ -204,7 +204,7 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
 
 
 def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
-    """That of most of the methods; where none has one, as with all weights, that of the name."""
+    """Choose the family of most of the methods; where none has one, that of the name."""
     homes = Counter(
         type(methods()[row.method]).__module__.rpartition(".")[2]
         for sweep in sweeps
@@ -219,7 +219,7 @@ def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
 
 
 def _says_more(sweep: SweepRecord) -> bool:
-    """Whether its picture shows what the table does not: no point alone, none above another."""
+    """Return whether the picture of a sweep shows more than its table."""
     dims = [row.dim for row in sweep.rows]
     return bool(dims) and (
         bars.suits(sweep) or sweep.baseline is not None or max(dims) > 1.5 * min(dims)
@@ -227,7 +227,7 @@ def _says_more(sweep: SweepRecord) -> bool:
 
 
 def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
-    """How much was spent, and what that means for the numbers."""
+    """Say how much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
     epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
     words = f"Budget {budget}: " if budget else ""
@@ -243,7 +243,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _d_int(sweep: SweepRecord) -> list[str]:
-    """Intrinsic dimensions, where the curve crosses the threshold; and those published."""
+    """Write the intrinsic dimensions, measured and published."""
     found = []
     for method, ours in sweep.d_int.items():
         if ours.value is not None and not ours.note.startswith("upper bound"):
@@ -260,7 +260,7 @@ def _d_int(sweep: SweepRecord) -> list[str]:
 
 
 def _lacks(sweep: SweepRecord) -> list[str]:
-    """What a sweep does not have: an end, runs."""
+    """Say what a sweep lacks: its end, or runs."""
     lacks = [] if sweep.status == "complete" else [f"Its status is {sweep.status!r}."]
     if sweep.failed:
         number_of = f"{len(sweep.failed)} run{'s' * (len(sweep.failed) > 1)}"
@@ -270,7 +270,7 @@ def _lacks(sweep: SweepRecord) -> list[str]:
 
 
 def _planned(name: str, budget: str) -> dict[str, Sweep]:
-    """The sweeps that a published experiment has, by part; none of what is not known here."""
+    """Return the sweeps of a published experiment by part; none if it is unknown here."""
     known = experiments().get(name)
     if not isinstance(known, Experiment) or budget not in known.sweeps:
         return {}
@@ -278,7 +278,7 @@ def _planned(name: str, budget: str) -> dict[str, Sweep]:
 
 
 def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep]) -> str:
-    """The command of a published experiment, on other data if they are others."""
+    """Return the command of a published experiment, on other data if they are others."""
     words = [f"subspan reproduce {shlex.quote(told.file or told.name)}"]
     if told.budget == "full":
         words.append("--budget full")
@@ -290,7 +290,7 @@ def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep
 
 
 def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
-    """The ``subspan sweep`` of a configuration, as a person would type it; or of many networks."""
+    """Write the ``subspan sweep`` command of a configuration, or of many networks."""
     usual = Sweep(Training()).as_dict() | {"small": []}
     always = ("net", "data", "methods", "dims")
     words = ["subspan sweep"]
@@ -308,7 +308,7 @@ def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value on the command line: a list with commas, what is nested as JSON."""
+    """Return a value on the command line: a list with commas, what is nested as JSON."""
     if isinstance(value, list | tuple) and not any(isinstance(v, list | dict) for v in value):
         return shlex.quote(",".join(map(str, value)))
     return shlex.quote(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

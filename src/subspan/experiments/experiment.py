@@ -43,7 +43,7 @@ class Experiment:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, budget: Budget) -> dict[str, Sweep]:
-        """The sweeps by the name of their part.
+        """Return the sweeps by the name of their part.
 
         Raises:
             SubspanError: for a budget that is none.
@@ -72,7 +72,7 @@ class Benchmark:
     file: str = ""
 
     def bench(self, budget: Budget) -> Bench:
-        """What to measure.
+        """Return what to measure within a budget.
 
         Raises:
             SubspanError: for a budget that is none.

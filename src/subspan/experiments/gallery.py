@@ -41,7 +41,7 @@ def write(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = 
 
 
 def text(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True) -> str:
-    """The page that :func:`write` writes."""
+    """Return the page that :func:`write` writes."""
     if file.suffix not in (".md", ".html"):
         raise SubspanError(f"a gallery is a file ….md or ….html, got {file.name}")
     folder, file = folder.resolve(), file.resolve()
@@ -75,6 +75,6 @@ def _cell(words: str) -> str:
 
 
 def _picture(png: Path) -> str:
-    """A picture as an address that holds it: its vectors, where they lie beside it."""
+    """Return a picture as an address that holds it: its vectors, where they lie beside it."""
     svg = png.with_suffix(".svg")
     return embedded((svg if svg.is_file() else png).read_bytes())

@@ -82,7 +82,7 @@ def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
 
 
 def _sweeps(general: Located, parts: Located, budget: Located, file: str) -> dict[str, Sweep]:
-    """The parts that a budget runs; one that is called "" where there are none."""
+    """Return the parts that a budget runs; one that is called "" where there are none."""
     special = budget.mapping("parts")
     special.check_keys("part", parts)
     run = budget.fit("only", tuple[str, ...]) if "only" in budget else tuple(parts) or ("",)
@@ -99,7 +99,7 @@ def _sweeps(general: Located, parts: Located, budget: Located, file: str) -> dic
 
 
 def _sweep(values: Located, file: str) -> Sweep:
-    """The sweep that a part's keys describe."""
+    """Return the sweep that a part's keys describe."""
     chosen = [_method(values, "methods", name) for name in _names(values, "methods")]
     chosen += [_method(values, "baseline", name) for name in _names(values, "baseline")]
     options: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def _method(values: Located, key: str, name: str) -> Method:
 
 
 def _published(content: Located, parts: Collection[str]) -> dict[str, tuple[Published, ...]]:
-    """The curves of each part: a list is of all of them."""
+    """Return the curves of each part: a list is of all of them."""
     if "published" not in content:
         return {}
     found = content["published"]

@@ -38,15 +38,15 @@ class Located(dict[str, Any]):
         self.lines: dict[str, int] = {}
 
     def place(self, key: str | None = None) -> str:
-        """The file and the line of a key, or of the mapping."""
+        """Return the file and the line of a key, or of the mapping."""
         return f"{self.file}, line {self.line if key is None else self.lines[key]}"
 
     def error(self, message: object, key: str | None = None) -> SubspanError:
-        """An error that names the place first."""
+        """Return an error that names the place first."""
         return SubspanError(f"{self.place(key)}: {message}")
 
     def only(self, keys: Collection[str]) -> Located:
-        """The items with these keys."""
+        """Return the items with these keys."""
         found = Located(self.file, self.line)
         for key in self:
             if key in keys:
@@ -54,7 +54,7 @@ class Located(dict[str, Any]):
         return found
 
     def replaced_by(self, *others: Located) -> Located:
-        """The items of all; a key that is given again replaces what was given before."""
+        """Return the items of all; a key that is given again replaces what was given before."""
         found = self.only(self.keys())
         for other in others:
             found.update(other)
@@ -62,7 +62,7 @@ class Located(dict[str, Any]):
         return found
 
     def mapping(self, key: str) -> Located:
-        """The mapping at a key; an empty one where there is none."""
+        """Return the mapping at a key; an empty one where there is none."""
         value = self.get(key)
         if value is None:
             return Located(self.file, self.lines.get(key, self.line))
@@ -77,7 +77,7 @@ class Located(dict[str, Any]):
                 raise self.error(unknown(kind, key, known), key)
 
     def fit(self, key: str, kind: Any) -> Any:
-        """The value at a key as a type of Python's, or an annotation."""
+        """Return the value at a key as a type of Python's, or an annotation."""
         try:
             return _fit(self[key], kind)
         except (TypeError, yaml.YAMLError):

@@ -260,7 +260,7 @@ class Projection(ABC):
 
     @abstractmethod
     def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        """The adjoint; ``g`` is contiguous (stop − start,) float32 or float64."""
+        """Return the adjoint; ``g`` is contiguous (stop − start,) float32 or float64."""
 
     def _dense(self, like: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         """Rows start … stop−1 of P, (stop − start, d); a family may have a faster way than this."""

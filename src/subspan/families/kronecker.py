@@ -22,7 +22,7 @@ from subspan.families.base import Projection
 
 
 def ceil_sqrt(n: int) -> int:
-    """The least integer whose square is at least n."""
+    """Return the least integer whose square is at least n."""
     return math.isqrt(n - 1) + 1
 
 
@@ -55,7 +55,7 @@ class Kronecker(Projection, family="kronecker"):
         return (A @ W @ B.T).flatten()[part] / math.sqrt(self.out_dim)
 
     def backward(self, A: Tensor, B: Tensor, part: slice, g: Tensor) -> Tensor:
-        """The adjoint of :meth:`forward`."""
+        """Return the adjoint of :meth:`forward`."""
         full = g.new_zeros(len(A) * len(B))
         full[part] = g
         W = A.T @ full.view(len(A), len(B)) @ B

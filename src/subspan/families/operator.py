@@ -37,14 +37,14 @@ def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 
 
 def captured(x: Tensor) -> bool:
-    """Whether a graph of operators is being recorded, in which ours must be one operator."""
+    """Return whether a graph of operators is being recorded, in which ours must be one operator."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is under way."""
+    """Return whether a transform of torch.func, or forward mode, is under way."""
     functorch = torch._C._functorch.maybe_current_level() is not None
     return functorch or forward_ad._current_level >= 0
 
@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("subspan::project", mutates_args=())
 def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """The same as an operator, for graphs that are compiled, exported or traced."""
+    """Compute P x or Pᵀ x as an operator, for graphs that are compiled, exported or traced."""
     out = compute(x, step, recipe, start, stop, adjoint)
     return out.clone() if out is x else out  # an operator must not return its argument
 

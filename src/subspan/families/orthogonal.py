@@ -28,7 +28,7 @@ ROW = 32  # elements of a row
 
 
 def levels(n: int) -> int:
-    """The number of levels of butterflies of the transform of length n."""
+    """Return the number of levels of butterflies of the transform of length n."""
     return 5 + (-(-n // ROW) - 1).bit_length()
 
 

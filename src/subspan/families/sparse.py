@@ -85,7 +85,7 @@ class Sparse(Projection, family="sparse"):
             yield row[inside], columns.expand_as(row)[inside], sign[inside]
 
     def coo(self, like: Tensor, step: Tensor) -> Tensor:
-        """All of P by coordinates, on the device and of the dtype of ``like``."""
+        """Return all of P by coordinates, on the device and of the dtype of ``like``."""
         parts = list(self._nonzeros(like, step, 0, self.out_dim))
         rows, columns, signs = (torch.cat(part) for part in zip(*parts, strict=True))
         size = (self.out_dim, self.in_dim)

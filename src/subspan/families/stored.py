@@ -55,7 +55,7 @@ class Stored(Projection, family="stored"):
         )
 
     def _rows(self, x: Tensor, step: Tensor, start: int, stop: int, adjoint: bool) -> Tensor:
-        """The stored rows, or their transpose; the whole matrix is built once, ranges are cut."""
+        """Return stored rows, or their transpose; the matrix is built once, ranges are cut."""
         matrix = _matrix(self, int(step), x.device, x.dtype)
         if (start, stop) != (0, self.out_dim):
             matrix = _layout(matrix.to_dense()[start:stop], self.layout)
@@ -87,7 +87,7 @@ def forget() -> None:
 
 
 def stored_bytes(stored: Stored, device: torch.device) -> int:
-    """Bytes of the float32 matrix on a device: values and indices."""
+    """Count the bytes of the float32 matrix on a device: values and indices."""
     matrix = _matrix(stored, 0, device, torch.float32)
     if stored.layout == "dense":
         parts = [matrix]

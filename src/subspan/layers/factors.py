@@ -96,7 +96,7 @@ class Value(Tensor):
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy; that of a parameter is an ordinary one, until a layer takes it."""
+        """Return a copy; that of a parameter is an ordinary one, until a layer takes it."""
         if id(self) not in memo:
             with plain():
                 data = self.detach().clone(memory_format=torch.preserve_format)

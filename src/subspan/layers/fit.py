@@ -90,7 +90,7 @@ def _solve(a: nn.Parameter, value: Callable[[], Tensor], target: Tensor) -> None
 
 
 def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> ProductOfSums:
-    """A larger product of sums that computes nearly what a layer does.
+    """Return a larger product of sums that computes nearly what a layer does.
 
     Each factor becomes as near to the old one as it can be: the same, where the old atoms are still
     there (a greater p of the same kind) or lie in the span of the new ones (``hash``: a multiple of
@@ -224,7 +224,7 @@ def fit(
     seed: int = 0,
     sweeps: int = 20,
 ) -> tuple[list[ProductOfSumsLinear], dict[str, Any]]:
-    """The inverse problem: which factors, with which coefficients, best cover trained matrices.
+    """Find the coefficients with which factors come nearest to trained matrices.
 
     Args:
         matrices: all (n, m).

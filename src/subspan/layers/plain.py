@@ -60,7 +60,7 @@ class Convolution(nn.Module):
         self._before = tuple(plain._reversed_padding_repeated_twice) if uneven else ()
 
     def pad(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-        """The input, and the padding that ``F.conv2d`` is still to add."""
+        """Return the input, and the padding that ``F.conv2d`` is still to add."""
         if not self._before:
             return x, self.padding
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

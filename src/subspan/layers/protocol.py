@@ -74,7 +74,7 @@ class Compressed(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> nn.Module:
-        """The ordinary layer with copies of this weight and bias."""
+        """Return the ordinary layer with copies of this weight and bias."""
 
     # ---- what follows from that, and may be said better ------------------------------------------
 
@@ -120,7 +120,7 @@ class Compressed(nn.Module, ABC):
 
     @property
     def bias_length(self) -> int:
-        """The length of the ordinary layer's bias: n, or 0 without one."""
+        """The length of the ordinary layer's bias, n, or 0 without one."""
         return 0 if getattr(self, "bias", None) is None else self.shape[0]
 
     @property
@@ -149,7 +149,7 @@ class Compressed(nn.Module, ABC):
         return {}
 
     def recipe_in(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The recipe with which tensors were saved, by their sizes; by default the layer's own.
+        """Return the recipe of saved tensors, by their sizes; by default the layer's own.
 
         Args:
             tensors: of a file, by their names in this layer.
@@ -166,12 +166,12 @@ Counterpart: TypeAlias = nn.Linear | nn.Conv2d | Compressed
 
 
 def layer_types() -> list[str]:
-    """All types of compressed layers by name."""
+    """Return all types of compressed layers by name."""
     return sorted(_types)
 
 
 def layer_type(name: str) -> type[Compressed]:
-    """The class of a type of compressed layers.
+    """Return the class of a type of compressed layers.
 
     Raises:
         SubspanError: if no module that is imported defines it.
@@ -180,7 +180,7 @@ def layer_type(name: str) -> type[Compressed]:
 
 
 def compressed_layers(net: nn.Module) -> dict[str, Compressed]:
-    """The compressed layers of a network by their first names."""
+    """Return the compressed layers of a network by their first names."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Compressed)}
 
 
@@ -196,7 +196,7 @@ def comes_back(layer: Compressed, kind: type[Compressed]) -> bool:
 
 
 def _arguments_of(layer: Counterpart) -> dict[str, Any]:
-    """The arguments with which an ordinary layer of the same sizes and geometry is made."""
+    """Return the arguments with which an ordinary layer of the same sizes and geometry is made."""
     names: tuple[str, ...] = ("in_features", "out_features")
     if hasattr(layer, "kernel_size"):
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")

@@ -15,7 +15,7 @@ FactorList = list[dict[str, Any]]
 
 
 def recipe(name: str, **options: Any) -> Callable[[int, int], FactorList]:
-    """A special case by name, for any n × m: a rule of :func:`~subspan.layers.product_of_sums`.
+    """Return the rule of a special case for :func:`~subspan.layers.product_of_sums`.
 
     Raises:
         SubspanError: for an unknown name, or options that it does not have or lacks.
@@ -59,7 +59,7 @@ def circulant(block: int | None = None) -> FactorList:
 
 
 def convolution(height: int, width: int, kernel: int = 3) -> FactorList:
-    """The matrix of a convolution of images of that size, zeros around them."""
+    """Return the matrix of a convolution of images of that size, zeros around them."""
     return [{"kind": "convolution", "height": height, "width": width, "kernel": kernel}]
 
 

@@ -87,7 +87,7 @@ Geometry = tuple[tuple[int, ...], Any, Any, Any]  # kernel size, stride, padding
 
 
 def down(x: Tensor, A: Tensor, how: Geometry | None) -> Tensor:
-    """Aᵀ x for A (m, r)."""
+    """Compute Aᵀ x for A (m, r)."""
     if how is None:
         return x @ A
     kernel, *geometry = how
@@ -95,7 +95,7 @@ def down(x: Tensor, A: Tensor, how: Geometry | None) -> Tensor:
 
 
 def _up(h: Tensor, A: Tensor, how: Geometry | None, bias: Tensor | None = None) -> Tensor:
-    """A h + b for A (n, r)."""
+    """Compute A h + b for A (n, r)."""
     return F.linear(h, A, bias) if how is None else F.conv2d(h, A[..., None, None], bias)
 
 
@@ -105,7 +105,7 @@ def out(h: Tensor, S: Tensor, U: Tensor, how: Geometry | None, bias: Tensor | No
 
 
 def _down_adjoint(q: Tensor, A: Tensor, like: Tensor, how: Geometry | None) -> Tensor:
-    """A q in the shape of the input: the adjoint of :func:`down`."""
+    """Compute A q in the shape of the input, the adjoint of :func:`down`."""
     if how is None:
         return q @ A.T
     kernel, *geometry = how
@@ -113,7 +113,7 @@ def _down_adjoint(q: Tensor, A: Tensor, like: Tensor, how: Geometry | None) -> T
 
 
 def _inner(x: Tensor, q: Tensor, how: Geometry | None) -> Tensor:
-    """The sum of x qᵀ over samples and places, (m, r)."""
+    """Return the sum of x qᵀ over samples and places, (m, r)."""
     if how is None:
         return _outer(x, q, None)
     (kernel, *geometry), r = how, q.shape[1]
@@ -122,14 +122,14 @@ def _inner(x: Tensor, q: Tensor, how: Geometry | None) -> Tensor:
 
 
 def _outer(gy: Tensor, h: Tensor, how: Geometry | None) -> Tensor:
-    """The sum of ∂y hᵀ over samples and places, (n, r)."""
+    """Return the sum of ∂y hᵀ over samples and places, (n, r)."""
     if how is None:
         return (h.reshape(-1, h.shape[-1]).T @ gy.reshape(-1, gy.shape[-1])).T  # the faster order
     return torch.einsum("bnhw,brhw->nr", gy, h)
 
 
 def filters(A: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """The columns of A (in · k², r) as filters (r, in, k, k)."""
+    """Return the columns of A (in · k², r) as filters (r, in, k, k)."""
     return A.T.reshape(A.shape[1], -1, *kernel)
 
 
@@ -145,7 +145,7 @@ class Watched(torch.autograd.Function):
         ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, k: Tensor,
         l: Tensor, how: Geometry | None,  # noqa: E741
     ) -> Tensor:  # fmt: skip
-        """The layer's output in the type of x; ``how`` is None for a linear layer."""
+        """Return the layer's output in the type of x; ``how`` is None for a linear layer."""
         kind = x.dtype
         h = down(x, V.to(kind), how)
         ctx.save_for_backward(x, h, U, S, V, k, l)

@@ -29,7 +29,7 @@ _COSTS = (  # field of a row, what is written under its panel, and its unit
 
 
 def suits(sweep: SweepRecord) -> bool:
-    """Whether there is nothing to draw a curve through, and more than one method to compare."""
+    """Return whether there are several methods, and none that a curve could be drawn of."""
     return len({row.dim for row in sweep.rows}) == 1 and len(sweep.methods) > 1
 
 
@@ -120,7 +120,7 @@ def _panel(
     *,
     bars: bool = True,
 ) -> None:
-    """A bar or a disc for every point with values, diamonds for what was published; numbers behind.
+    """Draw a bar or a disc for every point, diamonds for published values, and the numbers.
 
     Those of diamonds have their colour: the row's own number may stand beside one.
     """
@@ -154,7 +154,7 @@ def _panel(
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic axis, where bars are too unlike for one that begins at zero."""
+    """Make the axis logarithmic where bars are too unlike for one from zero."""
     widths = [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)]
     if widths and max(widths) >= 20 * min(widths):
         axes.set_xscale("log")

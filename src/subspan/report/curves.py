@@ -1,4 +1,4 @@
-"""What a sweep's picture shows, as plain data: scores over d, and the words beside them."""
+"""The curves of a sweep's picture as plain data: scores over d, and the words beside them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Curve:
 
 
 def measured_curves(sweep: SweepRecord) -> list[Curve]:
-    """One curve for each method of the sweep that has a good run."""
+    """Return one curve for each method of the sweep that has a good run."""
     curves, scale = [], sweep.score.scale
     rows = [row for row in sweep.rows if not row.small]
     for method in sweep.methods:
@@ -67,7 +67,7 @@ def measured_curves(sweep: SweepRecord) -> list[Curve]:
 
 
 def small_curves(sweep: SweepRecord) -> list[Curve]:
-    """What smaller networks reach by themselves, over their weights: one curve, or none."""
+    """Return the curve of smaller networks, scores over their weights: one, or none."""
     points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
     if not points:
         return []
@@ -86,7 +86,7 @@ def small_curves(sweep: SweepRecord) -> list[Curve]:
 
 
 def published_curves(sweep: SweepRecord) -> list[Curve]:
-    """One curve for each publication that the sweep is held against."""
+    """Return one curve for each publication that the sweep is held against."""
     curves = []
     for source in sweep.published:
         if not source.dims:  # known by their labels only
@@ -114,31 +114,31 @@ def _published_target(source: Published, threshold: float) -> float:
 
 
 def d_int_name(threshold: float) -> str:
-    """The field's name for the intrinsic dimension at a threshold: 0.9 gives ``d_int90``."""
+    """Return the field's name for the intrinsic dimension at a threshold: 0.9 gives ``d_int90``."""
     return f"d_int{100 * threshold:g}"
 
 
 def d_int_bound(found: IntrinsicDimension) -> str:
-    """What is known of an intrinsic dimension: ``= 234``, ``≤ 10`` or ``not reached``."""
+    """Say what is known of an intrinsic dimension: ``= 234``, ``≤ 10`` or ``not reached``."""
     if found.value is None:
         return "not reached"
     return ("≤ " if found.note.startswith("upper bound") else "= ") + number(found.value)
 
 
 def number(value: float) -> str:
-    """A count for people: 7.3, 234, 61,706."""
+    """Return a count for people: 7.3, 234, 61,706."""
     return f"{value:,.0f}" if value >= 10 or value == round(value) else f"{value:.2g}"
 
 
 def axis_name(method: str) -> str:
-    """What a method is varied by, in words: "d", "tolerance"; empty if by nothing."""
+    """Name what a method is varied by: "d", "tolerance"; empty if by nothing."""
     how = methods().get(method)
     axis = (how.axis if how else None) or ""
     return "d" if axis == "dim" else axis.replace("_", " ")
 
 
 def point_of(run: RunRecord) -> PointRecord:
-    """A single run as a point of a sweep: its label is the value of its method's axis."""
+    """Return a single run as a point of a sweep: its label is the value of its method's axis."""
     how = methods().get(run.config["method"])
     options = run.config.get("options") or {}
     value = options.get(how.axis) if how and how.axis and isinstance(options, dict) else None

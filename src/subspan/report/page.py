@@ -42,7 +42,7 @@ class Page:
 
 
 def render(page: Page, svg: bytes) -> str:
-    """The page as one self-contained HTML document with the picture inside.
+    """Return the page as one self-contained HTML document with the picture inside.
 
     The picture is an image in a data URI, so that nothing in it can run.
     """
@@ -50,7 +50,7 @@ def render(page: Page, svg: bytes) -> str:
 
 
 def template(name: str, *, escape: bool = True) -> jinja2.Template:
-    """A template of this folder.
+    """Return a template of this folder.
 
     Args:
         name: its file.
@@ -67,13 +67,13 @@ def template(name: str, *, escape: bool = True) -> jinja2.Template:
 
 
 def embedded(picture: bytes) -> str:
-    """A picture, SVG or PNG, as an address that holds it."""
+    """Return a picture, SVG or PNG, as an address that holds it."""
     kind = "png" if picture.startswith(b"\x89PNG") else "svg+xml"
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def of_sweep(sweep: SweepRecord, caption: str) -> Page:
-    """The page of a sweep, with the caption of its picture."""
+    """Return the page of a sweep, with the caption of its picture."""
     caption = caption.replace("{score}", sweep.score.name)
     if sweep.published:
         caption += " Dashed, with open markers: published."
@@ -101,7 +101,7 @@ def of_sweep(sweep: SweepRecord, caption: str) -> Page:
 
 
 def of_run(run: RunRecord) -> Page:
-    """The page of a single run."""
+    """Return the page of a single run."""
     known, point = run.test_score, point_of(run)
     lead = [] if known is None else [f"Test {run.score.name}: {run.score.show(known)}"]
     lead += [*_unfinished(run), *([run.error] if run.error else [])]
@@ -113,7 +113,7 @@ def of_run(run: RunRecord) -> Page:
 
 
 def _answer(sweep: SweepRecord) -> list[str]:
-    """The one thing a sweep is run for, in a sentence."""
+    """Say the main result of a sweep in a sentence."""
     if not sweep.rows:
         return ["No run succeeded; the reasons are below."]
     if not sweep.d_int or sweep.baseline is None:
@@ -230,7 +230,7 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
 
 
 def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
-    """What factored networks come to, counted in several ways."""
+    """Make the section of factored networks: their ranks, and their counts in several ways."""
     names = list(dict.fromkeys(name for row in rows for name in row.counts))
     return Section(
         "Ranks and counts",
@@ -323,7 +323,7 @@ def _history(run: RunRecord) -> Section:
 
 
 def _facts(found: SweepRecord | RunRecord) -> list[Section]:
-    """What it takes to do it again: configuration, versions and device."""
+    """Make the sections that a repetition needs: configuration, versions and device."""
     versions = {**found.versions, "device": found.device}
     return [
         Section(heading, ["name", "value"], [[k, _plain(v)] for k, v in facts.items()], words=True)
@@ -332,7 +332,7 @@ def _facts(found: SweepRecord | RunRecord) -> list[Section]:
 
 
 def shown(values: Sequence[float], score: Score) -> str:
-    """The mean as people read it, and with several seeds the standard deviation."""
+    """Return the mean as people read it, and with several seeds the standard deviation."""
     return score.summary(values) if values else _DASH
 
 

@@ -109,7 +109,7 @@ def sweep_figure(sweep: SweepRecord) -> Figure:
 
 @styled
 def comparison_figure(sweeps: Mapping[str, SweepRecord]) -> Figure:
-    """The curves of several networks at equal d; stars are all their weights.
+    """Return the curves of several networks at equal d; stars are all their weights.
 
     A network has a colour, a method a marker.
     """
@@ -141,7 +141,7 @@ def comparison_figure(sweeps: Mapping[str, SweepRecord]) -> Figure:
 
 
 def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
-    """One curve: a line through the means, a band and dots for the seeds."""
+    """Draw one curve: a line through the means, a band and dots for the seeds."""
     (line,) = axes.plot(
         curve.dims,
         curve.mean,
@@ -163,7 +163,7 @@ def _draw(axes: Axes, curve: Curve, colour: str, marker: str) -> Line2D:
 
 
 def _draw_baseline(axes: Axes, baseline: PointRecord, sweep: SweepRecord) -> list[Line2D]:
-    """Where all weights end, and the share of it that counts as solved."""
+    """Draw the score of training all weights, and the share of it that counts as solved."""
     score, scores = sweep.score, baseline.test_score
     mean = sum(scores) / len(scores)
     solved = score.share(mean, sweep.threshold)
@@ -194,7 +194,7 @@ def _mark(axes: Axes, curve: Curve, line: Line2D) -> None:
 
 
 def _scale_dims(axes: Axes, dims: Sequence[int]) -> None:
-    """A logarithmic axis over the dims, with few and plain numbers on it."""
+    """Make the axis of dims logarithmic, with few and plain numbers on it."""
     low, high = (min(dims), max(dims)) if dims else (1, 1000)
     room = max((high / low) ** 0.04, 1.1)
     low, high = low / room, high * room
@@ -206,7 +206,7 @@ def _scale_dims(axes: Axes, dims: Sequence[int]) -> None:
 
 
 def dimension_ticks(low: float, high: float, dims: Sequence[int]) -> list[int]:
-    """A few numbers to write on an axis from low to high.
+    """Return a few numbers to write on an axis from low to high.
 
     Powers of ten; with 2 and 5 times them where they alone are fewer than three; the dims
     themselves where even those are.
@@ -221,7 +221,7 @@ def dimension_ticks(low: float, high: float, dims: Sequence[int]) -> list[int]:
 
 
 def _legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
-    """A legend under the axes, in two columns where they fit; the figure grows by its height."""
+    """Draw the legend under the axes, in two columns if they fit; the figure grows by it."""
     labels = [str(entry.get_label()) for entry in entries]
     half = math.ceil(len(labels) / 2)
     widths = [max(map(len, column), default=0) for column in (labels[:half], labels[half:])]
@@ -280,7 +280,7 @@ def run_figure(run: RunRecord) -> Figure:
 
 
 def _draw_alignment(axes: Axes, run: RunRecord) -> None:
-    """How much of the gradient the bases catch, by compartment: at most as many as have colours."""
+    """Draw the share of the gradient that bases catch, for as many compartments as have colours."""
     names = list(dict.fromkeys(name for line in run.history for name in line.alignment))
     shown = [name for name in names if name != "all"][: len(_COLOURS) - 1]
     if len(shown) < 2:
@@ -298,7 +298,7 @@ def _draw_alignment(axes: Axes, run: RunRecord) -> None:
 
 
 def _draw_ranks(axes: Axes, run: RunRecord) -> None:
-    """The rank of every factored layer, of as many as have colours."""
+    """Draw the ranks of factored layers, of as many as have colours."""
     lines = [line for line in run.history if line.ranks]
     for name, colour in zip(lines[0].ranks, _COLOURS, strict=False):
         known = [line for line in lines if name in line.ranks]
@@ -310,7 +310,7 @@ def _draw_ranks(axes: Axes, run: RunRecord) -> None:
 
 
 def _draw_spectra(axes: Axes, run: RunRecord) -> None:
-    """The singular values of every factored layer after the last epoch, largest first."""
+    """Draw the singular values of factored layers after the last epoch, largest first."""
     last = [line for line in run.history if line.singular_values][-1]
     for (name, values), colour in zip(last.singular_values.items(), _COLOURS, strict=False):
         axes.plot(range(1, len(values) + 1), values, color=colour, marker=".", label=name)
@@ -332,7 +332,7 @@ def write(figure: Figure, out: Path, name: str) -> list[Path]:
 
 @styled
 def png(figure: Figure) -> bytes:
-    """The figure as a picture of 300 dots per inch."""
+    """Return the figure as a picture of 300 dots per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=300)
     return buffer.getvalue()
@@ -340,7 +340,7 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def svg(figure: Figure) -> bytes:
-    """The figure as vectors; the same figure gives the same bytes."""
+    """Return the figure as vectors; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)

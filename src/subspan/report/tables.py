@@ -24,7 +24,7 @@ class Table:
 
 
 def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table:
-    """What every row of an experiment's sweeps reached, and what was published.
+    """Make the table of an experiment's sweeps: each row's result beside the published one.
 
     Columns in which nothing would stand are left out, and those of costs unless they are a result.
 
@@ -69,7 +69,7 @@ def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table
 
 
 def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
-    """The cells of what was measured, without the part."""
+    """Yield the cells of measured rows, without the part."""
     for row in sweep.points:
         numbers = row.trainable_parameters if row is sweep.baseline else row.dim
         yield (
@@ -91,7 +91,7 @@ def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
 
 
 def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
-    """The cells of published points that nothing here was measured at."""
+    """Yield the cells of published points that were not measured here."""
     for source in sweep.published:
         rows = [row for row in sweep.rows if source.method in (None, row.method)]
         here = {row.label if source.labels else row.dim for row in rows}
@@ -107,14 +107,14 @@ def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
 
 
 def _at(row: PointRecord) -> str:
-    """The value of the method's axis, where it says more than the count of numbers does."""
+    """Return the value of the method's axis, where it says more than the count of numbers does."""
     axis = axis_name(row.method)
     told = row.label not in ("", row.method, str(row.dim))
     return f"{axis} = {row.label}" if axis and told else ""
 
 
 def _beside(row: PointRecord, sweep: SweepRecord, one: bool) -> Iterator[str]:
-    """The published scores that a row is to be compared with."""
+    """Yield the published scores that a row is to be compared with."""
     for source in sweep.published:
         if row is sweep.baseline:
             if source.baseline is not None:

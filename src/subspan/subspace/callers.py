@@ -29,33 +29,33 @@ def _module(frame: FrameType) -> str:
 
 
 def asked_by_fsdp(frame: FrameType) -> bool:
-    """Whether code of ``fully_shard`` asks."""
+    """Return whether code of ``fully_shard`` asks."""
     return "._fully_shard" in _module(frame)
 
 
 def asked_by_ddp(frame: FrameType) -> bool:
-    """Whether DistributedDataParallel asks."""
+    """Return whether DistributedDataParallel asks."""
     return _module(frame) == "torch.nn.parallel.distributed"
 
 
 def asked_by_export(frame: FrameType) -> bool:
-    """Whether ``torch.export`` asks."""
+    """Return whether ``torch.export`` asks."""
     return _module(frame).startswith(("torch.export", "torch._export"))
 
 
 def asked_by_checkpoint(frame: FrameType) -> bool:
-    """Whether parameters are listed for ``torch.distributed.checkpoint``."""
+    """Return whether parameters are listed for ``torch.distributed.checkpoint``."""
     return _module(frame) == "torch.distributed.checkpoint.state_dict"
 
 
 def asked_by_another_package(frame: FrameType, net: nn.Module) -> bool:
-    """Whether an installed program, other than the network's, asks."""
+    """Return whether an installed program, other than the network's, asks."""
     installed = "site-packages" in frame.f_code.co_filename
     return installed and _module(frame).partition(".")[0] != type(net).__module__.partition(".")[0]
 
 
 def asked_by_a_graph(start: FrameType) -> bool:
-    """Whether a compiled or exported graph calls an operator: it has θ₀ + P w from others."""
+    """Return whether a compiled or exported graph asks, which has θ₀ + P w from others."""
     frame: FrameType | None = start
     while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
         frame = frame.f_back
@@ -69,17 +69,17 @@ def asked_by_a_graph(start: FrameType) -> bool:
 
 
 def converts_batchnorm(frame: FrameType) -> bool:
-    """Whether SyncBatchNorm looks for layers to convert."""
+    """Return whether SyncBatchNorm looks for layers to convert."""
     return frame.f_code.co_name == "convert_sync_batchnorm"
 
 
 def adds_to_optimizer(frame: FrameType) -> bool:
-    """Whether an optimizer takes a parameter."""
+    """Return whether an optimizer takes a parameter."""
     return frame.f_code.co_name == "add_param_group"
 
 
 def registers_parameter(frame: FrameType) -> bool:
-    """Whether a module looks at the type of what it is given for a parameter."""
+    """Return whether a module looks at the type of what it is given for a parameter."""
     before = frame.f_back
     sets = before is not None and before.f_code.co_name in ("__setattr__", "register_parameter")
     return sets and frame.f_code.co_name == "typename"
@@ -94,7 +94,7 @@ def find_traced(start: FrameType) -> nn.Module | None:
 
 
 def asked_by_trace(start: FrameType) -> bool:
-    """Whether TorchScript prepares a module to trace it, and not to script it."""
+    """Return whether TorchScript prepares a module to trace it, and not to script it."""
     frame = start
     while frame.f_back is not None and not frame.f_code.co_name.startswith(("trace", "script")):
         frame = frame.f_back
@@ -105,12 +105,12 @@ def asked_by_trace(start: FrameType) -> bool:
 
 
 def asked_by_own_forward(frame: FrameType, cls: type) -> bool:
-    """Whether the forward of a layer's own class asks, which casts its weight under autocast."""
+    """Return whether a layer's own forward asks, which casts its weight under autocast."""
     return frame.f_code in _CAST and cls.forward.__code__ is frame.f_code  # type: ignore[attr-defined]
 
 
 def asked_by_own_method(start: FrameType, net: Any) -> bool:
-    """Whether a method of the network, ``save_pretrained`` say, is running."""
+    """Return whether a method of the network, ``save_pretrained`` say, is running."""
     codes = _own_code(net, properties=False)
     frame: FrameType | None = start
     while frame is not None and not _runs_on(frame, net, codes):
@@ -119,7 +119,7 @@ def asked_by_own_method(start: FrameType, net: Any) -> bool:
 
 
 def asked_by_own_property(start: FrameType, net: Any) -> bool:
-    """Whether a property of the network asks for its parameters."""
+    """Return whether a property of the network asks for its parameters."""
     frame: FrameType | None = start
     while frame is not None and frame.f_code.co_name in ("parameters", "<genexpr>", "<listcomp>"):
         frame = frame.f_back
@@ -144,6 +144,6 @@ def _own_code(net: Any, properties: bool) -> set[CodeType]:
 
 
 def _runs_on(frame: FrameType, net: Any, codes: set[CodeType]) -> bool:
-    """Whether a frame runs one of these functions with the network as its first argument."""
+    """Return whether a frame runs one of these functions with the network as its first argument."""
     code = frame.f_code
     return code in codes and code.co_argcount > 0 and frame.f_locals[code.co_varnames[0]] is net

@@ -41,7 +41,7 @@ class Sketch:
     norm: float
 
     def is_like(self, other: Sketch) -> bool:
-        """Whether the other tensor is the same, but for the rounding of averages with itself."""
+        """Return whether the other tensor is equal, but for the rounding of averages."""
         if self.number == other.number:
             return True
         return bool((self.sums - other.sums).norm() <= ROUNDING * self.norm)

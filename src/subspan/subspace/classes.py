@@ -67,7 +67,7 @@ class Recurrent:
 
 @functools.cache
 def _metaclass(kind: type[type]) -> type[type]:
-    """The type of made classes, derived from that of the module's own class.
+    """Return the type of made classes, derived from that of the module's own class.
 
     A made class equals the module's own (``type(m) == nn.Linear``), and calling it, as slices of
     containers and class methods do, makes an ordinary module.

@@ -51,7 +51,7 @@ class Compartment:
 
 
 def matches(pattern: str, name: str) -> bool:
-    r"""Whether a pattern selects a parameter, by the rules of PEFT on parameter names.
+    r"""Return whether a pattern selects a parameter, by the rules of PEFT on parameter names.
 
     The pattern is the name, or the end of it after a dot ("weight", "fc1.weight"), or the same of
     the module that holds the parameter ("fc1", "encoder.fc1"), or a regular expression that

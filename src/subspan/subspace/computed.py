@@ -77,7 +77,7 @@ class Computed(Tensor):
         return out
 
     def _may_set_flag(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether a flag requires_grad can be set: that of a detached copy, or as it is already."""
+        """Return whether requires_grad may be set: on a detached copy, or as it is already."""
         with _plain():
             flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
             return (self.is_leaf and not self._is_theta) or bool(flag) == self.requires_grad

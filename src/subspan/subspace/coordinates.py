@@ -37,7 +37,7 @@ class Coordinates(nn.Module):
         return self._parameters.keys()
 
     def values(self) -> Any:
-        """The parameters."""
+        """Return the parameters."""
         return self._parameters.values()
 
     def items(self) -> Any:

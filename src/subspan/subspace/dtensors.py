@@ -32,7 +32,7 @@ HOME = "_subspan_home"  # of a tensor that FSDP, or we, have made: of what, and 
 
 
 def is_shard(tensor: Any) -> bool:
-    """Whether a tensor is spread over processes; nothing is imported to know it."""
+    """Return whether a tensor is spread over processes; nothing is imported to know it."""
     return type(tensor).__name__ == "DTensor"
 
 
@@ -78,7 +78,7 @@ def _guarded_dtensor() -> type[Tensor]:
 
 
 def _computes(out: Any, base: Any) -> bool:
-    """Whether a result has numbers that are not those of a shard itself."""
+    """Return whether a result has numbers that are not those of a shard itself."""
     return any(
         isinstance(t, Tensor)
         and t.is_floating_point()
@@ -124,7 +124,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of it."""
+    """Return the tensor itself, or this process's part of it."""
     return tensor._local_tensor.detach() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 

@@ -27,7 +27,7 @@ _plain = torch._C.DisableTorchFunctionSubclass
 
 
 def looks_up(cls: type) -> bool:
-    """Whether modules of a class look up rows as PyTorch's embedding does."""
+    """Return whether modules of a class look up rows as PyTorch's embedding does."""
     return issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward
 
 

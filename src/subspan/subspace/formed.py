@@ -1,4 +1,4 @@
-"""How long θ lives: what a call of the network keeps, and what the backward pass forms again.
+"""The life of θ: what a call of the network keeps, and what the backward pass forms again.
 
 θ of a network of up to KEPT weights is formed once for each call, small tensors together. Of a
 larger one, each tensor is formed when it is read and dropped after the operator that used it; what
@@ -39,7 +39,7 @@ _level = torch._C._functorch.maybe_current_level
 
 
 def version_of(tensor: Tensor | QuantisedTensor) -> Any:
-    """How often a tensor was changed in place; −1 of one that cannot tell."""
+    """Return how often a tensor was changed in place; −1 of one that does not count."""
     if isinstance(tensor, QuantisedTensor):
         return tensor.version
     return -1 if tensor.is_inference() else tensor._version
@@ -171,7 +171,7 @@ class Outermost:
             ) from error
 
     def _spared(self, theta: Tensor) -> bool:
-        """Whether autograd gets θ as it is, for as long as there is room."""
+        """Return whether autograd gets θ as it is, for as long as there is room."""
         place = theta.untyped_storage().data_ptr()
         if place not in self._spared_places:
             if theta.numel() > self.spare:
@@ -181,7 +181,7 @@ class Outermost:
         return True
 
     def _formula(self, tensor: Tensor) -> Formula | None:
-        """How a tensor was formed that is θ or a view of it."""
+        """Return the formula of a tensor that is θ or a view of it, else None."""
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
             return None
         assert self.formulas is not None
@@ -212,7 +212,7 @@ class Formula:
         parts: Sequence[Part],
         dtype: torch.dtype,
     ) -> Formula:
-        """A formula of the tensors as they are now."""
+        """Return a formula of the tensors as they are now."""
         return cls(name, tuple(parts), dtype, _versions(parts))
 
     @torch.no_grad()
@@ -243,7 +243,7 @@ class Formula:
 
 
 def freed(base: Tensor) -> bool:
-    """Whether FSDP has taken the memory of a tensor back."""
+    """Return whether FSDP has taken the memory of a tensor back."""
     return base.numel() > 0 and not base.untyped_storage().nbytes()
 
 

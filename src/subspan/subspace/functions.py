@@ -26,17 +26,17 @@ def property_of(function: Any) -> str:
 
 
 def sets(function: Any, name: str) -> bool:
-    """Whether a function sets a property of this name."""
+    """Return whether a function sets a property of this name."""
     return getattr(function, "__name__", "") == "__set__" and property_of(function) == name
 
 
 def sets_flag(function: Any) -> bool:
-    """Whether a function sets ``requires_grad``, as a property or by its method."""
+    """Return whether a function sets ``requires_grad``, as a property or by its method."""
     return getattr(function, "__name__", "") == "requires_grad_" or sets(function, "requires_grad")
 
 
 def writes_first(function: Any) -> bool:
-    """Whether a function writes to its first argument."""
+    """Return whether a function writes to its first argument."""
     name = getattr(function, "__name__", "")
     if name == "__set__":
         return property_of(function) == "data"
@@ -45,14 +45,14 @@ def writes_first(function: Any) -> bool:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a function moves, converts or changes a parameter, and computes nothing from it."""
+    """Return whether a function moves or changes a parameter, and computes nothing from it."""
     if name in _HARMLESS or name.endswith("_like") or name.startswith(("new_", "__i")):
         return True
     return name.endswith("_") and not name.endswith("__")
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same storage."""
+    """Return whether two tensors have the same storage."""
     try:
         return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):  # without a storage

@@ -68,7 +68,7 @@ class Handle(nn.Module):
                 yield name, p
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of a path, which of a trained one is frozen θ₀."""
+        """Return the parameter of a path, which of a trained one is frozen θ₀."""
         inside = target.removeprefix("body.")
         return (
             super().get_parameter(target) if inside == target else self.body.get_parameter(inside)
@@ -157,7 +157,7 @@ class Handle(nn.Module):
         self.body.register_parameter(*args, **kwargs)
 
     def _is_own(self, name: str) -> bool:
-        """Whether an attribute is the handle's; what nobody has becomes the network's."""
+        """Return whether an attribute is the handle's; what nobody has becomes the network's."""
         if "body" not in vars(self).get("_modules", ()) or name == "body":
             return True
         if name in self._own_names or (name in vars(self) and not hasattr(type(self), name)):

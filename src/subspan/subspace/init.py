@@ -61,7 +61,7 @@ def initialize(net: nn.Module, seed: int) -> None:
 
 
 def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network from a function, initialised from ``seed``.
+    """Return a network from a function, initialised from ``seed``.
 
     The function runs under a fixed seed of torch's own generator, which it leaves as it found it:
     what :func:`initialize` does not draw comes out the same each time on one version of torch.

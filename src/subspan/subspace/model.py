@@ -102,7 +102,7 @@ class SubspaceModel(Handle):
 
     @classmethod
     def of(cls, net: nn.Module) -> SubspaceModel | None:
-        """A handle of a network that is in a subspace; None of any other network."""
+        """Return a handle of a network that is in a subspace; None of any other network."""
         if isinstance(net, SubspaceModel):
             return net
         link = vars(net).get(LINK)
@@ -122,7 +122,7 @@ class SubspaceModel(Handle):
         init_seed: int = 0,
         **options: Any,
     ) -> Self:
-        """A model whose θ₀ is drawn from a seed, so that a checkpoint holds nothing but w.
+        """Return a model whose θ₀ is drawn from a seed, so that a checkpoint holds nothing but w.
 
         Args:
             build: makes the network; its parameters are overwritten by
@@ -139,7 +139,7 @@ class SubspaceModel(Handle):
     # ---- the network and its coordinates -------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network at θ₀ + P w; arguments and results are the network's own."""
+        """Return the network at θ₀ + P w; arguments and results are the network's own."""
         self.subspace.network()  # refuses what was unwrapped
         return self.body(*args, **kwargs)
 
@@ -183,7 +183,7 @@ class SubspaceModel(Handle):
         return self.body.get_buffer(FINGERPRINT)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of every tensor that is not trained fully, by name; θ is differentiable."""
+        """Return θ of every tensor that is not trained fully, by name, differentiable in w."""
         thetas = self.subspace.all()
         return {
             name: thetas[name] if name in thetas else self.subspace.resting(name)
@@ -194,7 +194,7 @@ class SubspaceModel(Handle):
     @torch.inference_mode(False)  # what is made in it could not be trained
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """An ordinary network with the weights θ₀ + P w; this model is left as it is.
+        """Return an ordinary network with the weights θ₀ + P w; this model is left as it is.
 
         Layers whose quantised weights are trained become dense ones: ``nn.Linear`` in the dtype
         that was quantised.
@@ -205,18 +205,18 @@ class SubspaceModel(Handle):
         return detach(twin.subspace, {name: theta.clone() for name, theta in thetas.items()})
 
     def unwrap(self) -> nn.Module:
-        """The network that was wrapped, at θ₀ exactly; this model cannot be used any more.
+        """Return the network that was wrapped, at θ₀ exactly; this model cannot be used any more.
 
         What was trained fully, and buffers, keep what training made of them.
         """
         return detach(self.subspace)
 
     def fully_trained(self) -> dict[str, nn.Parameter]:
-        """The parameters of ``train_fully`` by name."""
+        """Return the parameters of ``train_fully`` by name."""
         return {name: self.body.get_parameter(name) for name in self.subspace.fully}
 
     def changed_buffers(self) -> dict[str, Tensor]:
-        """The network's saved buffers that are not what they were when it was wrapped."""
+        """Return the network's saved buffers that are not what they were when it was wrapped."""
         buffers = saved_buffers(self.body)
         was = self.subspace.base_buffers
         return {

@@ -1,4 +1,4 @@
-"""How a network stays itself while its weights are computed: what its modules do in another way.
+"""The behaviour of modules whose weights are computed, so that a network stays itself.
 
 A trained parameter stays in its module, under its name, as a frozen
 :class:`~subspan.subspace.theta0.Base` that holds θ₀, and reading it gives θ
@@ -89,7 +89,7 @@ class WrappedModule(ModuleStates):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """A part's parameters at θ; of one module alone, as FSDP asks, those that are stored."""
+        """Yield a part's parameters at θ; of one module alone, as FSDP asks, the stored ones."""
         fsdp = False
         if not torch.compiler.is_compiling():
             frame = sys._getframe(1)
@@ -106,7 +106,7 @@ class WrappedModule(ModuleStates):
                 yield name, p
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The parts, which nobody may put into layers of another kind."""
+        """Yield the parts, which nobody may put into layers of another kind."""
         compiled = torch.compiler.is_compiling()
         if not compiled and converts_batchnorm(sys._getframe(1)):
             for tensor, key, _ in trained_keys(self):  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ class WrappedModule(ModuleStates):
         return super().named_children()  # type: ignore[misc]
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of a path, which of a trained one is frozen θ₀."""
+        """Return the parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
         p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
         return p if home_of(p) is not None else super().get_parameter(target)  # type: ignore[misc]

@@ -121,7 +121,7 @@ class Network:
         return list(self.homes)
 
     def stored(self, name: str) -> Tensor:
-        """The parameter of a name: θ₀ of a trained tensor."""
+        """Return the parameter of a name: θ₀ of a trained tensor."""
         module, attribute = self.locations[name]
         return module._parameters[attribute]  # type: ignore[return-value]
 
@@ -134,11 +134,11 @@ class Network:
         return quantised.read_kind(self.packed[name], p, self.locations[name][0], like)
 
     def resting(self, name: str) -> Tensor:
-        """The dense weights of a tensor without P w."""
+        """Return the dense weights of a tensor without P w."""
         return quantised.dense(self.held(name)).detach()
 
     def network(self) -> nn.Module:
-        """The network.
+        """Return the network.
 
         Raises:
             SubspanError: if it has been unwrapped.
@@ -219,7 +219,7 @@ class Network:
         self.ranks_checked = True
 
     def parameters_digest(self) -> str:
-        """A digest of θ₀ without buffers."""
+        """Return a digest of θ₀ without buffers."""
         if self.shards is not None and self.shards.digest is not None:
             return self.shards.digest
         names = [name for name in self.requires_grad if name not in self.fully]
@@ -249,6 +249,6 @@ class Network:
 
 
 def _locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module and the attribute at the end of a parameter's path."""
+    """Return the module and the attribute at the end of a parameter's path."""
     prefix, _, attribute = path.rpartition(".")
     return root.get_submodule(prefix), attribute

@@ -1,4 +1,4 @@
-"""Where the parameters of a network live, which of them can be trained in a subspace, and digests.
+"""The places of a network's parameters, which of them a subspace can train, and digests.
 
 A *slot* is one entry of one module's ``_parameters``; a *tensor* is what is in it. Tied weights are
 one tensor in several slots; a module that is reachable by two paths has each slot once.
@@ -35,7 +35,7 @@ class Slot:
         return tuple(modules), attribute
 
     def find(self, net: nn.Module) -> tuple[nn.Module, str]:
-        """The module and its attribute; ``get_submodule`` would take a tenth of a small step."""
+        """Find the module and attribute; ``get_submodule`` would take a tenth of a small step."""
         modules, attribute = self.names
         for name in modules:
             net = net._modules[name]  # type: ignore[assignment]

@@ -56,16 +56,16 @@ class QuantisedTensor:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its tensors."""
         return next(iter(self.parts.values())).device
 
     @property
     def version(self) -> tuple[int, ...]:
-        """How often its tensors were changed in place."""
+        """The number of changes in place of each of its tensors."""
         return tuple(-1 if t.is_inference() else t._version for t in self.parts.values())
 
     def cut(self, start: int, stop: int) -> QuantisedTensor:
-        """Entries start … stop−1 of the flattened weight."""
+        """Take entries start … stop−1 of the flattened weight."""
         return replace(self, entries=slice(start, stop))
 
     def dense(self) -> Tensor:
@@ -114,7 +114,10 @@ def _own_class(parameter: Any) -> type:
 
 @functools.cache
 def _kind(module: type, parameter: type) -> Callable[[Any, Any, Any], QuantisedTensor] | None:
-    """How weights of a class in modules of a class are stored; a pickled one has lost its class."""
+    """Find the function that reads the packed weights of a class, in modules of a class.
+
+    The module's class counts, too, because a pickled parameter has lost its own.
+    """
     if is_class(parameter, "torchao"):
         return _torchao
     for name, kind in (("Linear4bit", _four_bits), ("Linear8bitLt", _eight_bits)):
@@ -124,7 +127,7 @@ def _kind(module: type, parameter: type) -> Callable[[Any, Any, Any], QuantisedT
 
 
 def is_class(cls: type, library: str, name: str = "") -> bool:
-    """Whether a class, or one that it derives from, is of a library and has a name."""
+    """Return whether a class, or one that it derives from, is of a library and has a name."""
     return any(
         base.__module__.partition(".")[0] == library and (not name or base.__name__ == name)
         for base in cls.__mro__
@@ -132,7 +135,7 @@ def is_class(cls: type, library: str, name: str = "") -> bool:
 
 
 def _four_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
-    """A weight of ``bitsandbytes.nn.Linear4bit``."""
+    """Return a weight of ``bitsandbytes.nn.Linear4bit``."""
     state = getattr(like, "quant_state", None) or module.quant_state
     if state is None:
         return _not_yet(parameter, f"bitsandbytes-{getattr(parameter, 'quant_type', '4bit')}")
@@ -183,7 +186,7 @@ def _eight_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
 
 
 def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor:
-    """A weight that will be quantised one day."""
+    """Return a weight that will be quantised one day."""
     with _plain():
         data = parameter.detach()
     refusal = refusal or (
@@ -196,7 +199,7 @@ def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor
 
 
 def _torchao(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
-    """A parameter of torchao: a subclass that is made of tensors."""
+    """Return a parameter of torchao: a subclass that is made of tensors."""
     cls = _own_class(like)
     with _plain():
         parts = dict(_inner(parameter))

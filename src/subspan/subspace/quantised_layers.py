@@ -73,7 +73,7 @@ def refuse_foreign(what: str) -> SubspanError:
 
 
 def multiplies_itself(cls: type) -> bool:
-    """Whether modules of a class multiply by quantised weights themselves."""
+    """Return whether modules of a class multiply by quantised weights themselves."""
     return is_class(cls, "bitsandbytes", "Linear4bit") or is_class(
         cls, "bitsandbytes", "Linear8bitLt"
     )

@@ -183,7 +183,7 @@ class Shards:
         return total.div_(self._divisor())
 
     def _divisor(self) -> float:
-        """How many processes there are, or what ``set_gradient_divide_factor`` has said."""
+        """Return the number of processes, or the factor of ``set_gradient_divide_factor``."""
         factors = set()
         for module in self.weights.root.modules():
             state = getattr(module, "_get_fsdp_state", lambda: None)()
@@ -220,7 +220,7 @@ class Shards:
         )
 
     def _differs(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these numbers are others in another process; all get the same answer."""
+        """Return whether these numbers are others in another process; all get the same answer."""
         import torch.distributed as dist
 
         if not tensors:  # coordinates that are given, by functional_call say

@@ -159,7 +159,7 @@ class Packed(Base):
 
 
 class Wrapped(Packed):
-    """The same of a tensor that is made of others: operators get the library's own object."""
+    """A packed θ₀ that is made of several tensors: operators get the library's own object."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are spread: this process, processes of this machine, or Ray."""
+"""Backends that run the jobs of a sweep: this process, processes of this machine, or Ray."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def open_backend(
 
 
 def run_here(worker: Worker, jobs: Sequence[Job], stop: Stop) -> Iterator[Outcome]:
-    """One run after the other, in this process."""
+    """Yield the outcome of one run after the other, in this process."""
     return (worker.run(job, stop) for job in jobs)
 
 

@@ -77,7 +77,9 @@ def _knock(address: str) -> None:
 
 
 def reserve(training: Training, jobs: int) -> tuple[int, dict[str, Any]]:
-    """How many runs the cluster takes at a time, and what Ray reserves for each: a GPU, or a CPU.
+    """Return how many runs the cluster takes at a time, and what Ray reserves for each.
+
+    Ray reserves a GPU or a CPU.
 
     Raises:
         SubspanError: if there are fewer than jobs.

@@ -46,15 +46,15 @@ class SweepFolder:
     token: str = field(default_factory=_new_token)
 
     def run(self, name: str) -> Path:
-        """The folder of a run."""
+        """Return the folder of a run."""
         return self.out / "runs" / name
 
     def is_busy(self, name: str) -> bool:
-        """Whether any process trains this run now."""
+        """Return whether any process trains this run now."""
         return locks.is_locked(self.run(name) / locks.FILE)
 
     def is_stopping(self) -> bool:
-        """Whether the runs of this sweep are to save where they are and stop."""
+        """Return whether the runs of this sweep are to save where they are and stop."""
         return not self._sign("go-on").exists()
 
     def ask_to_stop(self) -> None:
@@ -113,7 +113,7 @@ class SweepFolder:
         return self.out / LOCKS / f"{self.token}.{kind}"
 
     def _has_others(self) -> bool:
-        """Whether another sweep lives; to be called exclusively."""
+        """Return whether another sweep lives; to be called exclusively."""
         signs = (self.out / LOCKS).glob("*.alive")
         return any(locks.is_locked(sign) for sign in signs if sign != self._sign("alive"))
 

@@ -165,7 +165,7 @@ def _resampled_means(sample: _Floats, resamples: int, rng: np.random.Generator) 
 def _validated(
     dims: Sequence[int], scores: Sequence[Sequence[float]], baseline: Sequence[float]
 ) -> tuple[_Floats, list[_Floats], _Floats]:
-    """The input sorted by d, as arrays."""
+    """Return the input sorted by d, as arrays."""
     if len(dims) == 0 or len(dims) != len(scores):
         raise SubspanError(
             "expected one list of scores for each of at least one d, "

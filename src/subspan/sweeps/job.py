@@ -25,7 +25,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Args:
         job: the run.
@@ -47,7 +47,7 @@ class Outcome:
 
     @classmethod
     def of_error(cls, job: Job, error: Exception | Stopped) -> Outcome:
-        """The outcome of a run that raised an exception."""
+        """Return the outcome of a run that raised an exception."""
         if isinstance(error, Stopped):
             return cls(job, "stopped")
         if isinstance(error, BusyError):

@@ -1,4 +1,4 @@
-"""What a sweep found: ``sweep.json``, from the records of its runs."""
+"""The record of a sweep, ``sweep.json``, made from the records of its runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PointRecord:
         small: str = "",
         tried_lrs: dict[str, float] | None = None,
     ) -> PointRecord:
-        """The runs of a point, which differ in their seed; what one lacks is left out.
+        """Return the runs of a point, which differ in their seed; what one lacks is left out.
 
         Args:
             runs: at least one.
@@ -196,7 +196,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord(Record):
-    """What a sweep found, so far: ``sweep.json``.
+    """The record of a sweep, finished or not: ``sweep.json``.
 
     Attributes:
         score: what its runs are judged by.

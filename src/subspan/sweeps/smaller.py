@@ -65,7 +65,7 @@ def smaller(
 
 
 def beside(sweep: Sweep) -> tuple[str, ...]:
-    """:func:`smaller` networks than a sweep's, of as many weights as its dims.
+    """Return networks that are smaller than a sweep's, of as many weights as its dims.
 
     Raises:
         SubspanError: for a task that is not image classification, or dims that are no numbers.
@@ -85,7 +85,7 @@ def beside(sweep: Sweep) -> tuple[str, ...]:
 
 
 def _scaled(whole: nets.Widths, factor: float) -> nets.Widths:
-    """The network with all widths times a factor, at least 1."""
+    """Return the network with all widths times a factor, at least 1."""
 
     def times(units: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(max(1, int(factor * n)) for n in units)

@@ -48,7 +48,7 @@ class Point:
     done: dict[tuple[float, int], CompleteRun] = field(default_factory=dict)
 
     def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
-        """The run with this learning rate and seed."""
+        """Return the run with this learning rate and seed."""
         at = f"-{self.label}" if self.label else ""
         net = f"{readable(self.small)}-" if self.small else ""
         name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
@@ -58,11 +58,11 @@ class Point:
         return Job(name, Run(self.training(sweep), self.method, options, lr, seed))
 
     def training(self, sweep: Sweep) -> Training:
-        """Of the sweep, with this network."""
+        """Return the sweep's training, with the smaller network if this point has one."""
         return replace(sweep.training, net=self.small) if self.small else sweep.training
 
     def best_lr(self) -> float | None:
-        """The learning rate with the best validation score of seed 0, the first of equals.
+        """Choose the learning rate with the best validation score of seed 0, the first of equals.
 
         None if no run succeeded.
         """
@@ -178,7 +178,7 @@ def sweep(
 
 
 def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:
-    """The first seed at all rates, and then, when these are done, the others at the best.
+    """Yield the jobs of the first seed at all rates, then those of others at the best.
 
     Points with many coordinates take longest: begin with them, so that none is left for the end.
     """
@@ -193,13 +193,13 @@ def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Poin
 
 
 def total_runs(config: Sweep) -> int:
-    """How many runs a sweep has if none fails."""
+    """Count the runs of a sweep if none fails."""
     points = _points(config)
     return sum(len(point.lrs) for point in points) + len(points) * (config.seeds - 1)
 
 
 def _points(config: Sweep) -> list[Point]:
-    """The baseline first, then every method at every value of its axis."""
+    """List the baseline first, then every method at every value of its axis."""
     points = []
     names = [config.baseline] if config.baseline else []
     for name in [*names, *(m for m in config.methods if m != config.baseline)]:
@@ -258,7 +258,7 @@ def check(
 def _result(
     config: Sweep, points: list[Point], failed: Mapping[str, str], status: str
 ) -> SweepRecord:
-    """What is known by now."""
+    """Make the sweep's record of the runs that have ended by now."""
     rows = [row for point in points if (row := _row(point)) is not None]
     baseline = next((row for row in rows if row.method == config.baseline and not row.small), None)
     rows = [row for row in rows if row is not baseline]
@@ -278,7 +278,7 @@ def _result(
 
 
 def _row(point: Point) -> PointRecord | None:
-    """What the seeds measured at a point, at the chosen learning rate."""
+    """Make the record of a point from its seeds at the chosen learning rate; None without any."""
     lr = point.best_lr()
     if lr is None:
         return None
@@ -295,7 +295,7 @@ def _row(point: Point) -> PointRecord | None:
 def _intrinsic(
     config: Sweep, rows: list[PointRecord], baseline: PointRecord | None, score: Score
 ) -> dict[str, IntrinsicDimension]:
-    """The intrinsic dimension by method, where there is a curve and a baseline."""
+    """Return the intrinsic dimension by method, where there is a curve and a baseline."""
     if baseline is None:
         return {}
     if not score.better(statistics.fmean(baseline.test_score), score.zero):

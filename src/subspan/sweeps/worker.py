@@ -36,7 +36,7 @@ class Worker:
     imports: tuple[str, ...] = ()
 
     def find(self, job: Job) -> Outcome | None:
-        """The outcome of a run that is complete already, or cannot be run in its folder."""
+        """Return the outcome of a run that is complete already, or cannot be run in its folder."""
         try:
             record = completed(job.run, self.folder.run(job.name), overwrite=self.overwrite)
         except SubspanError as error:

@@ -15,7 +15,7 @@ Schedule = Literal["onecycle", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class Training:
-    """How one network is trained on one data set.
+    """The configuration of one training, but for its method: network, data and schedule.
 
     Args:
         net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
@@ -94,17 +94,17 @@ class Training:
 
     @property
     def title(self) -> str:
-        """What is trained on what, in words."""
+        """The network and the data set in words, as in "lenet on mnist"."""
         return title(asdict(self))
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Of :data:`DECODING` what was asked for, as ``data.load`` takes it."""
+        """The options of :data:`DECODING` that are set, as arguments of ``data.load``."""
         return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """What is trained on what, of a configuration in a record: "lenet on mnist"."""
+    """Name the network and the data set of a recorded configuration: "lenet on mnist"."""
     parts = [config.get("task"), config.get("net")]
     what = ", ".join(str(part) for part in parts if part) or "network"
     return f"{what} on {config['data']}" if config.get("data") else what
@@ -222,7 +222,7 @@ class Sweep:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
 
     def lrs_of(self, method: str) -> tuple[float, ...]:
-        """The learning rates to choose from for a method; none leaves it to the method."""
+        """Return the learning rates to choose from for a method; none leaves it to the method."""
         if method == self.baseline:
             return self.baseline_lrs
         return self.lrs.get(method, ()) if isinstance(self.lrs, Mapping) else self.lrs
@@ -238,7 +238,7 @@ class Sweep:
 
 
 def split(values: Any, name: str) -> tuple[str, ...]:
-    """A list as people type it, "10,30,100", or as YAML has it, or one value; as texts."""
+    """Split a list that is typed as "10,30,100", given in YAML, or one value, into texts."""
     if isinstance(values, str):
         values = values.split(",")
     parts = values if isinstance(values, Sequence) else [values]
@@ -249,7 +249,7 @@ def split(values: Any, name: str) -> tuple[str, ...]:
 
 
 def floats(values: Any, name: str) -> tuple[float, ...]:
-    """:func:`split` into numbers."""
+    """Split as :func:`split` does, into numbers."""
     try:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
@@ -257,7 +257,7 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
 
 
 def rates(values: Any, name: str) -> tuple[float, ...] | dict[str, tuple[float, ...]]:
-    """:func:`floats`, or those of each method."""
+    """Split as :func:`floats` does, or for each method."""
     if isinstance(values, Mapping):
         return {method: floats(own, f"{name} of {method}") for method, own in values.items()}
     return floats(values, name)

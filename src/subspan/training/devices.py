@@ -13,12 +13,12 @@ from subspan.training.config import Training
 
 
 def on_cpu(training: Training) -> bool:
-    """Whether a run takes the processor: it was told to, or there is nothing else."""
+    """Return whether a run takes the processor: it was told to, or there is nothing else."""
     return training.device == "cpu" or not torch.accelerator.is_available()
 
 
 def accelerator(training: Training, **more: Any) -> Accelerator:
-    """The devices, processes and precision of a run, and whatever else accelerate is told."""
+    """Make the accelerator of a run: its devices, processes, precision and trackers."""
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     distributed.meet_again("gloo" if on_cpu(training) else None)

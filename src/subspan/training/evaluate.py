@@ -36,14 +36,14 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
-    """What a checkpoint says, so that :func:`rebuild` finds the network and the task again."""
+    """Describe network and task for a checkpoint, so that :func:`rebuild` finds them again."""
     own = {"task": training.task, "validation": training.validation} if training.task else {}
     known = {"net": training.net, "data": training.data, "seed": seed} | training.decoding
     return known | own | task.describe()
 
 
 def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
-    """What makes the network that a file speaks of, with its first weights; None if it does not."""
+    """Return a function that makes a file's network with its first weights, or None."""
     if extra.get("task"):
         task, seed = _task(extra), extra["seed"]
         return lambda: tasks.draw(task, seed)
@@ -58,7 +58,7 @@ def network(extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
 
 
 def _task(extra: Mapping[str, Any], data: str | None = None, **decoding: Any) -> Task:
-    """The task that a checkpoint was trained on, or the same on other data."""
+    """Return the task that a checkpoint was trained on, or the same on other data."""
     as_trained: dict[str, Any] = {key: extra.get(key) for key in DECODING}
     given = {key: value for key, value in decoding.items() if value is not None}
     training = Training(
@@ -72,7 +72,7 @@ def _task(extra: Mapping[str, Any], data: str | None = None, **decoding: Any) ->
 
 
 def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint of the laboratory, and what the file says of it.
+    """Return the model of a checkpoint of the laboratory, and what the file says of it.
 
     Raises:
         SubspanError: if the file is unusable, or does not say which network it belongs to.

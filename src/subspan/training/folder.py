@@ -17,7 +17,7 @@ from subspan.training.records import RunRecord
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run leaves its files.
+    """The folder of a run, with the names of its files.
 
     Args:
         path: the folder.
@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def kept_best(self) -> Path:
-        """The same, wherever it is: all may have ended just after it got its last name."""
+        """The best epoch's checkpoint under either name: a run may end while it is renamed."""
         return self.model if self.model.exists() and not self.best.exists() else self.best
 
     def open(self, record: RunRecord, *, goes_on: bool) -> None:

@@ -41,7 +41,7 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process, on whichever machine, holds the lock on this file now."""
+    """Return whether a process, on whichever machine, holds the lock on this file now."""
     if not path.exists():
         return False
     with lock_file(path) as free:

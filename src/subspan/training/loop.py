@@ -135,7 +135,7 @@ class Loop:
         self.record = self.checked(RunRecord, begun | dict(self.method.counts(self.model)))
 
     def checked(self, kind: type[Checked], content: dict[str, Any]) -> Checked:
-        """A part of the record, with what the method says of the run.
+        """Return a part of the record, with what the method says of the run.
 
         Raises:
             SubspanError: if a value is missing, or no number where there must be one.
@@ -147,7 +147,7 @@ class Loop:
             raise SubspanError(f"what the method {name} says of the run: {error}") from None
 
     def distributed(self) -> nn.Module:
-        """The model with accelerate's wrappers: of mixed precision, of DDP."""
+        """Return the model with accelerate's wrappers: of mixed precision, of DDP."""
         # "Evaluation" is accelerate's word for all but DDP.
         wrapped: nn.Module = self.accelerator.prepare_model(
             self.model, evaluation_mode=not self.method.averages_gradients
@@ -160,7 +160,7 @@ class Loop:
         self.folder.open(self.record, goes_on=self.before is not None)
 
     def fit(self) -> None:
-        """All epochs, or as many as patience allows."""
+        """Train all epochs, or as many as patience allows."""
         if self.before:
             state.set_generators(self.before.generators)
         else:
@@ -210,7 +210,7 @@ class Loop:
             self.schedule = schedule(self.bare, self.training.schedule, self.run.lr, left)
 
     def epoch(self, epoch: int) -> Epoch:
-        """One pass over the training part and a look at the validation part."""
+        """Pass over the training part once, and evaluate on the validation part."""
         accelerator, training = self.accelerator, self.training
         progress, within = self.progress, self.progress.within
         self.wrapped.train()
@@ -265,7 +265,7 @@ class Loop:
         return self.checked(Epoch, row | dict(said))
 
     def step(self, batch: Any, weight: float) -> Tensor:
-        """One step of the optimizer and of the schedule.
+        """Make one step of the optimizer and of the schedule.
 
         Gradients are averaged over the processes: times its weight, the mean of each part counts
         every sample of the joint batch alike.
@@ -281,7 +281,7 @@ class Loop:
         return value
 
     def finite(self, loss: Tensor, epoch: int) -> float:
-        """The mean of a loss over the processes; an error if it is not a number."""
+        """Return the mean of a loss over the processes; an error if it is not a number."""
         mean = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(mean):
             best = self.progress.best_epoch
@@ -346,12 +346,12 @@ class Loop:
         return self.stop.requested and self.accelerator.is_main_process
 
     def stopped(self) -> Stopped:
-        """The exception that ends a run of which all is saved."""
+        """Return the exception that ends a run of which all is saved."""
         steps = self.steps * self.training.epochs
         return self.stop.error(f"after {self.progress.done:,} of {steps:,} steps")
 
     def extra(self) -> dict[str, Any]:
-        """What ``subspan eval`` needs to find the network and the task again."""
+        """Return what the checkpoint says so that ``subspan eval`` finds network and task again."""
         described = describe(self.ready.task, self.training, self.run.seed)
         return described | {"method": self.method.name}
 
@@ -379,7 +379,7 @@ class Loop:
 
 
 def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRScheduler:
-    """The learning rate step by step; its highest value is ``lr``."""
+    """Return the learning rate step by step; its highest value is ``lr``."""
     if name == "onecycle":
         return OneCycleLR(optimizer, lr, total_steps=max(steps, 2), cycle_momentum=False)
     if name == "cosine":

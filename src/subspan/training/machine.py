@@ -27,14 +27,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a run ran on, in words."""
+    """Name the device in words, for the records."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.get_num_threads()} of {psutil.cpu_count()} cores"
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def bytes_sent() -> int:
-    """Bytes that this process has written so far, to sockets and to files; 0 if nobody counts."""
+    """Count the bytes that this process has written, to sockets and files; 0 if unknown."""
     file = Path("/proc/self/io")
     if not file.is_file():
         return 0
@@ -63,7 +63,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        """The peak so far."""
+        """Return the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")

@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Widths:
-    """What tells two networks of one kind apart: a perceptron, or a LeNet if it has channels.
+    """The widths of a network with layers of any width: a LeNet if it has channels, else an MLP.
 
     Attributes:
         crop: whether it sees the middle 28x28 pixels only, as in Minut 2023.
@@ -53,13 +53,13 @@ class Widths:
 
     @property
     def name(self) -> str:
-        """What :func:`build` makes this network of."""
+        """The name that :func:`build` makes this network from."""
         kind = f"lenet-k{self.kernel}" if self.channels else "mlp"
         return "-".join(["minut"] * self.crop + [kind, *map(str, self.channels + self.dense)])
 
 
 def widths(name: str) -> Widths | None:
-    """The widths behind a name, None if it is of no network with widths."""
+    """Return the widths behind a name, None if it is of no network with widths."""
     if match := _MLP.fullmatch(name):
         return Widths(bool(match[1]), (), _numbers(match[2]) or (200,))
     if match := _LENET.fullmatch(name):
@@ -78,7 +78,7 @@ def names() -> list[str]:
 
 
 def is_builtin(name: str) -> bool:
-    """Whether `build` makes ``name`` itself, without importing a user's module."""
+    """Return whether `build` makes ``name`` itself, without importing a user's module."""
     return name in _NETS or widths(name) is not None
 
 
@@ -120,7 +120,7 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
 
 
 def weights(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> int:
-    """How many weights the network of that name has."""
+    """Count the weights of the network of that name."""
     return sum(p.numel() for p in build(name, input_shape, classes).parameters())
 
 
@@ -165,12 +165,12 @@ def _feedforward(
 
 
 def _linear(shape: Shape, classes: int) -> nn.Module:
-    """A linear classifier: 7,850 weights at 28x28x1."""
+    """Return a linear classifier: 7,850 weights at 28x28x1."""
     return _feedforward(shape, classes)
 
 
 def _with_widths(chosen: Widths) -> _Entry:
-    """A perceptron, 159,010 weights with 200 units at 28x28x1; or a LeNet-5 (LeCun 1998).
+    """Return a perceptron, 159,010 weights with 200 units at 28x28x1; or a LeNet-5 (LeCun 1998).
 
     LeNet's images below 32 pixels are padded by 2, as 28x28 digits are there (with kernels of
     another size by half of it): 61,706 weights at 28x28x1; 62,006 at 28x28x3 and at 32x32x3.
@@ -230,7 +230,7 @@ def _spectral(shape: Shape, classes: int) -> nn.Module:
 
 
 def _keras(net: nn.Module) -> nn.Module:
-    """The network with initial weights as Keras draws them: Glorot's, biases 0."""
+    """Return the network with initial weights as Keras draws them: Glorot's, biases 0."""
     for name, parameter in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

@@ -94,7 +94,7 @@ def compose(
 
 
 def line_of(node: yaml.Node) -> int:
-    """The line that a node begins in, from 1."""
+    """Return the line that a node begins in, from 1."""
     return int(node.start_mark.line) + 1
 
 

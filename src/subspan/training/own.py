@@ -1,4 +1,4 @@
-"""What users bring along: a network, a task, by the name ``package.module:function``."""
+"""Networks and tasks of the user's own, by the name ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def remember(modules: Iterable[str]) -> None:
 
 
 def remembered() -> tuple[str, ...]:
-    """The modules that ``--import`` named in this process, or in the one that started it."""
+    """Return the modules that ``--import`` named in this process, or in the one that started it."""
     return tuple(filter(None, os.environ.get(IMPORTS, "").split(",")))
 
 

@@ -1,4 +1,4 @@
-"""What a run is told, made into what it trains: a task, a method, a network with its weights."""
+"""From the configuration of a run to what it trains: task, method, network and weights."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The record in a folder, or None where there is none.
+        """Return the record in a folder, or None where there is none.
 
         Raises:
             SubspanError: if it cannot be read, is damaged, or of a later format. The message names
@@ -62,7 +62,7 @@ class Record:
 
     @classmethod
     def claim(cls, folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> Self | None:
-        """:func:`claim`, and the record itself."""
+        """Claim a folder as :func:`claim` does; return its earlier record, or None."""
         if claim(folder, cls.FILE, config, overwrite=overwrite) is None:
             return None
         try:
@@ -74,7 +74,7 @@ class Record:
 
     @classmethod
     def _kind(cls, status: str) -> type[Self]:
-        """The dataclass of a record with this status."""
+        """Return the dataclass of a record with this status."""
         return cls
 
     def write(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What the next random basis would catch of the last batch's gradient.
+    """The part of the last batch's gradient that lies in the next random basis.
 
     Attributes:
         cosine: between the gradient and its part in the basis.
@@ -128,7 +128,7 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
-    """What one training run did, so far: ``record.json``.
+    """The record of one training run, finished or not: ``record.json``.
 
     Attributes:
         score: what the run is judged by.
@@ -212,7 +212,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A record, or None where there is none.
+    """Return a record, or None where there is none.
 
     Raises:
         SubspanError: if the file is no record, or one of a later format.
@@ -246,7 +246,7 @@ def _refuse(constant: str) -> None:
 
 
 def _upgrade(content: Any) -> Any:
-    """A record of the first format, in the words of this one."""
+    """Return a record of the first format, in the words of this one."""
     if isinstance(content, list):
         return [_upgrade(item) for item in content]
     if isinstance(content, dict):
@@ -295,17 +295,17 @@ def claim(
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two configurations say differently; what one does not know it leaves at null."""
+    """Return the options in which two configurations differ; a missing option counts as null."""
     a, b = plain(theirs), plain(ours)
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
 
 
 def changes(different: Mapping[str, tuple[Any, Any]]) -> str:
-    """:func:`differences` for people: "epochs 3 → 4, lr 0.1 → 0.3"."""
+    """Write :func:`differences` for people: "epochs 3 → 4, lr 0.1 → 0.3"."""
     return ", ".join(f"{name} {a!r} → {b!r}" for name, (a, b) in different.items())
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a file gives it back: through JSON, where tuples are lists."""
+    """Return a configuration as a file gives it back: through JSON, where tuples are lists."""
     found: dict[str, Any] = json.loads(json.dumps(config))
     return found

@@ -58,7 +58,7 @@ def replay(
 
 
 def _drawn(path: str | os.PathLike[str]) -> nn.Module:
-    """The network that a run of the laboratory began with."""
+    """Return the network that a run of the laboratory began with."""
     extra = Journal(path).header["extra"]
     make = network(extra)
     if make is None or "init_seed" not in extra:

@@ -17,7 +17,7 @@ from subspan.training.state import TrainState
 
 
 def find_state(config: Mapping[str, Any], folder: Path) -> TrainState | None:
-    """Where an earlier training of this configuration stands, if that can be told.
+    """Read the state of an earlier training of this configuration, if there is one.
 
     Raises:
         SubspanError: if the file is damaged, or of another format.
@@ -53,7 +53,7 @@ def check_beginning(before: TrainState, folder: RunFolder, model: nn.Module, siz
 
 
 def check_processes(before: TrainState, folder: Path, now: int, *, must_agree: bool) -> list[str]:
-    """What to note of processes that came or went.
+    """Return notes about processes that came or went.
 
     Args:
         before: where the training stands.

@@ -50,7 +50,7 @@ class MisfitError(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses and tuples as the dicts and lists that JSON has; fields keep their order."""
+    """Turn dataclasses and tuples into dicts and lists; fields keep their order."""
     if isinstance(value, Mapping):
         return {key: to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -68,7 +68,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any, path: Path = ()) -> T:
-    """What :func:`to_json` made of a dataclass.
+    """Make a dataclass from the JSON that :func:`to_json` made of one.
 
     Args:
         kind: the dataclass, or what else an annotation may be.
@@ -136,7 +136,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def line_of(text: str, path: Path, renamed: Mapping[str, str]) -> int:
-    """The line on which a value begins, or on which what should hold it does.
+    """Return the line on which a value begins, or on which what should hold it does.
 
     Args:
         text: valid JSON.

@@ -1,4 +1,4 @@
-"""What a task is judged by: a number with a direction, and a zero that shares count from."""
+"""A score: the number that judges a task, its direction, and the zero that shares count from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Score:
     percent: bool = True
 
     def checked(self, value: float) -> float:
-        """A value that can be one of this score: finite, and if it is a share of the best, one.
+        """Check that a value is finite and, where this score is a fraction, lies in [0, 1].
 
         Raises:
             SubspanError: for any other.
@@ -43,25 +43,25 @@ class Score:
         return float(value)
 
     def better(self, one: float, other: float) -> bool:
-        """Whether one score is better than another."""
+        """Return whether one score is better than another."""
         return one > other if self.higher_is_better else one < other
 
     def share(self, of: float, share: float) -> float:
-        """The score that is a share of another: that share of the way from zero to it."""
+        """Return the score that is a share of another: that share of the way from zero to it."""
         return self.zero + share * (of - self.zero)
 
     @property
     def scale(self) -> float:
-        """What people read is so many times the score."""
+        """The factor between a score and the number that people read, 100 for percentages."""
         return 100.0 if self.percent else 1.0
 
     @property
     def unit(self) -> str:
-        """After the name, on an axis or above a column."""
+        """The text after the name, on an axis or above a column."""
         return " (%)" if self.percent else ""
 
     def summary(self, values: Sequence[float]) -> str:
-        """The mean of some, at least one, as in a table; of several ± the standard deviation."""
+        """Show the mean of one or more scores, and of several the standard deviation."""
         digits = "{:.2f}" if self.percent else "{:.4g}"
         mean = digits.format(self.scale * statistics.fmean(values))
         if len(values) == 1:
@@ -69,7 +69,7 @@ class Score:
         return f"{mean} ± {digits.format(self.scale * statistics.stdev(values))}"
 
     def show(self, value: float, digits: int = 2) -> str:
-        """For people: 98.85 %, or 0.0123 of what is no fraction."""
+        """Show a score to people: 98.85 %, or 0.0123 where it is no fraction."""
         return f"{100 * value:.{digits}f} %" if self.percent else f"{value:.{digits + 2}g}"
 
 

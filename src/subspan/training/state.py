@@ -1,4 +1,4 @@
-"""Where a training run stands, in one file, so that it can go on bit for bit.
+"""The state of a training run in one file, from which it goes on bit for bit.
 
 The file is PyTorch's own, read with ``weights_only``: nothing in it is executable.
 """
@@ -29,7 +29,7 @@ FORMAT = 2
 
 @dataclass
 class Within:
-    """How far an epoch is that is under way.
+    """The part of the current epoch that is done.
 
     Attributes:
         total: the sum of the losses of its samples, a scalar on the run's device.
@@ -46,7 +46,7 @@ class Within:
 
 @dataclass
 class Progress:
-    """How far a run is, and what it has measured.
+    """The part of a run that is done, and its measurements.
 
     Attributes:
         within: the epoch that is under way.
@@ -100,7 +100,7 @@ class TrainState:
     seconds_total: float
 
     def state_dict(self) -> dict[str, Any]:
-        """As it stands in the file: flat, of plain values and tensors."""
+        """Return the content of the file: one flat dict of plain values and tensors."""
         progress = vars(self.progress) | {
             "within": vars(self.progress.within),
             "history": to_json(self.progress.history),
@@ -110,7 +110,7 @@ class TrainState:
 
     @classmethod
     def from_state_dict(cls, content: Mapping[str, Any]) -> TrainState:
-        """Of :meth:`state_dict`, this version's or an older one's.
+        """Make a state from :meth:`state_dict` of this version or an older one.
 
         Raises:
             KeyError, TypeError, ValueError: for anything else.
@@ -131,7 +131,7 @@ def write(path: Path, state: TrainState) -> None:
 
 
 def read(path: Path) -> TrainState | None:
-    """A state, or None where there is none.
+    """Return a state, or None where there is none.
 
     Raises:
         SubspanError: if the file is damaged, or of another format.
@@ -155,7 +155,7 @@ def read(path: Path) -> TrainState | None:
 
 
 def generators() -> dict[str, Any]:
-    """The states of all generators that a network may draw from, as dropout does.
+    """Return the states of all generators that a network may draw from, as dropout does.
 
     Of the GPU that this process uses: all processes draw alike, each on its own.
     """
@@ -170,12 +170,12 @@ def generators() -> dict[str, Any]:
 
 
 def seed_generators(seed: int) -> None:
-    """Begin them all at a seed, of which NumPy's takes 32 bits."""
+    """Seed all generators; NumPy's takes 32 bits of the seed."""
     set_seed(seed % (1 << 32))
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put them back; that of the GPU where there is one."""
+    """Set the states of all generators again; the GPU's where there is one."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])

@@ -59,7 +59,7 @@ class Stop:
         return self._asked or bool(self.signal)
 
     def error(self, words: str) -> Stopped:
-        """The exception to raise when all is saved; its message begins with "stopped"."""
+        """Make the exception to raise when all is saved; its message begins with "stopped"."""
         return Stopped(f"stopped {words}".rstrip(), self.signal or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

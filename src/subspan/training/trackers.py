@@ -1,4 +1,4 @@
-"""Where else the numbers of a run go: TensorBoard, wandb, trackio and what else accelerate knows.
+"""Trackers of a run: TensorBoard, wandb, trackio and whatever else accelerate knows.
 
 Trackers are told the rows of the record's history and, at the end, the test score. The record does
 not depend on them, nor do they count as configuration: a run that goes on may log elsewhere.
@@ -90,12 +90,12 @@ class Log:
             ) from error
 
     def epoch(self, row: Epoch) -> None:
-        """One more row of the history."""
+        """Log one more row of the history."""
         for tracker in self._accelerator.trackers:
             self._tell(tracker, row)
 
     def score(self, record: RunRecord) -> None:
-        """What the run came to, beside the last epoch."""
+        """Log the run's results, beside the last epoch."""
         names = ("test_score", "best_epoch", "stored_parameters", "checkpoint_bytes")
         values = {name: getattr(record, name) for name in names}
         self._accelerator.log(values, step=len(record.history))
@@ -110,7 +110,7 @@ class Log:
         self._accelerator.trackers.clear()
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on must know."""
+        """Return what a run must know to go on."""
         return {"id": self._id, "epochs": dict(self._told)}
 
     def _tell(self, tracker: Any, row: Epoch) -> None:
@@ -120,7 +120,7 @@ class Log:
 
 
 def numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and lists, as "ranks/fc1"; what is none is left out."""
+    """Yield the numbers in nested dicts and lists by names such as "ranks/fc1"."""
     if isinstance(values, (Mapping, list)):
         parts = values.items() if isinstance(values, Mapping) else enumerate(values)
         for key, value in parts:
@@ -130,7 +130,7 @@ def numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _plain(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings as trackers take them: the method's beside the others, lists as texts."""
+    """Flatten settings for trackers: the method's beside the others, lists as texts."""
     for name, value in (config | config["options"]).items():
         if name != "options" and value is not None:
             yield name, value if isinstance(value, (bool, int, float, str)) else str(value)

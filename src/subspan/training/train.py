@@ -23,7 +23,7 @@ from subspan.training.stop import Stop
 
 
 def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | None:
-    """The record of a run that is complete in a folder, if it is.
+    """Return the record of a run that is complete in a folder, if it is.
 
     Raises:
         SubspanError: if the folder holds something else (see :func:`train`).

@@ -27,7 +27,7 @@ class Vector(nn.Module):
         self.weight = nn.Parameter(torch.ones(number))
 
     def forward(self) -> Tensor:
-        """The weights."""
+        """Return the weights, whatever the input."""
         return self.weight.view_as(self.weight)
 
 

@@ -51,7 +51,7 @@ def _quad(call, column, most, step, tag, k0, k1, SIGNS: tl.constexpr):
 
 @triton.jit
 def signed_octet(octet, column, most, step, tag, k0, k1):
-    """Signs where a word is at most ``most``, else 0: a word for each entry, two calls."""
+    """Draw signs where a word is at most ``most``, else 0: a word for each entry, two calls."""
     x0, x1, x2, x3 = _quad(octet * 2, column, most, step, tag, k0, k1, True)
     x4, x5, x6, x7 = _quad(octet * 2 + 1, column, most, step, tag, k0, k1, True)
     return x0, x1, x2, x3, x4, x5, x6, x7
@@ -59,7 +59,7 @@ def signed_octet(octet, column, most, step, tag, k0, k1):
 
 @triton.jit
 def positive_octet(octet, column, most, step, tag, k0, k1):
-    """The same without minus signs."""
+    """Draw ones where a word is at most ``most``, else 0: a word for each entry, two calls."""
     x0, x1, x2, x3 = _quad(octet * 2, column, most, step, tag, k0, k1, False)
     x4, x5, x6, x7 = _quad(octet * 2 + 1, column, most, step, tag, k0, k1, False)
     return x0, x1, x2, x3, x4, x5, x6, x7

@@ -21,12 +21,12 @@ __all__ = ["HALF", "Sum", "atoms", "cosines", "kinds", "zigzag"]
 
 
 def kinds() -> list[str]:
-    """All kinds by name; those of :func:`subspan.projections` are atoms, too."""
+    """Return all kinds by name; those of :func:`subspan.projections` are atoms, too."""
     return sorted({*_kinds, *projections()})
 
 
 def atoms(kind: str, n: int, m: int, *, seed: int = 0, stream: int = 0, **options: Any) -> Sum:
-    """A sum of fixed matrices by name.
+    """Return a sum of fixed matrices by name.
 
     Raises:
         SubspanError: for an unknown kind or option, or a shape that the kind cannot have.

@@ -52,7 +52,7 @@ class DCT(Fixed, kind="dct"):
 
 
 def cosines(size: int) -> Tensor:
-    """The orthonormal DCT-II, (size, size) in float64: row k has frequency k."""
+    """Return the orthonormal DCT-II, (size, size) in float64: row k has frequency k."""
     k = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * k[:, None] * (k + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)

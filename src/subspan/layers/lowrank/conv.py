@@ -80,7 +80,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
             )
 
     def extra_repr(self) -> str:
-        """As in ``nn.Conv2d``."""
+        """Describe the layer in the words of ``nn.Conv2d``, and its rank."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"rank={self.rank}, stride={self.stride}, padding={self.padding}, "

@@ -95,7 +95,7 @@ class LowRank(Compressed, type_name="lowrank"):
         return cls(rank=recipe, **arguments)
 
     def recipe_in(self, tensors: Mapping[str, Tensor]) -> int:
-        """The rank of the core S among the tensors, if the weight can have it."""
+        """Return the rank of the core S among the tensors, if the weight can have it."""
         core = tensors.get("S", self.S)
         r = len(core) if core.dim() else 0
         return r if 1 <= r <= min(self.shape) else self.rank
@@ -125,7 +125,7 @@ class LowRank(Compressed, type_name="lowrank"):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """W in the shape of the dense layer's, made at each call: for looking at, not for work."""
+        """W in the shape of the dense layer's, made at each call, to look at and not to train."""
 
     @property
     def tangents(self) -> Tangents | None:
@@ -133,7 +133,7 @@ class LowRank(Compressed, type_name="lowrank"):
         return None if self._watcher is None else self._watcher()
 
     def _watched(self) -> Tangents | None:
-        """The tangents, where a pass through the layer that begins now is to have them.
+        """Return the tangents, where a pass through the layer that begins now is to have them.
 
         A layer that is frozen has none. Transforms of functions (``torch.func``, forward mode) are
         about the three factors alone, and a function of our own would be in their way.
@@ -235,7 +235,7 @@ class LowRank(Compressed, type_name="lowrank"):
         self._adopt()
 
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
-        """The layer's output; in the type of autocast, where that is on."""
+        """Return the layer's output; in the type of autocast, where that is on."""
         with plain():
             return self._product(x, how)
 

@@ -51,12 +51,12 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
         return linear(self.weight, self.bias)
 
     def two_factors(self) -> nn.Sequential:
-        """(r, m) without a bias, then (n, r)."""
+        """Return two linear layers, (r, m) without a bias, then (n, r)."""
         with plain():
             return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
 
     def extra_repr(self) -> str:
-        """As in ``nn.Linear``."""
+        """Describe the layer in the words of ``nn.Linear``, and its rank."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"

@@ -38,7 +38,7 @@ GAINS = {  # variance of an output over that of an input, of a weight n × m
 
 
 def parse_factor(factor: Any) -> dict[str, Any]:
-    """A factor as a mapping with its ``kind``, from a mapping, a name or a tensor.
+    """Return a factor as a mapping with its ``kind``, from a mapping, a name or a tensor.
 
     Raises:
         SubspanError: for anything else.
@@ -58,7 +58,7 @@ def parse_factor(factor: Any) -> dict[str, Any]:
 def chain(
     n: int, m: int, factors: Sequence[Mapping[str, Any]], seed: int, stream: int
 ) -> list[Sum]:
-    """The factors of an n × m weight.
+    """Return the factors of an n × m weight.
 
     ``inner`` of a factor is the number of its columns and of the next one's rows; without it a
     factor is square, and the last one has m columns.
@@ -94,7 +94,7 @@ def chain(
 
 
 def function(name: str) -> Callable[[Tensor], Tensor]:
-    """A scalar function of coefficients: one of `FUNCTIONS`, or "package.module:name".
+    """Return a scalar function of coefficients: one of `FUNCTIONS`, or "package.module:name".
 
     Raises:
         SubspanError: if there is none.

@@ -90,7 +90,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         self.reset_parameters()
 
     def _scales(self) -> list[float]:
-        """The constant of each factor: with standard normal a, W keeps variance as ``init`` says.
+        """Return each factor's constant: with standard normal a, W has the variance of ``init``.
 
         Inner factors keep the variance of what comes in, ‖F‖² = n in expectation; the first with
         coefficients brings in the gain, and makes up for fixed factors that do not keep it. Exact
@@ -208,6 +208,6 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
         return s.apply(y, a, *constants) if plan.right.vectors else s.apply(y.T, a, *constants).T
 
     def describe_factors(self) -> str:
-        """The factors in a line, as the layer is printed."""
+        """Return the factors in a line, as the layer is printed."""
         parts = [f"{s.kind} {s.n}×{s.m} of {s.p}" for s in self.sums]
         return f"W = {' · '.join(parts)}, bias={self.recipe['bias']}"

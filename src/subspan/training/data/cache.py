@@ -23,7 +23,7 @@ def folder() -> Path:
 
 
 def fetch(key: str, build: Callable[[], RawData]) -> RawData:
-    """What is stored under ``key``; else what ``build`` makes, stored for the next time.
+    """Return what is stored under ``key``; build and store it if nothing is.
 
     A file that cannot be read is built anew, and a folder that cannot be written is no error.
     Processes that build at once each replace the file as a whole, by the same content.

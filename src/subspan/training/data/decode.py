@@ -110,7 +110,7 @@ def _column(
     usual: Sequence[str],
     asked: str | None,
 ) -> str:
-    """The column asked for; else the only one of the type; else one by its usual name."""
+    """Return the column asked for; else the only one of the type; else one by its usual name."""
     if asked is not None:
         if asked not in features:
             raise unknown(f"{kind} column of {path}", asked, features)
@@ -166,7 +166,7 @@ def _decode(
     size: Size | None,
     looks: _Looks,
 ) -> tuple[list[np.ndarray], list[Any]]:
-    """One part's images, resized to ``size`` and alike in what ``looks`` holds; and its labels."""
+    """Decode one part: images of ``size`` that are alike in what ``looks`` holds, and labels."""
     arrays, values = [], []
     with _readable(path):
         for row, (encoded, value) in enumerate(pairs, start=1):
@@ -205,7 +205,7 @@ def _decode(
 
 
 def _content(encoded: dict[str, Any]) -> bytes:
-    """The bytes of an image file: in the row, on the disk, in an archive or on the Hub."""
+    """Return the bytes of an image file: in the row, on the disk, in an archive or on the Hub."""
     from datasets.utils.file_utils import xopen
 
     if encoded["bytes"] is not None:

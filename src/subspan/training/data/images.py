@@ -27,24 +27,24 @@ class Split:
         return len(self.labels)
 
     def select(self, index: Tensor) -> Split:
-        """The samples at ``index`` (int64, on the split's device), in that order."""
+        """Return the samples at ``index`` (int64, on the split's device), in that order."""
         return Split(self.images.index_select(0, index), self.labels.index_select(0, index))
 
     def to(self, device: torch.device | str) -> Split:
-        """The split on another device."""
+        """Return the split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class RawData:
-    """What a source holds, before a validation part is drawn from its training part.
+    """The content of a source, before a validation part is drawn from its training part.
 
     Attributes:
         train: the whole training part.
         test: the test part.
         classes: number of classes.
         notes: sentences that a reader of the results should know.
-        names: of the classes, in order; empty where they have but numbers.
+        names: of the classes, in order; empty where classes are only numbered.
         depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
 
@@ -73,7 +73,7 @@ class ImageData:
         mean: float32 (C,), of the training part's levels, divided by 255.
         std: float32 (C,), of the same.
         notes: sentences that a reader of the results should know.
-        names: of the classes, in order; empty where they have but numbers.
+        names: of the classes, in order; empty where classes are only numbered.
         depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
 
@@ -102,7 +102,7 @@ class ImageData:
         return (images.float() / 255 - mean) / std
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The set on another device."""
+        """Return the set on another device."""
         return replace(
             self,
             train=self.train.to(device),

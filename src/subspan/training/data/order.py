@@ -25,7 +25,7 @@ TEST, VALIDATION, BATCHES, LABELS = range(4)
 def permutation(
     size: int, *, seed: int, stream: int, epoch: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A permutation of [0, size): int64 (size,)."""
+    """Return a permutation of [0, size): int64 (size,)."""
     shuffle = Source(seed, DOMAIN, stream).permutation(size, step=epoch)
     return shuffle(torch.arange(size, device=device))
 
@@ -48,7 +48,7 @@ def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """How many batches there are in an epoch of ``size`` samples.
+    """Count the batches in an epoch of ``size`` samples.
 
     Raises:
         SubspanError: ``batch_size`` is below 1.
@@ -68,7 +68,7 @@ def batches(
     world: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, float]]:
-    """One epoch of batches: the indices of their samples, and what their mean weighs.
+    """Yield one epoch of batches: the indices of their samples, and their mean's weight.
 
     The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
     of equal parts of each. Only the last, smaller batch may not be divisible: some parts then have

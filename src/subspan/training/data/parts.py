@@ -24,7 +24,7 @@ _PART = re.compile(
 
 
 def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """How to tell ``load_dataset`` of parts such as Train and TEST; nothing where it knows them.
+    """Find the files of parts such as Train and TEST; nothing where ``load_dataset`` knows them.
 
     It knows the words in lower case alone, and would make one part of all, or leave some out.
     """

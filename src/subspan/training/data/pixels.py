@@ -22,7 +22,7 @@ _ORIENTATION, _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 0x0112, 339, 1, 2
 
 
 def read(content: bytes, size: Size | None = None) -> np.ndarray:
-    """The levels of an image file, see `to_array`.
+    """Return the levels of an image file, see `to_array`.
 
     Raises:
         SubspanError: Pillow would read other levels than the file has.
@@ -41,7 +41,7 @@ def read(content: bytes, size: Size | None = None) -> np.ndarray:
 
 
 def to_array(image: Image.Image, size: Size | None = None) -> np.ndarray:
-    """The levels of one image.
+    """Return the levels of one image.
 
     Args:
         image: of any mode.
@@ -95,7 +95,7 @@ def _resized(channel: np.ndarray, size: Size | None) -> np.ndarray:
 
 
 def _loaded(image: Any) -> Image.Image:
-    """The pixels, turned as the camera was held: as ``datasets`` decodes an image."""
+    """Return the pixels, turned as the camera was held: as ``datasets`` decodes an image."""
     image.load()
     turned = image.getexif().get(_ORIENTATION) is not None
     return ImageOps.exif_transpose(image) if turned else image
@@ -131,13 +131,13 @@ def _wide_colours(image: Any, content: bytes) -> np.ndarray | None:
 
 
 def _raw(tile: Any) -> str:
-    """How Pillow is about to read the pixels of a part of an image: "RGB;16B", say."""
+    """Return the layout in which Pillow is about to read a tile's pixels, such as "RGB;16B"."""
     arguments = tile[3]
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def _as(image: Any, raw: str) -> Image.Image:
-    """The image's pixels, read as if the file had them in another layout."""
+    """Return the image's pixels, read as if the file had them in another layout."""
     tiles = []
     for tile in image.tile:
         arguments = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
@@ -147,7 +147,7 @@ def _as(image: Any, raw: str) -> Image.Image:
 
 
 def _reduced(image: Any, content: bytes) -> bool:
-    """Whether a decoder is about to map deeper levels to 8 bits by itself."""
+    """Return whether a decoder is about to map deeper levels to 8 bits by itself."""
     if image.format == "JPEG2000":  # the depth of the first channel, in the marker SIZ
         start = content.find(b"\xff\x4f\xff\x51")
         return start >= 0 and (content[start + 42] & 0x7F) + 1 > 8

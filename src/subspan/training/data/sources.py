@@ -1,4 +1,4 @@
-"""Where a data set comes from: its name to a folder, the Hub, or scikit-learn."""
+"""The sources of data sets: a name leads to a folder, the Hub, or scikit-learn."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def load(
 def _find(
     name: str, image_column: str | None, label_column: str | None, size: pixels.Size | None
 ) -> tuple[list[Any], Callable[[], RawData]]:
-    """What identifies the set's content, as JSON can hold it, and the function that reads it."""
+    """Find a set: JSON that identifies its content, and the function that reads it."""
     if not name:
         raise unknown("data set", name, names())
     columns = {"image_column": image_column, "label_column": label_column}
@@ -122,7 +122,7 @@ def _find(
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder that a name stands for, if it is one."""
+    """Return the folder that a name stands for, if it is one."""
     if data := os.environ.get("SUBSPAN_DATA"):
         folder = Path(data).expanduser() / name
         if re.fullmatch(r"\w[\w.-]*", name) and folder.is_dir():
@@ -138,7 +138,7 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _contents(folder: Path) -> list[Any]:
-    """The folder's path, and the name, size and time of change of every file in it."""
+    """Return the folder's path, and the name, size and time of change of every file in it."""
     files = [
         (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -149,7 +149,7 @@ def _contents(folder: Path) -> list[Any]:
 
 
 def _read_digits(size: pixels.Size | None) -> RawData:
-    """The 1,797 digits of 8x8 pixels in 16 grey levels that come with scikit-learn."""
+    """Return the 1,797 digits of 8x8 pixels in 16 grey levels that come with scikit-learn."""
     from PIL import Image
     from sklearn.datasets import load_digits
 

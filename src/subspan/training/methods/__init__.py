@@ -38,7 +38,7 @@ class Option:
 
 
 class Method(ABC):
-    """What a method does to a network, which optimizer it takes, and what it counts.
+    """A method of training: how it changes a network, its optimizer, and its counts.
 
     Args:
         name: what people type.
@@ -46,7 +46,7 @@ class Method(ABC):
     """
 
     options: tuple[Option, ...] = ()
-    """Beyond the network, the data and the training."""
+    """The options of this method, beside those of the network, the data and the training."""
     axis: str | None = None
     """The option that a sweep varies: how many numbers are trained; None if it cannot."""
     adapts = False
@@ -78,7 +78,7 @@ class Method(ABC):
 
     @abstractmethod
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Learning rates worth trying with Adam and these options; the middle is the default."""
+        """Return learning rates to try with Adam and these options; the middle is the default."""
 
     def optimizer(
         self,
@@ -90,7 +90,7 @@ class Method(ABC):
         steps: int,
         resume: Mapping[str, Any] | None,
     ) -> Optimizer:
-        """The optimizer of what requires a gradient.
+        """Return the optimizer of what requires a gradient.
 
         Args:
             model: of :meth:`wrap`.
@@ -112,7 +112,7 @@ class Method(ABC):
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
-        """One step: by default forward, backward, and the optimizer's.
+        """Make one step: by default forward, backward, and the optimizer's.
 
         Args:
             optimizer: of :meth:`optimizer`.
@@ -129,15 +129,15 @@ class Method(ABC):
         return value
 
     def needs_processes(self, options: Mapping[str, Any]) -> bool:
-        """Whether in another number of processes a run would be another, beyond rounding."""
+        """Return whether the number of processes changes a run by more than rounding."""
         return False
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """What else an epoch's row should say, after its last step: JSON values by name."""
+        """Return more values for an epoch's row, after its last step: JSON by name."""
         return {}
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """Whether what is trained so far may be the best epoch; the last one must."""
+        """Return whether this epoch may count as the best; the last one must."""
         return True
 
     def after_epoch(
@@ -157,7 +157,7 @@ class Method(ABC):
         return None
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """The true counts of a trained model.
+        """Return the true counts of a trained model.
 
         Returns:
             ``trainable_parameters``; ``stored_parameters``, every number that inference needs
@@ -188,20 +188,20 @@ class Method(ABC):
                 raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
 
     def at(self, value: str) -> dict[str, Any]:
-        """The options of a point of a sweep, from a text of ``--dims``."""
+        """Return the options of a point of a sweep, from a text of ``--dims``."""
         return {} if self.axis is None else {self.axis: value}
 
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """All methods by name; those of the user's modules, too."""
+    """Return all methods by name; those of the user's modules, too."""
     load_remembered()
     import_files(sys.modules[__name__])
     return dict(_registry)
 
 
 def method(name: str) -> Method:
-    """The method of that name.
+    """Return the method of that name.
 
     Raises:
         SubspanError: if there is none, with the nearest names.

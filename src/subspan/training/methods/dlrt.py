@@ -19,19 +19,25 @@ from subspan.training.methods import Method, Option
 from subspan.training.methods.subspace import PATTERNS
 
 OPTIONS = (
-    Option("tolerance", float, "τ in [0, 1): share of ‖W‖ that truncation may leave out"),
+    Option("tolerance", float, "τ in [0, 1): the share of ‖W‖ that truncation may leave out"),
     Option(
         "target_ratio",
         float,
-        "in place of τ: share of the layers' numbers that shall be gone",
+        "in place of τ: the share of the layers' numbers to get rid of",
     ),
-    Option("rank", int | str, "of all factored layers at first, as far as they have it; full"),
-    Option("min_rank", int, "least rank (1)"),
-    Option("max_rank", int, "greatest rank"),
-    Option("rank_every", int, "steps between those at which ranks may change (1)"),
-    Option("adapt_at", float, "share of the training until which ranks stay as they are (0)"),
-    Option("freeze_at", float, "share of the training after which ranks stay (target_ratio: 0.5)"),
-    Option("tolerance_warmup", float, "share of the training over which τ rises from 0 (0.3)"),
+    Option(
+        "rank",
+        int | str,
+        "the rank of factored layers at first, at most their largest; full is that",
+    ),
+    Option("min_rank", int, "the least rank (1)"),
+    Option("max_rank", int, "the greatest rank"),
+    Option("rank_every", int, "ranks may change at every so many steps (1)"),
+    Option("adapt_at", float, "the share of the training before ranks may change (0)"),
+    Option(
+        "freeze_at", float, "the share of the training after which ranks stay (target_ratio: 0.5)"
+    ),
+    Option("tolerance_warmup", float, "the share of the training over which τ rises from 0 (0.3)"),
     Option("integrator", str, "parallel, kls, kls-adaptive or vanilla"),
     Option("targets", PATTERNS, "layers to factor (all but the last), as fc1 or [fc1,fc2]"),
     Option("exclude", PATTERNS, "layers that stay dense"),
@@ -72,7 +78,7 @@ class LowRankTraining(Method):
         return net
 
     def at(self, value: str) -> dict[str, Any]:
-        """A point of a sweep: a number, and no number of coordinates."""
+        """Return the options of a point of a sweep: a number, and none of coordinates."""
         assert self.axis is not None
         try:
             share = float(value)
@@ -86,13 +92,13 @@ class LowRankTraining(Method):
         return {self.axis: share}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Around Adam's usual 1e-3, a little higher: the core's steps are shared by few numbers."""
+        """Return rates a little above Adam's usual 1e-3: few numbers share the core's steps."""
         return (1e-3, 2e-3, 4e-3)
 
     def optimizer(
         self, model: nn.Module, run: Run, *rest: Any, steps: int, **more: Any
     ) -> Optimizer:
-        """DLRT around the base."""
+        """Make DLRT around the base."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         training = run.training
         return self._make(
@@ -103,7 +109,7 @@ class LowRankTraining(Method):
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
-        """With a closure: two of the integrators evaluate the gradient twice."""
+        """Make a step with a closure: two of the integrators evaluate the gradient twice."""
         seen: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -117,14 +123,14 @@ class LowRankTraining(Method):
         return seen[0]
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """An early network that is better because it is larger is not what was asked for."""
+        """Return whether the target is reached: larger early networks do not count as best."""
         assert isinstance(optimizer, DLRT)
         rule = optimizer.rule
         small_by = rule.freeze_after if rule.target_ratio else rule.tolerance_warmup
         return optimizer.steps >= (small_by or 0)
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Ranks and singular values of every factored layer."""
+        """Return ranks and singular values of every factored layer."""
         assert isinstance(optimizer, DLRT)
         return {
             "ranks": optimizer.ranks,
@@ -137,7 +143,7 @@ class LowRankTraining(Method):
         }
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """True counts, and those of the paper beside them."""
+        """Count the numbers, and as the paper counts them."""
         found = count(model)
         return super().counts(model) | {
             "ranks": {name: layer.rank for name, layer in _factored(model).items()},
@@ -173,7 +179,7 @@ def _factored(net: nn.Module) -> dict[str, LowRank]:
 
 
 def _last(net: nn.Module) -> str | None:
-    """The last linear layer: the classes, few rows that are not of low rank."""
+    """Return the last linear layer: the classes, few rows that are not of low rank."""
     linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     return linear[-1] if len(linear) > 1 else None
 
@@ -181,4 +187,4 @@ def _last(net: nn.Module) -> str | None:
 LowRankTraining(
     "dlrt", "layers of low rank from the start, which adapts (Schotthöfer 2022)", "tolerance"
 )
-LowRankTraining("dlrt-ratio", "the same; sweeps vary the ratio and not τ", "target_ratio")
+LowRankTraining("dlrt-ratio", "as dlrt, but sweeps vary the target ratio and not τ", "target_ratio")

@@ -14,11 +14,11 @@ class Full(Method):
     """All weights, trained and stored as they are."""
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
-        """The network itself."""
+        """Return the network as it is."""
         return net
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Around Adam's usual 1e-3."""
+        """Return rates around Adam's usual 1e-3."""
         return (3e-4, 1e-3, 3e-3)
 
 

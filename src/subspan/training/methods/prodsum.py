@@ -29,7 +29,7 @@ class ProductsOfSums(Method):
 
     axis = "p"
     options = (
-        Option("p", int, "atoms of a sum: of each layer, or whatever --factors call p, as in p: p"),
+        Option("p", int, "the number of atoms of a sum, or whatever --factors call p, as in p: p"),
         Option(
             "stages",
             list[int] | str,
@@ -38,7 +38,7 @@ class ProductsOfSums(Method):
             "the stage has had its share of the epochs",
         ),
         Option("plateau", int, "epochs without a better validation accuracy that end a stage (2)"),
-        Option("atoms", str, "kind of the atoms where there are no --factors (hash)"),
+        Option("atoms", str, "the kind of the atoms where there are no --factors (hash)"),
         Option(
             "factors",
             dict[str, list[Any] | dict[str, Any]],
@@ -47,7 +47,7 @@ class ProductsOfSums(Method):
             "pattern fits stay as they are",
         ),
         Option("bias", bool | int, "whether biases are trained, or through how many numbers each"),
-        Option("scale", str, "variance of the first weights: he, glorot or lecun"),
+        Option("scale", str, "the variance of the first weights: he, glorot or lecun"),
     )
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
@@ -66,7 +66,7 @@ class ProductsOfSums(Method):
         return replace(net, first)
 
     def optimizer(self, model: nn.Module, run: Run, *rest: Any, **more: Any) -> Optimizer:
-        """An ordinary one; each stage must get an epoch."""
+        """Make an ordinary optimizer; each stage must get an epoch."""
         stages = len(_stages(run.options))
         if run.training.epochs < stages:
             raise SubspanError(
@@ -77,7 +77,7 @@ class ProductsOfSums(Method):
     def after_epoch(
         self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]
     ) -> nn.Module | None:
-        """The next stage, if this one is over."""
+        """Begin the next stage, if this one is over."""
         stages = _stages(run.options)
         stage = _stage(model, run.options)
         if stage + 1 == len(stages):
@@ -96,15 +96,15 @@ class ProductsOfSums(Method):
         return model
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """The last stage is what was asked for."""
+        """Return whether the last stage is reached, which is what was asked for."""
         return _stage(model, run.options) + 1 == len(_stages(run.options))
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """How many numbers there are by now."""
+        """Count the coefficients of the current stage."""
         return {"trainable_parameters": self.counts(model)["trainable_parameters"]}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Far above Adam's 1e-3 for weights: coefficients begin at 1, whatever they multiply."""
+        """Return rates far above 1e-3, for coefficients begin at 1, whatever they multiply."""
         return (0.01, 0.03, 0.1)
 
 
@@ -113,7 +113,7 @@ def _layers(model: nn.Module) -> dict[str, ProductOfSums]:
 
 
 def _stages(options: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The values of p, one after the other; only None if nothing is called p."""
+    """Return the values of p, one after the other; only None if nothing is called p."""
     if "stages" not in options:
         if "plateau" in options:
             raise SubspanError("--plateau ends a stage: give --stages, too")
@@ -131,7 +131,7 @@ def _stages(options: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def _stage(model: nn.Module, options: Mapping[str, Any]) -> int:
-    """Which stage a model is in: its layers know their factors."""
+    """Find the stage that a model is in: its layers know their factors."""
     layers = _layers(model)
     for stage, p in enumerate(stages := _stages(options)):
         rules = _rules(options, p)
@@ -141,13 +141,13 @@ def _stage(model: nn.Module, options: Mapping[str, Any]) -> int:
 
 
 def _factors(rules: Mapping[str, Rule], name: str, layer: ProductOfSums) -> list[dict[str, Any]]:
-    """Those of a layer."""
+    """Return the factors of a layer."""
     found = next(rule for pattern, rule in rules.items() if matches(pattern, name))
     return found(*layer.shape) if callable(found) else found
 
 
 def _rules(options: Mapping[str, Any], p: int | None) -> dict[str, Rule]:
-    """Factors, or what makes some, by patterns of layers."""
+    """Return factors, or functions that make them, by patterns of layers."""
     rules = options.get("factors")
     if rules is None:
         if p is None:
@@ -188,7 +188,7 @@ def _number(p: Any) -> int:
 
 
 def _filled(written: dict[str, Any], p: int | None) -> dict[str, Any]:
-    """With the number in the place of the word: of atoms (p: p), say, or inner: p."""
+    """Put a number in the place of its word, in atoms (p: p) or inner: p, for example."""
     if "p" not in written.values():
         return written
     if p is None:

@@ -25,14 +25,20 @@ OPTIONS = (
     DIM,
     *SHARED,
     Option("distribution", str, "the family of the bases: hash (default), rademacher, gaussian, …"),
-    Option("momentum", float, "of coordinates; begins anew with each basis"),
-    Option("nonfinite", str, "a step with a coordinate that is no number: skip, or error"),
-    Option("workers", str, "with many processes: shared bases, or independent ones"),
-    Option("check_every", int, "steps between comparisons of all processes' weights"),
+    Option("momentum", float, "the momentum of coordinates; it begins anew with each basis"),
+    Option(
+        "nonfinite",
+        str,
+        "skip a step with a coordinate that is not finite, or end in an error: skip, error",
+    ),
+    Option(
+        "workers", str, "several processes share a basis, or each has its own: shared, independent"
+    ),
+    Option("check_every", int, "compare the weights of all processes every so many steps"),
     Option("journal", bool, f"write every step to {JOURNAL}, and go on from it"),
 )
-REDRAW = Option("redraw_every", int, "steps until the next basis (1)")
-SIGMA = Option("sigma", float, "distance in weight space of the two evaluations")
+REDRAW = Option("redraw_every", int, "draw a new basis every so many steps (1)")
+SIGMA = Option("sigma", float, "the step in weight space to each of the two evaluations")
 
 
 class Bases(Method):
@@ -47,24 +53,24 @@ class Bases(Method):
         self.evaluates = preset.get("estimator", "gradient") != "gradient"
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
-        """The network itself: what is special is how it is trained."""
+        """Return the network as it is: only its training is special."""
         optimizer = self._make(net, seed, 1.0, 0.0, options)  # refuses what does not fit
         net.coordinates_of_a_step = len(optimizer.coordinates)  # type: ignore[assignment]
         return net
 
     def counts(self, model: nn.Module) -> dict[str, int]:
-        """A step trains d numbers; all weights move, and all are stored."""
+        """Count d trainable numbers; all weights move, and all are stored."""
         d = int(model.coordinates_of_a_step)  # type: ignore[arg-type]
         return super().counts(model) | {"trainable_parameters": d}
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Of plain gradient descent along unit columns, whatever d is."""
+        """Return rates of plain gradient descent along unit columns; they do not depend on d."""
         return (0.5, 1.0, 2.0)
 
     def optimizer(
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], **more: Any
     ) -> Optimizer:
-        """The bases' own; --optimizer is for methods that have a choice."""
+        """Make `RandomBases`; --optimizer is for methods that have a choice."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         own: dict[str, Any] = {}
         if many:
@@ -87,7 +93,7 @@ class Bases(Method):
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
     ) -> Tensor:
-        """By backpropagation, or by evaluations alone."""
+        """Make a step by backpropagation, or by evaluations alone."""
         if not self.evaluates:
             return super().step(optimizer, loss, backward)
         seen: list[Tensor] = []
@@ -100,11 +106,11 @@ class Bases(Method):
         return torch.stack(seen).mean()
 
     def needs_processes(self, options: Mapping[str, Any]) -> bool:
-        """Independent workers each have a basis of their own."""
+        """Return True for independent workers, which each have a basis of their own."""
         return options.get("workers") == "independent"
 
     def diagnose(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """How much of the last batch's gradient the next basis catches, by compartment."""
+        """Measure how much of the last batch's gradient the next basis catches, by compartment."""
         assert isinstance(optimizer, RandomBases)
         return {} if optimizer.needs_closure else {"alignment": optimizer.alignment()}
 

@@ -49,7 +49,9 @@ class Subspace(Method):
         first_line = (family.__doc__ or "").partition("\n")[0]
         plain = re.sub(r":\w+:|`", "", first_line)  # a terminal shows no markup
         if preset:
-            plain = ", ".join(f"{key} {value}" for key, value in preset.items())
+            plain = "a stored matrix " + ", ".join(
+                f"{key} {value}" for key, value in preset.items()
+            )
         super().__init__(name or family.family, f"θ₀ + P w: {plain}")
         self.preset = {"projection": family.family} | preset
         self.options = COMMON + tuple(o for o in options_of(family) if o.name not in preset)
@@ -61,7 +63,7 @@ class Subspace(Method):
         return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Around 3/√d, so that steps have one length at every d.
+        """Return rates around 3/√d, so that steps have one length at every d.
 
         Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
         """
@@ -71,7 +73,7 @@ class Subspace(Method):
 
 
 def options_of(family: type[Projection]) -> list[Option]:
-    """A family's own arguments as options, each with what the family's docstring says of it."""
+    """Make options of a family's own arguments, each explained as in the family's docstring."""
     kinds, shared = get_type_hints(family), {field.name for field in fields(Projection)}
     return [
         Option(field.name, kinds[field.name], _said_of(field.name, family))
@@ -90,7 +92,7 @@ def _said_of(argument: str, family: type) -> str:
 
 
 def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
-    """The option ``dim``: 750 → 750, "600+250" → [600, 250]; None where rules give the dimensions.
+    """Parse the option ``dim``: 750 → 750, "600+250" → [600, 250]; None if rules give it.
 
     Raises:
         SubspanError: for anything that is no positive integer or sum of such.

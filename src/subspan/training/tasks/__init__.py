@@ -1,4 +1,4 @@
-"""What is trained on what, and how it is judged: a task.
+"""A task: a network, the samples that it is trained on, a loss and a score.
 
 Training and sweeps know no task by name: they ask :class:`Task`. Image classification is one
 (:mod:`subspan.training.tasks.classification`); yours is ``--task package.module:function``, where
@@ -30,21 +30,21 @@ class Task(ABC):
     """
 
     score: Score = ACCURACY
-    """What it is judged by."""
+    """The score that judges a network."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the results should know."""
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """A new network with its initial weights, drawn from PyTorch's generator."""
+        """Make a new network with its initial weights, drawn from PyTorch's generator."""
 
     @abstractmethod
     def size(self) -> int:
-        """How many samples an epoch passes over."""
+        """Return the number of samples in an epoch."""
 
     @abstractmethod
     def batch(self, index: Tensor) -> Any:
-        """Some samples, as :meth:`loss` takes them.
+        """Return some samples in the form that :meth:`loss` takes.
 
         Args:
             index: int64 (n,), in [0, :meth:`size`), on the task's device.
@@ -52,18 +52,18 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Any) -> Tensor:
-        """The mean loss over a batch, a scalar with a gradient."""
+        """Return the mean loss over a batch, a scalar with a gradient."""
 
     @abstractmethod
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Loss and score of a network in eval mode; gradients are yours to switch off."""
+        """Return loss and score of a network in eval mode; gradients are yours to switch off."""
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint should say of the task: JSON values by name."""
+        """Describe the task for a checkpoint, as JSON values by name."""
         return {}
 
     def to(self, device: torch.device) -> Task:
-        """The task with the tensors among its attributes on another device."""
+        """Return a copy of the task whose tensor attributes are on another device."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -97,7 +97,7 @@ def _what(value: Any) -> str:
 
 
 def load(training: Training, seed: int) -> Task:
-    """The task of a run.
+    """Return the task of a run.
 
     Args:
         training: what is trained on what.
@@ -128,7 +128,7 @@ def load(training: Training, seed: int) -> Task:
 
 
 def draw(task: Task, seed: int) -> nn.Module:
-    """The task's network; what it draws of initial weights comes from this seed."""
+    """Return the task's network; what it draws of initial weights comes from this seed."""
     state.seed_generators(seed)
     net = task.network()
     if not isinstance(net, nn.Module):

@@ -19,7 +19,7 @@ BATCH = 1000  # images that are evaluated at a time
 
 
 def load(training: Training, seed: int) -> Classification:
-    """The data set and network of a run.
+    """Return the data set and network of a run.
 
     Raises:
         SubspanError: if there is no such data set, or it cannot be read.
@@ -45,24 +45,24 @@ class Classification(Task):
         self.notes = images.notes
 
     def network(self) -> nn.Module:
-        """From images (N, C, H, W) to logits (N, classes)."""
+        """Build the network, from images (N, C, H, W) to logits (N, classes)."""
         return nets.build(self.net, self.images.image_shape, self.images.classes)
 
     def size(self) -> int:
-        """Of the training part."""
+        """Return the number of training images."""
         return len(self.images.train)
 
     def batch(self, index: Tensor) -> data.Split:
-        """Images and labels."""
+        """Select images and labels."""
         return self.images.train.select(index)
 
     def loss(self, net: nn.Module, batch: data.Split) -> Tensor:
-        """Mean cross entropy."""
+        """Return the mean cross entropy."""
         return cross_entropy(net(self.images.normalize(batch.images)), batch.labels)
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Mean cross entropy, and accuracy as a fraction."""
+        """Return the mean cross entropy, and accuracy as a fraction."""
         split: data.Split = getattr(self.images, part)
         loss = correct = 0.0
         for index in torch.arange(len(split), device=split.labels.device).split(BATCH):
@@ -73,7 +73,7 @@ class Classification(Task):
         return loss / len(split), correct / len(split)
 
     def describe(self) -> dict[str, Any]:
-        """The network's input, so that it can be built and fed without the data."""
+        """Return the network's input, so that it can be built and fed without the data."""
         images = self.images
         # A digest: of a thousand classes the names would be larger than the coordinates.
         text = json.dumps(images.names).encode()
@@ -87,12 +87,12 @@ class Classification(Task):
         }
 
     def to(self, device: torch.device) -> Classification:
-        """The set on another device."""
+        """Return the set on another device."""
         return type(self)(self.images.to(device), self.net)
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
-        """One image through the network, so that a wrong shape is a sentence, not a traceback."""
+        """Send one image through the network: a wrong shape becomes a sentence, no traceback."""
         images = self.images
         state = net.training
         net.eval()

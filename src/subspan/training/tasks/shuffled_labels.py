@@ -25,7 +25,9 @@ class ShuffledLabels(Classification):
 
 
 def task(net: str = "mlp", data: str = "mnist", seed: int = 0) -> ShuffledLabels:
-    """Of --data mnist, or mnist[:5000]: of so many images, drawn by the seed like their labels.
+    """Make the task of all images of a set ("mnist"), or of some ("mnist[:5000]").
+
+    The seed draws the labels, and which images are taken.
 
     Raises:
         SubspanError: if there is no such set, or not so many images.
