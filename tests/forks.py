@@ -15,14 +15,14 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
-# What takes longest to import; nothing of it may start a thread.
+# What takes longest to import. Nothing of it may start a thread, and kernels for the CPU are not
+# among it: forks of a process that has imported these do without.
 IMPORTED = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "sklearn.datasets",
     "subspan.cli",
     "subspan.commands.train",
-    "subspan.kernels.cpu.hash",
     "subspan.training.train",
     "pytest",
 ]
