@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests import forks
 
 LIMIT = 400  # seconds for all ranks together
 
@@ -38,7 +39,7 @@ def go_through(module: str, world: int, folder: Path) -> list[dict[str, Any]]:
     Scenarios are called with the rank and the number of ranks, in a folder that all share; one in
     which a rank ends must be the last.
     """
-    multiprocessing.set_forkserver_preload([module])  # torch is imported once for all
+    forks.server()
     processes = torch.multiprocessing.start_processes(
         _work, (world, module, str(folder)), nprocs=world, join=False, start_method="forkserver"
     )

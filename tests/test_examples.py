@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.forks import python
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -24,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Callable[[str], str]:
     """What an example prints, on both streams; warnings are errors, and no cache is the user's."""
-    env = os.environ | {
+    env = {
         "PYTHONWARNINGS": "error",
         "OMP_NUM_THREADS": "1",
         "SUBSPAN_CACHE": str(place / "cache"),
@@ -37,9 +36,7 @@ def run(place: Path) -> Callable[[str], str]:
             words, where = ["-m", "subspan.cli", *command[0].split()[1:]], FOLDER.parent
             words += ["--out", str(place / name)]
         for _ in range(2):
-            said = subprocess.run(
-                [sys.executable, *words], cwd=where, env=env, capture_output=True, text=True
-            )
+            said = python(words, where, env, place)
             if "terminate called without an active exception" not in said.stderr:
                 break  # else Gloo's threads outlived the interpreter (pytorch/pytorch#179291)
         assert said.returncode == 0, said.stdout + said.stderr

@@ -265,8 +265,8 @@ from torch.utils.data import DataLoader
 families = sys.argv[1:]
 
 def products(family):
-    p = subspan.projection(family, out_dim=40_001, in_dim=70, seed=1 << 40)
-    w, g = torch.arange(70.0).sin(), torch.arange(40_001.0).cos()
+    p = subspan.projection(family, out_dim=40_001, in_dim=7, seed=1 << 40)
+    w, g = torch.arange(7.0).sin(), torch.arange(40_001.0).cos()
     return p.matvec(w), p.rmatvec(g), w, g, p.bitwise
 
 def compare(found, expected):

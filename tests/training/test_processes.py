@@ -93,10 +93,10 @@ def close(out: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
-        ("accelerate", 4),
+        ("accelerate", 2),
+        pytest.param("accelerate", 4, marks=pytest.mark.slow),
         pytest.param("torchrun", 2, marks=pytest.mark.slow),
         pytest.param("torchrun", 4, marks=pytest.mark.slow),
-        pytest.param("accelerate", 2, marks=pytest.mark.slow),
     ],
 )
 def test_one_process_on_the_joint_batch(launcher, processes, tmp_path, alone):

@@ -120,6 +120,7 @@ def test_a_name_that_no_hub_has():
 
 
 @pytest.mark.realdata
+@pytest.mark.slow
 def test_mnist(real_data):
     mnist = data.load("mnist", validation=0)
     assert [len(s) for s in (mnist.train, mnist.validation, mnist.test)] == [60_000, 0, 10_000]

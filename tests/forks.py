@@ -1,0 +1,70 @@
+"""Processes that begin at once: forks of a server that has imported PyTorch for all of them.
+
+``multiprocessing`` has one such server for each process of pytest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import NamedTuple
+
+# What takes longest to import. Nothing of it may start a thread, and kernels for the CPU are not
+# among it: forks of a process that has imported these do without.
+IMPORTED = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "sklearn.datasets",
+    "subspan.cli",
+    "subspan.commands.train",
+    "subspan.training.train",
+    "pytest",
+]
+
+
+class Ended(NamedTuple):
+    """What a program gave back."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def server() -> ForkServerContext:
+    """The context of :mod:`multiprocessing` whose processes are forks of the server."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    return multiprocessing.get_context("forkserver")
+
+
+def python(words: Sequence[str], where: Path, env: Mapping[str, str], files: Path) -> Ended:
+    """``python WORDS``: a script or ``-m module`` with its arguments; warnings are errors.
+
+    What it prints goes through files in the folder ``files``.
+    """
+    streams = [files / "stdout", files / "stderr"]
+    process = server().Process(target=_run, args=(list(words), where, dict(env), streams))
+    process.start()
+    process.join()
+    return Ended(process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def _run(words: list[str], where: Path, env: dict[str, str], streams: list[Path]) -> None:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(env)
+    os.chdir(where)
+    warnings.simplefilter("error")
+    module = words[0] == "-m"
+    sys.argv = words[module:]
+    if module:
+        sys.modules.pop(words[1], None)  # runpy warns of what is imported already
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
