@@ -139,7 +139,7 @@ def test_a_derived_class_would_come_back_as_another_function(tmp_path):
 
 
 def test_a_derived_class_is_a_type_of_its_own_when_it_is_registered(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "_types", dict(protocol._types))
+    monkeypatch.setattr(protocol, "_types", copy.copy(protocol._types))
 
     class Tripling(LowRankLinear, type_name="tripling", replaces=torch.nn.Linear):
         def forward(self, x):
