@@ -17,6 +17,7 @@ from subspan.kernels.cpu.hash_index import TASK, TILE, find_index, made_from, wr
 
 TASKS = 64  # of Pᵀ g at most, each with sums of its own
 FEW = 1 << 10  # coordinates whose negatives have places of their own, in the first cache level
+FEW_SUMS = 1 << 14  # coordinates that have two sums each, in the second
 NOWHERE = np.empty(0, np.int64)
 
 
@@ -77,7 +78,7 @@ def _total(out, partial, d, size):
     for bucket in range(d):
         total = np.float32(0.0)
         for task in range(len(partial)):
-            if d <= FEW:
+            if d <= FEW_SUMS:
                 total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
             else:
                 total += partial[task, bucket]
@@ -147,7 +148,7 @@ def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths
     g are vectors laid end to end, as of :func:`_matvec`. Of few coordinates, what is added and what
     is subtracted have sums of their own.
     """
-    stop, signed, out = start + bounds[-1], d <= FEW, floats_at(out_at, d)
+    stop, signed, out = start + bounds[-1], d <= FEW_SUMS, floats_at(out_at, d)
     begin, end = start // TILE, (stop + TILE - 1) // TILE
     for task in prange(len(partial)):
         sums = partial[task]
@@ -193,7 +194,7 @@ def _matvec_apart(w, d, outs, firsts, size, widths, address):
 @common.kernel
 def _rmatvec_apart(parts, firsts, out, d, partial, chunk, size, widths, address):
     """The adjoint of :func:`_matvec_apart`; every task first sums its rows into partial[task]."""
-    signed, width = d <= FEW, parts.shape[1]
+    signed, width = d <= FEW_SUMS, parts.shape[1]
     for task in prange(len(partial)):
         sums = partial[task]
         sums[:] = 0
@@ -242,7 +243,7 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     # The number of tasks depends on sizes alone, and their sums stay below an eighth of g; it is
     # a power of 2, as the number of threads mostly is.
     bounds, d = common.bounds(parts), p.in_dim
-    rows, sums = int(bounds[-1]), 2 * d if d <= FEW else d
+    rows, sums = int(bounds[-1]), 2 * d if d <= FEW_SUMS else d
     tiles = -(-(start + rows) // TILE) - start // TILE
     tasks = min(TASKS, max(1, rows // (8 * sums)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
@@ -264,7 +265,7 @@ def added_apart(p: Any, w: Tensor, step: Tensor, firsts: Tensor, outs: Tensor) -
 def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tensor:
     """Pᵀ g for the vectors ``parts`` of g, (n, width), whose first rows are ``firsts``, (n,)."""
     d, count = p.in_dim, len(parts)
-    sums = 2 * d if d <= FEW else d
+    sums = 2 * d if d <= FEW_SUMS else d
     tasks = min(TASKS, max(1, parts.numel() // (8 * sums)), max(1, count))
     chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
     partial, out = np.empty((-(-count // chunk), sums), np.float32), torch.empty(d)
