@@ -29,7 +29,7 @@ IMPORTED = [
 
 
 class Ended(NamedTuple):
-    """What a program gave back."""
+    """The result of a program."""
 
     returncode: int
     stdout: str

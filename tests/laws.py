@@ -1,4 +1,4 @@
-"""What every projection must do. A law is a function of one projection.
+"""The laws of every projection. A law is a function of one projection.
 
 ``LAWS`` hold at every size; ``COSTLY`` ones need seconds or redraw P many times at a size of their
 own, and are run once for every family and option. tests/families/test_laws.py enrols every

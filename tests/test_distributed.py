@@ -119,7 +119,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
-    """What every rank of a world of processes saw."""
+    """The observations of every rank of a world of processes."""
     return go_through(__name__, request.param, tmp_path_factory.mktemp("ranks"))
 
 

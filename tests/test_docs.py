@@ -49,7 +49,7 @@ def test_what_tutorials_import_is_there(page):
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the places in it that others can refer to."""
+    """The references of a page, and the places in it that others can refer to."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What importing costs, what the core needs, and that imports point one way."""
+"""The cost of importing, the needs of the core, and the one way that imports point."""
 
 import ast
 import subprocess
@@ -68,7 +68,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def unconditional(tree: ast.Module) -> ast.Module:
-    """What runs when a module is imported: without functions, and without TYPE_CHECKING."""
+    """The code that runs when a module is imported: no functions, nothing under TYPE_CHECKING."""
     kept = [
         node
         for node in tree.body

@@ -28,7 +28,7 @@ def build(kind: str, sources: Path, out: Path) -> Path:
 
 
 def files(package: Path) -> set[str]:
-    """What a wheel installs, without what it says about itself."""
+    """The files that a wheel installs, without those about itself."""
     return {name for name in zipfile.ZipFile(package).namelist() if ".dist-info/" not in name}
 
 

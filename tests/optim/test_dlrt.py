@@ -57,7 +57,7 @@ def dense(net):
 
 
 def options(integrator, **more):
-    """What makes an integrator run, at a rank that nothing changes."""
+    """Settings with which an integrator runs, at a rank that nothing changes."""
     return (
         {"integrator": integrator} | ({"tolerance": 0.0} if "adaptive" in integrator else {}) | more
     )

@@ -176,7 +176,7 @@ def test_truncation_is_optimal_and_within_its_tolerance(tolerance):
 
 
 def test_the_wrong_transpose_is_not_optimal():
-    """What the published codes do, as a control that the test above can fail."""
+    """The published codes do this: a control that the test above can fail."""
     at = point([3.0, 1.0, 0.5, 0.2])
     left, sigma, right = torch.linalg.svd(at.S)
     wrong = (at.U @ left[:, :2]) @ sigma[:2].diag() @ (at.V @ right[:, :2]).T

@@ -188,7 +188,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
-    """What every rank of a world of processes saw, and where."""
+    """The observations of every rank of a world of processes, and where they are."""
     folder = tmp_path_factory.mktemp("ranks")
     found = go_through(__name__, request.param, folder)
     return type("Ranks", (list,), {"folder": folder})(found)

@@ -92,7 +92,7 @@ def whole(p):
 
 
 def kind(model):
-    """What stands in the slots of θ₀."""
+    """The tensors in the slots of θ₀."""
     homes = model.subspace.homes.values()
     return sorted({type(module._parameters[name]).__name__ for module, name in homes})
 
@@ -173,7 +173,7 @@ def divided(rank, world):
 
 
 def reads(rank, world):
-    """What is read outside of calls, and a loss that is made of it."""
+    """Weights that are read outside of calls, and a loss that is made of them."""
     model = scatter(shard(mlp(projection="orthogonal"), "both"))
     net = model.body
     names = ["0.weight", "0.bias", "2.weight", "2.bias"]
@@ -236,7 +236,7 @@ def buffers(rank, world):
 
 
 def penalty(net):
-    """Of weights that are read outside of a call, and of a part's parameters."""
+    """A loss of weights that are read outside of a call, and of a part's parameters."""
     first = net[0].weight.square().sum()
     value = first + sum(p.square().sum() for p in net[2].parameters())
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -290,7 +290,7 @@ def checkpointed_inside(rank, world, large):
 
 
 def fully(rank, world, how):
-    """What is trained fully, and FSDP does not have: it leaves plain parameters only."""
+    """Parameters that are trained fully and that FSDP leaves alone stay plain ones."""
     model = mlp(train_fully=r"2\..*")
     head = model.body[2]
     if how == "ignored":
@@ -327,7 +327,7 @@ def frozen(rank, world):
 
 
 def methods(rank, world):
-    """What FSDP's modules can do."""
+    """The methods that FSDP's modules have."""
     model = shard(mlp(), "both")
     net = model.body
     for layer in (net[0], net[2]):

@@ -586,7 +586,7 @@ def test_torchao_that_quantises_activations_is_refused():
 
 
 class GPTQ(nn.Module):
-    """What GPTQ's and AWQ's layers look like."""
+    """A layer as GPTQ and AWQ have it."""
 
     def __init__(self):
         super().__init__()

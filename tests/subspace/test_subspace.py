@@ -157,7 +157,7 @@ def test_many_small_tensors_share_one_block(monkeypatch):
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_without_gradient(name, mode, projection):
-    """What is cached on the way must serve training afterwards."""
+    """Training afterwards can use whatever was cached on the way."""
     x = batch(name)
     seed = {torch.no_grad: 11, torch.inference_mode: 12}[mode]  # nothing cached yet
     model = scatter(wrap(name, projection=projection, seed=seed)).eval()

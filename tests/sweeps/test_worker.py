@@ -155,7 +155,7 @@ def test_processes_that_leave_no_outcome_have_died(folder, monkeypatch):
 
 
 def test_a_second_signal_kills_the_processes(folder, monkeypatch):
-    """Those that they have started, too."""
+    """The processes that they have started end, too."""
     child = "import time; time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     started, popen = [], POPEN

@@ -80,7 +80,7 @@ def test_classes_of_other_names(in_tmp_path, cli):
 
 
 def test_an_image_folder_of_photographs(in_tmp_path, cli):
-    """Of any size, with no test part; a network for images of a certain size."""
+    """Images have any size and no test part; the network wants images of a certain size."""
     pets = image_folder(in_tmp_path / "pets", parts=("train",), count=30, mode="RGB", size=(31, 20))
     (pets / "train" / "dog" / "29.png").write_bytes(encoded((1, 2, 3), "RGB", (50, 40)))
     command = (*TRAIN, "--net", "lenet", "--data", "./pets", "--out", "run")

@@ -1,4 +1,4 @@
-"""What a run and a sweep are told: what is refused, and how it stands in records."""
+"""The settings of runs and sweeps: which are refused, and how records have them."""
 
 import json
 import math

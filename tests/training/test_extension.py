@@ -1,4 +1,4 @@
-"""What a module of the user's adds is there on the command line: ``--import module``."""
+"""A module of the user's adds to the command line: ``--import module``."""
 
 import json
 import os

@@ -30,7 +30,7 @@ def options_of(how: Method) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_laws(name, tmp_path):
-    """What is trained is what is counted, stored and found again in the file."""
+    """A method trains the numbers that are counted, stored and found again in the file."""
     how = method(name)
     options = options_of(how)
     rates = how.rates(options)
@@ -131,7 +131,7 @@ def test_a_dimension_is_needed():
 
 
 def test_rates_keep_the_length_of_a_step():
-    """Of √d coordinates moved by lr each."""
+    """The rate is that of √d coordinates moved by lr each."""
     for dim in (1, 100, 10_000):
         lengths = [rate * dim**0.5 for rate in method("hash").rates({"dim": dim})]
         assert lengths == pytest.approx([1, 3, 9], rel=0.05)

@@ -199,7 +199,7 @@ def comparable(out: Path) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_all_are_stopped_and_go_on(number, folder, whole):
-    """As if nothing had happened; dropout and the trackers' log included."""
+    """The result is that of an undisturbed run, with dropout and the trackers' log."""
     out = number.name
     said = disturbed(folder, "noisy", out, number)
     if number == signal.SIGTERM:

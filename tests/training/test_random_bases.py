@@ -95,7 +95,7 @@ def test_replay_refuses(in_tmp_path, cli, words, message):
 
 
 def test_a_journal_is_cut_by_its_own_steps(tmp_path):
-    """Of which there are fewer than the training's where fp16 leaves some out."""
+    """There are fewer of them than of the training's steps where fp16 leaves some out."""
     run = a_run("rbd", lr=1.0, dim=20, journal=True)
     train(run, tmp_path)
     ready = prepare(run)
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_its_journal(tmp_path, stop, monkeypatch):
 
 
 def test_a_run_does_not_go_on_from_a_journal_that_lost_steps(tmp_path):
-    """As a machine may lose them that loses its power."""
+    """A machine that loses its power may lose them so."""
     run = a_run("rbd", lr=1.0, epochs=2, dim=20, journal=True)
     train_up_to(STEPS + 1, run, tmp_path)
     Journal(tmp_path / JOURNAL).cut(before=STEPS - 1)

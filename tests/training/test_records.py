@@ -27,7 +27,7 @@ FILES = [
 
 
 def test_every_committed_record_is_read_and_would_be_written_as_it_is() -> None:
-    """What an older version did not know yet is added; nothing else changes, not even the order."""
+    """Fields that an older version did not know are added; nothing else changes, nor the order."""
     assert len(FILES) > 800
     for path in FILES:
         kind = RunRecord if path.name == "record.json" else SweepRecord
@@ -43,7 +43,7 @@ def test_every_committed_record_is_read_and_would_be_written_as_it_is() -> None:
 
 
 def check_same(raw: Any, written: Any, where: str) -> None:
-    """What was read is written again, in the same order, and what is added is empty."""
+    """A record is written as it was read, in the same order; fields that are added are empty."""
     if isinstance(raw, dict):
         assert [key for key in written if key in raw] == list(raw), where
         for key, value in written.items():
@@ -127,7 +127,7 @@ def test_the_line_is_named(edit, key, trained, tmp_path) -> None:
 
 
 def test_the_line_of_the_first_format_is_named(tmp_path) -> None:
-    """Whose names are other ones."""
+    """The first format has other names of fields."""
     path = next(p for p in FILES if p.name == "record.json" and "val_accuracy" in p.read_text())
     text = path.read_text().replace('"val_accuracy": ', '"val_accuracy": "high", "was": ', 1)
     (tmp_path / "record.json").write_text(text)
@@ -182,7 +182,7 @@ def test_what_a_method_says_is_checked(says, value, message, tmp_path, monkeypat
 
 
 def test_what_is_empty_is_left_out() -> None:
-    """Of a row, what a method may say; elsewhere an empty value says that there was nothing."""
+    """A method may leave such fields out of a row; elsewhere an empty value means nothing."""
     measured = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "val_score": 0.5}
     row: dict[str, Any] = measured | {"learning_rate": 0.1, "seconds": 1.0}
     assert to_json(Epoch(**row)) == row

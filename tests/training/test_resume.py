@@ -403,7 +403,7 @@ def test_a_state_of_an_older_version(tmp_path):
 
 
 def test_generators():
-    """What is drawn next is drawn again; two of them keep the second of a pair of normals."""
+    """Generators draw on from where they were; two of them keep the second of a pair of normals."""
 
     def draw():
         return torch.rand(3).tolist(), random.gauss(0, 1), np.random.normal(), np.random.rand()

@@ -322,7 +322,7 @@ def test_scores_for_people():
 
 
 def test_the_language_model(in_tmp_path, monkeypatch):
-    """Of a text whose every character follows from the one before."""
+    """The text is one whose every character follows from the one before."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     Path("text.txt").write_text("abcdefgh" * 200)
     record = train(a_run("language_model:task", lr=0.01, data="text.txt", epochs=5), Path("run"))

@@ -51,7 +51,7 @@ def told_tensorboard(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def told_trackio(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of the one run that has the folder's name."""
+    """Return the log of the one run that has the folder's name."""
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 

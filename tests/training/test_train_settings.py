@@ -1,4 +1,4 @@
-"""What a run is told: precision, schedule, optimizer, a network of the user's own, processes."""
+"""The settings of a run: precision, schedule, optimizer, a network of the user's, processes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.nets import scatter
 
 
 class Net(nn.Module):
-    """What people write around their layers."""
+    """A wrapper that people write around their layers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What other programs do with a network in a subspace: pickles, tracers, lists of classes."""
+"""Other programs and a network in a subspace: pickles, tracers, lists of classes."""
 
 import abc
 import io

@@ -203,7 +203,7 @@ def test_a_trainer_trains_evaluates_and_resumes(through, tmp_path):
 
 @pytest.mark.parametrize("through", ["network", "handle"])
 def test_a_state_of_coordinates_that_is_given_saves_all_weights(through, tmp_path):
-    """As accelerate's guide has it: save_pretrained(dir, state_dict=get_state_dict(model))."""
+    """Accelerate's guide says: save_pretrained(dir, state_dict=get_state_dict(model))."""
     model, x = wrapped("gpt2")
     net = model if through == "handle" else model.body
     net.save_pretrained(tmp_path, state_dict=net.state_dict())

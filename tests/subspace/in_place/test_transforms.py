@@ -108,7 +108,7 @@ def test_forward_mode_with_a_random_basis_over_coordinates():
 
 @FORWARD_MODE
 def test_transforms_inside_of_a_forward():
-    """What a transform formed is not there any more when it has ended."""
+    """A transform leaves nothing that it formed when it has ended."""
 
     class Inside(nn.Module):
         def __init__(self):

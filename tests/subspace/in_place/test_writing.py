@@ -1,4 +1,4 @@
-"""What is written to a network in a subspace acts on it, or is refused before anything changes."""
+"""A write to a network in a subspace acts on it, or is refused before anything changes."""
 
 import copy
 import pickle

@@ -59,7 +59,7 @@ def test_modes(mode, value, expected, dtype):
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
 def test_one_colour_may_be_called_transparent(mode):
-    """As in a GIF, or in a PNG without an alpha channel."""
+    """A GIF has this, and a PNG without an alpha channel."""
     image = Image.fromarray(np.array([[0, 255]], np.uint8)).convert(mode)
     key = image.getpixel((0, 0))
     content = file_of(image, "PNG", transparency=key)
@@ -110,7 +110,7 @@ def test_the_depth_of_a_jpeg_2000():
 
 
 def test_signs_that_pillow_misreads():
-    """Of 32 bits without a sign, and of 8 with one."""
+    """Pixels have 32 bits without a sign, or 8 with one."""
     levels = np.array([[[5], [6]]])
     assert pixels.read(tiff(levels.astype(np.uint32))).tolist() == [[5, 6]]
     for misread in ((levels + 2**31).astype(np.uint32),), (levels.astype(np.int8), {339: 2}):
@@ -125,7 +125,7 @@ def test_signed_numbers_that_pillow_reads():
 
 
 def turned():
-    """What a camera says that was turned by a quarter."""
+    """A camera that was turned by a quarter says so in its file."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif

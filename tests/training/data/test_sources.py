@@ -1,4 +1,4 @@
-"""What a name stands for: digits, folders, the Hub, and the real sets."""
+"""Names of data: digits, folders, the Hub, and the real sets."""
 
 import pytest
 import torch
