@@ -117,7 +117,7 @@ def test_a_compiled_step_is_the_same():
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
-    """PyTorch's optimizers do so, too: autograd may have saved the weights that the step changes."""
+    """Autograd may have saved weights that a step changes, and says so, as with PyTorch's own."""
     layer, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
     optimizer = RandomBases(layer, 5, 1.0)
     loss = layer(x).sum()
