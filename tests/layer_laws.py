@@ -1,4 +1,4 @@
-"""What every layer of fewer numbers must do. A law is a function of one case.
+"""The laws of every layer of fewer numbers. A law is a function of one case.
 
 A :class:`Case` says how a network with the layer is made, and what its ordinary counterpart is.
 tests/layers/test_laws.py enrols every layer by one row; a layer of somebody else is held to them by
@@ -148,7 +148,7 @@ def parameters(net: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(y: Tensor, net: nn.Module, x: Tensor) -> list[Tensor]:
-    """Those of a loss with respect to the input and all parameters of a network."""
+    """Return the gradients of a loss in the input and all parameters of a network."""
     return list(torch.autograd.grad(loss_of(y), [x, *net.parameters()], allow_unused=True))
 
 
@@ -195,7 +195,7 @@ def gradients_are_pulled_back_through_the_weight(case: Case) -> None:
 
 @law
 def inputs_of_every_shape_are_taken(case: Case) -> None:
-    """Those that the ordinary layer takes: without a batch, none at all, more dimensions."""
+    """Inputs that the ordinary layer takes: without a batch, none at all, more dimensions."""
     net = case.net()
     dense = case.dense(net)
     for shape in case.shapes:
@@ -282,7 +282,7 @@ def autocast_gives_the_type_that_it_gives_ordinary_layers(case: Case) -> None:
 
 @law
 def a_network_made_without_values_is_filled_from_a_state(case: Case) -> None:
-    """What no state holds is made again when the layer leaves the meta device."""
+    """A layer that leaves the meta device makes again whatever no state holds."""
     net, x = case.net(torch.float32), case.x(torch.float32)
     empty = copy.deepcopy(net).to("meta")
     assert empty(x.to("meta")).is_meta
@@ -323,7 +323,7 @@ def a_state_is_all_that_a_fresh_layer_needs(case: Case) -> None:
 
 @law
 def a_file_holds_what_is_counted(case: Case) -> None:
-    """As many numbers as ``count`` says, and they are the same bits when loaded."""
+    """A file has as many numbers as ``count`` says, and they are the same bits when loaded."""
     net, x = case.net(torch.float32), case.x(torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
@@ -542,7 +542,7 @@ def hooks_that_would_be_lost_are_refused(case: Case) -> None:
 
 
 def everything_but_hooks(net: nn.Module) -> tuple[Any, ...]:
-    """As :func:`everything`, without calling the hooks of a state."""
+    """Do as :func:`everything`, without calling the hooks of a state."""
     kept = []
     for module in net.modules():
         for registry in ("_state_dict_hooks", "_state_dict_pre_hooks"):

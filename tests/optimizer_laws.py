@@ -1,4 +1,4 @@
-"""What every optimizer must do. A law is a function of one :class:`Case`.
+"""The laws of every optimizer. A law is a function of one :class:`Case`.
 
 tests/optim/test_laws.py enrols every variant by one row; an optimizer of somebody else is held to
 them by

@@ -34,7 +34,7 @@ def _work(rank: int, world: int, module: str, folder: str) -> None:
 
 
 def go_through(module: str, world: int, folder: Path) -> list[dict[str, Any]]:
-    """What every rank saw, by scenario.
+    """Return the observations of every rank, by scenario.
 
     Scenarios are called with the rank and the number of ranks, in a folder that all share; one in
     which a rank ends must be the last.

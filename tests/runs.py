@@ -26,7 +26,7 @@ STEPS = 11  # of an epoch: 1318 images in batches of 128
 
 
 class Said(NamedTuple):
-    """What a command gave back."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -71,7 +71,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """What a terminal's Ctrl-C does, even where tests run in the background, which ignores it."""
+    """Make Ctrl-C work as in a terminal, also where tests run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)

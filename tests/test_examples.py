@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Callable[[str], str]:
-    """What an example prints, on both streams; warnings are errors, and no cache is the user's."""
+    """Return the output of an example; warnings are errors, and no cache is the user's."""
     env = {
         "PYTHONWARNINGS": "error",
         "OMP_NUM_THREADS": "1",
@@ -49,7 +49,7 @@ def run(place: Path) -> Callable[[str], str]:
 
 
 def table() -> dict[str, list[str]]:
-    """What README.md says of the examples: by name the command of a task, and what is printed."""
+    """Return what README.md says of the examples: by name, the command and the output."""
     rows = re.findall(
         r"^\| \[(\w+)\.py\]\(\1\.py\) \|[^|]*\|(.*)\|$", (FOLDER / "README.md").read_text(), re.M
     )

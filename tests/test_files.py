@@ -96,7 +96,7 @@ for i in range(10_000):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """What is there is one of the versions, and what is half-written has another name."""
+    """The file is one of the versions, and a half-written one has another name."""
     path = tmp_path / "record.json"
     for delay in (0.0, 0.013, 0.037):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])

@@ -1,4 +1,4 @@
-"""What the Makefile asks of a machine before it installs anything, and where PyTorch comes from."""
+"""The Makefile's checks of a machine before it installs, and the source of PyTorch."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def small(monkeypatch):
 
 
 def test_vectors_that_are_gone_over_again_are_whole_ones():
-    """As many numbers are added, and as many rows multiplied, as if they were there at once."""
+    """Numbers added and rows multiplied are as many as if they were there at once."""
     a = torch.zeros(2000)
     scaling.add(a, torch.ones(2000), 4500)
     assert a.sum() == 4500

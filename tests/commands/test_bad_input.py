@@ -1,4 +1,4 @@
-"""What the command line refuses: in a sentence, with exit code 2, without a trace on disk."""
+"""Refusals of the command line: a sentence, exit code 2, and no trace on disk."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ FILES = {
 
 @pytest.fixture
 def things(in_tmp_path):
-    """What a bad command may name, in the current folder."""
+    """Files that a bad command may name, in the current folder."""
     (in_tmp_path / "empty").mkdir()
     (in_tmp_path / "texts").mkdir()
     (in_tmp_path / "texts" / "a.txt").write_text("no image\n")

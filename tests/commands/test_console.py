@@ -1,4 +1,4 @@
-"""What people see: plain whole lines where there is no terminal, and names as they are."""
+"""Output: plain whole lines where there is no terminal, and names as they are."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_all_is_well(cli):
 
 
 def test_a_wrong_answer_is_found(monkeypatch, cli):
-    """Of the generator; and of a product, whatever it raises or returns."""
+    """Doctor reports a wrong generator, and a product, whatever it raises or returns."""
     counter, key, result = doctor.KNOWN_ANSWERS[0]
     monkeypatch.setattr(doctor, "KNOWN_ANSWERS", ((counter, key, (1, *result[1:])),))
     right = kernels.available("cpu")["fastfood"]
@@ -76,7 +76,7 @@ def test_the_version_of_pytorch_names_its_build(build, monkeypatch, cli):
 
 
 def test_peak_memory():
-    """Of what was used in between, even if it is free again."""
+    """Peaks count memory that was used in between, even if it is free again."""
     memory = machine.PeakMemory(torch.device("cpu"))
     before = memory.read()
     torch.zeros(30_000_000)

@@ -27,7 +27,7 @@ FIXED, REDRAWN, LOW_RANK, SUMS = FAMILIES
 def an_experiment(
     part: str = "", *, name: str = "nobodys", budget: str = "quick"
 ) -> dict[str, Any]:
-    """What ``sweep.json`` says of the experiment that it is of."""
+    """Return what ``sweep.json`` says of its experiment."""
     about = {"title": "A | <b>", "source": "Nobody 2026.", "differences": "All of it."}
     return {"experiment": {"name": name, "budget": budget, "part": part} | about}
 

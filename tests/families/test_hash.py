@@ -1,4 +1,4 @@
-"""What ``hash`` promises beyond the laws: equal buckets, refinement, the same bits everywhere."""
+"""Promises of ``hash`` beyond the laws: equal buckets, refinement, the same bits everywhere."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the sparse families promise beyond the laws, and a bug of the published code held off."""
+"""Promises of the sparse families beyond the laws, and a bug of the published code held off."""
 
 import math
 

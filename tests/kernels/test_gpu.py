@@ -156,7 +156,7 @@ def _permuted(index, out, last, step, tag, k0, k1, BITS: tl.constexpr):
 
 @pytest.mark.parametrize("D", [20, 33, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, (1 << 34) - 3])
 def test_permutations_about_32_bits(D: int) -> None:
-    """Of orthogonal and fastfood, up to 2³⁴ elements; and the two numbers of rounds."""
+    """Permutations of orthogonal and fastfood, up to 2³⁴ elements, with both numbers of rounds."""
     p = subspan.projection("orthogonal", out_dim=D, in_dim=3, **EVERYTHING)
     index = torch.cat((torch.arange(64) % D, D - 1 - torch.arange(64) % D))
     ours = torch.empty(128, dtype=torch.int64, device=DEVICE)
@@ -237,7 +237,7 @@ def test_the_largest_block_of_one_program() -> None:
 
 @pytest.mark.parametrize("programs", [1, 1 << 10])
 def test_slabs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What exists at once is bounded: longer vectors go through in parts."""
+    """Memory is bounded: longer vectors go through in parts."""
     monkeypatch.setattr(rademacher, "SLAB", 128)
     monkeypatch.setattr(rademacher, "PROGRAMS", programs)
     check(subspan.projection("rademacher", out_dim=500, in_dim=140, seed=1), 1, range(100, 400))

@@ -142,7 +142,7 @@ ACTING: dict[str, tuple[int, int, list[Any]]] = {
 
 
 class Spectrum(nn.Module):
-    """What SpectralFilters compute, by transforms as matrices: filters are its parameters."""
+    """SpectralFilters by transforms as matrices; the filters are its parameters."""
 
     def __init__(self, layer: SpectralFilters) -> None:
         super().__init__()

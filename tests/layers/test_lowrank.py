@@ -85,7 +85,7 @@ def check(layer, found, tangents, dense):
 @EVERY
 @WATCHED
 def test_gradients_come_from_the_dense_one(case, watched):
-    """Those of U, S and V by the chain rule, and tangents of K = U S and L = V Sᵀ beside them."""
+    """Gradients of U, S and V by the chain rule, and tangents of K = U S and L = V Sᵀ."""
     layer, x = copy.deepcopy(case[0]), case[1]
     tangents = watch(layer, watched)
     y, found = gradients(layer, x)
@@ -117,7 +117,7 @@ def test_gradients_of_gradients_come_from_the_dense_one(case, watched, order):
 
 @EVERY
 def test_gradients_of_parameters_gradients_are_those_of_ordinary_operations(case):
-    """What learns to learn differentiates them; no tangents of W are defined then."""
+    """Meta-learning differentiates them; no tangents of W are defined then."""
     found = []
     for watched in (False, True):
         layer, x = copy.deepcopy(case[0]), case[1].clone().requires_grad_()

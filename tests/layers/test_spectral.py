@@ -53,7 +53,7 @@ def test_filters_are_sums_of_shared_tuples():
 
 @pytest.mark.parametrize("size", [8, (9, 7)])
 def test_a_support_is_that_of_an_even_convolution(size):
-    """Of the image and its mirror images around it, which end with their first pixels."""
+    """The image has its mirror images around it, which end with their first pixels."""
     torch.manual_seed(0)
     layer = SpectralFilters(2, 3, size, 15, support=3, bias=False, dtype=torch.float64)
     drawn = torch.stack([layer.atoms.matvec(a) for a in layer.a.detach().view(3, 15)])

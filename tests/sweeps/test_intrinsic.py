@@ -180,7 +180,7 @@ def test_bad_input(dims, scores, baseline, options, message):
 
 
 def test_a_score_of_which_less_is_better():
-    """As an accuracy that is the way made from zero."""
+    """The score is like an accuracy that is the way made from zero."""
     bits = Score("bits", higher_is_better=False, zero=6.0, percent=False)
     dims, way = [10, 100, 1000], np.array([[1.0, 1.2], [3.0, 3.1], [3.9, 3.8]])
     found = intrinsic_dimension(dims, list(6 - way), [2.0, 1.9], score=bits)

@@ -348,7 +348,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
-    """As soon as a run cannot write; the ones that are complete stay, and no other is tried."""
+    """When a run cannot write, complete ones stay, and no other is tried."""
     done, tried = [], []
 
     def no_room(_):

@@ -113,7 +113,7 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
 
 
 def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
-    """What another configuration left is replaced; runs that are the same are kept."""
+    """A sweep replaces another configuration's files; runs that are the same are kept."""
     out = copied(swept[0], tmp_path / "sweep")
     before = contents(out)
     wider = a_sweep(seeds=2, dims=("10", "20", "40"))

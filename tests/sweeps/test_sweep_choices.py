@@ -1,4 +1,4 @@
-"""What a sweep runs, chooses and refuses, with runs that are made up."""
+"""The runs, choices and refusals of a sweep, with runs that are made up."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
 
 
 def test_sums(tmp_path, monkeypatch):
-    """Of the compartments' dimensions; d of the curve is what is trained."""
+    """Points have the compartments' dimensions; d of the curve counts all that is trained."""
     runs = made_up(monkeypatch, lambda run: 0.5)
     config = a_sweep(dims=("6+2", "20+10"), options={"compartments": "layer"})
     result = sweep(config, tmp_path, jobs=1)
