@@ -6,7 +6,7 @@ A table of words is often most of a network, and a batch looks up a few of its r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +50,8 @@ def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor |
     if (found := weights.alone(tensor)) is None:
         return None
     w, block, base = found
-    kernel = kernels.find(from_recipe(block.recipe).family, w)
-    if kernel is None or kernel.added_apart is None or base.dim() != 2 or not base.is_cpu:
+    kernel = _find_kernel(block, w)
+    if kernel is None or base.dim() != 2 or not base.is_cpu:
         return None
     with _plain():
         words, places = torch.unique(ids, return_inverse=True)
@@ -59,7 +59,18 @@ def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor |
             return None
         # Padding rows have no gradient; those that no other layer shares stay at θ₀, too.
         padding = module.padding_idx
-        return _Rows.apply(w, weights.step, block, base, words, places, padding)
+        add, _ = kernel
+        return _Rows.apply(w, weights.step, block, base, words, places, padding, add)
+
+
+def _find_kernel(
+    block: Block, w: Tensor
+) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
+    """Find both products for rows that do not follow each other; none in a forked process."""
+    kernel = kernels.find(from_recipe(block.recipe).family, w)
+    if kernel is None or kernel.added_apart is None or kernel.gathered_apart is None:
+        return None
+    return kernel.added_apart, kernel.gathered_apart
 
 
 class _Rows(torch.autograd.Function):
@@ -75,6 +86,7 @@ class _Rows(torch.autograd.Function):
         words: Tensor,
         places: Tensor,
         padding: int | None,
+        add: Callable[..., None],
     ) -> Tensor:
         p, width = from_recipe(block.recipe), base.shape[1]
         kept = words == block.kept[0].start // width if block.kept[0] else None
@@ -84,10 +96,7 @@ class _Rows(torch.autograd.Function):
         rows = base.detach().index_select(0, words)
         before = None if kept is None else rows[kept]
         sums = rows.to(w.dtype).contiguous()
-        kernel = kernels.find(p.family, w)
-        assert kernel is not None
-        assert kernel.added_apart is not None
-        kernel.added_apart(p, w.detach().contiguous(), step, block.start + words * width, sums)
+        add(p, w.detach().contiguous(), step, block.start + words * width, sums)
         rows = sums.to(base.dtype)
         if before is not None:
             rows[kept] = before
@@ -96,17 +105,19 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         w, step, block, shape, words, places, unmoved = ctx.of
-        nothing: Sequence[None] = (None,) * 6
+        nothing: Sequence[None] = (None,) * 7
         if grad is None:
             return None, *nothing
-        p, width = from_recipe(block.recipe), shape[1]
+        width = shape[1]
         flat = grad.reshape(-1, width).to(w.dtype)
         parts = flat.new_zeros(len(words), width).index_add(0, places.reshape(-1), flat)
         if unmoved is not None:
             parts = parts.masked_fill(unmoved.unsqueeze(1), 0)
-        kernel = kernels.find(p.family, w)
-        if torch.is_grad_enabled() or kernel is None or kernel.gathered_apart is None:
+        kernel = _find_kernel(block, w)
+        if torch.is_grad_enabled() or kernel is None:
             # A second derivative follows, or the process was forked since and has no kernels.
             dense = parts.new_zeros(shape).index_copy(0, words, parts).reshape(-1)
             return product(dense, step, block.recipe, block.start, block.stop, True), *nothing
-        return kernel.gathered_apart(p, parts, step, block.start + words * width), *nothing
+        _, gather = kernel
+        p, firsts = from_recipe(block.recipe), block.start + words * width
+        return gather(p, parts, step, firsts), *nothing
