@@ -112,7 +112,7 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
     for task in prange(start // TASK, (stop + TASK - 1) // TASK):
         widest()
         index, signs = np.empty(TILE, np.uint32), np.empty((TILE // 128, 4), np.uint32)
-        found = np.empty(TILE, np.float32)
+        along = np.empty(TILE, np.float32)
         for tile in range(int64(task) * TASK // TILE, int64(task + 1) * TASK // TILE):
             first, last = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if first >= last:
@@ -122,22 +122,21 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
             else:
                 write_index(index, signs, tile, size, d, widths, address)
                 words = index[first - tile * TILE : last - tile * TILE]
-            _look_up(found, words, table, signed)
             done, stopped = first - start, last - start
             while done < stopped:
                 n = _piece(bounds, done)
                 until, place = min(stopped, bounds[n + 1]), done - (first - start)
                 out = floats_at(outs[n], bounds[n + 1] - bounds[n])
                 rows = out[done - bounds[n] : until - bounds[n]]
-                along = found[place : place + rows.size]
+                own_words = words[place : place + rows.size]
                 if bases.size:
+                    _look_up(along, own_words, table, signed)
                     base = floats_at(bases[n], bounds[n + 1] - bounds[n])
                     own = base[done - bounds[n] : until - bounds[n]]
                     for i in range(rows.size):
                         rows[i] = own[i] + along[i]
                 else:
-                    for i in range(rows.size):
-                        rows[i] = along[i]
+                    _look_up(rows, own_words, table, signed)
                 done = until
 
 
@@ -213,7 +212,8 @@ def _rmatvec_apart(parts, firsts, out, d, partial, chunk, size, widths, address)
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
-    out = torch.empty(stop - start)
+    # NumPy asks for huge pages, so that a large result costs few faults; torch.empty does not.
+    out = torch.from_numpy(np.empty(stop - start, np.float32))
     _rows(p, w, NOWHERE, [out], step, start)
     return out
 
