@@ -76,13 +76,17 @@ def _total(out, partial, d, size):
     """Σ ±g_i/√n_b from the sums of all tasks, in their order."""
     large, small, more = _scales(size, d)
     for bucket in range(d):
-        total = np.float32(0.0)
-        for task in range(len(partial)):
-            if d <= FEW_SUMS:
-                total += partial[task, 2 * bucket] - partial[task, 2 * bucket + 1]
-            else:
-                total += partial[task, bucket]
-        out[bucket] = total * (large if bucket < more else small)
+        out[bucket] = 0
+    for task in range(len(partial)):
+        sums = partial[task]
+        if d <= FEW_SUMS:
+            for bucket in range(d):
+                out[bucket] += sums[2 * bucket] - sums[2 * bucket + 1]
+        else:
+            for bucket in range(d):
+                out[bucket] += sums[bucket]
+    for bucket in range(d):
+        out[bucket] *= large if bucket < more else small
 
 
 @inline
@@ -240,12 +244,12 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
 
 def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tensor:
     """Pᵀ g for the rows from ``start`` on, for vectors of g laid end to end."""
-    # The number of tasks depends on sizes alone, and their sums stay below an eighth of g; it is
+    # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
     # a power of 2, as the number of threads mostly is.
     bounds, d = common.bounds(parts), p.in_dim
     rows, sums = int(bounds[-1]), 2 * d if d <= FEW_SUMS else d
     tiles = -(-(start + rows) // TILE) - start // TILE
-    tasks = min(TASKS, max(1, rows // (8 * sums)), tiles)
+    tasks = min(TASKS, max(1, rows // (16 * sums)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
     partial = np.empty((-(-tiles // chunk), sums), np.float32)
     out = torch.empty(d)
