@@ -24,7 +24,7 @@ LAYERS = [
     ("layers",),
     ("counts",),
     ("distributed",),
-    ("optim",),
+    ("optim", "adapters"),
     ("checkpoint",),
     ("training",),
     ("sweeps",),
