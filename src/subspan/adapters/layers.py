@@ -79,6 +79,19 @@ def is_conv1d(module: nn.Module) -> bool:
     return is_class(type(module), "transformers", "Conv1D")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a layer computes W x + b and nothing else."""
+    cls = getattr(type(module), "_subspan_class", (type(module),))[0]  # of one in a subspace
+    if multiplies_itself(cls):
+        return True
+    known = (base for base in cls.__mro__ if base is nn.Linear or base.__name__ == "Conv1D")
+    return (
+        is_class(cls, "transformers", "Conv1D")
+        or issubclass(cls, nn.Linear)
+        and (cls.forward is next(known).forward)
+    )
+
+
 def weight_of(layer: nn.Module) -> tuple[tuple[int, int], bool, Tensor]:
     """Return n and m of a linear layer, whether its weight is stored (m, n), and a like tensor.
 
@@ -122,8 +135,7 @@ def _check_layer(
             f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls "
             "it, so that PEFT's LoRA would be without effect: exclude it, or use SubspaceModel"
         )
-    known = next((c.forward for c in type(layer).__mro__ if _is_known(c)), None)  # type: ignore[attr-defined]
-    if not multiplies_itself(type(layer)) and type(layer).forward is not known:
+    if not is_linear(layer):
         raise SubspanError(
             f"{name} is a {kind} with a forward of its own, of which a LoRA cannot know what it "
             "does with the weight: exclude it"
@@ -141,9 +153,3 @@ def _check_layer(
             f"rank {rank} is more than {name} can have, whose weight is {n} × {m}: give a rank of "
             f"at most {min(n, m)}, or exclude it"
         )
-
-
-def _is_known(cls: type) -> bool:
-    return cls is nn.Linear or (
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-    )

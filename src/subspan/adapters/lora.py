@@ -108,14 +108,15 @@ def rebuild_lora(
     return lora(net, **{k: v for k, v in recipe.items() if k not in ours}, **made)
 
 
-def check_rank(rank: Any) -> None:
-    """Refuse what is no rank.
+def check_rank(rank: Any) -> int:
+    """Return a rank.
 
     Raises:
         SubspanError: if it is no integer from 1 on.
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise SubspanError(f"rank must be an integer of at least 1, got {rank!r}")
+    return rank
 
 
 def _scaling(rank: int, alpha: Any) -> float:

@@ -110,4 +110,3 @@ def _multiply(x: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Tensor:
         return functional.linear(x, weight, bias)
     shape = (*x.shape[:-1], weight.shape[1])
     return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(shape)
-
