@@ -84,11 +84,9 @@ def is_linear(module: nn.Module) -> bool:
     cls = getattr(type(module), "_subspan_class", (type(module),))[0]  # of one in a subspace
     if multiplies_itself(cls):
         return True
-    known = (base for base in cls.__mro__ if base is nn.Linear or base.__name__ == "Conv1D")
-    return (
-        is_class(cls, "transformers", "Conv1D")
-        or issubclass(cls, nn.Linear)
-        and (cls.forward is next(known).forward)
+    known = (kind for kind in cls.__mro__ if kind is nn.Linear or kind.__name__ == "Conv1D")
+    return is_conv1d(module) or (
+        isinstance(module, nn.Linear) and cls.forward is next(known).forward
     )
 
 
