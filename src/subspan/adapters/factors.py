@@ -72,14 +72,14 @@ def lora(
     """
     check_rank(rank)
     scaling = _scaling(rank, alpha)
-    network = net if init_seed is None else init.build(net, init_seed)  # type: ignore[arg-type]
+    network: Any = net if init_seed is None else init.build(net, init_seed)  # type: ignore[arg-type]
     layers = choose_layers(network, targets, exclude, train_fully, rank)
     draws = Source(seed, DOMAIN)
     try:
         for column, (name, layer) in enumerate(layers.items()):
             _put_factors(name, layer, rank, scaling, draws, column)
         model = SubspaceModel(
-            network,  # type: ignore[arg-type]
+            network,
             dim,
             projection=projection,
             targets=list(FACTORS),
@@ -88,7 +88,7 @@ def lora(
             **options,
         )
     except BaseException:
-        remove_factors(network)  # type: ignore[arg-type]
+        remove_factors(network)
         raise
     model.init_seed = init_seed
     made = {"rank": rank, "alpha": alpha, "targets": _listed(targets), "exclude": _listed(exclude)}
