@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapters.factors import check_rank
-from subspan.adapters.layers import is_conv1d, refuse_peft
+from subspan.adapters.layers import refuse_peft
 from subspan.adapters.names import find_task, name_saved, name_targets
 from subspan.adapters.nearest import NearestLora, find_nearest
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.sharded import refuse_whole
+from subspan.subspace.structure import is_conv1d
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of the network inside of PEFT's

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
 from subspan.subspace.parameters import find_aliases, find_slots
-from subspan.subspace.quantised import is_class, read_quantised
+from subspan.subspace.quantised import read_quantised
 from subspan.subspace.quantised_layers import multiplies_itself
+from subspan.subspace.structure import is_conv1d
+from subspan.subspace.targets import Presets, find_linears
 from subspan.subspace.wrapping import check_ordinary
 
 
@@ -27,15 +29,15 @@ def choose_layers(
     check_ordinary(net)
     refuse_peft(net)
     tied = find_aliases(find_slots(net))
-    fully = select(tied, train_fully, "train_fully")
-    chosen = find_linears(net, targets)
+    presets = Presets(net, tied, {name: net.get_parameter(name).shape for name in tied})
+    fully = select(tied, train_fully, "train_fully", presets=presets)
+    left_out = find_linears(net, exclude, "exclude") if exclude is not None else []
     modules = dict(net.named_modules())
-    left_out = select({name: [name] for name in modules if name}, exclude, "exclude", "layer")
     first = {id(module): name for name, module in modules.items()}
     layers = {
-        name: module
-        for name, module in modules.items()
-        if name in chosen and name not in left_out and f"{name}.weight" not in fully
+        name: modules[name]
+        for name in find_linears(net, targets)
+        if name not in left_out and f"{name}.weight" not in fully
     }
     if not layers:
         raise SubspanError(
@@ -49,18 +51,6 @@ def choose_layers(
     return layers
 
 
-def find_linears(net: nn.Module, targets: Patterns) -> list[str]:
-    """Find linear layers by their names."""
-    linears = {
-        name: [name]
-        for name, module in net.named_modules()
-        if name and (isinstance(module, nn.Linear) or is_conv1d(module))
-    }
-    if targets == "all-linear":
-        return list(linears)
-    return list(select(linears, targets, "targets", "linear layer"))
-
-
 def refuse_peft(net: nn.Module) -> None:
     """Refuse a network that has layers of PEFT's.
 
@@ -68,19 +58,14 @@ def refuse_peft(net: nn.Module) -> None:
         SubspanError: naming the first.
     """
     for name, module in net.named_modules():
-        if is_class(type(module), "peft", "BaseTunerLayer"):
+        if any(cls.__module__.startswith("peft.tuners") for cls in type(module).__mro__):
             raise SubspanError(
                 f"{name} is a {type(module).__name__} of PEFT: merge its adapter first "
                 "(merge_and_unload()), or train it in a subspace by SubspaceModel"
             )
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a layer is transformers' Conv1D, a linear one whose weight is (m, n)."""
-    return is_class(type(module), "transformers", "Conv1D")
-
-
-def is_linear(module: nn.Module) -> bool:
+def computes_product(module: nn.Module) -> bool:
     """Return whether a layer computes W x + b and nothing else."""
     cls = getattr(type(module), "_subspan_class", (type(module),))[0]  # of one in a subspace
     if multiplies_itself(cls):
@@ -112,13 +97,17 @@ def _check_layer(
         SubspanError: naming it, with the remedy.
     """
     kind = type(layer).__name__
+    if not name:
+        raise SubspanError(
+            f"the network itself is a {kind}, and LoRA is beside the layers of a network: put it "
+            "into an nn.Sequential, or use SubspaceModel"
+        )
     if layer._parameters.get("weight") is None:
         raise SubspanError(f"{name} is a {kind} without a weight of its own: exclude it")
-    others = [path for path in tied.get(f"{name}.weight", ()) if path != f"{name}.weight"]
-    if others or f"{name}.weight" not in tied:
+    same = next(paths for paths in tied.values() if f"{name}.weight" in paths)
+    if others := [path for path in same if path != f"{name}.weight"]:
         raise SubspanError(
-            f"{name}.weight is tied to {others[0] if others else 'another'}, which would not have "
-            "its LoRA: exclude it"
+            f"{name}.weight is tied to {others[0]}, which would not have its LoRA: exclude it"
         )
     if len({path.rpartition(".")[0] for path in paths}) > 1:
         raise SubspanError(
@@ -128,12 +117,7 @@ def _check_layer(
     packed = read_quantised(layer, "weight")
     if packed is not None and packed.refusal:
         raise SubspanError(f"{name}.weight {packed.refusal}")
-    if kind == "NonDynamicallyQuantizableLinear":
-        raise SubspanError(
-            f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls "
-            "it, so that PEFT's LoRA would be without effect: exclude it, or use SubspaceModel"
-        )
-    if not is_linear(layer):
+    if not computes_product(layer):
         raise SubspanError(
             f"{name} is a {kind} with a forward of its own, of which a LoRA cannot know what it "
             "does with the weight: exclude it"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapters.factors import check_rank
-from subspan.adapters.layers import is_conv1d, is_linear
+from subspan.adapters.layers import computes_product
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.structure import is_conv1d
 
 RANK = 8  # where none is given, as in PEFT
 
@@ -68,7 +69,9 @@ def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str])
         change = weights.form(name).detach().double() - base.double()
         if not change.any():
             continue
-        linear = attribute == "weight" and len(paths[name]) == 1 and is_linear(modules[layer])
+        linear = (
+            attribute == "weight" and len(paths[name]) == 1 and computes_product(modules[layer])
+        )
         if not (linear and layer):
             unsayable.append(name)
             continue

@@ -158,7 +158,9 @@ class Presets:
         return f"its presets are {', '.join(there)}" if there else "it has no presets"
 
 
-def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:
+def find_linears(
+    net: nn.Module, targets: Patterns = "all-linear", option: str = "targets"
+) -> list[str]:
     """Find the linear layers that patterns or presets choose: those that LoRA can be added to.
 
     These are ``nn.Linear``, also quantised by bitsandbytes or torchao, and the ``Conv1D`` of GPT-2.
@@ -169,6 +171,7 @@ def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:
         net: the network, which is left as it is.
         targets: as for :class:`~subspan.SubspaceModel`; a pattern that matches a module's name
             chooses that module.
+        option: the argument's name, for the error.
 
     Returns:
         The names of the modules, in the order of ``named_modules``; a module that has several
@@ -191,5 +194,5 @@ def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:
     weights = {path: [f"{path}.weight" if path else "weight"] for path in layers}
     presets = Presets(net, weights, {path: layer.weight.shape for path, layer in layers.items()})
     aliases = {path: [path, *names] for path, names in weights.items()}
-    chosen = select(aliases, targets, "targets", "linear layer", presets)
+    chosen = select(aliases, targets, option, "linear layer", presets)
     return [path for path in layers if path in chosen]
