@@ -138,7 +138,7 @@ def test_transformers_saves_a_network_that_anybody_loads(hf, tmp_path):
     other.body.load_state_dict(state)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     key = "bert.encoder.layer.0.attention.self.query.weight"
-    with pytest.raises(SubspanError, match="query.weight of this state_dict is not the weight"):
+    with pytest.raises(SubspanError, match=r"query\.weight of this state_dict is not the weight"):
         other.body.load_state_dict(state | {key: 2 * state[key]})
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     with pytest.raises(SubspanError, match="weights without the coordinates of their LoRA"):
