@@ -250,6 +250,8 @@ def test_a_state_is_coordinates_and_loads():
     assert torch.equal(other(WORDS), model(WORDS))
     with pytest.raises(SubspanError, match="initial weights"):
         subspan.lora(block(), 10, **LORA, seed=1).load_state_dict(state)
+    with pytest.raises(SubspanError, match="the projection or its compartments"):
+        subspan.lora(block(), 10, **LORA | {"alpha": 4}).load_state_dict(state)
 
 
 def test_a_part_has_the_weights_of_an_ordinary_part():

@@ -83,6 +83,7 @@ def prepare(
     # Readers of these get W + s B A; quantised ones stay as their library has made them.
     inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
     meaning = options | ({"padding": "keep"} if kept else {})
+    scaling = {"scaling": adapter.scaling for adapter in adapters.values()}  # one for all
     weights = Weights(
         net,
         parts,
@@ -92,7 +93,7 @@ def prepare(
         fully,
         kept,
         digest_tensors({**base, **saved_buffers(net)})
-        + digest_layout(parts, projection, seed, meaning),
+        + digest_layout(parts, projection, seed, meaning | scaling),
         {name: weight.kind for name, weight in packed.items()},
         adapters,
     )
