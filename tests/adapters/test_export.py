@@ -191,7 +191,8 @@ def test_a_subspace_of_all_weights_is_written_as_the_nearest_lora(tmp_path):
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-6  # all that these weights can have
     written = subspan.export_lora(model, tmp_path, rank=2)
-    moved = {n: w - block().get_parameter(n) for n, w in model.weights().items() if n[0] in "ud"}
+    names = ("up.weight", "down.weight")
+    moved = {name: model.weights()[name] - block().get_parameter(name) for name in names}
     tails = [torch.linalg.svdvals(d.detach())[2:].square().sum() for d in moved.values()]
     whole = sum(d.square().sum() for d in moved.values())
     assert written.error == pytest.approx(float((sum(tails) / whole).sqrt().detach()), rel=1e-4)
@@ -232,7 +233,7 @@ def changed_buffer():
             {},
             "gain was trained fully and belongs to the network itself",
         ),
-        (changed_buffer, {}, r"buffer 0\.running_mean was changed by training"),
+        (changed_buffer, {}, r"buffer 0\.running_\w+ was changed by training"),
     ],
 )
 def test_refusals_write_nothing(make, options, says, tmp_path):

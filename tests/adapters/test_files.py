@@ -1,7 +1,6 @@
 """Files of models of LoRA factors: d numbers, and how the factors are made."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import subspan
 from subspan import SubspanError
 from subspan.checkpoint import inspect
 from tests.adapters.networks import WORDS, block, lora
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "lora.safetensors"
+from tests.golden.lora import PATH as GOLDEN
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def test_another_network_is_refused_and_left_as_it_was(file):
     assert type(other.up) is torch.nn.Linear
     with pytest.raises(SubspanError, match="is of a network of"):
         subspan.load(file, torch.nn.Linear(3, 3))
-    same_size = torch.nn.Sequential(torch.nn.Linear(346, 1, bias=False))
+    same_size = torch.nn.Sequential(torch.nn.Linear(343, 1, bias=False))
     assert sum(p.numel() for p in same_size.parameters()) == inspect(file)["weights"]
     with pytest.raises(SubspanError, match="does not fit this network: unknown pattern in"):
         subspan.load(file, same_size)

@@ -23,7 +23,8 @@ WORDS = torch.arange(12).view(3, 4) % 11
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_the_base_is_untouched_and_the_function_is_pefts(kind, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
-    net, plain = network(kind).eval(), network(kind).eval()
+    # In evaluation mode some processors make bitsandbytes round its scales anew.
+    net, plain = network(kind), network(kind)
     before, first = bytes_of(net), net(WORDS)
     model = subspan.lora(net, 20, **LORA)
     assert torch.equal(net(WORDS), first)
@@ -33,7 +34,7 @@ def test_the_base_is_untouched_and_the_function_is_pefts(kind, tmp_path):
     assert same(bytes_of(net), before)
     subspan.export_lora(model, tmp_path)
     plain.is_loaded_in_4bit, plain.is_loaded_in_8bit = kind == "nf4", kind == "int8"
-    there = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    there = peft.PeftModel.from_pretrained(plain, tmp_path).train()
     assert torch.equal(there(WORDS), out)
 
 

@@ -72,7 +72,7 @@ def lora(
     """
     check_rank(rank)
     scaling = _scaling(rank, alpha)
-    network: Any = net if init_seed is None else init.build(net, init_seed)  # type: ignore[arg-type]
+    network: Any = net if init_seed is None else init.build(net, init_seed)
     layers = choose_layers(network, targets, exclude, train_fully, rank)
     draws = Source(seed, DOMAIN)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
 from subspan.subspace.parameters import find_aliases, find_slots
-from subspan.subspace.quantised import read_quantised
+from subspan.subspace.quantised import is_class, read_quantised
 from subspan.subspace.quantised_layers import multiplies_itself
 from subspan.subspace.structure import is_conv1d
 from subspan.subspace.targets import Presets, find_linears
@@ -58,7 +58,7 @@ def refuse_peft(net: nn.Module) -> None:
         SubspanError: naming the first.
     """
     for name, module in net.named_modules():
-        if any(cls.__module__.startswith("peft.tuners") for cls in type(module).__mro__):
+        if is_class(type(module), "peft", "BaseTunerLayer"):
             raise SubspanError(
                 f"{name} is a {type(module).__name__} of PEFT: merge its adapter first "
                 "(merge_and_unload()), or train it in a subspace by SubspaceModel"

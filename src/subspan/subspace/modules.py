@@ -101,7 +101,9 @@ class WrappedModule(ModuleStates):
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
-                if tensor not in weights.hidden:
+                if tensor in weights.adapters and is_shard(p):
+                    yield name, p  # W + s B A of a shard would need all of A
+                elif tensor not in weights.hidden:
                     yield name, weights.read(tensor)
             else:
                 yield name, p

@@ -83,7 +83,8 @@ def prepare(
     # Readers of these get W + s B A; quantised ones stay as their library has made them.
     inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
     meaning = options | ({"padding": "keep"} if kept else {})
-    scaling = {"scaling": adapter.scaling for adapter in adapters.values()}  # one for all
+    scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
+    scaling = {"scaling": scalings.pop()} if scalings else {}
     weights = Weights(
         net,
         parts,
