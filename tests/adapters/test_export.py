@@ -14,7 +14,6 @@ from subspan.adapters.nearest import factorise
 from subspan.checkpoint import save
 from subspan.training import nets, state
 from tests.adapters.networks import LORA, Block, block, lora
-from tests.commands.conftest import cli  # noqa: F401 (a fixture)
 from tests.nets import scatter
 
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -263,7 +262,7 @@ def checkpoint(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def test_export_by_command(checkpoint, tmp_path, cli):  # noqa: F811
+def test_export_by_command(checkpoint, tmp_path, cli):
     said = cli("export", checkpoint, tmp_path / "lora", "--format", "peft")
     assert (said.code, said.err) == (0, "")
     size = sum(map(len, sizes(tmp_path / "lora").values()))

@@ -8,7 +8,7 @@ import torch
 import subspan
 from subspan import SubspanError
 from subspan.checkpoint import inspect
-from tests.adapters.networks import WORDS, block, lora
+from tests.adapters.networks import WORDS, Block, block, lora
 from tests.golden.lora import PATH as GOLDEN
 
 
@@ -61,7 +61,7 @@ def test_another_network_is_refused_and_left_as_it_was(file):
 
 def test_files_of_today_load_for_ever():
     """Factors, coordinates and their meaning: a file that was written when they were first made."""
-    model = subspan.load(GOLDEN, block())
+    model = subspan.load(GOLDEN, Block)
     thetas = model.subspace.all()
     text = b"".join(thetas[name].detach().numpy().tobytes() for name in sorted(thetas))
     assert hashlib.sha256(text).hexdigest()[:32] == inspect(GOLDEN)["extra"]["digest"]

@@ -10,12 +10,13 @@ import hashlib
 from pathlib import Path
 
 import subspan
-from tests.adapters.networks import lora
+from tests.adapters.networks import LORA, Block
+from tests.nets import scatter
 
 PATH = Path(__file__).with_name("lora.safetensors")
 
 if __name__ == "__main__":
-    model = lora()
+    model = scatter(subspan.lora(Block, 10, **LORA, init_seed=7))
     thetas = model.subspace.all()
     text = b"".join(thetas[name].detach().numpy().tobytes() for name in sorted(thetas))
     subspan.save(model, PATH, extra={"digest": hashlib.sha256(text).hexdigest()[:32]})
