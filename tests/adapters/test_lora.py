@@ -247,6 +247,34 @@ def test_counts_are_of_the_network_without_factors():
     assert "up." + FACTORS[0] in str(model.summary())
 
 
+# ---- other programs ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch has many of its own
+def test_exported_and_traced_programs_compute_the_same():
+    model = lora().eval()
+    want = model(WORDS)
+    program = torch.export.export(model, (WORDS,))
+    torch.testing.assert_close(program.module()(WORDS), want)
+    traced = torch.jit.trace(model.body, (WORDS,))
+    torch.testing.assert_close(traced(WORDS), want)
+    assert torch.equal(model(WORDS), want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_has_the_merged_function(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = lora().eval()
+    program = torch.onnx.export(model, (WORDS,), dynamo=True, verbose=False)
+    program.save(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (given,) = session.get_inputs()
+    (found,) = session.run(None, {given.name: WORDS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(WORDS), rtol=1e-4, atol=1e-5)
+
+
 # ---- states --------------------------------------------------------------------------------------
 
 
