@@ -170,6 +170,24 @@ def test_targets_are_named_so_that_no_other_module_is_meant(tmp_path):
     assert config["task_type"] is None
 
 
+def test_what_peft_would_store_whole_cannot_have_a_lora(tmp_path):
+    net = nn.Sequential()
+    net.add_module("pre_head", nn.Linear(8, 8))
+    net.add_module("head", nn.Linear(8, 3))
+    model = subspan.lora(net, 4, rank=2, targets=["pre_head"], train_fully=["head"])
+    with pytest.raises(SubspanError, match="ends with 'head' for one that is stored whole, so tha"):
+        subspan.export_lora(model, tmp_path / "lora")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_head_with_a_lora_is_no_head_to_peft(hf, tmp_path):
+    model = subspan.lora(hf.bert(), 50, rank=2, targets=["query", "classifier"])
+    scatter(model)
+    subspan.export_lora(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+    assert torch.equal(load(hf, hf.bert(), tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
 # ---- the nearest LoRA ----------------------------------------------------------------------------
 
 
