@@ -71,6 +71,7 @@ def test_layers_keep_class_names_and_hooks():
     assert isinstance(net.up, nn.Linear)
     net(WORDS)
     assert seen
+    net.up(input=torch.ones(1, 8))  # as nn.Linear calls it
     plain = model.unwrap()
     assert plain is net
     assert type(net.up) is nn.Linear

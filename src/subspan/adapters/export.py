@@ -49,6 +49,8 @@ class LoraExport:
     error: float
 
     def __str__(self) -> str:
+        if not self.error:
+            return f"a LoRA of rank {self.rank}, exactly that of the model"
         width = max(map(len, [*self.errors, "all layers"]))
         rows = [*self.errors.items(), ("all layers", self.error)]
         head = f"{'layer':<{width}}  relative error of rank {self.rank}"
@@ -134,11 +136,8 @@ def _factors(model: SubspaceModel, rank: int | None) -> NearestLora:
 
 def _state(model: SubspaceModel, module: str) -> dict[str, Tensor]:
     """Return parameters and buffers of a part, as they are now, by their names in the network."""
-    trained, start = model.weights() | model.fully_trained(), f"{module}."
-    part = model.body.get_submodule(module)
-    buffers = {start + name: b for name, b in part.state_dict().items()}
-    own = {name: t for name, t in trained.items() if name.startswith(start)}
-    return buffers | own
+    state = model.body.get_submodule(module).state_dict()
+    return {f"{module}.{name}": tensor for name, tensor in state.items()}
 
 
 def _describe(
@@ -146,6 +145,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return the configuration, with the fields that say something else than their absence."""
     layers, net = list(lora.factors), model.body
+    task = find_task(net, layers)
     conv1d = [is_conv1d(net.get_submodule(name)) for name in layers]
     name = base or getattr(getattr(net, "config", None), "_name_or_path", None) or None
     return {
@@ -159,8 +159,8 @@ def _describe(
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "target_modules": name_targets(net, layers, saved),
-        "task_type": find_task(net, layers, saved),
+        "target_modules": name_targets(net, layers, name_saved(model, task)),
+        "task_type": task,
         "use_dora": False,
         "use_rslora": False,
     }

@@ -74,6 +74,16 @@ def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
     return all(f"{module}.{name}" in fully for name in inside)
 
 
+def _lies_in(layer: str, saved: Collection[str]) -> str:
+    """Return which of the modules that are stored whole PEFT takes a layer for a part of, or ""."""
+    return next((module for module in saved if f".{module}." in f".{layer}."), "")
+
+
+def _clash(layer: str, saved: Collection[str]) -> str:
+    """Return the same, or what of these PEFT takes the layer itself for."""
+    return _lies_in(layer, saved) or next((m for m in saved if layer.endswith(m)), "")
+
+
 def name_targets(
     net: nn.Module, layers: Collection[str], saved: Collection[str]
 ) -> list[str] | str:
@@ -81,9 +91,22 @@ def name_targets(
 
     A list selects modules by their names or the end of them after a dot; a text is a regular
     expression that matches the whole name.
+
+    Args:
+        net: the network.
+        layers: that have a LoRA.
+        saved: names of modules that are stored whole.
+
+    Raises:
+        SubspanError: if PEFT would store a layer whole that has a LoRA.
     """
-    within = tuple(f"{module}." for module in saved)
-    every = [n for n, _ in net.named_modules() if n and not f"{n}.".startswith(within)]
+    for name in layers:
+        if clash := _clash(name, saved):
+            raise SubspanError(
+                f"PEFT takes every module whose name ends with {clash!r} for one that is stored "
+                f"whole, so that {name} cannot have a LoRA: exclude it"
+            )
+    every = [name for name, _ in net.named_modules() if name and not _lies_in(name, saved)]
     for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
         ends = tuple(f".{name}" for name in names)
         if {n for n in every if n in names or n.endswith(ends)} == set(layers):
@@ -91,20 +114,13 @@ def name_targets(
     return "|".join(map(re.escape, sorted(layers)))
 
 
-def find_task(net: nn.Module, layers: Collection[str], saved: Collection[str]) -> str | None:
-    """Return PEFT's word for what a network of transformers is for; None if PEFT needs none.
+def find_task(net: nn.Module, layers: Collection[str]) -> str | None:
+    """Return PEFT's word for what a network of transformers is for.
 
-    Raises:
-        SubspanError: if PEFT would store a layer whole that has a LoRA.
+    None stands for any network, and for one with a LoRA in a head that PEFT would store whole.
     """
-    for name in layers:
-        if clash := [module for module in saved if name.endswith(module)]:
-            raise SubspanError(
-                f"PEFT takes every module whose name ends with {clash[0]!r} for one that is stored "
-                f"whole, so that {name} cannot have a LoRA: exclude it"
-            )
     kind = type(net).__name__
     task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
-    heads = _HEADS.get(task or "", ())
-    ours = task is None or not heads or not any(name.endswith(heads) for name in layers)
-    return task if ours and type(net).__module__.startswith("transformers.") else None
+    if task is None or not type(net).__module__.startswith("transformers."):
+        return None
+    return None if any(_clash(name, _HEADS[task]) for name in layers) else task

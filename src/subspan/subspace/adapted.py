@@ -91,8 +91,9 @@ def remove_factors(net: nn.Module) -> None:
 class Adapted:
     """The behaviour of a layer with factors."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return W x + s B (A x) + bias."""
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Return W x + s B (A x) + bias of the one input, whatever the layer calls it."""
+        (x,) = (*inputs, *named.values())
         link, adapter, given = vars(self)[LINK], vars(self)[ADAPTER], False
         if "weight" in link.tensors:
             weight, given = link.weights.base_or_given(link.tensors["weight"])

@@ -156,8 +156,14 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
                     "without state_dict="
                 )
             kwargs["state_dict"] = None
-        if not link_of(self).weights.adapters:
+        weights = link_of(self).weights
+        if not weights.adapters:
             return save(self, *args, **kwargs)
+        if beside := sorted(weights.adapters.keys() - weights.homes.keys()):
+            raise SubspanError(
+                f"save_pretrained would write {beside[0]}, which is quantised, without the LoRA "
+                "beside it: use it on the merge() of the SubspaceModel, or subspan.save"
+            )
         with keeping_coordinates():  # which nobody could find again from W + s B A
             return save(self, *args, **kwargs)
 
