@@ -16,7 +16,7 @@ from subspan.training import nets, state
 from tests.adapters.networks import LORA, Block, block, lora
 from tests.nets import scatter
 
-TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 IDS = torch.arange(1, 22).view(3, 7)
 
 
@@ -33,7 +33,7 @@ def hf() -> SimpleNamespace:
 
     def gpt2() -> nn.Module:
         config = library.GPT2Config(
-            vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=16, pad_token_id=0
+            vocab_size=30, n_embd=32, n_layer=1, n_head=2, n_positions=16, pad_token_id=0
         )
         return library.GPT2ForSequenceClassification(config)
 
@@ -61,7 +61,7 @@ def sizes(folder):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("rank", [1, 8, 16])
+@pytest.mark.parametrize("rank", [1, 8, 16, 32])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_peft_computes_the_same_bits(name, rank, hf, tmp_path):
     build = getattr(hf, name)
