@@ -109,6 +109,8 @@ def test_a_reader_of_weights_inside_of_a_call_gets_the_product():
     model = subspan.lora(net, 10, **LORA)
     scatter(model)
     torch.testing.assert_close(model(WORDS), model.merge()(WORDS))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(WORDS), model(WORDS))
 
 
 def test_merge_has_the_order_and_the_bits_of_pefts():

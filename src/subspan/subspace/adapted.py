@@ -24,8 +24,6 @@ from subspan.subspace.links import LINK, PREFIX
 ADAPTER = "_subspan_adapter"  # in a module's __dict__: its Adapter
 FACTORS = (PREFIX + "A", PREFIX + "B")  # of its parameters
 
-_plain = torch._C.DisableTorchFunctionSubclass
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -63,8 +61,7 @@ class Adapter:
 
     def merge(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W + s B A in the dtype of W, as PEFT's ``merge`` does."""
-        with _plain():
-            return (weight + self.change(a, b)).to(weight.dtype)
+        return (weight + self.change(a, b)).to(weight.dtype)
 
     def add(self, result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W x + s B (A x) in the dtype of ``result``, W x, as PEFT's ``forward`` does."""

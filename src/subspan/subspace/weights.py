@@ -162,6 +162,8 @@ class Weights(Network):
             )
         with _plain():
             base = quantised.dense(self.held(weight))
+            # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
+            base = base if base.requires_grad else base.detach()
         return adapter.merge(base, *map(read, adapter.factors))
 
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
