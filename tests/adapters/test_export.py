@@ -115,6 +115,10 @@ def test_16_bits_and_autocast_are_as_in_peft(dtype, hf, tmp_path):
     subspan.export_lora(model, tmp_path)
     there = load(hf, hf.llama().to(dtype), tmp_path).eval()
     assert torch.equal(there(IDS).logits, model(IDS).logits)
+    merged = there.merge_and_unload().state_dict()
+    assert all(
+        torch.equal(tensor, merged[key]) for key, tensor in model.merge().state_dict().items()
+    )
     whole = subspan.lora(hf.llama(), 50, rank=4)
     scatter(whole)
     subspan.export_lora(whole, tmp_path)
