@@ -51,7 +51,7 @@ OPTIONS = {
     "reproduce": ["--list", "--budget", "--jobs", "--out", "li-mnist-lenet"],
     "eval": ["checkpoint", "--data"],
     "inspect": ["checkpoint"],
-    "export": ["checkpoint", "out"],
+    "export": ["checkpoint", "out", "--format", "--rank"],
     "report": ["folder"],
     "gallery": ["folder", "file"],
     "replay": ["journal", "--step", "--out", "--base"],

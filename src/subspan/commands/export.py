@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from subspan.commands.parsing import Arguments, Parser, parse
-from subspan.training.export import export as write_weights
+from subspan.errors import SubspanError
+from subspan.training.export import export, export_peft
+
+Format = Literal["weights", "peft"]
 
 
 def main(argv: Arguments) -> None:
-    """Write the merged weights of a checkpoint as a plain safetensors file."""
+    """Write a checkpoint as a plain safetensors file of its merged weights, or as a LoRA."""
     parser = Parser("export", main.__doc__)
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
-    parser.add_argument("out", type=str, help="the file to write")
+    parser.add_argument("out", type=str, help="the file to write; of a LoRA the folder")
+    parser.add_argument(
+        "--format",
+        type=Format,
+        default="weights",
+        help="weights, or peft: a LoRA that PEFT loads, of any subspace the nearest one",
+    )
+    parser.add_argument(
+        "--rank", type=int | None, default=None, help="of the nearest LoRA, 8 if not given"
+    )
     given = parse(parser, argv)
-    print(f"{given.out}: {write_weights(given.checkpoint, given.out):,} bytes")
+    if given.format == "peft":
+        written = export_peft(given.checkpoint, given.out, given.rank)
+        print(written)
+        print(f"{given.out}: {written.bytes:,} bytes")
+        return
+    if given.rank is not None:
+        raise SubspanError("--rank is that of a LoRA: give --format peft, too")
+    print(f"{given.out}: {export(given.checkpoint, given.out):,} bytes")

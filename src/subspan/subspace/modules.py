@@ -101,7 +101,10 @@ class WrappedModule(ModuleStates):
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
-                yield name, weights.read(tensor)
+                if tensor in weights.adapters and is_shard(p):
+                    yield name, p  # W + s B A of a shard would need all of A
+                elif tensor not in weights.hidden:
+                    yield name, weights.read(tensor)
             else:
                 yield name, p
 

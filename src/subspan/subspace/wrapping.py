@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subspan import families
 from subspan.errors import SubspanError, unknown
+from subspan.subspace.adapted import find_adapters
 from subspan.subspace.blocks import digest_layout
 from subspan.subspace.compartments import Patterns, Rules, partition, select
 from subspan.subspace.dtensors import refuse_sharded
@@ -23,9 +24,11 @@ from subspan.subspace.parameters import (
     find_slots,
     saved_buffers,
     select_trainable,
+    with_foreign,
 )
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import find_foreign
+from subspan.subspace.targets import Presets
 from subspan.subspace.weights import Weights
 
 
@@ -52,26 +55,19 @@ def prepare(
     """
     if padding not in ("keep", "train"):
         raise unknown("padding", padding, ("keep", "train"))
-    if isinstance(net, Handle):
-        raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
-    if not isinstance(net, nn.Module):
-        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
-    for name, module in net.named_modules():
-        if isinstance(module, Handle) or LINK in vars(module):
-            raise SubspanError(
-                f"{name or 'the network'} is in a subspace already: merge or unwrap that "
-                "SubspaceModel first"
-            )
+    check_ordinary(net)
     refuse_sharded(net)
     targets, exclude, train_fully = _as_list(targets), _as_list(exclude), _as_list(train_fully)
     places = find_slots(net)
     names = find_aliases(places)
     tensors = {name: net.get_parameter(name) for name in names}
-    fully = select(names, train_fully, "train_fully")
-    packed = find_quantised(net, places)
-    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, find_foreign(net))
+    packed, foreign = find_quantised(net, places), find_foreign(net)
+    shapes = {name: packed.get(name, tensor).shape for name, tensor in tensors.items()}
+    presets = Presets(net, with_foreign(names, foreign), shapes)
+    fully = select(names, train_fully, "train_fully", presets=presets)
+    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, foreign, presets)
     check_trainable(net, places, set(sizes), fully, packed)
-    parts = partition(sizes, names, dim, compartments, allocation)
+    parts = partition(sizes, names, dim, compartments, allocation, presets)
     projections = tuple(
         families.projection(
             projection, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options
@@ -83,7 +79,12 @@ def prepare(
     }
     inside = [slot for slot in places if slot.tensor in sizes]
     kept = find_padding(net, inside) if padding == "keep" else {}
+    adapters = find_adapters(net)
+    # Readers of these get W + s B A; quantised ones stay as their library has made them.
+    inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
     meaning = options | ({"padding": "keep"} if kept else {})
+    scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
+    scaling = {"scaling": scalings.pop()} if scalings else {}
     weights = Weights(
         net,
         parts,
@@ -93,8 +94,9 @@ def prepare(
         fully,
         kept,
         digest_tensors({**base, **saved_buffers(net)})
-        + digest_layout(parts, projection, seed, meaning),
+        + digest_layout(parts, projection, seed, meaning | scaling),
         {name: weight.kind for name, weight in packed.items()},
+        adapters,
     )
     weights.recipe = meaning | {
         "dim": list(dim) if isinstance(dim, Sequence) else dim,
@@ -107,6 +109,24 @@ def prepare(
         "seed": seed,
     }
     return weights
+
+
+def check_ordinary(net: Any) -> None:
+    """Refuse what is no network, or has a part that is in a subspace already.
+
+    Raises:
+        SubspanError: naming it.
+    """
+    if isinstance(net, Handle):
+        raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+    for name, module in net.named_modules():
+        if isinstance(module, Handle) or LINK in vars(module):
+            raise SubspanError(
+                f"{name or 'the network'} is in a subspace already: merge or unwrap that "
+                "SubspaceModel first"
+            )
 
 
 def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
+from subspan.adapters import LoraExport, export_lora
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.layers import compressed_layers, merge
@@ -37,6 +38,17 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     elif compressed_layers(model):
         model = merge(model)
     return write_weights(model, out)
+
+
+def export_peft(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None
+) -> LoraExport:
+    """Write a checkpoint as a LoRA that PEFT loads, see :func:`subspan.export_lora`.
+
+    Raises:
+        SubspanError: if the checkpoint is unusable, is no subspace, or cannot be a LoRA.
+    """
+    return export_lora(rebuild(path)[0], out, rank=rank)
 
 
 def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from tests.runs import cli  # noqa: F401
