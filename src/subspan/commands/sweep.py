@@ -119,13 +119,15 @@ def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
         SubspanError: if no run succeeded.
     """
     score = result.score
+    head = any(point.head_parameters for point in result.points)
     judged = f"test {score.name}{score.unit}"
     console.print_table(
-        ("method", "d", "lr", judged, "seeds", "stored", "bytes", "s / run"),
+        ("method", "d", *["head"] * head, "lr", judged, "seeds", "stored", "bytes", "s / run"),
         [
             (
                 point.small or point.method,
                 f"{point.dim:,}",
+                *[f"{point.head_parameters:,}"] * head,
                 f"{point.lr:g}",
                 score.summary(point.test_score),
                 str(len(point.test_score)),

@@ -206,7 +206,7 @@ def _points(config: Sweep) -> list[Point]:
         how = method(name)
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
-        for value in [""] if how.axis is None else config.dims:
+        for value in [""] if how.axis is None else config.dims_of(name):
             there = options | how.at(value)
             lrs = config.lrs_of(name) or how.rates(there)
             points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))

@@ -34,6 +34,8 @@ class Training:
         resize: the size to which all images are brought while they are read, 32, or 28x32 (height
             x width); null leaves them as they are, and then they must have one size.
         epochs: passes over the training part.
+        max_steps: the steps after which training ends, in the middle of an epoch if need be; null
+            trains all epochs.
         batch_size: images per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
         schedule: how the learning rate changes: onecycle, cosine (to zero), or constant.
@@ -55,6 +57,7 @@ class Training:
     label_column: str | None = None
     resize: int | str | None = None
     epochs: int = 10
+    max_steps: int | None = None
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Schedule = "onecycle"
@@ -81,6 +84,8 @@ class Training:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise SubspanError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.resize is not None:
             parse_size(self.resize)
         if self.patience is not None and self.patience < 1:
@@ -169,7 +174,8 @@ class Sweep:
         methods: the methods to compare, by their names.
         dims: numbers of coordinates, as 10,30,100; 600+250 gives those of each compartment. For
             dlrt they are tolerances, as 0.05,0.1,0.2, for dlrt-ratio shares, for prodsum numbers
-            of atoms (p).
+            of atoms (p), for lora and vera ranks. Or those of each method, {hash: [300, 1000],
+            lora: [1, 2, 4]}.
         seeds: how many seeds to run, 0, 1, …
         lrs: learning rates to choose from at every d, by the validation score of seed 0; or those
             of each method, {rbd: [1, 2], fpd: 4}. Where there are none, the methods' own.
@@ -184,7 +190,7 @@ class Sweep:
 
     training: Training
     methods: tuple[str, ...] = ("hash",)
-    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
+    dims: tuple[str, ...] | Mapping[str, tuple[str, ...]] = ("10", "30", "100", "300", "1000")
     seeds: int = 1
     lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -199,20 +205,13 @@ class Sweep:
             raise SubspanError("methods is empty: name at least one")
         if not self.dims:
             raise SubspanError("dims is empty: give at least one number of coordinates")
-        rates = [("baseline_lrs", self.baseline_lrs)]
-        if isinstance(self.lrs, Mapping):
-            for name in self.lrs:
-                if name not in self.methods:
-                    raise unknown("method of lrs", name, self.methods)
-            rates += [(f"lrs of {name}", values) for name, values in self.lrs.items()]
-        else:
-            rates += [("lrs", self.lrs)]
+        rates = [("baseline_lrs", self.baseline_lrs), *self._lists("lrs", self.lrs)]
         for name, lrs in rates:
             for lr in lrs:
                 _check_rate(name, lr)
         named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
-        listed = [("methods", self.methods), ("dims", self.dims), ("small", self.small)]
-        for name, values in [*listed, *named]:
+        listed = [("methods", self.methods), ("small", self.small)]
+        for name, values in [*listed, *self._lists("dims", self.dims), *named]:
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
         for name in ("seeds", "processes"):
@@ -220,6 +219,23 @@ class Sweep:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    def _lists(self, name: str, given: Any) -> list[tuple[str, tuple[Any, ...]]]:
+        """Return a list under its name; or those of the methods, each under a name of its own."""
+        if not isinstance(given, Mapping):
+            return [(name, given)]
+        for method in given:
+            if method not in self.methods:
+                raise unknown(f"method of {name}", method, self.methods)
+        return [(f"{name} of {method}", values) for method, values in given.items()]
+
+    def dims_of(self, method: str) -> tuple[str, ...]:
+        """Return the values of a method's axis."""
+        if not isinstance(self.dims, Mapping):
+            return self.dims
+        if not self.dims.get(method):
+            raise SubspanError(f"dims has none of {method}: give values of each method")
+        return self.dims[method]
 
     def lrs_of(self, method: str) -> tuple[float, ...]:
         """Return the learning rates to choose from for a method; none leaves it to the method."""
@@ -254,13 +270,6 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
-
-
-def rates(values: Any, name: str) -> tuple[float, ...] | dict[str, tuple[float, ...]]:
-    """Split as :func:`floats` does, or for each method."""
-    if isinstance(values, Mapping):
-        return {method: floats(own, f"{name} of {method}") for method, own in values.items()}
-    return floats(values, name)
 
 
 def _check_rate(name: str, lr: float) -> None:

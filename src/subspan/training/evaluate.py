@@ -12,9 +12,11 @@ from torch import nn
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
+from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
 from subspan.training import nets, state, tasks
 from subspan.training.config import DECODING, Training
+from subspan.training.methods import method
 from subspan.training.tasks import Part, Task
 from subspan.training.tasks.classification import Classification
 
@@ -83,7 +85,12 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         raise SubspanError(
             f"{path} does not say which network it belongs to: load it with subspan.load(path, net)"
         )
-    return checkpoint.load(path, make), header
+    if header["kind"] != "part":
+        return checkpoint.load(path, make), header
+    extra, seed = header["extra"], header["extra"].get("init_seed")
+    net = make() if seed is None else init.build(make, seed)
+    how = method(extra["method"])
+    return checkpoint.load(path, how.wrap(net, extra["seed"], extra["options"])), header
 
 
 def evaluate_checkpoint(
