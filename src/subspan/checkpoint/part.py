@@ -19,7 +19,7 @@ ATTRIBUTE = "_subspan_base"
 
 
 @dataclass(frozen=True)
-class Base:
+class HeldBase:
     """What a network had before its training, and what of it is trained.
 
     Attributes:
@@ -45,7 +45,7 @@ def hold_base(net: nn.Module, weights: int) -> None:
     """
     parameters = dict(net.named_parameters())
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-    vars(net)[ATTRIBUTE] = Base(
+    vars(net)[ATTRIBUTE] = HeldBase(
         weights,
         tuple(name for name in parameters if name not in frozen),
         digest_tensors({**frozen, **dict(net.named_buffers())}),
@@ -53,13 +53,13 @@ def hold_base(net: nn.Module, weights: int) -> None:
     )
 
 
-def base_of(net: nn.Module) -> Base | None:
+def base_of(net: nn.Module) -> HeldBase | None:
     """Return the base that a network knows; None of any other network."""
-    base: Base | None = vars(net).get(ATTRIBUTE)
+    base: HeldBase | None = vars(net).get(ATTRIBUTE)
     return base
 
 
-def trained_tensors(net: nn.Module, base: Base) -> dict[str, Tensor]:
+def trained_tensors(net: nn.Module, base: HeldBase) -> dict[str, Tensor]:
     """Return what is trained, and the buffers that training changed."""
     changed = {
         name: buffer

@@ -82,7 +82,9 @@ def usual_layers(net: nn.Module) -> str | list[str]:
     return table.get(str(architecture), "all-linear")
 
 
-def parse_whole(name: str, options: Mapping[str, Any], usual: int | None = None) -> int:
+def parse_whole(
+    method: str, name: str, options: Mapping[str, Any], usual: int | None = None
+) -> int:
     """Return an option that is a positive integer.
 
     Raises:
@@ -90,7 +92,7 @@ def parse_whole(name: str, options: Mapping[str, Any], usual: int | None = None)
     """
     value = options.get(name, usual)
     if value is None:
-        raise SubspanError(f"--{name} is needed")
+        raise SubspanError(f"method {method!r} needs --{name}")
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
         raise SubspanError(f"{name} must be a positive integer, got {value!r}")
     return int(value)

@@ -21,7 +21,9 @@ class LoRA(Adapter):
 
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
         """Return the configuration."""
-        return peft.LoraConfig(r=parse_whole("rank", options), lora_alpha=options.get("alpha", 8))
+        return peft.LoraConfig(
+            r=parse_whole(self.name, "rank", options), lora_alpha=options.get("alpha", 8)
+        )
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return rates that were good for MiniLM at ranks from 1 to 8."""

@@ -27,8 +27,8 @@ class UniLoRA(Adapter):
                 f"PEFT {peft.__version__} has no Uni-LoRA: pip install --upgrade peft"
             )
         return peft.UniLoraConfig(
-            theta_d_length=parse_whole("dim", options),
-            r=parse_whole("rank", options, 4),
+            theta_d_length=parse_whole(self.name, "dim", options),
+            r=parse_whole(self.name, "rank", options, 4),
             proj_seed=seed,
         )
 

@@ -20,7 +20,7 @@ class VeRA(Adapter):
 
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
         """Return the configuration."""
-        return peft.VeraConfig(r=parse_whole("rank", options), projection_prng_key=seed)
+        return peft.VeraConfig(r=parse_whole(self.name, "rank", options), projection_prng_key=seed)
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return rates that were good for MiniLM at rank 256."""
