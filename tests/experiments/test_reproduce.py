@@ -304,6 +304,12 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     for words in ("\none\n", "\ntwo\n", "picture: out/two/curve.png", "out/summary.png"):
         assert words in said.out
     assert Path("out/summary.png").read_bytes().startswith(b"\x89PNG")
+    assert cli("reproduce", "tiny", "--only", "two", "--jobs", 1, "--out", "some").code == 0
+    assert {path.name for path in Path("some").iterdir()} == {"two"}
+    with pytest.raises(
+        SubspanError, match=r"unknown part of tiny \(quick\) 'tow': did you mean two"
+    ):
+        reproduce("tiny", Path("some"), only=["tow"])
     results = {part: json.loads(Path(f"out/{part}/sweep.json").read_text()) for part in parts}
     assert [row["dim"] for row in results["two"]["rows"]] == [7]
     found = {part: read(Path("out") / part) for part in parts}

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from typing import get_type_hints
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from subspan import checkpoint
+from subspan.commands.parsing import read
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.evaluate import evaluate_checkpoint, rebuild
+from subspan.training.export import export
 from subspan.training.methods import HEAD_LR, method
 from subspan.training.schedule import schedule
 from subspan.training.train import train
@@ -185,6 +189,19 @@ def test_a_run_is_found_again(tmp_path):
 
 
 @needs_peft
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_export_is_the_ordinary_network(name, tmp_path):
+    train(a_fine_tuning(name, lr=0.1, **NUMBERS[name][0]), tmp_path)
+    model, _ = rebuild(tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", tmp_path / "plain.safetensors")
+    plain, sentences = bert().eval(), torch.randint(1, 20, (3, 8))
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
+    with torch.no_grad():
+        logits, found = (net.eval()(input_ids=sentences).logits for net in (model, plain))
+    torch.testing.assert_close(found, logits)
+
+
+@needs_peft
 def test_a_run_goes_on(tmp_path):
     """It ends with the same bits, with both rates where they were."""
     run = a_fine_tuning("unilora", dim=50, max_steps=9)
@@ -212,6 +229,20 @@ def test_steps_end_within_an_epoch(tmp_path):
     assert record.seconds_per_step == pytest.approx(record.history[0].seconds / 3)
     with pytest.raises(SubspanError, match="max_steps must be at least 1, or null, got 0"):
         Training(max_steps=0)
+
+
+def test_dims_of_each_method_on_the_command_line():
+    """As lrs are: lists in any of their forms."""
+    hint = get_type_hints(Sweep)["dims"]
+    assert read("dims", hint, {"hash": "300,1000", "lora": 1}) == {
+        "hash": ("300", "1000"),
+        "lora": ("1",),
+    }
+    assert read("dims", hint, "300,600+250") == ("300", "600+250")
+    lrs = get_type_hints(Sweep)["lrs"]
+    assert read("lrs", lrs, {"rbd": [1, 2], "fpd": 4}) == {"rbd": (1.0, 2.0), "fpd": (4.0,)}
+    with pytest.raises(SubspanError, match="lrs of rbd must be numbers"):
+        read("lrs", lrs, {"rbd": "x"})
 
 
 @needs_peft

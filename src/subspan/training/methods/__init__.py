@@ -203,6 +203,10 @@ class Method(ABC):
             "weights": found.dense,
         }
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the network as it was before :meth:`wrap`, with the weights that it has now."""
+        return model
+
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""
         known = [option.name for option in self.options]

@@ -54,6 +54,16 @@ class Adapter(FineTuning):
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise SubspanError(f"PEFT refuses {self.name} here: {error}") from None
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the network with the products of the factors added to its weights."""
+        tuners = importlib.import_module("peft.tuners.tuners_utils")
+        for name, module in list(model.named_modules()):
+            if isinstance(module, tuners.BaseTunerLayer):
+                module.merge()
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+        return model
+
 
 def find_layers(
     net: nn.Module, patterns: str | list[str] | None, head: list[nn.Parameter]
