@@ -120,8 +120,8 @@ def reproduce(
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name, budget or part, data or trackers for a benchmark, or Ray for
-            times.
+        SubspanError: for an unknown name, budget or part, data or trackers for a benchmark, or Ray
+            for times.
     """
     chosen = experiment(which) if isinstance(which, str) else which
     name = chosen.name

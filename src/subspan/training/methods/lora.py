@@ -6,24 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.training.methods import Option
-from subspan.training.methods.adapters import Adapter, parse_whole
+from subspan.training.methods.by_peft import PEFTMethod, parse_whole
 
 
-class LoRA(Adapter):
+class LoRA(PEFTMethod):
     """Two factors beside the weight of each layer."""
 
     axis = "rank"
     options = (
         Option("rank", int, "r, the rank of the factors"),
-        Option("alpha", float, "α of the scale α/r of their product (8)"),
-        *Adapter.options,
+        Option("alpha", float, "α of the scale α/r of their product (r)"),
+        *PEFTMethod.options,
     )
 
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
         """Return the configuration."""
-        return peft.LoraConfig(
-            r=parse_whole(self.name, "rank", options), lora_alpha=options.get("alpha", 8)
-        )
+        rank = parse_whole(self.name, "rank", options)
+        return peft.LoraConfig(r=rank, lora_alpha=options.get("alpha", rank))
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return rates that were good for MiniLM at ranks from 1 to 8."""

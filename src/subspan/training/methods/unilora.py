@@ -7,17 +7,17 @@ from typing import Any
 
 from subspan.errors import SubspanError
 from subspan.training.methods import Option
-from subspan.training.methods.adapters import Adapter, parse_whole
+from subspan.training.methods.by_peft import PEFTMethod, parse_whole
 
 
-class UniLoRA(Adapter):
+class UniLoRA(PEFTMethod):
     """Every entry of every factor is an entry of one vector of d numbers, times a scale."""
 
     axis = "dim"
     options = (
         Option("dim", int | str, "d, the length of the vector"),
         Option("rank", int, "r, the rank of the factors (4)"),
-        *Adapter.options,
+        *PEFTMethod.options,
     )
 
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.training.methods import Option
-from subspan.training.methods.adapters import Adapter, parse_whole
+from subspan.training.methods.by_peft import PEFTMethod, parse_whole
 
 
-class VeRA(Adapter):
+class VeRA(PEFTMethod):
     """Two vectors for each layer: r numbers, and one for each output."""
 
     axis = "rank"
     options = (
         Option("rank", int, "r, the rank of the factors"),
-        *Adapter.options,
+        *PEFTMethod.options,
     )
 
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:

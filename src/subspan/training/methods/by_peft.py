@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,7 @@ LAYERS = Option(
 )
 
 
-class Adapter(FineTuning):
+class PEFTMethod(FineTuning):
     """A method of PEFT."""
 
     options = (LAYERS, TRAIN_FULLY, RATE_OF_HEAD)
@@ -47,7 +48,8 @@ class Adapter(FineTuning):
         peft = importlib.import_module("peft")
         config = self.config(peft, seed, options)
         config.target_modules = set(find_layers(net, options.get("layers"), head))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in old words
             torch.manual_seed(seed)
             try:
                 peft.get_peft_model(net, config)  # the layers know all that they need
