@@ -66,6 +66,7 @@ def test_there_is_one_for_every_family():
         "prodsum",
         "head",
         "lora",
+        "lora-subspace",
         "unilora",
         "vera",
     }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspan.adapters.layers import find_linears
 from subspan.errors import SubspanError
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Option
 from subspan.training.methods.head import FineTuning
@@ -108,10 +109,3 @@ def parse_whole(
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
         raise SubspanError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
-
-
-def find_linears(net: nn.Module, targets: str | list[str]) -> list[str]:  # until targets is there
-    names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-    if targets == "all-linear":
-        return names
-    return [n for n in names if n.rpartition(".")[2] in targets]
