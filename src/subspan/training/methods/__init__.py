@@ -11,7 +11,6 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,12 @@ from torch.optim import SGD, Adam, Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError, unknown
 from subspan.registry import Registry, import_files
+from subspan.training.config import Option as Option
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 
 _registry: Registry[Method] = Registry("method")
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a method: a flag on the command line, a key in a YAML file."""
-
-    name: str
-    type: Any
-    help: str
 
 
 class Method(ABC):
