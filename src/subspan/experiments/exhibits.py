@@ -20,6 +20,7 @@ from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import methods
 from subspan.training.records import plain, read_json
+from subspan.training.tasks import option_names
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,7 @@ def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
         words.append(f"--nets {_word([each.get('net') for each in (config, *others)])}")
         auto = any(each.get("small") != config.get("small") for each in others)
         config = {**config, "net": None} | ({"small": "auto"} if auto else {})
+    usual |= {name: None for name in option_names() if name in config}
     for name in (*always, *(key for key in usual if key not in always)):
         value = config.get(name, usual[name])
         if name == "options":

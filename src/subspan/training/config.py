@@ -7,10 +7,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
-from subspan.training.data.decode import parse_size
 
-DECODING = ("image_column", "label_column", "resize")  # how a data set is read
 Schedule = Literal["onecycle", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method or of a task: a flag on the command line, a key in a YAML file."""
+
+    name: str
+    type: Any
+    help: str
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,9 @@ class Training:
             images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
             there is no test part a sixth of the images becomes one, the same for every seed. null
             is digits, or the task's own.
-        task: a task of your own, if it is not image classification, as package.module:function;
-            see examples/language_model.py. The function is called with net, data, validation and
-            seed if it has parameters of these names.
-        image_column: the column of the images; null finds it by the columns' types and usual
-            names.
-        label_column: the column of the labels; null finds it likewise.
-        resize: the size to which all images are brought while they are read, 32, or 28x32 (height
-            x width); null leaves them as they are, and then they must have one size.
+        task: the task by its name, or one of your own as package.module:function; see
+            examples/language_model.py. The function is called with net, data, validation and seed
+            if it has parameters of these names. null is the classification of images.
         epochs: passes over the training part.
         max_steps: the steps after which training ends, in the middle of an epoch if need be; null
             trains all epochs.
@@ -48,14 +50,12 @@ class Training:
             tasks.
         mixed_precision: the precision of forward and backward pass: no is float32.
         device: where to train; auto is the GPU if there is one.
+        task_options: the task's own, by their names, without those that are null.
     """
 
     net: str | None = None
     data: str | None = None
     task: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    resize: int | str | None = None
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 128
@@ -67,13 +67,9 @@ class Training:
     init: Literal["auto", "seed", "own"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.decoding:
-            raise SubspanError(
-                f"{', '.join(self.decoding)} is for sets of images, and task {self.task} reads its "
-                "data itself: leave that out"
-            )
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
@@ -86,8 +82,6 @@ class Training:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise SubspanError(f"max_steps must be at least 1, or null, got {self.max_steps}")
-        if self.resize is not None:
-            parse_size(self.resize)
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
@@ -100,12 +94,19 @@ class Training:
     @property
     def title(self) -> str:
         """The network and the data set in words, as in "lenet on mnist"."""
-        return title(asdict(self))
+        return title(self.as_dict())
 
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """The options of :data:`DECODING` that are set, as arguments of ``data.load``."""
-        return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in records: the task's options are beside the others."""
+        content = asdict(self)
+        return content | content.pop("task_options")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Training:
+        """Read what :meth:`as_dict` wrote; a name that is no field is an option of the task."""
+        known = {f.name for f in fields(cls)} - {"task_options"}
+        own = {k: value for k, value in content.items() if k not in known and value is not None}
+        return cls(**{k: content[k] for k in content if k in known}, task_options=own)
 
 
 def title(config: Mapping[str, Any]) -> str:
@@ -141,7 +142,7 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``record.json``."""
-        return asdict(self.training) | {
+        return self.training.as_dict() | {
             "method": self.method,
             "options": self.options,
             "lr": self.lr,
@@ -160,7 +161,7 @@ class Run:
         try:
             if not isinstance(content["options"], Mapping):
                 raise TypeError(f"options must be a mapping, got {content['options']!r}")
-            return cls(Training(**training), **{key: content[key] for key in own})
+            return cls(Training.from_dict(training), **{key: content[key] for key in own})
         except (TypeError, KeyError) as error:
             raise SubspanError(f"this is not the configuration of a run: {error}") from None
 
@@ -250,7 +251,7 @@ class Sweep:
             if own[name] == usual:  # records of sweeps that knew no other stay the same
                 del own[name]
         lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
-        return asdict(self.training) | own | lists
+        return self.training.as_dict() | own | lists
 
 
 def split(values: Any, name: str) -> tuple[str, ...]:

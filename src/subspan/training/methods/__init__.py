@@ -11,7 +11,6 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.optim import SGD, Adam, Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError, unknown
 from subspan.registry import Registry, import_files
+from subspan.training.config import Option as Option
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
@@ -28,15 +28,6 @@ from subspan.training.records import Epoch
 HEAD_LR = 1e-3  # of a new layer on a pretrained network, whatever the others are trained through
 
 _registry: Registry[Method] = Registry("method")
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a method: a flag on the command line, a key in a YAML file."""
-
-    name: str
-    type: Any
-    help: str
 
 
 TRAIN_FULLY = Option(
