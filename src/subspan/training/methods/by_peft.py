@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspan.adapters.layers import find_linears
 from subspan.errors import SubspanError
+from subspan.subspace.targets import find_linears
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Option
 from subspan.training.methods.head import FineTuning
 

@@ -14,17 +14,20 @@ from torch import nn
 from subspan.checkpoint.part import base_of, hold_base, trained_tensors
 from subspan.counts import count
 from subspan.subspace.compartments import Patterns, select
-from subspan.subspace.parameters import find_aliases, find_slots
+from subspan.subspace.parameters import find_aliases, find_quantised, find_slots
+from subspan.subspace.targets import Presets
 from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method
 
 
 def find_head(net: nn.Module, patterns: Patterns = "head") -> list[nn.Parameter]:
     """Return the parameters of a network's head, or those that other patterns select."""
-    names = find_aliases(find_slots(net))
-    if patterns == "head":
-        patterns = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    return [net.get_parameter(name) for name in select(names, patterns, "train_fully")]
+    places = find_slots(net)
+    names = find_aliases(places)
+    packed = find_quantised(net, places)
+    shapes = {name: packed.get(name, net.get_parameter(name)).shape for name in names}
+    chosen = select(names, patterns, "train_fully", presets=Presets(net, names, shapes))
+    return [net.get_parameter(name) for name in names if name in chosen]
 
 
 class FineTuning(Method):
