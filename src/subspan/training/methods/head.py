@@ -20,14 +20,19 @@ from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method
 
 
-def find_head(net: nn.Module, patterns: Patterns = "head") -> list[nn.Parameter]:
-    """Return the parameters of a network's head, or those that other patterns select."""
+def name_head(net: nn.Module, patterns: Patterns = "head") -> list[str]:
+    """Return the names of the parameters of a network's head, or of those that patterns select."""
     places = find_slots(net)
     names = find_aliases(places)
     packed = find_quantised(net, places)
     shapes = {name: packed.get(name, net.get_parameter(name)).shape for name in names}
     chosen = select(names, patterns, "train_fully", presets=Presets(net, names, shapes))
-    return [net.get_parameter(name) for name in names if name in chosen]
+    return [name for name in names if name in chosen]
+
+
+def find_head(net: nn.Module, patterns: Patterns = "head") -> list[nn.Parameter]:
+    """Return the parameters themselves."""
+    return [net.get_parameter(name) for name in name_head(net, patterns)]
 
 
 class FineTuning(Method):

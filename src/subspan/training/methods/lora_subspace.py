@@ -10,6 +10,7 @@ from torch import nn
 from subspan.adapters import lora
 from subspan.subspace.model import SubspaceModel
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
+from subspan.training.methods.head import name_head
 from subspan.training.methods.subspace import PATTERNS, parse_dims
 
 
@@ -31,7 +32,7 @@ class LoRASubspace(Method):
         own = {key: options[key] for key in ("rank", "alpha") if key in options}
         if "layers" in options:
             own["targets"] = options["layers"]
-        head = options.get("train_fully", "head")
+        head = name_head(net, options.get("train_fully", "head"))
         return lora(net, parse_dims(self.name, options), train_fully=head, seed=seed, **own)
 
     def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
