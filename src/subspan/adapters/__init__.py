@@ -4,6 +4,6 @@ The package is not called ``lora``, because :func:`subspan.lora` is the public f
 """
 
 from subspan.adapters.export import LoraExport, export_lora
-from subspan.adapters.lora import lora
+from subspan.adapters.factors import lora
 
 __all__ = ["LoraExport", "export_lora", "lora"]

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import is_conv1d, refuse_peft
-from subspan.adapters.lora import check_rank
 from subspan.adapters.names import find_task, name_saved, name_targets
 from subspan.adapters.nearest import NearestLora, find_nearest
 from subspan.errors import SubspanError

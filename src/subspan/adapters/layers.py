@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from subspan.subspace.wrapping import check_ordinary
 
 
 def choose_layers(
-    net: nn.Module, targets: Patterns, exclude: Patterns, train_fully: Patterns, rank: int
+    net: Any, targets: Patterns, exclude: Patterns, train_fully: Patterns, rank: int
 ) -> dict[str, nn.Module]:
     """Choose the linear layers of a network that get factors, by name, in the network's order.
 
@@ -84,12 +85,9 @@ def is_linear(module: nn.Module) -> bool:
     cls = getattr(type(module), "_subspan_class", (type(module),))[0]  # of one in a subspace
     if multiplies_itself(cls):
         return True
-    known = (base for base in cls.__mro__ if base is nn.Linear or base.__name__ == "Conv1D")
-    return (
-        is_class(cls, "transformers", "Conv1D")
-        or issubclass(cls, nn.Linear)
-        and (cls.forward is next(known).forward)
-    )
+    if is_conv1d(module):
+        return cls.__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
 
 
 def weight_of(layer: nn.Module) -> tuple[tuple[int, int], bool, Tensor]:

@@ -11,8 +11,8 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_aliases, find_slots
 
-# What PEFT calls the tasks, by the ends of the names of transformers' classes, and the heads that it
-# stores whole for each, whether it is told to or not.
+# What PEFT calls the tasks, by the ends of the names of transformers' classes, and the heads that
+# it stores whole for each, whether it is told to or not.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import is_conv1d, is_linear
-from subspan.adapters.lora import check_rank
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 

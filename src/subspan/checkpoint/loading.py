@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.adapters.lora import rebuild_lora
+from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.file import COORDINATES, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, stored_tensors

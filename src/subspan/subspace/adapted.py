@@ -1,13 +1,13 @@
 """LoRA factors beside a weight: a layer whose weight is W + s B A, with A and B at θ = θ₀ + P w.
 
-Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022; a subspace of the
-factors of all layers: Li et al., "Uni-LoRA: one vector is all you need", NeurIPS 2025.
+Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022; a subspace of
+the factors of all layers: Li et al., "Uni-LoRA: one vector is all you need", NeurIPS 2025.
 
-A layer has factors as long as its network is in a subspace: :mod:`subspan.lora` puts them there just
-before it is wrapped, and :func:`subspan.subspace.attach.detach` takes them out. They are trained
-tensors as any other. Whoever reads the layer's weight gets W + s B A; the layer itself multiplies by
-W, A and B in turn, in the order and the dtypes of PEFT (``peft/tuners/lora``), so that what it
-returns has the bits of PEFT's.
+A layer has factors as long as its network is in a subspace: :mod:`subspan.adapters` puts them there
+just before it is wrapped, and :func:`subspan.subspace.attach.detach` takes them out. They are
+trained tensors as any other. Whoever reads the layer's weight gets W + s B A; the layer itself
+multiplies by W, A and B in turn, in the order and the dtypes of PEFT (``peft/tuners/lora``), so
+that what it returns has the bits of PEFT's.
 """
 
 from __future__ import annotations

@@ -129,6 +129,6 @@ def _make_dense(weights: Weights, tensor: str, value: Tensor) -> None:
     dtype = resting_dtype(module, packed, weights.root)
     parameter = nn.Parameter(value.detach().to(dtype), False)
     places = [slot.find(weights.root) for slot in weights.slots if slot.tensor == tensor]
-    for module, attribute in places or [(module, attribute)]:
-        module._parameters[attribute] = parameter
-        make_plain(module)
+    for holder, name in places or [(module, attribute)]:
+        holder._parameters[name] = parameter
+        make_plain(holder)

@@ -146,7 +146,7 @@ class Weights(Network):
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
 
     def dense(self) -> dict[str, Tensor]:
-        """Form the trained weights of an ordinary network: θ, and W + s B A where it has factors."""
+        """Form the trained weights of an ordinary network: θ, or W + s B A of factors."""
         thetas = self.all()
         merged = {weight: self._product(weight, thetas.__getitem__) for weight in self.adapters}
         factors = {name for adapter in self.adapters.values() for name in adapter.factors}

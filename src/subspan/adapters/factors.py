@@ -42,12 +42,12 @@ def lora(
 ) -> SubspaceModel:
     """Put a network into a subspace of its LoRA factors.
 
-    Each chosen layer with a weight W (n, m) computes W x + b + (alpha / rank) B (A x). A, (rank, m),
-    begins at uniform numbers in ±1/√m that are drawn from the seed, and B, (n, rank), at zeros, so
-    that the network is at first what it was. All A and B together are θ = θ₀ + P w, and w is
-    trained. The network keeps its class, its layers and their weights, as in any other subspace;
-    reading a layer's weight gives W + (alpha / rank) B A. :func:`subspan.adapters.export_lora`
-    writes A and B as a LoRA that PEFT loads.
+    Each chosen layer with a weight W (n, m) computes W x + b + (alpha / rank) B (A x). A, which is
+    (rank, m), begins at uniform numbers in ±1/√m that are drawn from the seed, and B, (n, rank), at
+    zeros, so that the network is at first what it was. All A and B together are θ = θ₀ + P w, and w
+    is trained. The network keeps its class, its layers and their weights, as in any other subspace;
+    reading a layer's weight gives W + (alpha / rank) B A. :func:`subspan.export_lora` writes A and
+    B as a LoRA that PEFT loads.
 
     Args:
         net: any network with linear layers (``nn.Linear``, transformers' Conv1D, or either
@@ -72,14 +72,14 @@ def lora(
     """
     check_rank(rank)
     scaling = _scaling(rank, alpha)
-    network = net if init_seed is None else init.build(net, init_seed)  # type: ignore[arg-type]
+    network: Any = net if init_seed is None else init.build(net, init_seed)  # type: ignore[arg-type]
     layers = choose_layers(network, targets, exclude, train_fully, rank)
     draws = Source(seed, DOMAIN)
     try:
         for column, (name, layer) in enumerate(layers.items()):
             _put_factors(name, layer, rank, scaling, draws, column)
         model = SubspaceModel(
-            network,  # type: ignore[arg-type]
+            network,
             dim,
             projection=projection,
             targets=list(FACTORS),
@@ -88,7 +88,7 @@ def lora(
             **options,
         )
     except BaseException:
-        remove_factors(network)  # type: ignore[arg-type]
+        remove_factors(network)
         raise
     model.init_seed = init_seed
     made = {"rank": rank, "alpha": alpha, "targets": _listed(targets), "exclude": _listed(exclude)}

@@ -1,0 +1,1 @@
+"""LoRA factors in a subspace, and LoRA files."""
