@@ -21,6 +21,7 @@ from subspan.training.config import Run, Sweep, Training
 from subspan.training.evaluate import evaluate_checkpoint, rebuild
 from subspan.training.export import export
 from subspan.training.methods import HEAD_LR, method
+from subspan.training.prepare import complete
 from subspan.training.schedule import schedule
 from subspan.training.train import train
 from tests.runs import a_run, train_up_to
@@ -162,6 +163,15 @@ def test_a_rate_of_the_head_that_is_none(tmp_path):
     run = a_run("full", head_lr=0.0)
     with pytest.raises(SubspanError, match=r"head_lr must be a positive number, got 0\.0"):
         method("full").optimizer(wrapped("full"), run, tmp_path, {}, steps=1, resume=None)
+
+
+def test_the_head_of_texts_is_trained_fully_by_default():
+    """Unless the options say otherwise; networks for images have none that is new."""
+    texts = Training(task="text", net="minilm", data="mpqa")
+    assert complete({"dim": 5}, method("hash"), texts) == {"train_fully": "head", "dim": 5}
+    assert complete({"train_fully": []}, method("hash"), texts) == {"train_fully": []}
+    assert complete({}, method("rbd"), texts) == {}
+    assert complete({}, method("hash"), Training()) == {}
 
 
 @needs_peft

@@ -233,6 +233,8 @@ def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
     words = f"Budget {budget}: " if budget else ""
     words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {epochs} epoch{'s' * (epochs != '1')}"
+    if steps := _range(int(s.config["max_steps"]) for s in sweeps if s.config.get("max_steps")):
+        words += f", at most {steps} steps"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
     return f"{words}."

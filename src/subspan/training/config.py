@@ -99,6 +99,8 @@ class Training:
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in records: the task's options are beside the others."""
         content = asdict(self)
+        if self.max_steps is None:  # records of trainings that knew none stay the same
+            del content["max_steps"]
         return content | content.pop("task_options")
 
     @classmethod

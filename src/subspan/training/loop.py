@@ -364,7 +364,7 @@ class Loop:
     def extra(self) -> dict[str, Any]:
         """Return what the checkpoint says so that ``subspan eval`` finds network and task again."""
         described = describe(self.ready.task, self.training, self.run.seed)
-        method = {"method": self.method.name}
+        method: dict[str, Any] = {"method": self.method.name}
         if checkpoint.base_of(self.ready.model):  # it is to be wrapped by the method again
             method |= {"options": self.run.options, "init_seed": self.ready.init_seed}
         return described | method

@@ -28,7 +28,7 @@ LAYERS = Option(
 class PEFTMethod(FineTuning):
     """A method of PEFT."""
 
-    options = (LAYERS, TRAIN_FULLY, RATE_OF_HEAD)
+    options: tuple[Option, ...] = (LAYERS, TRAIN_FULLY, RATE_OF_HEAD)
 
     @abstractmethod
     def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from subspan.subspace.compartments import Patterns, select
 from subspan.subspace.parameters import find_aliases, find_quantised, find_slots
 from subspan.subspace.targets import Presets
 from subspan.training.config import Run
-from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method
+from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
 
 def name_head(net: nn.Module, patterns: Patterns = "head") -> list[str]:
@@ -41,7 +41,7 @@ class FineTuning(Method):
     A checkpoint holds what is trained; a network that the same method has wrapped takes it.
     """
 
-    options = (TRAIN_FULLY, RATE_OF_HEAD)
+    options: tuple[Option, ...] = (TRAIN_FULLY, RATE_OF_HEAD)
 
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> nn.Module:
         """Freeze the network, put adapters into it, and let the head be trained."""

@@ -10,8 +10,9 @@ from torch import nn
 from subspan.adapters import lora
 from subspan.subspace.model import SubspaceModel
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
+from subspan.training.methods.by_peft import parse_whole
 from subspan.training.methods.head import name_head
-from subspan.training.methods.subspace import PATTERNS, parse_dims
+from subspan.training.methods.subspace import PATTERNS
 
 
 class LoRASubspace(Method):
@@ -33,7 +34,8 @@ class LoRASubspace(Method):
         if "layers" in options:
             own["targets"] = options["layers"]
         head = name_head(net, options.get("train_fully", "head"))
-        return lora(net, parse_dims(self.name, options), train_fully=head, seed=seed, **own)
+        dim = parse_whole(self.name, "dim", options)
+        return lora(net, dim, train_fully=head, seed=seed, **own)
 
     def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
         """Return what is trained fully."""
