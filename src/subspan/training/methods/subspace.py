@@ -69,7 +69,7 @@ class Subspace(Method):
         return list(model.fully_trained().values())
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return rates around 3/√d, or 1/√d for fine-tuning, so that steps have one length.
+        """Return rates around 3/√d, or 2/√d for fine-tuning, so that steps have one length.
 
         Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
         Whoever says what of a network is trained fully fine-tunes a pretrained one, which is near
@@ -77,7 +77,7 @@ class Subspace(Method):
         """
         dims = parse_dims(self.name, options) or list(options["compartments"].values())
         d = dims if isinstance(dims, int) else sum(dims)
-        lengths = (0.3, 1, 3) if "train_fully" in options else (1, 3, 9)
+        lengths = (1, 2, 4) if "train_fully" in options else (1, 3, 9)
         return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in lengths)
 
 

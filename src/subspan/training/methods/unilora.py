@@ -34,7 +34,7 @@ class UniLoRA(PEFTMethod):
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return rates that were good for MiniLM at 1,000 numbers."""
-        return (1e-3, 3e-3, 1e-2)
+        return (1e-2, 3e-2, 1e-1)
 
 
 UniLoRA("unilora", "LoRA's factors from one vector of d numbers by PEFT (Li 2025)")
