@@ -208,7 +208,7 @@ def test_data_and_modules_lie_beside_the_file(in_tmp_path, cli):
         ("epochs: 1", "epochs: 0", "line 5: epochs must be at least 1, got 0"),
         ("epochs: 1", "epochs: true", "line 5: epochs must be an integer, got True"),
         ("epochs: 1", "weight_decay: true", "weight_decay must be a number, got True"),
-        ("dims: 5", "dims: {a: 5}", "line 6: dims must be a list, each a text, got {'a': 5}"),
+        ("dims: 5", "dims: {a: 5}", "line 6: unknown method of dims 'a': known are hash"),
         ("dims: 5", "dims: five", "line 3: dim must be a positive integer"),
         ("lrs: 0.3", "lrs: 0.3 0.4", "line 7: lrs must be a list, each a number or a mapping"),
         ("lrs: 0.3", "lrs: [0.3, -1]", "line 7: lrs must be a positive number, got -1.0"),

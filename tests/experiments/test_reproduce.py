@@ -64,6 +64,7 @@ def test_the_published_ones():
         "dlrt-lenet5",
         "dlrt-pruning",
         "dlrt-timing",
+        "few-numbers-minilm",
         "gressmann-compartments",
         "gressmann-distributed",
         "gressmann-families",
@@ -85,6 +86,7 @@ def test_the_published_ones():
         "prodsumnet-linear",
         "prodsumnet-mlp",
         "prodsumnet-table1",
+        "said-minilm",
     ]
     found = experiments()
     table, fashion = found["gressmann-table1"], found["gressmann-table1-fashion"]
@@ -163,6 +165,7 @@ def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
 
 
 SWEEPS = sorted(name for name, found in experiments().items() if isinstance(found, Experiment))
+TEXTS = [name for name in SWEEPS if name.endswith("minilm")]
 
 
 SLOW = {("dlrt-cifar-vgg", "full"), ("dlrt-fc", "full")}  # many large matrices to decompose
@@ -173,7 +176,7 @@ PARTLY = {("minut-cifar-lenet", "full")}  # takes hours
     ("name", "budget"),
     [
         pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW))
-        for case in product(SWEEPS, ("quick", "full"))
+        for case in product(sorted({*SWEEPS} - {*TEXTS}), ("quick", "full"))
     ],
 )
 def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
@@ -216,9 +219,50 @@ def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
     assert sum(map(total_runs, parts.values())) < 160
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_on_texts_can_be_run(name, tmp_path, monkeypatch):
+    """With another encoder, of which norms and biases are as many numbers as are needed."""
+    pytest.importorskip("transformers", reason="texts need Hugging Face's transformers")
+    pytest.importorskip("peft", reason="LoRA, VeRA and Uni-LoRA are PEFT's")
+    monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
+    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
+    for data, part in product(("mpqa", "subj"), ("train", "test")):
+        (tmp_path / data).mkdir(exist_ok=True)
+        rows = [
+            json.dumps({"text": "good bad"[5 * (i % 2) :][:4], "label": i % 2}) for i in range(24)
+        ]
+        (tmp_path / data / f"{part}.jsonl").write_text("\n".join(rows))
+    encoder = tiny_encoder(tmp_path / "encoder")
+    found = experiments()[name]
+    for budget in ("quick", "full"):
+        for part, config in found.parts(budget).items():
+            if budget == "quick" or part in ("mpqa", "mpqa-all-weights"):
+                check(replace(config, training=replace(config.training, net=str(encoder))))
+            assert config.seeds == (1 if budget == "quick" else 3)
+    assert sum(map(total_runs, found.parts("full").values())) < 160
+
+
+def tiny_encoder(folder):
+    """A BERT of 4 layers of width 64 that knows two words, with its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "good", "bad"))}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    tokens.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    more = {"intermediate_size": 128, "vocab_size": 4, "max_position_embeddings": 16}
+    BertModel(BertConfig(**sizes, **more)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", [name for name in SWEEPS if "fashion" not in name])
+@pytest.mark.parametrize("name", [n for n in SWEEPS if "fashion" not in n and n not in TEXTS])
 def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
     point = next(point for point in reversed(_points(config)) if not point.small)
@@ -304,6 +348,12 @@ def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
     for words in ("\none\n", "\ntwo\n", "picture: out/two/curve.png", "out/summary.png"):
         assert words in said.out
     assert Path("out/summary.png").read_bytes().startswith(b"\x89PNG")
+    assert cli("reproduce", "tiny", "--only", "two", "--jobs", 1, "--out", "some").code == 0
+    assert {path.name for path in Path("some").iterdir()} == {"two"}
+    with pytest.raises(
+        SubspanError, match=r"unknown part of tiny \(quick\) 'tow': did you mean two"
+    ):
+        reproduce("tiny", Path("some"), only=["tow"])
     results = {part: json.loads(Path(f"out/{part}/sweep.json").read_text()) for part in parts}
     assert [row["dim"] for row in results["two"]["rows"]] == [7]
     found = {part: read(Path("out") / part) for part in parts}

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from subspan.errors import SubspanError
-from subspan.training.config import Run, Sweep, Training, floats, rates, split
+from subspan.training.config import Run, Sweep, Training, floats, split
 
 BAD_TRAINING = [
     ({"epochs": 0}, "epochs must be at least 1, got 0"),
@@ -103,6 +103,18 @@ def test_learning_rates_of_each_method():
     assert json.loads(json.dumps(config.as_dict()))["lrs"] == {"rbd": [1.0], "fpd": [2.0, 4.0]}
 
 
+def test_dims_of_each_method():
+    config = Sweep(Training(), ("hash", "lora"), dims={"hash": ("300", "1000"), "lora": ("1",)})
+    assert [config.dims_of(m) for m in ("hash", "lora")] == [("300", "1000"), ("1",)]
+    assert Sweep(Training(), dims=("7",)).dims_of("hash") == ("7",)
+    with pytest.raises(SubspanError, match="dims has none of rbd: give values of each method"):
+        config.dims_of("rbd")
+    with pytest.raises(SubspanError, match="unknown method of dims 'lroa': did you mean lora"):
+        Sweep(Training(), ("lora",), dims={"lroa": ("1",)})
+    with pytest.raises(SubspanError, match="dims of lora names one value twice: 1, 1"):
+        Sweep(Training(), ("lora",), dims={"lora": ("1", "1")})
+
+
 @pytest.mark.parametrize("values", ["10, 600+250,30", ["10", "600+250", "30"], [10, "600+250", 30]])
 def test_split(values):
     assert split(values, "dims") == ("10", "600+250", "30")
@@ -117,13 +129,6 @@ def test_split_one_value():
 def test_split_refuses_empty_entries(values):
     with pytest.raises(SubspanError, match="dims has an empty entry"):
         split(values, "dims")
-
-
-def test_rates():
-    assert rates("0.1,1e-3", "lrs") == (0.1, 0.001)
-    assert rates({"rbd": [1, 2], "fpd": 4}, "lrs") == {"rbd": (1.0, 2.0), "fpd": (4.0,)}
-    with pytest.raises(SubspanError, match="lrs of rbd must be numbers"):
-        rates({"rbd": "x"}, "lrs")
 
 
 def test_floats():

@@ -25,7 +25,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
 def options_of(how: Method) -> dict[str, object]:
     """A small point of the method's axis."""
-    return how.at("0.3" if how.adapts else "20") if how.axis else {}
+    value = "0.3" if how.adapts else "2" if how.axis == "rank" else "20"
+    return how.at(value) if how.axis else {}
 
 
 @pytest.mark.parametrize("name", sorted(methods()))
@@ -42,7 +43,7 @@ def test_laws(name, tmp_path):
     # Factors of a layer as small as here are more numbers than the layer.
     assert 0 < record.trainable_parameters <= WEIGHTS * (1.1 if how.adapts else 1)
     if how.axis == "dim":
-        assert record.trainable_parameters == 20
+        assert record.trainable_parameters - record.head_parameters == 20
     file = tmp_path / "model.safetensors"
     numbers = sum(t.numel() for t in checkpoint.read(file)[1].values())
     assert numbers <= record.stored_parameters
@@ -63,6 +64,11 @@ def test_there_is_one_for_every_family():
         "dlrt",
         "dlrt-ratio",
         "prodsum",
+        "head",
+        "lora",
+        "lora-subspace",
+        "unilora",
+        "vera",
     }
     assert all(how.name == name and how.help for name, how in methods().items())
     assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())
@@ -73,10 +79,13 @@ def test_unknown_method():
         method("hsh")
 
 
-def test_options_are_the_methods_own():
+def test_options_are_the_methods_own(monkeypatch):
     method("hash").check(["dim", "compartments"])
     with pytest.raises(SubspanError, match="unknown option of hash 'dmi': did you mean dim"):
         method("hash").check(["dmi"])
+    with pytest.raises(SubspanError, match="unknown option of full 'dim': known are head_lr"):
+        method("full").check(["dim"])
+    monkeypatch.setattr(method("full"), "options", ())
     with pytest.raises(SubspanError, match="method 'full' has no options, got --dim"):
         method("full").check(["dim"])
     own = {name: {option.name for option in how.options} for name, how in methods().items()}
@@ -135,6 +144,8 @@ def test_rates_keep_the_length_of_a_step():
     for dim in (1, 100, 10_000):
         lengths = [rate * dim**0.5 for rate in method("hash").rates({"dim": dim})]
         assert lengths == pytest.approx([1, 3, 9], rel=0.05)
+        finer = method("hash").rates({"dim": dim, "train_fully": "head"})
+        assert [rate * dim**0.5 for rate in finer] == pytest.approx([1, 2, 4], rel=0.05)
     sums = method("hash").rates({"dim": "60+40"})
     assert sums == method("hash").rates({"dim": "100"})
     assert sums == method("hash").rates({"compartments": {"0": 60, "2": 40}})

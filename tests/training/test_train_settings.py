@@ -16,7 +16,7 @@ from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.training import devices
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
-from subspan.training.loop import schedule
+from subspan.training.schedule import schedule
 from subspan.training.train import prepare, train
 from tests.runs import a_run, record_of
 from tests.training.data.makers import image_folder
@@ -66,7 +66,7 @@ def test_what_fp16_cannot_do(monkeypatch):
 )
 def test_schedules(name, rates):
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.5)
-    scheduler, seen = schedule(optimizer, name, 0.5, 8), []
+    scheduler, seen = schedule(optimizer, name, 8), []
     for _ in range(8):
         seen.append(scheduler.get_last_lr()[0])
         optimizer.step()

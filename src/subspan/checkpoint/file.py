@@ -44,6 +44,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
         "fingerprint": str,
         "layout": str,
     },
+    "part": {"fingerprint": str},
 }
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names
 

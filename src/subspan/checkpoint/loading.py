@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.file import COORDINATES, layers_of, read
+from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, stored_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
@@ -55,6 +56,10 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
             "the network is in a subspace already: load the file around another one, or unwrap() "
             "its SubspaceModel first"
         )
+    if header["kind"] == "part":
+        check_part(path, network, header)
+        restore(network, tensors)
+        return network
     weights = count(network).dense
     if header["kind"] == "subspace":  # around the numbers that compressed layers have themselves
         layers = compressed_layers(network).values()
@@ -122,6 +127,8 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if isinstance(model, SubspaceModel):
         live[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))
         may_lack = {f"body.{name}" for name in saved_buffers(model.body)}
+    elif base_of(model):
+        may_lack = set(saved_buffers(model))
     for name in sorted((live.keys() | tensors.keys()) - (may_lack - tensors.keys())):
         in_network, in_file = (
             str(list(ts[name].shape)) if name in ts else "no place" for ts in (live, tensors)

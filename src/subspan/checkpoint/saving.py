@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.checkpoint.file import COORDINATES, FORMAT, KEY, describe_layers, digest, to_json
+from subspan.checkpoint.part import base_of, trained_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
@@ -78,6 +79,9 @@ def contents(
             header["quantised"] = count_kinds(packed.values())
         if saved_buffers(model.body):
             header["parameters"] = model.subspace.parameters_digest()
+    elif base := base_of(model):
+        tensors = trained_tensors(model, base)
+        header |= {"kind": "part", "weights": base.weights, "fingerprint": base.fingerprint}
     else:
         tensors = stored_tensors(model)
         header |= {"weights": count(model).dense} | describe_layers(model)
@@ -113,6 +117,8 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, SubspaceModel):
         tensors = {**model.fully_trained(), **saved_buffers(model.body)}
         return {f"body.{name}": tensor for name, tensor in tensors.items()}
+    if base := base_of(model):
+        return {**trained_tensors(model, base), **saved_buffers(model)}
     if any(SubspaceModel.of(module) for module in model.modules()):
         raise SubspanError(
             f"a SubspaceModel lies inside this {type(model).__name__}: save that one (`.module` of "

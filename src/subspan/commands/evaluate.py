@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_type_hints
-
 from subspan.commands.console import print_facts
 from subspan.commands.parsing import Arguments, Parser, parse
-from subspan.training.config import DECODING, Training
+from subspan.commands.task_options import add_task_options, read_task_options
 from subspan.training.evaluate import evaluate_checkpoint
 
 
@@ -17,13 +15,8 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )
-    for name in DECODING:
-        parser.add_argument(
-            f"--{name}",
-            type=get_type_hints(Training)[name],
-            default=None,
-            help="how the data set is read, as of subspan train; null: as in its training",
-        )
+    add_task_options(
+        parser, None, note="how the data are read, as of subspan train; null: as in its training"
+    )
     given = parse(parser, argv)
-    decoding = {name: given[name] for name in DECODING}
-    print_facts(evaluate_checkpoint(given.checkpoint, given.data, **decoding))
+    print_facts(evaluate_checkpoint(given.checkpoint, given.data, **read_task_options(given)))

@@ -139,9 +139,14 @@ def read(name: str, hint: Any, value: Any) -> Any:
     Raises:
         SubspanError: for a value that cannot be converted.
     """
-    if isinstance(value, Mapping):
-        return config.rates(value, name) if get_origin(hint) is not dict else value
     options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, Mapping):
+        inner = next((get_args(kind)[1] for kind in options if get_origin(kind) is Mapping), None)
+        return (
+            value
+            if inner is None
+            else {k: read(f"{name} of {k}", inner, v) for k, v in value.items()}
+        )
     listed = next((option for option in options if get_origin(option) is tuple), None)
     if listed is not None:
         of = get_args(listed)[0]

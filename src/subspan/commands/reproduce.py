@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from subspan.commands.parsing import Arguments, Parser, add_running, parse, trackers_given
+from subspan.commands.parsing import (
+    LISTED,
+    Arguments,
+    Parser,
+    add_running,
+    parse,
+    trackers_given,
+)
 from subspan.errors import SubspanError
+from subspan.training.config import split
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -47,6 +55,12 @@ def main(argv: Arguments) -> None:
         default=None,
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
     )
+    parser.add_argument(
+        "--only",
+        type=LISTED,
+        default=None,
+        help="parts of the experiment, separated by commas; the others are left for another time",
+    )
     add_running(parser, None)
     given = parse(parser, argv)
 
@@ -62,6 +76,8 @@ def main(argv: Arguments) -> None:
         return
     if given.data is not None:
         raise SubspanError("all experiments have data of their own: leave --data out")
+    if given.only is not None:
+        raise SubspanError("parts are those of one experiment: leave --only out")
 
     def one(name: str, folder: Path) -> None:
         console.say(f"\n{name}: {experiments()[name].title}")
@@ -92,6 +108,7 @@ def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> 
         "backend": given.backend,
         "ray_address": given.ray_address,
         "log": trackers_given(given),
+        "only": () if given.only is None else split(given.only, "only"),
     }
     if isinstance(chosen, Benchmark):
         with show_progress(bench_total(chosen.bench(given.budget))) as done:
@@ -101,7 +118,7 @@ def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> 
         return
     # Where all are run, those whose runs are timed go one at a time.
     jobs = 1 if chosen.timed and given.name == ALL else given.jobs
-    parts = chosen.parts(given.budget)
+    parts = chosen.parts(given.budget, how["only"])
     with show_runs(sum(map(total_runs, parts.values()))) as progress:
         results = reproduce(chosen, out, jobs=jobs, on_run=progress, say=console.say, **how)
     for part, result in results.items():

@@ -24,6 +24,7 @@ from subspan.commands.parsing import (
     read_fields,
     trackers_given,
 )
+from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import SubspanError
 from subspan.experiments.many import sweep_parts
 from subspan.files import readable
@@ -31,7 +32,7 @@ from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.smaller import beside
 from subspan.sweeps.sweep import total_runs
-from subspan.training.config import Sweep, Training, split
+from subspan.training.config import Sweep, split
 
 
 def main(argv: Arguments) -> None:
@@ -39,8 +40,9 @@ def main(argv: Arguments) -> None:
 
     Options that take several values take them separated by commas, or as a YAML list.
     """
-    parser = Parser("sweep", main.__doc__, list_methods("sweep", "methods"))
-    parser.add_fields(Training)
+    epilog = f"{list_methods('sweep', 'methods')}\n\n{list_tasks('sweep')}"
+    parser = Parser("sweep", main.__doc__, epilog)
+    add_training(parser, argv)
     parser.add_fields(
         Sweep, without=("training", "options", "processes"), dims="10,30,100,300,1000,3000"
     )
@@ -55,7 +57,7 @@ def main(argv: Arguments) -> None:
     add_running(parser, "runs/sweep")
     given = parse(parser, argv)
 
-    training = read_fields(Training, given)
+    training = read_training(given)
     settings = read_fields(Sweep, given, training=training, options=read_method_options(given))
     nets = [training.net] if given.nets is None else split(given.nets, "nets")
     parts = {}
@@ -119,13 +121,15 @@ def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
         SubspanError: if no run succeeded.
     """
     score = result.score
+    head = any(point.head_parameters for point in result.points)
     judged = f"test {score.name}{score.unit}"
     console.print_table(
-        ("method", "d", "lr", judged, "seeds", "stored", "bytes", "s / run"),
+        ("method", "d", *["head"] * head, "lr", judged, "seeds", "stored", "bytes", "s / run"),
         [
             (
                 point.small or point.method,
                 f"{point.dim:,}",
+                *[f"{point.head_parameters:,}"] * head,
                 f"{point.lr:g}",
                 score.summary(point.test_score),
                 str(len(point.test_score)),

@@ -25,12 +25,13 @@ from subspan.commands.parsing import (
     add_out,
     parse,
     read,
-    read_fields,
     trackers_given,
 )
+from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import Stopped, SubspanError
-from subspan.training.config import Run, Training
+from subspan.training.config import Run
 from subspan.training.methods import method
+from subspan.training.prepare import complete
 from subspan.training.records import CompleteRun, Epoch, RunRecord, changes, differences
 from subspan.training.score import ACCURACY, Score
 from subspan.training.train import train
@@ -38,8 +39,9 @@ from subspan.training.train import train
 
 def main(argv: Arguments) -> None:
     """Train one network by one method."""
-    parser = Parser("train", main.__doc__, list_methods("train", "method"))
-    parser.add_fields(Training)
+    epilog = f"{list_methods('train', 'method')}\n\n{list_tasks('train')}"
+    parser = Parser("train", main.__doc__, epilog)
+    add_training(parser, argv)
     parser.add_fields(Run, without=("training", "options"), method="hash", lr=None)
     if "--resume" in argv:
         add_method_options(parser, argv, {})
@@ -60,10 +62,11 @@ def main(argv: Arguments) -> None:
         run, trackers = _read_begun(parse(parser, argv, defaults=False), out)
         log = log or trackers
     else:
-        options = read_method_options(given)
-        rates = method(given.method).rates(options)
+        how, training = method(given.method), read_training(given)
+        options = complete(read_method_options(given), how, training)
+        rates = how.rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
-        training, seed = read_fields(Training, given), read("seed", int, given.seed)
+        seed = read("seed", int, given.seed)
         run = Run(training, given.method, options, lr, seed)
     with show_progress(run, resumed=given.resume) as progress:
         try:

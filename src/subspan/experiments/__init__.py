@@ -92,6 +92,7 @@ def reproduce(
     ray_address: str | None = None,
     say: Callable[[str], None] = lambda what: None,
     log: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run an experiment and write its report, published and measured side by side.
 
@@ -112,14 +113,15 @@ def reproduce(
         ray_address: likewise.
         say: likewise.
         log: likewise.
+        only: parts to run now, by name; the others are left for another call.
 
     Returns:
         What ``sweep.json`` says of each part, by its name; a single part has none, nor has a
         benchmark, of which it is the content of ``bench.json``.
 
     Raises:
-        SubspanError: for an unknown name or budget, data or trackers for a benchmark, or Ray for
-            times.
+        SubspanError: for an unknown name, budget or part, data or trackers for a benchmark, or Ray
+            for times.
     """
     chosen = experiment(which) if isinstance(which, str) else which
     name = chosen.name
@@ -131,6 +133,8 @@ def reproduce(
     if isinstance(chosen, Benchmark):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
+        if only:
+            raise SubspanError(f"{name} is a benchmark, it has no parts: leave out --only")
         if log:
             raise SubspanError(f"{name} is a benchmark, it has no runs to log: leave out --log")
         record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
@@ -138,7 +142,7 @@ def reproduce(
         return {"": record}
     if chosen.timed and jobs > 1:
         raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
-    parts, title = chosen.parts(budget), chosen.title
+    parts, title = chosen.parts(budget, only), chosen.title
     if data is not None:
         title += f"; here with {data}"
         parts = {

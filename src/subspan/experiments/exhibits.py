@@ -20,6 +20,7 @@ from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import methods
 from subspan.training.records import plain, read_json
+from subspan.training.tasks import option_names
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
     words = f"Budget {budget}: " if budget else ""
     words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {epochs} epoch{'s' * (epochs != '1')}"
+    if steps := _range(int(s.config["max_steps"]) for s in sweeps if s.config.get("max_steps")):
+        words += f", at most {steps} steps"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
     return f"{words}."
@@ -298,6 +301,7 @@ def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
         words.append(f"--nets {_word([each.get('net') for each in (config, *others)])}")
         auto = any(each.get("small") != config.get("small") for each in others)
         config = {**config, "net": None} | ({"small": "auto"} if auto else {})
+    usual |= {name: None for name in option_names() if name in config}
     for name in (*always, *(key for key in usual if key not in always)):
         value = config.get(name, usual[name])
         if name == "options":

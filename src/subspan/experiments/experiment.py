@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from subspan.bench import Bench
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
 from subspan.sweeps.result import Published as Published
 from subspan.training.config import Sweep
 
@@ -42,13 +42,21 @@ class Experiment:
     file: str = ""
     places: Mapping[str, str] = field(default_factory=dict)
 
-    def parts(self, budget: Budget) -> dict[str, Sweep]:
+    def parts(self, budget: Budget, only: Sequence[str] = ()) -> dict[str, Sweep]:
         """Return the sweeps by the name of their part.
 
+        Args:
+            budget: which.
+            only: the parts that are wanted; all if it is empty.
+
         Raises:
-            SubspanError: for a budget that is none.
+            SubspanError: for a budget that is none, and for a part that the budget does not run.
         """
-        return dict(_of_budget(self.sweeps, budget))
+        parts = dict(_of_budget(self.sweeps, budget))
+        for part in only:
+            if part not in parts:
+                raise unknown(f"part of {self.name} ({budget})", part, filter(None, parts))
+        return {part: sweep for part, sweep in parts.items() if not only or part in only}
 
 
 @dataclass(frozen=True)

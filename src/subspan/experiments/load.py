@@ -22,11 +22,12 @@ from subspan.sweeps.sweep import total_runs
 from subspan.training import nets
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import Method, method
+from subspan.training.tasks import TaskKind, kind
 
 SWEEP = ("title", "source", "differences", "published", "timed", "sweep", "parts", "budgets")
 BENCH = ("title", "source", "differences", "bench", "budgets")
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
-_TRAINING = {f.name for f in fields(Training)}
+_TRAINING = {f.name for f in fields(Training)} - {"task_options"}
 _OF_SWEEP = {f.name for f in fields(Sweep)} - {"training", "options"}
 
 
@@ -107,8 +108,15 @@ def _sweep(values: Located, file: str) -> Sweep:
         for option in how.options:
             if option.name != how.axis:  # whose values are dims
                 options[option.name] = options.get(option.name, option.type) | option.type
-    values.check_keys("key of a sweep", {*_TRAINING, *_OF_SWEEP, *options})
-    training = values.only(_TRAINING).make(Training, "training")
+    how = _task(values)
+    of_task = {option.name: option.type for option in how.options}
+    values.check_keys("key of a sweep", {*_TRAINING, *_OF_SWEEP, *options, *of_task})
+    own = {key: values.fit(key, of_task[key]) for key in of_task if values.get(key) is not None}
+    training = values.only(_TRAINING).make(Training, "training", task_options=own)
+    try:
+        how.check(own)
+    except SubspanError as error:
+        raise values.error(error) from None
     for key in ("net", "small") if training.task is None else ():
         for name in _names(values, key):
             if ":" not in name and not nets.is_builtin(name):
@@ -128,6 +136,13 @@ def _sweep(values: Located, file: str) -> Sweep:
 
 def _names(values: Located, key: str) -> tuple[str, ...]:
     return values.fit(key, tuple[str, ...]) if values.get(key) is not None else ()
+
+
+def _task(values: Located) -> TaskKind:
+    try:
+        return kind(values.fit("task", str) if values.get("task") is not None else None)
+    except SubspanError as error:
+        raise values.error(error, "task") from None
 
 
 def _method(values: Located, key: str, name: str) -> Method:

@@ -45,8 +45,8 @@ class Curve:
 def measured_curves(sweep: SweepRecord) -> list[Curve]:
     """Return one curve for each method of the sweep that has a good run."""
     curves, scale = [], sweep.score.scale
-    rows = [row for row in sweep.rows if not row.small]
-    for method in sweep.methods:
+    rows = [row for row in sweep.rows if not row.small and row.dim]
+    for method in dict.fromkeys(row.method for row in rows):
         points = sorted((row.dim, row.test_score) for row in rows if row.method == method)
         found = sweep.d_int.get(method)
         name = method

@@ -198,11 +198,17 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
         "the checkpoint, with its names and shapes."
     )
     costs = "Time and memory are those of training on the device named below, means over seeds."
+    head = any(row.head_parameters for row in rows)
+    if head:
+        counts += (
+            " Head: those of the trained numbers that every method trains as they are; d does not "
+            "count them."
+        )
     sent = any(row.bytes_sent for row in rows)
     return Section(
         "Size and cost",
         [
-            *("method", "d", "trained", "stored", "weights D", "file, bytes"),
+            *("method", "d", "trained", *["head"] * head, "stored", "weights D", "file, bytes"),
             *("ms per step", "seconds", "memory, MB", *["bytes sent per step"] * sent),
         ],
         [
@@ -213,6 +219,7 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
                     _or_dash("{:,}".format, count)
                     for count in (
                         row.trainable_parameters,
+                        *[row.head_parameters] * head,
                         row.stored_parameters,
                         row.weights,
                         row.checkpoint_bytes,

@@ -85,8 +85,12 @@ def sweep_figure(sweep: SweepRecord) -> Figure:
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(textwrap.fill(title(sweep), _TITLE_COLUMN))
-    trained = all(row.trainable_parameters == row.dim for row in sweep.rows if not row.small)
+    rows = [row for row in sweep.rows if not row.small]
+    head = max((row.head_parameters for row in rows), default=0)
+    trained = all(row.trainable_parameters - row.head_parameters == row.dim for row in rows)
     axes.set_xlabel("subspace dimension d" + (" (numbers trained)" if trained else ""))
+    if head:
+        axes.set_xlabel(f"numbers trained, without the head's {head:,}")
     if any(row.ranks for row in sweep.rows):
         axes.set_xlabel("numbers trained, on average over seeds")
     axes.set_ylabel(f"test {sweep.score.name}{sweep.score.unit}")
@@ -97,6 +101,7 @@ def sweep_figure(sweep: SweepRecord) -> Figure:
         for i, curve in enumerate(curves)
     ]
     levels = _draw_baseline(axes, sweep.baseline, sweep) if sweep.baseline else []
+    levels += [_draw_head(axes, row, sweep) for row in rows if not row.dim]
     if not measured:
         axes.text(0.5, 0.5, "no run succeeded", transform=axes.transAxes, ha="center")
     _scale_dims(axes, [d for curve in measured + published for d in curve.dims])
@@ -175,6 +180,15 @@ def _draw_baseline(axes: Axes, baseline: PointRecord, sweep: SweepRecord) -> lis
         axes.axhline(score.scale * mean, color=_INK, linewidth=0.9, label=label),
         axes.axhline(score.scale * solved, color=_INK, linewidth=0.9, linestyle=":", label=goal),
     ]
+
+
+def _draw_head(axes: Axes, row: PointRecord, sweep: SweepRecord) -> Line2D:
+    """Draw the score of training nothing but the head: it has no place on the axis of d."""
+    mean = sum(row.test_score) / len(row.test_score)
+    label = f"{row.method}: {sweep.score.show(mean, 1)}"
+    return axes.axhline(
+        sweep.score.scale * mean, color=_INK, linewidth=0.9, linestyle="-.", label=label
+    )
 
 
 def _mark(axes: Axes, curve: Curve, line: Line2D) -> None:

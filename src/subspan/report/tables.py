@@ -41,6 +41,9 @@ def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table
         "method": True,
         "at": True,
         "numbers trained": True,
+        "and of the head": any(
+            row.head_parameters for sweep in parts.values() for row in sweep.points
+        ),
         f"measured{unit}": True,
         "seeds": True,
         (sources[0] if one else "published") + unit: bool(sources),
@@ -71,11 +74,13 @@ def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table
 def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
     """Yield the cells of measured rows, without the part."""
     for row in sweep.points:
-        numbers = row.trainable_parameters if row is sweep.baseline else row.dim
+        own = row.trainable_parameters - row.head_parameters
+        numbers = own if row is sweep.baseline else row.dim
         yield (
             row.method,
             _at(row),
             f"{numbers:,}",
+            f"{row.head_parameters:,}",
             shown(row.test_score, sweep.score),
             str(len(row.test_score)),
             "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
@@ -103,7 +108,7 @@ def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
                 numbers = f"{source.dims[place]:,}" if source.dims else NONE
                 label = source.labels[place] if source.labels else ""
                 cell = _published(accuracy, source, sweep.score, one)
-                yield source.method or "", label, numbers, NONE, NONE, cell, NONE, NONE, NONE
+                yield source.method or "", label, numbers, NONE, NONE, NONE, cell, NONE, NONE, NONE
 
 
 def _at(row: PointRecord) -> str:

@@ -10,7 +10,7 @@ logarithm and comes out the same on every backend: 2u − 1 is exact and one pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
-def initialize(net: nn.Module, seed: int) -> None:
+def initialize(net: nn.Module, seed: int, only: Collection[str] | None = None) -> None:
     """Overwrite a network's parameters in place by draws from ``seed``.
 
     ===============================  ==========================================================
@@ -43,11 +43,14 @@ def initialize(net: nn.Module, seed: int) -> None:
     Args:
         net: any module; its buffers are left alone.
         seed: in [0, 2⁶⁴).
+        only: names of the parameters to draw; None draws all. What a tensor gets is the same.
     """
     source = Source(seed, DOMAIN)
     # A tied tensor takes the rule of the first module that holds it.
     owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
     for position, slot in enumerate(owners):
+        if only is not None and slot.path not in only:
+            continue
         module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)
         if (packed := read_quantised(module, attribute)) is not None:

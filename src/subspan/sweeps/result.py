@@ -22,7 +22,8 @@ class PointRecord:
 
     Attributes:
         method: its name.
-        dim: the numbers that are trained, the mean over seeds.
+        dim: the numbers that are trained, but for the head's, the mean over seeds; 0 where only
+            a head is.
         label: the value of the axis as people give it, or what the point is called.
         lr: the learning rate.
         seeds: which ones.
@@ -33,6 +34,7 @@ class PointRecord:
         seconds_per_step: the median over epochs.
         peak_memory_bytes: of each run.
         trainable_parameters: as of a run.
+        head_parameters: likewise.
         stored_parameters: likewise.
         weights: likewise.
         checkpoint_bytes: likewise.
@@ -55,6 +57,7 @@ class PointRecord:
     seconds_per_step: list[float] = field(default_factory=list)
     peak_memory_bytes: list[float] = field(default_factory=list)
     trainable_parameters: int
+    head_parameters: int = field(default=0, metadata=OPTIONAL)
     stored_parameters: int
     weights: int
     checkpoint_bytes: int | None
@@ -65,8 +68,8 @@ class PointRecord:
     tried_lrs: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("dim", "weights"):
-            if (count := getattr(self, name)) < 1:
+        for name, least in (("dim", 0 if self.head_parameters else 1), ("weights", 1)):
+            if (count := getattr(self, name)) < least:
                 raise MisfitError(f"must be positive, got {count}", (name,))
 
     @property
@@ -95,7 +98,9 @@ class PointRecord:
         scores = _known(run.test_score for run in runs)
         return cls(
             method=first.config["method"],
-            dim=round(statistics.fmean(run.trainable_parameters for run in runs)),
+            dim=round(
+                statistics.fmean(run.trainable_parameters - run.head_parameters for run in runs)
+            ),
             label=label,
             lr=first.config["lr"],
             seeds=[run.config["seed"] for run in runs],
@@ -106,6 +111,7 @@ class PointRecord:
             seconds_per_step=_known(run.seconds_per_step for run in runs),
             peak_memory_bytes=_known(run.peak_memory_bytes for run in runs),
             trainable_parameters=first.trainable_parameters,
+            head_parameters=first.head_parameters,
             stored_parameters=first.stored_parameters,
             weights=first.weights,
             checkpoint_bytes=first.checkpoint_bytes,

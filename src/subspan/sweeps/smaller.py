@@ -70,12 +70,13 @@ def beside(sweep: Sweep) -> tuple[str, ...]:
     Raises:
         SubspanError: for a task that is not image classification, or dims that are no numbers.
     """
+    dims = dict.fromkeys(dim for name in sweep.methods for dim in sweep.dims_of(name))
     try:
-        numbers = [sum(map(int, dim.split("+"))) for dim in sweep.dims]
+        numbers = [sum(map(int, dim.split("+"))) for dim in dims]
     except ValueError:
         raise SubspanError(
-            f"--small auto needs dims that are numbers, got {', '.join(sweep.dims)}: name networks "
-            "of your own"
+            f"--small auto needs dims that are numbers, got {', '.join(dims)}: name networks of "
+            "your own"
         ) from None
     task = tasks.load(sweep.training, seed=0)
     if not isinstance(task, Classification):

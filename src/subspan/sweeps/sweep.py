@@ -27,7 +27,7 @@ from subspan.training import own, records, trackers
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.machine import versions
 from subspan.training.methods import method
-from subspan.training.prepare import prepare
+from subspan.training.prepare import complete, prepare
 from subspan.training.records import CompleteRun
 from subspan.training.score import ACCURACY, Score
 from subspan.training.stop import Stop
@@ -206,8 +206,8 @@ def _points(config: Sweep) -> list[Point]:
         how = method(name)
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
-        for value in [""] if how.axis is None else config.dims:
-            there = options | how.at(value)
+        for value in [""] if how.axis is None else config.dims_of(name):
+            there = complete(options, how, config.training) | how.at(value)
             lrs = config.lrs_of(name) or how.rates(there)
             points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
     for net in config.small:

@@ -7,10 +7,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
-from subspan.training.data.decode import parse_size
 
-DECODING = ("image_column", "label_column", "resize")  # how a data set is read
 Schedule = Literal["onecycle", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method or of a task: a flag on the command line, a key in a YAML file."""
+
+    name: str
+    type: Any
+    help: str
 
 
 @dataclass(frozen=True)
@@ -25,15 +32,12 @@ class Training:
             images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
             there is no test part a sixth of the images becomes one, the same for every seed. null
             is digits, or the task's own.
-        task: a task of your own, if it is not image classification, as package.module:function;
-            see examples/language_model.py. The function is called with net, data, validation and
-            seed if it has parameters of these names.
-        image_column: the column of the images; null finds it by the columns' types and usual
-            names.
-        label_column: the column of the labels; null finds it likewise.
-        resize: the size to which all images are brought while they are read, 32, or 28x32 (height
-            x width); null leaves them as they are, and then they must have one size.
+        task: the task by its name, or one of your own as package.module:function; see
+            examples/language_model.py. The function is called with net, data, validation and seed
+            if it has parameters of these names. null is the classification of images.
         epochs: passes over the training part.
+        max_steps: the steps after which training ends, in the middle of an epoch if need be; null
+            trains all epochs.
         batch_size: images per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
         schedule: how the learning rate changes: onecycle, cosine (to zero), or constant.
@@ -46,15 +50,14 @@ class Training:
             tasks.
         mixed_precision: the precision of forward and backward pass: no is float32.
         device: where to train; auto is the GPU if there is one.
+        task_options: the task's own, by their names, without those that are null.
     """
 
     net: str | None = None
     data: str | None = None
     task: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    resize: int | str | None = None
     epochs: int = 10
+    max_steps: int | None = None
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Schedule = "onecycle"
@@ -64,13 +67,9 @@ class Training:
     init: Literal["auto", "seed", "own"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.decoding:
-            raise SubspanError(
-                f"{', '.join(self.decoding)} is for sets of images, and task {self.task} reads its "
-                "data itself: leave that out"
-            )
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
@@ -81,8 +80,8 @@ class Training:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.resize is not None:
-            parse_size(self.resize)
+        if self.max_steps is not None and self.max_steps < 1:
+            raise SubspanError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
@@ -95,12 +94,21 @@ class Training:
     @property
     def title(self) -> str:
         """The network and the data set in words, as in "lenet on mnist"."""
-        return title(asdict(self))
+        return title(self.as_dict())
 
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """The options of :data:`DECODING` that are set, as arguments of ``data.load``."""
-        return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in records: the task's options are beside the others."""
+        content = asdict(self)
+        if self.max_steps is None:  # records of trainings that knew none stay the same
+            del content["max_steps"]
+        return content | content.pop("task_options")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Training:
+        """Read what :meth:`as_dict` wrote; a name that is no field is an option of the task."""
+        known = {f.name for f in fields(cls)} - {"task_options"}
+        own = {k: value for k, value in content.items() if k not in known and value is not None}
+        return cls(**{k: content[k] for k in content if k in known}, task_options=own)
 
 
 def title(config: Mapping[str, Any]) -> str:
@@ -136,7 +144,7 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``record.json``."""
-        return asdict(self.training) | {
+        return self.training.as_dict() | {
             "method": self.method,
             "options": self.options,
             "lr": self.lr,
@@ -155,7 +163,7 @@ class Run:
         try:
             if not isinstance(content["options"], Mapping):
                 raise TypeError(f"options must be a mapping, got {content['options']!r}")
-            return cls(Training(**training), **{key: content[key] for key in own})
+            return cls(Training.from_dict(training), **{key: content[key] for key in own})
         except (TypeError, KeyError) as error:
             raise SubspanError(f"this is not the configuration of a run: {error}") from None
 
@@ -169,7 +177,8 @@ class Sweep:
         methods: the methods to compare, by their names.
         dims: numbers of coordinates, as 10,30,100; 600+250 gives those of each compartment. For
             dlrt they are tolerances, as 0.05,0.1,0.2, for dlrt-ratio shares, for prodsum numbers
-            of atoms (p).
+            of atoms (p), for lora and vera ranks. Or those of each method, {hash: [300, 1000],
+            lora: [1, 2, 4]}.
         seeds: how many seeds to run, 0, 1, …
         lrs: learning rates to choose from at every d, by the validation score of seed 0; or those
             of each method, {rbd: [1, 2], fpd: 4}. Where there are none, the methods' own.
@@ -184,7 +193,7 @@ class Sweep:
 
     training: Training
     methods: tuple[str, ...] = ("hash",)
-    dims: tuple[str, ...] = ("10", "30", "100", "300", "1000")
+    dims: tuple[str, ...] | Mapping[str, tuple[str, ...]] = ("10", "30", "100", "300", "1000")
     seeds: int = 1
     lrs: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -199,20 +208,13 @@ class Sweep:
             raise SubspanError("methods is empty: name at least one")
         if not self.dims:
             raise SubspanError("dims is empty: give at least one number of coordinates")
-        rates = [("baseline_lrs", self.baseline_lrs)]
-        if isinstance(self.lrs, Mapping):
-            for name in self.lrs:
-                if name not in self.methods:
-                    raise unknown("method of lrs", name, self.methods)
-            rates += [(f"lrs of {name}", values) for name, values in self.lrs.items()]
-        else:
-            rates += [("lrs", self.lrs)]
+        rates = [("baseline_lrs", self.baseline_lrs), *self._lists("lrs", self.lrs)]
         for name, lrs in rates:
             for lr in lrs:
                 _check_rate(name, lr)
         named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
-        listed = [("methods", self.methods), ("dims", self.dims), ("small", self.small)]
-        for name, values in [*listed, *named]:
+        listed = [("methods", self.methods), ("small", self.small)]
+        for name, values in [*listed, *self._lists("dims", self.dims), *named]:
             if len(set(values)) < len(values):
                 raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
         for name in ("seeds", "processes"):
@@ -220,6 +222,23 @@ class Sweep:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    def _lists(self, name: str, given: Any) -> list[tuple[str, tuple[Any, ...]]]:
+        """Return a list under its name; or those of the methods, each under a name of its own."""
+        if not isinstance(given, Mapping):
+            return [(name, given)]
+        for method in given:
+            if method not in self.methods:
+                raise unknown(f"method of {name}", method, self.methods)
+        return [(f"{name} of {method}", values) for method, values in given.items()]
+
+    def dims_of(self, method: str) -> tuple[str, ...]:
+        """Return the values of a method's axis."""
+        if not isinstance(self.dims, Mapping):
+            return self.dims
+        if not self.dims.get(method):
+            raise SubspanError(f"dims has none of {method}: give values of each method")
+        return self.dims[method]
 
     def lrs_of(self, method: str) -> tuple[float, ...]:
         """Return the learning rates to choose from for a method; none leaves it to the method."""
@@ -234,7 +253,7 @@ class Sweep:
             if own[name] == usual:  # records of sweeps that knew no other stay the same
                 del own[name]
         lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
-        return asdict(self.training) | own | lists
+        return self.training.as_dict() | own | lists
 
 
 def split(values: Any, name: str) -> tuple[str, ...]:
@@ -254,13 +273,6 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
-
-
-def rates(values: Any, name: str) -> tuple[float, ...] | dict[str, tuple[float, ...]]:
-    """Split as :func:`floats` does, or for each method."""
-    if isinstance(values, Mapping):
-        return {method: floats(own, f"{name} of {method}") for method, own in values.items()}
-    return floats(values, name)
 
 
 def _check_rate(name: str, lr: float) -> None:

@@ -15,6 +15,7 @@ from subspan.layers import compressed_layers, merge
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_slots, saved_buffers
 from subspan.training.evaluate import rebuild
+from subspan.training.methods import method
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
@@ -32,11 +33,13 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     refuse_what_is_no_file(out)
     if Path(out).resolve() == Path(path).resolve():
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
-    model, _ = rebuild(path)
+    model, header = rebuild(path)
     if isinstance(model, SubspaceModel):
         model = model.merge()
     elif compressed_layers(model):
         model = merge(model)
+    elif header["kind"] == "part":
+        model = method(header["extra"]["method"]).merge(model)
     return write_weights(model, out)
 
 

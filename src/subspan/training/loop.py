@@ -6,6 +6,7 @@ launch``).
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -18,8 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from subspan import checkpoint
 from subspan.errors import Stopped, SubspanError
@@ -29,6 +28,7 @@ from subspan.training.folder import RunFolder
 from subspan.training.machine import PeakMemory
 from subspan.training.prepare import Prepared
 from subspan.training.records import CompleteRun, Epoch, RunRecord
+from subspan.training.schedule import schedule
 from subspan.training.schema import MisfitError, from_json, to_json
 from subspan.training.state import Progress, TrainState, Within
 from subspan.training.stop import Stop
@@ -88,16 +88,18 @@ class Loop:
             notes += resume.check_processes(before, out, processes, must_agree=alike)
             resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
+        self.total = self.steps * self.training.epochs
+        if self.training.max_steps is not None:
+            self.total = min(self.total, self.training.max_steps)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         self.model = model.to(device)
-        total = self.steps * self.training.epochs
         optimizer = self.bare = self.method.optimizer(
             self.model,
             self.run,
             out,
             self.extra() | {"init_seed": ready.init_seed},
-            steps=total,
+            steps=self.total,
             resume=before.optimizer if before else None,
         )
         # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
@@ -105,7 +107,8 @@ class Loop:
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
         self.backward = accelerator.backward if scaled else Tensor.backward
         self.wrapped = self.distributed()
-        self.schedule = schedule(optimizer, self.training.schedule, self.run.lr, total)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.schedule = schedule(optimizer, self.training.schedule, self.total)
         self.progress = Progress(Within(torch.zeros((), device=device)))
         if before:
             checkpoint.restore(self.model, before.tensors)
@@ -132,7 +135,12 @@ class Loop:
             "versions": machine.versions(),
             "notes": notes,
         }
-        self.record = self.checked(RunRecord, begun | dict(self.method.counts(self.model)))
+        self.record = self.checked(RunRecord, begun | self.counts())
+
+    def counts(self) -> dict[str, Any]:
+        """Return the method's counts, and that of the head."""
+        head = sum(p.numel() for p in self.method.head(self.model, self.run.options))
+        return dict(self.method.counts(self.model)) | {"head_parameters": head}
 
     def checked(self, kind: type[Checked], content: dict[str, Any]) -> Checked:
         """Return a part of the record, with what the method says of the run.
@@ -165,7 +173,7 @@ class Loop:
             state.set_generators(self.before.generators)
         else:
             state.seed_generators(self.run.seed)  # of what the network draws, as dropout does
-        progress, epochs = self.progress, self.training.epochs
+        progress, epochs = self.progress, math.ceil(self.total / self.steps)
         for epoch in range(len(progress.history) + 1, epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.
@@ -203,15 +211,19 @@ class Loop:
             self.model = model
             self.wrapped = self.distributed()
             # The schedule begins again, over the epochs that are left.
-            for group in self.bare.param_groups:
-                group["lr"] = self.run.lr
+            for group, lr in zip(self.bare.param_groups, self.rates, strict=True):
+                group["lr"] = lr
                 group.pop("initial_lr", None)
-            left = (self.training.epochs - len(history)) * self.steps
-            self.schedule = schedule(self.bare, self.training.schedule, self.run.lr, left)
+            left = self.total - len(history) * self.steps
+            self.schedule = schedule(self.bare, self.training.schedule, left)
+
+    def steps_of(self, epoch: int) -> int:
+        """Return the number of steps of an epoch: the last one may end early."""
+        return min(self.steps, self.total - (epoch - 1) * self.steps)
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
-        accelerator, training = self.accelerator, self.training
+        accelerator, training, last = self.accelerator, self.training, self.steps_of(epoch)
         progress, within = self.progress, self.progress.within
         self.wrapped.train()
         if not within.seen:
@@ -229,19 +241,19 @@ class Loop:
             device=accelerator.device,
         )
         train_loss = math.nan
-        for step, (index, weight) in enumerate(batches, start=1):
+        for step, (index, weight) in enumerate(itertools.islice(batches, last), start=1):
             if (epoch - 1) * self.steps + step <= progress.done:
                 continue
             loss = self.step(self.task.batch(index), weight)
             whole = min(training.batch_size, self.task.size() - (step - 1) * training.batch_size)
             total, seen = total + loss.detach() * whole, seen + whole
-            if step % CHECK_EVERY == 0 or step == self.steps:
+            if step % CHECK_EVERY == 0 or step == last:
                 train_loss = self.finite(total / seen, epoch)
             progress.done += 1
             if self.on_step:
                 self.on_step()
             due = time.perf_counter() - self.saved > SAVE_EVERY
-            if step < self.steps and (due or self.stopping):
+            if step < last and (due or self.stopping):
                 seconds = time.perf_counter() - started
                 progress.within = Within(total, seen, seconds, within.lr)
                 self.save_state()
@@ -250,7 +262,7 @@ class Loop:
         seconds = time.perf_counter() - started
         progress.within = Within(torch.zeros_like(total), lr=within.lr)
         if accelerator.num_processes > 1:
-            own = torch.tensor((machine.bytes_sent() - sent) / self.steps)
+            own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         said = self.method.diagnose(self.model, self.bare)
         val_loss, val_score = evaluate(self.model, self.task, "validation")
@@ -305,7 +317,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.folder.keep_best()
         self.bring_up_to_date("complete")
-        found = self.method.counts(self.model) | {"test_score": score, "checkpoint_bytes": size}
+        found = self.counts() | {"test_score": score, "checkpoint_bytes": size}
         self.record = self.checked(CompleteRun, to_json(self.record) | found)
         self.folder.write(self.record)
         self.folder.forget_state()
@@ -347,18 +359,20 @@ class Loop:
 
     def stopped(self) -> Stopped:
         """Return the exception that ends a run of which all is saved."""
-        steps = self.steps * self.training.epochs
-        return self.stop.error(f"after {self.progress.done:,} of {steps:,} steps")
+        return self.stop.error(f"after {self.progress.done:,} of {self.total:,} steps")
 
     def extra(self) -> dict[str, Any]:
         """Return what the checkpoint says so that ``subspan eval`` finds network and task again."""
         described = describe(self.ready.task, self.training, self.run.seed)
-        return described | {"method": self.method.name}
+        method: dict[str, Any] = {"method": self.method.name}
+        if checkpoint.base_of(self.ready.model):  # it is to be wrapped by the method again
+            method |= {"options": self.run.options, "init_seed": self.ready.init_seed}
+        return described | method
 
     def bring_up_to_date(self, status: str, error: str | None = None) -> None:
         """Let the record say how far the run is."""
         progress = self.progress
-        steps = [row.seconds / self.steps for row in progress.history]
+        steps = [row.seconds / self.steps_of(row.epoch) for row in progress.history]
         self.record = replace(
             self.record,
             status=status,
@@ -376,12 +390,3 @@ class Loop:
         """Bring ``record.json`` up to date, from the main process."""
         self.bring_up_to_date(status, error)
         self.folder.write(self.record)
-
-
-def schedule(optimizer: Optimizer, name: str, lr: float, steps: int) -> LRScheduler:
-    """Return the learning rate step by step; its highest value is ``lr``."""
-    if name == "onecycle":
-        return OneCycleLR(optimizer, lr, total_steps=max(steps, 2), cycle_momentum=False)
-    if name == "cosine":
-        return CosineAnnealingLR(optimizer, steps)
-    return LambdaLR(optimizer, lambda _: 1.0)

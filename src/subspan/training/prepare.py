@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.training import nets, tasks
-from subspan.training.config import Run
+from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
 from subspan.training.methods import Method, method
 from subspan.training.tasks import Task
@@ -25,6 +27,13 @@ class Prepared:
     method: Method
     model: nn.Module
     init_seed: int | None
+
+
+def complete(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
+    """Return a method's options; what of the network is new is trained fully by default."""
+    head = tasks.kind(training.task).head
+    known = any(option.name == "train_fully" for option in how.options)
+    return ({"train_fully": head} if head and known else {}) | dict(options)
 
 
 def prepare(run: Run) -> Prepared:

@@ -136,6 +136,8 @@ class RunRecord(Record):
         val_score: of the best epoch so far.
         best_epoch: its number.
         trainable_parameters: the numbers that the optimizer moves.
+        head_parameters: those of them that belong to the head, which every method of fine-tuning
+            trains as it is.
         stored_parameters: those that inference needs beyond seeds, changed buffers too.
         weights: of the network that they stand for, tied ones once.
         ranks: of factored layers.
@@ -161,6 +163,7 @@ class RunRecord(Record):
     val_score: float | None
     best_epoch: int | None = None
     trainable_parameters: int
+    head_parameters: int = field(default=0, metadata=OPTIONAL)
     stored_parameters: int
     weights: int
     ranks: dict[str, int] = field(default_factory=dict, metadata=OPTIONAL)

@@ -14,7 +14,7 @@ from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim.journal import Journal
 from subspan.subspace import init
-from subspan.training.evaluate import network
+from subspan.training import tasks
 from subspan.training.export import write_weights
 
 
@@ -60,7 +60,7 @@ def replay(
 def _drawn(path: str | os.PathLike[str]) -> nn.Module:
     """Return the network that a run of the laboratory began with."""
     extra = Journal(path).header["extra"]
-    make = network(extra)
+    make = tasks.kind(extra.get("task")).network(extra)
     if make is None or "init_seed" not in extra:
         raise SubspanError(
             f"{path} does not say which network it began with: give its weights as --base FILE"

@@ -46,6 +46,8 @@ def check_beginning(before: TrainState, folder: RunFolder, model: nn.Module, siz
             f"{folder.path} was begun with {before.size:,} training samples, now there are "
             f"{size:,}: bring the data back as they were, or give another --out"
         )
+    if before.header["kind"] == "part":
+        checkpoint.check_part(folder.path, model, before.header)
     if isinstance(model, SubspaceModel):
         checkpoint.check_base(folder.path, model, before.header)
     if before.progress.best_epoch:  # what is missing or damaged would be noticed at the end alone

@@ -7,12 +7,27 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from subspan.files import write_atomically
-from subspan.training.data.images import RawData, Split
+
+
+class Cached(Protocol):
+    """The content of a set, that comes apart into tensors and JSON values."""
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Take it apart."""
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
+        """Put it together again; raise KeyError or TypeError if something is missing."""
+
+
+Content = TypeVar("Content", bound=Cached)
 
 
 def folder() -> Path:
@@ -22,7 +37,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspan"
 
 
-def fetch(key: str, build: Callable[[], RawData]) -> RawData:
+def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Content:
     """Return what is stored under ``key``; build and store it if nothing is.
 
     A file that cannot be read is built anew, and a folder that cannot be written is no error.
@@ -30,35 +45,13 @@ def fetch(key: str, build: Callable[[], RawData]) -> RawData:
     """
     path = folder() / f"{key}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return _read(path)
-    data = build()
+        with safe_open(path, framework="pt") as file:
+            told = json.loads(file.metadata()["subspan"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return kind.unpack(tensors, told)
+    content = build()
     with contextlib.suppress(OSError):
-        _write(path, data)
-    return data
-
-
-def _read(path: Path) -> RawData:
-    with safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["subspan"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return RawData(
-        train=Split(tensors["train.images"], tensors["train.labels"]),
-        test=Split(tensors["test.images"], tensors["test.labels"]),
-        classes=metadata["classes"],
-        notes=tuple(metadata["notes"]),
-        names=tuple(metadata["names"]),
-        depth=metadata["depth"],
-    )
-
-
-def _write(path: Path, data: RawData) -> None:
-    tensors = {
-        "train.images": data.train.images,
-        "train.labels": data.train.labels,
-        "test.images": data.test.images,
-        "test.labels": data.test.labels,
-    }
-    told = {name: getattr(data, name) for name in ("classes", "notes", "names", "depth")}
-    metadata = {"subspan": json.dumps(told)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(tensors, metadata))
+        tensors, told = content.pack()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(tensors, {"subspan": json.dumps(told)}))
+    return content

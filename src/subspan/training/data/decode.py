@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subspan.errors import SubspanError, unknown
-from subspan.training.data import parts, pixels
+from subspan.errors import SubspanError
+from subspan.training.data import parts, pixels, tables
 from subspan.training.data.images import RawData, Split
 from subspan.training.data.order import TEST, hold_out
 from subspan.training.data.pixels import Size
+from subspan.training.data.tables import LABEL_COLUMNS
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+REMEDY = ", or of a folder of images make a sub-folder for each class, two at least"
+EXPECTED = (
+    "a folder with one sub-folder of images per class, parquet files, or another layout that "
+    "datasets.load_dataset knows"
+)
 
 
 def read(
@@ -46,17 +50,15 @@ def read(
     """
     import datasets
 
-    datasets.disable_progress_bars()
-    with _readable(path):
-        layout = {} if revision else parts.layout(Path(path))
-        found = datasets.load_dataset(path, revision=revision, streaming=True, **layout)
-        features = next(iter(found.values())).features
-        if features is None:  # a format without types, such as text
-            features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
-    images = _column("image", path, features, datasets.Image, IMAGE_COLUMNS, image_column)
-    labels = _column("label", path, features, datasets.ClassLabel, LABEL_COLUMNS, label_column)
+    found, features = tables.open_set(path, revision, "images", EXPECTED)
+    images = tables.column("image", path, features, IMAGE_COLUMNS, image_column, "Image", REMEDY)
+    labels = tables.column(
+        "label", path, features, LABEL_COLUMNS, label_column, "ClassLabel", REMEDY
+    )
     if not _may_hold_images(features[images]) or images == labels:
-        columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+        columns = ", ".join(
+            f"{name} ({tables.kind(feature)})" for name, feature in features.items()
+        )
         raise SubspanError(
             f"{path} must have a column of images and another of labels, got {images!r} and "
             f"{labels!r} of {columns}: name the right ones with --image-column and --label-column"
@@ -76,7 +78,7 @@ def read(
         values.append(part_values)
 
     stacked = _stack(arrays)
-    encoded, known = _encode(path, values, names)
+    encoded, known = tables.encode(path, values, names)
     splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
     train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
     numbers = all(str(name).isdecimal() for name in known)
@@ -87,59 +89,12 @@ def read(
     )
 
 
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Turn what ``datasets`` and its readers raise, which is of many types, into one sentence."""
-    try:
-        yield
-    except SubspanError:
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise SubspanError(
-            f"cannot read {path} as images ({cause}): expected a folder with one sub-folder of "
-            "images per class, parquet files, or another layout that datasets.load_dataset knows"
-        ) from error
-
-
-def _column(
-    kind: str,
-    path: str,
-    features: dict[str, Any],
-    feature_type: type,
-    usual: Sequence[str],
-    asked: str | None,
-) -> str:
-    """Return the column asked for; else the only one of the type; else one by its usual name."""
-    if asked is not None:
-        if asked not in features:
-            raise unknown(f"{kind} column of {path}", asked, features)
-        return asked
-    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-    if len(typed) == 1:
-        return typed[0]
-    for name in usual:
-        if name in (typed or features):
-            return name
-    raise SubspanError(
-        f"{path} has no column that is plainly the {kind}: expected one {feature_type.__name__}, "
-        f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
-        f"with --{kind}-column, or of a folder of images make a sub-folder for each class, two at "
-        "least"
-    )
-
-
 def _may_hold_images(feature: Any) -> bool:
     """Images, encoded files or paths of them; None is a column that does not say what it is."""
     if isinstance(feature, dict):
         return bool({"bytes", "path"} & feature.keys())
     encoded = ("string", "large_string", "binary", "large_binary")
-    return feature is None or _kind(feature) in ("Image", *encoded)
-
-
-def _kind(feature: Any) -> str:
-    kind = type(feature).__name__
-    return str(feature.dtype) if kind == "Value" else kind
+    return feature is None or tables.kind(feature) in ("Image", *encoded)
 
 
 def parse_size(resize: int | str) -> Size:
@@ -168,7 +123,7 @@ def _decode(
 ) -> tuple[list[np.ndarray], list[Any]]:
     """Decode one part: images of ``size`` that are alike in what ``looks`` holds, and labels."""
     arrays, values = [], []
-    with _readable(path):
+    with tables.readable(path, "images", EXPECTED):
         for row, (encoded, value) in enumerate(pairs, start=1):
             name = (encoded or {}).get("path") or f"in row {row} of {part}"
             try:
@@ -258,29 +213,3 @@ def _notes_of_levels(parts: list[list[np.ndarray]], train: Split, depth: str) ->
             "as they are, in float32"
         )
     return tuple(notes)
-
-
-def _encode(
-    path: str, parts: list[list[Any]], names: Sequence[str] | None
-) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Each part's labels as int64 (N,), and the names of the classes.
-
-    Without known ``names``, the distinct values (integers or strings) are numbered in order.
-    """
-    every = [value for part in parts for value in part]
-    types = {type(value) for value in every}
-    if types not in ({int}, {bool}, {str}):
-        found = ", ".join(sorted(kind.__name__ for kind in types))
-        raise SubspanError(
-            f"labels of {path} must all be integers or all strings, got {found}: name another "
-            "column with --label-column, or leave out images without a label"
-        )
-    known = range(len(names)) if names else sorted(set(every))
-    number = {value: i for i, value in enumerate(known)}
-    if unlabelled := set(every) - set(number):
-        raise SubspanError(
-            f"labels of {path} must be in [0, {len(known)}), got {min(unlabelled)}: "
-            "leave out images without a label"
-        )
-    encoded = [torch.tensor([number[value] for value in part]) for part in parts]
-    return encoded, tuple(map(str, names or known))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -54,6 +55,28 @@ class RawData:
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     depth: str = "8 bits"
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors, and the rest as JSON values, for the cache."""
+        told = {name: getattr(self, name) for name in ("classes", "notes", "names", "depth")}
+        return {
+            "train.images": self.train.images,
+            "train.labels": self.train.labels,
+            "test.images": self.test.images,
+            "test.labels": self.test.labels,
+        }, told
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
+        """Return the content that :meth:`pack` took apart."""
+        return cls(
+            train=Split(tensors["train.images"], tensors["train.labels"]),
+            test=Split(tensors["test.images"], tensors["test.labels"]),
+            classes=told["classes"],
+            notes=tuple(told["notes"]),
+            names=tuple(told["names"]),
+            depth=told["depth"],
+        )
 
 
 @dataclass(frozen=True, eq=False)

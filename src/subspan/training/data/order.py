@@ -7,19 +7,31 @@ every library.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
 from subspan.philox import Source
-from subspan.training.data.images import Split
 
 # The generator's domain of everything about data (the families of projections count from 0), and
 # its streams: which samples are held out for the test, which for validation, the batches, and where
 # shuffled labels go.
 DOMAIN = 200
 TEST, VALIDATION, BATCHES, LABELS = range(4)
+
+
+class Samples(Protocol):
+    """Samples that can be chosen from by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: Tensor) -> Self:
+        """Return the samples at ``index`` (int64), in that order."""
+
+
+Chosen = TypeVar("Chosen", bound=Samples)
 
 
 def permutation(
@@ -30,7 +42,7 @@ def permutation(
     return shuffle(torch.arange(size, device=device))
 
 
-def hold_out(split: Split, fraction: float, *, seed: int, stream: int) -> tuple[Split, Split]:
+def hold_out(split: Chosen, fraction: float, *, seed: int, stream: int) -> tuple[Chosen, Chosen]:
     """Divide a split at random into a rest and ``fraction`` of it; both keep their order.
 
     Raises:

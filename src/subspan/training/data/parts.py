@@ -49,7 +49,9 @@ def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
     return {"data_files": {part: list(where) for part, where in patterns.items()}}
 
 
-def choose(path: str, names: list[str]) -> tuple[str, str | None, tuple[str, ...]]:
+def choose(
+    path: str, names: list[str], samples: str = "images"
+) -> tuple[str, str | None, tuple[str, ...]]:
     """Which part is for training, which for the test (None: none is), and what to say of it."""
     known = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     if "train" not in known and len(names) > 1:
@@ -59,7 +61,7 @@ def choose(path: str, names: list[str]) -> tuple[str, str | None, tuple[str, ...
     train = known.get("train", names[0])
     test = next((name for name in TEST_SPLITS if known.get(name, train) != train), None)
     if test is None:
-        note = "no test part: 1/6 of the images, the same for every seed of a run, serve as it"
+        note = f"no test part: 1/6 of the {samples}, the same for every seed of a run, serve as it"
         return train, None, (note,)
     if test != "test":
         return train, known[test], (f"no test part: the part {known[test]!r} serves as it",)

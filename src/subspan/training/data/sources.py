@@ -80,7 +80,7 @@ def load(
         with Console(stderr=True).status(f"reading {name}"):
             return read()
 
-    raw = cache.fetch(f"{title}-{digest}", read_with_status)
+    raw = cache.fetch(f"{title}-{digest}", RawData, read_with_status)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     mean, std = statistics(train.images)
     channels, height, width = train.images.shape[1:]
@@ -107,10 +107,10 @@ def _find(
         raise unknown("data set", name, names())
     columns = {"image_column": image_column, "label_column": label_column}
     resized = [] if size is None else [size]
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder:
         read = partial(decode.read, str(folder), size=size, **columns)
-        return [*_contents(folder), columns, *resized], read
+        return [*contents(folder), columns, *resized], read
     if name == "digits":
         for column, asked in columns.items():
             if asked is not None:
@@ -121,7 +121,7 @@ def _find(
     return [hub_name, columns, *resized], read
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """Return the folder that a name stands for, if it is one."""
     if data := os.environ.get("SUBSPAN_DATA"):
         folder = Path(data).expanduser() / name
@@ -137,7 +137,7 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _contents(folder: Path) -> list[Any]:
+def contents(folder: Path) -> list[Any]:
     """Return the folder's path, and the name, size and time of change of every file in it."""
     files = [
         (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
@@ -164,17 +164,26 @@ def _read_digits(size: pixels.Size | None) -> RawData:
 
 def _read_hub(name: str, hub_name: str, **decoding: Any) -> RawData:
     """Read the newest revision of a set on the Hub, and note which it is."""
+    revision = newest_revision(name, hub_name)
+    raw = decode.read(hub_name, revision=revision, **decoding)
+    return replace(raw, notes=(f"{hub_name} at revision {revision}", *raw.notes))
+
+
+def newest_revision(name: str, hub_name: str) -> str:
+    """Return the commit of a set on the Hub.
+
+    Raises:
+        SubspanError: there is no such set, or no network.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        revision = HfApi().dataset_info(hub_name, timeout=10).sha
+        return str(HfApi().dataset_info(hub_name, timeout=10).sha)
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise _not_on_hub(name, "it has no such set") from error
     except Exception as error:  # no network: the client's versions raise other types
         raise _not_on_hub(name, f"{type(error).__name__}: {error}") from error
-    raw = decode.read(hub_name, revision=revision, **decoding)
-    return replace(raw, notes=(f"{hub_name} at revision {revision}", *raw.notes))
 
 
 def _not_on_hub(name: str, cause: str) -> SubspanError:

@@ -11,7 +11,6 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,22 @@ from torch.optim import SGD, Adam, Optimizer
 from subspan.counts import count
 from subspan.errors import SubspanError, unknown
 from subspan.registry import Registry, import_files
+from subspan.training.config import Option as Option
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 
+HEAD_LR = 1e-3  # of a new layer on a pretrained network, whatever the others are trained through
+
 _registry: Registry[Method] = Registry("method")
 
 
-@dataclass(frozen=True)
-class Option:
-    """An option of a method: a flag on the command line, a key in a YAML file."""
-
-    name: str
-    type: Any
-    help: str
+TRAIN_FULLY = Option(
+    "train_fully",
+    str | list[str] | None,
+    "parameters to train and store as they are, as fc1 or [fc1,fc2], or head; counted apart",
+)
+RATE_OF_HEAD = Option("head_lr", float, f"the learning rate of what is trained fully ({HEAD_LR:g})")
 
 
 class Method(ABC):
@@ -101,13 +102,35 @@ class Method(ABC):
             resume: the optimizer's state where a run goes on, for such files; it is loaded
                 afterwards. None for a run that begins.
         """
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
+        head = self.head(model, run.options)
+        own = {id(p) for p in head}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        rates = ((rest, run.lr), (head, self.head_lr(run)))
+        groups = [{"params": some, "lr": lr} for some, lr in rates if some]
+        if not groups:
             raise SubspanError(f"method {self.name!r} leaves nothing to train in this network")
         decay = run.training.weight_decay
         if run.training.optimizer == "sgd":
-            return SGD(parameters, run.lr, momentum=0.9, weight_decay=decay)
-        return Adam(parameters, run.lr, weight_decay=decay)
+            return SGD(groups, run.lr, momentum=0.9, weight_decay=decay)
+        return Adam(groups, run.lr, weight_decay=decay)
+
+    def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Return what is trained as it is beside the method's own numbers, at a rate of its own.
+
+        A new classifier on a pretrained network is such, and counted apart: every method needs it.
+        """
+        return []
+
+    def head_lr(self, run: Run) -> float:
+        """Return the learning rate of :meth:`head`.
+
+        Raises:
+            SubspanError: for a rate that is not positive.
+        """
+        lr: float = run.options.get("head_lr", HEAD_LR)
+        if not 0 < lr < float("inf"):
+            raise SubspanError(f"head_lr must be a positive number, got {lr}")
+        return lr
 
     def step(
         self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
@@ -170,6 +193,10 @@ class Method(ABC):
             "stored_parameters": found.stored,
             "weights": found.dense,
         }
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the network as it was before :meth:`wrap`, with the weights that it has now."""
+        return model
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""

@@ -13,7 +13,7 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.families import Projection, projections
 from subspan.subspace.model import SubspaceModel
-from subspan.training.methods import Method, Option
+from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
 PATTERNS = str | list[str] | None
 
@@ -27,7 +27,8 @@ COMMON = (
     Option("allocation", str, "how d is divided: by the sqrt of compartments' sizes, equal, size"),
     Option("targets", PATTERNS, "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀"),
     Option("exclude", PATTERNS, "parameters that keep θ₀, likewise"),
-    Option("train_fully", PATTERNS, "parameters to train and store as they are, likewise"),
+    TRAIN_FULLY,
+    RATE_OF_HEAD,
 )
 
 # Minut's matrices that are kept, as methods of their own, so that a sweep may hold several of them
@@ -59,17 +60,25 @@ class Subspace(Method):
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> SubspaceModel:
         """Put the network into the subspace."""
         dims = parse_dims(self.name, options)
-        given = {key: value for key, value in options.items() if key != "dim"}
+        given = {key: value for key, value in options.items() if key not in ("dim", "head_lr")}
         return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
 
+    def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Return what is trained fully."""
+        assert isinstance(model, SubspaceModel)
+        return list(model.fully_trained().values())
+
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return rates around 3/√d, so that steps have one length at every d.
+        """Return rates around 3/√d, or 2/√d for fine-tuning, so that steps have one length.
 
         Adam's first steps change every coordinate by lr and θ, with columns of norm 1, by lr·√d.
+        Whoever says what of a network is trained fully fine-tunes a pretrained one, which is near
+        its goal.
         """
         dims = parse_dims(self.name, options) or list(options["compartments"].values())
         d = dims if isinstance(dims, int) else sum(dims)
-        return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in (1, 3, 9))
+        lengths = (1, 2, 4) if "train_fully" in options else (1, 3, 9)
+        return tuple(float(f"{length / math.sqrt(max(d, 1)):.2g}") for length in lengths)
 
 
 def options_of(family: type[Projection]) -> list[Option]:

@@ -1,25 +1,33 @@
 """A task: a network, the samples that it is trained on, a loss and a score.
 
-Training and sweeps know no task by name: they ask :class:`Task`. Image classification is one
-(:mod:`subspan.training.tasks.classification`); yours is ``--task package.module:function``, where
-the function returns one (``examples/language_model.py`` and ``examples/physics.py``).
+Training and sweeps know no task by name: they ask :class:`Task`. A file in this folder that makes
+an instance of :class:`TaskKind` has added one, as ``images`` and ``text`` are; yours is ``--task
+package.module:function``, where the function returns one (``examples/language_model.py`` and
+``examples/physics.py``).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
+from subspan.registry import Registry, import_files
 from subspan.training import own, state
-from subspan.training.config import Training
+from subspan.training.config import Option, Training
 from subspan.training.score import ACCURACY, Score
 
 Part = Literal["validation", "test"]
+IMAGES = "images"  # the task where none is named
+
+_registry: Registry[TaskKind] = Registry("task")
 
 
 class Task(ABC):
@@ -62,6 +70,22 @@ class Task(ABC):
         """Describe the task for a checkpoint, as JSON values by name."""
         return {}
 
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> Task:
+        """Return the task as it was in the training of a checkpoint, for its evaluation.
+
+        Args:
+            extra: what :meth:`describe` and the run said there.
+            path: of the file, for errors.
+
+        Raises:
+            SubspanError: if the data are of another kind than those of the training.
+        """
+        return self
+
+    def sizes(self) -> dict[str, int]:
+        """Return what the test part holds, in people's words."""
+        return {}
+
     def to(self, device: torch.device) -> Task:
         """Return a copy of the task whose tensor attributes are on another device."""
         moved = copy.copy(self)
@@ -96,6 +120,105 @@ def _what(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" + " without one" * (not value.requires_grad)
 
 
+class TaskKind(ABC):
+    """A task that people name, with options of its own.
+
+    Args:
+        name: what people type.
+        help: one line on what it is.
+    """
+
+    options: tuple[Option, ...] = ()
+    """The options of this task, beside those of the training."""
+    head: str | None = None
+    """The part of its networks that is new, and trained as it is: a preset, or a pattern."""
+
+    def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
+        self.name, self.help = name, help
+
+    @abstractmethod
+    def load(self, training: Training, seed: int) -> Task:
+        """Return the task of a run (:func:`load`)."""
+
+    @abstractmethod
+    def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
+        """Return a function that makes the network of a checkpoint with its first weights.
+
+        Args:
+            extra: what the file says of the run and of the task.
+
+        Returns:
+            None if it does not say enough.
+        """
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that this task does not have, or that have no meaning.
+
+        Raises:
+            SubspanError: for the first of them.
+        """
+        known = [option.name for option in self.options]
+        for name in options:
+            if name not in known:
+                owners = [k.name for k in kinds().values() if name in (o.name for o in k.options)]
+                whose = f" (it is one of {', '.join(owners)})" if owners else ""
+                if not known:
+                    raise SubspanError(
+                        f"task {self.name!r} has no options, got --{name.replace('_', '-')}{whose}"
+                    )
+                raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
+
+
+def register(kind: TaskKind) -> None:
+    """Add a task to those that people can name."""
+    _registry.add(kind.name, kind)
+
+
+@functools.cache
+def kinds() -> dict[str, TaskKind]:
+    """Return all tasks that have a name, by it."""
+    own.load_remembered()
+    import_files(sys.modules[__name__])
+    return dict(_registry)
+
+
+def option_names() -> list[str]:
+    """Return the options of all tasks that have a name, each once."""
+    return list(dict.fromkeys(o.name for each in kinds().values() for o in each.options))
+
+
+def kind(name: str | None) -> TaskKind:
+    """Return the task of that name; without one, that of images.
+
+    Raises:
+        SubspanError: if there is none, with the nearest names.
+    """
+    if name is not None and ":" in name:
+        return _Own(name, "a task of your own")
+    kinds()  # imports them
+    return _registry.find(IMAGES if name is None else name)
+
+
+class _Own(TaskKind):
+    """A task of the user's own: package.module:function."""
+
+    def load(self, training: Training, seed: int) -> Task:
+        asked = {"net": training.net, "data": training.data}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        offered = asked | {"validation": training.validation, "seed": seed}
+        task = own.call("task", self.name, offered, asked)
+        if not isinstance(task, Task):
+            raise SubspanError(
+                f"task {self.name!r} must return a subspan.training.tasks.Task, got "
+                f"{type(task).__name__}"
+            )
+        return task
+
+    def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
+        task = again(extra)
+        return lambda: draw(task, extra["seed"])
+
+
 def load(training: Training, seed: int) -> Task:
     """Return the task of a run.
 
@@ -106,25 +229,36 @@ def load(training: Training, seed: int) -> Task:
     Raises:
         SubspanError: if there is no such task, or it cannot be had.
     """
-    if training.task is None:
-        from subspan.training.tasks import classification
-
-        return classification.load(training, seed)
-    asked = {"net": training.net, "data": training.data}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    offered = asked | {"validation": training.validation, "seed": seed}
-    task = own.call("task", training.task, offered, asked)
-    if not isinstance(task, Task):
-        raise SubspanError(
-            f"task {training.task!r} must return a subspan.training.tasks.Task, got "
-            f"{type(task).__name__}"
-        )
+    how = kind(training.task)
+    how.check(training.task_options)
+    task = how.load(training, seed)
     size = task.size()
     if not isinstance(size, int) or size < 1:
         raise SubspanError(f"the task's size must be a positive integer, got {size!r}")
     if not isinstance(task.score, Score):
         raise SubspanError(f"the task's score must be a Score, got {task.score!r}")
     return task
+
+
+def again(extra: Mapping[str, Any], data: str | None = None, **options: Any) -> Task:
+    """Return the task that a checkpoint was trained on.
+
+    Args:
+        extra: what the file says of it.
+        data: other data than those of the training; null are the same.
+        options: of the task, where they are not to be those of the training.
+    """
+    how = kind(extra.get("task"))
+    as_trained = {option.name: extra.get(option.name) for option in how.options}
+    chosen = as_trained | {name: value for name, value in options.items() if value is not None}
+    training = Training(
+        task=extra.get("task"),
+        net=extra["net"],
+        data=data or extra["data"],
+        validation=extra.get("validation", Training.validation),
+        task_options={name: value for name, value in chosen.items() if value is not None},
+    )
+    return load(training, extra["seed"])
 
 
 def draw(task: Task, seed: int) -> nn.Module:

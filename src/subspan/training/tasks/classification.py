@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,25 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from subspan.errors import SubspanError
-from subspan.training import data, nets
-from subspan.training.config import Training
-from subspan.training.tasks import Part, Task
+from subspan.training import data, nets, state
+from subspan.training.config import Option, Training
+from subspan.training.data.decode import parse_size
+from subspan.training.tasks import IMAGES, Part, Task, TaskKind, register
 
 BATCH = 1000  # images that are evaluated at a time
-
-
-def load(training: Training, seed: int) -> Classification:
-    """Return the data set and network of a run.
-
-    Raises:
-        SubspanError: if there is no such data set, or it cannot be read.
-    """
-    assert training.net is not None
-    assert training.data is not None
-    images = data.load(
-        training.data, validation=training.validation, seed=seed, **training.decoding
-    )
-    return Classification(images, training.net)
 
 
 class Classification(Task):
@@ -86,6 +75,36 @@ class Classification(Task):
             "std": [float(f"{s:.9g}") for s in images.std],
         }
 
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> Classification:
+        """Return the task with images normalised as in the training of a checkpoint."""
+        images = self.images
+        if list(images.image_shape) != extra["image_shape"] or images.classes != extra["classes"]:
+            raise SubspanError(
+                f"{images.name} has {images.classes} classes and images of shape "
+                f"{images.image_shape}; {path} was trained on {extra['classes']} and "
+                f"{tuple(extra['image_shape'])}: give other --data; --resize changes the size of "
+                "its images"
+            )
+        if images.depth != extra.get("depth", "8 bits"):
+            raise SubspanError(
+                f"{images.name} has images of {images.depth}, in which a level means another "
+                f"brightness than in the images of {extra.get('depth', '8 bits')} that {path} was "
+                "trained on: save them alike"
+            )
+        own = self.describe().get("names")
+        if own and extra.get("names", own) != own:
+            raise SubspanError(
+                f"{images.name} has other classes ({', '.join(images.names[:5])}) than the images "
+                f"that {path} was trained on, and they are numbered in the order of their names: "
+                "name them alike"
+            )
+        mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
+        return type(self)(replace(images, mean=mean, std=std), self.net)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of test images."""
+        return {"images": len(self.images.test)}
+
     def to(self, device: torch.device) -> Classification:
         """Return the set on another device."""
         return type(self)(self.images.to(device), self.net)
@@ -110,3 +129,48 @@ class Classification(Task):
                 "the network must give one score per class, shape "
                 f"(batch, {images.classes}), got {got}"
             )
+
+
+class _Images(TaskKind):
+    """Sets of images by name, networks by name."""
+
+    options = (
+        Option(
+            "image_column",
+            str | None,
+            "the column of the images; null finds it by the columns' types and usual names",
+        ),
+        Option("label_column", str | None, "the column of the labels; null finds it likewise"),
+        Option(
+            "resize",
+            int | str | None,
+            "the size to which all images are brought while they are read, 32, or 28x32 (height x "
+            "width); null leaves them as they are, and then they must have one size",
+        ),
+    )
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if "resize" in options:
+            parse_size(options["resize"])
+
+    def load(self, training: Training, seed: int) -> Classification:
+        assert training.net is not None
+        assert training.data is not None
+        images = data.load(
+            training.data, validation=training.validation, seed=seed, **training.task_options
+        )
+        return Classification(images, training.net)
+
+    def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
+        if not {"net", "image_shape", "classes", "seed"} <= extra.keys():
+            return None
+
+        def make() -> nn.Module:
+            state.seed_generators(extra["seed"])
+            return nets.build(extra["net"], tuple(extra["image_shape"]), extra["classes"])
+
+        return make
+
+
+register(_Images(IMAGES, "the classification of images; what is trained where no task is named"))

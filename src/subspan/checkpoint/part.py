@@ -1,0 +1,90 @@
+"""Networks of which a file holds only what is trained: their base is wherever the file is loaded.
+
+Fine-tuning trains a head, or adapters that another library has put into a network, and leaves the
+pretrained weights as they are. Such a network is an ordinary module that knows its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.parameters import digest_tensors, saved_buffers
+
+ATTRIBUTE = "_subspan_base"
+
+
+@dataclass(frozen=True)
+class HeldBase:
+    """What a network had before its training, and what of it is trained.
+
+    Attributes:
+        weights: of the network before anything was put into it.
+        trained: names of the parameters that are trained.
+        fingerprint: a digest of the other parameters and of all buffers, those that no
+            ``state_dict`` has among them: adapters keep there what they draw from a seed.
+        buffers: digests of the buffers that training may change, by name.
+    """
+
+    weights: int
+    trained: tuple[str, ...]
+    fingerprint: str
+    buffers: Mapping[str, str]
+
+
+def hold_base(net: nn.Module, weights: int) -> None:
+    """Let a network know its base: a file of it has what requires a gradient now, and no more.
+
+    Args:
+        net: as it is before the first step.
+        weights: of the network before adapters were put into it.
+    """
+    parameters = dict(net.named_parameters())
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    vars(net)[ATTRIBUTE] = HeldBase(
+        weights,
+        tuple(name for name in parameters if name not in frozen),
+        digest_tensors({**frozen, **dict(net.named_buffers())}),
+        {name: digest_tensors({name: buffer}) for name, buffer in saved_buffers(net).items()},
+    )
+
+
+def base_of(net: nn.Module) -> HeldBase | None:
+    """Return the base that a network knows; None of any other network."""
+    base: HeldBase | None = vars(net).get(ATTRIBUTE)
+    return base
+
+
+def trained_tensors(net: nn.Module, base: HeldBase) -> dict[str, Tensor]:
+    """Return what is trained, and the buffers that training changed."""
+    changed = {
+        name: buffer
+        for name, buffer in saved_buffers(net).items()
+        if digest_tensors({name: buffer}) != base.buffers.get(name)
+    }
+    return {**{name: net.get_parameter(name) for name in base.trained}, **changed}
+
+
+def check_part(path: object, net: nn.Module, header: Mapping[str, Any]) -> None:
+    """Refuse what was trained in another network.
+
+    Raises:
+        SubspanError: if the network has another base than the file, or knows of none.
+    """
+    base = base_of(net)
+    if base is None:
+        raise SubspanError(
+            f"{path} holds only what was trained of a network, adapters perhaps: load it with "
+            "subspan.training.evaluate.rebuild(path), or put it into a network that the same "
+            "method has wrapped"
+        )
+    if base.fingerprint != header["fingerprint"]:
+        raise SubspanError(
+            f"{path} was trained in a network with other weights or adapters (fingerprint "
+            f"{header['fingerprint']}, this one has {base.fingerprint}): give the network that it "
+            "was trained from"
+        )

@@ -1,0 +1,66 @@
+"""Options of tasks on the command line: which there are, and which the help shows."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from typing import Any
+
+from jsonargparse import Namespace
+
+from subspan.commands.method_options import options_in
+from subspan.commands.parsing import Arguments, Parser, read_fields
+from subspan.training.config import Training
+from subspan.training.tasks import kind, kinds, option_names
+
+
+def add_training(parser: Parser, argv: Arguments) -> None:
+    """Add the options of a training, and those of tasks, of which the help shows the named one's.
+
+    Raises:
+        SubspanError: for an unknown task.
+    """
+    parser.add_fields(Training, without=("task_options",))
+    name = options_in(argv).get("task")
+    add_task_options(parser, None if name in (None, "null") else str(name))
+
+
+def add_task_options(parser: Parser, task: str | None, *, note: str = "") -> None:
+    """Add the options of all tasks.
+
+    Args:
+        parser: of the command.
+        task: the one whose options the help shows.
+        note: what the help says of each, in place of its own words.
+    """
+    used = kind(task)
+    for each in [used, *(other for other in kinds().values() if other is not used)]:
+        for option in each.options:
+            if option.name not in parser.kinds:
+                shown = note or (option.help if each is used else SUPPRESS)
+                parser.add_argument(
+                    f"--{option.name}", type=option.type | None, default=None, help=shown
+                )
+
+
+def read_task_options(given: Namespace) -> dict[str, Any]:
+    """Return the tasks' options that were given, in the order in which tasks name them."""
+    return {name: given[name] for name in option_names() if given.get(name) is not None}
+
+
+def read_training(given: Namespace) -> Training:
+    """Return the training that was asked for.
+
+    Raises:
+        SubspanError: for an option of another task.
+    """
+    training: Training = read_fields(Training, given, task_options=read_task_options(given))
+    kind(training.task).check(training.task_options)
+    return training
+
+
+def list_tasks(command: str) -> str:
+    """List all tasks, a line each, for the end of a help text."""
+    lines = [f"  {name:16} {each.help}" for name, each in sorted(kinds().items())]
+    return "\n".join(
+        ["tasks:", *lines, "", f"Options of a task: subspan {command} --task text --help"]
+    )

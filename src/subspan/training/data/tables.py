@@ -1,0 +1,139 @@
+"""Sets as tables: what ``datasets.load_dataset`` opens, which column is which, numbered labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError, unknown
+from subspan.training.data import parts
+
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def open_set(
+    path: str, revision: str | None, what: str, expected: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Open a set, to be streamed: ``datasets`` then leaves no copy of it in a cache of its own.
+
+    Args:
+        path: a local folder or a name on the Hub.
+        revision: the Hub's commit; None for a local folder.
+        what: the samples, in a word.
+        expected: of :func:`readable`.
+
+    Returns:
+        The parts by name; and the features of the columns by name, None where a format has none.
+
+    Raises:
+        SubspanError: the set cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    with readable(path, what, expected):
+        layout = {} if revision else parts.layout(Path(path))
+        found = datasets.load_dataset(path, revision=revision, streaming=True, **layout)
+        features = next(iter(found.values())).features
+        if features is None:  # a format without types, such as text
+            features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
+    return dict(found), dict(features)
+
+
+@contextmanager
+def readable(path: str, what: str, expected: str) -> Iterator[None]:
+    """Turn what ``datasets`` and its readers raise, which is of many types, into one sentence.
+
+    Args:
+        path: of the set.
+        what: the samples that it is to hold, in a word.
+        expected: the layouts that such a set can have.
+    """
+    try:
+        yield
+    except SubspanError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SubspanError(
+            f"cannot read {path} as {what} ({cause}): expected {expected}"
+        ) from error
+
+
+def column(
+    role: str,
+    path: str,
+    features: dict[str, Any],
+    usual: Sequence[str],
+    asked: str | None,
+    wanted: str,
+    remedy: str = "",
+) -> str:
+    """Return the column asked for; else the only one of the type; else one by its usual name.
+
+    Args:
+        role: what the column is, in one word that is its option, too.
+        path: of the set.
+        features: of the columns that may be it, by name.
+        usual: names that such columns have.
+        asked: the name that the user gave, if any.
+        wanted: the type, as :func:`kind` names it.
+        remedy: what else a user can do than name the column.
+
+    Raises:
+        SubspanError: there is no such column, or there are several.
+    """
+    if asked is not None:
+        if asked not in features:
+            raise unknown(f"{role} column of {path}", asked, features)
+        return asked
+    typed = [
+        name for name, feature in features.items() if kind(feature) in (wanted, f"large_{wanted}")
+    ]
+    if len(typed) == 1:
+        return typed[0]
+    for name in usual:
+        if name in (typed or features):
+            return name
+    raise SubspanError(
+        f"{path} has no column that is plainly the {role}: expected one {wanted}, "
+        f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
+        f"with --{role}-column{remedy}"
+    )
+
+
+def kind(feature: Any) -> str:
+    """Name the type of a column: Image, ClassLabel, string, int64 and so on."""
+    name = type(feature).__name__
+    return str(feature.dtype) if name == "Value" else name
+
+
+def encode(
+    path: str, values: list[list[Any]], names: Sequence[str] | None
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Each part's labels as int64 (N,), and the names of the classes.
+
+    Without known ``names``, the distinct values (integers or strings) are numbered in order.
+    """
+    every = [value for part in values for value in part]
+    types = {type(value) for value in every}
+    if types not in ({int}, {bool}, {str}):
+        found = ", ".join(sorted(kind.__name__ for kind in types))
+        raise SubspanError(
+            f"labels of {path} must all be integers or all strings, got {found}: name another "
+            "column with --label-column, or leave out rows without a label"
+        )
+    known = range(len(names)) if names else sorted(set(every))
+    number = {value: i for i, value in enumerate(known)}
+    if unlabelled := set(every) - set(number):
+        raise SubspanError(
+            f"labels of {path} must be in [0, {len(known)}), got {min(unlabelled)}: "
+            "leave out rows without a label"
+        )
+    encoded = [torch.tensor([number[value] for value in part]) for part in values]
+    return encoded, tuple(map(str, names or known))

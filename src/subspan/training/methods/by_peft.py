@@ -1,0 +1,111 @@
+"""Adapters of Hugging Face's PEFT as methods, to hold ours against: what they all share."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.targets import find_linears
+from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Option
+from subspan.training.methods.head import FineTuning
+
+LAYERS = Option(
+    "layers",
+    str | list[str] | None,
+    "linear layers that get factors, as query or [query,value], or attention, mlp, all-linear; "
+    "by default those that PEFT takes in this architecture, or else all but the head",
+)
+
+
+class PEFTMethod(FineTuning):
+    """A method of PEFT."""
+
+    options: tuple[Option, ...] = (LAYERS, TRAIN_FULLY, RATE_OF_HEAD)
+
+    @abstractmethod
+    def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
+        """Return PEFT's configuration, without the layers."""
+
+    def adapt(
+        self,
+        net: nn.Module,
+        seed: int,
+        options: Mapping[str, Any],
+        head: list[nn.Parameter],
+    ) -> None:
+        """Put PEFT's layers in place; what they draw comes from the seed."""
+        if importlib.util.find_spec("peft") is None:
+            raise SubspanError(
+                f"method {self.name!r} is PEFT's: pip install 'subspan[peft]' brings it"
+            )
+        peft = importlib.import_module("peft")
+        config = self.config(peft, seed, options)
+        config.target_modules = set(find_layers(net, options.get("layers"), head))
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in old words
+            torch.manual_seed(seed)
+            try:
+                peft.get_peft_model(net, config)  # the layers know all that they need
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise SubspanError(f"PEFT refuses {self.name} here: {error}") from None
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the network with the products of the factors added to its weights."""
+        tuners = importlib.import_module("peft.tuners.tuners_utils")
+        for name, module in list(model.named_modules()):
+            if isinstance(module, tuners.BaseTunerLayer):
+                module.merge()
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+        return model
+
+
+def find_layers(
+    net: nn.Module, patterns: str | list[str] | None, head: list[nn.Parameter]
+) -> list[str]:
+    """Return the names of the linear layers that get factors; never the head's.
+
+    Raises:
+        SubspanError: if there are none.
+    """
+    inside = {id(p) for p in head}
+    found = [
+        name
+        for name in find_linears(net, patterns or usual_layers(net))
+        if not any(id(p) in inside for p in net.get_submodule(name).parameters())
+    ]
+    if not found:
+        raise SubspanError("no linear layer beside the head can get factors: name other layers")
+    return found
+
+
+def usual_layers(net: nn.Module) -> str | list[str]:
+    """Return the layers that PEFT's LoRA takes in an architecture that it knows."""
+    known = importlib.import_module("peft.utils.constants")
+    architecture = getattr(getattr(net, "config", None), "model_type", None)
+    table: Mapping[str, list[str]] = known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return table.get(str(architecture), "all-linear")
+
+
+def parse_whole(
+    method: str, name: str, options: Mapping[str, Any], usual: int | None = None
+) -> int:
+    """Return an option that is a positive integer.
+
+    Raises:
+        SubspanError: if it is missing and nothing is usual, or is anything else.
+    """
+    value = options.get(name, usual)
+    if value is None:
+        raise SubspanError(f"method {method!r} needs --{name}")
+    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        raise SubspanError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)

@@ -1,0 +1,221 @@
+"""Classification of texts: a network of Transformers, cross entropy, and accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from subspan.errors import SubspanError
+from subspan.training import pretrained
+from subspan.training.config import Option, Training
+from subspan.training.data import texts
+from subspan.training.tasks import Part, Task, TaskKind, register
+
+TOKENS = 8192  # of texts that are evaluated at a time
+
+
+def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """Load a network with a head for so many classes, and notes on what of it is drawn."""
+    return pretrained.network(
+        net,
+        "AutoModelForSequenceClassification",
+        seed,
+        num_labels=classes,
+        pad_token_id=pad,
+        use_cache=False,
+    )
+
+
+class TextClassification(Task):
+    """Texts of some classes, and a network of Transformers.
+
+    Args:
+        data: the texts.
+        net: the network's name or folder.
+        tokenizer: of the network.
+        length: tokens of a text that are kept, None for all.
+        seed: of the weights that the network's file lacks, as of its head.
+    """
+
+    def __init__(
+        self,
+        data: texts.TextData,
+        net: str,
+        tokenizer: pretrained.Tokenizer,
+        length: int | None,
+        seed: int,
+    ) -> None:
+        self.data, self.net, self.tokenizer = data, net, tokenizer
+        self.length, self.seed = length, seed
+        self.notes = data.notes
+
+    def network(self) -> nn.Module:
+        """Load the network."""
+        net, notes = build(self.net, len(self.data.names), self.tokenizer.pad, self.seed)
+        self.notes = (*self.data.notes, *notes)
+        return net
+
+    def size(self) -> int:
+        """Return the number of training texts."""
+        return len(self.data.train)
+
+    def batch(self, index: Tensor) -> texts.Batch:
+        """Select texts, padded to the longest of them."""
+        return self.data.train.batch(index, self.tokenizer.pad)
+
+    def loss(self, net: nn.Module, batch: texts.Batch) -> Tensor:
+        """Return the mean cross entropy."""
+        return cross_entropy(_scores(net, batch), batch.labels)
+
+    @torch.no_grad()
+    def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
+        """Return the mean cross entropy, and accuracy as a fraction."""
+        some: texts.Texts = getattr(self.data, part)
+        loss = correct = 0.0
+        for index in some.by_length(TOKENS):
+            batch = some.batch(index, self.tokenizer.pad)
+            scores = _scores(net, batch).float()
+            loss += float(cross_entropy(scores, batch.labels, reduction="sum"))
+            correct += int((scores.argmax(dim=1) == batch.labels).sum())
+        return loss / len(some), correct / len(some)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the network and its tokens depend on beside the base."""
+        names = json.dumps(self.data.names).encode()
+        return {
+            "classes": len(self.data.names),
+            "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
+            "pad": self.tokenizer.pad,
+            "tokenizer": self.tokenizer.digest,
+        }
+
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> TextClassification:
+        """Refuse texts of other classes, or a tokenizer that makes other tokens of them."""
+        own = self.describe()
+        if own["names"] != extra["names"]:
+            raise SubspanError(
+                f"{self.data.name} has other classes ({', '.join(self.data.names[:5])}) than the "
+                f"texts that {path} was trained on, and they are numbered in the order of their "
+                "names: name them alike"
+            )
+        if own["tokenizer"] != extra["tokenizer"]:
+            raise SubspanError(
+                f"the tokenizer of {self.net} is another than in the training of {path}: bring "
+                "back the one of that training"
+            )
+        return self
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of test texts."""
+        return {"texts": len(self.data.test)}
+
+    def to(self, device: torch.device) -> TextClassification:
+        """Return the texts on another device."""
+        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.length, self.seed)
+        moved.notes = self.notes
+        return moved
+
+    @torch.no_grad()
+    def check(self, net: nn.Module) -> None:
+        """Send the longest text through the network."""
+        train = self.data.train
+        longest = train.lengths.argmax()[None]
+        state = net.training
+        net.eval()
+        try:
+            scores = _scores(net, train.batch(longest, self.tokenizer.pad))
+        except Exception as error:  # of Transformers' many networks it may be any
+            raise SubspanError(
+                f"{self.net} does not take a text of {int(train.lengths.max())} tokens: {error}: "
+                "give fewer as --max-length"
+            ) from error
+        finally:
+            net.train(state)
+        if tuple(scores.shape) != (1, len(self.data.names)):
+            raise SubspanError(
+                f"{self.net} must give one score per class, shape (1, {len(self.data.names)}), "
+                f"got {tuple(scores.shape)}"
+            )
+
+
+def _scores(net: nn.Module, batch: texts.Batch) -> Tensor:
+    scores: Tensor = net(input_ids=batch.tokens, attention_mask=batch.mask).logits
+    return scores
+
+
+def require(training: Training, task: str) -> tuple[str, str]:
+    """Return the network and the data of a task that has no others by default.
+
+    Raises:
+        SubspanError: if one is missing.
+    """
+    if training.net is None or training.data is None:
+        missing = "--data" if training.net is not None else "--net"
+        what = {
+            "--data": "a folder, or the name of a set",
+            "--net": "a network of Transformers by its name or folder, as minilm",
+        }[missing]
+        raise SubspanError(f"task {task} needs {missing}: give {what}")
+    return training.net, training.data
+
+
+def limit(tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str) -> int | None:
+    """Return how many tokens a network is to get.
+
+    Raises:
+        SubspanError: for more than it takes, or fewer than one.
+    """
+    most = tokenizer.length
+    if asked is not None and (asked < 1 or (most is not None and asked > most)):
+        bound = f" and at most {most}, the positions of {net}" if most is not None else ""
+        raise SubspanError(f"--{option} must be at least 1{bound}, got {asked}")
+    return most if asked is None else asked
+
+
+class _Text(TaskKind):
+    """Sets of labelled texts by name, networks of Transformers by name."""
+
+    head = "head"
+
+    options = (
+        Option(
+            "text_column",
+            str | None,
+            "the column of the texts; null finds it by the columns' types and usual names",
+        ),
+        Option("label_column", str | None, "the column of the labels; null finds it likewise"),
+        Option(
+            "max_length",
+            int | None,
+            "tokens of a text that are kept; null are as many as the network takes",
+        ),
+    )
+
+    def load(self, training: Training, seed: int) -> TextClassification:
+        net, name = require(training, self.name)
+        tokenizer = pretrained.tokenizer(net)
+        asked = training.task_options.get("max_length")
+        length = limit(tokenizer, net, asked, "max-length")
+        data = texts.load(
+            name,
+            tokenizer,
+            validation=training.validation,
+            seed=seed,
+            **training.task_options | {"max_length": length},
+        )
+        return TextClassification(data, net, tokenizer, length, seed)
+
+    def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            return build(extra["net"], extra["classes"], extra["pad"], extra["seed"])[0]
+
+        return make
+
+
+register(_Text("text", "the classification of texts by a network of Transformers"))
