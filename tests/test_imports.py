@@ -26,6 +26,7 @@ LAYERS = [
     ("distributed",),
     ("optim",),
     ("checkpoint",),
+    ("variants",),
     ("training",),
     ("sweeps",),
     ("report",),
