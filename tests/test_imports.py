@@ -25,6 +25,7 @@ LAYERS = [
     ("counts",),
     ("distributed",),
     ("optim",),
+    ("adapters",),
     ("checkpoint",),
     ("variants",),
     ("training",),

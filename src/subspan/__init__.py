@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from subspan import layers as layers
     from subspan import optim as optim
+    from subspan.adapters import export_lora as export_lora
+    from subspan.adapters import lora as lora
     from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
     from subspan.counts import count as count
@@ -34,7 +36,9 @@ _HOME = {
     "SubspanError": "subspan.errors",
     "Variants": "subspan.variants",
     "count": "subspan.counts",
+    "export_lora": "subspan.adapters",
     "load": "subspan.checkpoint",
+    "lora": "subspan.adapters",
     "projection": "subspan.families.registry",
     "projections": "subspan.families.registry",
     "save": "subspan.checkpoint",

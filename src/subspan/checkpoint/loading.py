@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan.adapters.lora import rebuild_lora
 from subspan.checkpoint.file import COORDINATES, layers_of, read
 from subspan.checkpoint.saving import count_kinds, stored_tensors
 from subspan.counts import count
@@ -150,7 +151,9 @@ def _wrap(
     """Return the model of a recipe, if this is its network."""
     try:
         # Files from before padding rows were kept say nothing of them.
-        model = SubspaceModel(net, **{"padding": "train"} | header["recipe"])
+        recipe = {"padding": "train"} | header["recipe"]
+        made = header.get("lora")
+        model = SubspaceModel(net, **recipe) if made is None else rebuild_lora(net, recipe, made)
     except (SubspanError, TypeError, ValueError) as error:
         raise SubspanError(f"{path} does not fit this network: {error}") from None
     _take_buffers(path, model, header, tensors)

@@ -72,6 +72,8 @@ def contents(
             "layout": model.layout,
             "weights": model.summary().weights,
         }
+        if model.subspace.lora:
+            header["lora"] = model.subspace.lora
         if packed := model.subspace.packed:
             header["quantised"] = count_kinds(packed.values())
         if saved_buffers(model.body):

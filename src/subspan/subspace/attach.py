@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace.adapted import remove_factors
 from subspan.subspace.changes import watch_optimizers
 from subspan.subspace.classes import make_class
 from subspan.subspace.links import FINGERPRINT, LINK, Link
@@ -111,8 +112,11 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     for module in weights.wrapped:
         if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
             module._init_flat_weights()
+    for tensor in (values or {}).keys() & weights.adapters.keys() - weights.homes.keys():
+        _make_dense(weights, tensor, values[tensor])  # type: ignore[index]
     for name, flag in weights.requires_grad.items():
         weights.stored(name).requires_grad_(flag)
+    remove_factors(root)
     let_pack(weights.packing)
     if values is not None and weights.packed:
         unmark(root)
@@ -122,13 +126,12 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
 
 def _make_dense(weights: Weights, tensor: str, value: Tensor) -> None:
     """Put θ into the slots of a quantised tensor, whose layers become ordinary ones."""
-    module, attribute = weights.homes[tensor]
+    module, attribute = weights.locations[tensor]
     packed = weights.held(tensor)
     assert isinstance(packed, QuantisedTensor)
     dtype = resting_dtype(module, packed, weights.root)
     parameter = nn.Parameter(value.detach().to(dtype), False)
-    for slot in weights.slots:
-        if slot.tensor == tensor:
-            module, attribute = slot.find(weights.root)
-            module._parameters[attribute] = parameter
-            make_plain(module)
+    places = [slot.find(weights.root) for slot in weights.slots if slot.tensor == tensor]
+    for module, attribute in places or [(module, attribute)]:
+        module._parameters[attribute] = parameter
+        make_plain(module)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from subspan.errors import SubspanError
+from subspan.subspace.adapted import FACTORS, Adapted
 from subspan.subspace.callers import asked_by_fsdp
 from subspan.subspace.descriptors import WeightDescriptor
 from subspan.subspace.embedding import LookedUp, looks_up
 from subspan.subspace.links import PREFIX, link_of
+from subspan.subspace.module_states import keeping_coordinates
 from subspan.subspace.modules import WrappedModule, WrappedNetwork
 from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
 
@@ -108,6 +110,8 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (Recurrent, *bases)  # type: ignore[assignment]
         if issubclass(cls, nn.ParameterList):
             bases = (Listed, *bases)  # type: ignore[assignment]
+        if FACTORS[0] in names:
+            bases = (bases[0], Adapted, *bases[1:])  # type: ignore[assignment]
         if "weight" in names and multiplies_itself(cls):
             bases = (bases[0], Multiplied, *bases[1:])  # type: ignore[assignment]
         if "weight" in names and looks_up(cls):
@@ -152,7 +156,10 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
                     "without state_dict="
                 )
             kwargs["state_dict"] = None
-        return save(self, *args, **kwargs)
+        if not link_of(self).weights.adapters:
+            return save(self, *args, **kwargs)
+        with keeping_coordinates():  # which nobody could find again from W + s B A
+            return save(self, *args, **kwargs)
 
     return save_pretrained
 

@@ -185,11 +185,12 @@ class SubspaceModel(Handle):
 
     def weights(self) -> dict[str, Tensor]:
         """Return θ of every tensor that is not trained fully, by name, differentiable in w."""
-        thetas = self.subspace.all()
+        thetas, adapters = self.subspace.dense(), self.subspace.adapters.values()
+        factors = {name for adapter in adapters for name in adapter.factors}
         return {
             name: thetas[name] if name in thetas else self.subspace.resting(name)
             for name in self.subspace.requires_grad
-            if name not in self.subspace.fully
+            if name not in self.subspace.fully and name not in factors
         }
 
     @torch.inference_mode(False)  # what is made in it could not be trained
@@ -202,7 +203,7 @@ class SubspaceModel(Handle):
         """
         refuse_whole(self.subspace, "merged")
         refuse_in_use(self.subspace, "merged")
-        thetas = self.subspace.all()
+        thetas = self.subspace.dense()
         twin = copy.deepcopy(self)
         return detach(twin.subspace, {name: theta.clone() for name, theta in thetas.items()})
 

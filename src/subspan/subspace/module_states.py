@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from subspan.errors import SubspanError
@@ -16,6 +18,16 @@ from subspan.subspace.states import before_loading
 from subspan.subspace.variant import refuse_in_use
 
 _saving = threading.local()  # .thetas of the state_dict that is being made; None of coordinates
+
+
+@contextmanager
+def keeping_coordinates() -> Iterator[None]:
+    """Have complete states of networks keep the coordinates, too, beside all weights."""
+    _saving.coordinates = True
+    try:
+        yield
+    finally:
+        del _saving.coordinates
 
 
 class ModuleStates:
@@ -45,7 +57,7 @@ class ModuleStates:
         link = link_of(self)
         thetas = _saving.thetas
         for attribute, tensor in link.tensors.items():
-            if thetas is None:
+            if thetas is None or tensor in link.weights.hidden:
                 destination.pop(prefix + attribute, None)
             elif prefix + attribute in destination:
                 if tensor not in thetas:
@@ -53,7 +65,7 @@ class ModuleStates:
                     theta = theta if is_shard(theta) else guard_theta(theta, tensor)
                     thetas[tensor] = theta if keep_vars else theta.detach()
                 destination[prefix + attribute] = thetas[tensor]
-        if thetas is not None and link.weights.root is self:
+        if thetas is not None and link.weights.root is self and not hasattr(_saving, "coordinates"):
             for name in (*link.weights.coordinate_names, FINGERPRINT):
                 destination.pop(prefix + name, None)
 

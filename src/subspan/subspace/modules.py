@@ -101,7 +101,8 @@ class WrappedModule(ModuleStates):
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
-                yield name, weights.read(tensor)
+                if tensor not in weights.hidden:
+                    yield name, weights.read(tensor)
             else:
                 yield name, p
 

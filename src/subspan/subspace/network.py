@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.subspace import formed, quantised
+from subspan.subspace.adapted import Adapter
 from subspan.subspace.blocks import (
     find_in_groups,
     group_into_blocks,
@@ -39,12 +40,13 @@ class Network:
         root: the network.
         compartments: of its trained weights.
         projections: of the compartments.
-        places: slots of the trained tensors.
+        places: slots of the trained tensors, and of weights that have trained factors.
         requires_grad: of every tensor as the network came.
         fully: names of tensors that are trained as they are.
         kept: entries of tensors that stay at θ₀, as for :func:`group_into_blocks`.
         fingerprint: of θ₀ and of what coordinates mean, 64 hexadecimal digits.
         packed: the kinds of all tensors that are quantised, by name.
+        adapters: of layers with factors, by the name of the weight.
     """
 
     def __init__(
@@ -58,15 +60,17 @@ class Network:
         kept: Mapping[str, range],
         fingerprint: str,
         packed: Mapping[str, str],
+        adapters: Mapping[str, Adapter],
     ) -> None:
         self.root, self.compartments = root, tuple(compartments)
         self.projections, self.slots = tuple(projections), tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
-        self.kept, self.packed = dict(kept), dict(packed)
+        self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
         self.blocks = group_into_blocks(compartments, projections, kept)
         self.coordinate_names = [PREFIX + parameter_key(part.name) for part in self.compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
+        self.lora: dict[str, Any] = {}  # how the factors were made, for files
         self.wrapped: list[nn.Module] = []  # modules whose class was changed
         self.packing: list[nn.Module] = []  # those that bitsandbytes must not pack anew meanwhile
         self.init_seed: int | None = None
@@ -83,6 +87,13 @@ class Network:
         self.changes = Changes(self)
         self.locations = {name: _locate(root, name) for name in requires_grad}
         self.homes = {slot.tensor: self.locations[slot.tensor] for slot in places}
+        # Factors are no weights of an ordinary network: its own methods and parts have W + s B A.
+        self.hidden = {
+            factor
+            for weight, adapter in self.adapters.items()
+            if weight in self.homes
+            for factor in adapter.factors
+        }
         self.owned: dict[str, Tensor] = {}
         # Embeddings that shrink rows in place before a look-up: each read has its own memory.
         self._renormed = {
@@ -181,9 +192,18 @@ class Network:
         home = home_of(base)
         if home is not None and home[0] is self:
             return None
-        names = {PREFIX + block.coordinates for block in self.blocks_of[tensor]}
+        moved = self.adapters[tensor].factors[0] if tensor in self.adapters else tensor
+        names = {PREFIX + block.coordinates for block in self.blocks_of[moved]}
         ours = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
         return base if ours and not is_shard(base) else None
+
+    def base_or_given(self, tensor: str) -> tuple[Tensor, bool]:
+        """Return W of a layer with factors, or what a functional call has put there for its θ."""
+        base = self.base_of(tensor)
+        if type(base) is Base:
+            with _plain():
+                return base.detach(), False
+        return base, self._given(tensor) is not None
 
     def _base(self, piece: Piece) -> Tensor | QuantisedTensor:
         """Return θ₀ of a piece of a tensor."""

@@ -48,6 +48,9 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
     names = [name for name in weights.coordinate_names if prefix + name in state]
     if not given:
         return
+    if weights.adapters:
+        _check_products(weights, state, prefix, given)
+        return
     if names or set(given.values()) != set(weights.homes):
         raise SubspanError(
             "this state_dict has weights beside coordinates, or some of the weights only: load "
@@ -57,6 +60,45 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
     values = {t: state.pop(prefix + path) for path, t in given.items()}
     state |= {prefix + name: w for name, w in _coordinates_of(weights, values).items()}
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]
+
+
+def _check_products(
+    weights: Weights, state: dict[str, Any], prefix: str, given: Mapping[str, str]
+) -> None:
+    """Take the weights out of a state that has the coordinates of their LoRA factors, too.
+
+    Args:
+        weights: of the network.
+        state: changed in place.
+        prefix: of the network's keys.
+        given: tensors by their paths in the state.
+
+    Raises:
+        SubspanError: if it has no coordinates, or those of other weights.
+    """
+    names = weights.coordinate_names
+    if any(prefix + name not in state for name in names):
+        raise SubspanError(
+            "this state_dict has weights without the coordinates of their LoRA factors, which "
+            "cannot be found from W + s B A: load it into the network before it is wrapped, or "
+            "into that of unwrap()"
+        )
+    own = [weights.root._parameters[name] for name in names]
+    before = [w.detach().clone() for w in own]  # type: ignore[union-attr]
+    try:
+        for name, w in zip(names, own, strict=True):
+            w.copy_(state[prefix + name])  # type: ignore[union-attr]
+        for path, tensor in given.items():
+            theta, value = weights.form(tensor), state.pop(prefix + path)
+            error = (theta.double() - value.to(theta.device).double()).abs().max()
+            if not error <= 8 * torch.finfo(value.dtype).eps * value.abs().max():
+                raise SubspanError(
+                    f"{path} of this state_dict is not the weight that its coordinates give: load "
+                    "it into the network before it is wrapped, or into that of unwrap()"
+                )
+    finally:
+        for w, values in zip(own, before, strict=True):
+            w.copy_(values)  # type: ignore[union-attr]
 
 
 def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

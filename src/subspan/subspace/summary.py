@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from subspan.subspace.compartments import Compartment
+from subspan.subspace.links import PREFIX
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Summary:
 
     @property
     def weights(self) -> int:
-        """All weights of the network, tied ones once, frozen ones too."""
-        return sum(row.weights for row in self.rows)
+        """All weights of the network, tied ones once, frozen ones too; LoRA factors are none."""
+        ours = [row for row in self.rows if row.tensor.rpartition(".")[2].startswith(PREFIX)]
+        return sum(row.weights for row in self.rows) - sum(row.weights for row in ours)
 
     @property
     def trainable(self) -> int:

@@ -34,7 +34,9 @@ def take_wish(home: Home, name: str, args: Sequence[Any], kwargs: Mapping[str, A
     """Note what ``requires_grad`` of frozen θ₀ was set to, in place of setting it."""
     weights, tensor = home
     wish = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-    weights.changes.wishes[tensor] = bool(wish)
+    adapter = weights.adapters.get(tensor)
+    for trained in (tensor,) if adapter is None else adapter.factors:
+        weights.changes.wishes[trained] = bool(wish)
     return args[0] if name == "requires_grad_" else None
 
 

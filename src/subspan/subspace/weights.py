@@ -82,6 +82,8 @@ class Weights(Network):
         Only inside of a call, and where weights are formed one by one, can a dtype be given.
         """
         if torch.compiler.is_compiling():
+            if tensor in self.adapters:
+                return self._product(tensor, self.read)
             if _to_onnx():
                 return self._constant(tensor)
             return self.form(tensor) if self._traced is None else self._traced[tensor]
@@ -93,6 +95,10 @@ class Weights(Network):
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
+        if tensor in self.adapters:
+            theta = self._product(tensor, self.read)
+            ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
+            return guard_theta(theta, tensor) if ordinary else theta
         variant = self._variant()
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
@@ -133,6 +139,8 @@ class Weights(Network):
 
     def form(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
         """Form θ of one tensor, differentiable in w."""
+        if tensor in self.adapters:
+            return self._product(tensor, self.form)
         if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
             return self.shards.theta(tensor)
         parts = [self._theta([block], dtype)[0] for block in self.blocks_of[tensor]]
@@ -155,6 +163,25 @@ class Weights(Network):
             for piece, theta in zip(pieces, self._theta(group), strict=True):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Form the trained weights of an ordinary network: θ, and W + s B A where it has factors."""
+        thetas = self.all()
+        merged = {weight: self._product(weight, thetas.__getitem__) for weight in self.adapters}
+        factors = {name for adapter in self.adapters.values() for name in adapter.factors}
+        return {name: theta for name, theta in thetas.items() if name not in factors} | merged
+
+    def _product(self, weight: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Form W + s B A of a layer with factors, which are read by a function."""
+        adapter = self.adapters[weight]
+        if is_shard(self.stored(weight)):
+            raise SubspanError(
+                f"{weight} is sharded and has LoRA factors beside it: it can be read inside of a "
+                "call of its module only"
+            )
+        with _plain():
+            base = quantised.dense(self.held(weight))
+        return adapter.merge(base, *map(read, adapter.factors))
 
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subspan import families
 from subspan.errors import SubspanError, unknown
+from subspan.subspace.adapted import find_adapters
 from subspan.subspace.blocks import digest_layout
 from subspan.subspace.compartments import Patterns, Rules, partition, select
 from subspan.subspace.dtensors import refuse_sharded
@@ -52,16 +53,7 @@ def prepare(
     """
     if padding not in ("keep", "train"):
         raise unknown("padding", padding, ("keep", "train"))
-    if isinstance(net, Handle):
-        raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
-    if not isinstance(net, nn.Module):
-        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
-    for name, module in net.named_modules():
-        if isinstance(module, Handle) or LINK in vars(module):
-            raise SubspanError(
-                f"{name or 'the network'} is in a subspace already: merge or unwrap that "
-                "SubspaceModel first"
-            )
+    check_ordinary(net)
     refuse_sharded(net)
     targets, exclude, train_fully = _as_list(targets), _as_list(exclude), _as_list(train_fully)
     places = find_slots(net)
@@ -83,6 +75,9 @@ def prepare(
     }
     inside = [slot for slot in places if slot.tensor in sizes]
     kept = find_padding(net, inside) if padding == "keep" else {}
+    adapters = find_adapters(net)
+    # Readers of these get W + s B A; quantised ones stay as their library has made them.
+    inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
     meaning = options | ({"padding": "keep"} if kept else {})
     weights = Weights(
         net,
@@ -95,6 +90,7 @@ def prepare(
         digest_tensors({**base, **saved_buffers(net)})
         + digest_layout(parts, projection, seed, meaning),
         {name: weight.kind for name, weight in packed.items()},
+        adapters,
     )
     weights.recipe = meaning | {
         "dim": list(dim) if isinstance(dim, Sequence) else dim,
@@ -107,6 +103,24 @@ def prepare(
         "seed": seed,
     }
     return weights
+
+
+def check_ordinary(net: Any) -> None:
+    """Refuse what is no network, or has a part that is in a subspace already.
+
+    Raises:
+        SubspanError: naming it.
+    """
+    if isinstance(net, Handle):
+        raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+    for name, module in net.named_modules():
+        if isinstance(module, Handle) or LINK in vars(module):
+            raise SubspanError(
+                f"{name or 'the network'} is in a subspace already: merge or unwrap that "
+                "SubspaceModel first"
+            )
 
 
 def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:

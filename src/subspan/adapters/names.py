@@ -1,0 +1,110 @@
+"""Names in PEFT's configuration: which modules have a LoRA, which are stored whole, which task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_aliases, find_slots
+
+# What PEFT calls the tasks, by the ends of the names of transformers' classes, and the heads that it
+# stores whole for each, whether it is told to or not.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "CAUSAL_LM": (),
+    "SEQ_2_SEQ_LM": (),
+}
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def name_saved(model: SubspaceModel, task: str | None = None) -> list[str]:
+    """Name the modules that are stored whole: those that are trained fully, and heads of a task.
+
+    A name is as short as it can be: that of a part of which all is trained fully. PEFT stores each
+    module whose name ends with one of these.
+
+    Raises:
+        SubspanError: for parameters and buffers that no such module holds alone.
+    """
+    net, fully = model.body, set(model.subspace.fully)
+    adapted = [adapter.layer for adapter in model.subspace.adapters.values()]
+    tied = find_aliases(find_slots(net))
+    names = set[str]()
+    for name in fully:
+        module = name.rpartition(".")[0]
+        if not module or len(tied[name]) > 1:
+            why = "is tied to " + tied[name][1] if module else "belongs to the network itself"
+            raise SubspanError(
+                f"{name} was trained fully and {why}, which PEFT's modules_to_save cannot say: "
+                "write the network of merge()"
+            )
+        while "." in module and _all_fully(net, module.rpartition(".")[0], fully):
+            module = module.rpartition(".")[0]
+        if inside := [layer for layer in adapted if f"{layer}.".startswith(f"{module}.")]:
+            raise SubspanError(
+                f"{name} was trained fully beside the LoRA of {inside[0]}, and PEFT has one or the "
+                "other of a module: write the network of merge()"
+            )
+        names.add(module)
+    for name in model.changed_buffers():
+        if not any(name.startswith(f"{module}.") for module in names):
+            raise SubspanError(
+                f"buffer {name} was changed by training, which a LoRA cannot say: write the "
+                "network of merge()"
+            )
+    ends = (*names, *_HEADS.get(task or "", ()))
+    return sorted(n for n, _ in net.named_modules() if n and ends and n.endswith(ends))
+
+
+def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
+    inside = [name for name, _ in net.get_submodule(module).named_parameters()]
+    return all(f"{module}.{name}" in fully for name in inside)
+
+
+def name_targets(
+    net: nn.Module, layers: Collection[str], saved: Collection[str]
+) -> list[str] | str:
+    """Name layers so that PEFT finds these and no others: by their last names if it can be.
+
+    A list selects modules by their names or the end of them after a dot; a text is a regular
+    expression that matches the whole name.
+    """
+    within = tuple(f"{module}." for module in saved)
+    every = [n for n, _ in net.named_modules() if n and not f"{n}.".startswith(within)]
+    for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        ends = tuple(f".{name}" for name in names)
+        if {n for n in every if n in names or n.endswith(ends)} == set(layers):
+            return sorted(names)
+    return "|".join(map(re.escape, sorted(layers)))
+
+
+def find_task(net: nn.Module, layers: Collection[str], saved: Collection[str]) -> str | None:
+    """Return PEFT's word for what a network of transformers is for; None if PEFT needs none.
+
+    Raises:
+        SubspanError: if PEFT would store a layer whole that has a LoRA.
+    """
+    for name in layers:
+        if clash := [module for module in saved if name.endswith(module)]:
+            raise SubspanError(
+                f"PEFT takes every module whose name ends with {clash[0]!r} for one that is stored "
+                f"whole, so that {name} cannot have a LoRA: exclude it"
+            )
+    kind = type(net).__name__
+    task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    heads = _HEADS.get(task or "", ())
+    ours = task is None or not heads or not any(name.endswith(heads) for name in layers)
+    return task if ours and type(net).__module__.startswith("transformers.") else None

@@ -1,0 +1,105 @@
+"""The nearest LoRA of a full-space subspace: the truncated singular value decomposition of θ − θ₀.
+
+Source: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936: of all
+matrices of a rank, U_r S_r V_rᵀ is the nearest to U S Vᵀ in the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subspan.adapters.layers import is_conv1d, is_linear
+from subspan.adapters.lora import check_rank
+from subspan.errors import SubspanError
+from subspan.subspace.model import SubspaceModel
+
+RANK = 8  # where none is given, as in PEFT
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+@dataclass(frozen=True)
+class NearestLora:
+    """A LoRA, and how far it is from what it stands for.
+
+    Args:
+        factors: A (rank, m) and B (n, rank) by the name of the layer.
+        rank: of all layers.
+        alpha: the scale of B A is alpha / rank.
+        errors: ‖Δ − s B A‖ / ‖Δ‖ by the name of the layer.
+        error: of all layers together.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    rank: int
+    alpha: float
+    errors: Mapping[str, float]
+    error: float
+
+
+def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str]) -> NearestLora:
+    """Find the nearest LoRA of a model.
+
+    Args:
+        model: without LoRA factors.
+        rank: by default :data:`RANK`.
+        saved: modules that are stored as they are, beside the LoRA.
+
+    Raises:
+        SubspanError: naming what has moved and is no linear layer's weight.
+    """
+    rank = check_rank(RANK if rank is None else rank)
+    weights, net = model.subspace, model.body
+    modules = dict(net.named_modules())
+    paths: dict[str, list[str]] = {}
+    for slot in weights.slots:
+        paths.setdefault(slot.tensor, []).append(slot.path)
+    factors, squares, unsayable = {}, dict[str, tuple[float, float]](), []
+    for name in weights.trained():
+        layer, _, attribute = name.rpartition(".")
+        if any(f"{name}.".startswith(f"{module}.") for module in saved):
+            continue
+        with _plain():
+            base = weights.resting(name)
+        change = weights.form(name).detach().double() - base.double()
+        if not change.any():
+            continue
+        linear = attribute == "weight" and len(paths[name]) == 1 and is_linear(modules[layer])
+        if not (linear and layer):
+            unsayable.append(name)
+            continue
+        change = change.T if is_conv1d(modules[layer]) else change
+        a, b = factorise(change, rank)
+        rest = change - b.double() @ a.double()
+        factors[layer] = a, b
+        squares[layer] = float(rest.square().sum()), float(change.square().sum())
+    if unsayable:
+        raise SubspanError(
+            f"{', '.join(unsayable[:3])}{' and others' * (len(unsayable) > 3)} moved, which a LoRA "
+            "cannot say: write the network of merge(), or train by subspan.lora, or with "
+            'targets="all-linear"'
+        )
+    if not factors:
+        raise SubspanError(
+            "no linear layer has moved, so that there is no LoRA to write: train the model first"
+        )
+    errors = {layer: (rest / whole) ** 0.5 for layer, (rest, whole) in squares.items()}
+    rests, wholes = zip(*squares.values(), strict=True)
+    return NearestLora(factors, rank, rank, errors, (sum(rests) / sum(wholes)) ** 0.5)
+
+
+def factorise(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (rank, m) and B (n, rank) in float32 with B A nearest to a matrix (n, m).
+
+    Both share the singular values: A = √S Vᵀ and B = U √S. Where the matrix has fewer than ``rank``
+    of them the rest of A and B is zero.
+    """
+    u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)
+    root, missing = s[:rank].sqrt(), max(0, rank - len(s))
+    a = nn.functional.pad(root.unsqueeze(1) * vh[:rank], (0, 0, 0, missing))
+    b = nn.functional.pad(u[:, :rank] * root, (0, missing))
+    return a.float(), b.float()
