@@ -9,7 +9,7 @@ operator in these places, which looks when it runs, so that all variants share o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,17 @@ class Variant:
 
     Several threads may use one object.
 
+    Attributes:
+        rows: of the batch that each have tensors of their own; 0 where all have the same.
+
     Args:
         weights: of the network.
         name: for errors.
         coordinates: w of each compartment, by its name among the network's parameters.
         beside: fully trained tensors and saved buffers, by name.
     """
+
+    rows = 0
 
     def __init__(
         self,
@@ -86,6 +91,63 @@ class Variant:
                 f"the network changed {written[0]} during a call, which a variant would not keep: "
                 "variants are for networks that read their weights and buffers only"
             )
+
+
+class NotByRowError(Exception):
+    """A batch of several variants must be divided: rows do not lie where they would.
+
+    The argument says whether that holds for every batch of the network.
+    """
+
+
+class MixedVariant(Variant):
+    """Several variants for the rows of one batch: every tensor has the rows as first dimension.
+
+    Args:
+        members: the variants.
+        index: of each row's variant among them, (rows,) int64.
+        own: the network's tensors beside coordinates, for members that have none.
+        proven: layers that have had rows as their first dimension, beyond doubt.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Variant],
+        index: Tensor,
+        own: Mapping[str, Tensor],
+        proven: set[str],
+    ) -> None:
+        weights = members[0].weights
+        beside = {
+            name: torch.stack([member.beside.get(name, tensor) for member in members])
+            for name, tensor in own.items()
+        }
+        each = {name: tensor[index.to(tensor.device)] for name, tensor in beside.items()}
+        super().__init__(weights, "of a batch", {}, each)
+        self.rows, self.proven = len(index), proven
+        straight = index.tolist() == list(range(len(members)))
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in weights.blocks_of:
+                theta = torch.stack([member.theta(tensor) for member in members])
+                theta = theta if straight else theta[index.to(theta.device)]
+                self._formed[tensor, None] = theta, version_of(theta)
+
+
+def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:
+    """Divide a layer's input into rows of a mixed batch, (rows, k, m).
+
+    Raises:
+        NotByRowError: if its first dimension is another, or if a second one is as long and nobody
+            has seen which of both the rows are.
+    """
+    variant = find_variant(weights)
+    assert isinstance(variant, MixedVariant)
+    if x.dim() < 2 or len(x) != variant.rows:
+        raise NotByRowError(True)
+    if variant.rows in x.shape[1:-1] and layer not in variant.proven:
+        raise NotByRowError(False)
+    variant.proven.add(layer)
+    return x.reshape(variant.rows, -1, x.shape[-1])
 
 
 @contextmanager

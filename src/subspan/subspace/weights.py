@@ -27,7 +27,7 @@ from subspan.subspace.links import PREFIX
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.theta0 import OWN, Base
-from subspan.subspace.variant import Variant, find_variant, refuse_in_use
+from subspan.subspace.variant import NotByRowError, Variant, find_variant, refuse_in_use
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -67,7 +67,7 @@ class Weights(Network):
             else:
                 out = run(*args, **kwargs)
             outer.check_unwritten()
-            if (variant := self._variant()) is not None:
+            if (variant := self.variant()) is not None:
                 variant.check_unwritten()
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
@@ -99,7 +99,7 @@ class Weights(Network):
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return guard_theta(theta, tensor) if ordinary else theta
-        variant = self._variant()
+        variant = self.variant()
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
                 where = self.groups_with.get(tensor, ())
@@ -125,7 +125,8 @@ class Weights(Network):
         theta = theta if torch._C._is_tracing() else guard_theta(theta, tensor)
         return self._dress(tensor, theta) if special else theta
 
-    def _variant(self) -> Variant | None:
+    def variant(self) -> Variant | None:
+        """Return the variant that is in use in this context."""
         return find_variant(self) if self.key else None
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
@@ -179,6 +180,8 @@ class Weights(Network):
                 f"{weight} is sharded and has LoRA factors beside it: it can be read inside of a "
                 "call of its module only"
             )
+        if (variant := self.variant()) is not None and variant.rows:
+            raise NotByRowError(True)  # a weight for each row is none
         with _plain():
             base = quantised.dense(self.held(weight))
         return adapter.merge(base, *map(read, adapter.factors))
@@ -254,7 +257,7 @@ class Weights(Network):
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():
             return None
         w = self.coordinate(own[0].coordinates)
-        ours = type(w) is nn.Parameter or self._variant() is not None
+        ours = type(w) is nn.Parameter or self.variant() is not None
         return (w, own[0], base) if ours else None
 
     def _autocast(self, tensor: str, base: Tensor | QuantisedTensor) -> torch.dtype | None:

@@ -6,13 +6,15 @@ import functools
 import itertools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace.adapted import ADAPTER
 from subspan.subspace.classes import make_class
-from subspan.subspace.links import LINK, Link
+from subspan.subspace.links import LINK, Link, link_of
 from subspan.subspace.parameters import saved_buffers
-from subspan.subspace.variant import BESIDE, BesideDescriptor
+from subspan.subspace.variant import BESIDE, BesideDescriptor, split_by_row
 from subspan.subspace.weights import Weights
 
 _keys = itertools.count(1)
@@ -71,6 +73,16 @@ class Places:
             ) from None
         module.__dict__[BESIDE] = names
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a batch of several variants can be one: all that they have is linear layers'."""
+        factors = {name for a in self.weights.adapters.values() for name in a.factors}
+        plain = all(
+            isinstance(module, LinearByRow) and ADAPTER not in vars(module)
+            for module in self._modules.values()
+        )
+        return plain and self.weights.blocks_of.keys() <= factors
+
     def check(self) -> None:
         """Refuse variants of a network that would not read them, or would change them.
 
@@ -95,5 +107,22 @@ def _make_reading(made: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
     body: dict[str, Any] = {name: BesideDescriptor(name) for name in attributes}
     body |= {"__module__": made.__module__, "__doc__": made.__doc__}
     body["__qualname__"] = made.__qualname__
-    cls: type[nn.Module] = type.__new__(type(made), made.__name__, (made,), body)
+    bases: tuple[type, ...] = (made,)
+    if made.forward is nn.Linear.forward:
+        bases = (LinearByRow, made)
+    cls: type[nn.Module] = type.__new__(type(made), made.__name__, bases, body)
     return cls
+
+
+class LinearByRow:
+    """The behaviour of a linear layer of which each row of a batch may have another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply all rows by one weight, or each by its own."""
+        if torch.compiler.is_compiling() or self.weight.dim() == 2:  # type: ignore[attr-defined]
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        rows = split_by_row(link_of(self).weights, x, "")
+        out = torch.bmm(rows, weight.mT)
+        out = out if bias is None else out + bias.unsqueeze(1)
+        return out.view(*x.shape[:-1], out.shape[-1])

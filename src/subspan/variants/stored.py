@@ -68,9 +68,12 @@ class Shelf:
             f"it is now; got {type(source).__name__}"
         )
 
-    def make(self, name: str, stored: Stored) -> Variant:
-        """Make a variant for use, on the network's device."""
+    def make(self, name: str | None, stored: Stored | None) -> Variant:
+        """Make a variant for use, on the network's device; of nothing stored, the base itself."""
         parts, beside = self._own_coordinates(), self.beside()
+        if stored is None:
+            zeros = {each: torch.zeros_like(w) for each, w in parts.items()}
+            return Variant(self.weights, name, zeros, {})
         for tensors, data, like in (
             (parts, stored.coordinates, self._like),
             (beside, stored.beside, self._like_beside),
@@ -78,11 +81,6 @@ class Shelf:
             for each, tensor in from_bytes(data, like).items():
                 tensors[each] = tensor.to(tensors[each])  # its device and dtype
         return Variant(self.weights, name, parts, beside)
-
-    def make_base(self) -> Variant:
-        """Make the variant of no change: θ₀, and beside it what the network has."""
-        zeros = {name: torch.zeros_like(w) for name, w in self._own_coordinates().items()}
-        return Variant(self.weights, None, zeros, {})
 
     def beside(self) -> dict[str, Tensor]:
         """Return the network's own tensors that a variant has beside its coordinates."""

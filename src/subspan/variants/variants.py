@@ -1,18 +1,14 @@
 """Variants: ten thousand coordinate vectors of one recipe, and the one in use.
 
-Source of the mixed batch: adapters by row in PEFT (``adapter_names``) and S-LoRA (Sheng et al.,
-2023).
+Sources of the mixed batch: adapters by row in PEFT (``adapter_names``), and Sheng et al., "S-LoRA:
+serving thousands of concurrent LoRA adapters", MLSys 2024.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +16,10 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.variant import Variant, using
+from subspan.subspace.variant import MixedVariant, NotByRowError, Variant, using
+from subspan.variants.library import Library
 from subspan.variants.places import Places
+from subspan.variants.recent import Key, Recent
 from subspan.variants.rows import check_rows, join_rows, take_rows
 from subspan.variants.stored import Shelf, Source, Stored
 
@@ -29,24 +27,24 @@ Name = str | None  # of a variant; None is the base itself
 
 
 class Variants:
-    """Variants of one network, each a vector of coordinates, and what was trained fully.
+    """Variants of one network: each is a vector of coordinates, and what was trained fully.
 
     The network is used through them, and is itself otherwise. Threads, and tasks of asyncio, may
     use different variants at once, and add, remove and replace them meanwhile: a variant that is in
     use stays what it was until that use ends. Variants are for inference: their coordinates have no
-    gradients.
+    gradients, and the network must be in evaluation mode.
 
     Args:
-        model: a :class:`~subspan.SubspaceModel`, its network, or ``torch.compile`` of one.
-        folder: of checkpoints; each is a variant named as its file, without ``.safetensors``. It is
-            read when it is first used.
+        model: a :class:`~subspan.SubspaceModel`, its network, or ``torch.compile`` of either.
+        folder: of checkpoints; each is a variant named as its file, without ``.safetensors``. A
+            file is read when its variant is used.
         resident: how many of the folder's variants stay in memory, the latest used.
-        formed: of how many variants, the latest used, θ is kept between uses; of one variant, up
-            to 2²⁵ weights are.
+        formed: of how many uses θ is kept for the next one with the same variants. Of one variant,
+            up to 2²⁵ weights are kept.
 
     Raises:
-        SubspanError: for a model that is not in a subspace, or sharded over processes, and a folder
-            without checkpoints.
+        SubspanError: for a model that is not in a subspace, or is sharded over processes, and for a
+            folder without checkpoints.
     """
 
     def __init__(
@@ -68,28 +66,29 @@ class Variants:
             raise SubspanError("a network that is sharded over processes cannot have variants")
         for option, value, least in (("resident", resident, 1), ("formed", formed, 0)):
             if not isinstance(value, int) or value < least:
-                raise SubspanError(f"{option} must be an integer of at least {least}, got {value}")
-        self._files = _find_files(folder)
-        self.model, self.resident, self.formed = model, resident, formed
-        self._shelf, self._places = Shelf(found), Places(found.subspace)
-        self._added: dict[str, Stored] = {}
-        self._read: OrderedDict[str, Stored] = OrderedDict()  # from files, latest used last
-        self._formed: OrderedDict[Any, tuple[Any, Variant]] = OrderedDict()  # likewise
-        self._lock = threading.Lock()
+                raise SubspanError(
+                    f"{option} must be an integer of at least {least}, got {value!r}"
+                )
+        self.model = model
+        self._shelf = Shelf(found)
+        self._library = Library(self._shelf.take, folder, resident)
+        self._recent = Recent(formed)
+        self._places = Places(found.subspace)
+        self._by_row = self._places.by_row and inner is model
+        self._proven: set[str] = set()
 
     # ---- the collection ----------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
         """The names of all variants."""
-        with self._lock:
-            return [*self._files, *self._added]
+        return self._library.names()
 
     def __len__(self) -> int:
-        return len(self._files) + len(self._added)
+        return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._added or name in self._files
+        return name in self._library
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -105,11 +104,7 @@ class Variants:
         Raises:
             SubspanError: for a name that is taken, and for a variant of another recipe or base.
         """
-        self._refuse_taken(name)
-        stored = self._shelf.take(source)
-        with self._lock:
-            self._refuse_taken(name)  # by another thread meanwhile
-            self._added[name] = stored
+        self._library.add(name, source)
 
     def replace(self, name: str, source: Source) -> None:
         """Put another variant in the place of one; whoever uses that one keeps it to the end.
@@ -121,12 +116,7 @@ class Variants:
         Raises:
             SubspanError: for an unknown name, and for a variant of another recipe or base.
         """
-        self._check_known(name)
-        stored = self._shelf.take(source)
-        with self._lock:
-            self._check_known(name)
-            self._drop(name)
-            self._added[name] = stored
+        self._recent.forget(self._library.replace(name, source))
 
     def remove(self, name: str) -> None:
         """Remove a variant; its file, if it has one, is left.
@@ -134,32 +124,7 @@ class Variants:
         Raises:
             SubspanError: for an unknown name.
         """
-        with self._lock:
-            self._check_known(name)
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._files.pop(name, None)
-        for stored in (self._added.pop(name, None), self._read.pop(name, None)):
-            self._formed.pop(stored, None)
-
-    def _refuse_taken(self, name: str) -> None:
-        if not isinstance(name, str) or not name:
-            raise SubspanError(
-                f"the name of a variant is a text of at least one letter, got {name!r}"
-            )
-        if name in self:
-            raise SubspanError(
-                f"there is a variant {name!r} already: use replace(), or remove() it"
-            )
-
-    def _check_known(self, name: object) -> None:
-        if name in self:
-            return
-        known = [*self._files, *self._added]
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise SubspanError(f"unknown variant {name!r}: {hint}there are {len(known):,} variants")
+        self._recent.forget(self._library.remove(name))
 
     # ---- use ---------------------------------------------------------------------------------
 
@@ -168,28 +133,33 @@ class Variants:
         """Let the network be a variant in this thread, or task of asyncio.
 
         Args:
-            name: of the variant; None for the base itself, θ₀ with the fully trained tensors that
-                the model has.
+            name: of the variant; None for the base itself: θ₀, with the fully trained tensors and
+                buffers that the model has.
 
         Yields:
             The model.
 
         Raises:
-            SubspanError: for an unknown name, a network in training mode, or a file of the folder
-                that cannot be read.
+            SubspanError: for an unknown name, a network in training mode, and a file of the folder
+                that is no variant of it.
         """
-        with using(self._find(name)):
+        with using(self._ready([name], [self._find(name)])):
             yield self.model
 
     def __call__(self, *args: Any, names: Name | Sequence[Name], **kwargs: Any) -> Any:
-        """Run the network on a batch in which each row has a variant of its own, without gradients.
+        """Run the network on a batch whose rows have variants of their own, without gradients.
 
-        The rows of one variant make one batch, and results come back in the order of the rows.
+        Over LoRA factors that is one run with batched products. Otherwise the rows of each variant
+        are a batch by themselves, and results come back in the order of the rows.
 
         Args:
             args: of the network; the first dimension of every tensor is the batch.
             names: of each row's variant, None for the base; or one name for all.
-            kwargs: likewise.
+            kwargs: as ``args``.
+
+        Returns:
+            The network's result: tensors with a row for each row, in tuples, lists, dictionaries
+            and dataclasses.
 
         Raises:
             SubspanError: as :meth:`use`, and for arguments or results that have no rows.
@@ -198,91 +168,53 @@ class Variants:
             if names is None or isinstance(names, str):
                 with self.use(names):
                     return self.model(*args, **kwargs)
-            rows: dict[Name, list[int]] = {}
-            for row, name in enumerate(names):
-                rows.setdefault(name, []).append(row)
-            found = {name: self._find(name) for name in rows}
-            places = [
-                *((f"argument {i + 1}", value) for i, value in enumerate(args)),
-                *kwargs.items(),
-            ]
-            if not sum(check_rows(value, len(names), where) for where, value in places):
-                raise SubspanError("no argument is a tensor with a batch as its first dimension")
-            if len(rows) == 1:
-                with using(found[names[0]]):
+            places = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
+            if not sum(check_rows(value, len(names), where) for where, value in places.items()):
+                raise SubspanError("no argument is a tensor whose first dimension is a batch")
+            found = {name: self._find(name) for name in names}
+            if len(found) == 1:
+                with using(self._ready([*found], [*found.values()])):
                     return self.model(*args, **kwargs)
-            return self._run_apart(found, rows, args, kwargs)
+            if self._by_row:
+                try:
+                    with using(self._ready(names, [found[name] for name in names])):
+                        return self.model(*args, **kwargs)
+                except NotByRowError as reason:
+                    self._by_row = not reason.args[0]
+            return self._run_apart(names, found, args, kwargs)
 
     def _run_apart(
         self,
-        found: dict[Name, Variant],
-        rows: dict[Name, list[int]],
+        names: Sequence[Name],
+        found: dict[Name, Stored | None],
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> Any:
         """Run one batch for each variant, and put the results together."""
+        rows = {name: [row for row, n in enumerate(names) if n == name] for name in found}
         results = []
-        for name, its_rows in rows.items():
-            index = torch.tensor(its_rows)
-            with using(found[name]):
-                results.append(
-                    self.model(
-                        *(take_rows(value, index) for value in args),
-                        **{key: take_rows(value, index) for key, value in kwargs.items()},
-                    )
-                )
+        for name, stored in found.items():
+            index = torch.tensor(rows[name])
+            with using(self._ready([name], [stored])):
+                results.append(self.model(*take_rows(args, index), **take_rows(kwargs, index)))
         order = torch.tensor([row for its_rows in rows.values() for row in its_rows]).argsort()
         return join_rows(results, [len(its_rows) for its_rows in rows.values()], order)
 
-    def _find(self, name: Name) -> Variant:
-        """Return a variant ready for use; θ that was formed before is there if it is kept."""
+    def _find(self, name: Name) -> Stored | None:
+        return None if name is None else self._library.load(name)
+
+    def _ready(self, names: Sequence[Name], stored: Sequence[Stored | None]) -> Variant:
+        """Return the variant of all rows, or one for each; θ that is kept need not be formed."""
         self._places.check()
-        stored = None if name is None else self._load(name)
-        state = self._shelf.weights.state()
-        with self._lock:
-            known = self._formed.get(stored)
-            if known is not None and known[0] == state:
-                self._formed.move_to_end(stored)
-                return known[1]
-        variant = self._shelf.make_base() if stored is None else self._shelf.make(str(name), stored)
-        with self._lock:
-            self._formed[stored] = state, variant
-            self._formed.move_to_end(stored)
-            while len(self._formed) > self.formed:
-                self._formed.popitem(last=False)
-        return variant
+        key: Key = tuple(stored)
+        return self._recent.get(key, self._shelf.weights.state(), lambda: self._make(names, key))
 
-    def _load(self, name: str) -> Stored:
-        """Return what is stored of a variant, from its file if it is not in memory."""
-        with self._lock:
-            self._check_known(name)
-            if name in self._added:
-                return self._added[name]
-            if name in self._read:
-                self._read.move_to_end(name)
-                return self._read[name]
-            path = self._files[name]
-        stored = self._shelf.take(path)  # other threads need not wait
-        with self._lock:
-            if self._files.get(name) is path:
-                self._read[name] = stored
-            while len(self._read) > self.resident:
-                self._read.popitem(last=False)
-        return stored
-
-
-def _find_files(folder: str | os.PathLike[str] | None) -> dict[str, Path]:
-    """Find the checkpoints of a folder, by the names of their variants.
-
-    Raises:
-        SubspanError: if there are none.
-    """
-    if folder is None:
-        return {}
-    files = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
-    if not files:
-        raise SubspanError(
-            f"{folder} has no checkpoints of variants (*.safetensors): give a folder of files that "
-            "subspan.save wrote"
-        )
-    return files
+    def _make(self, names: Sequence[Name], key: Key) -> Variant:
+        named = dict(zip(key, names, strict=True))
+        members = {stored: self._shelf.make(name, stored) for stored, name in named.items()}
+        if len(key) == 1:
+            return members[key[0]]
+        places = {stored: n for n, stored in enumerate(members)}
+        index = torch.tensor([places[stored] for stored in key])
+        own = self._shelf.beside()
+        return MixedVariant([*members.values()], index, own, self._proven)
