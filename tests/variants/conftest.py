@@ -33,7 +33,7 @@ def trained(model, seed):
     """A copy of the model as training might leave it: coordinates, head and buffers are others."""
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    w = torch.cat([w for w in twin.coordinates.values()])
+    w = torch.cat(list(twin.coordinates.values()))
     parts = vector(seed, len(w)).split([len(w) for w in twin.coordinates.values()])
     for own, part in zip(twin.coordinates.values(), parts, strict=True):
         own.copy_(part)

@@ -184,14 +184,14 @@ def test_rows_of_lora_factors_are_one_run():
     before = variants(ids, names=None)
     torch.testing.assert_close(variants(ids, names=NAMES)[1:2], before[1:2])
     torch.testing.assert_close(
-        variants(ids, names=NAMES[:3] + ["c", "a"]),
-        row_by_row(variants, ids, NAMES[:3] + ["c", "a"]),
+        variants(ids, names=[*NAMES[:3], "c", "a"]),
+        row_by_row(variants, ids, [*NAMES[:3], "c", "a"]),
     )
 
 
 @pytest.mark.parametrize("options", [{"words_first": True}, {"flat": True}])
 def test_rows_that_are_not_the_first_dimension_are_grouped(options):
-    variants, runs = sentences(**options)
+    variants, _ = sentences(**options)
     for words in (7, 5, 1):  # as many words as rows: nobody could tell
         ids = torch.randint(0, 11, (5, words), generator=torch.Generator().manual_seed(1))
         expected = row_by_row(variants, ids, NAMES)
