@@ -85,7 +85,7 @@ class Network:
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
         self.changes = Changes(self)
-        self.locations = {name: _locate(root, name) for name in requires_grad}
+        self.locations = {name: locate(root, name) for name in requires_grad}
         self.homes = {slot.tensor: self.locations[slot.tensor] for slot in places}
         # Factors are no weights of an ordinary network: its own methods and parts have W + s B A.
         self.hidden = {
@@ -290,7 +290,7 @@ class Network:
         return [f"{start}{slot.path}" for start in before for slot in self.slots]
 
 
-def _locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module and the attribute at the end of a parameter's path."""
     prefix, _, attribute = path.rpartition(".")
     return root.get_submodule(prefix), attribute

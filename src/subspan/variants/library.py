@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from subspan.errors import SubspanError
-from subspan.variants.stored import Source, Stored
+from subspan.variants.stored import Source, StoredVariant
 
 
 class Library:
@@ -27,14 +27,14 @@ class Library:
 
     def __init__(
         self,
-        take: Callable[[Source], Stored],
+        take: Callable[[Source], StoredVariant],
         folder: str | os.PathLike[str] | None,
         resident: int,
     ) -> None:
         self._take, self._resident = take, resident
         self._files = {} if folder is None else _find_files(folder)
-        self._added: dict[str, Stored] = {}
-        self._read: OrderedDict[str, Stored] = OrderedDict()  # from files, latest used last
+        self._added: dict[str, StoredVariant] = {}
+        self._read: OrderedDict[str, StoredVariant] = OrderedDict()  # from files, latest used last
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -59,7 +59,7 @@ class Library:
             self._refuse_taken(name)  # by another thread meanwhile
             self._added[name] = stored
 
-    def replace(self, name: str, source: Source) -> list[Stored]:
+    def replace(self, name: str, source: Source) -> list[StoredVariant]:
         """Put another variant in the place of one; return what there was in memory.
 
         Raises:
@@ -72,7 +72,7 @@ class Library:
             self._added[name] = stored
         return was
 
-    def remove(self, name: str) -> list[Stored]:
+    def remove(self, name: str) -> list[StoredVariant]:
         """Remove a variant, not its file; return what there was in memory.
 
         Raises:
@@ -81,7 +81,7 @@ class Library:
         with self._lock:
             return self._drop(name)
 
-    def load(self, name: str) -> Stored:
+    def load(self, name: str) -> StoredVariant:
         """Return a variant, from its file if it is not in memory.
 
         Raises:
@@ -103,7 +103,7 @@ class Library:
                 self._read.popitem(last=False)
         return stored
 
-    def _drop(self, name: str) -> list[Stored]:
+    def _drop(self, name: str) -> list[StoredVariant]:
         self._check_known(name)
         self._files.pop(name, None)
         found = (self._added.pop(name, None), self._read.pop(name, None))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from subspan.subspace.variant import Variant
-from subspan.variants.stored import Stored
+from subspan.variants.stored import StoredVariant
 
-Key = tuple[Stored | None, ...]  # the variant of each row, or of all; None is the base
+Key = tuple[StoredVariant | None, ...]  # the variant of each row, or of all; None is the base
 
 
 class Recent:
@@ -40,7 +40,7 @@ class Recent:
                 self._kept.popitem(last=False)
         return variant
 
-    def forget(self, stored: Iterable[Stored]) -> None:
+    def forget(self, stored: Iterable[StoredVariant]) -> None:
         """Drop whatever was made of these."""
         gone = set(stored)
         with self._lock:

@@ -18,6 +18,7 @@ from subspan.checkpoint import check_base, contents, read
 from subspan.checkpoint.file import COORDINATES
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.network import locate
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.variant import Variant
 
@@ -25,7 +26,7 @@ Source = Tensor | str | os.PathLike[str] | nn.Module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
+class StoredVariant:
     """A variant in memory.
 
     Attributes:
@@ -47,11 +48,14 @@ class Shelf:
     def __init__(self, model: SubspaceModel) -> None:
         self.model, self.weights = model, model.subspace
         self._last = b""
+        root = self.weights.network()
+        names = [*self.weights.fully, *saved_buffers(root)]
+        self._places = {name: locate(root, name) for name in names}
         # Shapes and dtypes of what is stored, whatever the network is converted to later.
         self._like = _without_values(self._own_coordinates())
         self._like_beside = _without_values(self.beside())
 
-    def take(self, source: Source) -> Stored:
+    def take(self, source: Source) -> StoredVariant:
         """Take a variant from a vector, the file of a checkpoint, or a model as it is now.
 
         Raises:
@@ -68,7 +72,7 @@ class Shelf:
             f"it is now; got {type(source).__name__}"
         )
 
-    def make(self, name: str | None, stored: Stored | None) -> Variant:
+    def make(self, name: str | None, stored: StoredVariant | None) -> Variant:
         """Make a variant for use, on the network's device; of nothing stored, the base itself."""
         parts, beside = self._own_coordinates(), self.beside()
         if stored is None:
@@ -84,22 +88,24 @@ class Shelf:
 
     def beside(self) -> dict[str, Tensor]:
         """Return the network's own tensors that a variant has beside its coordinates."""
-        fully = {name: self.weights.stored(name).detach() for name in self.weights.fully}
-        return {**fully, **saved_buffers(self.weights.root)}
+        return {
+            name: (module._parameters | module._buffers)[attribute].detach()  # type: ignore[union-attr]
+            for name, (module, attribute) in self._places.items()
+        }
 
     def _own_coordinates(self) -> dict[str, Tensor]:
         root = self.weights.network()
         return {name: root._parameters[name].detach() for name in self.weights.coordinate_names}  # type: ignore[union-attr]
 
-    def _keep(self, coordinates: Tensor, beside: Mapping[str, Tensor]) -> Stored:
+    def _keep(self, coordinates: Tensor, beside: Mapping[str, Tensor]) -> StoredVariant:
         (dtype,) = {like.dtype for like in self._like.values()}
         blob = to_bytes(beside[name].to(like.dtype) for name, like in self._like_beside.items())
         if blob == self._last:
             blob = self._last
         self._last = blob
-        return Stored(to_bytes([coordinates.to(dtype)]), blob)
+        return StoredVariant(to_bytes([coordinates.to(dtype)]), blob)
 
-    def _take_vector(self, vector: Tensor) -> Stored:
+    def _take_vector(self, vector: Tensor) -> StoredVariant:
         dim = sum(part.dim for part in self.weights.compartments)
         if vector.shape != (dim,) or vector.is_complex():
             raise SubspanError(
@@ -110,7 +116,7 @@ class Shelf:
 
     def _take(
         self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Stored:
+    ) -> StoredVariant:
         self._check(source, header, tensors)
         beside = {}
         own = self.beside()
@@ -162,7 +168,7 @@ class Shelf:
             self.model.base_fingerprint
         ):
             # Buffers may be others, if the file has all of them.
-            complete = all(f"body.{name}" in tensors for name in saved_buffers(self.weights.root))
+            complete = all(f"body.{name}" in tensors for name in self._places)
             if complete and header["parameters"] == self.weights.parameters_digest():
                 header = {**header, "fingerprint": self.model.base_fingerprint}
         check_base(source, self.model, header)

@@ -21,7 +21,7 @@ from subspan.variants.library import Library
 from subspan.variants.places import Places
 from subspan.variants.recent import Key, Recent
 from subspan.variants.rows import check_rows, join_rows, take_rows
-from subspan.variants.stored import Shelf, Source, Stored
+from subspan.variants.stored import Shelf, Source, StoredVariant
 
 Name = str | None  # of a variant; None is the base itself
 
@@ -186,7 +186,7 @@ class Variants:
     def _run_apart(
         self,
         names: Sequence[Name],
-        found: dict[Name, Stored | None],
+        found: dict[Name, StoredVariant | None],
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -200,10 +200,10 @@ class Variants:
         order = torch.tensor([row for its_rows in rows.values() for row in its_rows]).argsort()
         return join_rows(results, [len(its_rows) for its_rows in rows.values()], order)
 
-    def _find(self, name: Name) -> Stored | None:
+    def _find(self, name: Name) -> StoredVariant | None:
         return None if name is None else self._library.load(name)
 
-    def _ready(self, names: Sequence[Name], stored: Sequence[Stored | None]) -> Variant:
+    def _ready(self, names: Sequence[Name], stored: Sequence[StoredVariant | None]) -> Variant:
         """Return the variant of all rows, or one for each; θ that is kept need not be formed."""
         self._places.check()
         key: Key = tuple(stored)
