@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = {
     "Learn": (
         "docs/guide",
+        "docs/variants",
         "docs/tutorials/intrinsic-dimension",
         "docs/tutorials/fine-tuning",
         "docs/tutorials/slow-network",

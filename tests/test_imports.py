@@ -27,6 +27,7 @@ LAYERS = [
     ("optim",),
     ("adapters",),
     ("checkpoint",),
+    ("variants",),
     ("training",),
     ("sweeps",),
     ("report",),

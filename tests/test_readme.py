@@ -9,6 +9,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 GUIDE = README.parent / "docs" / "guide.md"
+VARIANTS = README.parent / "docs" / "variants.md"
 TASKS = README.parent / "docs" / "laboratory.md"
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -39,6 +40,13 @@ def test_the_guides_examples_run(tmp_path, monkeypatch, capsys):
     exec("".join(blocks), {"__name__": "guide"})
     assert (tmp_path / "model.safetensors").stat().st_size < 2048 + 4 * 200
     assert "dense network" in capsys.readouterr().out
+
+
+def test_the_example_of_variants_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [code] = FENCE.findall(VARIANTS.read_text())
+    exec(code, {"__name__": "variants"})
+    assert capsys.readouterr().out == "2 ['anna', 'ben'] True\n"
 
 
 def test_every_link_leads_somewhere():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from subspan.families import projection as projection
     from subspan.families import projections as projections
     from subspan.subspace.model import SubspaceModel as SubspaceModel
+    from subspan.variants import Variants as Variants
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "Projection": "subspan.families.base",
     "SubspaceModel": "subspan.subspace",
     "SubspanError": "subspan.errors",
+    "Variants": "subspan.variants",
     "count": "subspan.counts",
     "export_lora": "subspan.adapters",
     "load": "subspan.checkpoint",

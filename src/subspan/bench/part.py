@@ -136,6 +136,10 @@ class Part(ABC):
         ours, whole = number(row.get(quantity.key)), self.whole(row, rows, quantity)
         return None if ours is None or whole is None else ours / whole
 
+    def compared(self, rows: Sequence[Measurement]) -> Sequence[Quantity]:
+        """Return the quantities of rows that belong together."""
+        return self.quantities
+
     def groups(self, rows: Sequence[Measurement]) -> list[list[Measurement]]:
         """Divide rows into those that belong together."""
         groups: dict[tuple[Any, ...], list[Measurement]] = {}
@@ -151,7 +155,7 @@ class Part(ABC):
             machine: of the record.
         """
         columns = [self.subject, *self.counts.values()]
-        for quantity in self.quantities:
+        for quantity in self.compared(rows):
             columns += [quantity.column, f"× {self.base_name}"]
         return Table(columns, [[self.label(row), *self._cells(row, rows)] for row in rows], words=1)
 
@@ -161,24 +165,23 @@ class Part(ABC):
             return
         for key in self.counts:
             yield f"{row[key]:,}"
-        for quantity in self.quantities:
+        for quantity in self.compared(rows):
             ratio = self.ratio(row, rows, quantity)
             yield show(row[quantity.key]) if quantity.key in row else ""
             yield "" if ratio is None else show_number(ratio)
 
     def draw(self, axes: Axes, rows: Sequence[Measurement]) -> None:
         """Draw the panel of rows that belong together: bars of ratios, a colour a quantity."""
-        colours = COLOURS if len(self.quantities) > 1 else (GREEN,)
-        values = {q.key: [self.ratio(row, rows, q) for row in rows] for q in self.quantities}
+        quantities = self.compared(rows)
+        colours = COLOURS if len(quantities) > 1 else (GREEN,)
+        values = {q.key: [self.ratio(row, rows, q) for row in rows] for q in quantities}
         unit = self.unit
         if not any(ratio is not None for ratios in values.values() for ratio in ratios):
-            values = {
-                q.key: [milliseconds(row.get(q.key)) for row in rows] for q in self.quantities
-            }
+            values = {q.key: [milliseconds(row.get(q.key)) for row in rows] for q in quantities}
             unit = "milliseconds"
         bars = [
             (values[quantity.key], colour, quantity.words)
-            for quantity, colour in zip(self.quantities, colours, strict=False)
+            for quantity, colour in zip(quantities, colours, strict=False)
         ]
         draw_bars(axes, [self.tick(row) for row in rows], bars)
         axes.set_xlabel(unit)

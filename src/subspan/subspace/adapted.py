@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from subspan.subspace.links import LINK, PREFIX
+from subspan.subspace.variant import split_by_row
 
 ADAPTER = "_subspan_adapter"  # in a module's __dict__: its Adapter
 FACTORS = (PREFIX + "A", PREFIX + "B")  # of its parameters
@@ -70,6 +71,22 @@ class Adapter:
             return result + (update if torch.is_autocast_enabled() else update.to(result.dtype))
         return (result + update).to(result.dtype)
 
+    def add_by_row(self, result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return W x + s B (A x) where each row has its own factors, by batched products.
+
+        Args:
+            result: W x, (rows, …, n).
+            x: (rows, k, m).
+            a: (rows, rank, m).
+            b: (rows, n, rank).
+        """
+        inner = torch.bmm(x.to(a.dtype), a.mT)
+        if inner.dtype == b.dtype == result.dtype and not self.rounded:
+            flat = result.reshape(len(x), -1, result.shape[-1])
+            return torch.baddbmm(flat, inner, b.mT, alpha=self.scaling).view(result.shape)
+        update = (torch.bmm(inner, b.mT) * self.scaling).view(result.shape)
+        return (result + update).to(result.dtype)
+
 
 def find_adapters(net: nn.Module) -> dict[str, Adapter]:
     """Find the layers with factors: their adapters, by the name of the weight."""
@@ -99,7 +116,10 @@ class Adapted:
             result = super().forward(x)  # type: ignore[misc]
         if given:  # by a functional call, in place of W + s B A
             return result
-        return adapter.add(result, x, *(getattr(self, name) for name in FACTORS))
+        a, b = (getattr(self, name) for name in FACTORS)
+        if a.dim() == 3:  # in a batch of several variants
+            return adapter.add_by_row(result, split_by_row(link.weights, x, adapter.layer), a, b)
+        return adapter.add(result, x, a, b)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Tensor:

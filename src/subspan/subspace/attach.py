@@ -22,6 +22,7 @@ from subspan.subspace.quantised_layers import (
 )
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.theta0 import Base, freeze, thaw
+from subspan.subspace.variant import BESIDE, refuse_in_use
 from subspan.subspace.weights import Weights
 
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -89,12 +90,14 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     """Undo :meth:`attach`: ordinary parameters again, at θ₀ or at other values."""
     root = weights.network()
     refuse_whole(weights, "unwrapped or merged")
+    refuse_in_use(weights, "unwrapped")
     for name in weights.coordinate_names:
         del root._parameters[name]
     del root._buffers[FINGERPRINT]
     for module in weights.wrapped:
         if LINK in vars(module):
             del module.__dict__[LINK]
+            module.__dict__.pop(BESIDE, None)
             module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
     for tensor, (module, attribute) in weights.homes.items():
         parameter = module._parameters.get(attribute)

@@ -22,6 +22,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.quantised import read_quantised
+from subspan.subspace.variant import refuse_in_use
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
@@ -169,6 +170,7 @@ class Changes:
         Raises:
             SubspanError: naming a parameter that was added since the network was wrapped.
         """
+        refuse_in_use(self.weights, "saved")
         self.check_base()
         for name in saved_buffers(self.weights.root):
             if name not in self.weights.buffer_names:

@@ -28,6 +28,7 @@ from subspan.subspace.links import FINGERPRINT, LINK
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.summary import Summary, TensorSummary
+from subspan.subspace.variant import refuse_in_use
 from subspan.subspace.weights import Weights
 from subspan.subspace.wrapping import prepare
 
@@ -201,6 +202,7 @@ class SubspaceModel(Handle):
         that was quantised.
         """
         refuse_whole(self.subspace, "merged")
+        refuse_in_use(self.subspace, "merged")
         thetas = self.subspace.dense()
         twin = copy.deepcopy(self)
         return detach(twin.subspace, {name: theta.clone() for name, theta in thetas.items()})

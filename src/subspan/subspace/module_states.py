@@ -15,6 +15,7 @@ from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.states import before_loading
+from subspan.subspace.variant import refuse_in_use
 
 _saving = threading.local()  # .thetas of the state_dict that is being made; None of coordinates
 
@@ -37,6 +38,7 @@ class ModuleStates:
         if hasattr(_saving, "thetas"):  # a module around this one is being saved
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
         weights = link_of(self).weights
+        refuse_in_use(weights, "saved")
         whole = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
         if whole:
             weights.changes.check_base()

@@ -27,6 +27,7 @@ from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
 from subspan.subspace.theta0 import Base
+from subspan.subspace.variant import replaced
 
 _plain = torch._C.DisableTorchFunctionSubclass
 _ORDINARY = (Tensor, nn.Parameter)
@@ -84,7 +85,7 @@ class Network:
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
         self.changes = Changes(self)
-        self.locations = {name: _locate(root, name) for name in requires_grad}
+        self.locations = {name: locate(root, name) for name in requires_grad}
         self.homes = {slot.tensor: self.locations[slot.tensor] for slot in places}
         # Factors are no weights of an ordinary network: its own methods and parts have W + s B A.
         self.hidden = {
@@ -106,7 +107,12 @@ class Network:
         self._groups = (
             group_small(self.blocks_of, small) if self.large else [(b,) for b in self.blocks]
         )
-        self._groups_with = find_in_groups(self._groups)
+        self.groups_with = find_in_groups(self._groups)
+
+    key = 0  # a number of its own, once the network has variants
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "key"}
 
     @property
     def ready(self) -> bool:
@@ -119,6 +125,22 @@ class Network:
         """Return w of every compartment, by its key."""
         parameters = self.network()._parameters
         return {name.removeprefix(PREFIX): parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
+
+    def coordinate(self, key: str) -> Tensor:
+        """Return w of a compartment: the network's own, or that of the variant in use."""
+        name = PREFIX + key
+        own = self.network()._parameters[name]
+        return replaced(self, name, own) if self.key else own  # type: ignore[arg-type,return-value]
+
+    def state(self) -> tuple[Any, ...]:
+        """Describe θ₀ as it is now: θ that is kept is right as long as this is the same."""
+        with _plain():
+            bases = [self.base_of(tensor) for tensor in self.homes]
+            places = [base.data_ptr() if type(base) is Base else 0 for base in bases]
+            return tuple(
+                (id(base), formed.version_of(base), base.dtype, place)
+                for base, place in zip(bases, places, strict=True)
+            )
 
     def base_of(self, tensor: str) -> Tensor:
         """Return the content of a tensor's slot: θ₀, or what a functional call has put there."""
@@ -268,7 +290,7 @@ class Network:
         return [f"{start}{slot.path}" for start in before for slot in self.slots]
 
 
-def _locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module and the attribute at the end of a parameter's path."""
     prefix, _, attribute = path.rpartition(".")
     return root.get_submodule(prefix), attribute

@@ -27,6 +27,7 @@ from subspan.subspace.links import PREFIX
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.theta0 import OWN, Base
+from subspan.subspace.variant import NotByRowError, Variant, find_variant, refuse_in_use
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -39,6 +40,8 @@ class Weights(Network):
     def call(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the network, or its ``forward``, as the outermost call if it is that."""
         if torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
+                refuse_in_use(self, "exported")
             if self._traced is not None or self.shards is not None or _to_onnx():
                 return run(*args, **kwargs)
             self._traced = self.all()
@@ -64,6 +67,8 @@ class Weights(Network):
             else:
                 out = run(*args, **kwargs)
             outer.check_unwritten()
+            if (variant := self.variant()) is not None:
+                variant.check_unwritten()
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
             return out
@@ -94,10 +99,13 @@ class Weights(Network):
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return guard_theta(theta, tensor) if ordinary else theta
+        variant = self.variant()
         for outer in reversed(_now.__dict__.get("calls", ())):
             if outer.weights is self:
-                where = self._groups_with.get(tensor, ())
-                if not where or dtype is not None or self.shards is not None:
+                where = self.groups_with.get(tensor, ())
+                if variant is not None:
+                    theta = variant.theta(tensor, dtype)
+                elif not where or dtype is not None or self.shards is not None:
                     theta = self._keep_passing(tensor, outer, dtype)
                 elif len(where) == 1:
                     theta = self._keep_group(where[0][0], outer)[where[0][1]]
@@ -111,11 +119,15 @@ class Weights(Network):
             )
         if self.changes.wishes:
             self.changes.check_flags()
-        theta = self.form(tensor, dtype)
+        theta = self.form(tensor, dtype) if variant is None else variant.theta(tensor, dtype)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
         theta = theta if torch._C._is_tracing() else guard_theta(theta, tensor)
         return self._dress(tensor, theta) if special else theta
+
+    def variant(self) -> Variant | None:
+        """Return the variant that is in use in this context."""
+        return find_variant(self) if self.key else None
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""
@@ -139,9 +151,17 @@ class Weights(Network):
         """Form θ of every trained tensor, differentiable in w."""
         if self.shards is not None:  # calls have tensors of modules that are whole at other times
             return {tensor: self.form(tensor) for tensor in self.blocks_of}
+        return self._form_groups([(block,) for block in self.blocks])
+
+    def form_small(self) -> dict[str, Tensor]:
+        """Form θ of the tensors that are formed together."""
+        return self._form_groups(self._groups)
+
+    def _form_groups(self, groups: Sequence[Sequence[Block]]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
-        for block in self.blocks:
-            for piece, theta in zip(block.pieces, self._theta([block]), strict=True):
+        for group in groups:
+            pieces = [piece for block in group for piece in block.pieces]
+            for piece, theta in zip(pieces, self._theta(group), strict=True):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
 
@@ -160,6 +180,8 @@ class Weights(Network):
                 f"{weight} is sharded and has LoRA factors beside it: it can be read inside of a "
                 "call of its module only"
             )
+        if (variant := self.variant()) is not None and variant.rows:
+            raise NotByRowError(True)  # a weight for each row is none
         with _plain():
             base = quantised.dense(self.held(weight))
             # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
@@ -174,7 +196,7 @@ class Weights(Network):
 
     def _theta(self, group: Sequence[Block], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         """Form θ of blocks with the same coordinates."""
-        w = self.network()._parameters[PREFIX + group[0].coordinates]
+        w = self.coordinate(group[0].coordinates)
         with _plain():
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
@@ -229,15 +251,16 @@ class Weights(Network):
             None if θ is kept, or is not formed here, now, and from θ₀ as it is.
         """
         own = self.blocks_of[tensor]
-        if tensor in self._groups_with or self.shards is not None or len(own) > 1:
+        if tensor in self.groups_with or self.shards is not None or len(own) > 1:
             return None
         inside = any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
         base = self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():
             return None
-        w = self.network()._parameters[PREFIX + own[0].coordinates]
-        return (w, own[0], base) if type(w) is nn.Parameter else None
+        w = self.coordinate(own[0].coordinates)
+        ours = type(w) is nn.Parameter or self.variant() is not None
+        return (w, own[0], base) if ours else None
 
     def _autocast(self, tensor: str, base: Tensor | QuantisedTensor) -> torch.dtype | None:
         """Return the dtype to which autocast would cast θ, if its layer's own forward reads it.

@@ -1,0 +1,249 @@
+"""A variant of a network: other coordinates than its own, in one context.
+
+A context is a thread, or a task of asyncio: each may have another variant of one network, and none
+of them touches the network's tensors. Coordinates are read through
+:meth:`subspan.subspace.network.Network.coordinate`, and what stands beside them (fully trained
+tensors, buffers) through :class:`BesideDescriptor`; both look here first. A compiled graph has an
+operator in these places, which looks when it runs, so that all variants share one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.formed import version_of
+from subspan.subspace.links import link_of
+
+if TYPE_CHECKING:
+    from subspan.subspace.weights import Weights
+
+KEPT = 1 << 25  # weights of a variant whose θ is kept; the others are formed at each read
+
+_current: ContextVar[tuple[Variant, ...]] = ContextVar("subspan_variants", default=())
+
+
+class Variant:
+    """Coordinates of a network, what stands beside them, and θ, which is formed once.
+
+    Several threads may use one object.
+
+    Attributes:
+        rows: of the batch that each have tensors of their own; 0 where all have the same.
+
+    Args:
+        weights: of the network.
+        name: for errors.
+        coordinates: w of each compartment, by its name among the network's parameters.
+        beside: fully trained tensors and saved buffers, by name.
+    """
+
+    rows = 0
+
+    def __init__(
+        self,
+        weights: Weights,
+        name: str | None,
+        coordinates: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
+    ) -> None:
+        self.weights, self.name = weights, name
+        self.coordinates, self.beside = dict(coordinates), dict(beside)
+        self._formed: dict[tuple[str, torch.dtype | None], tuple[Tensor, int]] = {}
+        self._versions = {name: version_of(tensor) for name, tensor in self.beside.items()}
+        self._room = KEPT
+
+    def theta(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return θ of a tensor, formed at the first read; it belongs to this object."""
+        kept = self._formed.get((tensor, dtype))
+        if kept is not None:
+            return kept[0]
+        with torch.inference_mode(False), torch.no_grad(), using(self):
+            if dtype is None and tensor in self.weights.groups_with:
+                thetas = self.weights.form_small()
+            else:
+                thetas = {tensor: self.weights.form(tensor, dtype)}
+        whole = torch._C._functorch.maybe_current_level() is None
+        if whole and (self._room >= sum(theta.numel() for theta in thetas.values())):
+            for name, theta in thetas.items():
+                self._room -= theta.numel()
+                self._formed[name, dtype] = theta, version_of(theta)
+        return thetas[tensor]
+
+    def check_unwritten(self) -> None:
+        """Refuse a forward that writes to what a variant has.
+
+        Raises:
+            SubspanError: if a tensor of it has been changed in place; θ is then formed anew.
+        """
+        formed = list(self._formed.items())
+        written = [name for (name, _), (theta, was) in formed if version_of(theta) != was]
+        written += [n for n, t in self.beside.items() if version_of(t) != self._versions[n]]
+        if written:
+            self._formed.clear()
+            raise SubspanError(
+                f"the network changed {written[0]} during a call, which a variant would not keep: "
+                "variants are for networks that read their weights and buffers only"
+            )
+
+
+class NotByRowError(Exception):
+    """A batch of several variants must be divided: rows do not lie where they would.
+
+    The argument says whether that holds for every batch of the network.
+    """
+
+
+class MixedVariant(Variant):
+    """Several variants for the rows of one batch: every tensor has the rows as first dimension.
+
+    Args:
+        members: the variants.
+        index: of each row's variant among them, (rows,) int64.
+        own: the network's tensors beside coordinates, for members that have none.
+        proven: layers that have had rows as their first dimension, beyond doubt.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Variant],
+        index: Tensor,
+        own: Mapping[str, Tensor],
+        proven: set[str],
+    ) -> None:
+        weights = members[0].weights
+        beside = {
+            name: torch.stack([member.beside.get(name, tensor) for member in members])
+            for name, tensor in own.items()
+        }
+        each = {name: tensor[index.to(tensor.device)] for name, tensor in beside.items()}
+        super().__init__(weights, "of a batch", {}, each)
+        self.rows, self.proven = len(index), proven
+        straight = index.tolist() == list(range(len(members)))
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in weights.blocks_of:
+                theta = torch.stack([member.theta(tensor) for member in members])
+                theta = theta if straight else theta[index.to(theta.device)]
+                self._formed[tensor, None] = theta, version_of(theta)
+
+
+def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:
+    """Divide a layer's input into rows of a mixed batch, (rows, k, m).
+
+    Raises:
+        NotByRowError: if its first dimension is another, or if a second one is as long and nobody
+            has seen which of both the rows are.
+    """
+    variant = find_variant(weights)
+    assert isinstance(variant, MixedVariant)
+    if x.dim() < 2 or len(x) != variant.rows:
+        raise NotByRowError(True)
+    if variant.rows in x.shape[1:-1] and layer not in variant.proven:
+        raise NotByRowError(False)
+    variant.proven.add(layer)
+    return x.reshape(variant.rows, -1, x.shape[-1])
+
+
+@contextmanager
+def using(variant: Variant) -> Iterator[None]:
+    """Let this context's reads of the network give those of a variant."""
+    token = _current.set((variant, *_current.get()))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def find_variant(weights: Weights) -> Variant | None:
+    """Return the variant that a network has in this context; None where it is itself."""
+    for variant in _current.get():
+        if variant.weights is weights:
+            return variant
+    return None
+
+
+def refuse_in_use(weights: Weights, done: str) -> None:
+    """Refuse what would mix a variant with the network's own tensors.
+
+    Raises:
+        SubspanError: if a variant is in use in this context.
+    """
+    if weights.key and (variant := find_variant(weights)) is not None:
+        raise SubspanError(
+            f"variant {variant.name!r} is in use here, and the network itself would be {done}: "
+            "leave `with variants.use(…)` first"
+        )
+
+
+class BesideDescriptor:
+    """The descriptor of a fully trained parameter, or of a buffer, of a network with variants."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        own = module._parameters.get(self.attribute, module._buffers.get(self.attribute))
+        weights, name = link_of(module).weights, vars(module)[BESIDE].get(self.attribute)
+        if own is None or name is None:
+            return own
+        if torch.compiler.is_compiling():
+            return own if module.training else replaced(weights, name, own)
+        variant = find_variant(weights)
+        return own if variant is None else variant.beside.get(name, own)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__[self.attribute] = value
+
+
+BESIDE = "_subspan_beside"  # in a module's __dict__: names of such tensors by attribute
+
+
+def replaced(weights: Weights, name: str, own: Tensor) -> Tensor:
+    """Return a tensor of the network's own, or in its place that of the variant in use.
+
+    Args:
+        weights: of the network.
+        name: of the tensor; of coordinates that of the parameter.
+        own: the network's own.
+    """
+    if torch.compiler.is_compiling():
+        if weights.root.training or torch.compiler.is_exporting():
+            return own  # variants are not used in training
+        return in_use(own, weights.key, name, torch.is_grad_enabled() and own.requires_grad)
+    variant = find_variant(weights)
+    return own if variant is None else variant.coordinates[name]
+
+
+# Tags: its result depends on more than its arguments, so that nobody may compute it beforehand.
+@torch.library.custom_op(
+    "subspan::in_use",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def in_use(own: Tensor, key: int, name: str, recorded: bool) -> Tensor:
+    """Look up a tensor when a compiled graph runs; an operator must not return what others hold."""
+    for variant in _current.get():
+        if variant.weights.key == key:
+            if recorded:
+                raise SubspanError(
+                    f"variant {variant.name!r} has no gradients, and this compiled network would "
+                    "compute some: call it under torch.no_grad()"
+                )
+            return (variant.coordinates | variant.beside).get(name, own).clone()
+    return own.clone()
+
+
+@in_use.register_fake
+def _(own: Tensor, key: int, name: str, recorded: bool) -> Tensor:
+    return torch.empty_like(own)
+
+
+in_use.register_autograd(lambda ctx, grad: (grad, None, None, None))

@@ -1,0 +1,136 @@
+"""The variants that are in memory, and those in a folder, of which the latest used are."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from subspan.errors import SubspanError
+from subspan.variants.stored import Source, StoredVariant
+
+
+class Library:
+    """Variants by name; threads may add, remove, replace and load at once.
+
+    Args:
+        take: makes of a source what is stored.
+        folder: of checkpoints, or None.
+        resident: how many of the folder's variants stay in memory.
+
+    Raises:
+        SubspanError: for a folder without checkpoints.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Source], StoredVariant],
+        folder: str | os.PathLike[str] | None,
+        resident: int,
+    ) -> None:
+        self._take, self._resident = take, resident
+        self._files = {} if folder is None else _find_files(folder)
+        self._added: dict[str, StoredVariant] = {}
+        self._read: OrderedDict[str, StoredVariant] = OrderedDict()  # from files, latest used last
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Return all names."""
+        with self._lock:
+            return [*self._files, *self._added]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._added or name in self._files
+
+    def add(self, name: str, source: Source) -> None:
+        """Add a variant under a name that is free.
+
+        Raises:
+            SubspanError: for a name that is taken, and a source that is no variant.
+        """
+        if not isinstance(name, str) or not name:
+            raise SubspanError(f"a variant's name is a text of one letter or more, got {name!r}")
+        self._refuse_taken(name)
+        stored = self._take(source)
+        with self._lock:
+            self._refuse_taken(name)  # by another thread meanwhile
+            self._added[name] = stored
+
+    def replace(self, name: str, source: Source) -> list[StoredVariant]:
+        """Put another variant in the place of one; return what there was in memory.
+
+        Raises:
+            SubspanError: for an unknown name, and a source that is no variant.
+        """
+        self._check_known(name)
+        stored = self._take(source)
+        with self._lock:
+            was = self._drop(name)
+            self._added[name] = stored
+        return was
+
+    def remove(self, name: str) -> list[StoredVariant]:
+        """Remove a variant, not its file; return what there was in memory.
+
+        Raises:
+            SubspanError: for an unknown name.
+        """
+        with self._lock:
+            return self._drop(name)
+
+    def load(self, name: str) -> StoredVariant:
+        """Return a variant, from its file if it is not in memory.
+
+        Raises:
+            SubspanError: for an unknown name, and a file that is no variant.
+        """
+        with self._lock:
+            self._check_known(name)
+            if name in self._added:
+                return self._added[name]
+            if name in self._read:
+                self._read.move_to_end(name)
+                return self._read[name]
+            path = self._files[name]
+        stored = self._take(path)  # other threads need not wait
+        with self._lock:
+            if self._files.get(name) is path:
+                self._read[name] = stored
+            while len(self._read) > self._resident:
+                self._read.popitem(last=False)
+        return stored
+
+    def _drop(self, name: str) -> list[StoredVariant]:
+        self._check_known(name)
+        self._files.pop(name, None)
+        found = (self._added.pop(name, None), self._read.pop(name, None))
+        return [stored for stored in found if stored is not None]
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self:
+            raise SubspanError(f"there is a variant {name!r}: use replace(), or remove() it first")
+
+    def _check_known(self, name: object) -> None:
+        if name in self:
+            return
+        known = [*self._files, *self._added]
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "add() it first"
+        raise SubspanError(f"unknown variant {name!r} among {len(known):,}: {hint}")
+
+
+def _find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Find the checkpoints of a folder, by the names of their variants.
+
+    Raises:
+        SubspanError: if there are none.
+    """
+    files = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+    if not files:
+        raise SubspanError(
+            f"{folder} has no checkpoints (*.safetensors): give a folder of files of subspan.save"
+        )
+    return files

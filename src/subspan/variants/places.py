@@ -1,0 +1,128 @@
+"""Where a network reads what a variant has beside its coordinates."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.adapted import ADAPTER
+from subspan.subspace.classes import make_class
+from subspan.subspace.links import LINK, Link, link_of
+from subspan.subspace.parameters import saved_buffers
+from subspan.subspace.variant import BESIDE, BesideDescriptor, split_by_row
+from subspan.subspace.weights import Weights
+
+_keys = itertools.count(1)
+
+
+class Places:
+    """The modules with fully trained parameters and buffers, whose reads may give a variant's.
+
+    Args:
+        weights: of the network, which has variants from now on.
+
+    Raises:
+        SubspanError: if a module cannot have another class; the network is then as it was.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._modules: dict[str, nn.Module] = {}
+        root = weights.network()
+        fully = {id(weights.stored(name)): name for name in weights.fully}
+        names: dict[str, dict[str, str]] = {}
+        for path, module in root.named_modules():
+            prefix = f"{path}." if path else ""
+            for attribute, p in module._parameters.items():
+                if id(p) in fully:
+                    names.setdefault(path, {})[attribute] = fully[id(p)]
+            for attribute in module._buffers:
+                if prefix + attribute in self._buffers:
+                    names.setdefault(path, {})[attribute] = prefix + attribute
+        for path, inside in names.items():
+            self._modules[path] = root.get_submodule(path)
+            self._describe(self._modules[path], path, inside)
+        weights.key = weights.key or next(_keys)
+
+    @functools.cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(saved_buffers(self.weights.root))
+
+    def _describe(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
+        """Let reads of these attributes look for a variant first."""
+        if vars(module).get(BESIDE) == names:
+            return  # of other Variants of the same model
+        try:
+            if LINK not in vars(module):
+                module.__class__ = make_class(type(module), (), False)
+                module.__dict__[LINK] = Link(self.weights, {}, list(module._parameters))
+                self.weights.wrapped.append(module)
+                if isinstance(module, nn.RNNBase):
+                    module.__dict__.pop("_flat_weights", None)
+                    module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
+            module.__class__ = _make_reading(type(module), tuple(names))
+        except Exception as error:
+            raise SubspanError(
+                f"module {path or 'the network'} is a {type(module).__name__}, whose tensors "
+                f"cannot be those of variants ({error}): leave it out of train_fully"
+            ) from None
+        module.__dict__[BESIDE] = names
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a batch of several variants can be one: all that they have is linear layers'."""
+        factors = {name for a in self.weights.adapters.values() for name in a.factors}
+        plain = all(
+            isinstance(module, LinearByRow) and ADAPTER not in vars(module)
+            for module in self._modules.values()
+        )
+        return plain and self.weights.blocks_of.keys() <= factors
+
+    def check(self) -> None:
+        """Refuse variants of a network that would not read them, or would change them.
+
+        Raises:
+            SubspanError: in training mode, and if a module was replaced.
+        """
+        root = self.weights.network()
+        if root.training or any(module.training for module in self._modules.values()):
+            raise SubspanError("variants are for inference: call eval() of the network first")
+        modules = dict(root.named_modules()) if self._modules else {}
+        for path, module in self._modules.items():
+            if modules.get(path) is not module:
+                raise SubspanError(
+                    f"{path} was replaced after the variants were made, and would not have "
+                    "theirs: make the Variants anew"
+                )
+
+
+@functools.cache
+def _make_reading(made: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """Make the class of a module whose attributes of these names are read through descriptors."""
+    body: dict[str, Any] = {name: BesideDescriptor(name) for name in attributes}
+    body |= {"__module__": made.__module__, "__doc__": made.__doc__}
+    body["__qualname__"] = made.__qualname__
+    bases: tuple[type, ...] = (made,)
+    if made.forward is nn.Linear.forward:
+        bases = (LinearByRow, made)
+    cls: type[nn.Module] = type.__new__(type(made), made.__name__, bases, body)
+    return cls
+
+
+class LinearByRow:
+    """The behaviour of a linear layer of which each row of a batch may have another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply all rows by one weight, or each by its own."""
+        if torch.compiler.is_compiling() or self.weight.dim() == 2:  # type: ignore[attr-defined]
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        rows = split_by_row(link_of(self).weights, x, "")
+        out = torch.bmm(rows, weight.mT)
+        out = out if bias is None else out + bias.unsqueeze(1)
+        return out.view(*x.shape[:-1], out.shape[-1])

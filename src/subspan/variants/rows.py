@@ -1,0 +1,110 @@
+"""Rows of a batch: arguments of some of them, and results put together again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError
+
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
+
+
+def check_rows(value: Any, rows: int, where: str) -> int:
+    """Count the tensors of an argument that have rows, all of them ``rows`` many.
+
+    Raises:
+        SubspanError: for a tensor of another length, and for what may have rows and is no tensor.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() and len(value) != rows:
+            raise SubspanError(
+                f"{where} has shape {tuple(value.shape)} and there are {rows} names: the first "
+                "dimension of every tensor must be the batch, and each row has a name"
+            )
+        return int(value.dim() > 0)
+    if isinstance(value, Mapping):
+        return sum(check_rows(item, rows, f"{where}[{key!r}]") for key, item in value.items())
+    if isinstance(value, list | tuple) and not any(isinstance(item, str) for item in value):
+        return sum(check_rows(item, rows, f"{where}[{i}]") for i, item in enumerate(value))
+    if not isinstance(value, _PLAIN):
+        raise SubspanError(
+            f"{where} is a {type(value).__name__}, whose rows cannot be told apart: give tensors"
+        )
+    return 0
+
+
+def take_rows(value: Any, index: Tensor) -> Any:
+    """Return some rows of every tensor of an argument that :func:`check_rows` has accepted."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, index.to(value.device)) if value.dim() else value
+    if isinstance(value, Mapping):
+        return {key: take_rows(item, index) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return _like(value, [take_rows(item, index) for item in value])
+    return value
+
+
+def join_rows(
+    results: Sequence[Any], counts: Sequence[int], order: Tensor, where: str = "the result"
+) -> Any:
+    """Put the results of several batches together, row by row.
+
+    Args:
+        results: of each batch, all of one structure.
+        counts: the rows of each batch.
+        order: for each row of the whole, where it is among those of all batches.
+        where: what this is, for errors.
+
+    Raises:
+        SubspanError: for what has no rows.
+    """
+    first = results[0]
+    if any(type(result) is not type(first) for result in results):
+        raise SubspanError(f"{where} has another type for some rows, and cannot be put together")
+    if isinstance(first, Tensor):
+        shapes = {tuple(result.shape[1:]) for result in results}
+        lengths = [len(result) if result.dim() else -1 for result in results]
+        if lengths != list(counts) or len(shapes) > 1:
+            raise SubspanError(
+                f"{where} has shapes {[tuple(result.shape) for result in results]} for batches of "
+                f"{list(counts)} rows, and cannot be put together: ask for results with a row for "
+                "each row (no labels=, say, since a loss is one number)"
+            )
+        return torch.cat(list(results)).index_select(0, order.to(first.device))
+    if dataclasses.is_dataclass(first):
+        names = [field.name for field in dataclasses.fields(first) if field.init]
+        return type(first)(
+            **{
+                name: join_rows([getattr(r, name) for r in results], counts, order, name)
+                for name in names
+            }
+        )
+    if isinstance(first, Mapping):
+        return {
+            key: join_rows([result[key] for result in results], counts, order, str(key))
+            for key in first
+        }
+    if isinstance(first, list | tuple):
+        items = [
+            join_rows(list(column), counts, order, f"{where}[{i}]")
+            for i, column in enumerate(zip(*results, strict=True))
+        ]
+        return _like(first, items)
+    if isinstance(first, _PLAIN) and all(result == first for result in results):
+        return first
+    raise SubspanError(
+        f"{where} is a {type(first).__name__}, whose rows cannot be put together: ask the network "
+        "for tensors only (use_cache=False, say)"
+    )
+
+
+def _like(sequence: Sequence[Any], items: list[Any]) -> Any:
+    """Make a sequence of the same kind; a named tuple takes its items one by one."""
+    if hasattr(sequence, "_fields"):
+        return type(sequence)(*items)
+    return type(sequence)(items)  # type: ignore[call-arg]

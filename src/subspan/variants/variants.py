@@ -1,0 +1,220 @@
+"""Variants: ten thousand coordinate vectors of one recipe, and the one in use.
+
+Sources of the mixed batch: adapters by row in PEFT (``adapter_names``), and Sheng et al., "S-LoRA:
+serving thousands of concurrent LoRA adapters", MLSys 2024.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspan.errors import SubspanError
+from subspan.subspace.model import SubspaceModel
+from subspan.subspace.variant import MixedVariant, NotByRowError, Variant, using
+from subspan.variants.library import Library
+from subspan.variants.places import Places
+from subspan.variants.recent import Key, Recent
+from subspan.variants.rows import check_rows, join_rows, take_rows
+from subspan.variants.stored import Shelf, Source, StoredVariant
+
+Name = str | None  # of a variant; None is the base itself
+
+
+class Variants:
+    """Variants of one network: each is a vector of coordinates, and what was trained fully.
+
+    The network is used through them, and is itself otherwise. Threads, and tasks of asyncio, may
+    use different variants at once, and add, remove and replace them meanwhile: a variant that is in
+    use stays what it was until that use ends. Variants are for inference: their coordinates have no
+    gradients, and the network must be in evaluation mode.
+
+    Args:
+        model: a :class:`~subspan.SubspaceModel`, its network, or ``torch.compile`` of either.
+        folder: of checkpoints; each is a variant named as its file, without ``.safetensors``. A
+            file is read when its variant is used.
+        resident: how many of the folder's variants stay in memory, the latest used.
+        formed: of how many uses θ is kept for the next one with the same variants. Of one variant,
+            up to 2²⁵ weights are kept.
+
+    Raises:
+        SubspanError: for a model that is not in a subspace, or is sharded over processes, and for a
+            folder without checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        resident: int = 1000,
+        formed: int = 1,
+    ) -> None:
+        inner = getattr(model, "_orig_mod", model)  # of torch.compile
+        found = SubspaceModel.of(inner) if isinstance(inner, nn.Module) else None
+        if found is None:
+            raise SubspanError(
+                f"variants are those of a SubspaceModel, got {type(model).__name__}: wrap the "
+                "network, or load a checkpoint around it"
+            )
+        if found.subspace.shards is not None:
+            raise SubspanError("a network that is sharded over processes cannot have variants")
+        for option, value, least in (("resident", resident, 1), ("formed", formed, 0)):
+            if not isinstance(value, int) or value < least:
+                raise SubspanError(
+                    f"{option} must be an integer of at least {least}, got {value!r}"
+                )
+        self.model = model
+        self._shelf = Shelf(found)
+        self._library = Library(self._shelf.take, folder, resident)
+        self._recent = Recent(formed)
+        self._places = Places(found.subspace)
+        self._by_row = self._places.by_row and inner is model
+        self._proven: set[str] = set()
+
+    # ---- the collection ----------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all variants."""
+        return self._library.names()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._library
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def add(self, name: str, source: Source) -> None:
+        """Add a variant.
+
+        Args:
+            name: that no other variant has.
+            source: a vector of coordinates, (d,), beside which the model's own fully trained
+                tensors count as they are now; the path of a checkpoint; or a model as it is now.
+
+        Raises:
+            SubspanError: for a name that is taken, and for a variant of another recipe or base.
+        """
+        self._library.add(name, source)
+
+    def replace(self, name: str, source: Source) -> None:
+        """Put another variant in the place of one; whoever uses that one keeps it to the end.
+
+        Args:
+            name: of a variant.
+            source: as for :meth:`add`.
+
+        Raises:
+            SubspanError: for an unknown name, and for a variant of another recipe or base.
+        """
+        self._recent.forget(self._library.replace(name, source))
+
+    def remove(self, name: str) -> None:
+        """Remove a variant; its file, if it has one, is left.
+
+        Raises:
+            SubspanError: for an unknown name.
+        """
+        self._recent.forget(self._library.remove(name))
+
+    # ---- use ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, name: Name) -> Iterator[nn.Module]:
+        """Let the network be a variant in this thread, or task of asyncio.
+
+        Args:
+            name: of the variant; None for the base itself: θ₀, with the fully trained tensors and
+                buffers that the model has.
+
+        Yields:
+            The model.
+
+        Raises:
+            SubspanError: for an unknown name, a network in training mode, and a file of the folder
+                that is no variant of it.
+        """
+        with using(self._ready([name], [self._find(name)])):
+            yield self.model
+
+    def __call__(self, *args: Any, names: Name | Sequence[Name], **kwargs: Any) -> Any:
+        """Run the network on a batch whose rows have variants of their own, without gradients.
+
+        Over LoRA factors that is one run with batched products. Otherwise the rows of each variant
+        are a batch by themselves, and results come back in the order of the rows.
+
+        Args:
+            args: of the network; the first dimension of every tensor is the batch.
+            names: of each row's variant, None for the base; or one name for all.
+            kwargs: as ``args``.
+
+        Returns:
+            The network's result: tensors with a row for each row, in tuples, lists, dictionaries
+            and dataclasses.
+
+        Raises:
+            SubspanError: as :meth:`use`, and for arguments or results that have no rows.
+        """
+        with torch.no_grad():
+            if names is None or isinstance(names, str):
+                with self.use(names):
+                    return self.model(*args, **kwargs)
+            places = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
+            if not sum(check_rows(value, len(names), where) for where, value in places.items()):
+                raise SubspanError("no argument is a tensor whose first dimension is a batch")
+            found = {name: self._find(name) for name in names}
+            if len(found) == 1:
+                with using(self._ready([*found], [*found.values()])):
+                    return self.model(*args, **kwargs)
+            if self._by_row:
+                try:
+                    with using(self._ready(names, [found[name] for name in names])):
+                        return self.model(*args, **kwargs)
+                except NotByRowError as reason:
+                    self._by_row = not reason.args[0]
+            return self._run_apart(names, found, args, kwargs)
+
+    def _run_apart(
+        self,
+        names: Sequence[Name],
+        found: dict[Name, StoredVariant | None],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one batch for each variant, and put the results together."""
+        rows = {name: [row for row, n in enumerate(names) if n == name] for name in found}
+        results = []
+        for name, stored in found.items():
+            index = torch.tensor(rows[name])
+            with using(self._ready([name], [stored])):
+                results.append(self.model(*take_rows(args, index), **take_rows(kwargs, index)))
+        order = torch.tensor([row for its_rows in rows.values() for row in its_rows]).argsort()
+        return join_rows(results, [len(its_rows) for its_rows in rows.values()], order)
+
+    def _find(self, name: Name) -> StoredVariant | None:
+        return None if name is None else self._library.load(name)
+
+    def _ready(self, names: Sequence[Name], stored: Sequence[StoredVariant | None]) -> Variant:
+        """Return the variant of all rows, or one for each; θ that is kept need not be formed."""
+        self._places.check()
+        key: Key = tuple(stored)
+        return self._recent.get(key, self._shelf.weights.state(), lambda: self._make(names, key))
+
+    def _make(self, names: Sequence[Name], key: Key) -> Variant:
+        named = dict(zip(key, names, strict=True))
+        members = {stored: self._shelf.make(name, stored) for stored, name in named.items()}
+        if len(key) == 1:
+            return members[key[0]]
+        places = {stored: n for n, stored in enumerate(members)}
+        index = torch.tensor([places[stored] for stored in key])
+        own = self._shelf.beside()
+        return MixedVariant([*members.values()], index, own, self._proven)

@@ -1,0 +1,278 @@
+"""A network is a variant inside of ``use``, in one thread or task, and itself elsewhere."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import subspan
+from subspan import SubspaceModel, SubspanError, Variants
+from subspan.subspace.weights import Weights
+from tests.nets import NETS, batch, wrap
+from tests.variants.conftest import trained, vector
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("compartments", ["global", "uniform:3"])
+@pytest.mark.usefixtures("forming")
+def test_a_variant_is_the_network_with_its_coordinates(name, compartments):
+    model, x = wrap(name, compartments).eval(), batch(name)
+    other = trained(model, 5)
+    variants, before = Variants(model), run(model, x)
+    variants.add("a", other)
+    expected = run(other, x)
+    assert not torch.allclose(expected, before)
+    with variants.use("a") as net:
+        assert torch.equal(run(net, x), expected)
+        assert torch.equal(run(model.body, x), expected)
+        tensor, (module, attribute) = next(iter(model.subspace.homes.items()))
+        assert torch.equal(getattr(module, attribute), other.weights()[tensor])
+        assert torch.equal(model.weights()[tensor], other.weights()[tensor])
+    assert torch.equal(run(model, x), before)
+
+
+def test_a_variant_has_its_head_and_its_buffers(model):
+    x, other = batch("cnn"), trained(model, 5)
+    variants, before = Variants(model), run(model, x)
+    variants.add("trained", other)
+    variants.add("vector", vector(6))
+    with variants.use("trained"):
+        assert torch.equal(run(model, x), run(other, x))
+        assert torch.equal(model.body.head.weight, other.body.head.weight)
+        with variants.use("vector"), torch.no_grad():
+            inside = model(x)
+        assert torch.equal(run(model, x), run(other, x))
+        with variants.use(None):
+            assert torch.equal(run(model, x), before)
+    with torch.no_grad():
+        model.coordinates["global"].copy_(vector(6))
+    assert torch.equal(run(model, x), inside)
+    assert type(model.body.head) == nn.Linear  # noqa: E721 - of classes that are made
+    assert type(model.unwrap().head) is nn.Linear
+
+
+def test_a_recurrent_layer_that_is_trained_fully_has_a_variants_weights():
+    model, x = wrap("lstm", targets=["head"], train_fully=["lstm"]).eval(), batch("lstm")
+    other, variants, before = trained(model, 5), Variants(model), run(model, x)
+    variants.add("a", other)
+    with variants.use("a"):
+        assert torch.equal(run(model, x), run(other, x))
+    assert torch.equal(run(model, x), before)
+    assert torch.equal(run(model.unwrap(), x), before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied"])
+def test_theta_is_formed_once_for_a_use(name, forming, monkeypatch):
+    model, x = wrap(name).eval(), batch(name)
+    variants, formed = Variants(model), []
+    variants.add("a", vector(5))
+    variants.add("b", vector(6))
+    form = Weights._theta
+    monkeypatch.setattr(
+        Weights, "_theta", lambda self, *rest: formed.append(rest) or form(self, *rest)
+    )
+    with variants.use("a"):
+        run(model, x)
+        first = len(formed)
+        run(model, x)
+    with variants.use("a"):  # the last one is kept
+        run(model, x)
+    assert len(formed) == first > 0
+    with variants.use("b"):
+        run(model, x)
+    with variants.use("a"):
+        run(model, x)
+    assert len(formed) == 3 * first
+
+
+def test_kept_theta_follows_the_network(model):
+    variants, x = Variants(model), batch("cnn", torch.float64)
+    variants.add("a", vector(5))
+    with variants.use("a"):
+        single = run(model, x.float())
+    model.double()
+    with variants.use("a"):
+        double = run(model, x)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single)
+    with torch.no_grad():
+        model.body.get_parameter("conv.weight").add_(1.0)
+    with variants.use("a"):
+        assert not torch.allclose(run(model, x), double)
+
+
+def test_a_variant_has_no_gradients_and_its_input_has(model):
+    variants, x = Variants(model), batch("cnn").requires_grad_()
+    variants.add("a", trained(model, 5))
+    with variants.use("a"):
+        model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert model.coordinates["global"].grad is None
+    assert model.body.head.weight.grad is None
+
+
+def test_what_inference_mode_forms_serves_outside_of_it(model):
+    variants, x = Variants(model), batch("cnn")
+    variants.add("a", trained(model, 5))
+    with torch.inference_mode(), variants.use("a"):
+        inside = model(x)
+    with variants.use("a"):
+        outside = model(x.clone().requires_grad_())
+    assert torch.equal(inside, outside.detach())
+
+
+@pytest.mark.parametrize(
+    ("done", "call"),
+    [
+        ("saved", lambda model, path: subspan.save(model, path)),
+        ("saved", lambda model, path: model.state_dict()),
+        ("saved", lambda model, path: model.body.conv.state_dict()),
+        ("merged", lambda model, path: model.merge()),
+        ("unwrapped", lambda model, path: model.unwrap()),
+        ("exported", lambda model, path: torch.export.export(model, (batch("cnn"),))),
+    ],
+)
+def test_what_would_mix_a_variant_with_the_network_is_refused(model, tmp_path, done, call):
+    variants = Variants(model)
+    variants.add("a", vector(5))
+    with variants.use("a"), pytest.raises(SubspanError, match=f"'a' is in use .* {done}: leave"):
+        call(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    run(model, batch("cnn"))
+
+
+def test_a_network_that_would_write_to_a_variant_is_refused():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            self.weight.detach().add_(1.0)
+            return super().forward(x)
+
+    model = SubspaceModel(Counting(3, 3), 4, targets=["weight"]).eval()
+    variants = Variants(model)
+    variants.add("a", vector(5, 4))
+    with variants.use("a"), pytest.raises(SubspanError, match="changed weight during a call"):
+        model(torch.ones(2, 3))
+    with variants.use("a"):  # is formed anew
+        assert torch.equal(
+            model.body.weight, variants._ready(["a"], [variants._find("a")]).theta("weight")
+        )
+
+
+def test_training_mode_and_a_replaced_head_are_refused(model):
+    variants = Variants(model)
+    variants.add("a", vector(5))
+    model.train()
+    with pytest.raises(SubspanError, match=r"for inference: call eval\(\)"):
+        variants(batch("cnn"), names="a")
+    model.eval()
+    model.body.head = nn.Linear(144, 4)
+    with pytest.raises(SubspanError, match="head was replaced"):
+        variants(batch("cnn"), names="a")
+
+
+def test_each_thread_has_its_own_and_they_change_meanwhile(model):
+    x, others = batch("cnn"), [trained(model, seed) for seed in range(4)]
+    expected, base = [run(other, x) for other in others], run(model, x)
+    variants, failures, go = Variants(model), [], threading.Barrier(5)
+    for i, other in enumerate(others):
+        variants.add(f"v{i}", other)
+    variants.add("changing", others[0])
+
+    def serve(i):
+        go.wait()
+        for _ in range(30):
+            with variants.use(f"v{i}"):
+                first = run(model, x)
+                second = variants(x, names=[f"v{(i + 1) % 4}"] * 5)
+            if not torch.equal(first, expected[i]) or not torch.equal(
+                second, expected[(i + 1) % 4]
+            ):
+                failures.append(i)
+            if not torch.equal(run(model, x), base):
+                failures.append("base")
+
+    def change():
+        go.wait()
+        for n in range(30):
+            variants.add(f"new{n}", others[n % 4])
+            variants.replace("changing", others[n % 4])
+            with variants.use("changing"):
+                variants.replace("changing", others[(n + 1) % 4])
+                if not torch.equal(run(model, x), expected[n % 4]):  # the one that entered
+                    failures.append("changing")
+            variants.remove(f"new{n}")
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    threads.append(threading.Thread(target=change))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(variants) == 5
+
+
+def test_each_task_has_its_own(model):
+    x = batch("cnn")
+    variants = Variants(model)
+    for name in "ab":
+        variants.add(name, vector(ord(name)))
+    expected = {name: variants(x, names=name) for name in "ab"}
+
+    async def serve(name):
+        with variants.use(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert torch.equal(run(model, x), expected[name])
+            there = await asyncio.to_thread(run, model, x)
+        assert torch.equal(there, expected[name])
+
+    async def both():
+        await asyncio.gather(serve("a"), serve("b"))
+
+    asyncio.run(both())
+
+
+def test_a_compiled_network_is_one_graph_for_all_variants(model):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x = batch("cnn")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    variants, base = Variants(compiled), run(model, x)
+    variants.add("a", trained(model, 5))
+    variants.add("b", vector(6))
+    expected = {name: Variants(model) for name in ()} | {None: base}
+    for name in "ab":
+        with variants.use(name):
+            expected[name] = run(model, x)
+    for name in ("a", None, "b", "a"):
+        assert torch.equal(variants(x, names=name), expected[name])
+    assert torch.equal(run(compiled, x), base)
+    assert len(graphs) == 1
+    with variants.use("a"), pytest.raises(Exception, match=r"call it under torch\.no_grad"):
+        compiled(x)
+
+
+def test_what_is_compiled_stays_trainable(model):
+    variants = Variants(model)
+    variants.add("a", vector(5))
+    model.train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, before = batch("cnn"), model.body.norm.running_mean.clone()
+    compiled(x).square().sum().backward()
+    gradient = model.coordinates["global"].grad.clone()
+    assert not torch.equal(model.body.norm.running_mean, before)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(model.coordinates["global"].grad, gradient)
