@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -222,7 +223,8 @@ class Structure:
     def _output_layers(self) -> list[str]:
         found = None
         with contextlib.suppress(AttributeError, NotImplementedError):
-            found = self.net.get_output_embeddings() if _is_pretrained(self.net) else None
+            net: Any = self.net
+            found = net.get_output_embeddings() if _is_pretrained(net) else None
         return [path for path, module in self.modules.items() if module is found]
 
     def _last(self) -> str:
