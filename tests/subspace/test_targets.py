@@ -402,7 +402,8 @@ def test_a_file_chooses_the_same_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "refused"), [("targets", "other parameters frozen"), ("train_fully", "")]
+    ("preset", "refused"),
+    [("targets", "other parameters than those that 'head'"), ("train_fully", "")],
 )
 def test_a_file_whose_presets_mean_other_weights_is_refused(tmp_path, monkeypatch, preset, refused):
     torch.manual_seed(0)

@@ -218,7 +218,9 @@ class Structure:
 
     def _outside(self, bases: Collection[str]) -> Choice:
         full = (path for path, module in self.modules.items() if _own(module))
-        return Choice(holders=frozenset(path for path in full if not lies_in(path, bases)))
+        # PEFT keeps a head as it was beside the one that it trains.
+        kept = {p for p in self.modules if p.endswith(".original_module")}
+        return Choice(holders=frozenset(p for p in full if not lies_in(p, {*bases, *kept})))
 
     def _output_layers(self) -> list[str]:
         found = None

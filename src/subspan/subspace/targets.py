@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -167,6 +168,16 @@ class Presets:
                 parameters = "parameter" + "s" * (len(found) > 1)
                 there.append(f"{preset} ({numbers:,} numbers in {len(found)} {parameters})")
         return f"its presets are {', '.join(there)}" if there else "it has no presets"
+
+
+def find_presets(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the presets, or patterns of their names, in the recipe of a model."""
+    rules = recipe.get("compartments")
+    patterns = [rule[0] for rule in rules] if isinstance(rules, list) else []
+    for option in ("targets", "exclude", "train_fully"):
+        given = recipe.get(option) or []
+        patterns += [given] if isinstance(given, str) else given
+    return [pattern for pattern in patterns if pattern.removeprefix(EXPLICIT) in PRESETS]
 
 
 def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:
