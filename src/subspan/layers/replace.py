@@ -222,9 +222,9 @@ def replace_layers(
         net: changed in place.
         make: makes the new layer from the name and the layer that it replaces, which it must not
             change.
-        targets: which layers, by patterns or presets as of
-            :class:`~subspan.SubspaceModel`. By default every ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes, that shares
-            its parameters with no other module and whose weight nothing else computes
+        targets: which layers, by patterns or presets as of :class:`~subspan.SubspaceModel`. By
+            default every ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes,
+            that shares its parameters with no other module and whose weight nothing else computes
             (``weight_norm``, ``spectral_norm``, ``prune``, a parametrization). Others are left as
             they are by default, and refused where a pattern names them.
         exclude: layers to leave as they are.
