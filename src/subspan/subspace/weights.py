@@ -18,6 +18,7 @@ from torch.fx import _symbolic_trace as fx
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.subspace import forming, quantised
+from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
 from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
@@ -100,7 +101,8 @@ class Weights(Network):
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return guard_theta(theta, tensor) if ordinary else theta
         variant = self.variant()
-        for outer in reversed(_now.__dict__.get("calls", ())):
+        calls = () if is_at_base(self) else _now.__dict__.get("calls", ())
+        for outer in reversed(calls):
             if outer.weights is self:
                 where = self.groups_with.get(tensor, ())
                 if variant is not None:
@@ -126,8 +128,8 @@ class Weights(Network):
         return self._dress(tensor, theta) if special else theta
 
     def variant(self) -> Variant | None:
-        """Return the variant that is in use in this context."""
-        return find_variant(self) if self.key else None
+        """Return the variant that is in use in this context; none inside of ``at_base()``."""
+        return find_variant(self) if self.key and not is_at_base(self) else None
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""
@@ -139,7 +141,9 @@ class Weights(Network):
         return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
     def form(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Form θ of one tensor, differentiable in w."""
+        """Form θ of one tensor, differentiable in w; inside of ``at_base()`` return θ₀."""
+        if is_at_base(self):
+            return self._rest(tensor, dtype)
         if tensor in self.adapters:
             return self._product(tensor, self.form)
         if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
@@ -148,8 +152,9 @@ class Weights(Network):
         return self._join(tensor, parts)
 
     def all(self) -> dict[str, Tensor]:
-        """Form θ of every trained tensor, differentiable in w."""
-        if self.shards is not None:  # calls have tensors of modules that are whole at other times
+        """Form θ of every trained tensor, differentiable in w; or θ₀ as :meth:`form`."""
+        # Calls have tensors of modules that are whole at other times.
+        if self.shards is not None or is_at_base(self):
             return {tensor: self.form(tensor) for tensor in self.blocks_of}
         return self._form_groups([(block,) for block in self.blocks])
 
@@ -187,6 +192,16 @@ class Weights(Network):
             # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
             base = base if base.requires_grad else base.detach()
         return adapter.merge(base, *map(read, adapter.factors))
+
+    def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
+        """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
+        refuse_running_again()
+        with _plain():
+            base = quantised.dense(self.held(tensor))
+            base = base if base.requires_grad else base.detach()
+            if tensor in self._renormed:
+                base = base.clone()
+            return base if dtype is None else base.to(dtype)
 
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -254,6 +269,7 @@ class Weights(Network):
         if tensor in self.groups_with or self.shards is not None or len(own) > 1:
             return None
         inside = any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
+        inside = inside and not is_at_base(self)
         base = self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():
