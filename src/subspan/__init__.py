@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from subspan import layers as layers
     from subspan import optim as optim
-    from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
     from subspan.counts import count as count
     from subspan.errors import SubspanError as SubspanError
     from subspan.families import Projection as Projection
     from subspan.families import projection as projection
     from subspan.families import projections as projections
+    from subspan.hub import load as load
+    from subspan.hub import push_to_hub as push_to_hub
     from subspan.subspace.model import SubspaceModel as SubspaceModel
 
 __version__ = "0.1.0"
@@ -32,9 +33,10 @@ _HOME = {
     "SubspaceModel": "subspan.subspace",
     "SubspanError": "subspan.errors",
     "count": "subspan.counts",
-    "load": "subspan.checkpoint",
+    "load": "subspan.hub",
     "projection": "subspan.families.registry",
     "projections": "subspan.families.registry",
+    "push_to_hub": "subspan.hub",
     "save": "subspan.checkpoint",
 }
 

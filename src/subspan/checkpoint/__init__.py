@@ -8,6 +8,16 @@ all weights. Nothing in it is executable.
 
 from subspan.checkpoint.file import inspect, read
 from subspan.checkpoint.loading import check_base, load, rebuild, restore
-from subspan.checkpoint.saving import contents, save
+from subspan.checkpoint.saving import contents, save, to_bytes
 
-__all__ = ["check_base", "contents", "inspect", "load", "read", "rebuild", "restore", "save"]
+__all__ = [
+    "check_base",
+    "contents",
+    "inspect",
+    "load",
+    "read",
+    "rebuild",
+    "restore",
+    "save",
+    "to_bytes",
+]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan.checkpoint.base import find_base, say_base
 from subspan.checkpoint.file import COORDINATES, layers_of, read
 from subspan.checkpoint.saving import count_kinds, stored_tensors
 from subspan.counts import count
@@ -198,9 +199,12 @@ def check_base(
             f"{_say_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
         )
     if model.base_fingerprint != header["fingerprint"]:
+        theirs, ours = say_base(header.get("base")), say_base(find_base(model))
+        named = f"; it was trained from {theirs}, and this is {ours}" if theirs and ours else ""
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
-            f"this network has {model.base_fingerprint}): give the network that it was trained from"
+            f"this network has {model.base_fingerprint}{named if theirs != ours else ''}): give "
+            "the network that it was trained from"
         )
     if model.layout != header["layout"]:
         raise SubspanError(
