@@ -82,9 +82,12 @@ def locate(
         if revision is not None:
             raise SubspanError(f"{path} is a file and has no revision: leave revision={revision!r}")
         return here
-    hub = need("huggingface_hub")
-    with asking(name, revision):
-        return Path(hub.hf_hub_download(name, FILE, revision=revision, token=token))
+    try:
+        hub = need("huggingface_hub")
+        with asking(name, revision):
+            return Path(hub.hf_hub_download(name, FILE, revision=revision, token=token))
+    except SubspanError as error:
+        raise SubspanError(f"there is no file {name} here, and {error}") from error
 
 
 def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn.Module, set[str]]:
@@ -95,10 +98,9 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
     """
     base = header.get("base")
     if base is None:
-        raise SubspanError(
-            f"{path} does not name a network that can be fetched: give load the one that it was "
-            "trained from"
-        )
+        drawn = header.get("init_seed") is not None
+        given = "a function that makes the network" if drawn else "the one that it was trained from"
+        raise SubspanError(f"{path} does not name a network that can be fetched: give load {given}")
     cls, where, revision = _read_base(path, base)
     with asking(where, revision), _quiet():
         config = cls.config_class.from_pretrained(where, revision=revision, token=token)
