@@ -25,6 +25,7 @@ NAVIGATION = {
         "docs/tutorials/slow-network",
         "docs/tutorials/low-rank",
         "docs/tutorials/your-projection",
+        "docs/hub",
         "examples/README",
     ),
     "Measure": ("docs/laboratory", "docs/commands"),

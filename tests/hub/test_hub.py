@@ -1,6 +1,8 @@
 """Models on the Hub: published as coordinates, and loaded with the base that their file names."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -85,7 +87,6 @@ def logits(model):
 
 
 def assert_same(loaded, model):
-    assert type(loaded) is not type(None)
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -191,6 +192,15 @@ def test_what_was_changed_in_the_configuration_comes_back(hub, tmp_path):
     loaded = subspan.load(tmp_path / "m.safetensors")
     assert loaded.config.to_dict() == net.config.to_dict()
     assert_same(loaded, model)
+
+
+def test_a_head_of_another_size_takes_the_place_of_the_bases(hub, bases, tmp_path):
+    classifier(str(bases / "one"), 2).save_pretrained(tmp_path / "headed")
+    hub.add("org/headed", files(tmp_path / "headed"))
+    net = classifier("org/headed", 3, ignore_mismatched_sizes=True)
+    model = scatter(SubspaceModel(net, 40, train_fully=HEAD))
+    subspan.save(model, tmp_path / "m.safetensors")
+    assert_same(subspan.load(tmp_path / "m.safetensors"), model)
 
 
 def test_dtypes_come_back(hub, tmp_path):
@@ -338,6 +348,19 @@ def test_a_folder_that_is_not_here_is_named(hub, bases, tmp_path):
     assert not [asked for asked in hub.asked if "nowhere" in asked]
 
 
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def test_the_page_is_true(hub, bases, monkeypatch):
+    hub.add("sentence-transformers/all-MiniLM-L6-v2", files(bases / "one"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
+    names = {}
+    for block in page.split("```python")[1:]:
+        exec(block.split("```")[0], names)
+    assert_same(names["net"], subspan.load("user/name"))
+
+
 # ---- the Hub says no -------------------------------------------------------------------------
 
 
@@ -393,6 +416,6 @@ def test_without_a_network_the_cache_is_enough(hub, monkeypatch):
 def test_a_library_that_is_missing_is_named(library, hub, monkeypatch):
     model = variant("org/base")
     model.push_to_hub("user/small", token=TOKEN)
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(SubspanError, match=rf"{library} .*pip install 'subspan\[hub\]'"):
         subspan.load("user/small")

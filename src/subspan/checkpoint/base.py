@@ -18,8 +18,8 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 
 # What a configuration says of how the network was loaded or runs, and not of what it computes.
-_APART = {"transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config"}
-_APART |= {"auto_map", "fusion_config", "transformers_weights"}
+APART = {"transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config"}
+APART |= {"auto_map", "fusion_config", "transformers_weights"}
 _LABELS = {"id2label", "label2id", "num_labels"}
 
 
@@ -123,7 +123,7 @@ def _difference(config: Any, base: Any) -> dict[str, Any]:
     found = {
         key: value
         for key, value in mine.items()
-        if key in theirs and not key.startswith("_") and key not in _APART | _LABELS
+        if key in theirs and not key.startswith("_") and key not in APART | _LABELS
         if value != theirs[key]
     }
     if mine.get("id2label") != theirs.get("id2label"):

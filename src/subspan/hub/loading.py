@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from subspan import checkpoint
-from subspan.checkpoint.base import say_base
+from subspan.checkpoint.base import APART, say_base
 from subspan.checkpoint.loading import Net
 from subspan.errors import SubspanError
 from subspan.hub.client import asking, need
@@ -121,6 +121,7 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
             revision=revision,
             token=token,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of a head for other labels, which is drawn, then
             output_loading_info=True,
             **options,
         )
@@ -158,7 +159,7 @@ def _configure(config: Any, changes: Mapping[str, Any]) -> None:
 
     Only what the base's own configuration has is set: a file can say nothing else here.
     """
-    known = config.to_dict().keys() - {"quantization_config", "transformers_weights"}
+    known = config.to_dict().keys() - APART
     for key, value in changes.items():
         if key == "num_labels":
             config.num_labels = value
