@@ -216,7 +216,7 @@ def test_dtypes_come_back(hub, tmp_path):
     assert torch.equal(loaded.classifier.weight, net.classifier.weight)
 
 
-def test_networks_that_nobody_can_fetch_are_given_to_load(hub):
+def test_networks_that_nobody_can_fetch_are_given_to_load(hub, tmp_path):
     def build():
         return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
 
@@ -231,7 +231,11 @@ def test_networks_that_nobody_can_fetch_are_given_to_load(hub):
     with pytest.raises(SubspanError, match="does not name a network that can be fetched"):
         subspan.load("user/own")
     with pytest.raises(SubspanError, match="no class of Transformers: leave base out"):
-        SubspaceModel(build(), 5).push_to_hub("user/own", base="org/base", token=TOKEN)
+        subspan.save(SubspaceModel(build(), 5), tmp_path / "m", base="org/base")
+    with pytest.raises(SubspanError, match="drawn from a seed: leave base out"):
+        subspan.save(SubspaceModel.from_seed(build, 5), tmp_path / "m", base="org/base")
+    with pytest.raises(SubspanError, match="base='org/other' is not in the cache"):
+        subspan.save(variant("org/base"), tmp_path / "m", base="org/other")
 
 
 def test_inspect_takes_a_repository(hub, capsys):
@@ -394,7 +398,9 @@ def test_tokens_are_asked_for(hub):
         model.push_to_hub("user/small", token="hf_reader")
     with pytest.raises(SubspanError, match="'user//small' cannot be the name of a repository"):
         model.push_to_hub("user//small", token=TOKEN)
-    assert "user/small" not in hub.repositories
+    with pytest.raises(SubspanError, match="'small' does not say whose"):
+        model.push_to_hub("small", token=TOKEN)
+    assert hub.repositories.keys() == {"org/base"}
 
 
 def test_without_a_network_the_cache_is_enough(hub, monkeypatch):

@@ -39,18 +39,17 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
     Raises:
         SubspanError: if a name that was given cannot be the base.
     """
-    cls = class_in_transformers(model.body)
-    if cls is None:
+    cls, drawn = class_in_transformers(model.body), model.init_seed is not None
+    if cls is None or drawn:
         if name is not None:
+            kind = f"{type(model.body).__name__} is no class of Transformers"
             raise SubspanError(
-                f"base={name!r} names a network that Transformers loads, and "
-                f"{type(model.body).__name__} is no class of Transformers: leave base out, and "
-                "give load the network"
+                f"base={name!r} names weights that Transformers loads, and "
+                f"{'these are drawn from a seed' if drawn else kind}: leave base out, and give "
+                "load the network"
             )
         return None
     config: Any = model.body.config
-    if model.init_seed is not None:
-        return None
     given, _, revision = (name or "").partition("@")
     where = _locate(
         given or getattr(config, "name_or_path", "") or "",
@@ -78,8 +77,10 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
 def class_in_transformers(net: nn.Module) -> type | None:
     """Return a network's class if it is one of Transformers' own, as it was before wrapping."""
     cls = getattr(type(net), "_subspan_class", (type(net),))[0]
-    own = getattr(sys.modules.get("transformers"), cls.__name__, None)
-    return cls if own is cls and hasattr(net, "config") else None
+    if not cls.__module__.startswith("transformers."):
+        return None
+    own = getattr(sys.modules["transformers"], cls.__name__, None) is cls
+    return cls if own and hasattr(net, "config") else None
 
 
 def say_base(base: Mapping[str, Any] | None) -> str:

@@ -54,16 +54,16 @@ def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], s
     base, recipe, seed = header.get("base"), header["recipe"], header["init_seed"]
     d = tensors[COORDINATES].numel()
     fully = [name.removeprefix("body.") for name in tensors if name != COORDINATES]
-    fetched, given = "  # fetches the base, too", ""
+    name = f"[{base['repo']}](https://huggingface.co/{base['repo']})" if base else "A network"
     if base:
-        link = f"[{base['repo']}](https://huggingface.co/{base['repo']})"
-        about = f"θ₀ are the weights of {link}"
+        start, given, note = "those of the base", "", "fetches the base, too"
     elif seed is not None:
-        about = f"θ₀ are weights drawn from seed {seed}"
-        fetched, given = "  # build() makes the network", ", build"
+        start, given, note = f"drawn from seed {seed}", ", build", "build() makes the network"
     else:
-        about = "θ₀ are the weights of the network that was trained"
-        fetched, given = "  # net is that network", ", net"
+        start, given, note = "those before training", ", net", "net is the network before training"
+    kind, start = (
+        ("LoRA factors", "drawn from a seed") if header.get("lora") else ("weights", start)
+    )
     facts = {
         "base": say_base(base),
         "network": f"{header['weights']:,} weights" + (f", `{base['class']}`" if base else ""),
@@ -75,13 +75,13 @@ def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], s
     }
     scores = header["extra"].get("scores", {})
     sentence = (
-        f"A network of weights θ = θ₀ + P w. {about}, P is a random matrix that is made from a "
-        f"seed, and w are the {d:,} numbers of this repository."
+        f"{name} with {kind} θ = θ₀ + P w. θ₀ are {start}, P is a random matrix that is made from "
+        f"a seed, and w are the {d:,} numbers of this repository."
     )
     lines = [
         "import subspan  # pip install 'subspan[hub]'",
         "",
-        f'model = subspan.load("{repo}"{given}){fetched}',
+        f'model = subspan.load("{repo}"{given})  # {note}',
         "net = model.merge()  # an ordinary network with these weights",
     ]
     code = "\n".join(["```python", *lines, "```"])

@@ -66,6 +66,8 @@ def push_to_hub(
             f"a {type(model).__name__} is in no subspace and has no coordinates to publish: wrap "
             "it by SubspaceModel, or use the network's own push_to_hub"
         )
+    if "/" not in repo_id:
+        raise SubspanError(f"{repo_id!r} does not say whose the repository is: give USER/NAME")
     hub = need("huggingface_hub")
     if base is not None:
         name, _, at = base.partition("@")
@@ -76,12 +78,13 @@ def push_to_hub(
     )
     data = checkpoint.to_bytes(header, tensors)
     _check(found, header, data, token)
-    api = hub.HfApi(token=token, library_name="subspan")
     with asking(repo_id, revision):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         existing = _existing_card(hub, repo_id, revision, token)
-        text = make_card(repo_id, header, tensors, len(data), card or {}, existing)
-        files = {FILE: data, "README.md": text.encode()}
+    text = make_card(repo_id, header, tensors, len(data), card or {}, existing)
+    files = {FILE: data, "README.md": text.encode()}
+    with asking(repo_id, revision):
+        api = hub.HfApi(token=token, library_name="subspan")
+        api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(
             repo_id,
             [hub.CommitOperationAdd(name, content) for name, content in files.items()],
@@ -93,7 +96,7 @@ def push_to_hub(
 
 
 def _check(model: SubspaceModel, header: Mapping[str, Any], data: bytes, token: str | None) -> None:
-    """Refuse to publish what nobody could load as the card says.
+    """Refuse what nobody could load as the card will say.
 
     Raises:
         SubspanError: saying why.
@@ -122,8 +125,12 @@ def _check(model: SubspaceModel, header: Mapping[str, Any], data: bytes, token: 
 
 
 def _existing_card(hub: Any, repo: str, revision: str | None, token: str | None) -> str | None:
+    """Return the card of a repository, if there are both."""
+    errors = hub.errors
     try:
         file = hub.hf_hub_download(repo, "README.md", revision=revision, token=token)
-    except hub.errors.EntryNotFoundError:
+    except errors.GatedRepoError:
+        raise
+    except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError):
         return None
     return Path(file).read_text(encoding="utf-8")
