@@ -186,11 +186,12 @@ def test_a_folder_is_a_repository_of_this_machine(hub, tmp_path):
 def test_what_was_changed_in_the_configuration_comes_back(hub, tmp_path):
     labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     net = classifier("org/base", 2, layer_norm_eps=0.5, **labels)
-    net.config.pad_token_id = 7
+    net.config.pad_token_id = 7  # which the embedding does not hear of
     model = scatter(SubspaceModel(net, 40, train_fully=HEAD))
     subspan.save(model, tmp_path / "m.safetensors")
     loaded = subspan.load(tmp_path / "m.safetensors")
     assert loaded.config.to_dict() == net.config.to_dict()
+    assert str(loaded) == str(model)
     assert_same(loaded, model)
 
 
@@ -206,14 +207,24 @@ def test_a_head_of_another_size_takes_the_place_of_the_bases(hub, bases, tmp_pat
 def test_dtypes_come_back(hub, tmp_path):
     net = classifier("org/base", dtype=torch.bfloat16)
     net.classifier.float()
-    net.dropout = nn.Sequential()  # what comes out of it is cast below
-    model = SubspaceModel(net, 40, train_fully=HEAD)
-    with torch.no_grad():
-        net.classifier.weight.copy_(torch.rand(net.classifier.weight.shape))
+    model = scatter(SubspaceModel(net, 40, train_fully=HEAD))
     subspan.save(model, tmp_path / "m.safetensors")
     loaded = subspan.load(tmp_path / "m.safetensors")
-    assert loaded.body.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
-    assert torch.equal(loaded.classifier.weight, net.classifier.weight)
+    for name, p in model.body.state_dict().items():
+        assert p.dtype == loaded.body.state_dict()[name].dtype
+        assert torch.equal(p, loaded.body.state_dict()[name])
+
+
+def test_a_network_with_replaced_parts_names_no_base(hub, tmp_path):
+    net = classifier("org/base")
+    net.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
+    model = SubspaceModel(net, 40, train_fully=HEAD)
+    assert "base" not in checkpoint.contents(model)[0]
+    with pytest.raises(SubspanError, match="or parts of it were replaced since"):
+        model.push_to_hub("user/small", token=TOKEN)
+    with pytest.raises(SubspanError, match="cannot be the whole base: parts of the network were"):
+        model.push_to_hub("user/small", base="org/base", token=TOKEN)
+    assert "user/small" not in hub.repositories
 
 
 def test_networks_that_nobody_can_fetch_are_given_to_load(hub, tmp_path):
@@ -236,6 +247,14 @@ def test_networks_that_nobody_can_fetch_are_given_to_load(hub, tmp_path):
         subspan.save(SubspaceModel.from_seed(build, 5), tmp_path / "m", base="org/base")
     with pytest.raises(SubspanError, match="base='org/other' is not in the cache"):
         subspan.save(variant("org/base"), tmp_path / "m", base="org/other")
+
+
+@pytest.mark.skipif(not hasattr(subspan, "lora"), reason="needs subspan.lora")
+def test_lora_factors_are_published_alike(hub):
+    model = scatter(subspan.lora(classifier("org/base"), 40, rank=2, train_fully=HEAD))
+    model.push_to_hub("user/factors", token=TOKEN)
+    assert "LoRA factors" in hub.repositories["user/factors"].commits[-1][1]["README.md"].decode()
+    assert_same(subspan.load("user/factors"), model)
 
 
 def test_inspect_takes_a_repository(hub, capsys):

@@ -7,11 +7,13 @@ name is for finding the network again; whether it is the right one, the fingerpr
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from subspan.errors import SubspanError
@@ -33,8 +35,9 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
 
     Returns:
         The header's field ``base``: ``repo`` and ``revision`` (a commit), or ``folder``; ``class``;
-        ``dtype``; and ``config``, where the network's configuration differs from the base's. None
-        if nothing can be named for sure.
+        ``dtype``; ``config``, where the network's configuration differs from the base's; and
+        ``late``, the names in it of what was set after the network was made. None if nothing can be
+        named for sure: a network with replaced parts is not what the base would give.
 
     Raises:
         SubspanError: if a name that was given cannot be the base.
@@ -67,11 +70,18 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
         base_config = type(config).from_pretrained(folder)
     except (OSError, ValueError):  # a folder that has become another network's
         return None
-    return fields | {
-        "class": f"transformers.{cls.__name__}",
-        "dtype": _dtype(model),
-        "config": _difference(config, base_config),
-    }
+    changes = _difference(config, base_config)
+    late = _set_late(cls, model, base_config, changes)
+    if late is None:
+        if name is not None:
+            raise SubspanError(
+                f"base={name!r} cannot be the whole base: parts of the network were replaced after "
+                "it was loaded, or its configuration makes another one; leave base out, and give "
+                "load the network"
+            )
+        return None
+    fields |= {"class": f"transformers.{cls.__name__}", "dtype": _dtype(model), "config": changes}
+    return fields | ({"late": late} if late else {})
 
 
 def class_in_transformers(net: nn.Module) -> type | None:
@@ -134,3 +144,27 @@ def _difference(config: Any, base: Any) -> dict[str, Any]:
         else:
             found["id2label"] = labels
     return found
+
+
+def _set_late(
+    cls: Any, model: SubspaceModel, base: Any, changes: Mapping[str, Any]
+) -> list[str] | None:
+    """Find what was set in a configuration after the network was made of it, and shows in it.
+
+    An embedding, say, looks for the token of padding when it is made, and people set that token
+    later. Networks without values are made to see; at most one setting can be late.
+
+    Returns:
+        The names of late settings, or None if the configuration does not make this network.
+    """
+    if model.subspace.packed:  # whose layers are others; they are not made anew
+        return []
+    shown = str(model.body)
+    for late in ([], *([key] for key in changes if key not in _LABELS)):
+        config = copy.deepcopy(model.body.config)
+        for key in late:
+            setattr(config, key, getattr(base, key))
+        with torch.device("meta"):
+            if str(cls(config)) == shown:
+                return late
+    return None

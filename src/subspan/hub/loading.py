@@ -113,7 +113,8 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
             )
         if ".safetensors" not in weights:
             raise SubspanError(f"{where} has its weights in {weights}, which is not safetensors")
-        _configure(config, base["config"])
+        changes, late = base["config"], base.get("late", [])
+        _configure(config, {key: value for key, value in changes.items() if key not in late})
         options = {} if quantised else {"dtype": base["dtype"]}
         net, info = cls.from_pretrained(
             where,
@@ -125,6 +126,7 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
             output_loading_info=True,
             **options,
         )
+        _configure(net.config, {key: value for key, value in changes.items() if key in late})
     return net, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 

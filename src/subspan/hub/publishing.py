@@ -105,8 +105,8 @@ def _check(model: SubspaceModel, header: Mapping[str, Any], data: bytes, token: 
     if base is None:
         if model.init_seed is None and class_in_transformers(model.body) is not None:
             raise SubspanError(
-                "the network does not say which repository it was loaded from: give push_to_hub "
-                "base='user/name' (or 'user/name@revision')"
+                "the network does not say which repository it was loaded from, or parts of it were "
+                "replaced since: give push_to_hub base='user/name' (or 'user/name@revision')"
             )
         return  # whoever loads it gives the network, as the card says
     if "folder" in base:
