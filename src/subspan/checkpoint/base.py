@@ -164,7 +164,11 @@ def _set_late(
         config = copy.deepcopy(model.body.config)
         for key in late:
             setattr(config, key, getattr(base, key))
-        with torch.device("meta"):
-            if str(cls(config)) == shown:
-                return late
+        try:
+            with torch.device("meta"):
+                made = cls(config)
+        except Exception:  # of a configuration that was changed into one of no network
+            continue
+        if str(made) == shown:
+            return late
     return None
