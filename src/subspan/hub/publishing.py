@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from subspan import checkpoint
-from subspan.checkpoint.base import class_in_transformers
+from subspan.checkpoint.base import class_in_transformers, say_base
 from subspan.errors import SubspanError
 from subspan.hub.card import make_card
 from subspan.hub.client import asking, need
@@ -121,7 +121,10 @@ def _check(model: SubspaceModel, header: Mapping[str, Any], data: bytes, token: 
             load(file, token=token)
         except SubspanError as error:
             text = str(error).replace(str(file), "the file")
-            raise SubspanError(f"nothing was published, for nobody could load it: {text}") from None
+            raise SubspanError(
+                f"nothing was published, for {say_base(base)} does not give this model again "
+                f"(base='NAME@REVISION' names another): {text}"
+            ) from None
 
 
 def _existing_card(hub: Any, repo: str, revision: str | None, token: str | None) -> str | None:
