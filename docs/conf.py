@@ -27,6 +27,7 @@ NAVIGATION = {
         "docs/tutorials/low-rank",
         "docs/tutorials/your-projection",
         "docs/lora",
+        "docs/hub",
         "examples/README",
     ),
     "Measure": ("docs/laboratory", "docs/commands"),

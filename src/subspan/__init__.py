@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from subspan import optim as optim
     from subspan.adapters import export_lora as export_lora
     from subspan.adapters import lora as lora
-    from subspan.checkpoint import load as load
     from subspan.checkpoint import save as save
     from subspan.counts import count as count
     from subspan.errors import SubspanError as SubspanError
     from subspan.families import Projection as Projection
     from subspan.families import projection as projection
     from subspan.families import projections as projections
+    from subspan.hub import load as load
+    from subspan.hub import push_to_hub as push_to_hub
     from subspan.subspace.model import SubspaceModel as SubspaceModel
     from subspan.variants import Variants as Variants
 
@@ -37,10 +38,11 @@ _HOME = {
     "Variants": "subspan.variants",
     "count": "subspan.counts",
     "export_lora": "subspan.adapters",
-    "load": "subspan.checkpoint",
+    "load": "subspan.hub",
     "lora": "subspan.adapters",
     "projection": "subspan.families.registry",
     "projections": "subspan.families.registry",
+    "push_to_hub": "subspan.hub",
     "save": "subspan.checkpoint",
 }
 

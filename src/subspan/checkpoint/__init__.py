@@ -9,7 +9,7 @@ all weights, or what was trained of them where the others are at hand. Nothing i
 from subspan.checkpoint.file import inspect, read
 from subspan.checkpoint.loading import check_base, load, rebuild, restore
 from subspan.checkpoint.part import base_of, check_part, hold_base
-from subspan.checkpoint.saving import contents, save
+from subspan.checkpoint.saving import contents, save, to_bytes
 
 __all__ = [
     "base_of",
@@ -23,4 +23,5 @@ __all__ = [
     "rebuild",
     "restore",
     "save",
+    "to_bytes",
 ]

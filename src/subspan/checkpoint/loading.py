@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapters.factors import rebuild_lora
+from subspan.checkpoint.base import find_base, say_base
 from subspan.checkpoint.file import COORDINATES, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, stored_tensors
@@ -209,9 +210,12 @@ def check_base(
             f"{_say_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
         )
     if model.base_fingerprint != header["fingerprint"]:
+        theirs, ours = say_base(header.get("base")), say_base(find_base(model))
+        named = f"; it was trained from {theirs}, and this is {ours}" if theirs and ours else ""
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "
-            f"this network has {model.base_fingerprint}): give the network that it was trained from"
+            f"this network has {model.base_fingerprint}{named if theirs != ours else ''}): give "
+            "the network that it was trained from"
         )
     if model.layout != header["layout"]:
         if presets := find_presets(header["recipe"]):

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from subspan.checkpoint.base import find_base
 from subspan.checkpoint.file import COORDINATES, FORMAT, KEY, describe_layers, digest, to_json
 from subspan.checkpoint.part import base_of, trained_tensors
 from subspan.counts import count
@@ -24,7 +25,11 @@ from subspan.subspace.parameters import find_aliases, find_quantised, find_slots
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> int:
     """Write a model to one safetensors file, all of it or nothing.
 
@@ -32,25 +37,31 @@ def save(
         model: a :class:`SubspaceModel`; or an ordinary network, stored with all its weights.
         path: of the file; its folder must exist.
         extra: JSON values of the caller's, given back by :func:`inspect`.
+        base: the repository of the Hub that a network of Transformers came from, as ``NAME`` or
+            ``NAME@REVISION``; by default what the network itself says.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         SubspanError: if there is no such folder, ``extra`` is not JSON, a SubspaceModel lies
-            inside another module, a module has state beside parameters and buffers, or a
-            compressed layer is of a class that no type registers.
+            inside another module, a module has state beside parameters and buffers, a compressed
+            layer is of a class that no type registers, or ``base`` cannot be this network's.
         OSError: if the file cannot be written; one that was there before is then still whole.
     """
     path = Path(path)
     refuse_what_is_no_file(path)
-    header, data = contents(model, extra)
-    text = to_json(header | {"digest": digest(header, data)})
-    return write_atomically(path, safetensors.torch.save(data, metadata={KEY: text}))
+    return write_atomically(path, to_bytes(*contents(model, extra, base)))
+
+
+def to_bytes(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """Return the file of a header and its tensors, with the digest of both."""
+    text = to_json({**header, "digest": digest(header, tensors)})
+    return safetensors.torch.save(tensors, metadata={KEY: text})
 
 
 def contents(
-    model: nn.Module, extra: Mapping[str, Any] | None = None
+    model: nn.Module, extra: Mapping[str, Any] | None = None, base: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and copies of the tensors that a file of this model has.
 
@@ -79,9 +90,11 @@ def contents(
             header["quantised"] = count_kinds(packed.values())
         if saved_buffers(model.body):
             header["parameters"] = model.subspace.parameters_digest()
-    elif base := base_of(model):
-        tensors = trained_tensors(model, base)
-        header |= {"kind": "part", "weights": base.weights, "fingerprint": base.fingerprint}
+        if (found := find_base(model, base)) is not None:
+            header["base"] = found
+    elif part := base_of(model):
+        tensors = trained_tensors(model, part)
+        header |= {"kind": "part", "weights": part.weights, "fingerprint": part.fingerprint}
     else:
         tensors = stored_tensors(model)
         header |= {"weights": count(model).dense} | describe_layers(model)

@@ -13,6 +13,7 @@ checkpoints need to know nothing.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
@@ -305,6 +306,22 @@ class SubspaceModel(Handle):
     def print_trainable_parameters(self) -> None:
         """Print the counts in one line, as PEFT does: "all" are the weights of the network."""
         print(self.summary().line())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the coordinates on the Hugging Face Hub: :func:`subspan.push_to_hub`.
+
+        The network's own ``push_to_hub`` publishes all of its weights, at θ.
+
+        Args:
+            repo_id: the repository (``"user/name"``).
+            options: as for the function.
+
+        Returns:
+            The address of the commit.
+        """
+        # That function stands above this module, which must not import it: it is looked up.
+        publish: Callable[..., str] = sys.modules["subspan"].push_to_hub
+        return publish(self, repo_id, **options)
 
 
 SubspaceModel._own_names = {**vars(Handle), **vars(SubspaceModel)}
