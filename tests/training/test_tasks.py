@@ -301,8 +301,11 @@ def test_what_a_score_can_be(score, value, good):
 
 
 def test_a_task_reads_its_data_itself():
-    with pytest.raises(SubspanError, match="image_column, resize is for sets of images, and task"):
-        Training(task=SHUFFLED, resize=32, image_column="photo")
+    training = Training(task=SHUFFLED, task_options={"resize": 32})
+    with pytest.raises(SubspanError, match="has no options, got --resize"):
+        tasks.load(training, 0)
+    with pytest.raises(SubspanError, match="resize must be a number of pixels, or height x width"):
+        tasks.load(Training(task_options={"resize": "8by8"}), 0)
 
 
 def test_the_task_moves_with_its_tensors(own):

@@ -6,6 +6,7 @@ launch``).
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -67,7 +68,8 @@ class Loop:
         stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.before = ready, accelerator, before
-        self.run, self.method, self.training = ready.run, ready.method, ready.run.training
+        run = self.run = ready.run
+        self.method, self.training = ready.method, run.training
         self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.folder = RunFolder(out, accelerator.is_main_process)
         self.log = trackers.Log(accelerator, out, before.log if before else None)
@@ -88,16 +90,19 @@ class Loop:
             notes += resume.check_processes(before, out, processes, must_agree=alike)
             resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
+        self.total = self.training.steps or self.steps * self.training.epochs
+        self.epochs = -(-self.total // self.steps)
+        # What methods are told, who plan by epochs.
+        self.planned = replace(run, training=replace(self.training, epochs=self.epochs))
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         self.model = model.to(device)
-        total = self.steps * self.training.epochs
         optimizer = self.bare = self.method.optimizer(
             self.model,
-            self.run,
+            self.planned,
             out,
             self.extra() | {"init_seed": ready.init_seed},
-            steps=total,
+            steps=self.total,
             resume=before.optimizer if before else None,
         )
         # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
@@ -105,7 +110,7 @@ class Loop:
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
         self.backward = accelerator.backward if scaled else Tensor.backward
         self.wrapped = self.distributed()
-        self.schedule = schedule(optimizer, self.training.schedule, self.run.lr, total)
+        self.schedule = schedule(optimizer, self.training.schedule, self.run.lr, self.total)
         self.progress = Progress(Within(torch.zeros((), device=device)))
         if before:
             checkpoint.restore(self.model, before.tensors)
@@ -160,12 +165,12 @@ class Loop:
         self.folder.open(self.record, goes_on=self.before is not None)
 
     def fit(self) -> None:
-        """Train all epochs, or as many as patience allows."""
+        """Train all epochs, or as many as patience allows; the last may be a part of one."""
         if self.before:
             state.set_generators(self.before.generators)
         else:
             state.seed_generators(self.run.seed)  # of what the network draws, as dropout does
-        progress, epochs = self.progress, self.training.epochs
+        progress, epochs = self.progress, self.epochs
         for epoch in range(len(progress.history) + 1, epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.
@@ -174,7 +179,7 @@ class Loop:
                 state.set_generators(generators)
             progress.history.append(row)
             self.folder.save(self.model, self.folder.last, self.extra())
-            ready = self.method.ready(self.model, self.bare, self.run)
+            ready = self.method.ready(self.model, self.bare, self.planned)
             first = not progress.best_epoch
             if ready and (first or self.score.better(row.val_score, progress.best_score)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
@@ -195,7 +200,7 @@ class Loop:
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
         history = self.progress.history
-        model = self.method.after_epoch(self.model, self.bare, self.run, history)
+        model = self.method.after_epoch(self.model, self.bare, self.planned, history)
         if model is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
@@ -206,8 +211,12 @@ class Loop:
             for group in self.bare.param_groups:
                 group["lr"] = self.run.lr
                 group.pop("initial_lr", None)
-            left = (self.training.epochs - len(history)) * self.steps
+            left = self.total - self.progress.done
             self.schedule = schedule(self.bare, self.training.schedule, self.run.lr, left)
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps of an epoch, 1, 2, …; the last may have fewer."""
+        return min(self.steps, self.total - (epoch - 1) * self.steps)
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
@@ -228,20 +237,20 @@ class Loop:
             world=accelerator.num_processes,
             device=accelerator.device,
         )
-        train_loss = math.nan
-        for step, (index, weight) in enumerate(batches, start=1):
+        train_loss, last = math.nan, self.steps_in(epoch)
+        for step, (index, weight) in enumerate(itertools.islice(batches, last), start=1):
             if (epoch - 1) * self.steps + step <= progress.done:
                 continue
             loss = self.step(self.task.batch(index), weight)
             whole = min(training.batch_size, self.task.size() - (step - 1) * training.batch_size)
             total, seen = total + loss.detach() * whole, seen + whole
-            if step % CHECK_EVERY == 0 or step == self.steps:
+            if step % CHECK_EVERY == 0 or step == last:
                 train_loss = self.finite(total / seen, epoch)
             progress.done += 1
             if self.on_step:
                 self.on_step()
             due = time.perf_counter() - self.saved > SAVE_EVERY
-            if step < self.steps and (due or self.stopping):
+            if step < last and (due or self.stopping):
                 seconds = time.perf_counter() - started
                 progress.within = Within(total, seen, seconds, within.lr)
                 self.save_state()
@@ -250,7 +259,7 @@ class Loop:
         seconds = time.perf_counter() - started
         progress.within = Within(torch.zeros_like(total), lr=within.lr)
         if accelerator.num_processes > 1:
-            own = torch.tensor((machine.bytes_sent() - sent) / self.steps)
+            own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         said = self.method.diagnose(self.model, self.bare)
         val_loss, val_score = evaluate(self.model, self.task, "validation")
@@ -347,8 +356,7 @@ class Loop:
 
     def stopped(self) -> Stopped:
         """Return the exception that ends a run of which all is saved."""
-        steps = self.steps * self.training.epochs
-        return self.stop.error(f"after {self.progress.done:,} of {steps:,} steps")
+        return self.stop.error(f"after {self.progress.done:,} of {self.total:,} steps")
 
     def extra(self) -> dict[str, Any]:
         """Return what the checkpoint says so that ``subspan eval`` finds network and task again."""
@@ -358,7 +366,7 @@ class Loop:
     def bring_up_to_date(self, status: str, error: str | None = None) -> None:
         """Let the record say how far the run is."""
         progress = self.progress
-        steps = [row.seconds / self.steps for row in progress.history]
+        steps = [row.seconds / self.steps_in(row.epoch) for row in progress.history]
         self.record = replace(
             self.record,
             status=status,

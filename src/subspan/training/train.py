@@ -88,7 +88,7 @@ def train(
         loop = Loop(ready, devices, out, before, report, on_step, stop)
         loop.open()
         if on_start:
-            on_start(loop.steps * run.training.epochs, loop.progress.done, loop.score)
+            on_start(loop.total, loop.progress.done, loop.score)
         return _finish(loop)
 
 

@@ -237,8 +237,8 @@ def _read(
                     f"{type(text).__name__} in row {number} of {part}: name the right column with "
                     "--text-column, or leave that row out"
                 )
-        ids = tokenizer.encode([text for text, _ in rows], length)
-        cut += sum(len(one) == length for one in ids)
+        ids, longer = tokenizer.encode([text for text, _ in rows], length)
+        cut += longer
         total += len(ids)
         ends = torch.tensor([len(one) for one in ids]).cumsum(0)
         tokens = torch.tensor([token for one in ids for token in one], dtype=torch.int32)
@@ -253,5 +253,5 @@ def _read(
     pieces = [replace(one, labels=label) for one, label in zip(split, encoded, strict=True)]
     train_part, test_part = pieces if test else hold_out(pieces[0], 1 / 6, seed=0, stream=TEST)
     if cut:
-        notes += (f"{cut:,} of {total:,} texts fill all {length} tokens, or are cut there",)
+        notes += (f"{cut:,} of {total:,} texts are longer than {length} tokens, and cut there",)
     return RawTexts(train_part, test_part, names, notes)

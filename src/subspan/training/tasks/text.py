@@ -165,16 +165,18 @@ def require(training: Training, task: str) -> tuple[str, str]:
     return training.net, training.data
 
 
-def limit(tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str) -> int | None:
+def limit(
+    tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str, least: int = 1
+) -> int | None:
     """Return how many tokens a network is to get.
 
     Raises:
-        SubspanError: for more than it takes, or fewer than one.
+        SubspanError: for more than it takes, or too few.
     """
     most = tokenizer.length
-    if asked is not None and (asked < 1 or (most is not None and asked > most)):
+    if asked is not None and (asked < least or (most is not None and asked > most)):
         bound = f" and at most {most}, the positions of {net}" if most is not None else ""
-        raise SubspanError(f"--{option} must be at least 1{bound}, got {asked}")
+        raise SubspanError(f"--{option} must be at least {least}{bound}, got {asked}")
     return most if asked is None else asked
 
 
