@@ -93,6 +93,10 @@ def test_a_subspace_is_found_again_from_the_base(here, cli):
     # The file needs no data to be exported, but its base, and the same.
     shutil.rmtree("reviews")
     assert cli("export", file, "again.safetensors").code == 0
+    Path("bert").rename("moved")
+    assert cli("export", file, "again.safetensors").code == 2
+    assert cli("export", file, "moved.safetensors", "--net", "./moved").code == 0
+    assert Path("moved.safetensors").read_bytes() == Path("again.safetensors").read_bytes()
     bert(Path("bert"), seed=1)
     said = cli("export", file, "other.safetensors")
     assert said.code == 2
