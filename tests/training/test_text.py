@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -233,6 +234,7 @@ BAD = {
     "--block 8": "(it is one of lm)",
     "--net null": "task text needs --net",
     "--data null": "task text needs --data",
+    "--data ''": "task text needs --data",
 }
 
 
@@ -260,7 +262,7 @@ def wrong(here):
 def test_refusals(wrong, cli):
     before = contents(wrong)
     for words, message in BAD.items():
-        said = cli("train", *WORDS, "--dim", 5, *words.split(), "--out", "run")
+        said = cli("train", *WORDS, "--dim", 5, *shlex.split(words), "--out", "run")
         assert (said.code, message in said.err) == (2, True), (words, said.err)
         assert said.err.count("\n") == 1, said.err
         assert contents(wrong) == before

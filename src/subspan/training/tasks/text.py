@@ -39,20 +39,13 @@ class TextClassification(Task):
         data: the texts.
         net: the network's name or folder.
         tokenizer: of the network.
-        length: tokens of a text that are kept, None for all.
         seed: of the weights that the network's file lacks, as of its head.
     """
 
     def __init__(
-        self,
-        data: texts.TextData,
-        net: str,
-        tokenizer: pretrained.Tokenizer,
-        length: int | None,
-        seed: int,
+        self, data: texts.TextData, net: str, tokenizer: pretrained.Tokenizer, seed: int
     ) -> None:
-        self.data, self.net, self.tokenizer = data, net, tokenizer
-        self.length, self.seed = length, seed
+        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
         self.notes = data.notes
 
     def network(self) -> nn.Module:
@@ -117,7 +110,7 @@ class TextClassification(Task):
 
     def to(self, device: torch.device) -> TextClassification:
         """Return the texts on another device."""
-        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.length, self.seed)
+        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.seed)
         moved.notes = self.notes
         return moved
 
@@ -155,8 +148,8 @@ def require(training: Training, task: str) -> tuple[str, str]:
     Raises:
         SubspanError: if one is missing.
     """
-    if training.net is None or training.data is None:
-        missing = "--data" if training.net is not None else "--net"
+    if not training.net or not training.data:
+        missing = "--data" if training.net else "--net"
         what = {
             "--data": "a folder, or the name of a set",
             "--net": "a network of Transformers by its name or folder, as minilm",
@@ -209,7 +202,7 @@ class _Text(TaskKind):
             seed=seed,
             **training.task_options | {"max_length": length},
         )
-        return TextClassification(data, net, tokenizer, length, seed)
+        return TextClassification(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
         def make() -> nn.Module:
