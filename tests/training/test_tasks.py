@@ -138,6 +138,7 @@ def a_run(name: str, lr: float = 0.1, **settings) -> Run:
 
 def test_images_are_the_usual_task():
     assert (Training().net, Training().data, Training().task) == ("mlp", "digits", None)
+    assert Training(task="images") == Training()
     task = tasks.load(Training(), seed=0)
     assert task.score == ACCURACY
     assert task.size() == 1318

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
 
+IMAGES = "images"  # the task where none is named; it is null in records
 Schedule = Literal["onecycle", "cosine", "constant"]
 
 
@@ -72,6 +73,8 @@ class Training:
     task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.task == IMAGES:
+            object.__setattr__(self, "task", None)
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
