@@ -228,6 +228,16 @@ def test_vmap_over_coordinates_is_one_call_for_many_variants():
     torch.testing.assert_close(together, alone)
 
 
+def test_at_base_has_no_lora():
+    model, plain = lora(), block()
+    plain.head.load_state_dict(model.body.head.state_dict())
+    with model.at_base():
+        assert torch.equal(model(WORDS), plain(WORDS))
+        assert torch.equal(model.body.up.weight, plain.up.weight)
+        assert torch.equal(model.merge()(WORDS), plain(WORDS))
+    assert not torch.allclose(model(WORDS), plain(WORDS))
+
+
 def test_a_functional_call_with_a_weight_runs_with_that_weight():
     model = lora()
     weight = torch.randn(12, 8)
