@@ -91,7 +91,7 @@ class Weights(Network):
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
-        if tensor in self.adapters and not is_at_base(self):
+        if tensor in self.adapters:
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return guard_theta(theta, tensor) if ordinary else theta
@@ -165,19 +165,18 @@ class Weights(Network):
                 f"{weight} is sharded and has LoRA factors beside it: it can be read inside of a "
                 "call of its module only"
             )
-        return adapter.merge(self._base_alone(weight), *map(read, adapter.factors))
-
-    def _base_alone(self, tensor: str) -> Tensor:
-        """Return the dense θ₀ of a tensor as an ordinary one, for what is recorded, too."""
         with _plain():
-            base = quantised.dense(self.held(tensor))
-            return base if base.requires_grad else base.detach()
+            base = quantised.dense(self.held(weight))
+            # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
+            base = base if base.requires_grad else base.detach()
+        return adapter.merge(base, *map(read, adapter.factors))
 
     def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
         """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
         refuse_running_again()
         with _plain():
-            base = self._base_alone(tensor)
+            base = quantised.dense(self.held(tensor))
+            base = base if base.requires_grad else base.detach()
             if tensor in self._renormed:
                 base = base.clone()
             return base if dtype is None else base.to(dtype)
