@@ -8,6 +8,7 @@ import subspan
 from subspan import SubspaceModel, SubspanError
 from subspan.subspace.targets import HEAD_RATE, PRESETS, RATES, default_rate, find_linears
 from subspan.training import nets
+from tests.nets import Tied
 
 WIDE = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 SMALL = {**WIDE, "num_hidden_layers": 2, "vocab_size": 20, "max_position_embeddings": 16}
@@ -287,6 +288,11 @@ def test_a_tied_head_is_none_and_untied_parts_of_it_are():
     assert not [
         x for x in find_linears(bert("MaskedLM")) if x.startswith("cls.predictions.decoder")
     ]
+
+
+def test_a_layer_that_is_tied_to_an_embedding_is_an_output():
+    assert selected(Tied(), targets="all-linear") == ["hidden.weight", "hidden.bias"]
+    assert find_linears(Tied()) == ["hidden"]
 
 
 def test_other_networks():
