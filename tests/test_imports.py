@@ -1,6 +1,7 @@
 """The cost of importing, the needs of the core, and the one way that imports point."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -52,7 +53,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(tree: ast.AST) -> set[str]:
+@functools.cache
+def imports(tree: ast.AST) -> frozenset[str]:
     """Dotted names of what a source imports anywhere, as modules of ours where they are that."""
     found = set()
     for node in ast.walk(tree):
@@ -64,7 +66,7 @@ def imports(tree: ast.AST) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 public = subspan._HOME.get(alias.name) if node.module == "subspan" else None
                 found.add(public or (full if full in MODULES else str(node.module)))
-    return found
+    return frozenset(found)
 
 
 def unconditional(tree: ast.Module) -> ast.Module:
