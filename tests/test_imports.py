@@ -153,6 +153,9 @@ p = subspan.projection("hash", out_dim=70_000, in_dim=10)
 assert "numba" not in sys.modules
 p.matvec(torch.ones(10))
 assert "numba" in sys.modules
+subspan.SubspaceModel(torch.nn.Linear(8, 8), 4)(torch.ones(1, 8)).sum().backward()
+now = {{name.split(".")[0] for name in sys.modules}}
+assert not {{"bitsandbytes", "torchao", "transformers"}} & now  # of networks without them
 assert "subspan.kernels.gpu" not in sys.modules
 # Numba's threads are OpenMP's, as torch's are: starting them must leave torch's number alone.
 assert torch.get_num_threads() == threads, torch.get_num_threads()
