@@ -378,7 +378,10 @@ def the_operator_is_well_made(p: Projection) -> None:
 
 @costly
 def a_step_that_changes_does_not_recompile(p: Projection) -> None:
-    """The products go through torch.compile in one graph, which takes the step as an input."""
+    """The products go through torch.compile in one graph, which takes the step as an input.
+
+    So do their derivatives.
+    """
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
@@ -392,6 +395,8 @@ def a_step_that_changes_does_not_recompile(p: Projection) -> None:
     torch.compiler.reset()
     compiled = torch.compile(there_and_back, fullgraph=True, backend=backend)
     for step in range(4):
-        x = vector(p.in_dim, torch.float32, step)
-        assert torch.equal(compiled(x, torch.tensor(step)), there_and_back(x, torch.tensor(step)))
+        x = vector(p.in_dim, torch.float32, step).requires_grad_()
+        ours, theirs = (run(x, torch.tensor(step)) for run in (compiled, there_and_back))
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)))
     assert len(graphs) == 1

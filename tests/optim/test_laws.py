@@ -127,7 +127,7 @@ CASES: list[Case] = [
 ]
 
 
-# Other cases have the same integrators, others the same base, and bases go one way for all families.
+# Other cases have these integrators, and others Adam; bases go one way for all families.
 SLOW = ("rbd-sparse", "parallel-adapting-adam", "kls-adam", "vanilla-adam")
 
 

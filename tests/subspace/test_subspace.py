@@ -34,7 +34,7 @@ def flat(model):
 # ---- the same network at w = 0, θ₀ + P w afterwards ----------------------------------------------
 
 
-# Quick are all with hash; of the other projections all networks in one piece, and one in all pieces.
+# Quick are all with hash; of other projections all networks in one piece, and one in all pieces.
 every_way = pytest.mark.parametrize(
     ("name", "compartments", "projection"),
     [
