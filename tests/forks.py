@@ -54,6 +54,14 @@ def python(words: Sequence[str], where: Path, env: Mapping[str, str], files: Pat
     return Ended(process.exitcode, *(stream.read_text() for stream in streams))
 
 
+def python_code(code: str, folder: Path, **env: str) -> Ended:
+    """A program in a folder, which gets its text and what it prints; it must end well."""
+    (folder / "program.py").write_text(code)
+    ended = python([str(folder / "program.py")], folder, env, folder)
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
 def _run(words: list[str], where: Path, env: dict[str, str], streams: list[Path]) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

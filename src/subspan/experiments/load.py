@@ -101,6 +101,8 @@ def _sweeps(general: Located, parts: Located, budget: Located, file: str) -> dic
 
 def _sweep(values: Located, file: str) -> Sweep:
     """Return the sweep that a part's keys describe."""
+    if not values:
+        raise values.error("a sweep is empty: say what to train, such as net, data and dims")
     chosen = [_method(values, "methods", name) for name in _names(values, "methods")]
     chosen += [_method(values, "baseline", name) for name in _names(values, "baseline")]
     options: dict[str, Any] = {}

@@ -96,6 +96,7 @@ class Loop:
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         self.model = model.to(device)
+        checkpoint.contents(self.model)  # refuses here what could not be saved after an epoch
         optimizer = self.bare = self.method.optimizer(
             self.model,
             self.planned,

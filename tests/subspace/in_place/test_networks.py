@@ -74,8 +74,22 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("family", projections())
-@pytest.mark.parametrize("kind", KINDS)
+# Quick are all networks with two families, one that makes its rows alone and one that makes all
+# rows at once, and all families with two networks.
+PAIRS = [
+    pytest.param(
+        kind,
+        family,
+        marks=()
+        if family in ("hash", "orthogonal") or kind in ("cnn", "bag")
+        else pytest.mark.slow,
+    )
+    for kind in KINDS
+    for family in projections()
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), PAIRS)
 def test_a_model_is_its_merged_network(kind, family):
     make, x = KINDS[kind]
     inputs = (torch.rand(2, 5, 8), torch.rand(2, 4, 8)) if x is None else (x,)

@@ -88,8 +88,16 @@ def tokens(net, x, how):
     return net.generate(x, max_new_tokens=6, **HOW[how])
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", NETS)
+def some_slow(first, quick):
+    """All pairs with a network, of which those with ``quick``, and all of GPT-2, are quick."""
+    return [
+        pytest.param(one, name, marks=() if name == "gpt2" or one == quick else pytest.mark.slow)
+        for name in NETS
+        for one in first
+    ]
+
+
+@pytest.mark.parametrize(("how", "name"), some_slow(HOW, "greedy"))
 def test_the_tokens_are_those_of_the_merged_network(name, how):
     model, x = wrapped(name)
     want = tokens(model.merge(), x, how)
@@ -97,8 +105,7 @@ def test_the_tokens_are_those_of_the_merged_network(name, how):
     assert torch.equal(tokens(model, x, how), want)
 
 
-@pytest.mark.parametrize("through", ["network", "handle"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("through", "name"), some_slow(["network", "handle"], "network"))
 def test_save_pretrained_writes_a_complete_ordinary_network(name, through, tmp_path):
     model, x = wrapped(name)
     (model if through == "handle" else model.body).save_pretrained(tmp_path)
