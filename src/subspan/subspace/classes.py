@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_fsdp
-from subspan.subspace.descriptors import WeightDescriptor
+from subspan.subspace.callers import asked_by_fsdp, saved_by_trainer
+from subspan.subspace.descriptors import QuantisedFlag, WeightDescriptor
 from subspan.subspace.embedding import LookedUp, looks_up
 from subspan.subspace.links import PREFIX, link_of
 from subspan.subspace.modules import WrappedModule, WrappedNetwork
 from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
+from subspan.subspace.resuming import keep_beside
 
 
 class Listed:
@@ -120,6 +121,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
         body["__qualname__"] = cls.__qualname__
         if root and hasattr(cls, "save_pretrained"):
             body["save_pretrained"] = _saving_all(cls.save_pretrained)
+            body |= {} if hasattr(cls, "is_quantized") else {"is_quantized": QuantisedFlag()}
         # The metaclass, too, is not asked: it may keep a list of all classes.
         kind = _metaclass(type(cls))
         new = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
@@ -152,7 +154,11 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
                     "without state_dict="
                 )
             kwargs["state_dict"] = None
-        return save(self, *args, **kwargs)
+        out = save(self, *args, **kwargs)
+        if saved_by_trainer(sys._getframe(1)):
+            folder = args[0] if args else kwargs["save_directory"]
+            keep_beside({PREFIX + key: w for key, w in coordinates.items()}, folder)
+        return out
 
     return save_pretrained
 

@@ -25,12 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.subspace.callers import (
+    asked_by_another_package,
     asked_by_ddp,
     asked_by_export,
     asked_by_fsdp,
     asked_by_own_property,
     asked_by_trace,
     converts_batchnorm,
+    copies_weights,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
@@ -153,6 +155,8 @@ class WrappedModule(ModuleStates):
                 f"{link.tensors[name]} is computed from coordinates and cannot become "
                 f"{value.weight_name}: tie them before the network is wrapped"
             )
+        if link is not None and name == "forward" and not torch.compiler.is_compiling():
+            link.patched |= asked_by_another_package(sys._getframe(1), self)  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:
@@ -234,8 +238,12 @@ class WrappedNetwork(WrappedModule):
         A property of the network (``dtype`` in transformers) that looks at its first parameter
         gets coordinates last: they have a dtype of their own.
         """
-        link_of(self).weights.note()
+        weights = link_of(self).weights
+        weights.note()
         stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and copies_weights(sys._getframe(1)):
+            yield from weights.copied()
+            return
         if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
             # Coordinates are whole in every process, and no business of FSDP's.
             yield from (pair for pair in stored if not pair[0].startswith(PREFIX))

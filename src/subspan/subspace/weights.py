@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,12 @@ class Weights(Network):
             for piece, theta in zip(block.pieces, self._theta([block]), strict=True):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
+
+    @torch.no_grad()
+    def copied(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of the ordinary network, one after the other and at θ."""
+        for name in self.requires_grad:
+            yield name, self.form(name) if name in self.blocks_of else self.stored(name)
 
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
