@@ -22,6 +22,7 @@ NAVIGATION = {
         "docs/guide",
         "docs/tutorials/intrinsic-dimension",
         "docs/tutorials/fine-tuning",
+        "docs/fine-tuning",
         "docs/tutorials/slow-network",
         "docs/tutorials/low-rank",
         "docs/tutorials/your-projection",

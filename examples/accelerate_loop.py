@@ -27,6 +27,7 @@ share = 50 // accelerator.num_processes
 
 
 def start():
+    """The model, its optimizer and the data, as accelerate prepares them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10))
     model = subspan.SubspaceModel(net, 500)
@@ -36,7 +37,7 @@ def start():
 
 
 model, optimizer, data = start()
-for epoch in range(10):
+for _ in range(10):
     for x, y in data:
         optimizer.zero_grad()
         accelerator.backward(cross_entropy(model(x), y))
@@ -50,5 +51,7 @@ again, optimizer, data = start()
 accelerator.load_state(FOLDER / "state")
 with torch.no_grad():
     right = again(images[1200:]).argmax(1) == labels[1200:]
-accelerator.print(f"loaded again: {100 * right.float().mean():.1f} % in {accelerator.num_processes} process")
+accelerator.print(
+    f"loaded again: {100 * right.float().mean():.1f} % in {accelerator.num_processes} process"
+)
 subspan.save(accelerator.unwrap_model(again), FOLDER / "variant.safetensors")

@@ -1,5 +1,7 @@
 """Loops with accelerate, unchanged, around a network in a subspace or around its handle."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,15 +77,17 @@ def test_a_saved_state_goes_on_exactly(through, tmp_path):
 
 
 @both
-def test_mixed_precision_stays_with_the_training(through):
+def test_mixed_precision(through):
     loop = Loop(through, mixed_precision="bf16", gradient_accumulation_steps=2).epoch()
     assert loop.coordinates.abs().min() > 0
     assert loop.accelerator.unwrap_model(loop.net) is loop.net
-    merged, (x, _) = loop.model.merge(), next(iter(loop.data))
-    assert loop.net(x).dtype == merged(x).dtype == torch.float32
-    assert torch.equal(merged[2](merged[1](merged[0](x))), merged(x))  # without autocast
-    loop.accelerator.unwrap_model(loop.net, keep_fp32_wrapper=False)
-    torch.testing.assert_close(loop.net(x), merged(x))
+    twin, (x, _) = copy.deepcopy(loop.net), next(iter(loop.data))
+    found = loop.net(x)
+    assert found.dtype == torch.float32
+    scatter(loop.model)
+    assert torch.equal(twin(x), found)  # its forward is not that of the original
+    plain = loop.accelerator.unwrap_model(loop.net, keep_fp32_wrapper=False)
+    torch.testing.assert_close(plain(x), SubspaceModel.of(plain).merge()(x))
 
 
 def test_a_copy_of_the_weights_is_one_of_an_ordinary_network(tmp_path):

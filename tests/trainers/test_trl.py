@@ -1,5 +1,6 @@
 """Trainers of TRL, unchanged: they are given a network in a subspace, or its handle."""
 
+import copy
 import types
 
 import pytest
@@ -63,13 +64,14 @@ def test_supervised(base, words, tmp_path):
         loss = running.evaluate()["eval_loss"]
         found[through] = trained(model)
         merged, x = model.merge().eval(), torch.arange(3, 9)[None]
-        logits = model.eval()(input_ids=x).logits
+        twin, logits = copy.deepcopy(model.eval()), model(input_ids=x).logits
         ordinary = trl.SFTTrainer(
             merged, running.args, train_dataset=TEXT, eval_dataset=TEXT, processing_class=words
         )
         assert loss == pytest.approx(ordinary.evaluate()["eval_loss"], rel=1e-5)
         scatter(model)  # the trainer's own forward has to do with this network
         torch.testing.assert_close(merged(input_ids=x).logits, logits)
+        torch.testing.assert_close(twin(input_ids=x).logits, logits)
         assert torch.equal(
             model.generate(x, max_new_tokens=4), model.merge().generate(x, max_new_tokens=4)
         )

@@ -93,9 +93,6 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     del root._buffers[FINGERPRINT]
     for module in weights.wrapped:
         if LINK in vars(module):
-            if values is not None and module.__dict__[LINK].patched:
-                # A trainer's own forward of a copy may call that of the original.
-                module.__dict__.pop("forward", None)
             del module.__dict__[LINK]
             module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
     for tensor, (module, attribute) in weights.homes.items():

@@ -7,6 +7,7 @@ at the signature of its ``forward``: here all of that is answered, mostly by the
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import sys
@@ -26,6 +27,7 @@ from subspan.subspace.callers import (
 from subspan.subspace.coordinates import Coordinates
 from subspan.subspace.dtensors import home_of
 from subspan.subspace.links import FINGERPRINT, PREFIX
+from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.weights import Weights
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {
@@ -189,6 +191,12 @@ class Handle(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, self._signature_of, self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = _rebuild(*self._signature_of)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        rebind_forward(twin, memo)
+        return twin
 
 
 def _refuse_setting(name: str) -> SubspanError:

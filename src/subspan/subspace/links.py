@@ -28,7 +28,6 @@ class Link:
 
     def __init__(self, weights: Weights, tensors: dict[str, str], order: list[str]) -> None:
         self.weights, self.tensors, self.order = weights, tensors, order
-        self.patched = False  # by a trainer, which has put its own ``forward`` into the module
 
 
 def link_of(module: Any) -> Link:

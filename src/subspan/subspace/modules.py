@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.subspace.callers import (
-    asked_by_another_package,
     asked_by_ddp,
     asked_by_export,
     asked_by_fsdp,
@@ -39,6 +38,7 @@ from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark
 from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
+from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
 
@@ -84,6 +84,7 @@ class WrappedModule(ModuleStates):
             return twin
         twin = memo[id(self)] = self._subspan_rebuild(*self._subspan_class)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        rebind_forward(twin, memo)
         return twin
 
     # ---- parameters --------------------------------------------------------------------------
@@ -155,8 +156,6 @@ class WrappedModule(ModuleStates):
                 f"{link.tensors[name]} is computed from coordinates and cannot become "
                 f"{value.weight_name}: tie them before the network is wrapped"
             )
-        if link is not None and name == "forward" and not torch.compiler.is_compiling():
-            link.patched |= asked_by_another_package(sys._getframe(1), self)  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:
