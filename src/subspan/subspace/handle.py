@@ -66,7 +66,7 @@ class Handle(nn.Module):
         start = f"{prefix}." if prefix else ""
         compiled = torch.compiler.is_compiling()
         if not compiled and copies_weights(sys._getframe(1)):
-            yield from self.subspace.copied()
+            yield from self.subspace.copied()  # type: ignore[misc]
             return
         if not recurse and not compiled and asked_by_checkpoint(sys._getframe(1)):
             # It goes from module to module, and wants every name of a parameter.
