@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from inspect import Parameter, signature
 
 
@@ -27,18 +27,22 @@ class Stopped(KeyboardInterrupt):
         self.signal = signal
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> SubspanError:
+def unknown(
+    kind: str, name: object, known: Iterable[str], presets: Sequence[str] = ()
+) -> SubspanError:
     """Make the error for a ``name`` that is none of the ``known``, with the nearest names first.
 
     Args:
         kind: what was looked for, in the singular ("projection", "net", …).
         name: what was asked for.
         known: every name that would have been right.
+        presets: names that would have been right, too, and stand for several of the known.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), [*presets, *known], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     names = f"known are {', '.join(known)}" if known else "there is none"
+    names += f"; presets are {', '.join(presets)}" if presets else ""
     return SubspanError(f"unknown {kind} {str(name)!r}: {hint}{names}")
 
 

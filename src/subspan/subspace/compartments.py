@@ -7,7 +7,7 @@ model, one tensor after another, are cut into compartments by one of these rules
     layer        one for the parameters that a module holds itself (Minut 2023)
     tensor       one for each parameter
     uniform:k    k of equal size, across the borders of tensors (Gressmann 2020)
-    {pattern: d} one for each pattern, with its dimension
+    {pattern: d} one for each pattern or preset, with its dimension
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from subspan.errors import SubspanError, unknown
 
+if TYPE_CHECKING:
+    from subspan.subspace.targets import Presets
+
 Rules = str | Mapping[str, int] | Sequence[tuple[str, int]]  # pairs: JSON would sort a mapping
 Patterns = str | Sequence[str] | None
+EXPLICIT = "preset:"  # before the name of a preset that shall not be taken for a pattern
 ALLOCATIONS = {"equal": lambda n: 1.0, "sqrt": math.sqrt, "size": float}
 
 
@@ -67,7 +72,11 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(
-    aliases: Mapping[str, Sequence[str]], patterns: Patterns, option: str, what: str = "parameter"
+    aliases: Mapping[str, Sequence[str]],
+    patterns: Patterns,
+    option: str,
+    what: str = "parameter",
+    presets: Presets | None = None,
 ) -> set[str]:
     """Select the tensors that any of the patterns matches; a tied tensor has all of its names.
 
@@ -76,17 +85,25 @@ def select(
         patterns: one pattern, several, or None for none.
         option: the argument's name, for the error.
         what: is selected, for the error.
+        presets: of the network; None where a pattern cannot be the name of one.
 
     Raises:
-        SubspanError: for a pattern that matches nothing.
+        SubspanError: for a pattern that matches nothing, or a preset that the network lacks.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
     chosen: set[str] = set()
     for pattern in patterns:
         matching = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
+        if presets is not None:
+            matching = presets.choose(pattern, matching, option)
         if not matching:
             every = [name for names in aliases.values() for name in names]
-            raise unknown(f"pattern in {option} (it matches no {what})", pattern, every)
+            raise unknown(
+                f"pattern in {option} (it matches no {what})",
+                pattern,
+                every,
+                () if presets is None else presets.names,
+            )
         chosen |= matching
     return chosen
 
@@ -97,6 +114,7 @@ def partition(
     dim: int | Sequence[int] | None,
     rules: Rules = "global",
     allocation: str = "sqrt",
+    presets: Presets | None = None,
 ) -> tuple[Compartment, ...]:
     """Cut tensors into compartments and give each its dimension.
 
@@ -107,6 +125,7 @@ def partition(
             None where the rules say it.
         rules: see the module's docstring; {pattern: d} also as a sequence of pairs.
         allocation: how a total is divided: "equal", by "sqrt" of the size, or by "size".
+        presets: of the network, as for :func:`select`.
 
     Raises:
         SubspanError: for anything that leaves a compartment without coordinates or with more
@@ -114,7 +133,7 @@ def partition(
     """
     if isinstance(rules, Sequence) and not isinstance(rules, str):
         rules = dict(rules)
-    groups = _groups(sizes, aliases, rules)
+    groups = _groups(sizes, aliases, rules, presets)
     weights = [sum(map(len, pieces)) for pieces in groups.values()]
     if isinstance(rules, Mapping):
         dims = [check_dim(d) for d in rules.values()]
@@ -180,11 +199,14 @@ def allocate(total: int, sizes: Sequence[int], allocation: str) -> list[int]:
 
 
 def _groups(
-    sizes: Mapping[str, int], aliases: Mapping[str, Sequence[str]], rules: Rules
+    sizes: Mapping[str, int],
+    aliases: Mapping[str, Sequence[str]],
+    rules: Rules,
+    presets: Presets | None,
 ) -> dict[str, list[Piece]]:
     whole = {name: Piece(name, 0, size) for name, size in sizes.items()}
     if isinstance(rules, Mapping):
-        return _by_patterns(whole, aliases, rules)
+        return _by_patterns(whole, aliases, rules, presets)
     if rules == "global":
         return {"global": list(whole.values())}
     if rules == "tensor":
@@ -204,16 +226,22 @@ def _groups(
 
 
 def _by_patterns(
-    whole: Mapping[str, Piece], aliases: Mapping[str, Sequence[str]], rules: Mapping[str, int]
+    whole: Mapping[str, Piece],
+    aliases: Mapping[str, Sequence[str]],
+    rules: Mapping[str, int],
+    presets: Presets | None,
 ) -> dict[str, list[Piece]]:
     """Each tensor goes to the first pattern that selects it."""
     groups: dict[str, list[Piece]] = {}
     left = dict(whole)
     for pattern in rules:
-        chosen = select(aliases, pattern, "compartments")
-        groups[pattern] = [left.pop(name) for name in list(left) if name in chosen]
-        if not groups[pattern]:
-            raise SubspanError(f"compartment {pattern!r} is empty: earlier patterns took all of it")
+        chosen = select(aliases, pattern, "compartments", presets=presets)
+        name = pattern.removeprefix(EXPLICIT)
+        if name in groups:
+            raise SubspanError(f"compartments names {name!r} twice: give it one dimension")
+        groups[name] = [left.pop(tensor) for tensor in list(left) if tensor in chosen]
+        if not groups[name]:
+            raise SubspanError(f"compartment {name!r} is empty: earlier patterns took all of it")
     if left:
         raise SubspanError(
             f"no compartment for {', '.join(left)}: add a pattern ('.*' takes the rest), or "

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
 from subspan.subspace.quantised_layers import refuse_foreign
+
+if TYPE_CHECKING:
+    from subspan.subspace.targets import Presets
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,13 @@ def find_aliases(places: Iterable[Slot]) -> dict[str, list[str]]:
     return names
 
 
+def with_foreign(
+    names: Mapping[str, Sequence[str]], foreign: Iterable[str]
+) -> dict[str, Sequence[str]]:
+    """Add the names of weights that cannot be read, where these are no parameters."""
+    return {**names, **{name: [name] for name in foreign if name not in names}}
+
+
 def select_trainable(
     tensors: Mapping[str, nn.Parameter],
     names: Mapping[str, Sequence[str]],
@@ -82,6 +93,7 @@ def select_trainable(
     fully: set[str],
     packed: Mapping[str, QuantisedTensor] | None = None,
     foreign: Mapping[str, str] | None = None,
+    presets: Presets | None = None,
 ) -> dict[str, int]:
     """Select the tensors to train in the subspace; their sizes, in the network's order.
 
@@ -95,18 +107,19 @@ def select_trainable(
             them can.
         foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`: weights that cannot be
             trained, some of which are no parameters.
+        presets: of the network.
 
     Raises:
         SubspanError: for a tensor that cannot be trained, and if none is left.
     """
     packed, foreign = packed or {}, foreign or {}
-    every = {**names, **{name: [name] for name in foreign if name not in names}}
+    every = with_foreign(names, foreign)
     if targets is None:
         chosen = {name for name, tensor in tensors.items() if tensor.requires_grad}
         chosen |= packed.keys() | foreign.keys()
     else:
-        chosen = select(every, targets, "targets")
-    chosen -= select(every, exclude, "exclude") | fully
+        chosen = select(every, targets, "targets", presets=presets)
+    chosen -= select(every, exclude, "exclude", presets=presets) | fully
     for name in chosen & foreign.keys():
         raise refuse_foreign(foreign[name])
     for name, tensor in tensors.items():

@@ -23,9 +23,11 @@ from subspan.subspace.parameters import (
     find_slots,
     saved_buffers,
     select_trainable,
+    with_foreign,
 )
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import find_foreign
+from subspan.subspace.targets import Presets
 from subspan.subspace.weights import Weights
 
 
@@ -67,11 +69,13 @@ def prepare(
     places = find_slots(net)
     names = find_aliases(places)
     tensors = {name: net.get_parameter(name) for name in names}
-    fully = select(names, train_fully, "train_fully")
-    packed = find_quantised(net, places)
-    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, find_foreign(net))
+    packed, foreign = find_quantised(net, places), find_foreign(net)
+    shapes = {name: packed.get(name, tensor).shape for name, tensor in tensors.items()}
+    presets = Presets(net, with_foreign(names, foreign), shapes)
+    fully = select(names, train_fully, "train_fully", presets=presets)
+    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, foreign, presets)
     check_trainable(net, places, set(sizes), fully, packed)
-    parts = partition(sizes, names, dim, compartments, allocation)
+    parts = partition(sizes, names, dim, compartments, allocation, presets)
     projections = tuple(
         families.projection(
             projection, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options

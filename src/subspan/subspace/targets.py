@@ -1,0 +1,195 @@
+"""Presets: weights that people choose by name, found by the structure of a network.
+
+    attention         the projections of queries, keys and values, and of the output
+    mlp               the linear layers of a block outside of its attention, and experts
+    norms-and-biases  parameters with at most one dimension, and scales of norms; the head's not
+    all-linear        linear layers, and all of the two first; not the output layer or the head
+    head              what makes the output from the features of a pretrained network; or the last
+                      linear layer
+
+A preset stands wherever patterns do, also beside them in a list. It means linear layers with their
+biases. If its name matches parameters by the rules of patterns, it is that pattern
+(``train_fully="head"`` trains the module ``head``), and "attention" and "mlp" are refused where
+both would choose differently; "preset:attention" is the preset in any case.
+
+A file has the names of presets in its recipe, and a digest of what they chose. Which tensors a
+preset chooses is part of the format: another choice is another name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from subspan.errors import SubspanError, unknown
+from subspan.subspace.compartments import EXPLICIT, Patterns, select
+from subspan.subspace.structure import Choice, Structure, is_conv1d
+
+PRESETS = ("attention", "mlp", "norms-and-biases", "all-linear", "head")
+
+# Rates of Adam that work on pretrained networks, by what the coordinates move: of the coordinates
+# of "hash", and of a new head. "" is any other choice.
+RATES = {
+    "attention": 0.02,
+    "mlp": 0.02,
+    "norms-and-biases": 0.05,
+    "all-linear": 0.01,
+    "head": 0.02,
+    "": 0.01,
+}
+HEAD_RATE = 1e-3
+
+_LACKS = {
+    "attention": "no module that is called attention and holds linear layers",
+    "mlp": "no block with an attention and other linear layers",
+    "norms-and-biases": "no parameter of one dimension outside of its head",
+    "all-linear": "no linear layer before its output",
+    "head": "no head",
+}
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Presets:
+    """The presets of one network.
+
+    Args:
+        net: the network.
+        names: for every tensor all of its paths.
+        shapes: of the tensors, those of the dense weights if they are quantised.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        names: Mapping[str, Sequence[str]],
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        self._net, self._names, self._shapes = net, names, shapes
+        self.names = PRESETS
+
+    @functools.cached_property
+    def _structure(self) -> Structure:
+        return Structure(self._net)
+
+    @functools.cached_property
+    def _head(self) -> tuple[Choice, str]:
+        """The head, and why there is none."""
+        try:
+            return self._structure.head(), ""
+        except SubspanError as error:
+            return Choice(), f": {error}"
+
+    def tensors(self, preset: str) -> set[str]:
+        """Return the names of the tensors that a preset chooses; none if the network lacks it.
+
+        A tied tensor is chosen by any of its paths, and is the head's only if all of them are.
+        """
+        head = {t for t, paths in self._names.items() if all(map(self._head[0].holds, paths))}
+        if preset == "head":
+            return head
+        if preset == "norms-and-biases":
+            flat = {tensor for tensor, shape in self._shapes.items() if len(shape) <= 1}
+            return (flat | self._scales()) - head
+        structure = self._structure
+        parts = {"attention": structure.attention, "mlp": structure.mlp}
+        if preset in parts:
+            return self._chosen(parts[preset]())
+        output = structure.output_layers()
+        linears = Choice(frozenset(path for path in structure.linears if path not in output))
+        return self._chosen(linears | structure.attention() | structure.mlp()) - head
+
+    def _chosen(self, choice: Choice) -> set[str]:
+        return {tensor for tensor, paths in self._names.items() if any(map(choice.holds, paths))}
+
+    def _scales(self) -> set[str]:
+        norms = {p for p, module in self._structure.modules.items() if isinstance(module, _NORMS)}
+        return self._chosen(Choice(holders=frozenset(norms)))
+
+    # ---- among patterns ----------------------------------------------------------------------
+
+    def choose(self, pattern: str, matching: set[str], option: str) -> set[str]:
+        """Return the tensors that a pattern means.
+
+        Args:
+            pattern: any pattern.
+            matching: the tensors that it matches by their names.
+            option: the argument's name, for the error.
+
+        Raises:
+            SubspanError: if it names a preset that the network lacks, or might mean two things.
+        """
+        preset = pattern.removeprefix(EXPLICIT)
+        if preset not in PRESETS:
+            if preset != pattern:
+                raise unknown(f"preset in {option}", preset, PRESETS)
+            return matching
+        if preset == pattern and matching:
+            if preset != "head" and (found := self.tensors(preset)) and found != matching:
+                raise SubspanError(
+                    f"{preset!r} in {option} is a preset, which chooses {len(found)} parameters of "
+                    f"this network, and the name of a module that holds {len(matching)}: give "
+                    f"'{EXPLICIT}{preset}' for the preset, or {sorted(matching)[0]!r} and the like"
+                )
+            return matching
+        found = self.tensors(preset)
+        if not found:
+            raise SubspanError(
+                f"{type(self._net).__name__} has {self._why_not(preset)}, which {preset!r} in "
+                f"{option} asks for: {self.describe()}; patterns choose parameters by their names"
+            )
+        return found
+
+    def _why_not(self, preset: str) -> str:
+        if preset != "head":
+            return _LACKS[preset]
+        return f"no head of its own{self._head[1]}"
+
+    def describe(self) -> str:
+        """Say which presets the network has, and how many numbers they choose."""
+        there = []
+        for preset in PRESETS:
+            if found := self.tensors(preset):
+                numbers = sum(self._shapes[t].numel() for t in found if t in self._shapes)
+                parameters = "parameter" + "s" * (len(found) > 1)
+                there.append(f"{preset} ({numbers:,} numbers in {len(found)} {parameters})")
+        return f"its presets are {', '.join(there)}" if there else "it has no presets"
+
+
+def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:
+    """Find the linear layers that patterns or presets choose: those that LoRA can be added to.
+
+    These are ``nn.Linear``, also quantised by bitsandbytes or torchao, and the ``Conv1D`` of GPT-2.
+    The output projection of an ``nn.MultiheadAttention`` is none of them, since its weight is read
+    and the layer is not called.
+
+    Args:
+        net: the network, which is left as it is.
+        targets: as for :class:`~subspan.SubspaceModel`; a pattern that matches a module's name
+            chooses that module.
+
+    Returns:
+        The names of the modules, in the order of ``named_modules``; a module that has several
+        names has its first.
+
+    Raises:
+        SubspanError: for a pattern or a preset that chooses no linear layer.
+    """
+    modules = dict(net.named_modules())
+    unused = {
+        id(module.out_proj)
+        for module in modules.values()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    layers = {
+        path: module
+        for path, module in modules.items()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in unused
+    }
+    weights = {path: [f"{path}.weight" if path else "weight"] for path in layers}
+    presets = Presets(net, weights, {path: layer.weight.shape for path, layer in layers.items()})
+    aliases = {path: [path, *names] for path, names in weights.items()}
+    chosen = select(aliases, targets, "targets", "linear layer", presets)
+    return [path for path in layers if path in chosen]
