@@ -87,7 +87,8 @@ inside = (FOLDER / "checkpoint-360" / "model.safetensors").stat().st_size
 print(f"the file: {size:,} bytes; the same in a checkpoint: {inside:,} bytes")
 
 again = variant()
-trainer(again, turned, 0.03).train(resume_from_checkpoint=FOLDER / "checkpoint-180")
+resumed = trainer(again, turned, 0.03, save_steps=180)
+resumed.train(resume_from_checkpoint=FOLDER / "checkpoint-180")
 same = torch.equal(again.coordinates["global"], model.coordinates["global"])
 print(f"interrupted and resumed: the same numbers: {same}")
 

@@ -10,14 +10,15 @@ transformers = pytest.importorskip(
 SMALL = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 
-def bert(kind="SequenceClassification"):
-    config = transformers.BertConfig(
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_size=32,
-        intermediate_size=64,
-        vocab_size=100,
-    )
+def bert(kind="SequenceClassification", **options):
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+    }
+    config = transformers.BertConfig(**sizes | options)
     return build(getattr(transformers, f"BertFor{kind}"), config)
 
 

@@ -33,7 +33,9 @@ def run(place: Path) -> Callable[..., str]:
 
     def printed(name: str, trainer: str = "") -> str:
         if trainer:
-            pytest.importorskip(trainer, reason=f"{trainer} is not installed: pip install {trainer}")
+            pytest.importorskip(
+                trainer, reason=f"{trainer} is not installed: pip install {trainer}"
+            )
         warn = "ignore" if trainer else "error"
         *command, line = table()[name]
         words, where = [str(FOLDER / f"{name}.py")], place

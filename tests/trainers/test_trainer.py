@@ -81,7 +81,6 @@ def test_settings_mean_what_they_do_for_an_ordinary_network(name, tmp_path):
         running.train()
         loss = running.evaluate()["eval_loss"]
         found[through] = trained(model)
-        # Not to the last bit: the forward of an ordinary network has other weights at other places.
         want = eval_loss_of(model.merge(), tmp_path, data, **given)
         assert loss == pytest.approx(want, rel=1e-3 if "bf16" in given else 1e-5)
     assert torch.equal(*found.values())
@@ -126,7 +125,7 @@ def test_an_interrupted_training_goes_on_exactly(through, wrap, tmp_path):
     assert torch.equal(trained(again), trained(whole))
     last = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
     if through == "handle":
-        assert sum(t.numel() for t in last.values()) == whole.summary().coordinates + 64
+        assert sum(t.numel() for t in last.values()) == whole.summary().coordinates + 32
         return
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     want = whole.merge().state_dict()
