@@ -1,4 +1,4 @@
-"""PEFT beside a subspace: around a network with adapters, and adapters on a network in a subspace."""
+"""PEFT beside a subspace: adapters in it, beside it, and on a network that is in one."""
 
 import pytest
 import torch
