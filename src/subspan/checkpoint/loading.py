@@ -19,6 +19,7 @@ from subspan.subspace import init
 from subspan.subspace.dtensors import copy_into
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_slots, saved_buffers
+from subspan.subspace.targets import find_presets
 
 Net = nn.Module | Callable[[], nn.Module]
 
@@ -203,6 +204,13 @@ def check_base(
             f"this network has {model.base_fingerprint}): give the network that it was trained from"
         )
     if model.layout != header["layout"]:
+        if presets := find_presets(header["recipe"]):
+            raise SubspanError(
+                f"{path} was trained through other parameters than those that {presets[0]!r} "
+                "chooses in this network, whose modules have other classes (in another version of "
+                "the library that made them, say) or whose frozen parameters are others: load it "
+                "with that version"
+            )
         raise SubspanError(
             f"{path} was trained with other parameters frozen (requires_grad=False) than this "
             "network has: freeze the same ones"

@@ -126,6 +126,11 @@ def adds_to_optimizer(frame: FrameType) -> bool:
     return frame.f_code.co_name == "add_param_group"
 
 
+def switches_adapters(frame: FrameType) -> bool:
+    """Return whether PEFT enables or disables an adapter, whose flags follow."""
+    return frame.f_code.co_name == "_set_layer_requires_grad"
+
+
 def registers_parameter(frame: FrameType) -> bool:
     """Return whether a module looks at the type of what it is given for a parameter."""
     before = frame.f_back

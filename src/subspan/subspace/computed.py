@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import adds_to_optimizer, registers_parameter
+from subspan.subspace.callers import (
+    adds_to_optimizer,
+    registers_parameter,
+    switches_adapters,
+)
 from subspan.subspace.functions import property_of, sets, share_memory, writes_first
 
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -50,6 +54,8 @@ class Computed(Tensor):
         if target is not None and name != "requires_grad_":
             raise refuse_change(target.weight_name, func)
         if target is not None and not target._may_set_flag(args, kwargs):
+            if switches_adapters(sys._getframe(1)):
+                return target  # a disabled adapter has no gradient anyway
             raise target._refuse_flag()
         if sets(func, "requires_grad") and not args[0]._may_set_flag(args, {}):
             raise args[0]._refuse_flag()

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from subspan import families
+from subspan.errors import SubspanError
 from subspan.subspace import init
+from subspan.subspace.at_base import at_base
 from subspan.subspace.attach import attach, detach
 from subspan.subspace.compartments import Compartment, Patterns, Rules
 from subspan.subspace.handle import Handle, with_signature
@@ -28,6 +31,7 @@ from subspan.subspace.links import FINGERPRINT, LINK
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.summary import Summary, TensorSummary
+from subspan.subspace.targets import HEAD_RATE, default_rate
 from subspan.subspace.weights import Weights
 from subspan.subspace.wrapping import prepare
 
@@ -43,12 +47,14 @@ class SubspaceModel(Handle):
         net: any module.
         dim: d, the number of coordinates in all; or of each compartment; None where rules say it.
         projection: a family of :func:`subspan.projections`.
-        compartments: "global", "layer", "tensor", "uniform:k" or {pattern: dimension}.
+        compartments: "global", "layer", "tensor", "uniform:k" or {pattern: dimension}. Presets
+            stand for patterns here, too.
         allocation: how a total is divided between compartments: "sqrt" of their size, "equal"
             or by "size".
         targets: patterns of the parameters to train (see
-            :func:`subspan.subspace.compartments.matches`);
-            by default all that require a gradient. The others stay at θ₀.
+            :func:`subspan.subspace.compartments.matches`), or presets (see
+            :mod:`subspan.subspace.targets`): "attention", "mlp", "norms-and-biases", "all-linear",
+            "head"; by default all that require a gradient. The others stay at θ₀.
         exclude: patterns of parameters that stay at θ₀.
         train_fully: patterns of parameters that are trained directly and stored as they are (a
             new head).
@@ -210,6 +216,59 @@ class SubspaceModel(Handle):
         What was trained fully, and buffers, keep what training made of them.
         """
         return detach(self.subspace)
+
+    def at_base(self) -> AbstractContextManager[None]:
+        """Let the network compute θ₀ inside of a ``with``, as PEFT's ``disable_adapter()`` does.
+
+        Every read of a weight gives θ₀ itself, without a copy and without a gradient of w; so do
+        :meth:`weights`, :meth:`merge` and ``save_pretrained``. What is trained fully keeps what
+        training has made of it, since the numbers that it had are nowhere: PEFT gives those of
+        ``modules_to_save`` back. It holds for this thread, or task of asyncio, and may be nested.
+        Code that ``torch.compile`` has compiled runs uncompiled meanwhile, in all threads.
+
+        Raises:
+            SubspanError: if the network is sharded (FSDP). Inside, activation checkpoints need
+                ``torch.no_grad()``, and nothing can be compiled or exported.
+        """
+        return at_base(self.subspace)
+
+    def parameter_groups(
+        self, lr: float | None = None, head_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return groups of parameters for any optimizer of PyTorch, each with its own rate.
+
+        ``torch.optim.AdamW(model.parameter_groups())`` trains a network and its new head.
+        Schedulers multiply the rate of each group. ``Trainer`` of transformers takes
+        ``optimizers=(torch.optim.AdamW(model.parameter_groups()), None)``, and makes the scheduler;
+        or ``optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": model.parameter_groups()})``.
+
+        Args:
+            lr: of the coordinates; by default one that works with Adam on pretrained networks, by
+                the preset in ``targets`` and the number of coordinates
+                (:func:`subspan.subspace.targets.default_rate`).
+            head_lr: of what is trained fully.
+
+        Returns:
+            One group of coordinates, and one of all else that requires a gradient, if there are
+            such.
+
+        Raises:
+            SubspanError: if all is frozen.
+        """
+        own = {id(w) for w in self.coordinates.values()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        dim = sum(part.dim for part in self.compartments)
+        rate = default_rate(self.recipe["targets"], dim) if lr is None else lr
+        groups = [
+            {"params": [p for p in trained if id(p) in own], "lr": rate},
+            {
+                "params": [p for p in trained if id(p) not in own],
+                "lr": HEAD_RATE if head_lr is None else head_lr,
+            },
+        ]
+        if not trained:
+            raise SubspanError("all parameters are frozen: unfreeze some, by requires_grad_()")
+        return [group for group in groups if group["params"]]
 
     def fully_trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters of ``train_fully`` by name."""

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -217,12 +218,15 @@ class Structure:
 
     def _outside(self, bases: Collection[str]) -> Choice:
         full = (path for path, module in self.modules.items() if _own(module))
-        return Choice(holders=frozenset(path for path in full if not lies_in(path, bases)))
+        # PEFT keeps a head as it was beside the one that it trains.
+        kept = {p for p in self.modules if p.endswith(".original_module")}
+        return Choice(holders=frozenset(p for p in full if not lies_in(p, {*bases, *kept})))
 
     def _output_layers(self) -> list[str]:
         found = None
         with contextlib.suppress(AttributeError, NotImplementedError):
-            found = self.net.get_output_embeddings() if _is_pretrained(self.net) else None
+            net: Any = self.net
+            found = net.get_output_embeddings() if _is_pretrained(net) else None
         return [path for path, module in self.modules.items() if module is found]
 
     def _last(self) -> str:

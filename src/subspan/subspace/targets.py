@@ -19,7 +19,9 @@ preset chooses is part of the format: another choice is another name.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +32,8 @@ from subspan.subspace.structure import Choice, Structure, is_conv1d
 
 PRESETS = ("attention", "mlp", "norms-and-biases", "all-linear", "head")
 
-# Rates of Adam that work on pretrained networks, by what the coordinates move: of the coordinates
-# of "hash", and of a new head. "" is any other choice.
+# Rates of Adam that work on pretrained networks with 1,000 coordinates of "hash", by what these
+# move; "" is any other choice, and several presets together. HEAD_RATE is that of a new head.
 RATES = {
     "attention": 0.02,
     "mlp": 0.02,
@@ -50,6 +52,16 @@ _LACKS = {
     "head": "no head",
 }
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def default_rate(targets: Patterns, dim: int) -> float:
+    """Return a learning rate of coordinates for Adam: that of RATES, scaled by √(1000 / d).
+
+    A first step of Adam changes every coordinate by the rate, and θ by the rate times √d.
+    """
+    chosen = [targets] if isinstance(targets, str) else list(targets or ())
+    preset = chosen[0].removeprefix(EXPLICIT) if len(chosen) == 1 else ""
+    return float(f"{RATES.get(preset, RATES['']) * math.sqrt(1000 / dim):.2g}")
 
 
 class Presets:
@@ -156,6 +168,16 @@ class Presets:
                 parameters = "parameter" + "s" * (len(found) > 1)
                 there.append(f"{preset} ({numbers:,} numbers in {len(found)} {parameters})")
         return f"its presets are {', '.join(there)}" if there else "it has no presets"
+
+
+def find_presets(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the presets, or patterns of their names, in the recipe of a model."""
+    rules = recipe.get("compartments")
+    patterns = [rule[0] for rule in rules] if isinstance(rules, list) else []
+    for option in ("targets", "exclude", "train_fully"):
+        given = recipe.get(option) or []
+        patterns += [given] if isinstance(given, str) else given
+    return [pattern for pattern in patterns if pattern.removeprefix(EXPLICIT) in PRESETS]
 
 
 def find_linears(net: nn.Module, targets: Patterns = "all-linear") -> list[str]:

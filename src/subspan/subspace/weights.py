@@ -18,6 +18,7 @@ from torch.fx import _symbolic_trace as fx
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.subspace import forming, quantised
+from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
 from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
@@ -88,7 +89,8 @@ class Weights(Network):
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
-        for outer in reversed(_now.__dict__.get("calls", ())):
+        calls = () if is_at_base(self) else _now.__dict__.get("calls", ())
+        for outer in reversed(calls):
             if outer.weights is self:
                 where = self._groups_with.get(tensor, ())
                 if not where or dtype is not None or self.shards is not None:
@@ -121,15 +123,18 @@ class Weights(Network):
         return theta.clone() if tensor in self._renormed and type(theta) is Tensor else theta
 
     def form(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Form θ of one tensor, differentiable in w."""
+        """Form θ of one tensor, differentiable in w; inside of ``at_base()`` return θ₀."""
+        if is_at_base(self):
+            return self._rest(tensor, dtype)
         if self.shards is not None and is_shard(base := self.base_of(tensor)) and home_of(base):
             return self.shards.theta(tensor)
         parts = [self._theta([block], dtype)[0] for block in self.blocks_of[tensor]]
         return self._join(tensor, parts)
 
     def all(self) -> dict[str, Tensor]:
-        """Form θ of every trained tensor, differentiable in w."""
-        if self.shards is not None:  # calls have tensors of modules that are whole at other times
+        """Form θ of every trained tensor, differentiable in w; or θ₀ as :meth:`form`."""
+        # Calls have tensors of modules that are whole at other times.
+        if self.shards is not None or is_at_base(self):
             return {tensor: self.form(tensor) for tensor in self.blocks_of}
         parts: dict[str, list[Tensor]] = {}
         for block in self.blocks:
@@ -142,6 +147,16 @@ class Weights(Network):
         """Yield the parameters of the ordinary network, one after the other and at θ."""
         for name in self.requires_grad:
             yield name, self.form(name) if name in self.blocks_of else self.stored(name)
+
+    def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
+        """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
+        refuse_running_again()
+        with _plain():
+            base = quantised.dense(self.held(tensor))
+            base = base if base.requires_grad else base.detach()
+            if tensor in self._renormed:
+                base = base.clone()
+            return base if dtype is None else base.to(dtype)
 
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -209,6 +224,7 @@ class Weights(Network):
         if tensor in self._groups_with or self.shards is not None or len(own) > 1:
             return None
         inside = any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
+        inside = inside and not is_at_base(self)
         base = self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():

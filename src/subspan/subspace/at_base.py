@@ -1,0 +1,91 @@
+"""A network at θ₀ for a while, as PEFT's ``disable_adapter()`` has it.
+
+Inside of ``at_base`` every read of a weight gives θ₀ itself, without a copy and without P w. It
+holds for one thread, or one task of asyncio: others go on with θ. A compiled graph has θ in it, so
+that compiled code runs uncompiled meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+
+from subspan.errors import SubspanError
+
+if TYPE_CHECKING:
+    from subspan.subspace.network import Network
+
+_resting: ContextVar[tuple[Network, ...]] = ContextVar("subspan_resting", default=())
+_lock = threading.Lock()
+_open = 0  # how many `at_base` there are now, in all threads; graphs are compiled for 0
+_eager = ExitStack()  # while there are some, nothing runs compiled
+
+
+@contextmanager
+def at_base(weights: Network) -> Iterator[None]:
+    """Let reads of a network's weights give θ₀, in this thread.
+
+    Raises:
+        SubspanError: if the network is sharded, or was unwrapped.
+    """
+    weights.network()
+    if weights.shards is not None:
+        raise SubspanError(
+            "at_base() does not know networks in shards (FSDP): compare with the network that was "
+            "wrapped in a process of its own, or before fully_shard"
+        )
+    token = _resting.set((*_resting.get(), weights))
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+        _resting.reset(token)
+
+
+def is_at_base(weights: Network) -> bool:
+    """Return whether a read gives θ₀ here and now.
+
+    Raises:
+        SubspanError: if a graph is compiled or exported meanwhile.
+    """
+    if not _open:
+        return False
+    if torch.compiler.is_compiling():
+        raise SubspanError(
+            "a network in a subspace cannot be compiled or exported while at_base() is open: do it "
+            "outside"
+        )
+    return weights in _resting.get()
+
+
+def refuse_running_again() -> None:
+    """Refuse activation checkpoints, which would run a part again when θ is back.
+
+    Raises:
+        SubspanError: where a graph is made inside of one.
+    """
+    if not torch.is_grad_enabled():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        raise SubspanError(
+            "an activation checkpoint inside of at_base() might run its part again outside, with "
+            "other weights: use torch.no_grad() inside of at_base(), or no checkpoints"
+        )
+
+
+def _count(change: int) -> None:
+    global _open
+    with _lock:
+        _open += change
+        if not _open:
+            _eager.close()
+        elif _open == change == 1 and "torch._dynamo" in sys.modules:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
