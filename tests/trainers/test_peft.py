@@ -1,9 +1,8 @@
-"""PEFT beside a subspace: adapters in it, beside it, and on a network that is in one."""
+"""Trainer and PEFT: adapters in a subspace, and on a network that is in one."""
 
 import pytest
 import torch
 
-import subspan
 from subspan import SubspaceModel, SubspanError
 from tests.nets import scatter
 from tests.pretrained import bert, transformers
@@ -41,26 +40,10 @@ def test_a_subspace_of_adapters(through, tmp_path):
     torch.testing.assert_close(whole(input_ids=IDS).logits, logits)
 
 
-def test_adapters_beside_a_subspace(tmp_path):
-    def build():
-        net = adapted(target_modules=["key"])
-        return SubspaceModel(net, 20, targets=["query", "value"], train_fully=["lora_"])
-
-    model = build()
-    assert {name for name in model.fully_trained() if "lora_" not in name} == set()
-    running = transformers.Trainer(model, arguments(tmp_path), train_dataset=CLASSES)
-    running.train()
-    subspan.save(model, tmp_path / "both.safetensors")
-    model.eval()
-    loaded = subspan.load(tmp_path / "both.safetensors", adapted(target_modules=["key"])).eval()
-    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert trained(model)[:20].any()
-
-
 def test_adapters_on_a_network_in_a_subspace(tmp_path):
-    """Its coordinates are frozen then, as all that is not PEFT's; else PEFT would lose them."""
+    """PEFT freezes coordinates. Where they are trained nevertheless, Trainer would lose them."""
     model = scatter(SubspaceModel(bert(), 20, targets=["query", "value"]))
-    before = model.coordinates["global"].detach().clone()
+    before = trained(model)
     net = peft.get_peft_model(model.body, peft.LoraConfig(target_modules=["key"], **LORA))
     running = transformers.Trainer(
         net, arguments(tmp_path, label_names=["labels"]), train_dataset=CLASSES
@@ -71,16 +54,6 @@ def test_adapters_on_a_network_in_a_subspace(tmp_path):
     other = scatter(SubspaceModel(bert(), 20, targets=["query", "value"]))
     loaded = peft.PeftModel.from_pretrained(other.body, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(input_ids=IDS).logits, net.eval()(input_ids=IDS).logits)
-    model.coordinates["global"].requires_grad_(True)
-    with pytest.raises(SubspanError, match="would save its adapters without the coordinates"):
-        net.save_pretrained(tmp_path / "lost")
-
-
-def test_adapters_on_layers_that_are_trained():
-    """They compute what they should; a file would not say where coordinates belong."""
-    model = scatter(SubspaceModel(bert(), 20, targets=["query", "value"])).eval()
-    want = model(input_ids=IDS).logits
-    net = peft.get_peft_model(model.body, peft.LoraConfig(target_modules=["query"], r=2)).eval()
-    torch.testing.assert_close(net(input_ids=IDS).logits, want)
-    with pytest.raises(SubspanError, match="was replaced after the network was wrapped"):
-        subspan.save(model, "nowhere.safetensors")
+    model.requires_grad_(True)
+    with pytest.raises(SubspanError, match="without the coordinates that are trained beside"):
+        running.save_model(tmp_path / "lost")

@@ -75,17 +75,18 @@ def asked_by_validation(frame: FrameType) -> bool:
     return frame.f_code.co_name == "validate_quantization_for_training"
 
 
-def saved_by_peft(start: FrameType) -> bool:
-    """Return whether PEFT looks for its adapters in a state that it asks for."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name == "state_dict":
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "get_peft_model_state_dict"
-
-
 def saved_by_trainer(frame: FrameType) -> bool:
     """Return whether transformers' Trainer saves a network."""
     return _module(frame) == "transformers.trainer" and frame.f_code.co_name == "_save"
+
+
+def saved_as_adapters(start: FrameType) -> bool:
+    """Return whether transformers' Trainer saves a network of PEFT's, which saves its adapters."""
+    names, frame = set(), start.f_back
+    while frame is not None and not saved_by_trainer(frame):
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return frame is not None and "get_peft_model_state_dict" in names
 
 
 def find_checkpoint(start: FrameType) -> str | None:

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_own_method, saved_by_peft
+from subspan.subspace.callers import asked_by_own_method, saved_as_adapters
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
@@ -29,11 +29,11 @@ class ModuleStates:
         if whole:
             weights.changes.check_base()
             trained = any(w.requires_grad for w in weights.coordinates().values())
-            if trained and saved_by_peft(sys._getframe(1)):
+            if trained and saved_as_adapters(sys._getframe(1)):
                 raise SubspanError(
-                    "PEFT would save its adapters without the coordinates that are trained beside "
-                    "them: freeze those, or put adapters into the network before it is wrapped, "
-                    'with train_fully=["lora_"], and use subspan.save'
+                    "Trainer would save PEFT's adapters without the coordinates that are trained "
+                    "beside them: put adapters into the network before it is wrapped, with "
+                    'train_fully=["lora_"], and give Trainer the SubspaceModel'
                 )
         elif weights.root is self:
             refuse_whole(weights, "saved with all its weights")
