@@ -23,7 +23,7 @@ def adapted(**options):
 @both
 def test_a_subspace_of_adapters(through, tmp_path):
     """A Trainer resumes exactly; what it saves of the network are ordinary adapters."""
-    given = {"wrap": {"targets": "lora_"}, "save_strategy": "steps", "save_steps": 2}
+    given = {"wrap": {"targets": ".*lora_.*"}, "save_strategy": "steps", "save_steps": 2}
     whole, first = trainer(adapted(), through, tmp_path / "whole", **given)
     first.train()
     assert trained(whole).numel() == 20

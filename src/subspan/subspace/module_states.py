@@ -33,7 +33,7 @@ class ModuleStates:
                 raise SubspanError(
                     "Trainer would save PEFT's adapters without the coordinates that are trained "
                     "beside them: put adapters into the network before it is wrapped, with "
-                    'train_fully=["lora_"], and give Trainer the SubspaceModel'
+                    'train_fully=".*lora_.*", and give Trainer the SubspaceModel'
                 )
         elif weights.root is self:
             refuse_whole(weights, "saved with all its weights")
