@@ -280,3 +280,22 @@ def test_nothing_to_factorise_or_to_merge():
         factorize(nn.Sequential(nn.ReLU()), rank=2)
     with pytest.raises(SubspanError, match="no factored layer to merge"):
         merge(build("mlp"))
+
+
+def test_presets_choose_layers():
+    def encoder():
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        return nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(8, 2))
+
+    def replaced(**options):
+        return {n for n, m in factorize(encoder(), rank=2, **options).named_modules()
+                if isinstance(m, LowRankLinear)}  # fmt: skip
+
+    start = "0.layers.0."
+    attention = {f"{start}self_attn.{part}_proj" for part in "qkv"} | {f"{start}self_attn.out_proj"}
+    mlp = {f"{start}linear1", f"{start}linear2"}
+    assert replaced(targets="attention") == attention
+    assert replaced(targets="mlp") == mlp
+    assert replaced(targets="all-linear") == attention | mlp == replaced(exclude="head")
+    with pytest.raises(SubspanError, match="has no module that is called attention"):
+        factorize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), rank=1, targets="attention")

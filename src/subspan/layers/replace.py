@@ -11,7 +11,8 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
-from subspan.subspace.compartments import Patterns, matches, select
+from subspan.subspace.compartments import EXPLICIT, Patterns, matches, select
+from subspan.subspace.targets import PRESETS, Presets
 
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -126,12 +127,13 @@ def select_layers(
         name: [name] if candidate.projection else paths[id(candidate.owner)]
         for name, candidate in candidates.items()
     }
+    presets = _find_presets(net, candidates)
     if targets is None:
         wanted = {name for name, candidate in candidates.items() if candidate.obstacle is None}
     else:
         _refuse_other_kinds(net, names, targets)
-        wanted = select(names, targets, "targets", "layer")
-    wanted -= select(names, exclude, "exclude", "layer")
+        wanted = select(names, targets, "targets", "layer", presets)
+    wanted -= select(names, exclude, "exclude", "layer", presets)
     if not wanted:
         why = next((f"; {n}: {p.obstacle}" for n, p in candidates.items() if p.obstacle), "")
         raise SubspanError(
@@ -143,13 +145,24 @@ def select_layers(
     return ordered
 
 
+def _find_presets(net: nn.Module, candidates: Mapping[str, ReplaceableLayer]) -> Presets:
+    """Return the presets of a network, which choose layers by their weights."""
+    weights, shapes = {}, {}
+    for name, candidate in candidates.items():
+        weight = "in_proj_weight" if candidate.projection else ".weight" if name else "weight"
+        weights[name] = [name.removesuffix(candidate.projection) + weight]
+        layer = candidate.layer
+        shapes[name] = torch.Size((0, 0)) if layer is None else layer.weight.shape
+    return Presets(net, weights, shapes)
+
+
 def _refuse_other_kinds(
     net: nn.Module, names: Mapping[str, Sequence[str]], targets: Patterns
 ) -> None:
     """Say what a pattern names, if that is no layer of the kinds that can be replaced."""
     every = [name for aliases in names.values() for name in aliases]
     for pattern in [targets] if isinstance(targets, str) else targets or ():
-        if any(matches(pattern, name) for name in every):
+        if pattern.removeprefix(EXPLICIT) in PRESETS or any(matches(pattern, n) for n in every):
             continue
         for name, module in net.named_modules():
             if name and matches(pattern, name):
@@ -209,9 +222,9 @@ def replace_layers(
         net: changed in place.
         make: makes the new layer from the name and the layer that it replaces, which it must not
             change.
-        targets: which layers, by patterns as of :class:`~subspan.SubspaceModel`. By default every
-            ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes, that shares
-            its parameters with no other module and whose weight nothing else computes
+        targets: which layers, by patterns or presets as of :class:`~subspan.SubspaceModel`. By
+            default every ``nn.Linear`` and ``nn.Conv2d`` without groups, of exactly these classes,
+            that shares its parameters with no other module and whose weight nothing else computes
             (``weight_norm``, ``spectral_norm``, ``prune``, a parametrization). Others are left as
             they are by default, and refused where a pattern names them.
         exclude: layers to leave as they are.

@@ -32,7 +32,7 @@ def at_base(weights: Network) -> Iterator[None]:
     """Let reads of a network's weights give θ₀, in this thread.
 
     Raises:
-        SubspanError: if the network is sharded, or was unwrapped.
+        SubspanError: if the network is sharded, or was unwrapped; inside of compiled code.
     """
     weights.network()
     if weights.shards is not None:
@@ -40,8 +40,8 @@ def at_base(weights: Network) -> Iterator[None]:
             "at_base() does not know networks in shards (FSDP): compare with the network that was "
             "wrapped in a process of its own, or before fully_shard"
         )
-    token = _resting.set((*_resting.get(), weights))
     _count(1)
+    token = _resting.set((*_resting.get(), weights))
     try:
         yield
     finally:
@@ -84,8 +84,13 @@ def refuse_running_again() -> None:
 def _count(change: int) -> None:
     global _open
     with _lock:
+        if not _open and "torch._dynamo" in sys.modules:
+            try:
+                _eager.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:
+                raise SubspanError(
+                    "at_base() cannot begin inside of compiled code: begin it around the call"
+                ) from error
         _open += change
         if not _open:
             _eager.close()
-        elif _open == change == 1 and "torch._dynamo" in sys.modules:
-            _eager.enter_context(torch.compiler.set_stance("force_eager"))
