@@ -115,6 +115,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
         if issubclass(cls, ParametrizationList):
             bases = (Parametrized, *bases)  # type: ignore[assignment]
+        bases = (*_first_in_memory(cls), *bases)
         body: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
         body |= {"_subspan_class": key, "_subspan_rebuild": staticmethod(rebuild)}
         body |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
@@ -127,6 +128,21 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
         new = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
         _made[key] = new(kind, cls.__name__, bases, body)
     return _made[key]
+
+
+def _first_in_memory(cls: type) -> tuple[type, ...]:
+    """Return the base that a made class needs first, so that Python takes both for alike in memory.
+
+    Python looks at the class from which on instances have a ``__dict__``, and at that one's base:
+    in ``class Net(ABC, nn.Module)`` this is ABC and not object.
+    """
+    while cls.__base__ is not None and cls.__base__.__dictoffset__:
+        cls = cls.__base__
+    below: Any = cls.__base__
+    if below is object:
+        return ()
+    own = {"__orig_bases__": ()}  # or Generic would ask for its parameters
+    return (type(below)(below.__name__, (below,), own),)
 
 
 def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
