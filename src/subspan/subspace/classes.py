@@ -115,7 +115,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
         if issubclass(cls, ParametrizationList):
             bases = (Parametrized, *bases)  # type: ignore[assignment]
-        bases = (*_first_in_memory(cls), *bases)
+        bases = (*_first_in_memory(cls), *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
         body |= {"_subspan_class": key, "_subspan_rebuild": staticmethod(rebuild)}
         body |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
