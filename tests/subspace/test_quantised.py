@@ -474,17 +474,10 @@ def test_functional_calls(kind):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_transformers(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    from tests.pretrained import llama, transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    llama(vocab_size=50, num_key_value_heads=2, **sizes).save_pretrained(tmp_path / "base")
     network(kind)  # skips where the library is missing
     if kind == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -192,6 +192,13 @@ class Weights(Network):
             # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
             base = base if base.requires_grad else base.detach()
         return adapter.merge(base, *map(read, adapter.factors))
+
+    @torch.no_grad()
+    def copied(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of the ordinary network, one after the other and at θ."""
+        formed = self.blocks_of.keys() | self.adapters.keys()
+        for name in (name for name in self.requires_grad if name not in self.hidden):
+            yield name, self.form(name) if name in formed else self.stored(name)
 
     def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
         """Return θ₀ of one tensor, which has no gradient unless it was given with one."""

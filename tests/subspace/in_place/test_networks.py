@@ -1,6 +1,8 @@
 """A model is its merged network: every kind of network, every family."""
 
+import abc
 import copy
+import typing
 
 import pytest
 import torch
@@ -100,3 +102,24 @@ def test_a_model_is_its_merged_network(kind, family):
     assert not torch.allclose(copy.deepcopy(model).unwrap()(*inputs), want)
     for net in (model, model.body):
         assert (net(*inputs) - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("first", [abc.ABC, typing.Generic[typing.TypeVar("T")]])
+def test_networks_of_abstract_and_generic_classes(first):
+    """Python lays their instances out after the base that comes first."""
+
+    class Base(first, nn.Module):
+        def forward(self, x):
+            return self.layer(x)
+
+    class Net(Base):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+    model = scatter(SubspaceModel(nn.Sequential(Net(), nn.ReLU()), 10))
+    x = torch.randn(3, 8)
+    assert isinstance(model.body[0], Base)
+    assert torch.equal(model(x), model.merge()(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert type(model.unwrap()[0]) is Net
