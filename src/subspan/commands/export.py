@@ -11,5 +11,11 @@ def main(argv: Arguments) -> None:
     parser = Parser("export", main.__doc__)
     parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
     parser.add_argument("out", type=str, help="the file to write")
+    parser.add_argument(
+        "--net",
+        type=str | None,
+        default=None,
+        help="where the network is now that it was trained from; null: where it was",
+    )
     given = parse(parser, argv)
-    print(f"{given.out}: {write_weights(given.checkpoint, given.out):,} bytes")
+    print(f"{given.out}: {write_weights(given.checkpoint, given.out, net=given.net):,} bytes")
