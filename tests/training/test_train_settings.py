@@ -103,7 +103,7 @@ def test_steps_in_place_of_epochs(tmp_path):
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.5)
-    planned = schedule(optimizer, "onecycle", 0.5, STEPS + 4)
+    planned = schedule(optimizer, "onecycle", STEPS + 4)
     for _ in range(STEPS):
         optimizer.step()
         planned.step()

@@ -63,9 +63,9 @@ def rebuild(
     if header["kind"] != "part":
         return checkpoint.load(path, make), header
     extra, seed = header["extra"], header["extra"].get("init_seed")
-    net = make() if seed is None else init.build(make, seed)
+    begun = make() if seed is None else init.build(make, seed)
     how = method(extra["method"])
-    return checkpoint.load(path, how.wrap(net, extra["seed"], extra["options"])), header
+    return checkpoint.load(path, how.wrap(begun, extra["seed"], extra["options"])), header
 
 
 def evaluate_checkpoint(

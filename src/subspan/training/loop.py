@@ -226,7 +226,7 @@ class Loop:
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
-        accelerator, training, last = self.accelerator, self.training, self.steps_in(epoch)
+        accelerator, training = self.accelerator, self.training
         progress, within = self.progress, self.progress.within
         self.wrapped.train()
         if not within.seen:
