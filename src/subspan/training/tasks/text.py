@@ -18,6 +18,7 @@ from subspan.training.data import texts
 from subspan.training.tasks import Part, Task, TaskKind, register
 
 TOKENS = 8192  # of texts that are evaluated at a time
+GROUPS = 4  # of like length that a batch is divided into
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -58,13 +59,16 @@ class TextClassification(Task):
         """Return the number of training texts."""
         return len(self.data.train)
 
-    def batch(self, index: Tensor) -> texts.Batch:
-        """Select texts, padded to the longest of them."""
-        return self.data.train.batch(index, self.tokenizer.pad)
+    def batch(self, index: Tensor) -> list[texts.Batch]:
+        """Select texts, in groups of like length: one group would be half padding."""
+        train = self.data.train
+        order = index[train.lengths[index].argsort(stable=True)]
+        return [train.batch(group, self.tokenizer.pad) for group in order.chunk(GROUPS)]
 
-    def loss(self, net: nn.Module, batch: texts.Batch) -> Tensor:
-        """Return the mean cross entropy."""
-        return cross_entropy(_scores(net, batch), batch.labels)
+    def loss(self, net: nn.Module, batch: list[texts.Batch]) -> Tensor:
+        """Return the mean cross entropy over all groups."""
+        scores = torch.cat([_scores(net, group) for group in batch])
+        return cross_entropy(scores, torch.cat([group.labels for group in batch]))
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
