@@ -104,33 +104,24 @@ class MixedVariant(Variant):
     """Several variants for the rows of one batch: every tensor has the rows as first dimension.
 
     Args:
-        members: the variants.
-        index: of each row's variant among them, (rows,) int64.
+        members: the variant of each row.
         own: the network's tensors beside coordinates, for members that have none.
         proven: layers that have had rows as their first dimension, beyond doubt.
     """
 
     def __init__(
-        self,
-        members: Sequence[Variant],
-        index: Tensor,
-        own: Mapping[str, Tensor],
-        proven: set[str],
+        self, members: Sequence[Variant], own: Mapping[str, Tensor], proven: set[str]
     ) -> None:
         weights = members[0].weights
         beside = {
             name: torch.stack([member.beside.get(name, tensor) for member in members])
             for name, tensor in own.items()
         }
-        each = {name: tensor[index.to(tensor.device)] for name, tensor in beside.items()}
-        super().__init__(weights, "of a batch", {}, each)
-        self.rows, self.proven = len(index), proven
-        straight = index.tolist() == list(range(len(members)))
+        super().__init__(weights, "of a batch", {}, beside)
+        self.rows, self.proven = len(members), proven
         with torch.inference_mode(False), torch.no_grad():
-            for tensor in weights.blocks_of:
-                theta = torch.stack([member.theta(tensor) for member in members])
-                theta = theta if straight else theta[index.to(theta.device)]
-                self._formed[tensor, None] = theta, version_of(theta)
+            thetas = weights.form_rows([member.coordinates for member in members])
+        self._formed = {(name, None): (theta, version_of(theta)) for name, theta in thetas.items()}
 
 
 def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:

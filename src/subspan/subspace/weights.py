@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add_
 from subspan.subspace import forming, quantised
 from subspan.subspace.blocks import Block
 from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
@@ -164,6 +166,29 @@ class Weights(Network):
             for piece, theta in zip(pieces, self._theta(group), strict=True):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
+
+    def form_rows(self, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Form θ of every trained tensor for each of several coordinates, one after another.
+
+        Args:
+            coordinates: w of each compartment, by its name among the network's parameters.
+
+        Returns:
+            Tensors whose first dimension is that of ``coordinates``; without a graph.
+        """
+        thetas = {}
+        with _plain():
+            for tensor in self.blocks_of:
+                base = quantised.dense(self.held(tensor)).detach()
+                shape = (len(coordinates), *base.shape)
+                thetas[tensor] = base.expand(shape).clone(memory_format=torch.contiguous_format)
+        for n, ws in enumerate(coordinates):
+            rows = {tensor: theta[n].view(-1) for tensor, theta in thetas.items()}
+            for block in self.blocks:
+                parts = [rows[piece.tensor][piece.start : piece.stop] for piece in block.pieces]
+                w = ws[PREFIX + block.coordinates]
+                add_(from_recipe(block.recipe), parts, w, self.step, block.start)
+        return thetas
 
     def dense(self) -> dict[str, Tensor]:
         """Form the trained weights of an ordinary network: θ, and W + s B A where it has factors."""
