@@ -1,6 +1,7 @@
 """A network is a variant inside of ``use``, in one thread or task, and itself elsewhere."""
 
 import asyncio
+import copy
 import threading
 
 import pytest
@@ -262,6 +263,21 @@ def test_a_compiled_network_is_one_graph_for_all_variants(model):
     assert len(graphs) == 1
     with variants.use("a"), pytest.raises(Exception, match=r"call it under torch\.no_grad"):
         compiled(x)
+
+
+def test_a_compiled_copy_has_variants_of_its_own(model):
+    variants, x = Variants(model), batch("cnn")
+    variants.add("a", trained(model, 5))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    others, base = Variants(compiled), run(twin, x)
+    others.add("b", vector(6))
+    with variants.use("a"):
+        assert torch.equal(run(compiled, x), base)
+        with others.use("b"):
+            inside = run(compiled, x)
+    assert torch.equal(others(x, names="b"), inside)
+    assert not torch.equal(inside, base)
 
 
 def test_what_is_compiled_stays_trainable(model):
