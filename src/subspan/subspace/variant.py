@@ -22,6 +22,7 @@ from subspan.subspace.formed import version_of
 from subspan.subspace.links import link_of
 
 if TYPE_CHECKING:
+    from subspan.subspace.network import Network
     from subspan.subspace.weights import Weights
 
 KEPT = 1 << 25  # weights of a variant whose θ is kept; the others are formed at each read
@@ -151,7 +152,7 @@ def using(variant: Variant) -> Iterator[None]:
         _current.reset(token)
 
 
-def find_variant(weights: Weights) -> Variant | None:
+def find_variant(weights: Network) -> Variant | None:
     """Return the variant that a network has in this context; None where it is itself."""
     for variant in _current.get():
         if variant.weights is weights:
@@ -159,7 +160,7 @@ def find_variant(weights: Weights) -> Variant | None:
     return None
 
 
-def refuse_in_use(weights: Weights, done: str) -> None:
+def refuse_in_use(weights: Network, done: str) -> None:
     """Refuse what would mix a variant with the network's own tensors.
 
     Raises:
@@ -197,7 +198,7 @@ class BesideDescriptor:
 BESIDE = "_subspan_beside"  # in a module's __dict__: names of such tensors by attribute
 
 
-def replaced(weights: Weights, name: str, own: Tensor) -> Tensor:
+def replaced(weights: Network, name: str, own: Tensor) -> Tensor:
     """Return a tensor of the network's own, or in its place that of the variant in use.
 
     Args:

@@ -224,7 +224,7 @@ class Weights(Network):
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
             ]
-            return forming.form_theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
+            return forming.form_theta(w, self.step, group, bases, dtype)
 
     def _keep_group(self, n: int, outer: Outermost) -> Sequence[Tensor]:
         """Return θ of group n, which is formed once during an outermost call of the network.

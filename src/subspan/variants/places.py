@@ -65,7 +65,7 @@ class Places:
                 if isinstance(module, nn.RNNBase):
                     module.__dict__.pop("_flat_weights", None)
                     module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
-            module.__class__ = _make_reading(type(module), tuple(names))
+            module.__class__ = _make_reading(type(module), tuple(names))  # type: ignore[arg-type]
         except Exception as error:
             raise SubspanError(
                 f"module {path or 'the network'} is a {type(module).__name__}, whose tensors "
@@ -120,7 +120,7 @@ class LinearByRow:
     def forward(self, x: Tensor) -> Tensor:
         """Multiply all rows by one weight, or each by its own."""
         if torch.compiler.is_compiling() or self.weight.dim() == 2:  # type: ignore[attr-defined]
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[misc]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
         rows = split_by_row(link_of(self).weights, x, "")
         out = torch.bmm(rows, weight.mT)
