@@ -237,6 +237,24 @@ def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
     damaged(tmp_path / "m", build("lstm"), match="does not fit this network: |other parameters")
 
 
+def test_another_padding_row_is_refused(tmp_path):
+    """Its θ would be another one, although θ₀ and the coordinates are the same."""
+
+    def words(padding: int | None) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+        net[0].padding_idx = padding
+        return net
+
+    subspan.save(subspan.SubspaceModel(words(1), 5), tmp_path / "m")
+    subspan.load(tmp_path / "m", words(1))
+    for other in (2, None):
+        net = words(other)
+        with pytest.raises(SubspanError, match=r"another padding row of 0\.weight"):
+            subspan.load(tmp_path / "m", net)
+        assert subspan.SubspaceModel.of(net) is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -252,6 +270,11 @@ def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
         {"layout": "0" * 32},
         {"layout": None},
         {"extra": []},
+        {"base": "a"},
+        {"kept": 3},
+        {"lora": []},
+        {"quantised": 3},
+        {"parameters": 3},
     ],
     ids=str,
 )

@@ -46,6 +46,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     },
     "part": {"fingerprint": str},
 }
+OPTIONAL = {"base": dict, "kept": dict, "lora": dict, "parameters": str, "quantised": dict}
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names
 
 
@@ -136,6 +137,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if header.pop("digest", None) != digest(header, tensors):
         raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
     fields = {"extra": dict, "weights": int} | FIELDS.get(str(header.get("kind")), {"kind": ()})
+    fields |= {name: kind for name, kind in OPTIONAL.items() if name in header}
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
     return header, tensors
