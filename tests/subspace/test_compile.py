@@ -97,3 +97,15 @@ def test_recurrent_layers_compile_where_torch_allows_them(plain):
         torch.testing.assert_close(compiled(x), net(x))
         compiled(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_forward_that_calls_its_base_class_compiles():
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    net, x = Net(6, 3), torch.randn(2, 6)
+    model = SubspaceModel(net, 5)
+    for call in (net, model):
+        assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), net(x))

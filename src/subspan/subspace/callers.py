@@ -33,6 +33,11 @@ def asked_by_fsdp(frame: FrameType) -> bool:
     return "._fully_shard" in _module(frame)
 
 
+def resolves_super(frame: FrameType) -> bool:
+    """Return whether a compiler looks for a class among the bases of another, for ``super()``."""
+    return _module(frame) == "torch._dynamo.variables.misc"
+
+
 def asked_by_ddp(frame: FrameType) -> bool:
     """Return whether DistributedDataParallel asks."""
     return _module(frame) == "torch.nn.parallel.distributed"

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import FACTORS, Adapted
-from subspan.subspace.callers import asked_by_fsdp, saved_by_trainer
+from subspan.subspace.callers import asked_by_fsdp, resolves_super, saved_by_trainer
 from subspan.subspace.descriptors import QuantisedFlag, WeightDescriptor
 from subspan.subspace.embedding import LookedUp, looks_up
 from subspan.subspace.links import PREFIX, link_of
@@ -81,7 +81,8 @@ def _metaclass(kind: type[type]) -> type[type]:
             return self._subspan_class[0](*args, **kwargs)
 
         def __eq__(self, other: object) -> bool:
-            return self is other or self._subspan_class[0] is other
+            alike = self._subspan_class[0] is other and not resolves_super(sys._getframe(1))
+            return self is other or alike
 
         def __hash__(self) -> int:
             if asked_by_fsdp(sys._getframe(1)):  # which keeps a class for each class
