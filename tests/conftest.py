@@ -1,10 +1,17 @@
 """Fixtures that several test files share."""
 
+import atexit
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Trackio reads where its store is when it is imported, once in a process, and others import it.
+_trackio = tempfile.TemporaryDirectory(prefix="trackio")
+atexit.register(_trackio.cleanup)
+os.environ["TRACKIO_DIR"] = _trackio.name
 
 
 def pytest_collection_finish() -> None:

@@ -175,7 +175,7 @@ DAMAGE = {
     "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged or no record of subspan"),
     "newer": (lambda path: edited(path, format=99), "has format 99; .* reads up to 2: upgrade"),
     "no format": (lambda path: edited(path, format="1"), r"\(its format is '1'\): restore it"),
-    "no config": (lambda path: edited(path, config=...), "lacks config or status"),
+    "no config": (lambda path: edited(path, config=...), "it lacks config"),
     "other config": (
         lambda path: edited(path, config=json.loads(path.read_text())["config"] | {"epochs": 9}),
         r"belongs to another configuration \(epochs 9 → 1\): give another --out, or --overwrite",

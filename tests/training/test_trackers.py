@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,13 @@ SCORE = ("best_epoch", "checkpoint_bytes", "stored_parameters", "test_score")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trackio_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Trackio reads where its store is when it is imported, once in a process."""
-    folder = tmp_path_factory.mktemp("trackio")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(folder))
-        import trackio.utils
+def trackio_store() -> Path:
+    """Where Trackio keeps what tests log."""
+    folder = Path(os.environ["TRACKIO_DIR"])
+    import trackio.utils
 
-        assert folder == trackio.utils.TRACKIO_DIR
-        yield folder
+    assert folder == trackio.utils.TRACKIO_DIR
+    return folder
 
 
 @pytest.fixture(autouse=True)
