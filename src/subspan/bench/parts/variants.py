@@ -32,10 +32,10 @@ RANK, ADAPTERS = 8, 16
 SENTENCES, WORDS = 8, 32  # of a forward after a switch
 MANY = 10_000  # variants in memory
 HEAD = "classifier"
-NORMS_AND_BIASES = r".*(bias|LayerNorm\.weight)"
+NORMS_AND_BIASES = "norms-and-biases"
 PEFT, PLAIN = f"PEFT, LoRA r = {RANK}", "the network alone"
-SWITCH = f"a switch of the variant and a forward of {SENTENCES} sentences of {WORDS} tokens"
-MIXED = f"a batch of {ADAPTERS} sentences of {WORDS} tokens, of one variant or of {ADAPTERS}"
+SWITCH = f"a switch, and a forward of {SENTENCES} × {WORDS} tokens"
+MIXED = f"{ADAPTERS} × {WORDS} tokens, of one variant or of {ADAPTERS}"
 MEMORY = f"{MANY:,} variants in memory"
 
 
