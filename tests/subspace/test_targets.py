@@ -456,7 +456,8 @@ def test_a_rate_goes_by_the_preset_and_the_length_of_a_step():
     assert default_rate("attention", 1000) == default_rate(["preset:attention"], 1000)
     assert default_rate("mlp", 10) == 10 * default_rate("mlp", 1000)
     assert default_rate(["mlp", "attention"], 1000) == default_rate(None, 1000) == RATES[""]
-    assert set(RATES) == {*PRESETS, ""}
+    assert default_rate(["subspan_A", "subspan_B"], 1000) == RATES["factors"]
+    assert set(RATES) == {*PRESETS, "factors", ""}
 
 
 @pytest.mark.filterwarnings("ignore")
