@@ -183,7 +183,9 @@ def test_shuffled_labels(file, tmp_path):
 OWN = """
 import torch
 from torch import nn
+from subspan.training import data
 from subspan.training.tasks import Task
+from subspan.training.tasks.classification import Classification
 
 def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -202,6 +204,9 @@ class Regression(Task):
 
 def task():
     return Regression()
+
+def images():
+    return Classification(data.load("digits"), "mlp-8")
 """
 
 
@@ -212,6 +217,17 @@ def test_a_task_without_mistakes(cli, in_tmp_path):
     said = cli("bound", "a/model.safetensors")
     assert said.code == 2
     assert "has no mistakes to count, and only a loss of 0 or 1 has this bound" in said.err
+
+
+def test_a_task_of_your_own_is_taken_at_your_word(cli, in_tmp_path):
+    (in_tmp_path / "bound_own.py").write_text(OWN)
+    told = ["--task", "bound_own:images", "--init", "seed", "--epochs", 1, "--dim", 2, "--out", "a"]
+    assert cli("train", *told).code == 0
+    said = cli("bound", "a/model.safetensors", "--out", "bound.json")
+    assert (said.code, said.err) == (0, "")
+    assert "- no training or validation sample of your task is one of its test part" in said.out
+    record = json.loads((in_tmp_path / "bound.json").read_text())
+    assert (record["data"], record["samples"]) == ("bound_own:images", 1438)
 
 
 def test_weights_of_your_own_code_are_prior_only_if_you_say_so(cli, in_tmp_path):

@@ -121,9 +121,11 @@ def certify(
         "the samples are independent draws of what the classifier will meet",
         "the library, the network's code and delta were fixed before anyone saw the samples",
     ]
+    if ":" in (extra.get("task") or ""):
+        assumptions.append("no training or validation sample of your task is one of its test part")
     assumptions += _check_base(path, header, base_is_prior)
-    task = tasks.again(extra, data)
-    _check_same(path, task.describe(), extra, data or extra["data"])
+    task, name = tasks.again(extra, data), data or extra["data"] or extra["task"]
+    _check_same(path, task.describe(), extra, name)
     model, _ = rebuild(path)
     net = model.merge() if isinstance(model, SubspaceModel) else model
     with _watched(net.eval()):
@@ -132,7 +134,7 @@ def certify(
     log_confidence = log_prior(size) + math.log(delta) - math.log(choices)
     return Certificate(
         checkpoint=str(path),
-        data=data or extra["data"],
+        data=name,
         bytes=size,
         size_bits=8 * size,
         length_bits=math.log2(size) + math.log2(size + 1),
