@@ -50,6 +50,8 @@ def test_nothing_is_claimed_of_what_proves_nothing():
     assert occam_bound(3, 20, -1e9) == 1.0
     assert kl_inverse(0.1, 1e9) == 1.0
     assert kl_inverse(1.0, 0.1) == 1.0
+    assert pac_bayes_bound(0, 7, -0.1, 0.05) == 1.0  # it is not proved of so few samples
+    assert pac_bayes_bound(0, 8, -0.1, 0.05) < 1.0
 
 
 def test_the_inverse_of_kl():
@@ -93,8 +95,7 @@ def test_it_grows_with_bytes_and_mistakes_and_falls_with_samples_and_delta():
 def test_it_is_wrong_for_some_classifier_in_few_draws_only(delta):
     """All of 40 classifiers must be bounded at once, whichever of them the samples favour.
 
-    As many draws as make a share above delta improbable if the bound holds: 4,000 draws of 100
-    samples. A bound that forgets the union is wrong far more often, so the test can tell.
+    4,000 draws of 100 samples tell: a bound that forgets the union is wrong far more often.
     """
     rng = np.random.default_rng(7)
     classifiers, samples, draws = 40, 100, 4000
@@ -105,4 +106,4 @@ def test_it_is_wrong_for_some_classifier_in_few_draws_only(delta):
     mistakes = rng.binomial(samples, errors, size=(draws, classifiers))
     wrong = (of_mistakes[mistakes] < errors).any(axis=1).mean()
     assert 0 < wrong <= delta
-    assert (of_one[mistakes] < errors).any(axis=1).mean() > 3 * delta or delta == 0.3
+    assert (of_one[mistakes] < errors).any(axis=1).mean() > 3 * delta

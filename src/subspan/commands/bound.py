@@ -24,7 +24,7 @@ however the file was chosen. docs/bound.md derives it and says what is taken on 
 def main(argv: Arguments) -> None:
     """Bound the test error of a checkpoint from its bytes and its training error."""
     parser = Parser("bound", DESCRIPTION)
-    parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
+    parser.add_argument("checkpoint", type=str, help="a file of subspan train")
     parser.add_argument(
         "--data",
         type=str | None,

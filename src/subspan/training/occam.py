@@ -84,6 +84,11 @@ def kl_inverse(error: float, divergence: float) -> float:
 
 
 def pac_bayes_bound(mistakes: int, samples: int, log_prior: float, delta: float) -> float:
-    """Return the bound of Seeger and Maurer for one classifier of this prior probability."""
+    """Return the bound of Seeger and Maurer for one classifier of this prior probability.
+
+    It is proved for eight samples or more; for fewer it is 1.
+    """
+    if samples < 8:
+        return 1.0
     divergence = (math.log(2 * math.sqrt(samples) / delta) - log_prior) / samples
     return kl_inverse(mistakes / samples, divergence)
