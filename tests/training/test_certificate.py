@@ -97,12 +97,18 @@ def test_the_labels_of_the_test_part_do_not_matter_and_those_of_the_samples_do(f
     assert certify(file).mistakes != expected.mistakes
 
 
-def test_every_term_is_paid_for(file, tmp_path):
-    plain = certify(file)
-    assert certify(file, choices=1024).choices_bits == 10
+def test_every_term_is_paid_for(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "count_mistakes", lambda task, net: (9_000, 300_000))
+    plain, chosen = certify(file), certify(file, choices=1024)
+    assert chosen.choices_bits == 10
+    log_confidence = log_prior(plain.bytes) + math.log(0.05 / 1024)
+    assert chosen.error_bound == pytest.approx(occam_bound(9_000, 300_000, log_confidence))
+    assert chosen.error_bound > plain.error_bound
+    assert chosen.pac_bayes_bound > plain.pac_bayes_bound
+    assert certify(file, delta=0.5).error_bound < plain.error_bound
     longer = certify(resaved(file, tmp_path / "long.safetensors", remark="x" * 100))
     assert longer.size_bits - plain.size_bits >= 800
-    assert longer.mistakes == plain.mistakes
+    assert longer.error_bound > plain.error_bound
 
 
 def test_pixels_are_normalised_by_the_file(file, tmp_path, monkeypatch):
