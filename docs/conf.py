@@ -31,7 +31,7 @@ NAVIGATION = {
         "docs/hub",
         "examples/README",
     ),
-    "Measure": ("docs/laboratory", "docs/commands"),
+    "Measure": ("docs/laboratory", "docs/bound", "docs/commands"),
     "Findings": (
         "docs/results",
         "docs/gallery",

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train one network by one method"),
     "sweep": ("sweep", "accuracy against the number of coordinates, and the intrinsic dimension"),
     "eval": ("evaluate", "test score of a checkpoint"),
+    "bound": ("bound", "an upper bound on the test error, from the bytes of a checkpoint"),
     "inspect": ("inspect", "what a checkpoint says of itself"),
     "export": ("export", "merged weights of a checkpoint as a plain safetensors file"),
     "replay": ("replay", "the weights of any step, from the journal of a training"),

@@ -52,6 +52,7 @@ OPTIONS = {
     "reproduce": ["--list", "--budget", "--jobs", "--out", "li-mnist-lenet"],
     "eval": ["checkpoint", "--data"],
     "inspect": ["checkpoint"],
+    "bound": ["checkpoint", "--data", "--delta", "--choices", "--base-is-prior", "--out"],
     "export": ["checkpoint", "out", "--format", "--rank"],
     "report": ["folder"],
     "gallery": ["folder", "file"],

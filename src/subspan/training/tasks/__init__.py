@@ -65,6 +65,20 @@ class Task(ABC):
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
         """Return loss and score of a network in eval mode; gradients are yours to switch off."""
 
+    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
+        """Count the samples that a network, in eval mode, tells wrongly, and all samples.
+
+        The samples are those of the training and the validation part together: ``subspan bound``
+        needs a task whose loss is 0 or 1, as a mistake is, and never looks at the test part.
+
+        Raises:
+            SubspanError: where there are no mistakes to count, which is the default.
+        """
+        raise SubspanError(
+            f"the task's score, {self.score.name}, has no mistakes to count, and only a loss of 0 "
+            "or 1 has this bound: a task of classification defines count_mistakes"
+        )
+
     def describe(self) -> dict[str, Any]:
         """Describe the task for a checkpoint, as JSON values by name."""
         return {}

@@ -53,13 +53,25 @@ class Classification(Task):
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
         """Return the mean cross entropy, and accuracy as a fraction."""
         split: data.Split = getattr(self.images, part)
-        loss = correct = 0.0
+        loss, correct = self._judge(net, split)
+        return loss / len(split), correct / len(split)
+
+    @torch.no_grad()
+    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
+        """Count the images, of training and validation part, that a network tells wrongly."""
+        splits = (self.images.train, self.images.validation)
+        total = sum(map(len, splits))
+        return total - sum(self._judge(net, split)[1] for split in splits), total
+
+    def _judge(self, net: nn.Module, split: data.Split) -> tuple[float, int]:
+        """Return the sum of the losses, and how many images are told rightly."""
+        loss, correct = 0.0, 0
         for index in torch.arange(len(split), device=split.labels.device).split(BATCH):
             batch = split.select(index)
             scores = net(self.images.normalize(batch.images)).float()
             loss += float(cross_entropy(scores, batch.labels, reduction="sum"))
             correct += int((scores.argmax(dim=1) == batch.labels).sum())
-        return loss / len(split), correct / len(split)
+        return loss, correct
 
     def describe(self) -> dict[str, Any]:
         """Return the network's input, so that it can be built and fed without the data."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from subspan.errors import SubspanError
 from subspan.training import data as sets
 from subspan.training.data.order import LABELS, permutation
@@ -22,6 +24,13 @@ class ShuffledLabels(Classification):
     """
 
     score = Score("training accuracy")
+
+    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
+        """Refuse: the parts are one, and there is no other image whose label follows."""
+        raise SubspanError(
+            "shuffled labels have no test error to bound: all parts are the images that were "
+            "trained on"
+        )
 
 
 def task(net: str = "mlp", data: str = "mnist", seed: int = 0) -> ShuffledLabels:

@@ -74,13 +74,25 @@ class TextClassification(Task):
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
         """Return the mean cross entropy, and accuracy as a fraction."""
         some: texts.Texts = getattr(self.data, part)
-        loss = correct = 0.0
+        loss, correct = self._judge(net, some)
+        return loss / len(some), correct / len(some)
+
+    @torch.no_grad()
+    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
+        """Count the texts, of training and validation part, that a network tells wrongly."""
+        parts = (self.data.train, self.data.validation)
+        total = sum(map(len, parts))
+        return total - sum(self._judge(net, some)[1] for some in parts), total
+
+    def _judge(self, net: nn.Module, some: texts.Texts) -> tuple[float, int]:
+        """Return the sum of the losses, and how many texts are told rightly."""
+        loss, correct = 0.0, 0
         for index in some.by_length(TOKENS):
             batch = some.batch(index, self.tokenizer.pad)
             scores = _scores(net, batch).float()
             loss += float(cross_entropy(scores, batch.labels, reduction="sum"))
             correct += int((scores.argmax(dim=1) == batch.labels).sum())
-        return loss / len(some), correct / len(some)
+        return loss, correct
 
     def describe(self) -> dict[str, Any]:
         """Return what the network and its tokens depend on beside the base."""
