@@ -86,13 +86,15 @@ class Loop:
             alike = self.method.needs_processes(self.run.options)
             notes = list(before.notes) if before.notes is not None else notes
             notes += resume.check_processes(before, out, processes, must_agree=alike)
-            resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         self.total = self.steps * self.training.epochs
         if self.training.max_steps is not None:
             self.total = min(self.total, self.training.max_steps)
         # The layers that there were; their values come when a journal has been read from θ₀ on.
-        model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
+        model = ready.model
+        if before:
+            model = checkpoint.rebuild(model, before.header)
+            resume.check_beginning(before, self.folder, model, self.task.size())
         self.model = model.to(device)
         optimizer = self.bare = self.method.optimizer(
             self.model,
@@ -108,7 +110,7 @@ class Loop:
         self.backward = accelerator.backward if scaled else Tensor.backward
         self.wrapped = self.distributed()
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.schedule = schedule(optimizer, self.training.schedule, self.total)
+        self.schedule = schedule(optimizer, self.training.schedule, self.left(0))
         self.progress = Progress(Within(torch.zeros((), device=device)))
         if before:
             checkpoint.restore(self.model, before.tensors)
@@ -182,7 +184,8 @@ class Loop:
                 state.set_generators(generators)
             progress.history.append(row)
             self.folder.save(self.model, self.folder.last, self.extra())
-            ready = self.method.ready(self.model, self.bare, self.run)
+            last = epoch == epochs or self.method.finished(self.run, progress.history, self.score)
+            ready = self.method.ready(self.model, self.bare, self.run, last)
             first = not progress.best_epoch
             if ready and (first or self.score.better(row.val_score, progress.best_score)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
@@ -194,11 +197,17 @@ class Loop:
             patience = self.training.patience
             if ready and patience is not None and epoch - progress.best_epoch >= patience:
                 break
-            if epoch < epochs:
-                self.change()
+            if last:
+                break
+            self.change()
             self.save_state()
-            if self.stopping and epoch < epochs:
+            if self.stopping:
                 raise self.stopped()
+
+    def left(self, epochs: int) -> int:
+        """Return the steps of a schedule that begins after so many epochs: to its stage's end."""
+        end = next(end for end in self.method.stages(self.run) if end > epochs)
+        return min(self.total, end * self.steps) - epochs * self.steps
 
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
@@ -212,10 +221,9 @@ class Loop:
             self.wrapped = self.distributed()
             # The schedule begins again, over the epochs that are left.
             for group, lr in zip(self.bare.param_groups, self.rates, strict=True):
-                group["lr"] = lr
+                group["lr"] = lr * group.get("rate_factor", 1.0)
                 group.pop("initial_lr", None)
-            left = self.total - len(history) * self.steps
-            self.schedule = schedule(self.bare, self.training.schedule, left)
+            self.schedule = schedule(self.bare, self.training.schedule, self.left(len(history)))
 
     def steps_of(self, epoch: int) -> int:
         """Return the number of steps of an epoch: the last one may end early."""
@@ -265,6 +273,11 @@ class Loop:
             own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         said = self.method.diagnose(self.model, self.bare)
+        stages = self.method.stages(self.run)
+        if len(stages) > 1:
+            said |= {"trainable_parameters": self.counts()["trainable_parameters"]}
+            if epoch in stages:
+                said |= {"test_score": evaluate(self.model, self.task, "test")[1]}
         val_loss, val_score = evaluate(self.model, self.task, "validation")
         row = {
             "epoch": epoch,
