@@ -165,7 +165,7 @@ class Method(ABC):
         return True
 
     def stages(self, run: Run) -> tuple[int, ...]:
-        """Return the epochs with which stages end that are planned before, 1, 2, …
+        """Return the epochs with which the planned stages end; the last is the run's.
 
         Each has a schedule of its own, and a row of the history with the test score of its end, by
         which nothing is chosen. By default there is one, of which the run itself says all that.

@@ -7,6 +7,7 @@ of every stage is a point of the curve that gives the intrinsic dimension.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -99,7 +100,7 @@ class GrowingSubspace(Subspace):
         ends, until = self.stages(run), run.options.get("until")
         if until is None:
             return False
-        for end, following in zip(ends, ends[1:], strict=False):
+        for end, following in itertools.pairwise(ends):
             if end <= len(history) and not score.better(until, history[end - 1].val_score):
                 return len(history) >= following
         return False
