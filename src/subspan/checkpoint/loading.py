@@ -227,7 +227,7 @@ def check_base(
             "the network that it was trained from"
         )
     if model.layout != header["layout"]:
-        if presets := find_presets(header["recipe"]):
+        if presets := find_presets(header["recipe"] | header.get("lora", {})):
             raise SubspanError(
                 f"{path} was trained through other parameters than those that {presets[0]!r} "
                 "chooses in this network, whose modules have other classes (in another version of "

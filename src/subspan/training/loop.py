@@ -67,7 +67,8 @@ class Loop:
         stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.before = ready, accelerator, before
-        self.run, self.method, self.training = ready.run, ready.method, ready.run.training
+        run = self.run = ready.run
+        self.method, self.training = ready.method, run.training
         self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.folder = RunFolder(out, accelerator.is_main_process)
         self.log = trackers.Log(accelerator, out, before.log if before else None)
@@ -87,18 +88,20 @@ class Loop:
             notes = list(before.notes) if before.notes is not None else notes
             notes += resume.check_processes(before, out, processes, must_agree=alike)
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
-        self.total = self.steps * self.training.epochs
-        if self.training.max_steps is not None:
-            self.total = min(self.total, self.training.max_steps)
+        self.total = self.training.steps or self.steps * self.training.epochs
+        self.epochs = -(-self.total // self.steps)
+        # What methods are told, who plan by epochs.
+        self.planned = replace(run, training=replace(self.training, epochs=self.epochs))
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = ready.model
         if before:
             model = checkpoint.rebuild(model, before.header)
             resume.check_beginning(before, self.folder, model, self.task.size())
         self.model = model.to(device)
+        checkpoint.contents(self.model)  # refuses here what could not be saved after an epoch
         optimizer = self.bare = self.method.optimizer(
             self.model,
-            self.run,
+            self.planned,
             out,
             self.extra() | {"init_seed": ready.init_seed},
             steps=self.total,
@@ -170,12 +173,12 @@ class Loop:
         self.folder.open(self.record, goes_on=self.before is not None)
 
     def fit(self) -> None:
-        """Train all epochs, or as many as patience allows."""
+        """Train all epochs, or as many as patience allows; the last may be a part of one."""
         if self.before:
             state.set_generators(self.before.generators)
         else:
             state.seed_generators(self.run.seed)  # of what the network draws, as dropout does
-        progress, epochs = self.progress, math.ceil(self.total / self.steps)
+        progress, epochs = self.progress, self.epochs
         for epoch in range(len(progress.history) + 1, epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.
@@ -184,8 +187,9 @@ class Loop:
                 state.set_generators(generators)
             progress.history.append(row)
             self.folder.save(self.model, self.folder.last, self.extra())
-            last = epoch == epochs or self.method.finished(self.run, progress.history, self.score)
-            ready = self.method.ready(self.model, self.bare, self.run, last)
+            over = self.method.finished(self.planned, progress.history, self.score)
+            last = over or epoch == epochs
+            ready = self.method.ready(self.model, self.bare, self.planned, last)
             first = not progress.best_epoch
             if ready and (first or self.score.better(row.val_score, progress.best_score)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
@@ -206,13 +210,13 @@ class Loop:
 
     def left(self, epochs: int) -> int:
         """Return the steps of a schedule that begins after so many epochs: to its stage's end."""
-        end = next(end for end in self.method.stages(self.run) if end > epochs)
+        end = next(end for end in self.method.stages(self.planned) if end > epochs)
         return min(self.total, end * self.steps) - epochs * self.steps
 
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
         history = self.progress.history
-        model = self.method.after_epoch(self.model, self.bare, self.run, history)
+        model = self.method.after_epoch(self.model, self.bare, self.planned, history)
         if model is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
@@ -225,13 +229,13 @@ class Loop:
                 group.pop("initial_lr", None)
             self.schedule = schedule(self.bare, self.training.schedule, self.left(len(history)))
 
-    def steps_of(self, epoch: int) -> int:
-        """Return the number of steps of an epoch: the last one may end early."""
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps of an epoch, 1, 2, …; the last may have fewer."""
         return min(self.steps, self.total - (epoch - 1) * self.steps)
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
-        accelerator, training, last = self.accelerator, self.training, self.steps_of(epoch)
+        accelerator, training = self.accelerator, self.training
         progress, within = self.progress, self.progress.within
         self.wrapped.train()
         if not within.seen:
@@ -248,7 +252,7 @@ class Loop:
             world=accelerator.num_processes,
             device=accelerator.device,
         )
-        train_loss = math.nan
+        train_loss, last = math.nan, self.steps_in(epoch)
         for step, (index, weight) in enumerate(itertools.islice(batches, last), start=1):
             if (epoch - 1) * self.steps + step <= progress.done:
                 continue
@@ -273,7 +277,7 @@ class Loop:
             own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         said = self.method.diagnose(self.model, self.bare)
-        stages = self.method.stages(self.run)
+        stages = self.method.stages(self.planned)
         if len(stages) > 1:
             said |= {"trainable_parameters": self.counts()["trainable_parameters"]}
             if epoch in stages:
@@ -385,7 +389,7 @@ class Loop:
     def bring_up_to_date(self, status: str, error: str | None = None) -> None:
         """Let the record say how far the run is."""
         progress = self.progress
-        steps = [row.seconds / self.steps_of(row.epoch) for row in progress.history]
+        steps = [row.seconds / self.steps_in(row.epoch) for row in progress.history]
         self.record = replace(
             self.record,
             status=status,
