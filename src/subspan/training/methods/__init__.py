@@ -173,8 +173,8 @@ class Method(ABC):
         return (run.training.epochs,)
 
     def finished(self, run: Run, history: list[Epoch], score: Score) -> bool:
-        """Return whether training ends here, before all epochs have passed."""
-        return False
+        """Return whether training ends here: after all epochs, or before."""
+        return len(history) == run.training.epochs
 
     def after_epoch(
         self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]

@@ -96,10 +96,10 @@ class GrowingSubspace(Subspace):
         return last or "stages" not in run.options
 
     def finished(self, run: Run, history: list[Epoch], score: Score) -> bool:
-        """Return whether the stage after the one that has reached ``until`` has ended."""
+        """Return whether all stages have ended, or the one after that which reached ``until``."""
         ends, until = self.stages(run), run.options.get("until")
-        if until is None:
-            return False
+        if until is None or len(history) == ends[-1]:
+            return len(history) == ends[-1]
         for end, following in itertools.pairwise(ends):
             if end <= len(history) and not score.better(until, history[end - 1].val_score):
                 return len(history) >= following
