@@ -116,7 +116,7 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path):
             "from 2 to 3 in compartment 'fc2.weight'",
         ),
         (["--dims", "5,10", "--stage-epochs", "0"], "stage_epochs must be at least 1"),
-        (["--dims", "5,10", "--patience", "2"], "leave --patience out"),
+        (["--compartments", "layer"], "compartments need dims"),
         (["--dims", "5,10", "--threshold", "2"], "threshold must be in (0, 1]"),
         (["--dims", "5,10", "--dim", "7"], "--dim"),
     ],
@@ -133,12 +133,14 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(options, said, 
     [
         ({"stages": "5,10", "dim": 5}, "not both"),
         ({"dim": 5, "until": 0.5}, "give --stages, too"),
+        ({"stages": "5,10", "patience": 1}, "leave --patience out"),
         ({"stages": "5,10,20"}, "3 stages need 3 epochs at least, got 2"),
         ({"stages": "5,10", "compartments": {".*": 5}}, "leave --stages out"),
     ],
 )
 def test_options_of_stages_that_contradict(options, said, tmp_path):
-    training = Training(net=NET, epochs=2)
+    options = dict(options)
+    training = Training(net=NET, epochs=2, patience=options.pop("patience", None))
     with pytest.raises(SubspanError, match=said):
         train(Run(training, "hash", options, 0.1), tmp_path / "run")
 

@@ -45,7 +45,8 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     """Give a model in a subspace more coordinates, in place, while all of its weights stay.
 
     The new subspace contains the old one. θ is the same to rounding, of one unit in the last place
-    of P w. The coordinates become other parameters, of the old names, without a gradient.
+    of P w. The coordinates become other parameters, of the old names, without a gradient, so that
+    DDP must be given the model anew.
 
     Args:
         model: a :class:`SubspaceModel` with the projection ``hash``, or its network.
@@ -56,9 +57,9 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
             None if there is none yet; one that is left out refuses its next step.
 
     Raises:
-        SubspanError: if the subspaces would not be nested, the network is sharded, has variants or
-            is wrapped by DDP, or the optimizer remembers something that cannot be carried over;
-            nothing is changed then.
+        SubspanError: if the subspaces would not be nested, the network is sharded or has variants,
+            or the optimizer remembers something that cannot be carried over; nothing is changed
+            then.
     """
     found = SubspaceModel.of(model)
     if found is None:

@@ -36,7 +36,7 @@ class Growth:
     """One training a seed, in which d grows.
 
     Args:
-        training: of all weights, and but for its epochs of the stages.
+        training: of all weights; and of the stages, but for its epochs, steps and patience.
         dims: the numbers of coordinates, one after the other, as 25,50,100; each is a multiple of
             the one before. Where there are none they are 25, 50, 100, … up to all weights.
         stage_epochs: passes over the training part at each d. More bring the curve nearer to that
@@ -92,6 +92,8 @@ class GrowthPlan(Plan):
     def __init__(self, config: Growth) -> None:
         how = method(METHOD)
         options = complete(config.options, how, config.training)
+        if not config.dims and "compartments" in options:
+            raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
         dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
         self.options = options | {"stages": list(dims)}
         rates = how.rates(self.options)
@@ -195,7 +197,8 @@ class GrowthPlan(Plan):
 
 
 def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:
-    training = replace(config.training, epochs=config.stage_epochs * stages, steps=None)
+    epochs = config.stage_epochs * stages
+    training = replace(config.training, epochs=epochs, steps=None, patience=None)
     return Run(training, METHOD, options, lr, seed)
 
 
