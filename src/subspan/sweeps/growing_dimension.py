@@ -131,7 +131,7 @@ class GrowingDimension:
             ) from None
         growing = self
 
-        class OnEvaluate(TrainerCallback):  # type: ignore[misc]
+        class OnEvaluate(TrainerCallback):
             def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
                 metrics = given["metrics"]
                 if metric not in metrics:
