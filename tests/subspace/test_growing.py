@@ -83,6 +83,29 @@ def test_a_grown_model_is_the_model_of_that_dimension(tmp_path):
     assert torch.equal(model.unwrap()[0].weight, make_net()[0].weight)
 
 
+def test_grown_factors_of_lora_and_padding_are_read_again(tmp_path):
+    def build():
+        return nn.Sequential(nn.Embedding(9, 7, padding_idx=2), make_net()[0])
+
+    for name, wrap in (
+        ("lora", lambda dim: subspan.lora(build(), dim, rank=2, alpha=3)),
+        ("padding", lambda dim: SubspaceModel(build(), dim)),
+    ):
+        torch.manual_seed(0)
+        model = wrap(5)
+        with torch.no_grad():
+            next(iter(model.coordinates.values())).normal_()
+        torch.manual_seed(0)
+        x, before = torch.arange(9), model(torch.arange(9))
+        subspan.grow(model, 10)
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+        torch.manual_seed(0)
+        assert model.layout == wrap(10).layout
+        subspan.save(model, tmp_path / name)
+        torch.manual_seed(0)
+        assert torch.equal(subspan.load(tmp_path / name, build())(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("rules", "dims", "grown", "expected"),
     [

@@ -29,7 +29,7 @@ from subspan.training.records import CompleteRun, Epoch
 from subspan.training.score import ACCURACY
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
-FASTER = 2  # than the usual rate of d alone: stages are short (LeNet, MNIST: 90.2 and not 89.3 %)
+FASTER = 2  # than the usual rate of d alone: stages are short (LeNet, d = 200: 90.2, not 89.3 %)
 
 
 @dataclass(frozen=True)
