@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from subspan.hub import push_to_hub as push_to_hub
     from subspan.subspace.growing import grow as grow
     from subspan.subspace.model import SubspaceModel as SubspaceModel
-    from subspan.sweeps.growing_dimension import GrowingDimension as GrowingDimension
     from subspan.variants import Variants as Variants
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "GrowingDimension": "subspan.sweeps.growing_dimension",
     "Projection": "subspan.families.base",
     "SubspaceModel": "subspan.subspace",
     "SubspanError": "subspan.errors",

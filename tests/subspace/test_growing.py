@@ -85,7 +85,8 @@ def test_a_grown_model_is_the_model_of_that_dimension(tmp_path):
 
 def test_grown_factors_of_lora_and_padding_are_read_again(tmp_path):
     def build():
-        return nn.Sequential(nn.Embedding(9, 7, padding_idx=2), make_net()[0])
+        layers = nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)
+        return nn.Sequential(nn.Embedding(9, 7, padding_idx=2), *layers)
 
     for name, wrap in (
         ("lora", lambda dim: subspan.lora(build(), dim, rank=2, alpha=3)),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan.sweeps.growing_dimension import GrowingDimension
 from subspan.sweeps.growth import Growth, GrowthPlan
 from subspan.sweeps.intrinsic import intrinsic_dimension
 from subspan.training.config import Run, Training
@@ -197,7 +197,7 @@ def test_a_loop_of_ones_own():
     model = SubspaceModel(nn.Linear(6, 3), 2)
     optimizer = torch.optim.Adam(model.parameters(), 0.3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    growing = subspan.GrowingDimension(model, [2, 4, 8, 16], baseline=0.97, threshold=0.8)
+    growing = GrowingDimension(model, [2, 4, 8, 16], baseline=0.97, threshold=0.8)
     on = True
     while on:
         for _ in range(60):
@@ -213,9 +213,9 @@ def test_a_loop_of_ones_own():
     assert found.value is not None
     assert found.target == pytest.approx(0.97 * 0.8)
     with pytest.raises(SubspanError, match="must begin with the"):
-        subspan.GrowingDimension(model, [3, 6], baseline=1.0)
+        GrowingDimension(model, [3, 6], baseline=1.0)
     with pytest.raises(SubspanError, match="multiple of the one before"):
-        subspan.GrowingDimension(model, [growing.dim, growing.dim + 1], baseline=1.0)
+        GrowingDimension(model, [growing.dim, growing.dim + 1], baseline=1.0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -226,7 +226,7 @@ def test_trainer_of_transformers(tmp_path):
     ids = torch.randint(3, 100, (16, 7), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]
     model = SubspaceModel(bert(), 4)
-    growing = subspan.GrowingDimension(model, [4, 8, 16, 32], baseline=1.0, threshold=0.5)
+    growing = GrowingDimension(model, [4, 8, 16, 32], baseline=1.0, threshold=0.5)
     scores = iter([0.1, 0.6, 0.7, 0.8])
     trainer = transformers.Trainer(
         model.body,

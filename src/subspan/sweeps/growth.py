@@ -18,7 +18,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
 from subspan.sweeps.job import Job, Outcome
-from subspan.sweeps.plan import Plan
+from subspan.sweeps.plan import RunPlan
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.training import records
 from subspan.training.config import Run, Training
@@ -80,7 +80,7 @@ class Growth:
         return self.training.as_dict() | named | own | lists
 
 
-class GrowthPlan(Plan):
+class GrowthPlan(RunPlan):
     """The runs of all weights, and then one of growing d for every seed.
 
     Args:

@@ -20,7 +20,7 @@ from subspan.training.config import Training
 from subspan.training.stop import Stop
 
 
-class Plan(ABC):
+class RunPlan(ABC):
     """Which runs there are, one stage after the other, and what is made of their records.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan(ABC):
 
 
 def carry_out(
-    plan: Plan,
+    plan: RunPlan,
     out: Path,
     *,
     jobs: int = -1,

@@ -17,7 +17,7 @@ from subspan.files import readable
 from subspan.sweeps import backends
 from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
 from subspan.sweeps.job import Job, Outcome
-from subspan.sweeps.plan import Plan, carry_out
+from subspan.sweeps.plan import RunPlan, carry_out
 from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
 from subspan.training import records, trackers
 from subspan.training.config import Run, Sweep, Training
@@ -72,7 +72,7 @@ class Point:
 
 
 @dataclass
-class Grid(Plan):
+class Grid(RunPlan):
     """The runs of a sweep: those of the first seed at all rates, then the others at the best."""
 
     config: Sweep
