@@ -29,7 +29,6 @@ from subspan.training.records import CompleteRun, Epoch
 from subspan.training.score import ACCURACY
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
-FASTER = 2  # than the usual rate of d alone: stages are short (LeNet, d = 200: 90.2, not 89.3 %)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Growth:
             of separate trainings.
         seeds: how many seeds to run, 0, 1, …
         lr: the learning rate at the first d, of which √(first d / d) is taken at the others; null
-            is 6/√d, and 4/√d for fine-tuning.
+            is 3/√d, and 2/√d for fine-tuning. Twice that or half of it may be much better.
         baseline_lrs: learning rates to choose from for the training of all weights, by the
             validation score of seed 0; where there are none, 0.0003, 0.001 and 0.003.
         threshold: the share of the score of all weights at which the intrinsic dimension is read
@@ -98,8 +97,7 @@ class GrowthPlan(RunPlan):
         dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
         self.options = options | {"stages": list(dims)}
         rates = how.rates(self.options)
-        usual = float(f"{FASTER * rates[len(rates) // 2]:.2g}")
-        self.lr = usual if config.lr is None else config.lr
+        self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
         self.config, self.training, self.dims = config, config.training, dims
         self.lrs = config.baseline_lrs or method(BASELINE).rates({})
         self.total = len(self.lrs) + 2 * config.seeds - 1
