@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from subspan.families import projections as projections
     from subspan.hub import load as load
     from subspan.hub import push_to_hub as push_to_hub
+    from subspan.subspace.growing import grow as grow
     from subspan.subspace.model import SubspaceModel as SubspaceModel
     from subspan.variants import Variants as Variants
 
@@ -38,6 +39,7 @@ _HOME = {
     "Variants": "subspan.variants",
     "count": "subspan.counts",
     "export_lora": "subspan.adapters",
+    "grow": "subspan.subspace.growing",
     "load": "subspan.hub",
     "lora": "subspan.adapters",
     "projection": "subspan.families.registry",

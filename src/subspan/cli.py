@@ -17,6 +17,7 @@ from subspan.errors import Stopped, SubspanError, unknown
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train one network by one method"),
     "sweep": ("sweep", "accuracy against the number of coordinates, and the intrinsic dimension"),
+    "intrinsic": ("intrinsic", "the intrinsic dimension, from one training in which d grows"),
     "eval": ("evaluate", "test score of a checkpoint"),
     "bound": ("bound", "an upper bound on the test error, from the bytes of a checkpoint"),
     "inspect": ("inspect", "what a checkpoint says of itself"),

@@ -49,6 +49,7 @@ OPTIONS = {
         "--overwrite",
     ],
     "sweep": ["--dims", "--baseline-lrs", "--weight-decay", "--seeds", "--jobs", "--threshold"],
+    "intrinsic": ["--dims", "--stage-epochs", "--seeds", "--compartments", "how far to trust it"],
     "reproduce": ["--list", "--budget", "--jobs", "--out", "li-mnist-lenet"],
     "eval": ["checkpoint", "--data"],
     "inspect": ["checkpoint"],

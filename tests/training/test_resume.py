@@ -67,6 +67,7 @@ RUNS = {
     "dlrt": {"method": "dlrt", "tolerance": 0.2, "lr": 0.003},
     "dlrt with momentum": {"method": "dlrt", "tolerance": 0.2, "lr": 0.01, "optimizer": "sgd"},
     "stages": {"method": "prodsum", "stages": "4,12,36", "lr": 0.1},
+    "growing d": {"stages": "10,20,60", "schedule": "cosine"},
     "bf16": {"dim": 30, "mixed_precision": "bf16"},
     "stages in bf16": {
         "method": "prodsum",

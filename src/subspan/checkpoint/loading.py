@@ -20,6 +20,7 @@ from subspan.layers.protocol import Compressed, compressed_layers, layer_type
 from subspan.layers.rebuild import rebuild_layers
 from subspan.subspace import init
 from subspan.subspace.dtensors import copy_into
+from subspan.subspace.growing import grow
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_slots, saved_buffers
 from subspan.subspace.targets import find_presets
@@ -98,9 +99,17 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
 def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     """Give a network the compressed layers that a header describes, with any values.
 
+    A :class:`SubspaceModel` grows to the coordinates that it says.
+
     Raises:
         SubspanError: if the network is another one; it is then untouched.
     """
+    if isinstance(network, SubspaceModel) and header["kind"] == "subspace":
+        recipe = header["recipe"]
+        dims = recipe["dim"] or [d for _, d in recipe["compartments"]]
+        if dims != network.recipe["dim"] and dims != [p.dim for p in network.compartments]:
+            grow(network, dims)
+        return network
     return rebuild_layers(network, layers_of(header))
 
 

@@ -134,7 +134,7 @@ def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
                 score.summary(point.test_score),
                 str(len(point.test_score)),
                 f"{point.stored_parameters:,}",
-                f"{point.checkpoint_bytes:,}",
+                "–" if point.checkpoint_bytes is None else f"{point.checkpoint_bytes:,}",
                 f"{statistics.fmean(point.seconds_total):.1f}",
             )
             for point in result.points

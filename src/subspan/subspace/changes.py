@@ -194,6 +194,12 @@ class Changes:
 
 _known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []
+_OUTGROWN = "_subspan_outgrown"
+
+
+def outgrow(w: nn.Parameter) -> None:
+    """Note that other coordinates have come into the place of these."""
+    setattr(w, _OUTGROWN, True)
 
 
 def watch_optimizers() -> None:
@@ -205,6 +211,11 @@ def watch_optimizers() -> None:
 def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(_OUTGROWN in vars(p) for p in parameters):
+        raise SubspanError(
+            "the optimizer trains coordinates in whose place grow() has put others: give it to "
+            "grow(), or make it anew"
+        )
     if _known.get(optimizer) == len(parameters):
         return
     given = {id(p) for p in parameters}

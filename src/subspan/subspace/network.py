@@ -62,12 +62,10 @@ class Network:
         packed: Mapping[str, str],
         adapters: Mapping[str, Adapter],
     ) -> None:
-        self.root, self.compartments = root, tuple(compartments)
-        self.projections, self.slots = tuple(projections), tuple(places)
+        self.root, self.slots = root, tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
         self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
-        self.blocks = group_into_blocks(compartments, projections, kept)
-        self.coordinate_names = [PREFIX + parameter_key(part.name) for part in self.compartments]
+        self.coordinate_names = [PREFIX + parameter_key(part.name) for part in compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
         self.lora: dict[str, Any] = {}  # how the factors were made, for files
@@ -77,7 +75,7 @@ class Network:
         self.base_buffers = {
             name: digest_tensors({name: b}) for name, b in saved_buffers(root).items()
         }
-        sizes = [len(piece) for part in self.compartments for piece in part.pieces]
+        sizes = [len(piece) for part in compartments for piece in part.pieces]
         self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -101,6 +99,14 @@ class Network:
             for slot in places
             if getattr(slot.find(root)[0], "max_norm", None) is not None
         }
+        self.lay_out(compartments, projections)
+
+    def lay_out(
+        self, compartments: Sequence[Compartment], projections: Sequence[Projection]
+    ) -> None:
+        """Take compartments of these weights with their projections, and make blocks of them."""
+        self.compartments, self.projections = tuple(compartments), tuple(projections)
+        self.blocks = group_into_blocks(compartments, projections, self.kept)
         self.blocks_of = split_by_tensor(self.blocks)
         # What is formed together and kept during a call of the network: all, or what is small.
         small = formed.KEPT >> 9

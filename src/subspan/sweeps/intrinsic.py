@@ -56,6 +56,7 @@ def intrinsic_dimension(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    paired: bool = False,
 ) -> IntrinsicDimension:
     """Least d whose mean score reaches ``threshold`` of the mean baseline, with an interval.
 
@@ -74,6 +75,8 @@ def intrinsic_dimension(
         confidence: probability that the interval is meant to hold.
         resamples: number of bootstrap draws.
         seed: of the bootstrap; the same input gives the same interval.
+        paired: whether the scores of a seed at all dims are of one run, so that it is its whole
+            curve that is drawn; then each of the dims has the same seeds, in the same order.
 
     Raises:
         SubspanError: lengths differ, a list is empty, a d is repeated or not positive, a score is
@@ -118,7 +121,18 @@ def intrinsic_dimension(
         return IntrinsicDimension(value, None, None, target, threshold, "; ".join(notes))
 
     rng = np.random.default_rng(seed)
-    resampled = np.stack([_resampled_means(sample, resamples, rng) for sample in samples], axis=1)
+    if paired:
+        if len({len(sample) for sample in samples}) > 1:
+            raise SubspanError(
+                "paired scores need the same seeds at every d, got "
+                f"{', '.join(str(len(sample)) for sample in samples)} of them"
+            )
+        curves = np.stack(samples, axis=1)  # (seeds, k)
+        picks = rng.integers(len(curves), size=(resamples, len(curves)))
+        resampled = curves[picks].mean(axis=1)
+    else:
+        means_of = [_resampled_means(sample, resamples, rng) for sample in samples]
+        resampled = np.stack(means_of, axis=1)
     targets = threshold * _resampled_means(reference, resamples, rng)
     crossings = np.sort(_crossings(d, resampled, targets))
     # Order statistics, rounded outwards: interpolating between them would make inf − inf.

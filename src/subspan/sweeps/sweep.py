@@ -6,31 +6,26 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from subspan.errors import Stopped, SubspanError
+from subspan.errors import SubspanError
 from subspan.files import readable
 from subspan.sweeps import backends
-from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
-from subspan.sweeps.job import FULL, Job, Outcome
+from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.plan import RunPlan, carry_out
 from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
-from subspan.sweeps.runner import run_jobs
-from subspan.sweeps.worker import Worker
-from subspan.training import own, records, trackers
+from subspan.training import records, trackers
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.machine import versions
 from subspan.training.methods import method
 from subspan.training.prepare import complete, prepare
 from subspan.training.records import CompleteRun
 from subspan.training.score import ACCURACY, Score
-from subspan.training.stop import Stop
 
 
 @dataclass
@@ -76,6 +71,45 @@ class Point:
         return best
 
 
+@dataclass
+class Grid(RunPlan):
+    """The runs of a sweep: those of the first seed at all rates, then the others at the best."""
+
+    config: Sweep
+    points: list[Point]
+    experiment: Provenance | None = None
+    published: Sequence[Published] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.training, self.processes = self.config.training, self.config.processes
+        self.total = total_runs(self.config)
+        self._where: dict[str, tuple[Point, float, int]] = {}
+
+    def stages(self) -> Iterator[list[Job]]:
+        """Yield the jobs of the first seed, then those of others."""
+        for stage in _stages(self.config, self.points):
+            self._where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
+            yield [job for job, *_ in stage]
+
+    def take(self, outcome: Outcome) -> None:
+        """Keep the record of a run, or why it failed."""
+        point, lr, seed = self._where[outcome.job.name]
+        if outcome.record is not None:
+            point.done[lr, seed] = outcome.record
+        else:
+            self.failed[outcome.job.name] = outcome.error
+
+    def done(self) -> int:
+        """Count the runs that are complete."""
+        return sum(len(point.done) for point in self.points)
+
+    def result(self, status: str) -> SweepRecord:
+        """Make the record of the runs that have ended by now."""
+        found = _result(self.config, self.points, self.failed, status)
+        return replace(found, experiment=self.experiment, published=list(self.published))
+
+
 def sweep(
     config: Sweep,
     out: Path,
@@ -98,16 +132,15 @@ def sweep(
     Args:
         config: what to run.
         out: output folder; runs are in ``out/runs``.
-        jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
-        overwrite: replace what another configuration left there.
-        on_run: called with each final outcome and the number of runs still to do.
+        jobs: as of :func:`~subspan.sweeps.plan.carry_out`, as are the others below.
+        overwrite: as there.
+        on_run: as there.
         experiment: the published one that this repeats, for ``sweep.json``.
         published: curves to hold it against, likewise.
-        backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
-            which must see ``out`` under this path.
-        ray_address: of a cluster; None starts one on this machine.
-        say: told in a sentence what else happens: a process died, another sweep is waited for.
-        log: trackers that are told every epoch of every run.
+        backend: as there.
+        ray_address: as there.
+        say: as there.
+        log: as there.
         checked: whether :func:`check` has been called.
 
     Returns:
@@ -122,59 +155,17 @@ def sweep(
     """
     if not checked:
         check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
-    points = _points(config)
-    failed: dict[str, str] = {}
-
-    def result(status: str) -> SweepRecord:
-        found = _result(config, points, failed, status)
-        return replace(found, experiment=experiment, published=list(published))
-
-    first = result("running")
-    SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
-    folder = SweepFolder(out.absolute())
-    worker = Worker(folder, overwrite, config.processes, tuple(log), own.remembered())
-
-    def on_signal() -> None:
-        folder.ask_to_stop()
-        say("stopping: runs save where they are; a second signal does not wait for them")
-
-    total = left = total_runs(config)
-    try:
-        with (
-            backends.open_backend(backend, ray_address, jobs, config.training, total) as opened,
-            folder.join(first, overwrite=overwrite, shown=out),
-            Stop(on_signal) as stop,
-        ):
-            try:
-                for stage in _stages(config, points):
-                    where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
-                    todo = [job for job, *_ in stage]
-                    for outcome in run_jobs(todo, worker, opened, stop, say):
-                        left -= 1
-                        point, lr, seed = where[outcome.job.name]
-                        if outcome.record is not None:
-                            point.done[lr, seed] = outcome.record
-                        else:
-                            failed[outcome.job.name] = outcome.error
-                        folder.write(result("running"))
-                        if on_run:
-                            on_run(outcome, left)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    folder.write(result("interrupted"))
-                raise
-            found = result("complete")
-            folder.write(found)
-    except (Stopped, OSError) as error:
-        done = f"{sum(len(point.done) for point in points)} of {total} runs are complete"
-        again = "give the same command again"
-        if isinstance(error, Stopped):
-            raise Stopped(f"{error}, {done}; to go on, {again}", error.signal) from None
-        if error.errno in FULL:
-            words = f"{os.strerror(error.errno)}; {done} and kept: make room, and {again}"
-            raise OSError(error.errno, words) from error
-        raise
-    return found
+    return carry_out(
+        Grid(config, _points(config), experiment, published),
+        out,
+        jobs=jobs,
+        overwrite=overwrite,
+        on_run=on_run,
+        backend=backend,
+        ray_address=ray_address,
+        say=say,
+        log=log,
+    )
 
 
 def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:

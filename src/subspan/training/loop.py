@@ -28,7 +28,7 @@ from subspan.training.folder import RunFolder
 from subspan.training.machine import PeakMemory
 from subspan.training.prepare import Prepared
 from subspan.training.records import CompleteRun, Epoch, RunRecord
-from subspan.training.schedule import schedule
+from subspan.training.schedule import restart, schedule
 from subspan.training.schema import MisfitError, from_json, to_json
 from subspan.training.state import Progress, TrainState, Within
 from subspan.training.stop import Stop
@@ -87,7 +87,6 @@ class Loop:
             alike = self.method.needs_processes(self.run.options)
             notes = list(before.notes) if before.notes is not None else notes
             notes += resume.check_processes(before, out, processes, must_agree=alike)
-            resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
         self.total = self.training.steps or self.steps * self.training.epochs
         self.epochs = -(-self.total // self.steps)
@@ -95,6 +94,8 @@ class Loop:
         self.planned = replace(run, training=replace(self.training, epochs=self.epochs))
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
+        if before:
+            resume.check_beginning(before, self.folder, model, self.task.size())
         self.model = model.to(device)
         checkpoint.contents(self.model)  # refuses here what could not be saved after an epoch
         optimizer = self.bare = self.method.optimizer(
@@ -110,9 +111,9 @@ class Loop:
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
         self.backward = accelerator.backward if scaled else Tensor.backward
         self.wrapped = self.distributed()
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.schedule = schedule(optimizer, self.training.schedule, self.total)
         self.progress = Progress(Within(torch.zeros((), device=device)))
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.schedule = schedule(optimizer, self.training.schedule, self.left)
         if before:
             checkpoint.restore(self.model, before.tensors)
             optimizer.load_state_dict(before.optimizer)
@@ -176,8 +177,8 @@ class Loop:
             state.set_generators(self.before.generators)
         else:
             state.seed_generators(self.run.seed)  # of what the network draws, as dropout does
-        progress, epochs = self.progress, self.epochs
-        for epoch in range(len(progress.history) + 1, epochs + 1):
+        progress = self.progress
+        for epoch in range(len(progress.history) + 1, self.epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.
             row, generators = broadcast_object_list([self.epoch(epoch), state.generators()])
@@ -185,9 +186,10 @@ class Loop:
                 state.set_generators(generators)
             progress.history.append(row)
             self.folder.save(self.model, self.folder.last, self.extra())
-            ready = self.method.ready(self.model, self.bare, self.planned)
-            first = not progress.best_epoch
-            if ready and (first or self.score.better(row.val_score, progress.best_score)):
+            last = self.method.finished(self.planned, progress.history, self.score)
+            ready = self.method.ready(self.model, self.bare, self.planned, last)
+            best = progress.best_score if progress.best_epoch else None
+            if ready and (best is None or self.score.better(row.val_score, best)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
                 self.folder.save(self.model, self.folder.best, self.extra())
             self.write("running")
@@ -195,30 +197,31 @@ class Loop:
                 self.report(row)
             self.log.epoch(row)
             patience = self.training.patience
-            if ready and patience is not None and epoch - progress.best_epoch >= patience:
+            waited = patience and ready and epoch - progress.best_epoch >= patience
+            if waited or (last and epoch < self.epochs):
                 break
-            if epoch < epochs:
+            if not last:
                 self.change()
             self.save_state()
-            if self.stopping and epoch < epochs:
+            if self.stopping and not last:
                 raise self.stopped()
+
+    @property
+    def left(self) -> int:
+        """The steps of a schedule that begins now: to the end of the stage."""
+        done, ends = self.progress.done, self.method.stages(self.planned)
+        return min(self.total, next(n * self.steps for n in ends if n * self.steps > done)) - done
 
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
-        history = self.progress.history
-        model = self.method.after_epoch(self.model, self.bare, self.planned, history)
+        model = self.method.after_epoch(self.model, self.bare, self.planned, self.progress.history)
         if model is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
             vars(model).pop("_is_accelerate_prepared", None)
             self.model = model
             self.wrapped = self.distributed()
-            # The schedule begins again, over the epochs that are left.
-            for group, lr in zip(self.bare.param_groups, self.rates, strict=True):
-                group["lr"] = lr
-                group.pop("initial_lr", None)
-            left = self.total - self.progress.done
-            self.schedule = schedule(self.bare, self.training.schedule, left)
+            self.schedule = restart(self.bare, self.rates, self.training.schedule, self.left)
 
     def steps_in(self, epoch: int) -> int:
         """Return the number of steps of an epoch, 1, 2, …; the last may have fewer."""
@@ -226,14 +229,13 @@ class Loop:
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
-        accelerator, training = self.accelerator, self.training
-        progress, within = self.progress, self.progress.within
+        accelerator, training, progress = self.accelerator, self.training, self.progress
+        within = progress.within
         self.wrapped.train()
         if not within.seen:
             within.lr = float(self.schedule.get_last_lr()[0])
         total, seen = within.total, within.seen
-        started = time.perf_counter() - within.seconds
-        sent = machine.bytes_sent()
+        started, sent = time.perf_counter() - within.seconds, machine.bytes_sent()
         batches = data.batches(
             self.task.size(),
             training.batch_size,
@@ -255,8 +257,7 @@ class Loop:
             progress.done += 1
             if self.on_step:
                 self.on_step()
-            due = time.perf_counter() - self.saved > SAVE_EVERY
-            if step < last and (due or self.stopping):
+            if step < last and (self.stopping or time.perf_counter() - self.saved > SAVE_EVERY):
                 seconds = time.perf_counter() - started
                 progress.within = Within(total, seen, seconds, within.lr)
                 self.save_state()
@@ -268,6 +269,10 @@ class Loop:
             own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
         said = self.method.diagnose(self.model, self.bare)
+        if epoch in (stages := self.method.stages(self.planned)) and len(stages) > 1:
+            trained = self.counts()["trainable_parameters"]
+            _, score = evaluate(self.model, self.task, "test")
+            said |= {"test_score": score, "trainable_parameters": trained}
         val_loss, val_score = evaluate(self.model, self.task, "validation")
         row = {
             "epoch": epoch,

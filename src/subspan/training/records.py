@@ -111,6 +111,7 @@ class Epoch:
         singular_values: of the same, in descending order.
         alignment: of random bases, by compartment.
         trainable_parameters: where their number changes.
+        test_score: at the end of a stage, by which nothing is chosen; else None.
         more: what else a method says.
     """
 
@@ -124,6 +125,7 @@ class Epoch:
     singular_values: dict[str, list[float]] = field(default_factory=dict, metadata=OPTIONAL)
     alignment: dict[str, Alignment] = field(default_factory=dict, metadata=OPTIONAL)
     trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
+    test_score: float | None = field(default=None, metadata=OPTIONAL)
     more: dict[str, Any] = field(default_factory=dict, metadata=OTHERS)
 
 

@@ -24,6 +24,7 @@ from subspan.training.config import Option as Option
 from subspan.training.config import Run
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
+from subspan.training.score import Score
 
 HEAD_LR = 1e-3  # of a new layer on a pretrained network, whatever the others are trained through
 
@@ -159,9 +160,21 @@ class Method(ABC):
         """Return more values for an epoch's row, after its last step: JSON by name."""
         return {}
 
-    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
-        """Return whether this epoch may count as the best; the last one must."""
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
+        """Return whether this epoch may count as the best; the ``last`` one of a run must."""
         return True
+
+    def stages(self, run: Run) -> tuple[int, ...]:
+        """Return the epochs with which the planned stages end; the last is the run's.
+
+        Each has a schedule of its own, and a row of the history with the test score of its end, by
+        which nothing is chosen. By default there is one, of which the run itself says all that.
+        """
+        return (run.training.epochs,)
+
+    def finished(self, run: Run, history: list[Epoch], score: Score) -> bool:
+        """Return whether training ends here: after all epochs, or before."""
+        return len(history) == run.training.epochs
 
     def after_epoch(
         self, model: nn.Module, optimizer: Optimizer, run: Run, history: list[Epoch]
@@ -170,7 +183,9 @@ class Method(ABC):
 
         Args:
             model: of :meth:`wrap`.
-            optimizer: of :meth:`optimizer`; it must know the new parameters afterwards.
+            optimizer: of :meth:`optimizer`; it must know the new parameters afterwards. Where a
+                group has another rate from here on, ``rate_factor`` in it is what its first rate is
+                multiplied by.
             run: its options, and how many epochs there are.
             history: the rows of all epochs so far.
 

@@ -122,7 +122,7 @@ class LowRankTraining(Method):
         optimizer.step(closure)  # type: ignore[arg-type]
         return seen[0]
 
-    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
         """Return whether the target is reached: larger early networks do not count as best."""
         assert isinstance(optimizer, DLRT)
         rule = optimizer.rule

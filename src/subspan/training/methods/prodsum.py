@@ -95,7 +95,7 @@ class ProductsOfSums(Method):
             model = exchange(model, {id(layer): larger})
         return model
 
-    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run) -> bool:
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
         """Return whether the last stage is reached, which is what was asked for."""
         return _stage(model, run.options) + 1 == len(_stages(run.options))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.families import Projection, projections
+from subspan.families.hash import Hash
 from subspan.subspace.model import SubspaceModel
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
@@ -124,6 +125,7 @@ def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
 
 
 for _family in projections().values():
-    Subspace(_family)
+    if _family is not Hash:
+        Subspace(_family)
 for _name, _preset in STORED.items():
     Subspace(projections()["stored"], _name, **_preset)

@@ -1,0 +1,77 @@
+"""``subspan intrinsic``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from subspan import report
+from subspan.commands.parsing import (
+    Arguments,
+    Parser,
+    add_running,
+    parse,
+    read_fields,
+    trackers_given,
+)
+from subspan.commands.sweep import show_runs, show_sweep
+from subspan.commands.task_options import add_training, list_tasks, read_training
+from subspan.sweeps import backends
+from subspan.sweeps.growth import METHOD, Growth, GrowthPlan
+from subspan.sweeps.plan import carry_out
+from subspan.training import trackers
+from subspan.training.methods import method
+
+EPILOG = """\
+how it works:
+  First all weights are trained, in --epochs. Then, for every seed, one training passes through
+  the --dims: it begins with the first d, and after --stage-epochs it goes on from the very same
+  weights with the next one, since the subspace of d lies inside that of a multiple of d. The test
+  score at the end of every stage is a point of the curve, and the intrinsic dimension is where the
+  mean curve first reaches the --threshold. One stage later the training ends.
+
+how far to trust it:
+  A stage is short, so that the curve lies a little below that of separate trainings, and the
+  dimension comes out a little larger: more --stage-epochs bring it nearer, and so does an --lr that
+  suits the network; the higher validation scores tell it. The interval is one over seeds; with one
+  seed there is none. 'subspan sweep' trains each d for itself, at several rates.
+
+example:
+  subspan intrinsic --net mlp --data digits --dims 5,10,20,40,80,160 --seeds 3 --out runs/d-int
+"""
+
+
+def main(argv: Arguments) -> None:
+    """The intrinsic dimension of a network and a task, from one training in which d grows.
+
+    Options that take several values take them separated by commas, or as a YAML list. The same
+    command given again goes on where it was interrupted.
+    """
+    parser = Parser("intrinsic", main.__doc__, f"{EPILOG}\n{list_tasks('intrinsic')}")
+    add_training(parser, argv)
+    parser.add_fields(Growth, without=("training", "options"))
+    own = [o for o in method(METHOD).options if o.name not in ("dim", "stages", "until")]
+    for option in own:
+        parser.add_argument(
+            f"--{option.name}", type=option.type | None, default=None, help=option.help
+        )
+    add_running(parser, "runs/intrinsic")
+    given = parse(parser, argv)
+
+    options = {o.name: given[o.name] for o in own if given.get(o.name) is not None}
+    config = read_fields(Growth, given, training=read_training(given), options=options)
+    backends.check(given.backend, given.ray_address, given.jobs)
+    log = trackers_given(given)
+    trackers.check(log)
+    plan, out = GrowthPlan(config), Path(given.out)
+    with show_runs(plan.total) as on_run:
+        result = carry_out(
+            plan,
+            out,
+            jobs=given.jobs,
+            overwrite=given.overwrite,
+            on_run=on_run,
+            backend=given.backend,
+            ray_address=given.ray_address,
+            log=log,
+        )
+    show_sweep(result, report.write(out))

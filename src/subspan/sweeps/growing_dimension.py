@@ -1,0 +1,146 @@
+"""The intrinsic dimension from a training of your own, in which d grows.
+
+:mod:`subspan.sweeps.growth` does this for the trainings of the command line, with baseline, seeds
+and pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from subspan.errors import SubspanError
+from subspan.subspace.growing import grow, nest
+from subspan.subspace.model import SubspaceModel
+from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
+from subspan.training.score import ACCURACY, Score
+
+
+class GrowingDimension:
+    """The curve of a training in which d grows whenever a score has been found.
+
+    Train for a while, evaluate, and call :meth:`record` with the score; it grows the model by
+    :func:`subspan.grow`, and says when to end: one d after the one that has reached the target.
+
+    Args:
+        model: a SubspaceModel with the projection ``hash``, at the first of the dims.
+        dims: numbers of coordinates, each a multiple of the one before.
+        baseline: the score of training all weights.
+        threshold: the share of the baseline to reach.
+        score: what scores are: their direction and zero.
+
+    Raises:
+        SubspanError: for dims that are not nested, or of which the first is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dims: Sequence[int],
+        *,
+        baseline: float,
+        threshold: float = 0.9,
+        score: Score = ACCURACY,
+    ) -> None:
+        found = SubspaceModel.of(model)
+        if found is None:
+            raise SubspanError(f"model must be a SubspaceModel, got {type(model).__name__}")
+        self.model, self.dims = found, tuple(dims)
+        self.baseline, self.threshold, self.score = baseline, threshold, score
+        projections, names = found.projections, [part.name for part in found.compartments]
+        if not self.dims or self.dims[0] != self.dim:
+            raise SubspanError(f"dims must begin with the {self.dim} coordinates of the model")
+        for d in self.dims[1:]:
+            projections = nest(projections, d, names)
+        self.scores: dict[int, float] = {}
+
+    @property
+    def dim(self) -> int:
+        """The coordinates that the model has now."""
+        return sum(part.dim for part in self.model.compartments)
+
+    def record(
+        self,
+        score: float,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+    ) -> bool:
+        """Keep the score at this d and go on to the next.
+
+        Args:
+            score: of the model as it is.
+            optimizer: one that trains the coordinates. Their rate falls with 1/√d.
+            scheduler: of the optimizer, which goes on at the lower rate.
+
+        Returns:
+            Whether training is to go on; if not, the model has not grown.
+        """
+        target = self.score.share(self.baseline, self.threshold)
+        bracketed = any(not self.score.better(target, s) for s in self.scores.values())
+        self.scores[self.dim] = score
+        later = [d for d in self.dims if d > self.dim]
+        if bracketed or not later:
+            return False
+        factor = math.sqrt(self.dim / later[0])
+        grow(self.model, later[0], optimizer)
+        own = {id(w) for w in self.model.coordinates.values()}
+        for i, group in enumerate(() if optimizer is None else optimizer.param_groups):
+            if any(id(p) in own for p in group["params"]):
+                for name in {"lr", "initial_lr"} & group.keys():
+                    group[name] *= factor
+                if scheduler is not None and i < len(getattr(scheduler, "base_lrs", ())):
+                    scheduler.base_lrs[i] *= factor
+        return True
+
+    def found(self) -> IntrinsicDimension:
+        """Return where the curve so far reaches the target; of one training, without an interval.
+
+        Raises:
+            SubspanError: if nothing was recorded.
+        """
+        return intrinsic_dimension(
+            list(self.scores),
+            [[score] for score in self.scores.values()],
+            [self.baseline],
+            threshold=self.threshold,
+            score=self.score,
+        )
+
+    def callback(self, metric: str = "eval_accuracy") -> Any:
+        """Return a callback for ``Trainer`` of transformers, which records every evaluation.
+
+        Training ends when the curve does. ``lr_scheduler_type="constant"`` lets every d have the
+        rate that suits it.
+
+        Args:
+            metric: the score among those that an evaluation gives.
+
+        Raises:
+            SubspanError: if transformers is not installed.
+        """
+        try:
+            from transformers import TrainerCallback
+        except ImportError:
+            raise SubspanError(
+                "a callback for Trainer needs transformers: pip install transformers"
+            ) from None
+        growing = self
+
+        class OnEvaluate(TrainerCallback):
+            def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+                metrics = given["metrics"]
+                if metric not in metrics:
+                    known = ", ".join(metrics)
+                    raise SubspanError(f"evaluations give no {metric!r}, but {known}")
+                optimizer, scheduler = given.get("optimizer"), given.get("lr_scheduler")
+                if args.world_size > 1:
+                    raise SubspanError("d cannot grow inside of DDP: train in one process")
+                if not growing.record(metrics[metric], optimizer, scheduler):
+                    control.should_training_stop = True
+
+        return OnEvaluate()

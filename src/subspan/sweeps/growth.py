@@ -1,0 +1,255 @@
+"""The intrinsic dimension from one training a seed, in which d grows (:mod:`...methods.hash`).
+
+A stage ends with a test score, so that a run is the whole curve of its seed, up to the stage after
+the one that has reached the target. The target is a share of what all weights reach, which is
+trained first: by the validation part when runs are to end, by the test set when the intrinsic
+dimension is read off.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from subspan.errors import SubspanError
+from subspan.subspace.model import SubspaceModel
+from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
+from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.plan import RunPlan
+from subspan.sweeps.result import Failure, PointRecord, SweepRecord
+from subspan.training import records
+from subspan.training.config import Run, Training
+from subspan.training.machine import versions
+from subspan.training.methods import method
+from subspan.training.prepare import complete, prepare
+from subspan.training.records import CompleteRun, Epoch
+from subspan.training.score import ACCURACY
+
+METHOD, BASELINE, FIRST = "hash", "full", 25
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One training a seed, in which d grows.
+
+    Args:
+        training: of all weights; and of the stages, but for its epochs, steps and patience.
+        dims: the numbers of coordinates, one after the other, as 25,50,100; each is a multiple of
+            the one before. Where there are none they are 25, 50, 100, … up to all weights.
+        stage_epochs: passes over the training part at each d. More bring the curve nearer to that
+            of separate trainings.
+        seeds: how many seeds to run, 0, 1, …
+        lr: the learning rate at the first d, of which √(first d / d) is taken at the others; null
+            is 3/√d, and 2/√d for fine-tuning. Twice that or half of it may be much better.
+        baseline_lrs: learning rates to choose from for the training of all weights, by the
+            validation score of seed 0; where there are none, 0.0003, 0.001 and 0.003.
+        threshold: the share of the score of all weights at which the intrinsic dimension is read
+            off. A run ends one stage after its validation score has reached it.
+        options: those of the method hash.
+    """
+
+    training: Training
+    dims: tuple[str, ...] = ()
+    stage_epochs: int = 4
+    seeds: int = 1
+    lr: float | None = None
+    baseline_lrs: tuple[float, ...] = ()
+    threshold: float = 0.9
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("stage_epochs", "seeds"):
+            if getattr(self, name) < 1:
+                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.threshold <= 1:
+            raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+        if len(self.dims) == 1:
+            raise SubspanError(
+                f"d cannot grow from {self.dims[0]} alone: give several dims, as 25,50,100"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as it stands in ``sweep.json``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
+        lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
+        named = {"methods": [METHOD], "baseline": BASELINE}
+        return self.training.as_dict() | named | own | lists
+
+
+class GrowthPlan(RunPlan):
+    """The runs of all weights, and then one of growing d for every seed.
+
+    Args:
+        config: what to run.
+
+    Raises:
+        SubspanError: for what cannot be run; nothing is written then.
+    """
+
+    def __init__(self, config: Growth) -> None:
+        how = method(METHOD)
+        options = complete(config.options, how, config.training)
+        if not config.dims and "compartments" in options:
+            raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
+        dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
+        self.options = options | {"stages": list(dims)}
+        rates = how.rates(self.options)
+        self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
+        self.config, self.training, self.dims = config, config.training, dims
+        self.lrs = config.baseline_lrs or method(BASELINE).rates({})
+        self.total = len(self.lrs) + 2 * config.seeds - 1
+        self.baseline: dict[tuple[float, int], CompleteRun] = {}
+        self.grown: dict[int, CompleteRun] = {}
+        self.failed: dict[str, str] = {}
+        prepare(self._job(0, None).run)
+        prepare(self._baseline_job(self.lrs[0], 0).run)
+
+    def stages(self) -> Iterator[list[Job]]:
+        """Yield all weights at all rates, then at the best one; then what is to be compared."""
+        yield [self._baseline_job(lr, 0) for lr in self.lrs]
+        if (lr := self._best()) is None:
+            return
+        yield [self._baseline_job(lr, seed) for seed in range(1, self.config.seeds)]
+        some = [record for (rate, _), record in self.baseline.items() if rate == lr]
+        mean = statistics.fmean(record.val_score for record in some)
+        until = some[0].score.share(mean, self.config.threshold)
+        yield [self._job(seed, until) for seed in range(self.config.seeds)]
+
+    def take(self, outcome: Outcome) -> None:
+        """Keep the record of a run, or why it failed."""
+        if outcome.record is None:
+            self.failed[outcome.job.name] = outcome.error
+            return
+        run = outcome.job.run
+        if run.method == METHOD:
+            self.grown[run.seed] = outcome.record
+        else:
+            self.baseline[run.lr, run.seed] = outcome.record
+
+    def done(self) -> int:
+        """Count the runs that are complete."""
+        return len(self.baseline) + len(self.grown)
+
+    def result(self, status: str) -> SweepRecord:
+        """Make a record as that of a sweep: a point at every d, of the seeds that came to it."""
+        rows = self._rows()
+        baseline, lr = None, self._best()
+        if lr is not None:
+            own = sorted((s, run) for (rate, s), run in self.baseline.items() if rate == lr)
+            tried = {f"{r:g}": run.val_score for (r, s), run in self.baseline.items() if s == 0}
+            baseline = PointRecord.from_runs([run for _, run in own], BASELINE, tried_lrs=tried)
+        some = next(iter([*self.baseline.values(), *self.grown.values()]), None)
+        return SweepRecord(
+            status=status,
+            config=records.plain(self.config.as_dict() | {"dims": list(self.dims), "lr": self.lr}),
+            score=some.score if some else ACCURACY,
+            baseline=baseline,
+            rows=rows,
+            d_int={METHOD: self._find(rows, baseline)} if rows and baseline else {},
+            failed=[Failure(name, error) for name, error in sorted(self.failed.items())],
+            versions=versions(),
+            device=some.device if some else "",
+        )
+
+    def _job(self, seed: int, until: float | None) -> Job:
+        options = self.options | ({} if until is None else {"until": until})
+        run = _run(self.config, options, self.lr, seed, len(self.dims))
+        return Job(f"{METHOD}-growing-lr{self.lr:g}-seed{seed}", run)
+
+    def _baseline_job(self, lr: float, seed: int) -> Job:
+        return Job(f"{BASELINE}-lr{lr:g}-seed{seed}", Run(self.training, BASELINE, {}, lr, seed))
+
+    def _best(self) -> float | None:
+        """Return the rate of all weights with the best validation score of seed 0, if any."""
+        tried = {lr: run for lr in self.lrs if (run := self.baseline.get((lr, 0)))}
+        best: float | None = None
+        for lr, run in tried.items():
+            if best is None or run.score.better(run.val_score, tried[best].val_score):
+                best = lr
+        return best
+
+    def _rows(self) -> list[PointRecord]:
+        ended = {seed: _ends(run) for seed, run in sorted(self.grown.items())}
+        rows = []
+        for i, label in enumerate(self.dims):
+            here = {seed: ends[i] for seed, ends in ended.items() if i < len(ends)}
+            if here:
+                rows.append(_point(label, here, self.grown))
+        return rows
+
+    def _find(self, rows: Sequence[PointRecord], baseline: PointRecord) -> IntrinsicDimension:
+        seeds = len(rows[0].seeds)
+        shared = [row for row in rows if len(row.seeds) == seeds]
+        some = next(iter(self.grown.values()))
+        found = intrinsic_dimension(
+            [row.dim for row in shared],
+            [row.test_score for row in shared],
+            baseline.test_score,
+            threshold=self.config.threshold,
+            score=some.score,
+            paired=True,
+        )
+        how = f"one run a seed, d growing with {self.config.stage_epochs} epochs each"
+        return replace(found, note="; ".join(filter(None, (found.note, how))))
+
+
+def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:
+    epochs = config.stage_epochs * stages
+    training = replace(config.training, epochs=epochs, steps=None, patience=None)
+    return Run(training, METHOD, options, lr, seed)
+
+
+def _doubled(model: Any) -> tuple[str, ...]:
+    """Return 25, 50, 100, … up to the weights of a model."""
+    assert isinstance(model, SubspaceModel)
+    most = sum(part.weights for part in model.compartments)
+    count = int(math.log2(max(most / FIRST, 0.5))) + 1
+    if count < 2:
+        raise SubspanError(f"there are only {most} weights to train: give dims, as 2,4,8")
+    return tuple(str(FIRST << i) for i in range(count))
+
+
+def _ends(run: CompleteRun) -> list[Epoch]:
+    """Return the rows of a run that end a stage."""
+    return [row for row in run.history if row.test_score is not None]
+
+
+def _point(label: str, ends: dict[int, Epoch], runs: dict[int, CompleteRun]) -> PointRecord:
+    """Make the record of one d from the epochs that ended its stage, by seed."""
+    first = runs[next(iter(ends))]
+    end = next(iter(ends.values()))
+    scores = [row.test_score for row in ends.values() if row.test_score is not None]
+    trained = end.trainable_parameters or 0
+    begun = max((row.epoch for row in _ends(first) if row.epoch < end.epoch), default=0)
+    return PointRecord(
+        method=METHOD,
+        dim=trained - first.head_parameters,
+        label=label,
+        lr=float(f"{_rate(first, trained):.3g}"),
+        seeds=list(ends),
+        test_score=scores,
+        val_score=[row.val_score for row in ends.values()],
+        seconds_total=[
+            math.fsum(row.seconds for row in runs[seed].history[begun : end.epoch]) for seed in ends
+        ],
+        seconds_per_step=[runs[seed].seconds_per_step for seed in ends],
+        peak_memory_bytes=[runs[seed].peak_memory_bytes for seed in ends],
+        trainable_parameters=trained,
+        head_parameters=first.head_parameters,
+        stored_parameters=first.stored_parameters - first.trainable_parameters + trained,
+        weights=first.weights,
+        checkpoint_bytes=None,
+        mean_test_score=statistics.fmean(scores),
+    )
+
+
+def _rate(run: CompleteRun, trained: int) -> float:
+    """Return the rate of a stage with so many numbers trained."""
+    first, now = (
+        n - run.head_parameters for n in (_ends(run)[0].trainable_parameters or 0, trained)
+    )
+    rate: float = run.config["lr"]
+    return rate * math.sqrt(first / now)

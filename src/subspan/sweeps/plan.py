@@ -1,0 +1,127 @@
+"""Runs that depend on the results of others, in stages, and the record of them all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from subspan.errors import Stopped
+from subspan.sweeps import backends
+from subspan.sweeps.folder import SweepFolder
+from subspan.sweeps.job import FULL, Job, Outcome
+from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.runner import run_jobs
+from subspan.sweeps.worker import Worker
+from subspan.training import own
+from subspan.training.config import Training
+from subspan.training.stop import Stop
+
+
+class RunPlan(ABC):
+    """Which runs there are, one stage after the other, and what is made of their records.
+
+    Attributes:
+        training: which devices the runs take.
+        total: how many runs there are if none fails.
+        processes: of each run.
+    """
+
+    training: Training
+    total: int
+    processes: int = 1
+
+    @abstractmethod
+    def stages(self) -> Iterator[list[Job]]:
+        """Yield runs that may be done side by side, once all before them have ended."""
+
+    @abstractmethod
+    def take(self, outcome: Outcome) -> None:
+        """Keep a run's record, or why it failed."""
+
+    @abstractmethod
+    def done(self) -> int:
+        """Count the runs that are complete."""
+
+    @abstractmethod
+    def result(self, status: str) -> SweepRecord:
+        """Make the record of the runs that have ended by now."""
+
+
+def carry_out(
+    plan: RunPlan,
+    out: Path,
+    *,
+    jobs: int = -1,
+    overwrite: bool = False,
+    on_run: Callable[[Outcome, int], None] | None = None,
+    backend: str = "loky",
+    ray_address: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
+    log: Sequence[str] = (),
+) -> SweepRecord:
+    """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
+
+    Args:
+        plan: the runs.
+        out: output folder; runs are in ``out/runs``.
+        jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
+        overwrite: replace what another configuration left there.
+        on_run: called with each final outcome and the number of runs still to do.
+        backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
+            which must see ``out`` under this path.
+        ray_address: of a cluster; None starts one on this machine.
+        say: told in a sentence what else happens: a process died, another sweep is waited for.
+        log: trackers that are told every epoch of every run.
+
+    Returns:
+        What ``sweep.json`` says.
+
+    Raises:
+        SubspanError: if the folder is not free; nothing is written then.
+        Stopped: after SIGINT or SIGTERM, when the runs under way have saved where they are. A
+            second signal does not wait for that.
+        OSError: if the disk is full, likewise.
+    """
+    first = plan.result("running")
+    SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
+    folder = SweepFolder(out.absolute())
+    worker = Worker(folder, overwrite, plan.processes, tuple(log), own.remembered())
+
+    def on_signal() -> None:
+        folder.ask_to_stop()
+        say("stopping: runs save where they are; a second signal does not wait for them")
+
+    total = left = plan.total
+    try:
+        with (
+            backends.open_backend(backend, ray_address, jobs, plan.training, total) as opened,
+            folder.join(first, overwrite=overwrite, shown=out),
+            Stop(on_signal) as stop,
+        ):
+            try:
+                for todo in plan.stages():
+                    for outcome in run_jobs(todo, worker, opened, stop, say):
+                        left -= 1
+                        plan.take(outcome)
+                        folder.write(plan.result("running"))
+                        if on_run:
+                            on_run(outcome, left)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    folder.write(plan.result("interrupted"))
+                raise
+            found = plan.result("complete")
+            folder.write(found)
+    except (Stopped, OSError) as error:
+        done = f"{plan.done()} of {total} runs are complete"
+        again = "give the same command again"
+        if isinstance(error, Stopped):
+            raise Stopped(f"{error}, {done}; to go on, {again}", error.signal) from None
+        if error.errno in FULL:
+            words = f"{os.strerror(error.errno)}; {done} and kept: make room, and {again}"
+            raise OSError(error.errno, words) from error
+        raise
+    return found
