@@ -189,7 +189,7 @@ def _read_header(reader: coding.Reader) -> dict[str, Any]:
     if number >= len(TEMPLATES):
         raise ValueError(f"its header needs template {number}, which a later version has: upgrade")
     short = {name: reader.take(DIGEST).hex() for name in SHORTENED}
-    return short | apply(reader.value(), TEMPLATES[number])
+    return short | apply_patch(reader.value(), TEMPLATES[number])
 
 
 def difference(value: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,14 +205,14 @@ def difference(value: Mapping[str, Any], template: Mapping[str, Any]) -> dict[st
     return patch
 
 
-def apply(patch: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+def apply_patch(patch: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
     """Return a template with a patch."""
     value = copy.deepcopy(dict(template))
     for name, mine in patch.items():
         if mine is ABSENT:
             del value[name]
         elif isinstance(mine, dict) and isinstance(value.get(name), dict):
-            value[name] = apply(mine, value[name])
+            value[name] = apply_patch(mine, value[name])
         else:
             value[name] = mine
     return value

@@ -18,7 +18,8 @@ from typing import Any
 import safetensors
 from torch import Tensor, nn
 
-from subspan.checkpoint.compact import COORDINATES, MAGIC, CompactFile, read_compact
+from subspan.checkpoint.compact import COORDINATES as COORDINATES
+from subspan.checkpoint.compact import MAGIC, CompactFile, read_compact
 from subspan.errors import SubspanError
 from subspan.layers.protocol import (
     Compressed,
@@ -110,8 +111,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         SubspanError: if it is no checkpoint, of a newer format, cut short or edited.
     """
     path = Path(path)
-    if (compact := _compact(path)) is not None:
-        return _checked(compact.header, path), compact.tensors
+    if (compact := _read_if_compact(path)) is not None:
+        return compact.header, compact.tensors
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -136,7 +137,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     return _checked(header, path), tensors
 
 
-def _compact(path: Path) -> CompactFile | None:
+def _read_if_compact(path: Path) -> CompactFile | None:
     """Return the content of a compact file; None of any other file."""
     if not path.is_file():
         raise SubspanError(f"{path} is not a file: expected a checkpoint that subspan saved")
@@ -145,7 +146,9 @@ def _compact(path: Path) -> CompactFile | None:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             return None
-        return read_compact(MAGIC + file.read(), path)
+        compact = read_compact(MAGIC + file.read(), path)
+    _checked(compact.header, path)
+    return compact
 
 
 def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -167,16 +170,18 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         file, ``digest``. Of a compact file ``quantiser``, too: the ``step`` of the coordinates, how
         many distinct ``levels`` there are, and the ``bits`` that a coordinate takes.
     """
-    header, tensors = read(path)
+    path = Path(path)
+    compact = _read_if_compact(path)
+    header, tensors = read(path) if compact is None else (compact.header, compact.tensors)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    size = Path(path).stat().st_size
+    size = path.stat().st_size
     found: dict[str, Any] = header | {"tensors": shapes, "bytes": size}
-    if (compact := _compact(Path(path))) is not None:
-        w = tensors[COORDINATES]
+    if compact is not None:
+        w, size = tensors[COORDINATES], compact.sizes["coordinates"]
         found["quantiser"] = {
             "step": compact.step,
             "levels": w.unique().numel(),
-            "bits": round(8 * compact.sizes["coordinates"] / w.numel(), 3),
+            "bits": round(8 * size / w.numel(), 3),
         }
         return found | {"bytes_of_parts": compact.sizes}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
@@ -185,7 +190,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def agree(one: str, other: str) -> bool:
-    """Return whether two digests are the same as far as both are known: a compact file has 8 digits."""
+    """Return whether two digests are one, as far as both go: a compact file has 8 digits."""
     known = min(len(one), len(other))
     return known >= 8 and one[:known] == other[:known]
 

@@ -10,20 +10,23 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-WORDS = tuple(
-    # of the header
-    "extra fingerprint init_seed layout recipe weights lora quantised base parameters "
-    # of the recipe
-    "dim projection compartments allocation targets exclude train_fully seed padding "
-    "keep train global layer tensor sqrt equal size s qr of rank alpha "
-    "hash gaussian rademacher orthogonal fastfood kronecker sparse sparse2full stored "
-    "attention mlp norms-and-biases all-linear head subspan_A subspan_B "
-    # of what the laboratory says of network and data
-    "net data method image_shape classes mean std names depth task validation init_seeds "
-    "linear lenet lenet-valid lenet5-caffe lenet-tf spectral resnet8 resnet20 vgg11 vgg16 "
-    "minut-mlp minut-lenet gressmann-fc gressmann-cnn "
-    "digits mnist fashion_mnist cifar10 cifar100".split()
-)
+_OF_HEADER = """
+    extra fingerprint init_seed layout recipe weights lora quantised base parameters
+    repo revision folder class dtype config late num_labels
+"""
+_OF_RECIPE = """
+    dim projection compartments allocation targets exclude train_fully seed padding
+    keep train global layer tensor sqrt equal size s qr of rank alpha
+    hash gaussian rademacher orthogonal fastfood kronecker sparse sparse2full stored
+    attention mlp norms-and-biases all-linear head subspan_A subspan_B
+"""
+_OF_TRAINING = """
+    net data method image_shape classes mean std names depth task validation
+    linear lenet lenet-valid lenet5-caffe lenet-tf spectral resnet8 resnet20 vgg11 vgg16
+    minut-mlp minut-lenet digits mnist fashion_mnist cifar10 cifar100
+"""
+_DTYPES = "float32 float64 float16 bfloat16 int64"
+WORDS = tuple(f"{_OF_HEADER} {_OF_RECIPE} {_OF_TRAINING} {_DTYPES}".split())
 _NUMBER = {word: number for number, word in enumerate(WORDS)}
 
 WORD = 0x80  # the first of them; below, integers are themselves

@@ -26,10 +26,10 @@ def choose_step(w: Tensor, bits: float) -> float:
         bits: for each coordinate, positive; a fraction, too.
 
     Returns:
-        Δ. With it all coordinates are zero if there are no bits for more.
+        Δ, a positive bfloat16.
 
     Raises:
-        SubspanError: if ``bits`` is not positive, or a coordinate is not finite.
+        SubspanError: if ``bits`` is not positive or leaves nothing, or a coordinate is not finite.
     """
     if not 0 < bits < float("inf"):
         raise SubspanError(f"bits must be a positive number of bits a coordinate, got {bits}")
@@ -45,7 +45,10 @@ def choose_step(w: Tensor, bits: float) -> float:
             coarse = middle
         else:
             fine = middle
-    return bfloat16(coarse)
+    step = bfloat16(coarse)
+    if largest and not round_to_levels(w, step).any():
+        raise SubspanError(f"with {bits:g} bits a coordinate every coordinate is zero: give more")
+    return step
 
 
 def round_to_levels(w: Tensor, step: float) -> Levels:
