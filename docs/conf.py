@@ -23,6 +23,7 @@ NAVIGATION = {
         "docs/variants",
         "docs/tutorials/intrinsic-dimension",
         "docs/tutorials/fine-tuning",
+        "docs/fine-tuning",
         "docs/tutorials/slow-network",
         "docs/tutorials/low-rank",
         "docs/tutorials/your-projection",

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # What takes longest to import. Nothing of it may start a thread, and kernels for the CPU are not
 # among it: forks of a process that has imported these do without.
@@ -42,24 +42,40 @@ def server() -> ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
-def python(words: Sequence[str], where: Path, env: Mapping[str, str], files: Path) -> Ended:
+def python(
+    words: Sequence[str],
+    where: Path,
+    env: Mapping[str, str],
+    files: Path,
+    warn: Literal["error", "ignore"] = "error",
+) -> Ended:
     """``python WORDS``: a script or ``-m module`` with its arguments; warnings are errors.
 
     What it prints goes through files in the folder ``files``.
     """
     streams = [files / "stdout", files / "stderr"]
-    process = server().Process(target=_run, args=(list(words), where, dict(env), streams))
+    process = server().Process(target=_run, args=(list(words), where, dict(env), streams, warn))
     process.start()
     process.join()
     return Ended(process.exitcode, *(stream.read_text() for stream in streams))
 
 
-def _run(words: list[str], where: Path, env: dict[str, str], streams: list[Path]) -> None:
+def python_code(code: str, folder: Path, **env: str) -> Ended:
+    """A program in a folder, which gets its text and what it prints; it must end well."""
+    (folder / "program.py").write_text(code)
+    ended = python([str(folder / "program.py")], folder, env, folder)
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def _run(
+    words: list[str], where: Path, env: dict[str, str], streams: list[Path], warn: Any
+) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
     os.chdir(where)
-    warnings.simplefilter("error")
+    warnings.simplefilter(warn)
     module = words[0] == "-m"
     sys.argv = words[module:]
     if module:

@@ -147,6 +147,9 @@ def rows_are_a_range(p: Projection) -> None:
     some = slice(None, None, p.in_dim // 3 + 1)
     columns = {dtype: torch.eye(p.in_dim, dtype=dtype)[some] for dtype in DTYPES}
     whole = {dtype: p.dense(dtype=dtype)[:, some] for dtype in DTYPES}
+    uncut = {dtype: [p.matvec(unit) for unit in columns[dtype]] for dtype in DTYPES}
+    for dtype in DTYPES:
+        torch.testing.assert_close(torch.stack(uncut[dtype], 1), whole[dtype], atol=1e-6, rtol=1e-5)
 
     @examples
     @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=3), seed=st.integers(0, 99))
@@ -154,15 +157,13 @@ def rows_are_a_range(p: Projection) -> None:
         ends = [0, *sorted(cuts), p.out_dim]
         parts = [range(a, b) for a, b in itertools.pairwise(ends)]
         for dtype in DTYPES:
-            for j, unit in enumerate(columns[dtype]):
-                column = torch.cat([p.matvec(unit, rows=rows) for rows in parts])
-                assert torch.equal(column, p.matvec(unit))
-                torch.testing.assert_close(column, whole[dtype][:, j], atol=1e-6, rtol=1e-5)
+            for unit, column in zip(columns[dtype], uncut[dtype], strict=True):
+                assert torch.equal(torch.cat([p.matvec(unit, rows=rows) for rows in parts]), column)
             w, g = vector(p.in_dim, dtype, seed), vector(p.out_dim, dtype, seed)
-            forward = torch.cat([p.matvec(w, rows=rows) for rows in parts])
+            forward, expected = torch.cat([p.matvec(w, rows=rows) for rows in parts]), p.matvec(w)
             if p.bitwise:
-                assert torch.equal(forward, p.matvec(w))
-            torch.testing.assert_close(forward, p.matvec(w))
+                assert torch.equal(forward, expected)
+            torch.testing.assert_close(forward, expected)
             backward = sum(p.rmatvec(g[rows.start : rows.stop], rows=rows) for rows in parts)
             assert isinstance(backward, Tensor)
             torch.testing.assert_close(backward, p.rmatvec(g), atol=1e-5, rtol=1e-5)
@@ -377,7 +378,10 @@ def the_operator_is_well_made(p: Projection) -> None:
 
 @costly
 def a_step_that_changes_does_not_recompile(p: Projection) -> None:
-    """The products go through torch.compile in one graph, which takes the step as an input."""
+    """The products go through torch.compile in one graph, which takes the step as an input.
+
+    So do their derivatives.
+    """
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
@@ -391,6 +395,8 @@ def a_step_that_changes_does_not_recompile(p: Projection) -> None:
     torch.compiler.reset()
     compiled = torch.compile(there_and_back, fullgraph=True, backend=backend)
     for step in range(4):
-        x = vector(p.in_dim, torch.float32, step)
-        assert torch.equal(compiled(x, torch.tensor(step)), there_and_back(x, torch.tensor(step)))
+        x = vector(p.in_dim, torch.float32, step).requires_grad_()
+        ours, theirs = (run(x, torch.tensor(step)) for run in (compiled, there_and_back))
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)))
     assert len(graphs) == 1

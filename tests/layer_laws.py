@@ -6,7 +6,7 @@ tests/layers/test_laws.py enrols every layer by one row; a layer of somebody els
     for law in (*layer_laws.LAWS, *layer_laws.COSTLY):
         law(Case(...))
 
-``COSTLY`` laws compile or export, and see the layer as a whole and not its kind of atoms.
+``COSTLY`` laws see the layer as a whole and not its kind of atoms.
 """
 
 from __future__ import annotations
@@ -372,7 +372,7 @@ def a_call_changes_nothing(case: Case) -> None:
     assert torch.equal(before[-1], after[-1])
 
 
-@law
+@costly
 def what_is_frozen_stays_frozen(case: Case) -> None:
     """By what takes an ordinary layer's place, in copies and precisions, and in what merges."""
     host = case.host().requires_grad_(False)
@@ -469,7 +469,7 @@ def assert_untouched(net: nn.Module, before: tuple[Any, ...]) -> None:
     assert all(torch.equal(t, before[3][name]) for name, t in after[3].items())
 
 
-@law
+@costly
 def hooks_and_attributes_move_with_the_layer(case: Case) -> None:
     """There and back, with their flags; a handle removes a hook from wherever it has moved to."""
     if case.into is None:
@@ -506,7 +506,7 @@ def hooks_and_attributes_move_with_the_layer(case: Case) -> None:
     assert not calls
 
 
-@law
+@costly
 def hooks_that_would_be_lost_are_refused(case: Case) -> None:
     """By name, and the network is untouched: those on a state or a weight, in both directions."""
     if case.into is None:
@@ -554,7 +554,7 @@ def everything_but_hooks(net: nn.Module) -> tuple[Any, ...]:
     return found
 
 
-@law
+@costly
 def names_that_the_new_layer_needs_are_refused(case: Case) -> None:
     """A user's attribute is not dropped in favour of the layer's own."""
     if case.into is None:

@@ -2,8 +2,6 @@ import copy
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.subspace.parameters import digest_tensors
+from tests.forks import python_code
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
@@ -195,12 +194,12 @@ def test_compartments_do_not_make_files_grow(compartments, tmp_path):
 
 
 CODE = """
-import sys, torch, subspan
+import torch, subspan
 from subspan.subspace.parameters import digest_tensors
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 torch.set_num_threads({threads})
 for name in NETS:
-    model = subspan.load(f"{{sys.argv[1]}}/{{name}}", build(name)).eval()
+    model = subspan.load(name, build(name)).eval()
     with torch.no_grad():
         print(name, digest_tensors(model.weights()), digest_tensors({{"": model(batch(name))}}))
 """
@@ -214,14 +213,7 @@ def test_another_process_with_other_threads_restores_every_bit(tmp_path):
         with torch.no_grad():
             logits = digest_tensors({"": model(batch(name))})
             here.append(f"{name} {digest_tensors(model.weights())} {logits}")
-    code = CODE.format(threads=1 if torch.get_num_threads() > 1 else 2)
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    run = python_code(CODE.format(threads=1 if torch.get_num_threads() > 1 else 2), tmp_path)
     assert run.stdout.splitlines() == here
 
 

@@ -52,32 +52,44 @@ def write(path, header, tensors, *, digest=True):
 # ---- damage and other files ----------------------------------------------------------------------
 
 
-def damaged(path, net, match="damaged|no subspan checkpoint|format"):
+DAMAGED = "damaged|no subspan checkpoint|format"
+
+
+def damaged(path, net, match=DAMAGED):
     before = snapshot(net)
     with pytest.raises(SubspanError, match=match):
         subspan.load(path, net)
     assert_untouched(net, before)
 
 
+def all_damaged(folder, files):
+    """Load many contents of a file into one network, which after all of them is as before."""
+    net, path = build("mlp"), folder / "file"
+    before = snapshot(net)
+    for content in files:
+        path.write_bytes(content)
+        with pytest.raises(SubspanError, match=DAMAGED):
+            subspan.load(path, net)
+    assert_untouched(net, before)
+
+
 def test_a_file_that_was_cut_anywhere_is_refused(tmp_path):
     save(tmp_path / "m")
-    data, net = (tmp_path / "m").read_bytes(), build("mlp")
-    for length in range(len(data)):
-        (tmp_path / "cut").write_bytes(data[:length])
-        damaged(tmp_path / "cut", net)
-    (tmp_path / "longer").write_bytes(data + b"\0")
-    damaged(tmp_path / "longer", net)
+    data = (tmp_path / "m").read_bytes()
+    all_damaged(tmp_path, [*(data[:length] for length in range(len(data))), data + b"\0"])
 
 
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
-def test_a_file_with_any_byte_changed_is_refused(mask, tmp_path):
+def test_a_file_with_any_byte_changed_is_refused(tmp_path):
     save(tmp_path / "m")
-    data, net = (tmp_path / "m").read_bytes(), build("mlp")
-    for place in range(len(data)):
-        changed = bytearray(data)
-        changed[place] ^= mask
-        (tmp_path / "changed").write_bytes(changed)
-        damaged(tmp_path / "changed", net)
+    data = (tmp_path / "m").read_bytes()
+    all_damaged(
+        tmp_path,
+        [
+            data[:place] + bytes([byte ^ mask]) + data[place + 1 :]
+            for mask in (0x01, 0x20, 0xFF)
+            for place, byte in enumerate(data)
+        ],
+    )
 
 
 def test_other_files_are_refused(tmp_path):
@@ -225,6 +237,24 @@ def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
     damaged(tmp_path / "m", build("lstm"), match="does not fit this network: |other parameters")
 
 
+def test_another_padding_row_is_refused(tmp_path):
+    """Its θ would be another one, although θ₀ and the coordinates are the same."""
+
+    def words(padding: int | None) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+        net[0].padding_idx = padding
+        return net
+
+    subspan.save(subspan.SubspaceModel(words(1), 5), tmp_path / "m")
+    subspan.load(tmp_path / "m", words(1))
+    for other in (2, None):
+        net = words(other)
+        with pytest.raises(SubspanError, match=r"another padding row of 0\.weight"):
+            subspan.load(tmp_path / "m", net)
+        assert subspan.SubspaceModel.of(net) is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -240,6 +270,11 @@ def test_recipes_that_cannot_be_used_are_refused(change, drawn, tmp_path):
         {"layout": "0" * 32},
         {"layout": None},
         {"extra": []},
+        {"base": "a"},
+        {"kept": 3},
+        {"lora": []},
+        {"quantised": 3},
+        {"parameters": 3},
     ],
     ids=str,
 )

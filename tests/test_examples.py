@@ -21,27 +21,34 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(place: Path) -> Callable[[str], str]:
-    """Return the output of an example; warnings are errors, and no cache is the user's."""
+def run(place: Path) -> Callable[..., str]:
+    """Return the output of an example; warnings are errors, and no cache is the user's.
+
+    Trainers of others warn of what is theirs.
+    """
     env = {
-        "PYTHONWARNINGS": "error",
         "OMP_NUM_THREADS": "1",
         "SUBSPAN_CACHE": str(place / "cache"),
     }
 
-    def printed(name: str) -> str:
+    def printed(name: str, trainer: str = "") -> str:
+        if trainer:
+            pytest.importorskip(
+                trainer, reason=f"{trainer} is not installed: pip install {trainer}"
+            )
+        warn = "ignore" if trainer else "error"
         *command, line = table()[name]
         words, where = [str(FOLDER / f"{name}.py")], place
         if command:  # a task's: of subspan, in the folder above
             words, where = ["-m", "subspan.cli", *command[0].split()[1:]], FOLDER.parent
             words += ["--out", str(place / name)]
         for _ in range(2):
-            said = python(words, where, env, place)
+            said = python(words, where, env | {"PYTHONWARNINGS": warn}, place, warn)
             if "terminate called without an active exception" not in said.stderr:
                 break  # else Gloo's threads outlived the interpreter (pytorch/pytorch#179291)
         assert said.returncode == 0, said.stdout + said.stderr
         assert "Traceback" not in said.stderr
-        assert "Warning" not in said.stderr
+        assert trainer or "Warning" not in said.stderr
         assert masked(line) in masked(said.stdout), f"README.md says that it prints {line}"
         return said.stdout + said.stderr
 
@@ -175,6 +182,43 @@ def test_own_matrices(run):
     assert len(shares) == 6
     for way, share in shares.items():
         assert share == pytest.approx(truth.get(way, 0), abs=0.015), way
+
+
+@pytest.mark.slow
+def test_trainer(run, place):
+    said = run("trainer", "transformers")
+    weights, before = numbers(said, " weights, upright")
+    few, variant = numbers(said, r"^1,000 numbers")
+    size, inside = numbers(said, "^the file")
+    assert (weights, few) == (39_610, 1000)
+    assert before + 30 < variant > 85
+    assert 4 * few < inside < size == (place / "runs/trainer/variant.safetensors").stat().st_size
+    assert "interrupted and resumed: the same numbers: True" in said
+    assert numbers(said, "^an ordinary network") == [variant]
+
+
+@pytest.mark.slow
+def test_lightning_module(run, place):
+    said = run("lightning_module", "lightning")
+    few, size = numbers(said, "numbers in a file of")
+    assert few == 500
+    assert size == (place / "runs/lightning/variant.safetensors").stat().st_size < 4096
+    assert numbers(said, "^the best checkpoint")[0] > 80
+
+
+@pytest.mark.slow
+def test_accelerate_loop(run):
+    said = run("accelerate_loop", "accelerate")
+    few, size = numbers(said, "in the state")
+    assert 4 * few < size < 4096
+    assert numbers(said, "^loaded again")[0] > 80
+
+
+@pytest.mark.slow
+def test_trl_sft(run):
+    said = run("trl_sft", "trl")
+    assert "weights: 20 21 22 23 24 25" in said
+    assert re.search(r"^the variant, [45],\d+ bytes: 20 19 18 17 16 15$", said, re.M)
 
 
 def test_language_model(run):

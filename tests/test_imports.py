@@ -1,6 +1,7 @@
 """The cost of importing, the needs of the core, and the one way that imports point."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -59,7 +60,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(tree: ast.AST) -> set[str]:
+@functools.cache
+def imports(tree: ast.AST) -> frozenset[str]:
     """Dotted names of what a source imports anywhere, as modules of ours where they are that."""
     found = set()
     for node in ast.walk(tree):
@@ -71,7 +73,7 @@ def imports(tree: ast.AST) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 public = subspan._HOME.get(alias.name) if node.module == "subspan" else None
                 found.add(public or (full if full in MODULES else str(node.module)))
-    return found
+    return frozenset(found)
 
 
 def unconditional(tree: ast.Module) -> ast.Module:
@@ -158,6 +160,9 @@ p = subspan.projection("hash", out_dim=70_000, in_dim=10)
 assert "numba" not in sys.modules
 p.matvec(torch.ones(10))
 assert "numba" in sys.modules
+subspan.SubspaceModel(torch.nn.Linear(8, 8), 4)(torch.ones(1, 8)).sum().backward()
+now = {{name.split(".")[0] for name in sys.modules}}
+assert not {{"bitsandbytes", "torchao", "transformers"}} & now  # of networks without them
 assert "subspan.kernels.gpu" not in sys.modules
 # Numba's threads are OpenMP's, as torch's are: starting them must leave torch's number alone.
 assert torch.get_num_threads() == threads, torch.get_num_threads()

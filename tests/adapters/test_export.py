@@ -213,10 +213,10 @@ def test_a_subspace_of_all_weights_is_written_as_the_nearest_lora(tmp_path):
     assert errors[2] < 1e-6  # all that these weights can have
     written = subspan.export_lora(model, tmp_path, rank=2)
     names = ("up.weight", "down.weight")
-    moved = {name: model.weights()[name] - block().get_parameter(name) for name in names}
-    tails = [torch.linalg.svdvals(d.detach())[2:].square().sum() for d in moved.values()]
+    moved = {n: (model.weights()[n] - block().get_parameter(n)).detach() for n in names}
+    tails = [torch.linalg.svdvals(d)[2:].square().sum() for d in moved.values()]
     whole = sum(d.square().sum() for d in moved.values())
-    assert written.error == pytest.approx(float((sum(tails) / whole).sqrt().detach()), rel=1e-4)
+    assert written.error == pytest.approx(float((sum(tails) / whole).sqrt()), rel=1e-4)
     assert str(written).splitlines()[0].endswith("relative error of rank 2")
     assert [line.split()[0] for line in str(written).splitlines()[1:]] == ["up", "down", "all"]
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")

@@ -103,7 +103,7 @@ def test_a_weight_reads_as_the_product():
 def test_a_reader_of_weights_inside_of_a_call_gets_the_product():
     class Reads(Block):
         def forward(self, x):
-            return super().forward(x) + self.up.weight.sum()
+            return self.head(self.up(self.words(x)).mean(1)[:, :8]) + self.up.weight.sum()
 
     net = Reads()
     model = subspan.lora(net, 10, **LORA)
@@ -226,6 +226,16 @@ def test_vmap_over_coordinates_is_one_call_for_many_variants():
     together = torch.vmap(run)(many)
     alone = torch.stack([run(one) for one in many])
     torch.testing.assert_close(together, alone)
+
+
+def test_at_base_has_no_lora():
+    model, plain = lora(), block()
+    plain.head.load_state_dict(model.body.head.state_dict())
+    with model.at_base():
+        assert torch.equal(model(WORDS), plain(WORDS))
+        assert torch.equal(model.body.up.weight, plain.up.weight)
+        assert torch.equal(model.merge()(WORDS), plain(WORDS))
+    assert not torch.allclose(model(WORDS), plain(WORDS))
 
 
 def test_a_functional_call_with_a_weight_runs_with_that_weight():

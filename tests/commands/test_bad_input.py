@@ -40,7 +40,7 @@ BAD = {
     "train --data ./empty": "cannot read",
     "train --data ./texts": "has no column that is plainly the image",
     "train --method hsh": "unknown method 'hsh': did you mean hash?",
-    "train --method full": "method 'full' has no options, got --dim",
+    "train --method full": "unknown option of full 'dim': known are head_lr",
     "train --s 3": "unknown option of hash 's'",
     "train --tolerance 0.1": "(it is one of dlrt, dlrt-ratio)",
     "sweep --tolerance 0.1": "unknown option of hash 'tolerance'",

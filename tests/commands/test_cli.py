@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,13 @@ def test_an_option_says_what_it_means_to_whom(cli):
     said = " ".join(cli("sweep", "--methods", "hash,dlrt", "--help").out.split())
     assert "parameters to train, as fc1 or [fc1,fc2]; the others keep θ₀ (hash); layers to" in said
     assert "layers that stay dense (dlrt)" in said
+
+
+def test_methods_are_told_in_plain_words(cli):
+    """Of a docstring's first line, which the help shows, no part is for Sphinx or our code."""
+    told = cli("train", "--help").out.partition("\nmethods")[2]
+    assert "  rademacher " in told
+    assert not re.findall(r"`|:\w+:|Source", told)
 
 
 def test_help_shows_the_options_of_the_methods_that_are_named(cli, in_tmp_path):

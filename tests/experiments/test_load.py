@@ -226,6 +226,8 @@ def test_data_and_modules_lie_beside_the_file(in_tmp_path, cli):
             "line 2: unknown key of an experiment 'sourc': did you",
         ),
         ("source: Nobody 2026\n", "", "line 1: an experiment needs a source"),
+        (TINY.partition("sweep:")[2], "\n", "line 3: a sweep is empty: say what to train"),
+        (TINY.partition("sweep:")[2], " {}\n", "line 3: a sweep is empty: say what to train"),
         ("title: Digits", "title: [a]", "line 1: title must be a text, got ['a']"),
         ("title: Digits", "title: Digits\ntitle: A", "has the key 'title' twice, in lines 1 and 2"),
         ("title: Digits", "title: a: b", "is no YAML (line 1, column 9"),

@@ -18,7 +18,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = reference.OPTIONS | {
     "stored": [{}, {"of": "sparse", "layout": "csr"}],
 }
 
-# What the operator does to a projection is the same for all its options.
+# What the operator does to a projection is the same for all its options, and nearly so for every
+# family: one with kernels for updates, one of independent entries, and one that computes all rows.
+QUICK = ("hash", "gaussian", "orthogonal")
 OPERATOR = (
     laws.products_are_differentiable_twice,
     laws.the_operator_is_well_made,
@@ -42,7 +44,12 @@ def cases(sizes: list[tuple[int, int]], held_to: list[laws.Law]) -> list[Any]:
                 )
                 label = "-".join([family, *map(str, options.values()), f"{out_dim}x{in_dim}"])
                 found += [
-                    pytest.param(law, p, id=f"{law.__name__}-{label}")
+                    pytest.param(
+                        law,
+                        p,
+                        id=f"{law.__name__}-{label}",
+                        marks=pytest.mark.slow if law in OPERATOR and family not in QUICK else (),
+                    )
                     for law in held_to
                     if (law, family) not in EXEMPT and not (number and law in OPERATOR)
                 ]

@@ -24,6 +24,7 @@ from subspan import Projection, kernels
 from subspan.cache import cache
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
+from tests.forks import python_code
 from tests.laws import vector
 from tests.reference import ROUNDED
 
@@ -236,16 +237,10 @@ assert not any(name.startswith(("numba", "llvmlite")) for name in sys.modules)
 """
 
 
-def test_reference_by_the_environment() -> None:
+def test_reference_by_the_environment(tmp_path: Path) -> None:
     """SUBSPAN_KERNELS=reference never imports Numba, and gives the same weights."""
-    result = subprocess.run(
-        [sys.executable, "-c", REFERENCE.format(families=FAMILIES)],
-        env=os.environ | {"SUBSPAN_KERNELS": "reference"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    code = REFERENCE.format(families=FAMILIES)
+    result = python_code(code, tmp_path, SUBSPAN_KERNELS="reference")
     for family, line in zip(FAMILIES, result.stdout.split(), strict=True):
         p = subspan.projection(family, out_dim=1000, in_dim=70, seed=1 << 40)
         weights = torch.frombuffer(bytearray.fromhex(line), dtype=torch.float32)
@@ -335,27 +330,21 @@ print(sum(kronecker._signs.stats.cache_hits.values()))
 """
 
 
-def first_product(**env: str) -> tuple[str, int]:
+def first_product(folder: Path) -> tuple[str, int]:
     """The result of a product in a new process, and how often compiled code was found."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FIRST],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = python_code(FIRST, folder, NUMBA_CACHE_DIR=str(folder / "cache"))
     assert result.stderr == ""  # the first call says nothing
     value, hits = result.stdout.split()
     return value, int(hits)
 
 
 def test_compiled_code_is_kept_between_processes(tmp_path: Path) -> None:
-    value, hits = first_product(NUMBA_CACHE_DIR=str(tmp_path))
+    value, hits = first_product(tmp_path)
     assert hits == 0
-    [folder] = tmp_path.iterdir()
+    [folder] = (tmp_path / "cache").iterdir()
     assert folder.name.startswith("kernels-")
     assert list(folder.rglob("*.nbc"))
-    assert first_product(NUMBA_CACHE_DIR=str(tmp_path)) == (value, 1)
+    assert first_product(tmp_path) == (value, 1)
 
 
 def test_nothing_is_kept_where_nothing_can_be_written(

@@ -234,9 +234,29 @@ ATOMS = [
 ]
 
 
+COMPILING = (
+    layer_laws.compilers_take_it_in_one_graph,
+    layer_laws.the_ordinary_layer_can_be_exported,
+    layer_laws.it_can_be_exported_with_any_batch,
+)
+# Compilers see one class after another: of each, and of each way to pad, one is quick.
+QUICK = {
+    *("lowrank-linear-plain", "lowrank-conv-plain", "lowrank-conv-circular", "attention-mixed"),
+    *("sums-fastfood-acting", "sums-projected", "sums-conv-two", "sums-conv-circular"),
+    "spectral-smooth",
+}
+
+
 def cases(of: list[Case], held_to: list[layer_laws.Law]) -> list[Any]:
     return [
-        pytest.param(law, case, id=f"{law.__name__}-{case.name}") for case in of for law in held_to
+        pytest.param(
+            law,
+            case,
+            id=f"{law.__name__}-{case.name}",
+            marks=pytest.mark.slow if law in COMPILING and case.name not in QUICK else (),
+        )
+        for case in of
+        for law in held_to
     ]
 
 

@@ -127,9 +127,17 @@ CASES: list[Case] = [
 ]
 
 
+# Other cases have these integrators, and others Adam; bases go one way for all families.
+SLOW = ("rbd-sparse", "parallel-adapting-adam", "kls-adam", "vanilla-adam")
+
+
+def marks(case: Case) -> Any:
+    return pytest.mark.slow if case.name in SLOW else ()
+
+
 # PyTorch's own forward mode scripts a few functions when it is first used.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in CASES])
 @pytest.mark.parametrize("law", optimizer_laws.LAWS, ids=lambda law: law.__name__)
 def test_laws(law: Callable[[Case], None], case: Case) -> None:
     law(case)

@@ -184,7 +184,7 @@ def test_weight_decay_is_projected_with_the_gradient():
 @pytest.mark.parametrize("family", ["rademacher", "gaussian", "hash"])
 def test_redrawn_bases_go_down_the_gradient_on_average(family):
     """E[P Pᵀ] = (d/D) I: over many bases the steps sum up to the gradient itself, shrunk."""
-    net, d, draws = mlp(), WEIGHTS // 2, 600
+    net, d, draws = mlp(), WEIGHTS // 2, 300
     optimizer = RandomBases(net, d, lr=1.0, distribution=family)
     g = torch.randn(WEIGHTS, dtype=torch.float64)
     give(net, g)

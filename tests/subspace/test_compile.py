@@ -70,13 +70,6 @@ def test_with_the_default_compiler():
         same("mlp", "inductor", compartments="layer")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_there_is_one_graph_without_a_break(name):
-    model = SubspaceModel(build(name), DIM)
-    explanation = torch._dynamo.explain(model)(batch(name))
-    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
-
-
 def test_eager_calls_in_between_do_not_recompile():
     model, x = SubspaceModel(build("cnn"), DIM), batch("cnn")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

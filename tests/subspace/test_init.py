@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,6 +7,7 @@ from torch import nn
 from subspan import SubspanError
 from subspan.subspace.init import build, initialize
 from subspan.subspace.parameters import digest_tensors
+from tests.forks import python_code
 from tests.nets import NETS
 
 H = 40  # of the recurrent layers
@@ -144,11 +143,8 @@ for name, make in NETS.items():
 """
 
 
-def test_the_same_in_another_process_with_other_threads():
-    code = CODE.format(threads=1 if torch.get_num_threads() > 1 else 2)
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+def test_the_same_in_another_process_with_other_threads(tmp_path):
+    run = python_code(CODE.format(threads=1 if torch.get_num_threads() > 1 else 2), tmp_path)
     here = [
         f"{n} {digest_tensors(dict(build(make, 5).named_parameters()))}" for n, make in NETS.items()
     ]

@@ -11,7 +11,6 @@ from subspan.subspace import blocks
 from tests.nets import COMPARTMENTS, NETS, PROJECTIONS, batch, build, fit, scatter, wrap
 
 every_net = pytest.mark.parametrize("name", NETS)
-every_cut = pytest.mark.parametrize("compartments", COMPARTMENTS, ids=str)
 
 
 def dense_map(model):
@@ -35,9 +34,26 @@ def flat(model):
 # ---- the same network at w = 0, θ₀ + P w afterwards ----------------------------------------------
 
 
-@every_net
-@every_cut
-@pytest.mark.parametrize("projection", PROJECTIONS)
+# Quick are all with hash; of other projections all networks in one piece, and one in all pieces.
+every_way = pytest.mark.parametrize(
+    ("name", "compartments", "projection"),
+    [
+        pytest.param(
+            name,
+            cut,
+            projection,
+            marks=()
+            if projection == "hash" or cut == "global" or name == "cnn"
+            else pytest.mark.slow,
+        )
+        for name in NETS
+        for cut in COMPARTMENTS
+        for projection in PROJECTIONS
+    ],
+)
+
+
+@every_way
 def test_wrap_train_merge_unwrap(name, compartments, projection):
     x, plain = batch(name), build(name)
     model = wrap(name, compartments, projection=projection)
@@ -65,9 +81,7 @@ def test_wrap_train_merge_unwrap(name, compartments, projection):
         assert torch.equal(ours, theirs), key
 
 
-@every_net
-@every_cut
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@every_way
 def test_the_gradient_is_the_dense_one_projected(name, compartments, projection):
     x, plain = batch(name, torch.float64), build(name, torch.float64)
     model = scatter(wrap(name, compartments, torch.float64, projection=projection))

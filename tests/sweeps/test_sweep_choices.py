@@ -243,7 +243,7 @@ def test_options_go_to_the_methods_that_have_them(tmp_path, monkeypatch):
         ({"options": {"s": 3}}, "unknown option of hash 's'"),
         (
             {"methods": ("full",), "baseline": None, "options": {"s": 3}},
-            "method 'full' has no options",
+            "unknown option of full",
         ),
         ({"options": {"exclude": "nope"}}, "unknown pattern in exclude .* 'nope'"),
         ({"net": "lenet"}, "images of at least 12x12 pixels"),

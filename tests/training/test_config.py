@@ -23,7 +23,7 @@ BAD_TRAINING = [
     ({"init": "he"}, "unknown init 'he': known are auto, own, seed"),
     ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8': did you mean"),
     ({"device": "gpu"}, "unknown device 'gpu'"),
-    ({"resize": "8by8"}, "resize must be a number of pixels, or height x width .* got '8by8'"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
 ]
 
 

@@ -34,8 +34,8 @@ needs_peft = pytest.mark.skipif(
 TASK = "tests.training.words:words"
 
 
-def a_fine_tuning(name: str, *, lr: float = 0.01, seed: int = 0, max_steps: int = 5, **options):
-    training = Training(task=TASK, epochs=1, batch_size=32, max_steps=max_steps)
+def a_fine_tuning(name: str, *, lr: float = 0.01, seed: int = 0, steps: int = 5, **options):
+    training = Training(task=TASK, batch_size=32, steps=steps)
     return Run(training, name, options, lr, seed)
 
 
@@ -214,10 +214,7 @@ def test_an_export_is_the_ordinary_network(name, tmp_path):
 @needs_peft
 def test_a_run_goes_on(tmp_path):
     """It ends with the same bits, with both rates where they were."""
-    run = a_fine_tuning("unilora", dim=50, max_steps=9)
-    run = Run(
-        Training(**{**vars(run.training), "epochs": 2}), run.method, run.options, run.lr, run.seed
-    )
+    run = a_fine_tuning("unilora", dim=50, steps=9)
     whole = train(run, tmp_path / "whole")
     train_up_to(8, run, tmp_path / "again")
     again = train(run, tmp_path / "again")
@@ -229,16 +226,6 @@ def test_a_run_goes_on(tmp_path):
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_steps_end_within_an_epoch(tmp_path):
-    steps = []
-    record = train(a_run(dim=5, max_steps=3), tmp_path, on_step=lambda: steps.append(1))
-    assert len(steps) == 3
-    assert [row.epoch for row in record.history] == [1]
-    assert record.seconds_per_step == pytest.approx(record.history[0].seconds / 3)
-    with pytest.raises(SubspanError, match="max_steps must be at least 1, or null, got 0"):
-        Training(max_steps=0)
 
 
 def test_dims_of_each_method_on_the_command_line():
@@ -259,7 +246,7 @@ def test_dims_of_each_method_on_the_command_line():
 def test_a_sweep_compares_at_equal_counts(tmp_path):
     """Methods have numbers of their own; the head alone has none, and all is counted apart."""
     config = Sweep(
-        Training(task=TASK, epochs=1, batch_size=64, max_steps=2),
+        Training(task=TASK, batch_size=64, steps=2),
         ("head", "hash", "lora"),
         dims={"hash": ("20", "40"), "lora": ("1",)},
         lrs={"head": (0.01, 0.001), "lora": (0.01,)},

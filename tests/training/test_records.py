@@ -71,6 +71,7 @@ def spoil(folder: Path, edit: Any) -> str:
 
 SPOILT = {
     "a later format": (lambda r: r.update(format=3), "has format 3; .* reads up to 2: upgrade"),
+    "a status": (lambda r: r.update(status="compleat"), r"record\.json .*its status is 'compleat'"),
     "no score": (lambda r: r.pop("test_score"), "line 1: test_score is missing"),
     "a text": (lambda r: r.update(weights="610"), r"weights must be a whole number, got '610'"),
     "half a number": (lambda r: r.update(weights=610.5), "weights must be a whole number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -137,6 +138,7 @@ def a_run(name: str, lr: float = 0.1, **settings) -> Run:
 
 def test_images_are_the_usual_task():
     assert (Training().net, Training().data, Training().task) == ("mlp", "digits", None)
+    assert Training(task="images") == Training()
     task = tasks.load(Training(), seed=0)
     assert task.score == ACCURACY
     assert task.size() == 1318
@@ -301,8 +303,11 @@ def test_what_a_score_can_be(score, value, good):
 
 
 def test_a_task_reads_its_data_itself():
-    with pytest.raises(SubspanError, match="image_column, resize is for sets of images, and task"):
-        Training(task=SHUFFLED, resize=32, image_column="photo")
+    training = Training(task=SHUFFLED, task_options={"resize": 32})
+    with pytest.raises(SubspanError, match="has no options, got --resize"):
+        tasks.load(training, 0)
+    with pytest.raises(SubspanError, match="resize must be a number of pixels, or height x width"):
+        tasks.load(Training(task_options={"resize": "8by8"}), 0)
 
 
 def test_the_task_moves_with_its_tensors(own):
@@ -376,3 +381,31 @@ def test_shuffled_labels():
     for bad in ("digits[:0]", "digits[:9999]", "digits[:x]"):
         with pytest.raises(SubspanError, match=r"1,438 training images: expected digits\[:N\]"):
             tasks.load(Training(task=SHUFFLED, data=bad), 0)
+
+
+def test_a_task_of_the_users_has_a_name_and_options(own, cli, monkeypatch):
+    class Lines(tasks.TaskKind):
+        options = (tasks.Option("samples", int, "how many points"),)
+
+        def load(self, training, seed):
+            return __import__(own).Line(seed, training.task_options.get("samples", 400))
+
+        def network(self, extra):
+            return lambda: tasks.draw(tasks.again(extra), extra["seed"])
+
+    monkeypatch.setattr(tasks, "_registry", copy.copy(tasks._registry))
+    tasks.register(Lines("lines", "points on a line"))
+    tasks.kinds.cache_clear()
+    try:
+        assert "how many points" in cli("train", "--task", "lines", "--help").out
+        words = ("--task", "lines", "--epochs", 1, "--samples", 80)
+        said = cli("train", *words, "--dim", 12, "--out", "run")
+        assert (said.code, said.err) == (0, "")
+        found = evaluate_checkpoint("run/model.safetensors")
+        assert found["test_error"] == record_of(Path("run"))["test_score"]
+        said = cli("train", "--task", "lines", "--resize", 8, "--dim", 12, "--out", "other")
+        assert (said.code, "it is one of images" in said.err) == (2, True)
+        said = cli("train", "--resume", "--samples", 90, "--out", "run")
+        assert (said.code, "samples 80 → 90" in said.err) == (2, True)
+    finally:
+        tasks.kinds.cache_clear()

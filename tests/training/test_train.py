@@ -17,7 +17,7 @@ from torch import nn
 
 import subspan.training.loop as loop
 import subspan.training.train as trainer
-from subspan import files
+from subspan import files, layers
 from subspan.errors import SubspanError
 from subspan.training import data
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
@@ -270,6 +270,23 @@ def test_weights_that_are_spoiled_from_the_start(tmp_path):
     """Which no lower rate would mend."""
     with pytest.raises(SubspanError, match=r"^1\.bias of the network is not finite before"):
         train(a_run(net="tests.training.test_train:torn", dim=20), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Doubling(layers.LowRankLinear):
+    """A class that a file cannot name: a loaded layer would be a plain LowRankLinear."""
+
+
+def of_an_unregistered_layer(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), Doubling(64, classes, 2))
+
+
+def test_what_could_not_be_saved_is_refused_before_the_first_step(tmp_path):
+    run = a_run("full", net="tests.training.test_train:of_an_unregistered_layer")
+    with pytest.raises(
+        SubspanError, match=r"'1' cannot be saved, .*Doubling.*: register the class"
+    ):
+        train(run, tmp_path / "run", on_start=lambda *_: pytest.fail("it began"))
     assert not (tmp_path / "run").exists()
 
 

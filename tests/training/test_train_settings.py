@@ -18,7 +18,7 @@ from subspan.training import devices
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.schedule import schedule
 from subspan.training.train import prepare, train
-from tests.runs import a_run, record_of
+from tests.runs import STEPS, a_run, record_of, train_up_to
 from tests.training.data.makers import image_folder
 
 
@@ -84,6 +84,32 @@ def test_schedules(name, rates):
 def test_one_step_in_all(tmp_path):
     record = train(a_run(dim=5, batch_size=2000), tmp_path)
     assert len(record.history) == 1
+
+
+def test_steps_in_place_of_epochs(tmp_path):
+    """The last epoch is a part of one, and the schedule ends with it."""
+    run = a_run(dim=5, steps=STEPS + 4, epochs=7, lr=0.5)
+    counted = []
+    record = train(run, tmp_path / "whole", on_step=lambda: counted.append(1))
+    assert len(counted) == STEPS + 4
+    assert [row.epoch for row in record.history] == [1, 2]
+    first, second = record.history
+    per_step = sorted([first.seconds / STEPS, second.seconds / 4])
+    assert record.seconds_per_step == pytest.approx(sum(per_step) / 2)
+    assert record.config["steps"] == STEPS + 4
+    train_up_to(STEPS + 2, run, tmp_path / "parts")
+    again = train(run, tmp_path / "parts")
+    assert [row.train_loss for row in again.history] == [first.train_loss, second.train_loss]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.5)
+    planned = schedule(optimizer, "onecycle", STEPS + 4)
+    for _ in range(STEPS):
+        optimizer.step()
+        planned.step()
+    assert second.learning_rate == pytest.approx(planned.get_last_lr()[0])
+    short = train(a_run(dim=5, steps=3), tmp_path / "short")
+    assert len(short.history) == 1
 
 
 def test_optimizer_and_weight_decay_reach_the_weights(tmp_path):

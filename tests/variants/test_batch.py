@@ -196,6 +196,7 @@ def test_rows_that_are_not_the_first_dimension_are_grouped(options):
         ids = torch.randint(0, 11, (5, words), generator=torch.Generator().manual_seed(1))
         expected = row_by_row(variants, ids, NAMES)
         torch.testing.assert_close(variants(ids, names=NAMES), expected)
+        assert not variants._by_row  # and is not tried again
 
 
 def test_as_many_words_as_rows_are_one_run_once_it_is_known_which_are_which():

@@ -1,6 +1,7 @@
 """A network is a variant inside of ``use``, in one thread or task, and itself elsewhere."""
 
 import asyncio
+import copy
 import threading
 
 import pytest
@@ -177,6 +178,17 @@ def test_training_mode_and_a_replaced_head_are_refused(model):
         variants(batch("cnn"), names="a")
 
 
+def test_at_base_inside_of_a_use_is_the_base_and_no_variant_is_used_inside_of_it(model):
+    variants, x = Variants(model), batch("cnn")
+    variants.add("a", trained(model, 5))
+    base = variants(x, names=None)
+    with variants.use("a"), model.at_base():
+        assert torch.equal(run(model, x), base)
+        with pytest.raises(SubspanError, match=r"inside of at_base\(\)"):
+            variants(x, names="a")
+    assert torch.equal(run(model, x), base)
+
+
 def test_each_thread_has_its_own_and_they_change_meanwhile(model):
     x, others = batch("cnn"), [trained(model, seed) for seed in range(4)]
     expected, base = [run(other, x) for other in others], run(model, x)
@@ -262,6 +274,21 @@ def test_a_compiled_network_is_one_graph_for_all_variants(model):
     assert len(graphs) == 1
     with variants.use("a"), pytest.raises(Exception, match=r"call it under torch\.no_grad"):
         compiled(x)
+
+
+def test_a_compiled_copy_has_variants_of_its_own(model):
+    variants, x = Variants(model), batch("cnn")
+    variants.add("a", trained(model, 5))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    others, base = Variants(compiled), run(twin, x)
+    others.add("b", vector(6))
+    with variants.use("a"):
+        assert torch.equal(run(compiled, x), base)
+        with others.use("b"):
+            inside = run(compiled, x)
+    assert torch.equal(others(x, names="b"), inside)
+    assert not torch.equal(inside, base)
 
 
 def test_what_is_compiled_stays_trainable(model):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import refuse_peft
-from subspan.adapters.names import find_task, name_saved, name_targets
+from subspan.adapters.names import find_stored, find_task, name_saved, name_targets
 from subspan.adapters.nearest import NearestLora, find_nearest
 from subspan.errors import SubspanError
 from subspan.files import write_atomically
@@ -105,7 +105,7 @@ def export_lora(
         for letter, factor in zip("AB", factors, strict=True)
     }
     config = _describe(found, nearest, saved, base)
-    for module in name_saved(found, config["task_type"]):
+    for module in find_stored(found.body, saved, config["task_type"]):
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _state(found, module).items()}
     copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -159,7 +159,7 @@ def _describe(
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "target_modules": name_targets(net, layers, name_saved(model, task)),
+        "target_modules": name_targets(net, layers, saved, task),
         "task_type": task,
         "use_dora": False,
         "use_rslora": False,

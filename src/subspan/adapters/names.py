@@ -30,11 +30,10 @@ _TASKS = {
 }
 
 
-def name_saved(model: SubspaceModel, task: str | None = None) -> list[str]:
-    """Name the modules that are stored whole: those that are trained fully, and heads of a task.
+def name_saved(model: SubspaceModel) -> list[str]:
+    """Name the modules that are stored whole, since they are trained fully.
 
-    A name is as short as it can be: that of a part of which all is trained fully. PEFT stores each
-    module whose name ends with one of these.
+    A name is as short as it can be: that of a part of which all is trained fully.
 
     Raises:
         SubspanError: for parameters and buffers that no such module holds alone.
@@ -65,8 +64,13 @@ def name_saved(model: SubspaceModel, task: str | None = None) -> list[str]:
                 f"buffer {name} was changed by training, which a LoRA cannot say: write the "
                 "network of merge()"
             )
-    ends = (*names, *_HEADS.get(task or "", ()))
-    return sorted(n for n, _ in net.named_modules() if n and ends and n.endswith(ends))
+    return sorted(names)
+
+
+def find_stored(net: nn.Module, saved: Collection[str], task: str | None) -> list[str]:
+    """Name all modules that PEFT stores whole: whose names end so, or as the head of a task."""
+    ends = (*saved, *_HEADS.get(task or "", ()))
+    return [name for name, _ in net.named_modules() if name and name.endswith(ends)]
 
 
 def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
@@ -85,7 +89,7 @@ def _clash(layer: str, saved: Collection[str]) -> str:
 
 
 def name_targets(
-    net: nn.Module, layers: Collection[str], saved: Collection[str]
+    net: nn.Module, layers: Collection[str], saved: Collection[str], task: str | None
 ) -> list[str] | str:
     """Name layers so that PEFT finds these and no others: by their last names if it can be.
 
@@ -96,10 +100,12 @@ def name_targets(
         net: the network.
         layers: that have a LoRA.
         saved: names of modules that are stored whole.
+        task: of :func:`find_task`.
 
     Raises:
         SubspanError: if PEFT would store a layer whole that has a LoRA.
     """
+    saved = (*saved, *_HEADS.get(task or "", ()))
     for name in layers:
         if clash := _clash(name, saved):
             raise SubspanError(

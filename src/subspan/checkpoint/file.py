@@ -47,6 +47,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     },
     "part": {"fingerprint": str},
 }
+OPTIONAL = {"base": dict, "kept": dict, "lora": dict, "parameters": str, "quantised": dict}
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names
 
 
@@ -154,6 +155,7 @@ def _read_if_compact(path: Path) -> CompactFile | None:
 def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a header whose fields are there, and of the right types."""
     fields = {"extra": dict, "weights": int} | FIELDS.get(str(header.get("kind")), {"kind": ()})
+    fields |= {name: kind for name, kind in OPTIONAL.items() if name in header}
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
     return header

@@ -13,7 +13,7 @@ from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
 from subspan.checkpoint.file import COORDINATES, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
-from subspan.checkpoint.saving import count_kinds, stored_tensors
+from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers.protocol import Compressed, compressed_layers, layer_type
@@ -217,8 +217,16 @@ def check_base(
             f"this network has {model.base_fingerprint}{named if theirs != ours else ''}): give "
             "the network that it was trained from"
         )
+    own = rows_kept(model.subspace.kept)
+    for name in sorted(own.keys() | header.get("kept", own).keys()):
+        if own.get(name) != header.get("kept", own).get(name):
+            raise SubspanError(
+                f"{path} was trained with another padding row of {name} (padding_idx of its "
+                "embedding), which stays at θ₀: make the network as it was for the training (with "
+                "the same pad_token_id, say)"
+            )
     if not agree(model.layout, header["layout"]):
-        if presets := find_presets(header["recipe"]):
+        if presets := find_presets(header["recipe"] | header.get("lora", {})):
             raise SubspanError(
                 f"{path} was trained through other parameters than those that {presets[0]!r} "
                 "chooses in this network, whose modules have other classes (in another version of "

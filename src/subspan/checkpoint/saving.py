@@ -96,6 +96,8 @@ def contents(
         }
         if model.subspace.lora:
             header["lora"] = model.subspace.lora
+        if kept := model.subspace.kept:
+            header["kept"] = rows_kept(kept)
         if packed := model.subspace.packed:
             header["quantised"] = count_kinds(packed.values())
         if saved_buffers(model.body):
@@ -155,6 +157,11 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
         )
     parameters = {name: model.get_parameter(name) for name in find_aliases(places)}
     return {**parameters, **saved_buffers(model)}
+
+
+def rows_kept(kept: Mapping[str, range]) -> dict[str, list[int]]:
+    """Return which entries of tensors stay at θ₀, as JSON."""
+    return {name: [entries.start, entries.stop] for name, entries in kept.items()}
 
 
 def count_kinds(kinds: Iterable[str]) -> dict[str, int]:

@@ -17,8 +17,16 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )
+    parser.add_argument(
+        "--net",
+        type=str | None,
+        default=None,
+        help="where the network is now that it was trained from; null: where it was",
+    )
     add_task_options(
         parser, None, note="how the data are read, as of subspan train; null: as in its training"
     )
     given = parse(parser, argv)
-    print_facts(evaluate_checkpoint(given.checkpoint, given.data, **read_task_options(given)))
+    print_facts(
+        evaluate_checkpoint(given.checkpoint, given.data, net=given.net, **read_task_options(given))
+    )

@@ -27,12 +27,18 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--rank", type=int | None, default=None, help="of the nearest LoRA, 8 if not given"
     )
+    parser.add_argument(
+        "--net",
+        type=str | None,
+        default=None,
+        help="where the network is now that it was trained from; null: where it was",
+    )
     given = parse(parser, argv)
     if given.format == "peft":
-        written = export_peft(given.checkpoint, given.out, given.rank)
+        written = export_peft(given.checkpoint, given.out, given.rank, net=given.net)
         print(written)
         print(f"{given.out}: {written.bytes:,} bytes")
         return
     if given.rank is not None:
         raise SubspanError("--rank is that of a LoRA: give --format peft, too")
-    print(f"{given.out}: {export(given.checkpoint, given.out):,} bytes")
+    print(f"{given.out}: {export(given.checkpoint, given.out, net=given.net):,} bytes")

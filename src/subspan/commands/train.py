@@ -130,9 +130,10 @@ class TrainingProgress:
 
     def epoch(self, row: Epoch) -> None:
         """Show an epoch."""
-        epochs = self.run.training.epochs
+        training = self.run.training
+        epochs = f"/{training.epochs}" if training.steps is None else ""
         console.say(
-            f"epoch {row.epoch:>3}/{epochs}  train loss {row.train_loss:.4f}  "
+            f"epoch {row.epoch:>3}{epochs}  train loss {row.train_loss:.4f}  "
             f"validation loss {row.val_loss:.4f}  "
             f"{self.score.name} {self.score.show(row.val_score)}  "
             f"{row.seconds:.1f} s"

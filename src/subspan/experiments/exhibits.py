@@ -230,14 +230,25 @@ def _says_more(sweep: SweepRecord) -> bool:
 def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     """Say how much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
-    epochs = _range(int(sweep.config.get("epochs", 0)) for sweep in sweeps)
+    lengths = [
+        f"{count} {unit}{'s' * (count != '1')}"
+        for unit, numbers in _lengths(sweeps).items()
+        if (count := _range(numbers))
+    ]
     words = f"Budget {budget}: " if budget else ""
-    words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {epochs} epoch{'s' * (epochs != '1')}"
-    if steps := _range(int(s.config["max_steps"]) for s in sweeps if s.config.get("max_steps")):
-        words += f", at most {steps} steps"
+    words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {' and '.join(lengths)}"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
     return f"{words}."
+
+
+def _lengths(sweeps: Iterable[SweepRecord]) -> dict[str, list[int]]:
+    """Return how long the sweeps trained, some by epochs and some by steps."""
+    found: dict[str, list[int]] = {"epoch": [], "step": []}
+    for sweep in sweeps:
+        unit = "step" if sweep.config.get("steps") else "epoch"
+        found[unit].append(int(sweep.config.get(f"{unit}s", 0)))
+    return found
 
 
 def _range(values: Iterable[int]) -> str:

@@ -101,6 +101,8 @@ def _sweeps(general: Located, parts: Located, budget: Located, file: str) -> dic
 
 def _sweep(values: Located, file: str) -> Sweep:
     """Return the sweep that a part's keys describe."""
+    if not values:
+        raise values.error("a sweep is empty: say what to train, such as net, data and dims")
     chosen = [_method(values, "methods", name) for name in _names(values, "methods")]
     chosen += [_method(values, "baseline", name) for name in _names(values, "baseline")]
     options: dict[str, Any] = {}
@@ -108,13 +110,13 @@ def _sweep(values: Located, file: str) -> Sweep:
         for option in how.options:
             if option.name != how.axis:  # whose values are dims
                 options[option.name] = options.get(option.name, option.type) | option.type
-    how = _task(values)
-    of_task = {option.name: option.type for option in how.options}
+    task = _task(values)
+    of_task = {option.name: option.type for option in task.options}
     values.check_keys("key of a sweep", {*_TRAINING, *_OF_SWEEP, *options, *of_task})
     own = {key: values.fit(key, of_task[key]) for key in of_task if values.get(key) is not None}
     training = values.only(_TRAINING).make(Training, "training", task_options=own)
     try:
-        how.check(own)
+        task.check(own)
     except SubspanError as error:
         raise values.error(error) from None
     for key in ("net", "small") if training.task is None else ():

@@ -17,7 +17,10 @@ from subspan.families.dense import DenseProjection
 
 @dataclass(frozen=True)
 class Gaussian(DenseProjection, family="gaussian"):
-    """Independent N(0, 1/D) entries (Li 2018): number i of sequence j of :meth:`Source.normals`."""
+    """Independent normal entries of variance 1/D (Li 2018).
+
+    Entry (i, j) is number i of sequence j of the source's normals.
+    """
 
     domain = 1
     norm = "expected"

@@ -17,7 +17,10 @@ from subspan.families.dense import DenseProjection
 
 @dataclass(frozen=True)
 class Rademacher(DenseProjection, family="rademacher"):
-    """Independent ±1/√D entries (Achlioptas 2003): bit i of sequence j of `Source.signbits`."""
+    """Independent signs, divided by √D (Achlioptas 2003).
+
+    The sign of entry (i, j) is bit i of sequence j of the source's signs.
+    """
 
     domain = 2
     norm = "exact"

@@ -68,6 +68,55 @@ def asked_by_a_graph(start: FrameType) -> bool:
 # ---- by the name of the function -----------------------------------------------------------------
 
 
+def asked_by_validation(frame: FrameType) -> bool:
+    """Return whether transformers looks for quantised weights that cannot be trained."""
+    while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:  # of a handle
+        frame = frame.f_back
+    return frame.f_code.co_name == "validate_quantization_for_training"
+
+
+def saved_by_trainer(frame: FrameType) -> bool:
+    """Return whether transformers' Trainer saves a network."""
+    return _module(frame) == "transformers.trainer" and frame.f_code.co_name == "_save"
+
+
+def saved_as_adapters(start: FrameType) -> bool:
+    """Return whether transformers' Trainer saves a network of PEFT's, which saves its adapters."""
+    names, frame = set(), start.f_back
+    while frame is not None and not saved_by_trainer(frame):
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return frame is not None and "get_peft_model_state_dict" in names
+
+
+def find_checkpoint(start: FrameType) -> str | None:
+    """Find the folder of the checkpoint that transformers' Trainer loads, if it does."""
+    frame: FrameType | None = start
+    while frame is not None and _module(frame) != "transformers.trainer":
+        frame = frame.f_back
+    name = "" if frame is None else frame.f_code.co_name
+    if name == "_load_from_checkpoint":
+        return frame.f_locals["resume_from_checkpoint"]  # type: ignore[union-attr]
+    if name == "_load_best_model":
+        return frame.f_locals["self"].state.best_model_checkpoint  # type: ignore[union-attr]
+    return None
+
+
+def sorts_by_decay(frame: FrameType) -> bool:
+    """Return whether transformers goes from module to module to find what weight decay is for."""
+    return frame.f_code.co_name == "get_parameter_names"
+
+
+def copies_weights(start: FrameType) -> bool:
+    """Return whether TRL copies weights to a reference model or to vLLM."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name == "parameters":
+        frame = frame.f_back
+    return frame is not None and (
+        frame.f_code.co_name == "_sync_target_model" or _module(frame).startswith("trl.generation.")
+    )
+
+
 def converts_batchnorm(frame: FrameType) -> bool:
     """Return whether SyncBatchNorm looks for layers to convert."""
     return frame.f_code.co_name == "convert_sync_batchnorm"

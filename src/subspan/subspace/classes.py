@@ -14,13 +14,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import FACTORS, Adapted
-from subspan.subspace.callers import asked_by_fsdp
-from subspan.subspace.descriptors import WeightDescriptor
+from subspan.subspace.callers import asked_by_fsdp, saved_by_trainer
+from subspan.subspace.descriptors import QuantisedFlag, WeightDescriptor
 from subspan.subspace.embedding import LookedUp, looks_up
 from subspan.subspace.links import PREFIX, link_of
 from subspan.subspace.module_states import keeping_coordinates
 from subspan.subspace.modules import WrappedModule, WrappedNetwork
 from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
+from subspan.subspace.resuming import keep_beside
 
 
 class Listed:
@@ -118,17 +119,34 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
         if issubclass(cls, ParametrizationList):
             bases = (Parametrized, *bases)  # type: ignore[assignment]
+        bases = (*_first_in_memory(cls), *bases)  # type: ignore[assignment]
         body: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
         body |= {"_subspan_class": key, "_subspan_rebuild": staticmethod(rebuild)}
         body |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
         body["__qualname__"] = cls.__qualname__
         if root and hasattr(cls, "save_pretrained"):
             body["save_pretrained"] = _saving_all(cls.save_pretrained)
+            body |= {} if hasattr(cls, "is_quantized") else {"is_quantized": QuantisedFlag()}
         # The metaclass, too, is not asked: it may keep a list of all classes.
         kind = _metaclass(type(cls))
         new = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
         _made[key] = new(kind, cls.__name__, bases, body)
     return _made[key]
+
+
+def _first_in_memory(cls: type) -> tuple[type, ...]:
+    """Return the base that a made class needs first, so that Python takes both for alike in memory.
+
+    Python looks at the class from which on instances have a ``__dict__``, and at that one's base:
+    in ``class Net(ABC, nn.Module)`` this is ABC and not object.
+    """
+    while cls.__base__ is not None and cls.__base__.__dictoffset__:
+        cls = cls.__base__
+    below: Any = cls.__base__
+    if below is object:
+        return ()
+    own = {"__orig_bases__": ()}  # or Generic would ask for its parameters
+    return (type(below)(below.__name__, (below,), own),)
 
 
 def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,15 +175,19 @@ def _saving_all(save: Callable[..., Any]) -> Callable[..., Any]:
                 )
             kwargs["state_dict"] = None
         weights = link_of(self).weights
-        if not weights.adapters:
-            return save(self, *args, **kwargs)
         if beside := sorted(weights.adapters.keys() - weights.homes.keys()):
             raise SubspanError(
                 f"save_pretrained would write {beside[0]}, which is quantised, without the LoRA "
                 "beside it: use it on the merge() of the SubspaceModel, or subspan.save"
             )
-        with keeping_coordinates():  # which nobody could find again from W + s B A
-            return save(self, *args, **kwargs)
+        if weights.adapters:
+            with keeping_coordinates():  # which nobody could find again from W + s B A
+                return save(self, *args, **kwargs)
+        out = save(self, *args, **kwargs)
+        if saved_by_trainer(sys._getframe(1)):
+            folder = args[0] if args else kwargs["save_directory"]
+            keep_beside({PREFIX + key: w for key, w in coordinates.items()}, folder)
+        return out
 
     return save_pretrained
 

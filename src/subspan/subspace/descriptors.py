@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import find_traced
+from subspan.subspace.callers import asked_by_validation, find_traced
 from subspan.subspace.links import Link, link_of
 
 
@@ -87,3 +87,21 @@ class QConfigDescriptor:
         raise SubspanError(
             "a network in a subspace cannot be quantised: quantise the merge() of its SubspaceModel"
         )
+
+
+class QuantisedFlag:
+    """The attribute ``is_quantized`` of transformers' networks, which is as it was set.
+
+    Trainer looks at it and refuses to train quantised weights. Here it trains coordinates.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None or "is_quantized" not in module.__dict__:
+            raise AttributeError("is_quantized")
+        return module.__dict__["is_quantized"] and not asked_by_validation(sys._getframe(1))
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__["is_quantized"] = value
+
+    def __delete__(self, module: nn.Module) -> None:
+        del module.__dict__["is_quantized"]

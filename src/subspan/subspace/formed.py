@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.subspace import forming
+from subspan.subspace.at_base import is_at_base
 from subspan.subspace.blocks import Block
 from subspan.subspace.quantised import QuantisedTensor, dense
 
@@ -144,7 +145,8 @@ class Outermost:
                 where tensors are saved in another way.
         """
         enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        if not enabled or not torch.is_grad_enabled() or transformed():
+        graph = torch.is_grad_enabled() and not is_at_base(self.weights)  # of θ
+        if not enabled or not graph or transformed():
             yield
             return
         self.formulas = {}

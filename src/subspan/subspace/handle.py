@@ -7,6 +7,7 @@ at the signature of its ``forward``: here all of that is answered, mostly by the
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import sys
@@ -17,10 +18,16 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_another_package, asked_by_checkpoint
+from subspan.subspace.callers import (
+    asked_by_another_package,
+    asked_by_checkpoint,
+    copies_weights,
+    sorts_by_decay,
+)
 from subspan.subspace.coordinates import Coordinates
 from subspan.subspace.dtensors import home_of
 from subspan.subspace.links import FINGERPRINT, PREFIX
+from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.weights import Weights
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {
@@ -35,6 +42,13 @@ class Handle(nn.Module):
     subspace: Weights
     _own_names: ClassVar[Mapping[str, Any]]  # attributes of the class that are not the network's
     _signature_of: ClassVar[tuple[type, type]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; θ is kept until the end, whatever a trainer makes of ``forward``."""
+        return self.subspace.call(super().__call__, args, kwargs)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), "SubspaceModel", 1)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -51,6 +65,9 @@ class Handle(nn.Module):
         self.subspace.note()
         start = f"{prefix}." if prefix else ""
         compiled = torch.compiler.is_compiling()
+        if not compiled and copies_weights(sys._getframe(1)):
+            yield from self.subspace.copied()  # type: ignore[misc]
+            return
         if not recurse and not compiled and asked_by_checkpoint(sys._getframe(1)):
             # It goes from module to module, and wants every name of a parameter.
             for key, w in self.coordinates.items():
@@ -66,6 +83,12 @@ class Handle(nn.Module):
         for name, p in super().named_parameters(prefix):
             if id(p) not in ours and home_of(p) is None and (p.requires_grad or name in fully):
                 yield name, p
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the network; coordinates, too, to whoever sorts parameters by their modules."""
+        if not torch.compiler.is_compiling() and sorts_by_decay(sys._getframe(1)):
+            yield "coordinates", self.coordinates
+        yield from super().named_children()
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return the parameter of a path, which of a trained one is frozen θ₀."""
@@ -169,6 +192,12 @@ class Handle(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, self._signature_of, self.__getstate__()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = _rebuild(*self._signature_of)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        rebind_forward(twin, memo)
+        return twin
+
 
 def _refuse_setting(name: str) -> SubspanError:
     return SubspanError(
@@ -178,7 +207,10 @@ def _refuse_setting(name: str) -> SubspanError:
 
 @functools.cache
 def with_signature(handle: type, net: type) -> type:
-    """Make a handle's class whose ``forward`` has the network's signature, which trainers read."""
+    """Make a handle's class with the name and the signature of the network's, which trainers read.
+
+    By them they know whether labels are shifted, and how these are called.
+    """
     body: dict[str, Any] = {
         "_signature_of": (handle, net),
         "__module__": handle.__module__,
@@ -197,7 +229,7 @@ def with_signature(handle: type, net: type) -> type:
 
         forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
         body["forward"] = forward
-    return type(handle.__name__, (handle,), body)
+    return type(net.__name__, (handle,), body)
 
 
 def _of_the_network(handle: Any, name: str, *args: Any) -> Any:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_own_method
+from subspan.subspace.callers import asked_by_own_method, saved_as_adapters
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
@@ -42,6 +42,13 @@ class ModuleStates:
         whole = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
         if whole:
             weights.changes.check_base()
+            trained = any(w.requires_grad for w in weights.coordinates().values())
+            if trained and saved_as_adapters(sys._getframe(1)):
+                raise SubspanError(
+                    "Trainer would save PEFT's adapters without the coordinates that are trained "
+                    "beside them: put adapters into the network before it is wrapped, with "
+                    'train_fully=".*lora_.*", and give Trainer the SubspaceModel'
+                )
         elif weights.root is self:
             refuse_whole(weights, "saved with all its weights")
         _saving.thetas = None if whole else {}

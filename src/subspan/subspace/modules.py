@@ -31,12 +31,14 @@ from subspan.subspace.callers import (
     asked_by_own_property,
     asked_by_trace,
     converts_batchnorm,
+    copies_weights,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark
 from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
+from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
 
@@ -82,6 +84,7 @@ class WrappedModule(ModuleStates):
             return twin
         twin = memo[id(self)] = self._subspan_rebuild(*self._subspan_class)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        rebind_forward(twin, memo)
         return twin
 
     # ---- parameters --------------------------------------------------------------------------
@@ -237,8 +240,12 @@ class WrappedNetwork(WrappedModule):
         A property of the network (``dtype`` in transformers) that looks at its first parameter
         gets coordinates last: they have a dtype of their own.
         """
-        link_of(self).weights.note()
+        weights = link_of(self).weights
+        weights.note()
         stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and copies_weights(sys._getframe(1)):
+            yield from weights.copied()
+            return
         if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
             # Coordinates are whole in every process, and no business of FSDP's.
             yield from (pair for pair in stored if not pair[0].startswith(PREFIX))

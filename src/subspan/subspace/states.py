@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
 from subspan.subspace.links import FINGERPRINT, trained_keys
+from subspan.subspace.resuming import find_beside
 from subspan.subspace.sharded import refuse_whole
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
         )
     refuse_whole(weights, "given a state of all weights", "load it before fully_shard")
     values = {t: state.pop(prefix + path) for path, t in given.items()}
-    state |= {prefix + name: w for name, w in _coordinates_of(weights, values).items()}
+    found = _coordinates_of(weights, values, find_beside(sys._getframe(1)))
+    state |= {prefix + name: w for name, w in found.items()}
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]
 
 
@@ -101,8 +104,15 @@ def _check_products(
             w.copy_(values)  # type: ignore[union-attr]
 
 
-def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _coordinates_of(
+    weights: Weights, values: Mapping[str, Tensor], beside: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Find w whose θ are these values, to within rounding.
+
+    Args:
+        weights: of the network.
+        values: θ by tensor.
+        beside: coordinates by name, which are taken if they are such.
 
     Raises:
         SubspanError: if there is none.
@@ -138,15 +148,22 @@ def _coordinates_of(weights: Weights, values: Mapping[str, Tensor]) -> dict[str,
             size = max(size, float(value.abs().max()))
             eps = max(eps, torch.finfo(base.dtype).eps)
         delta, mask = torch.cat(pieces), torch.cat(moved).double()
-        w = _least_squares(projection, delta, mask)
-        error = float((mask * projection.matvec(w) - delta).abs().max())
-        if not error <= 8 * eps * size:
+        rounding = 8 * eps * size
+        w = beside.get(name, delta.new_zeros(0)).to(delta)
+        if w.shape != (part.dim,) or not _distance(projection, w, delta, mask) <= rounding:
+            w = _least_squares(projection, delta, mask)
+        if not _distance(projection, w, delta, mask) <= rounding:
             raise SubspanError(
                 "the weights of this state_dict do not lie in this model's subspace: load them "
                 "into the network before it is wrapped, or into that of unwrap()"
             )
         coordinates[name] = w.to(weights.root._parameters[name])
     return coordinates
+
+
+def _distance(projection: Projection, w: Tensor, delta: Tensor, mask: Tensor) -> float:
+    """Return the largest entry of M P w - δ; arguments are those of :func:`_least_squares`."""
+    return float((mask * projection.matvec(w) - delta).abs().max())
 
 
 def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class Structure:
             inner = Structure(self.modules[outermost[0]]).head()
             at = f"{outermost[0]}."
             return Choice(*(frozenset(at + p for p in ps) for ps in (inner.layers, inner.holders)))
-        if "head" in self.net._modules:
+        if self.net._modules.get("head") is not None:
             return Choice(frozenset(["head"]))
         return Choice(frozenset([self._last()]))
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace.at_base import is_at_base
 from subspan.subspace.formed import version_of
 from subspan.subspace.links import link_of
 
 if TYPE_CHECKING:
+    from subspan.subspace.network import Network
     from subspan.subspace.weights import Weights
 
 KEPT = 1 << 25  # weights of a variant whose θ is kept; the others are formed at each read
@@ -104,33 +106,24 @@ class MixedVariant(Variant):
     """Several variants for the rows of one batch: every tensor has the rows as first dimension.
 
     Args:
-        members: the variants.
-        index: of each row's variant among them, (rows,) int64.
+        members: the variant of each row.
         own: the network's tensors beside coordinates, for members that have none.
         proven: layers that have had rows as their first dimension, beyond doubt.
     """
 
     def __init__(
-        self,
-        members: Sequence[Variant],
-        index: Tensor,
-        own: Mapping[str, Tensor],
-        proven: set[str],
+        self, members: Sequence[Variant], own: Mapping[str, Tensor], proven: set[str]
     ) -> None:
         weights = members[0].weights
         beside = {
             name: torch.stack([member.beside.get(name, tensor) for member in members])
             for name, tensor in own.items()
         }
-        each = {name: tensor[index.to(tensor.device)] for name, tensor in beside.items()}
-        super().__init__(weights, "of a batch", {}, each)
-        self.rows, self.proven = len(index), proven
-        straight = index.tolist() == list(range(len(members)))
+        super().__init__(weights, "of a batch", {}, beside)
+        self.rows, self.proven = len(members), proven
         with torch.inference_mode(False), torch.no_grad():
-            for tensor in weights.blocks_of:
-                theta = torch.stack([member.theta(tensor) for member in members])
-                theta = theta if straight else theta[index.to(theta.device)]
-                self._formed[tensor, None] = theta, version_of(theta)
+            thetas = weights.form_rows([member.coordinates for member in members])
+        self._formed = {(name, None): (theta, version_of(theta)) for name, theta in thetas.items()}
 
 
 def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:
@@ -160,15 +153,17 @@ def using(variant: Variant) -> Iterator[None]:
         _current.reset(token)
 
 
-def find_variant(weights: Weights) -> Variant | None:
+def find_variant(weights: Network) -> Variant | None:
     """Return the variant that a network has in this context; None where it is itself."""
+    if is_at_base(weights):
+        return None
     for variant in _current.get():
         if variant.weights is weights:
             return variant
     return None
 
 
-def refuse_in_use(weights: Weights, done: str) -> None:
+def refuse_in_use(weights: Network, done: str) -> None:
     """Refuse what would mix a variant with the network's own tensors.
 
     Raises:
@@ -206,7 +201,7 @@ class BesideDescriptor:
 BESIDE = "_subspan_beside"  # in a module's __dict__: names of such tensors by attribute
 
 
-def replaced(weights: Weights, name: str, own: Tensor) -> Tensor:
+def replaced(weights: Network, name: str, own: Tensor) -> Tensor:
     """Return a tensor of the network's own, or in its place that of the variant in use.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add_
 from subspan.subspace import forming, quantised
 from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
@@ -129,7 +131,7 @@ class Weights(Network):
 
     def variant(self) -> Variant | None:
         """Return the variant that is in use in this context; none inside of ``at_base()``."""
-        return find_variant(self) if self.key and not is_at_base(self) else None
+        return find_variant(self) if self.key else None
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""
@@ -170,6 +172,29 @@ class Weights(Network):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
 
+    def form_rows(self, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Form θ of every trained tensor for each of several coordinates, one after another.
+
+        Args:
+            coordinates: w of each compartment, by its name among the network's parameters.
+
+        Returns:
+            Tensors whose first dimension is that of ``coordinates``; without a graph.
+        """
+        thetas = {}
+        with _plain():
+            for tensor in self.blocks_of:
+                base = quantised.dense(self.held(tensor)).detach()
+                shape = (len(coordinates), *base.shape)
+                thetas[tensor] = base.expand(shape).clone(memory_format=torch.contiguous_format)
+        for n, ws in enumerate(coordinates):
+            rows = {tensor: theta[n].view(-1) for tensor, theta in thetas.items()}
+            for block in self.blocks:
+                parts = [rows[piece.tensor][piece.start : piece.stop] for piece in block.pieces]
+                w = ws[PREFIX + block.coordinates]
+                add_(from_recipe(block.recipe), parts, w, self.step, block.start)
+        return thetas
+
     def dense(self) -> dict[str, Tensor]:
         """Form the trained weights of an ordinary network: θ, or W + s B A of factors."""
         thetas = self.all()
@@ -192,6 +217,13 @@ class Weights(Network):
             # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
             base = base if base.requires_grad else base.detach()
         return adapter.merge(base, *map(read, adapter.factors))
+
+    @torch.no_grad()
+    def copied(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of the ordinary network, one after the other and at θ."""
+        formed = self.blocks_of.keys() | self.adapters.keys()
+        for name in (name for name in self.requires_grad if name not in self.hidden):
+            yield name, self.form(name) if name in formed else self.stored(name)
 
     def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
         """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
@@ -216,7 +248,7 @@ class Weights(Network):
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
             ]
-            return forming.form_theta(w, self.step, group, bases, dtype)  # type: ignore[arg-type]
+            return forming.form_theta(w, self.step, group, bases, dtype)
 
     def _keep_group(self, n: int, outer: Outermost) -> Sequence[Tensor]:
         """Return θ of group n, which is formed once during an outermost call of the network.

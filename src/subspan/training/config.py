@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
 
+IMAGES = "images"  # the task where none is named; it is null in records
 Schedule = Literal["onecycle", "cosine", "constant"]
 
 
@@ -26,24 +27,26 @@ class Training:
 
     Args:
         net: a network by name (mlp, mlp-200-200, lenet, lenet-k3-4-8-32, resnet20, …) or your own
-            as package.module:function; null is mlp, or the task's own.
+            as package.module:function; of the tasks text and lm one of Transformers by its name or
+            folder. null is mlp, or the task's own.
         data: an image-classification set: digits (built in), mnist, fashion_mnist, cifar10, or any
             name or folder that datasets.load_dataset reads (a folder of your own: a sub-folder of
-            images for each class, or parquet files). $SUBSPAN_DATA/NAME is looked at first. Where
+            images for each class, or parquet files); of the task text likewise, of lm a file of
+            text, too. $SUBSPAN_DATA/NAME is looked at first. Where
             there is no test part a sixth of the images becomes one, the same for every seed. null
             is digits, or the task's own.
         task: the task by its name, or one of your own as package.module:function; see
             examples/language_model.py. The function is called with net, data, validation and seed
             if it has parameters of these names. null is the classification of images.
         epochs: passes over the training part.
-        max_steps: the steps after which training ends, in the middle of an epoch if need be; null
-            trains all epochs.
-        batch_size: images per step, over all processes together.
+        steps: steps of the optimizer in place of epochs; the validation part is looked at after
+            each pass over the training part, and at the end. null leaves it to epochs.
+        batch_size: samples per step, over all processes together.
         optimizer: adam or sgd (momentum 0.9).
         schedule: how the learning rate changes: onecycle, cosine (to zero), or constant.
         weight_decay: this times a trained number is added to its gradient.
         patience: stop after so many epochs without a better validation score; null never stops.
-        validation: the share of the training images that is set aside for choices.
+        validation: the share of the training part that is set aside for choices.
         init: where initial weights come from: seed draws them from the library's generator, so
             that the checkpoint need not hold them; own keeps those that the network's function
             made; auto is seed for the networks of this library and own for yours and for those of
@@ -57,7 +60,7 @@ class Training:
     data: str | None = None
     task: str | None = None
     epochs: int = 10
-    max_steps: int | None = None
+    steps: int | None = None
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Schedule = "onecycle"
@@ -70,6 +73,8 @@ class Training:
     task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.task == IMAGES:
+            object.__setattr__(self, "task", None)
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
@@ -77,11 +82,9 @@ class Training:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise SubspanError(f"max_steps must be at least 1, or null, got {self.max_steps}")
+        for name in ("epochs", "batch_size", "steps"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise SubspanError(f"{name} must be at least 1, got {count}")
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
@@ -99,8 +102,6 @@ class Training:
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in records: the task's options are beside the others."""
         content = asdict(self)
-        if self.max_steps is None:  # records of trainings that knew none stay the same
-            del content["max_steps"]
         return content | content.pop("task_options")
 
     @classmethod

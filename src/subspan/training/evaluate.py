@@ -40,13 +40,21 @@ def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     return known | training.task_options | own | task.describe()
 
 
-def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def rebuild(
+    path: str | os.PathLike[str], net: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a checkpoint of the laboratory, and what the file says of it.
+
+    Args:
+        path: of the checkpoint.
+        net: the name of its network, where it is not that of the training any more.
 
     Raises:
         SubspanError: if the file is unusable, or does not say which network it belongs to.
     """
     header = checkpoint.inspect(path)
+    if net is not None and "net" in header["extra"]:
+        header["extra"]["net"] = net
     make = tasks.kind(header["extra"].get("task")).network(header["extra"])
     if make is None:
         raise SubspanError(
@@ -55,26 +63,27 @@ def rebuild(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     if header["kind"] != "part":
         return checkpoint.load(path, make), header
     extra, seed = header["extra"], header["extra"].get("init_seed")
-    net = make() if seed is None else init.build(make, seed)
+    begun = make() if seed is None else init.build(make, seed)
     how = method(extra["method"])
-    return checkpoint.load(path, how.wrap(net, extra["seed"], extra["options"])), header
+    return checkpoint.load(path, how.wrap(begun, extra["seed"], extra["options"])), header
 
 
 def evaluate_checkpoint(
-    path: str | os.PathLike[str], name: str | None = None, **options: Any
+    path: str | os.PathLike[str], name: str | None = None, *, net: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Test score of a checkpoint; the data are read and normalised as in its training.
 
     Args:
         path: a checkpoint of ``subspan train``.
         name: the data set; by default the one it was trained on.
+        net: the name of its network, where it is not that of the training any more.
         options: of the task, as ``resize``, where they are not to be those of the training.
 
     Returns:
         ``data``, ``test_accuracy`` (or what else the task's score is called), ``test_loss``,
         ``checkpoint_bytes``; of image classification ``images``, too, how many there are.
     """
-    model, header = rebuild(path)
+    model, header = rebuild(path, net)
     extra = header["extra"]
     task = tasks.again(extra, name, **options).as_trained(extra, str(path))
     loss, score = evaluate(model, task, "test")

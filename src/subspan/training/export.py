@@ -18,11 +18,18 @@ from subspan.training.evaluate import rebuild
 from subspan.training.methods import method
 
 
-def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
+def export(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, net: str | None = None
+) -> int:
     """Write the merged weights of a checkpoint as a plain safetensors ``state_dict``.
 
     It loads without subspan, by ``safetensors.torch.load_file`` and ``net.load_state_dict``. Tied
     weights are there once, under their first name: a network with such needs ``strict=False``.
+
+    Args:
+        path: of the checkpoint.
+        out: the file to write.
+        net: the name of its network, where it is not that of the training any more.
 
     Returns:
         The size of the file in bytes.
@@ -33,7 +40,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     refuse_what_is_no_file(out)
     if Path(out).resolve() == Path(path).resolve():
         raise SubspanError(f"{out} is the checkpoint itself: give another file name")
-    model, header = rebuild(path)
+    model, header = rebuild(path, net)
     if isinstance(model, SubspaceModel):
         model = model.merge()
     elif compressed_layers(model):
@@ -44,14 +51,18 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
 
 
 def export_peft(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rank: int | None = None,
+    *,
+    net: str | None = None,
 ) -> LoraExport:
     """Write a checkpoint as a LoRA that PEFT loads, see :func:`subspan.export_lora`.
 
     Raises:
         SubspanError: if the checkpoint is unusable, is no subspace, or cannot be a LoRA.
     """
-    return export_lora(rebuild(path)[0], out, rank=rank)
+    return export_lora(rebuild(path, net)[0], out, rank=rank)
 
 
 def write_weights(net: nn.Module, out: str | os.PathLike[str]) -> int:

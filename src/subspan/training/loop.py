@@ -67,7 +67,8 @@ class Loop:
         stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.before = ready, accelerator, before
-        self.run, self.method, self.training = ready.run, ready.method, ready.run.training
+        run = self.run = ready.run
+        self.method, self.training = ready.method, run.training
         self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.folder = RunFolder(out, accelerator.is_main_process)
         self.log = trackers.Log(accelerator, out, before.log if before else None)
@@ -88,15 +89,17 @@ class Loop:
             notes += resume.check_processes(before, out, processes, must_agree=alike)
             resume.check_beginning(before, self.folder, ready.model, self.task.size())
         self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
-        self.total = self.steps * self.training.epochs
-        if self.training.max_steps is not None:
-            self.total = min(self.total, self.training.max_steps)
+        self.total = self.training.steps or self.steps * self.training.epochs
+        self.epochs = -(-self.total // self.steps)
+        # What methods are told, who plan by epochs.
+        self.planned = replace(run, training=replace(self.training, epochs=self.epochs))
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         self.model = model.to(device)
+        checkpoint.contents(self.model)  # refuses here what could not be saved after an epoch
         optimizer = self.bare = self.method.optimizer(
             self.model,
-            self.run,
+            self.planned,
             out,
             self.extra() | {"init_seed": ready.init_seed},
             steps=self.total,
@@ -168,12 +171,12 @@ class Loop:
         self.folder.open(self.record, goes_on=self.before is not None)
 
     def fit(self) -> None:
-        """Train all epochs, or as many as patience allows."""
+        """Train all epochs, or as many as patience allows; the last may be a part of one."""
         if self.before:
             state.set_generators(self.before.generators)
         else:
             state.seed_generators(self.run.seed)  # of what the network draws, as dropout does
-        progress, epochs = self.progress, math.ceil(self.total / self.steps)
+        progress, epochs = self.progress, self.epochs
         for epoch in range(len(progress.history) + 1, epochs + 1):
             # Choices are the first process's, so that all stop together; and so are generators:
             # from smaller parts of a last batch the others may have drawn less.
@@ -182,7 +185,7 @@ class Loop:
                 state.set_generators(generators)
             progress.history.append(row)
             self.folder.save(self.model, self.folder.last, self.extra())
-            ready = self.method.ready(self.model, self.bare, self.run)
+            ready = self.method.ready(self.model, self.bare, self.planned)
             first = not progress.best_epoch
             if ready and (first or self.score.better(row.val_score, progress.best_score)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
@@ -203,7 +206,7 @@ class Loop:
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
         history = self.progress.history
-        model = self.method.after_epoch(self.model, self.bare, self.run, history)
+        model = self.method.after_epoch(self.model, self.bare, self.planned, history)
         if model is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
@@ -214,16 +217,16 @@ class Loop:
             for group, lr in zip(self.bare.param_groups, self.rates, strict=True):
                 group["lr"] = lr
                 group.pop("initial_lr", None)
-            left = self.total - len(history) * self.steps
+            left = self.total - self.progress.done
             self.schedule = schedule(self.bare, self.training.schedule, left)
 
-    def steps_of(self, epoch: int) -> int:
-        """Return the number of steps of an epoch: the last one may end early."""
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps of an epoch, 1, 2, …; the last may have fewer."""
         return min(self.steps, self.total - (epoch - 1) * self.steps)
 
     def epoch(self, epoch: int) -> Epoch:
         """Pass over the training part once, and evaluate on the validation part."""
-        accelerator, training, last = self.accelerator, self.training, self.steps_of(epoch)
+        accelerator, training = self.accelerator, self.training
         progress, within = self.progress, self.progress.within
         self.wrapped.train()
         if not within.seen:
@@ -240,7 +243,7 @@ class Loop:
             world=accelerator.num_processes,
             device=accelerator.device,
         )
-        train_loss = math.nan
+        train_loss, last = math.nan, self.steps_in(epoch)
         for step, (index, weight) in enumerate(itertools.islice(batches, last), start=1):
             if (epoch - 1) * self.steps + step <= progress.done:
                 continue
@@ -376,7 +379,7 @@ class Loop:
     def bring_up_to_date(self, status: str, error: str | None = None) -> None:
         """Let the record say how far the run is."""
         progress = self.progress
-        steps = [row.seconds / self.steps_of(row.epoch) for row in progress.history]
+        steps = [row.seconds / self.steps_in(row.epoch) for row in progress.history]
         self.record = replace(
             self.record,
             status=status,

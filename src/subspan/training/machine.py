@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,8 @@ def versions() -> dict[str, str]:
     """
     found = {"python": platform.python_version(), "subspan": __version__}
     found["torch"] = str(torch.__version__)
-    for name in ("numpy", "numba", "safetensors", "accelerate", "datasets"):
+    used = [name for name in ("transformers", "peft") if name in sys.modules]
+    for name in ("numpy", "numba", "safetensors", "accelerate", "datasets", *used):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

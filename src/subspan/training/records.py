@@ -18,6 +18,7 @@ from subspan.training.schema import OPTIONAL, OTHERS, MisfitError, from_json, li
 from subspan.training.score import ACCURACY, Score
 
 FORMAT = 2
+STATUSES = ("running", "complete", "failed", "interrupted")
 # Format 1 knew no score but accuracy.
 _RENAMED = {
     "test_accuracy": "test_score",
@@ -32,7 +33,7 @@ class Record:
 
     Attributes:
         format: of the file.
-        status: running, complete, failed or interrupted.
+        status: one of ``STATUSES``.
         config: what was asked for, name by name, as a command line or a YAML file has it.
     """
 
@@ -235,8 +236,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise SubspanError(
             f"{path} has format {version}; this version reads up to {FORMAT}: upgrade"
         )
-    if not isinstance(content.get("config"), dict) or not isinstance(content.get("status"), str):
-        raise _damaged(path, "it lacks config or status")
+    if not isinstance(content.get("config"), dict):
+        raise _damaged(path, "it lacks config")
+    if (status := content.get("status")) not in STATUSES:
+        raise _damaged(path, f"its status is {status!r}")
     return dict(_upgrade(content) if version == 1 else content)
 
 

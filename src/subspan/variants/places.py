@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import ADAPTER
+from subspan.subspace.at_base import is_at_base
 from subspan.subspace.classes import make_class
 from subspan.subspace.links import LINK, Link, link_of
 from subspan.subspace.parameters import saved_buffers
@@ -65,7 +66,7 @@ class Places:
                 if isinstance(module, nn.RNNBase):
                     module.__dict__.pop("_flat_weights", None)
                     module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
-            module.__class__ = _make_reading(type(module), tuple(names))
+            module.__class__ = _make_reading(type(module), tuple(names))  # type: ignore[arg-type]
         except Exception as error:
             raise SubspanError(
                 f"module {path or 'the network'} is a {type(module).__name__}, whose tensors "
@@ -87,11 +88,16 @@ class Places:
         """Refuse variants of a network that would not read them, or would change them.
 
         Raises:
-            SubspanError: in training mode, and if a module was replaced.
+            SubspanError: in training mode, inside of ``at_base()``, and if a module was replaced.
         """
         root = self.weights.network()
         if root.training or any(module.training for module in self._modules.values()):
             raise SubspanError("variants are for inference: call eval() of the network first")
+        if is_at_base(self.weights):
+            raise SubspanError(
+                "no variant can be used inside of at_base(), which gives θ₀ to all reads: leave it "
+                "first"
+            )
         modules = dict(root.named_modules()) if self._modules else {}
         for path, module in self._modules.items():
             if modules.get(path) is not module:
@@ -120,7 +126,7 @@ class LinearByRow:
     def forward(self, x: Tensor) -> Tensor:
         """Multiply all rows by one weight, or each by its own."""
         if torch.compiler.is_compiling() or self.weight.dim() == 2:  # type: ignore[attr-defined]
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[misc]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
         rows = split_by_row(link_of(self).weights, x, "")
         out = torch.bmm(rows, weight.mT)

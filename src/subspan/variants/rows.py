@@ -78,7 +78,8 @@ def join_rows(
         return torch.cat(list(results)).index_select(0, order.to(first.device))
     if dataclasses.is_dataclass(first):
         names = [field.name for field in dataclasses.fields(first) if field.init]
-        return type(first)(
+        kind: Any = type(first)
+        return kind(
             **{
                 name: join_rows([getattr(r, name) for r in results], counts, order, name)
                 for name in names

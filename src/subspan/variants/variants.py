@@ -214,7 +214,5 @@ class Variants:
         members = {stored: self._shelf.make(name, stored) for stored, name in named.items()}
         if len(key) == 1:
             return members[key[0]]
-        places = {stored: n for n, stored in enumerate(members)}
-        index = torch.tensor([places[stored] for stored in key])
         own = self._shelf.beside()
-        return MixedVariant([*members.values()], index, own, self._proven)
+        return MixedVariant([members[stored] for stored in key], own, self._proven)

@@ -128,6 +128,17 @@ def test_embeddings_that_shrink_rows_do_not_shrink_the_base(forming):
     assert torch.equal(got, plain(torch.arange(9)))
 
 
+def test_rows_that_are_looked_up_are_those_of_the_base(monkeypatch):
+    monkeypatch.setattr(formed, "KEPT", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(99, 4), nn.Linear(4, 2))
+    plain, model = copy.deepcopy(net), scatter(SubspaceModel(net, 5))
+    words = torch.tensor([3, 4])
+    assert not torch.equal(model(words), plain(words))
+    with model.at_base():
+        assert torch.equal(model(words), plain(words))
+
+
 def test_given_weights_count():
     model, _, x = both("mlp")
     given = {"body.0.weight": torch.ones(16, 8)}

@@ -248,34 +248,6 @@ def test_autocast_forms_theta_in_its_precision_only_for_layers_that_cast_it(monk
     assert torch.equal(y, expected)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_of_transformers(forming, reentrant):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
-    gradients = []
-    for how in (None, {"use_reentrant": reentrant}):
-        torch.manual_seed(0)
-        net = transformers.LlamaForCausalLM(config)
-        model = scatter(SubspaceModel(net, 40))
-        if how is not None:
-            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-            net.enable_input_require_grads()
-            assert net.is_gradient_checkpointing
-        net.train()
-        words = torch.arange(20).view(2, 10)
-        net(input_ids=words, labels=words, use_cache=how is None).loss.backward()
-        gradients.append(model.coordinates["global"].grad)
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
-
-
 def large(monkeypatch, *layers):
     """A model of more weights than are kept, where 2⁹ of them make a tensor small."""
     monkeypatch.setattr(formed, "KEPT", 1 << 18)

@@ -1,6 +1,8 @@
 """A model is its merged network: every kind of network, every family."""
 
+import abc
 import copy
+import typing
 
 import pytest
 import torch
@@ -74,8 +76,22 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("family", projections())
-@pytest.mark.parametrize("kind", KINDS)
+# Quick are all networks with two families, one that makes its rows alone and one that makes all
+# rows at once, and all families with two networks.
+PAIRS = [
+    pytest.param(
+        kind,
+        family,
+        marks=()
+        if family in ("hash", "orthogonal") or kind in ("cnn", "bag")
+        else pytest.mark.slow,
+    )
+    for kind in KINDS
+    for family in projections()
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), PAIRS)
 def test_a_model_is_its_merged_network(kind, family):
     make, x = KINDS[kind]
     inputs = (torch.rand(2, 5, 8), torch.rand(2, 4, 8)) if x is None else (x,)
@@ -86,3 +102,24 @@ def test_a_model_is_its_merged_network(kind, family):
     assert not torch.allclose(copy.deepcopy(model).unwrap()(*inputs), want)
     for net in (model, model.body):
         assert (net(*inputs) - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("first", [abc.ABC, typing.Generic[typing.TypeVar("T")]])
+def test_networks_of_abstract_and_generic_classes(first):
+    """Python lays their instances out after the base that comes first."""
+
+    class Base(first, nn.Module):
+        def forward(self, x):
+            return self.layer(x)
+
+    class Net(Base):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+    model = scatter(SubspaceModel(nn.Sequential(Net(), nn.ReLU()), 10))
+    x = torch.randn(3, 8)
+    assert isinstance(model.body[0], Base)
+    assert torch.equal(model(x), model.merge()(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert type(model.unwrap()[0]) is Net

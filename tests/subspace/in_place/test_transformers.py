@@ -5,66 +5,12 @@ import torch
 
 from subspan import SubspaceModel, SubspanError
 from tests.nets import scatter
+from tests.pretrained import gpt2, llama, t5, transformers, whisper
 
-transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformers has many of its own
     pytest.mark.usefixtures("forming"),
 ]
-
-SMALL = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, **SMALL)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        **SMALL,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_heads=2,
-        vocab_size=100,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def whisper():
-    config = transformers.WhisperConfig(
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_mel_bins=8,
-        max_source_positions=16,
-        max_target_positions=32,
-        decoder_start_token_id=0,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-        **SMALL,
-    )
-    return transformers.WhisperForConditionalGeneration(config)
-
 
 NETS = {"gpt2": gpt2, "llama": llama, "t5": t5, "whisper": whisper}
 HOW = {
@@ -77,7 +23,6 @@ HOW = {
 
 def wrapped(name, **options):
     """A network in a subspace away from θ₀, and an input."""
-    torch.manual_seed(0)
     net = NETS[name]().eval()
     x = torch.randn(2, 8, 32) if name == "whisper" else torch.randint(3, 100, (2, 7))
     return scatter(SubspaceModel(net, 50, **options)).eval(), x
@@ -88,8 +33,16 @@ def tokens(net, x, how):
     return net.generate(x, max_new_tokens=6, **HOW[how])
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", NETS)
+def some_slow(first, quick):
+    """All pairs with a network, of which those with ``quick``, and all of GPT-2, are quick."""
+    return [
+        pytest.param(one, name, marks=() if name == "gpt2" or one == quick else pytest.mark.slow)
+        for name in NETS
+        for one in first
+    ]
+
+
+@pytest.mark.parametrize(("how", "name"), some_slow(HOW, "greedy"))
 def test_the_tokens_are_those_of_the_merged_network(name, how):
     model, x = wrapped(name)
     want = tokens(model.merge(), x, how)
@@ -97,8 +50,7 @@ def test_the_tokens_are_those_of_the_merged_network(name, how):
     assert torch.equal(tokens(model, x, how), want)
 
 
-@pytest.mark.parametrize("through", ["network", "handle"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("through", "name"), some_slow(["network", "handle"], "network"))
 def test_save_pretrained_writes_a_complete_ordinary_network(name, through, tmp_path):
     model, x = wrapped(name)
     (model if through == "handle" else model.body).save_pretrained(tmp_path)
@@ -113,7 +65,6 @@ def test_save_pretrained_writes_a_complete_ordinary_network(name, through, tmp_p
 @pytest.mark.parametrize("name", NETS)
 def test_what_was_saved_is_loaded_back_as_coordinates(name):
     model, x = wrapped(name)
-    torch.manual_seed(0)
     other = SubspaceModel(NETS[name]().eval(), 50)
     other.body.load_state_dict(model.merge().state_dict())
     for key, w in other.coordinates.items():
@@ -122,7 +73,6 @@ def test_what_was_saved_is_loaded_back_as_coordinates(name):
 
 
 def test_the_dtype_is_the_networks_own():
-    torch.manual_seed(0)
     net = gpt2().to(torch.bfloat16)
     model = SubspaceModel(net, 50)
     assert net.dtype == model.dtype == torch.bfloat16
@@ -154,51 +104,6 @@ def test_a_larger_vocabulary_is_refused_before_anything_changes():
     assert model.config.vocab_size == 100
     model.tie_weights()
     assert torch.equal(tokens(model, x, "greedy"), want)
-
-
-@pytest.mark.parametrize("through", ["network", "handle"])
-def test_a_trainer_trains_evaluates_and_resumes(through, tmp_path):
-    def trainer(steps, out):
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            hidden_size=32,
-            intermediate_size=64,
-            vocab_size=100,
-        )
-        model = SubspaceModel(transformers.BertForSequenceClassification(config), 20)
-        arguments = transformers.TrainingArguments(
-            str(out),
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            max_steps=steps,
-            per_device_train_batch_size=4,
-            learning_rate=0.1,
-            save_steps=2,
-            logging_steps=1,
-            seed=3,
-        )
-        net = model if through == "handle" else model.body
-        ids = torch.randint(2, 100, (8, 7), generator=torch.Generator().manual_seed(1))
-        data = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]
-        return model, transformers.Trainer(net, arguments, train_dataset=data, eval_dataset=data)
-
-    whole, first = trainer(4, tmp_path / "whole")
-    first.train()
-    found = first.evaluate()
-    assert found["eval_loss"] < 0.8
-    assert whole.coordinates["global"].abs().sum() > 0
-    again, second = trainer(4, tmp_path / "again")
-    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    torch.testing.assert_close(
-        again.coordinates["global"], whole.coordinates["global"], rtol=1e-3, atol=1e-3
-    )
-    assert torch.equal(
-        again.subspace.stored("classifier.weight").detach(),
-        whole.subspace.stored("classifier.weight").detach(),
-    )
 
 
 @pytest.mark.parametrize("through", ["network", "handle"])

@@ -67,7 +67,7 @@ def test_a_foreign_file_is_built_again(cache_folder):
 
     cache_folder.mkdir()
     save_file({"w": torch.zeros(3)}, cache_folder / "key.safetensors")
-    assert cache.fetch("key", lambda: raw_data(5)).classes == 5
+    assert cache.fetch("key", RawData, lambda: raw_data(5)).classes == 5
 
 
 def test_what_an_older_version_decoded_is_decoded_again(tmp_path, cache_folder, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_nothing_behind(cache_folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    assert cache.fetch("key", raw_data).classes == 3
+    assert cache.fetch("key", RawData, raw_data).classes == 3
     assert list(cache_folder.iterdir()) == []
 
 
@@ -106,13 +106,13 @@ def test_builders_at_once_leave_one_whole_file(cache_folder):
         barrier.wait(timeout=10)
         return raw_data(7)
 
-    threads = [threading.Thread(target=cache.fetch, args=("key", build)) for _ in range(4)]
+    threads = [threading.Thread(target=cache.fetch, args=("key", RawData, build)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [path.name for path in cache_folder.iterdir()] == ["key.safetensors"]
-    assert cache.fetch("key", pytest.fail).classes == 7
+    assert cache.fetch("key", RawData, pytest.fail).classes == 7
 
 
 def test_cache_folder(monkeypatch, tmp_path):

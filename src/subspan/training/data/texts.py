@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -181,12 +181,12 @@ def load(
             two labels.
     """
     length = tokenizer.length if max_length is None else max_length
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     folder = sources.local_folder(name)
     place = sources.contents(folder) if folder else [name]
-    known = [FORMAT, *place, columns, tokenizer.digest, length]
+    known = [FORMAT, *place, columns, tokenizer.digest, tokenizer.rules, length]
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
-    read = partial(_read, tokenizer=tokenizer, length=length, **columns)
+    read: Callable[..., RawTexts] = partial(_read, tokenizer=tokenizer, length=length, **columns)
 
     def build() -> RawTexts:
         from rich.console import Console
@@ -237,8 +237,8 @@ def _read(
                     f"{type(text).__name__} in row {number} of {part}: name the right column with "
                     "--text-column, or leave that row out"
                 )
-        ids = tokenizer.encode([text for text, _ in rows], length)
-        cut += sum(len(one) == length for one in ids)
+        ids, longer = tokenizer.encode([text for text, _ in rows], length)
+        cut += longer
         total += len(ids)
         ends = torch.tensor([len(one) for one in ids]).cumsum(0)
         tokens = torch.tensor([token for one in ids for token in one], dtype=torch.int32)
@@ -253,5 +253,5 @@ def _read(
     pieces = [replace(one, labels=label) for one, label in zip(split, encoded, strict=True)]
     train_part, test_part = pieces if test else hold_out(pieces[0], 1 / 6, seed=0, stream=TEST)
     if cut:
-        notes += (f"{cut:,} of {total:,} texts fill all {length} tokens, or are cut there",)
+        notes += (f"{cut:,} of {total:,} texts are longer than {length} tokens, and cut there",)
     return RawTexts(train_part, test_part, names, notes)

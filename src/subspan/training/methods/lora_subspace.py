@@ -44,7 +44,7 @@ class LoRASubspace(Method):
 
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return rates that were good for MiniLM at 2,000 numbers."""
-        return (1e-2, 3e-2, 1e-1)
+        return (1.5e-2, 3e-2, 6e-2)
 
 
 LoRASubspace("lora-subspace", "θ₀ + P w of LoRA's factors, which exports as a LoRA")

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError, unknown
 from subspan.registry import Registry, import_files
 from subspan.training import own, state
-from subspan.training.config import Option, Training
+from subspan.training.config import IMAGES, Option, Training
 from subspan.training.score import ACCURACY, Score
 
 Part = Literal["validation", "test"]
-IMAGES = "images"  # the task where none is named
 
 _registry: Registry[TaskKind] = Registry("task")
 

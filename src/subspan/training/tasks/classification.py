@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from subspan.errors import SubspanError
 from subspan.training import data, nets, state
-from subspan.training.config import Option, Training
+from subspan.training.config import IMAGES, Option, Training
 from subspan.training.data.decode import parse_size
-from subspan.training.tasks import IMAGES, Part, Task, TaskKind, register
+from subspan.training.tasks import Part, Task, TaskKind, register
 
 BATCH = 1000  # images that are evaluated at a time
 

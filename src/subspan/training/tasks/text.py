@@ -18,6 +18,7 @@ from subspan.training.data import texts
 from subspan.training.tasks import Part, Task, TaskKind, register
 
 TOKENS = 8192  # of texts that are evaluated at a time
+GROUPS = 4  # of like length that a batch is divided into
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -39,20 +40,13 @@ class TextClassification(Task):
         data: the texts.
         net: the network's name or folder.
         tokenizer: of the network.
-        length: tokens of a text that are kept, None for all.
         seed: of the weights that the network's file lacks, as of its head.
     """
 
     def __init__(
-        self,
-        data: texts.TextData,
-        net: str,
-        tokenizer: pretrained.Tokenizer,
-        length: int | None,
-        seed: int,
+        self, data: texts.TextData, net: str, tokenizer: pretrained.Tokenizer, seed: int
     ) -> None:
-        self.data, self.net, self.tokenizer = data, net, tokenizer
-        self.length, self.seed = length, seed
+        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
         self.notes = data.notes
 
     def network(self) -> nn.Module:
@@ -65,13 +59,16 @@ class TextClassification(Task):
         """Return the number of training texts."""
         return len(self.data.train)
 
-    def batch(self, index: Tensor) -> texts.Batch:
-        """Select texts, padded to the longest of them."""
-        return self.data.train.batch(index, self.tokenizer.pad)
+    def batch(self, index: Tensor) -> list[texts.Batch]:
+        """Select texts, in groups of like length: one group would be half padding."""
+        train = self.data.train
+        order = index[train.lengths[index].argsort(stable=True)]
+        return [train.batch(group, self.tokenizer.pad) for group in order.chunk(GROUPS)]
 
-    def loss(self, net: nn.Module, batch: texts.Batch) -> Tensor:
-        """Return the mean cross entropy."""
-        return cross_entropy(_scores(net, batch), batch.labels)
+    def loss(self, net: nn.Module, batch: list[texts.Batch]) -> Tensor:
+        """Return the mean cross entropy over all groups."""
+        scores = torch.cat([_scores(net, group) for group in batch])
+        return cross_entropy(scores, torch.cat([group.labels for group in batch]))
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
@@ -117,7 +114,7 @@ class TextClassification(Task):
 
     def to(self, device: torch.device) -> TextClassification:
         """Return the texts on another device."""
-        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.length, self.seed)
+        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.seed)
         moved.notes = self.notes
         return moved
 
@@ -155,8 +152,8 @@ def require(training: Training, task: str) -> tuple[str, str]:
     Raises:
         SubspanError: if one is missing.
     """
-    if training.net is None or training.data is None:
-        missing = "--data" if training.net is not None else "--net"
+    if not training.net or not training.data:
+        missing = "--data" if training.net else "--net"
         what = {
             "--data": "a folder, or the name of a set",
             "--net": "a network of Transformers by its name or folder, as minilm",
@@ -165,16 +162,18 @@ def require(training: Training, task: str) -> tuple[str, str]:
     return training.net, training.data
 
 
-def limit(tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str) -> int | None:
+def limit(
+    tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str, least: int = 1
+) -> int | None:
     """Return how many tokens a network is to get.
 
     Raises:
-        SubspanError: for more than it takes, or fewer than one.
+        SubspanError: for more than it takes, or too few.
     """
     most = tokenizer.length
-    if asked is not None and (asked < 1 or (most is not None and asked > most)):
+    if asked is not None and (asked < least or (most is not None and asked > most)):
         bound = f" and at most {most}, the positions of {net}" if most is not None else ""
-        raise SubspanError(f"--{option} must be at least 1{bound}, got {asked}")
+        raise SubspanError(f"--{option} must be at least {least}{bound}, got {asked}")
     return most if asked is None else asked
 
 
@@ -209,7 +208,7 @@ class _Text(TaskKind):
             seed=seed,
             **training.task_options | {"max_length": length},
         )
-        return TextClassification(data, net, tokenizer, length, seed)
+        return TextClassification(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
         def make() -> nn.Module:

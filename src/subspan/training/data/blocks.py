@@ -1,0 +1,204 @@
+"""Text as blocks of tokens, for language models: a file, or a column of a set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from subspan.errors import SubspanError
+from subspan.files import readable
+from subspan.training.data import cache, parts, sources, tables
+from subspan.training.data.order import VALIDATION, hold_out
+from subspan.training.data.texts import TEXT_COLUMNS
+from subspan.training.pretrained import Tokenizer
+
+FORMAT = 1  # of the cached tokens: a change of what tokenising gives must change it
+EXPECTED = (
+    "a text file, or a folder of text, parquet, CSV or JSON files with a column of texts, or "
+    "another layout that datasets.load_dataset knows"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TextBlocks:
+    """Consecutive pieces of a text.
+
+    Attributes:
+        tokens: int32 (N, block).
+    """
+
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, index: Tensor) -> TextBlocks:
+        """Return the blocks at ``index`` (int64), in that order."""
+        return TextBlocks(self.tokens[index])
+
+
+@dataclass(frozen=True, eq=False)
+class RawBlocks:
+    """The content of a source, before a validation part is drawn from its training part.
+
+    Attributes:
+        train: the whole training part.
+        test: the test part.
+        notes: sentences that a reader of the results should know.
+    """
+
+    train: TextBlocks
+    test: TextBlocks
+    notes: tuple[str, ...] = ()
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors, and the rest as JSON values, for the cache."""
+        return {"train": self.train.tokens, "test": self.test.tokens}, {"notes": self.notes}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
+        """Return the content that :meth:`pack` took apart."""
+        return cls(TextBlocks(tensors["train"]), TextBlocks(tensors["test"]), tuple(told["notes"]))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """A text in blocks, ready to train on.
+
+    Attributes:
+        name: what it was loaded by.
+        train: the training part.
+        validation: the part of the training part that was drawn for choices.
+        test: the test part.
+        notes: sentences that a reader of the results should know.
+    """
+
+    name: str
+    train: TextBlocks
+    validation: TextBlocks
+    test: TextBlocks
+    notes: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> BlockData:
+        """Return the blocks on another device."""
+        moved: dict[str, Any] = {
+            part: TextBlocks(getattr(self, part).tokens.to(device))
+            for part in ("train", "validation", "test")
+        }
+        return replace(self, **moved)
+
+
+def load(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    block: int,
+    validation: float,
+    seed: int,
+    text_column: str | None = None,
+) -> BlockData:
+    """Load a text in blocks; names of sets, folders and caches are those of images.
+
+    A text without a test part gives its last sixth for one.
+
+    Args:
+        name: a file of UTF-8, or a set with a column of texts, which become one text, with the
+            token that ends a text between them.
+        tokenizer: of the network.
+        block: tokens in a block; what is left at the end of a part and fills none is left out.
+        validation: share of the training part that is held out for choices, in [0, 1).
+        seed: of the draw of that share.
+        text_column: where the texts are, if it cannot be told from the columns' types and names.
+
+    Raises:
+        SubspanError: there is no such text, or it has too few tokens.
+    """
+    file = Path(name).expanduser()
+    folder = None if file.is_file() else sources.local_folder(name)
+    place: list[Any] = [name]
+    if file.is_file():
+        stat = file.stat()
+        place = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+    elif folder:
+        place = sources.contents(folder)
+    known = [FORMAT, *place, text_column, tokenizer.digest, tokenizer.rules, block]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
+    cut = partial(_cut, name, tokenizer=tokenizer, block=block)
+
+    def build() -> RawBlocks:
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"reading {name}"):
+            if file.is_file():
+                return cut({"train": [_read_file(file)]})
+            if folder:
+                return cut(_read_set(str(folder), None, text_column))
+            revision = sources.newest_revision(name, name)
+            raw = cut(_read_set(name, revision, text_column))
+            return replace(raw, notes=(f"{name} at revision {revision}", *raw.notes))
+
+    raw = cache.fetch(f"{readable(Path(place[0]).name)}-{digest}", RawBlocks, build)
+    train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
+    return BlockData(name, train, held_out, raw.test, raw.notes)
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SubspanError(f"{file} is no text in UTF-8 ({error}): save it as UTF-8") from None
+
+
+def _read_set(path: str, revision: str | None, text_column: str | None) -> dict[str, list[str]]:
+    """Read the texts of each part."""
+    found, features = tables.open_set(path, revision, "text", EXPECTED)
+    column = tables.column("text", path, features, TEXT_COLUMNS, text_column, "string")
+    texts: dict[str, list[str]] = {}
+    for part, rows in found.items():
+        with tables.readable(path, "text", EXPECTED):
+            values = [row[column] for row in rows.select_columns([column])]
+        for number, value in enumerate(values, start=1):
+            if not isinstance(value, str):
+                raise SubspanError(
+                    f"{path} must have a text in the column {column!r} of every row, got "
+                    f"{type(value).__name__} in row {number} of {part}: name the right column with "
+                    "--text-column, or leave that row out"
+                )
+        texts[part] = values
+    return texts
+
+
+def _cut(name: str, texts: dict[str, list[str]], *, tokenizer: Tokenizer, block: int) -> RawBlocks:
+    """Tokenise, and cut the training part and the test part into blocks."""
+    train, test, notes = parts.choose(name, list(texts), "blocks")
+    blocks = _blocks(texts[train], tokenizer, block)
+    if test is not None:
+        held = _blocks(texts[test], tokenizer, block)
+    else:
+        rest = len(blocks) - round(len(blocks) / 6)
+        blocks, held = TextBlocks(blocks.tokens[:rest]), TextBlocks(blocks.tokens[rest:])
+        notes = ("no test part: the last sixth of the text serves as it",)
+    if len(blocks) < 2 or not len(held):
+        raise SubspanError(
+            f"{name} must have text for two blocks of {block} tokens to train on and one for the "
+            f"test, got {len(blocks)} and {len(held)}: give more text, or a smaller --block"
+        )
+    return RawBlocks(blocks, held, notes)
+
+
+def _blocks(texts: Iterable[str], tokenizer: Tokenizer, block: int) -> TextBlocks:
+    tokens: list[int] = []
+    for number, ids in enumerate(tokenizer.tokens(list(texts))):
+        if number and tokenizer.end is not None:
+            tokens.append(tokenizer.end)
+        tokens += ids
+    count = len(tokens) // block
+    return TextBlocks(torch.tensor(tokens[: count * block], dtype=torch.int32).view(count, block))

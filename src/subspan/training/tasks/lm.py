@@ -1,0 +1,160 @@
+"""Causal language modelling: a decoder of Transformers, the next token, and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from subspan.errors import SubspanError
+from subspan.training import pretrained
+from subspan.training.config import Option, Training
+from subspan.training.data import blocks
+from subspan.training.score import Score
+from subspan.training.tasks import Part, Task, TaskKind, register
+from subspan.training.tasks.text import limit, require
+
+BLOCK = 128  # tokens of a block, where none are asked for and the network takes as many
+LOGITS = 2**24  # numbers that the network may give at a time in evaluation
+
+
+class LanguageModelling(Task):
+    """Blocks of a text, and a decoder that tells each token from those before it.
+
+    Args:
+        data: the blocks.
+        net: the network's name or folder.
+        tokenizer: of the network.
+        seed: of the weights that the network's file lacks.
+    """
+
+    def __init__(
+        self, data: blocks.BlockData, net: str, tokenizer: pretrained.Tokenizer, seed: int
+    ) -> None:
+        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
+        self.notes = data.notes
+        # A network that knows nothing takes every token for equally likely.
+        self.score = Score(
+            "perplexity", higher_is_better=False, zero=float(tokenizer.size), percent=False
+        )
+
+    def network(self) -> nn.Module:
+        """Load the network."""
+        net, notes = _build(self.net, self.seed)
+        self.notes = (*self.data.notes, *notes)
+        return net
+
+    def size(self) -> int:
+        """Return the number of training blocks."""
+        return len(self.data.train)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Select blocks, int64 (n, block)."""
+        return self.data.train.tokens[index].long()
+
+    def loss(self, net: nn.Module, batch: Tensor) -> Tensor:
+        """Return the mean cross entropy of all tokens but the first of each block, in nats."""
+        scores = net(input_ids=batch).logits[:, :-1]
+        return cross_entropy(scores.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
+        """Return the mean cross entropy in nats a token, and its exponential."""
+        tokens: Tensor = getattr(self.data, part).tokens
+        at_once = max(1, LOGITS // (tokens.shape[1] * self.tokenizer.size))
+        loss = sum(
+            len(some) * float(self.loss(net, some.long())) for some in tokens.split(at_once)
+        ) / len(tokens)
+        return loss, math.exp(loss) if loss < 700 else math.inf
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the tokens depend on beside the text."""
+        return {"block": self.data.train.tokens.shape[1], "tokenizer": self.tokenizer.digest}
+
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> LanguageModelling:
+        """Refuse a tokenizer that makes other tokens: perplexities would not compare."""
+        if self.tokenizer.digest != extra["tokenizer"]:
+            raise SubspanError(
+                f"the tokenizer of {self.net} is another than in the training of {path}: bring "
+                "back the one of that training"
+            )
+        return self
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of test tokens."""
+        return {"tokens": self.data.test.tokens.numel()}
+
+    def to(self, device: torch.device) -> LanguageModelling:
+        """Return the blocks on another device."""
+        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.seed)
+        moved.notes = self.notes
+        return moved
+
+    @torch.no_grad()
+    def check(self, net: nn.Module) -> None:
+        """Send the block with the last token of the vocabulary through the network."""
+        train = self.data.train.tokens
+        row = int(train.max(dim=1).values.argmax())
+        state = net.training
+        net.eval()
+        try:
+            scores = net(input_ids=train[row : row + 1].long()).logits
+        except Exception as error:  # of Transformers' many networks it may be any
+            raise SubspanError(
+                f"{self.net} does not take a block of {train.shape[1]} tokens up to number "
+                f"{int(train.max())}: {error}: give a smaller --block, or the tokenizer of the "
+                "network"
+            ) from error
+        finally:
+            net.train(state)
+        if scores.shape[:2] != (1, train.shape[1]):
+            raise SubspanError(
+                f"{self.net} must give scores for each token of a block, got {tuple(scores.shape)}"
+            )
+
+
+def _build(net: str, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    return pretrained.network(net, "AutoModelForCausalLM", seed, use_cache=False)
+
+
+class _LanguageModel(TaskKind):
+    """Text files and sets of texts by name, decoders of Transformers by name."""
+
+    options = (
+        Option(
+            "text_column",
+            str | None,
+            "the column of the texts; null finds it by the columns' types and usual names",
+        ),
+        Option(
+            "block",
+            int | None,
+            f"tokens of a sample; null are {BLOCK}, or as many as the network takes",
+        ),
+    )
+
+    def load(self, training: Training, seed: int) -> LanguageModelling:
+        net, name = require(training, self.name)
+        tokenizer = pretrained.tokenizer(net)
+        block = limit(tokenizer, net, training.task_options.get("block"), "block", least=2)
+        if "block" not in training.task_options:
+            block = BLOCK if block is None else min(BLOCK, block)
+        assert block is not None
+        data = blocks.load(
+            name,
+            tokenizer,
+            validation=training.validation,
+            seed=seed,
+            **training.task_options | {"block": block},
+        )
+        return LanguageModelling(data, net, tokenizer, seed)
+
+    def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
+        return lambda: _build(extra["net"], extra["seed"])[0]
+
+
+register(_LanguageModel("lm", "language modelling by a decoder of Transformers: perplexity"))
