@@ -35,7 +35,7 @@ class Chances:
 EVEN = 1 << SCALE - 1  # the chance of a bit without a context
 
 
-class Encoder:
+class BitEncoder:
     """Bits into bytes."""
 
     def __init__(self) -> None:
@@ -78,8 +78,8 @@ class Encoder:
         return bytes(self._out + value.to_bytes(BYTES, "big")).rstrip(b"\0")
 
 
-class Decoder:
-    """Bytes of :class:`Encoder` into bits; after their end, zeros."""
+class BitDecoder:
+    """Bytes of :class:`BitEncoder` into bits; after their end, zeros."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place, self._width, self._chances = data, BYTES, FULL, Chances()

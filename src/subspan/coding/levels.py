@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from subspan.coding.arithmetic import Decoder, Encoder
+from subspan.coding.arithmetic import BitDecoder, BitEncoder
 
 LARGEST = (1 << 24) - 1  # of |q|: exact in float32
 DIGITS = 3  # after the first that have chances of their own
@@ -24,7 +24,7 @@ Levels = NDArray[np.int64]
 
 def encode_levels(levels: Levels) -> bytes:
     """Return the bytes of some levels, |q| < 2²⁴; their number is not among them."""
-    encoder = Encoder()
+    encoder = BitEncoder()
     for level in levels.tolist():
         _put(abs(level), encoder.put)
         if level:
@@ -38,7 +38,7 @@ def decode_levels(data: bytes, number: int) -> Levels:
     Raises:
         ValueError: for bytes that no levels have.
     """
-    decoder = Decoder(data)
+    decoder = BitDecoder(data)
     return np.array([_get(decoder) for _ in range(number)], np.int64)
 
 
@@ -80,7 +80,7 @@ def _put(size: int, put: Callable[..., None]) -> None:
         put(size >> place & 1, _context(digits, place, size >> place + 1))
 
 
-def _get(decoder: Decoder) -> int:
+def _get(decoder: BitDecoder) -> int:
     digits = 0
     while decoder.get(("digits", digits)):
         digits += 1

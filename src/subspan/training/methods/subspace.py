@@ -19,7 +19,7 @@ from subspan.subspace.model import SubspaceModel
 from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
-QUANTISED = 0.5  # of the steps are made with rounded coordinates, where there are bits
+QUANTISED = 0.25  # of the steps are made with rounded coordinates, where there are bits
 PATTERNS = str | list[str] | None
 
 COMMON = (
