@@ -8,8 +8,7 @@ bits are even. No shape of the distribution is assumed but that it has no prefer
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ def encode_levels(levels: Levels) -> bytes:
     """Return the bytes of some levels, |q| < 2²⁴; their number is not among them."""
     encoder = BitEncoder()
     for level in levels.tolist():
-        _put(abs(level), encoder.put)
+        _put(abs(level), encoder)
         if level:
             encoder.put(int(level < 0))
     return encoder.finish()
@@ -47,21 +46,21 @@ def coded_bits(levels: Levels) -> float:
 
     It depends on how often each level is there alone, and not on their order.
     """
-    counts: Counter[tuple[Hashable, int]] = Counter()
-    sizes, often = np.unique(np.abs(levels), return_counts=True)
-    even = int(often[sizes > 0].sum())  # signs
-    for size, times in zip(sizes.tolist(), often.tolist(), strict=True):
-        seen: list[tuple[Hashable, int]] = []
-        _put(size, lambda bit, context=None, seen=seen: seen.append((context, bit)))
-        for context, bit in seen:
-            if context is None:
-                even += times
-            else:
-                counts[context, bit] += times
-    return even + sum(
-        _cost(counts[context, 0], counts[context, 1])
-        for context in dict.fromkeys(context for context, _ in counts)
-    )
+    sizes = np.abs(levels)
+    digits = np.frexp(sizes)[1]
+    often = np.bincount(digits, minlength=1)
+    bits = float(often[1:].sum())  # signs
+    for n, times in enumerate(often.tolist()):
+        bits += _cost(times, int(often[n + 1 :].sum()))
+        adaptive = max(min(n - 1, DIGITS), 0)
+        bits += times * max(n - 1 - DIGITS, 0)
+        heads = sizes[digits == n] >> max(n - 1 - DIGITS, 0)
+        counts = np.bincount(heads, minlength=2 << adaptive)[1 << adaptive :]
+        while len(counts) > 1:  # from the last of these digits to the first
+            pairs = counts.reshape(-1, 2)
+            bits += sum(_cost(zeros, ones) for zeros, ones in pairs.tolist())
+            counts = pairs.sum(axis=1)
+    return bits
 
 
 def _cost(zeros: int, ones: int) -> float:
@@ -71,13 +70,13 @@ def _cost(zeros: int, ones: int) -> float:
     return nats / math.log(2)
 
 
-def _put(size: int, put: Callable[..., None]) -> None:
+def _put(size: int, encoder: BitEncoder) -> None:
     digits = size.bit_length()
     for n in range(digits):
-        put(1, ("digits", n))
-    put(0, ("digits", digits))
+        encoder.put(1, ("digits", n))
+    encoder.put(0, ("digits", digits))
     for place in range(digits - 2, -1, -1):
-        put(size >> place & 1, _context(digits, place, size >> place + 1))
+        encoder.put(size >> place & 1, _context(digits, place, size >> place + 1))
 
 
 def _get(decoder: BitDecoder) -> int:
