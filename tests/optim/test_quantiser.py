@@ -64,7 +64,7 @@ def test_the_optimizer_moves_the_exact_coordinates():
 
 
 def test_training_repairs_what_rounding_did():
-    model, made, _ = begin(bits=2, after=100)
+    model, made, _ = begin(bits=3, after=100)
     run(model, made, 101)
     rounded = run(model, made, 1)
     for step in range(100):
