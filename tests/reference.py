@@ -239,3 +239,77 @@ def butterflies(x: list[float]) -> list[float]:
                 pair(i, i + stride)
     halve(0, math.ceil(D / 32))
     return x
+
+
+# ---- compact files -------------------------------------------------------------------------------
+
+
+def decode_compact(file: bytes) -> tuple[float, list[int]]:
+    """The step and the levels of a compact file, after the values and tensors that come before."""
+    data, place = file[:-4], 13  # magic, version, template, two digests
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte, place = data[place], place + 1
+            value += (byte % 128) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def skip(size: int) -> int:
+        nonlocal place
+        place += size
+        return place
+
+    def value() -> list[int]:
+        """Pass over a value; of a list of small integers, these."""
+        tag = data[skip(1) - 1]
+        if tag in (0xE3, 0xE4):
+            return [varint()]
+        if tag in (0xE5, 0xE6):
+            skip({0xE5: 8, 0xE6: 4}[tag])
+        elif tag in (0xE7, 0xE8):
+            skip(varint())
+        elif tag in (0xE9, 0xEA):
+            return [n for _ in range(varint() * (tag - 0xE8)) for n in value()]
+        return [tag]
+
+    value()
+    shapes = []
+    for _ in range(varint()):
+        value()
+        value()
+        shapes.append(value())
+    skip(4 * sum(math.prod(shape) for shape in shapes))
+    number = varint()
+    pattern = int.from_bytes(data[place : place + 2], "little") % 2**15
+    step = (1 + pattern % 128 / 128) * 2.0 ** (pattern // 128 - 127)
+    code = data[place + 2 :] + bytes(8)
+    state = [int.from_bytes(code[:6], "big"), 2**48, 6]
+    seen: dict[object, list[int]] = {}
+
+    def bit(context: object = None) -> int:
+        zeros, ones = seen.setdefault(context, [0, 0]) if context else (0, 0)
+        chance = (2 * ones + 1) * 2**16 // (2 * (zeros + ones) + 2)
+        part = state[1] // 2**16 * min(max(chance, 1), 2**16 - 1)
+        found = int(state[0] < part)
+        state[:2] = (state[0], part) if found else (state[0] - part, state[1] - part)
+        if context:
+            seen[context][found] += 1
+        while state[1] < 2**40:
+            following = code[state[2]] if state[2] < len(code) else 0
+            state[:] = [state[0] * 256 + following, state[1] * 256, state[2] + 1]
+        return found
+
+    levels = []
+    for _ in range(number):
+        digits = 0
+        while bit(("digits", digits)):
+            digits += 1
+        size = min(digits, 1)
+        for k in range(1, digits):
+            size = 2 * size + bit((digits, size) if k <= 3 else None)
+        levels.append(-size if size and bit() else size)
+    return step, levels

@@ -16,7 +16,7 @@ SOURCE = Path(subspan.__file__).parent
 # Every module, lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
     ("errors", "cache", "files", "registry"),
-    ("philox",),
+    ("philox", "coding"),
     ("shuffle",),
     ("kernels",),
     ("families",),

@@ -170,3 +170,20 @@ def test_export_by_command(trained, tmp_path, cli):
     size = (tmp_path / "w.safetensors").stat().st_size
     assert (said.code, said.err) == (0, "")
     assert said.out == f"{tmp_path}/w.safetensors: {size:,} bytes\n"
+
+
+def test_a_run_with_bits_leaves_a_compact_file_that_every_command_reads(tmp_path, cli):
+    out = tmp_path / "run"
+    record = train(a_run(dim=40, epochs=4, bits=3), out)
+    file = out / "model.subspan"
+    found = checkpoint.inspect(file)
+    assert record.checkpoint_bytes == file.stat().st_size == found["bytes"] < 40 * 3 / 8 + 70
+    exact = checkpoint.read(out / "model.safetensors")[1]["coordinates"]
+    assert torch.equal(checkpoint.read(file)[1]["coordinates"], exact)
+    assert evaluate_checkpoint(file)["test_accuracy"] == record.test_score
+    assert record.best_epoch == 4  # coordinates are rounded in the last quarter only
+    said = cli("inspect", file)
+    assert said.code == 0
+    assert "bytes_of_parts:" in said.out
+    assert cli("eval", file).code == 0
+    assert cli("export", file, tmp_path / "weights.safetensors").code == 0

@@ -57,6 +57,7 @@ def build(input_shape, classes):
 NOISY = "tests.training.test_resume:build"
 RUNS = {
     "hash": {"dim": 30},
+    "hash with bits": {"method": "hash", "dim": 30, "bits": 3},
     "full": {"lr": 0.003, "net": NOISY, "init": "own"},
     "subspace of a noisy net": {"dim": 50, "net": NOISY, "schedule": "cosine", "init": "own"},
     "momentum": {"method": "full", "lr": 0.01, "optimizer": "sgd", "schedule": "constant"},

@@ -18,6 +18,8 @@ from typing import Any
 import safetensors
 from torch import Tensor, nn
 
+from subspan.checkpoint.compact import COORDINATES as COORDINATES
+from subspan.checkpoint.compact import MAGIC, CompactFile, read_compact
 from subspan.errors import SubspanError
 from subspan.layers.protocol import (
     Compressed,
@@ -31,7 +33,6 @@ from subspan.subspace.parameters import digest_tensors
 
 FORMAT = 1
 KEY = "subspan"
-COORDINATES = "coordinates"
 FIELD_OF = {"lowrank": "ranks", "product-of-sums": "sums"}  # of the older types of layers
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by kind
     "full": {},
@@ -111,10 +112,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         SubspanError: if it is no checkpoint, of a newer format, cut short or edited.
     """
     path = Path(path)
-    if not path.is_file():
-        raise SubspanError(f"{path} is not a file: expected a checkpoint that subspan saved")
-    if not os.access(path, os.R_OK):
-        raise SubspanError(f"{path} may not be read: see to its permissions")
+    if (compact := _read_if_compact(path)) is not None:
+        return compact.header, compact.tensors
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -136,21 +135,66 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         )
     if header.pop("digest", None) != digest(header, tensors):
         raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
+    return _checked(header, path), tensors
+
+
+def _read_if_compact(path: Path) -> CompactFile | None:
+    """Return the content of a compact file; None of any other file."""
+    if not path.is_file():
+        raise SubspanError(f"{path} is not a file: expected a checkpoint that subspan saved")
+    if not os.access(path, os.R_OK):
+        raise SubspanError(f"{path} may not be read: see to its permissions")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return None
+        compact = read_compact(MAGIC + file.read(), path)
+    _checked(compact.header, path)
+    return compact
+
+
+def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a header whose fields are there, and of the right types."""
     fields = {"extra": dict, "weights": int} | FIELDS.get(str(header.get("kind")), {"kind": ()})
     fields |= {name: kind for name, kind in OPTIONAL.items() if name in header}
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
-    return header, tensors
+    return header
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint's header, with the names and shapes of its tensors and its size.
 
     It needs no module that defines the layers.
+
+    Returns:
+        The header; ``tensors``, their shapes by name; ``bytes``, of the file, and
+        ``bytes_of_parts``, of its ``header``, ``coordinates``, ``other tensors`` and, in a compact
+        file, ``digest``. Of a compact file ``quantiser``, too: the ``step`` of the coordinates, how
+        many distinct ``levels`` there are, and the ``bits`` that a coordinate takes.
     """
-    header, tensors = read(path)
+    path = Path(path)
+    compact = _read_if_compact(path)
+    header, tensors = read(path) if compact is None else (compact.header, compact.tensors)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    return header | {"tensors": shapes, "bytes": Path(path).stat().st_size}
+    size = path.stat().st_size
+    found: dict[str, Any] = header | {"tensors": shapes, "bytes": size}
+    if compact is not None:
+        w, size = tensors[COORDINATES], compact.sizes["coordinates"]
+        found["quantiser"] = {
+            "step": compact.step,
+            "levels": w.unique().numel(),
+            "bits": round(8 * size / w.numel(), 3),
+        }
+        return found | {"bytes_of_parts": compact.sizes}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    parts = {"header": size - sum(sizes.values()), "coordinates": sizes.pop(COORDINATES, 0)}
+    return found | {"bytes_of_parts": parts | {"other tensors": sum(sizes.values())}}
+
+
+def agree(one: str, other: str) -> bool:
+    """Return whether two digests are one, as far as both go: a compact file has 8 digits."""
+    known = min(len(one), len(other))
+    return known >= 8 and one[:known] == other[:known]
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
-from subspan.checkpoint.file import COORDINATES, layers_of, read
+from subspan.checkpoint.file import COORDINATES, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
 from subspan.counts import count
@@ -193,7 +193,7 @@ def _take_buffers(
     """
     weights = model.subspace
     same = "parameters" in header and header["parameters"] == weights.parameters_digest()
-    if not same or model.base_fingerprint == header["fingerprint"]:
+    if not same or agree(model.base_fingerprint, header["fingerprint"]):
         return
     if left := [name for name in weights.base_buffers if f"body.{name}" not in tensors]:
         raise SubspanError(
@@ -218,7 +218,7 @@ def check_base(
             f"{path} was trained around a network with {_say_kinds(there)}, and this one has "
             f"{_say_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
         )
-    if model.base_fingerprint != header["fingerprint"]:
+    if not agree(model.base_fingerprint, header["fingerprint"]):
         theirs, ours = say_base(header.get("base")), say_base(find_base(model))
         named = f"; it was trained from {theirs}, and this is {ours}" if theirs and ours else ""
         raise SubspanError(
@@ -234,7 +234,7 @@ def check_base(
                 "embedding), which stays at θ₀: make the network as it was for the training (with "
                 "the same pad_token_id, say)"
             )
-    if model.layout != header["layout"]:
+    if not agree(model.layout, header["layout"]):
         if presets := find_presets(header["recipe"] | header.get("lora", {})):
             raise SubspanError(
                 f"{path} was trained through other parameters than those that {presets[0]!r} "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.checkpoint.base import find_base
+from subspan.checkpoint.compact import to_compact
 from subspan.checkpoint.file import COORDINATES, FORMAT, KEY, describe_layers, digest, to_json
 from subspan.checkpoint.part import base_of, trained_tensors
 from subspan.counts import count
@@ -28,14 +29,19 @@ def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    bits: float | None = None,
     extra: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> int:
-    """Write a model to one safetensors file, all of it or nothing.
+    """Write a model to one safetensors file, or to a compact one, all of it or nothing.
 
     Args:
         model: a :class:`SubspaceModel`; or an ordinary network, stored with all its weights.
         path: of the file; its folder must exist.
+        bits: the most that the file may take for each coordinate, on average (2, or 2.5); it is
+            then a compact one, not safetensors, and :func:`load` rounds coordinates as it does.
+            Those that :class:`subspan.optim.Quantiser` trained stay exactly as they are. What was
+            trained fully and changed buffers are stored exactly.
         extra: JSON values of the caller's, given back by :func:`inspect`.
         base: the repository of the Hub that a network of Transformers came from, as ``NAME`` or
             ``NAME@REVISION``; by default what the network itself says.
@@ -46,12 +52,16 @@ def save(
     Raises:
         SubspanError: if there is no such folder, ``extra`` is not JSON, a SubspaceModel lies
             inside another module, a module has state beside parameters and buffers, a compressed
-            layer is of a class that no type registers, or ``base`` cannot be this network's.
+            layer is of a class that no type registers, ``base`` cannot be this network's, or
+            ``bits`` is asked of a model without coordinates or leaves nothing of them.
         OSError: if the file cannot be written; one that was there before is then still whole.
     """
     path = Path(path)
     refuse_what_is_no_file(path)
-    return write_atomically(path, to_bytes(*contents(model, extra, base)))
+    header, tensors = contents(model, extra, base)
+    if bits is None:
+        return write_atomically(path, to_bytes(header, tensors))
+    return write_atomically(path, to_compact(header, tensors, bits))
 
 
 def to_bytes(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:

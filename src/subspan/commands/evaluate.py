@@ -11,7 +11,9 @@ from subspan.training.evaluate import evaluate_checkpoint
 def main(argv: Arguments) -> None:
     """Evaluate a checkpoint, rebuilt from its file, on the test set."""
     parser = Parser("eval", main.__doc__)
-    parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
+    parser.add_argument(
+        "checkpoint", type=str, help="a model.safetensors or model.subspan of train"
+    )
     parser.add_argument(
         "--data", type=str | None, default=None, help="the data set; null: that of its training"
     )

@@ -14,7 +14,9 @@ Format = Literal["weights", "peft"]
 def main(argv: Arguments) -> None:
     """Write a checkpoint as a plain safetensors file of its merged weights, or as a LoRA."""
     parser = Parser("export", main.__doc__)
-    parser.add_argument("checkpoint", type=str, help="a model.safetensors of subspan train")
+    parser.add_argument(
+        "checkpoint", type=str, help="a model.safetensors or model.subspan of train"
+    )
     parser.add_argument("out", type=str, help="the file to write; of a LoRA the folder")
     parser.add_argument(
         "--format",

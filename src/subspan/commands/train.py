@@ -161,4 +161,5 @@ def show_result(record: CompleteRun, out: Path, *, complete_before: bool) -> Non
     )
     for note in record.notes:
         console.say(f"note: {note}")
-    console.say(f"model:  {out / 'model.safetensors'}\nrecord: {out / 'record.json'}")
+    compact = f" and {out / 'model.subspan'}" if (out / "model.subspan").exists() else ""
+    console.say(f"model:  {out / 'model.safetensors'}{compact}\nrecord: {out / 'record.json'}")

@@ -35,7 +35,7 @@ PRESETS = ("attention", "mlp", "norms-and-biases", "all-linear", "head")
 
 # Rates of Adam that work on pretrained networks with 1,000 coordinates of "hash", by what these
 # move; "" is any other choice, and several presets together. HEAD_RATE is that of a new head.
-# Measured are norms and biases, LoRA's factors and all weights (MiniLM on MPQA, seed 0, validation);
+# Measured are norms and biases, factors of LoRA and all weights (MiniLM on MPQA, one seed);
 # the others are guesses between them.
 RATES = {
     "attention": 0.03,

@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def compact(self) -> Path:
+        """The same model in few bytes, where a method has bits for its coordinates."""
+        return self.path / "model.subspan"
+
+    @property
     def best(self) -> Path:
         """The checkpoint of the best epoch, while the training goes on."""
         return self.path / "best.safetensors"
@@ -59,7 +64,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path / record.FILE)
         self.write(record)
-        for file in (self.best, self.last, self.model, self.state):
+        for file in (self.best, self.last, self.model, self.compact, self.state):
             remove_unfinished(file)
             if not goes_on:
                 file.unlink(missing_ok=True)
@@ -69,16 +74,23 @@ class RunFolder:
         if self.writes:
             record.write(self.path)
 
-    def save(self, model: nn.Module, file: Path, extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        file: Path,
+        extra: Mapping[str, Any],
+        bits: float | None = None,
+    ) -> None:
         """Write a checkpoint.
 
         Args:
             model: what it is of.
             file: its path.
             extra: what else it is to say.
+            bits: of a coordinate in a compact file.
         """
         if self.writes:
-            checkpoint.save(model, file, extra=extra)
+            checkpoint.save(model, file, extra=extra, bits=bits)
 
     def keep_best(self) -> None:
         """Give the best epoch's checkpoint its last name; the last epoch's is needed no more."""

@@ -322,7 +322,11 @@ class Loop:
         # In full precision, as everyone who loads the file will.
         net = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         _, score = evaluate(net, self.task, "test")
+        if (bits := self.method.bits(self.run.options)) is not None:
+            self.folder.save(self.model, self.folder.compact, self.extra(), bits)
         self.accelerator.wait_for_everyone()
+        if bits is not None:
+            size = self.folder.compact.stat().st_size
         self.folder.keep_best()
         self.bring_up_to_date("complete")
         found = self.counts() | {"test_score": score, "checkpoint_bytes": size}

@@ -145,7 +145,7 @@ class RunRecord(Record):
         weights: of the network that they stand for, tied ones once.
         ranks: of factored layers.
         counts: other counts of the same network, by what they are called.
-        checkpoint_bytes: of ``model.safetensors``.
+        checkpoint_bytes: of ``model.safetensors``, or of ``model.subspan`` where there is one.
         seconds_total: over all parts of a run that was interrupted.
         seconds_per_step: the median over epochs.
         peak_memory_bytes: of this process, or of the GPU.

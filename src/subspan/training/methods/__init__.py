@@ -160,6 +160,10 @@ class Method(ABC):
         """Return more values for an epoch's row, after its last step: JSON by name."""
         return {}
 
+    def bits(self, options: Mapping[str, Any]) -> float | None:
+        """Return the bits of a coordinate in a compact file; None if none is to be written."""
+        return None
+
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
         """Return whether this epoch may count as the best; the ``last`` one of a run must."""
         return True

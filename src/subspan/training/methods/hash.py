@@ -63,6 +63,10 @@ class GrowingSubspace(Subspace):
             raise SubspanError(
                 f"{count} stages need {count} epochs at least, got {run.training.epochs}"
             )
+        if count > 1 and self.bits(run.options) is not None:
+            raise SubspanError(
+                "--stages make new coordinates, which are not rounded: leave --bits out"
+            )
         if count > 1 and run.training.patience is not None:
             raise SubspanError("--stages share the epochs equally: leave --patience out")
         return super().optimizer(model, run, *rest, **more)
@@ -93,7 +97,7 @@ class GrowingSubspace(Subspace):
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
         """Return whether a run of several stages ends: what it leaves is its largest d."""
-        return last or "stages" not in run.options
+        return super().ready(model, optimizer, run, last) and (last or "stages" not in run.options)
 
     def finished(self, run: Run, history: list[Epoch], score: Score) -> bool:
         """Return whether all stages have ended, or the one after that which reached ``until``."""

@@ -6,16 +6,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from torch import nn
+from torch.optim import Optimizer
 
 from subspan.errors import SubspanError
 from subspan.families import Projection, projections
 from subspan.families.hash import Hash
+from subspan.optim.quantiser import Quantiser, is_rounding
 from subspan.subspace.model import SubspaceModel
+from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
+QUANTISED = 0.25  # of the steps are made with rounded coordinates, where there are bits
 PATTERNS = str | list[str] | None
 
 COMMON = (
@@ -30,6 +35,12 @@ COMMON = (
     Option("exclude", PATTERNS, "parameters that keep θ₀, likewise"),
     TRAIN_FULLY,
     RATE_OF_HEAD,
+    Option(
+        "bits",
+        float,
+        "the bits that a coordinate takes on average, as 2 or 2.5: they are rounded in the last "
+        f"{QUANTISED:.0%} of the steps, and model.subspan is a file of so many",
+    ),
 )
 
 # Minut's matrices that are kept, as methods of their own, so that a sweep may hold several of them
@@ -61,8 +72,27 @@ class Subspace(Method):
     def wrap(self, net: nn.Module, seed: int, options: Mapping[str, Any]) -> SubspaceModel:
         """Put the network into the subspace."""
         dims = parse_dims(self.name, options)
-        given = {key: value for key, value in options.items() if key not in ("dim", "head_lr")}
+        own = ("dim", "head_lr", "bits")
+        given = {key: value for key, value in options.items() if key not in own}
         return SubspaceModel(net, dims, seed=seed, **self.preset, **given)
+
+    def optimizer(
+        self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], **rest: Any
+    ) -> Optimizer:
+        """Return the optimizer; it rounds coordinates if they are to have so many bits."""
+        optimizer = super().optimizer(model, run, out, extra, **rest)
+        if (bits := self.bits(run.options)) is not None:
+            assert isinstance(model, SubspaceModel)
+            Quantiser(model, optimizer, bits, after=int((1 - QUANTISED) * rest["steps"]))
+        return optimizer
+
+    def bits(self, options: Mapping[str, Any]) -> float | None:
+        """Return the bits that a coordinate may take in a compact file."""
+        return options.get("bits")
+
+    def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
+        """Return whether coordinates are rounded, if they are to be."""
+        return self.bits(run.options) is None or is_rounding(optimizer)
 
     def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
         """Return what is trained fully."""

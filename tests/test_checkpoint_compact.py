@@ -1,0 +1,186 @@
+"""Compact files: the same model in few bytes, everywhere the same bits, or a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import subspan
+from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan.checkpoint import compact
+from tests.golden.compact import FILES, PATH, golden_model
+from tests.nets import COMPARTMENTS, MLP, NETS, batch, build, scatter, wrap
+from tests.reference import decode_compact
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file of coordinates at 4 bits around a θ₀ from a seed, and what was loaded from it."""
+    model, file = golden_model(), tmp_path / "m.subspan"
+    subspan.save(model, file, bits=4)
+    return file, subspan.load(file, MLP)
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("compartments", COMPARTMENTS, ids=str)
+def test_what_is_loaded_has_the_recipe_and_rounded_coordinates(name, compartments, tmp_path):
+    model, file = scatter(wrap(name, compartments)), tmp_path / "m.subspan"
+    assert subspan.save(model, file, bits=8) == file.stat().st_size
+    loaded = subspan.load(file, build(name)).eval()
+    step = checkpoint.inspect(file)["quantiser"]["step"]
+    assert (loaded.recipe, loaded.compartments) == (model.recipe, model.compartments)
+    assert loaded.changed_buffers().keys() == model.changed_buffers().keys()
+    for key, w in model.coordinates.items():
+        assert (loaded.coordinates[key] - w).abs().max() <= step / 2 * 1.001
+        levels = loaded.coordinates[key] / step
+        assert torch.equal(levels, levels.round())
+    again = tmp_path / "again.subspan"
+    subspan.save(loaded, again, bits=8)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_what_is_trained_fully_and_buffers_are_exact(tmp_path):
+    model, file = scatter(wrap("cnn", train_fully="head")), tmp_path / "m.subspan"
+    subspan.save(model, file, bits=3, extra={"mean": [0.25, 1 / 3], "von": "mir"})
+    loaded, found = subspan.load(file, build("cnn")), checkpoint.inspect(file)
+    for name, tensor in {**model.fully_trained(), **model.changed_buffers()}.items():
+        assert torch.equal(loaded.body.state_dict()[name], tensor)
+    assert found["extra"] == {"mean": [0.25, 1 / 3], "von": "mir"}
+    assert found["bytes_of_parts"]["other tensors"] > 4 * 580
+
+
+def test_coordinates_in_float64_stay_float64(tmp_path):
+    model, file = scatter(wrap("mlp", dtype=torch.float64)), tmp_path / "m.subspan"
+    subspan.save(model, file, bits=8)
+    assert checkpoint.read(file)[1]["coordinates"].dtype == torch.float64
+    net = build("mlp", torch.float64)
+    assert subspan.load(file, net)(batch("mlp", torch.float64)).dtype == torch.float64
+
+
+def test_a_net_from_a_seed_needs_the_coordinates_and_fifty_bytes(saved):
+    file, loaded = saved
+    found = checkpoint.inspect(file)
+    assert loaded.init_seed == 5
+    assert found["bytes"] == sum(found["bytes_of_parts"].values()) == file.stat().st_size
+    assert found["bytes"] - found["bytes_of_parts"]["coordinates"] < 50
+    assert found["quantiser"]["bits"] < 4 + 8 * 5 / 60
+
+
+def test_an_ordinary_file_says_where_its_bytes_are(tmp_path):
+    file = tmp_path / "m.safetensors"
+    subspan.save(scatter(wrap("cnn", train_fully="head")), file)
+    found = checkpoint.inspect(file)
+    assert found["bytes"] == sum(found["bytes_of_parts"].values())
+    assert found["bytes_of_parts"]["coordinates"] == 4 * 12
+    assert "quantiser" not in found
+
+
+def test_fewer_bits_than_the_grid_takes_round_anew(saved, tmp_path):
+    _, loaded = saved
+    subspan.save(loaded, tmp_path / "fewer.subspan", bits=2)
+    found = checkpoint.inspect(tmp_path / "fewer.subspan")
+    assert found["quantiser"]["step"] > checkpoint.inspect(saved[0])["quantiser"]["step"]
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_files(name, tmp_path):
+    """A stored model is for ever: the committed bytes decode to the committed numbers."""
+    golden = json.loads(PATH.read_text())[name]
+    file = tmp_path / "m.subspan"
+    file.write_bytes(bytes.fromhex(golden["file"]))
+    header, tensors = checkpoint.read(file)
+    assert header == golden["header"]
+    step, levels = float.fromhex(golden["step"]), golden["levels"]
+    assert tensors["coordinates"].tolist() == [step * level for level in levels]
+    assert decode_compact(file.read_bytes()) == (step, levels)
+    FILES[name](file)
+    assert file.read_bytes().hex() == golden["file"]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def refused(file, said):
+    for read in (checkpoint.inspect, lambda path: subspan.load(path, MLP)):
+        with pytest.raises(SubspanError, match=said) as error:
+            read(file)
+        assert "\n" not in str(error.value)
+
+
+def test_every_damaged_byte_is_noticed(saved, tmp_path):
+    file, _ = saved
+    data = file.read_bytes()
+    for place in range(4, len(data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        with pytest.raises(SubspanError, match="damaged or edited"):
+            checkpoint.read(file)
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 7, 20, -1])
+def test_a_file_that_was_cut_short_is_refused(saved, size):
+    file, _ = saved
+    file.write_bytes(file.read_bytes()[:size])
+    refused(file, "damaged")
+
+
+def test_bytes_after_the_end_are_refused(saved):
+    file, _ = saved
+    file.write_bytes(file.read_bytes() + b"\0")
+    refused(file, "damaged or edited")
+
+
+def test_a_later_coder_is_refused_by_name(saved):
+    file, _ = saved
+    data = bytearray(file.read_bytes())
+    data[3] = 2
+    file.write_bytes(data)
+    refused(file, "coder of version 2, this version of subspan reads up to 1: upgrade")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [(4, 99, "template 99, which a later version has"), (13, 0xFE, "does not know")],
+)
+def test_what_another_version_might_write_is_refused(saved, place, value, said):
+    file, _ = saved
+    body = bytearray(file.read_bytes()[: -compact.DIGEST])
+    body[place] = value
+    file.write_bytes(bytes(body) + compact._digest(bytes(body)))
+    refused(file, said)
+
+
+def test_another_network_is_refused(saved):
+    file, _ = saved
+    with pytest.raises(SubspanError, match="212 weights, this one has 401"):
+        subspan.load(file, lambda: nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 1)))
+    model = SubspaceModel(build("mlp"), 12)
+    subspan.save(scatter(model), file, bits=4)
+    with pytest.raises(SubspanError, match="other initial weights"):
+        subspan.load(file, MLP)
+    net = build("mlp")
+    net[0].bias.requires_grad_(False)
+    with pytest.raises(SubspanError, match="frozen"):
+        subspan.load(file, net)
+
+
+@pytest.mark.parametrize(
+    ("net", "bits", "said"),
+    [
+        (MLP(), 2, "bits quantises coordinates, and this network has none"),
+        (wrap("mlp"), 0, "bits must be a positive number"),
+        (wrap("mlp"), float("nan"), "bits must be a positive number"),
+        (scatter(wrap("mlp")), 0.01, "every coordinate is zero"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, tmp_path):
+    with pytest.raises(SubspanError, match=said):
+        subspan.save(net, tmp_path / "m.subspan", bits=bits)
+    assert not list(Path(tmp_path).iterdir())
