@@ -123,16 +123,12 @@ class Loop:
             self.progress = before.progress
             self.progress.within.total = before.progress.within.total.to(device)
         self.saved = time.perf_counter()
-        begun = {
+        unknown = ("test_score", "val_score", "checkpoint_bytes", "seconds_per_step")
+        begun: dict[str, Any] = dict.fromkeys((*unknown, "peak_memory_bytes")) | {
             "status": "running",
             "config": records.plain(self.run.as_dict()),
             "score": to_json(self.score),
-            "test_score": None,
-            "val_score": None,
-            "checkpoint_bytes": None,
             "seconds_total": 0.0,
-            "seconds_per_step": None,
-            "peak_memory_bytes": None,
             "log": [str(name) for name in accelerator.log_with],
             "processes": processes,
             "device": machine.device_name(device),
