@@ -30,14 +30,14 @@ class Family:
     Attributes:
         title: of its section.
         text: one sentence.
-        module: where its methods are, under :mod:`subspan.training.methods`.
+        modules: where its methods are, under :mod:`subspan.training.methods`.
         part: of a benchmark.
         prefix: how the names of its experiments begin.
     """
 
     title: str
     text: str
-    module: str
+    modules: tuple[str, ...]
     part: str
     prefix: str
 
@@ -46,7 +46,7 @@ FAMILIES = (
     Family(
         "Fixed random subspaces",
         "θ = θ₀ + P w: a seed gives the projection P, and only the d numbers w are trained.",
-        module="subspace",
+        modules=("subspace", "hash", "lora_subspace"),
         part="products",
         prefix="li-",
     ),
@@ -54,26 +54,26 @@ FAMILIES = (
         "Random bases that are drawn anew",
         "Each step moves the weights along d random directions of its own (RBD), or always along "
         "the same ones (FPD), or along those that evaluations alone have measured (NES).",
-        module="random_bases",
+        modules=("random_bases",),
         part="optimizers",
         prefix="gressmann-",
     ),
     Family(
         "Low rank from the start",
         "Every layer is U S Vᵀ, and its rank adapts while it is trained (DLRT).",
-        module="dlrt",
+        modules=("dlrt",),
         part="lowrank",
         prefix="dlrt-",
     ),
     Family(
         "Products of sums",
         "Every layer is Π Σ aⱼ Mⱼ with fixed matrices Mⱼ, and only the numbers a are trained.",
-        module="prodsum",
+        modules=("prodsum",),
         part="sums",
         prefix="prodsumnet-",
     ),
 )
-OTHERS = Family("Other experiments", "", module="", part="", prefix="")
+OTHERS = Family("Other experiments", "", modules=(), part="", prefix="")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
     )
     for home, _ in homes.most_common():
         for family in FAMILIES:
-            if family.module == home:
+            if home in family.modules:
                 return family
     return next((family for family in FAMILIES if name.startswith(family.prefix)), OTHERS)
 
