@@ -22,14 +22,14 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = transformers.BertConfig(
         vocab_size=1000,
-        hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
     )
     transformers.BertModel(tiny).save_pretrained(name)
     exec(code, {"__name__": "readme"})
-    head = 2 * 33
+    head = 2 * 65
     assert (tmp_path / "variant.safetensors").stat().st_size < 4096 + 4 * (1000 + head)
 
 

@@ -23,7 +23,7 @@ from tests.runs import NET, SWEEP, TRAIN, contents, copied, record_of
 
 # What is typed after "subspan", with TRAIN or SWEEP in place of the first word, and what is said.
 BAD = {
-    "trian": "unknown command 'trian': did you mean train?",
+    "trian": "unknown command 'trian': did you mean train or intrinsic?",
     "train --batchsize 3": "'--batchsize': did you mean --batch-size",
     "train --epoch 3": "unknown argument of subspan train '--epoch': did you mean --epochs",
     "train more": "unknown argument of subspan train 'more'",

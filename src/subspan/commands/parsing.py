@@ -56,8 +56,10 @@ class Parser(ArgumentParser):
     def add_argument(self, *names: str, **settings: Any) -> Action:
         """Add an argument; its name has dashes for underscores."""
         default, text = settings.get("default"), settings.get("help")
-        if text not in (None, SUPPRESS) and default not in (None, SUPPRESS):
-            settings["help"] = f"{text} (default: {default})"
+        if text not in (None, SUPPRESS):
+            known = default not in (None, SUPPRESS)
+            said = f"{text} (default: {default})" if known else str(text)
+            settings["help"] = said.replace("%", "%%")  # it is a format to argparse
         action: Action = super().add_argument(*map(dashed, names), **settings)
         self.actions.append(action)
         self.kinds[action.dest] = settings.get("type")

@@ -211,7 +211,7 @@ def watch_optimizers() -> None:
 def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(_OUTGROWN in vars(p) for p in parameters):
+    if any(hasattr(p, _OUTGROWN) for p in parameters):
         raise SubspanError(
             "the optimizer trains coordinates in whose place grow() has put others: give it to "
             "grow(), or make it anew"
