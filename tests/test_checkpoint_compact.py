@@ -184,3 +184,9 @@ def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, t
     with pytest.raises(SubspanError, match=said):
         subspan.save(net, tmp_path / "m.subspan", bits=bits)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_no_template_knows_the_data():
+    """What a reader fills in must not come from a training set: no byte would pay for it."""
+    for template in compact.TEMPLATES:
+        assert not {"mean", "std"} & template.get("extra", {}).keys()
