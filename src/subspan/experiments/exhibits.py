@@ -316,10 +316,14 @@ def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
     for name in (*always, *(key for key in usual if key not in always)):
         value = config.get(name, usual[name])
         if name == "options":
-            words += [f"--{option} {_word(given)}" for option, given in value.items()]
+            words += [f"{_flag(option)} {_word(given)}" for option, given in value.items()]
         elif value != usual[name] if name not in always else value is not None:
-            words.append(f"--{name.replace('_', '-')} {_word(value)}")
+            words.append(f"{_flag(name)} {_word(value)}")
     return " ".join(words)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _word(value: Any) -> str:
