@@ -187,6 +187,6 @@ def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, t
 
 
 def test_no_template_knows_the_data():
-    """What a reader fills in must not come from a training set: no byte would pay for it."""
+    """A reader fills in nothing that comes from a training set: no byte would pay for it."""
     for template in compact.TEMPLATES:
         assert not {"mean", "std"} & template.get("extra", {}).keys()

@@ -89,7 +89,7 @@ def test_an_option_says_what_it_means_to_whom(cli):
 
 
 def test_methods_are_told_in_plain_words(cli):
-    """Of a docstring's first line, which the help shows, no part is for Sphinx or our code."""
+    """The help shows the first line of a docstring, which must have nothing for Sphinx in it."""
     told = cli("train", "--help").out.partition("\nmethods")[2]
     assert "  rademacher " in told
     assert not re.findall(r"`|:\w+:|Source", told)

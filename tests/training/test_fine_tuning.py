@@ -55,7 +55,7 @@ NUMBERS = {  # by hand: queries and values of 2 layers, 16 x 16
 @needs_peft
 @pytest.mark.parametrize("name", NUMBERS)
 def test_counts(name):
-    """What is trained is what is stored; weights are those of the network without adapters."""
+    """A file stores what is trained; weights are those of the network without adapters."""
     options, own = NUMBERS[name]
     model = wrapped(name, **options)
     found = method(name).counts(model)
@@ -229,7 +229,7 @@ def test_a_run_goes_on(tmp_path):
 
 
 def test_dims_of_each_method_on_the_command_line():
-    """As lrs are: lists in any of their forms."""
+    """They are lists in any of their forms, as lrs are."""
     hint = get_type_hints(Sweep)["dims"]
     assert read("dims", hint, {"hash": "300,1000", "lora": 1}) == {
         "hash": ("300", "1000"),

@@ -20,7 +20,7 @@ ATTRIBUTE = "_subspan_base"
 
 @dataclass(frozen=True)
 class HeldBase:
-    """What a network had before its training, and what of it is trained.
+    """A network before its training, and which part of it is trained.
 
     Attributes:
         weights: of the network before anything was put into it.

@@ -11,7 +11,7 @@ from subspan.commands.parsing import (
     add_running,
     parse,
     read_fields,
-    trackers_given,
+    read_running,
 )
 from subspan.commands.sweep import show_runs, show_sweep
 from subspan.commands.task_options import add_training, list_tasks, read_training
@@ -60,18 +60,9 @@ def main(argv: Arguments) -> None:
     options = {o.name: given[o.name] for o in own if given.get(o.name) is not None}
     config = read_fields(Growth, given, training=read_training(given), options=options)
     backends.check(given.backend, given.ray_address, given.jobs)
-    log = trackers_given(given)
-    trackers.check(log)
+    running = read_running(given)
+    trackers.check(running["log"])
     plan, out = GrowthPlan(config), Path(given.out)
     with show_runs(plan.total) as on_run:
-        result = carry_out(
-            plan,
-            out,
-            jobs=given.jobs,
-            overwrite=given.overwrite,
-            on_run=on_run,
-            backend=given.backend,
-            ray_address=given.ray_address,
-            log=log,
-        )
+        result = carry_out(plan, out, on_run=on_run, **running)
     show_sweep(result, report.write(out))

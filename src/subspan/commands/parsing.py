@@ -339,3 +339,9 @@ def add_running(parser: Parser, out: str | None) -> None:
     )
     add_log(parser)
     add_out(parser, out)
+
+
+def read_running(given: Namespace) -> dict[str, Any]:
+    """Return what :func:`add_running` added, but for ``--out``."""
+    names = ("jobs", "overwrite", "backend", "ray_address")
+    return {name: given[name] for name in names} | {"log": trackers_given(given)}

@@ -11,7 +11,7 @@ from subspan.commands.parsing import (
     Parser,
     add_running,
     parse,
-    trackers_given,
+    read_running,
 )
 from subspan.errors import SubspanError
 from subspan.training.config import split
@@ -104,12 +104,8 @@ def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> 
     how = {
         "budget": given.budget,
         "data": given.data,
-        "overwrite": given.overwrite,
-        "backend": given.backend,
-        "ray_address": given.ray_address,
-        "log": trackers_given(given),
         "only": () if given.only is None else split(given.only, "only"),
-    }
+    } | read_running(given)
     if isinstance(chosen, Benchmark):
         with show_progress(bench_total(chosen.bench(given.budget))) as done:
             [record] = reproduce(chosen, out, done=done, **how).values()
@@ -117,10 +113,11 @@ def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> 
         console.say(f"published: {chosen.source}")
         return
     # Where all are run, those whose runs are timed go one at a time.
-    jobs = 1 if chosen.timed and given.name == ALL else given.jobs
+    if chosen.timed and given.name == ALL:
+        how["jobs"] = 1
     parts = chosen.parts(given.budget, how["only"])
     with show_runs(sum(map(total_runs, parts.values()))) as progress:
-        results = reproduce(chosen, out, jobs=jobs, on_run=progress, say=console.say, **how)
+        results = reproduce(chosen, out, on_run=progress, say=console.say, **how)
     for part, result in results.items():
         if part:
             console.say(f"\n{part}")

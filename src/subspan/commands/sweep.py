@@ -22,7 +22,7 @@ from subspan.commands.parsing import (
     add_running,
     parse,
     read_fields,
-    trackers_given,
+    read_running,
 )
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import SubspanError
@@ -73,13 +73,9 @@ def main(argv: Arguments) -> None:
         results = sweep_parts(
             parts,
             out,
-            jobs=given.jobs,
-            overwrite=given.overwrite,
             on_run=on_run,
-            backend=given.backend,
-            ray_address=given.ray_address,
             say=console.say,
-            log=trackers_given(given),
+            **read_running(given),
         )
     for name, result in results.items():
         if name:

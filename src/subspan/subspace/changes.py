@@ -198,8 +198,9 @@ _OUTGROWN = "_subspan_outgrown"
 
 
 def outgrow(w: nn.Parameter) -> None:
-    """Note that other coordinates have come into the place of these."""
+    """Note that other coordinates have come into the place of these; optimizers are looked at."""
     setattr(w, _OUTGROWN, True)
+    _known.clear()
 
 
 def watch_optimizers() -> None:
@@ -211,13 +212,13 @@ def watch_optimizers() -> None:
 def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if _known.get(optimizer) == len(parameters):
+        return
     if any(hasattr(p, _OUTGROWN) for p in parameters):
         raise SubspanError(
             "the optimizer trains coordinates in whose place grow() has put others: give it to "
             "grow(), or make it anew"
         )
-    if _known.get(optimizer) == len(parameters):
-        return
     given = {id(p) for p in parameters}
     for p in parameters:
         if (home := home_of(p)) is not None:

@@ -85,8 +85,11 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     weights.lay_out(
         [replace(part, dim=d) for part, d in zip(weights.compartments, dims, strict=True)], after
     )
-    _describe(weights.recipe, dims)
-    weights.fingerprint = weights.fingerprint[:32] + _digest(found)
+    recipe = weights.recipe
+    _describe(recipe, dims)
+    weights.fingerprint = weights.fingerprint[:32] + digest_layout(
+        weights.compartments, recipe["projection"], recipe["seed"], weights.meaning
+    )
     weights.root.get_buffer(FINGERPRINT).copy_(
         torch.tensor(list(bytes.fromhex(weights.fingerprint)))
     )
@@ -214,14 +217,3 @@ def _describe(recipe: dict[str, Any], dims: list[int]) -> None:
         return
     recipe["compartments"] = [[rule[0], d] for rule, d in zip(rules, dims, strict=True)]
     recipe["dim"] = None if recipe["dim"] is None else sum(dims)
-
-
-def _digest(model: SubspaceModel) -> str:
-    """Return the second half of the fingerprint, as of a network that is wrapped like this."""
-    weights, recipe = model.subspace, model.recipe
-    shared = ("dim", "projection", "compartments", "allocation", "targets", "exclude")
-    apart = {*shared, "train_fully", "seed"}
-    meaning = {key: value for key, value in recipe.items() if key not in apart}
-    for adapter in weights.adapters.values():
-        meaning["scaling"] = adapter.scaling
-    return digest_layout(weights.compartments, recipe["projection"], recipe["seed"], meaning)

@@ -68,6 +68,7 @@ class Network:
         self.coordinate_names = [PREFIX + parameter_key(part.name) for part in compartments]
         self.fully = tuple(sorted(fully))
         self.recipe: dict[str, Any] = {}
+        self.meaning: dict[str, Any] = {}  # what the layout's digest holds beside the compartments
         self.lora: dict[str, Any] = {}  # how the factors were made, for files
         self.wrapped: list[nn.Module] = []  # modules whose class was changed
         self.packing: list[nn.Module] = []  # those that bitsandbytes must not pack anew meanwhile

@@ -82,9 +82,9 @@ def prepare(
     adapters = find_adapters(net)
     # Readers of these get W + s B A; quantised ones stay as their library has made them.
     inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
-    meaning = options | ({"padding": "keep"} if kept else {})
+    own = options | ({"padding": "keep"} if kept else {})
     scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
-    scaling = {"scaling": scalings.pop()} if scalings else {}
+    meaning = own | ({"scaling": scalings.pop()} if scalings else {})
     weights = Weights(
         net,
         parts,
@@ -94,11 +94,12 @@ def prepare(
         fully,
         kept,
         digest_tensors({**base, **saved_buffers(net)})
-        + digest_layout(parts, projection, seed, meaning | scaling),
+        + digest_layout(parts, projection, seed, meaning),
         {name: weight.kind for name, weight in packed.items()},
         adapters,
     )
-    weights.recipe = meaning | {
+    weights.meaning = meaning
+    weights.recipe = own | {
         "dim": list(dim) if isinstance(dim, Sequence) else dim,
         "projection": projection,
         "compartments": compartments if isinstance(compartments, str) else _as_pairs(compartments),

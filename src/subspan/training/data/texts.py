@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,7 +59,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """How many tokens each text has, int64 (N,)."""
         return self.ends.diff(prepend=self.ends.new_zeros(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from subspan.errors import SubspanError
 from subspan.training import data, nets, state
 from subspan.training.config import IMAGES, Option, Training
 from subspan.training.data.decode import parse_size
-from subspan.training.tasks import Part, Task, TaskKind, register
+from subspan.training.tasks import TaskKind, register
+from subspan.training.tasks.classes import ClassTask
 
 BATCH = 1000  # images that are evaluated at a time
 
 
-class Classification(Task):
+class Classification(ClassTask):
     """Images of some classes, and a network by name.
 
     Args:
@@ -49,29 +50,12 @@ class Classification(Task):
         """Return the mean cross entropy."""
         return cross_entropy(net(self.images.normalize(batch.images)), batch.labels)
 
-    @torch.no_grad()
-    def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Return the mean cross entropy, and accuracy as a fraction."""
+    def judge(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scores and labels of all images of a part."""
         split: data.Split = getattr(self.images, part)
-        loss, correct = self._judge(net, split)
-        return loss / len(split), correct / len(split)
-
-    @torch.no_grad()
-    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
-        """Count the images, of training and validation part, that a network tells wrongly."""
-        splits = (self.images.train, self.images.validation)
-        total = sum(map(len, splits))
-        return total - sum(self._judge(net, split)[1] for split in splits), total
-
-    def _judge(self, net: nn.Module, split: data.Split) -> tuple[float, int]:
-        """Return the sum of the losses, and how many images are told rightly."""
-        loss, correct = 0.0, 0
         for index in torch.arange(len(split), device=split.labels.device).split(BATCH):
             batch = split.select(index)
-            scores = net(self.images.normalize(batch.images)).float()
-            loss += float(cross_entropy(scores, batch.labels, reduction="sum"))
-            correct += int((scores.argmax(dim=1) == batch.labels).sum())
-        return loss, correct
+            yield net(self.images.normalize(batch.images)), batch.labels
 
     def describe(self) -> dict[str, Any]:
         """Return the network's input, so that it can be built and fed without the data."""

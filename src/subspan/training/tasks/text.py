@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from subspan.errors import SubspanError
 from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import texts
-from subspan.training.tasks import Part, Task, TaskKind, register
+from subspan.training.tasks import TaskKind, register
+from subspan.training.tasks.classes import ClassTask
 
 TOKENS = 8192  # of texts that are evaluated at a time
 GROUPS = 4  # of like length that a batch is divided into
@@ -33,7 +34,7 @@ def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple
     )
 
 
-class TextClassification(Task):
+class TextClassification(ClassTask):
     """Texts of some classes, and a network of Transformers.
 
     Args:
@@ -70,29 +71,12 @@ class TextClassification(Task):
         scores = torch.cat([_scores(net, group) for group in batch])
         return cross_entropy(scores, torch.cat([group.labels for group in batch]))
 
-    @torch.no_grad()
-    def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Return the mean cross entropy, and accuracy as a fraction."""
+    def judge(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scores and labels of all texts of a part."""
         some: texts.Texts = getattr(self.data, part)
-        loss, correct = self._judge(net, some)
-        return loss / len(some), correct / len(some)
-
-    @torch.no_grad()
-    def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
-        """Count the texts, of training and validation part, that a network tells wrongly."""
-        parts = (self.data.train, self.data.validation)
-        total = sum(map(len, parts))
-        return total - sum(self._judge(net, some)[1] for some in parts), total
-
-    def _judge(self, net: nn.Module, some: texts.Texts) -> tuple[float, int]:
-        """Return the sum of the losses, and how many texts are told rightly."""
-        loss, correct = 0.0, 0
         for index in some.by_length(TOKENS):
             batch = some.batch(index, self.tokenizer.pad)
-            scores = _scores(net, batch).float()
-            loss += float(cross_entropy(scores, batch.labels, reduction="sum"))
-            correct += int((scores.argmax(dim=1) == batch.labels).sum())
-        return loss, correct
+            yield _scores(net, batch), batch.labels
 
     def describe(self) -> dict[str, Any]:
         """Return what the network and its tokens depend on beside the base."""
