@@ -154,6 +154,22 @@ def test_padding_changes_no_score(made, net):
     assert loss == pytest.approx(float(exact), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_loss_of_a_batch_is_the_mean_over_its_texts(made, size):
+    """However many groups there are; each is as long as its longest text."""
+    task = loaded(made)
+    model, index = tasks.draw(task, 0).eval(), torch.randperm(task.size())[:size]
+    groups = task.batch(index)
+    lengths = task.data.train.lengths[index].sort().values
+    assert torch.cat([group.mask.sum(dim=1) for group in groups]).equal(lengths)
+    assert all(bool(group.mask.any(dim=0).all()) for group in groups)
+    one = task.data.train.batch(index, task.tokenizer.pad)
+    with torch.no_grad():
+        scores = model(input_ids=one.tokens, attention_mask=one.mask).logits
+        exact = torch.nn.functional.cross_entropy(scores, one.labels)
+        assert float(task.loss(model, groups)) == pytest.approx(float(exact), rel=1e-5)
+
+
 def test_ragged_texts():
     lists = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
     some = texts.Texts(
