@@ -68,6 +68,10 @@ RUNS = {
     "dlrt": {"method": "dlrt", "tolerance": 0.2, "lr": 0.003},
     "dlrt with momentum": {"method": "dlrt", "tolerance": 0.2, "lr": 0.01, "optimizer": "sgd"},
     "stages": {"method": "prodsum", "stages": "4,12,36", "lr": 0.1},
+    "images changed at random": {
+        "dim": 30,
+        "task_options": {"augment": ["affine", "crop", "flip"]},
+    },
     "growing d": {"stages": "10,20,60", "schedule": "cosine"},
     "bf16": {"dim": 30, "mixed_precision": "bf16"},
     "stages in bf16": {

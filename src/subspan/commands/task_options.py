@@ -30,12 +30,13 @@ def add_task_options(parser: Parser, task: str | None, *, note: str = "") -> Non
     Args:
         parser: of the command.
         task: the one whose options the help shows.
-        note: what the help says of each, in place of its own words.
+        note: what the help says of each, in place of its own words, where a trained network is
+            read: options of training alone are left out then.
     """
     used = kind(task)
     for each in [used, *(other for other in kinds().values() if other is not used)]:
         for option in each.options:
-            if option.name not in parser.kinds:
+            if option.name not in parser.kinds and (option.lasting or not note):
                 shown = note or (option.help if each is used else SUPPRESS)
                 parser.add_argument(
                     f"--{option.name}", type=option.type | None, default=None, help=shown

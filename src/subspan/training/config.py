@@ -14,11 +14,19 @@ Schedule = Literal["onecycle", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a method or of a task: a flag on the command line, a key in a YAML file."""
+    """An option of a method or of a task: a flag on the command line, a key in a YAML file.
+
+    Attributes:
+        name: with underscores.
+        type: as an annotation.
+        help: what ``--help`` says of it.
+        lasting: whether a trained network must be read with it, too, so that its file names it.
+    """
 
     name: str
     type: Any
     help: str
+    lasting: bool = True
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     """Describe network and task for a checkpoint, so that :func:`rebuild` finds them again."""
     own = {"task": training.task, "validation": training.validation} if training.task else {}
     known = {"net": training.net, "data": training.data, "seed": seed}
-    return known | training.task_options | own | task.describe()
+    passing = {o.name for o in tasks.kind(training.task).options if not o.lasting}
+    read = {name: v for name, v in training.task_options.items() if name not in passing}
+    return known | read | own | task.describe()
 
 
 def rebuild(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError, unknown
 from subspan.layers import SpectralFilters
-from subspan.training import own
+from subspan.training import own, tied
 
 Shape = tuple[int, int, int]  # channels, height, width
 Builder = Callable[[Shape, int], nn.Module]
@@ -79,7 +79,7 @@ def names() -> list[str]:
 
 def is_builtin(name: str) -> bool:
     """Return whether `build` makes ``name`` itself, without importing a user's module."""
-    return name in _NETS or widths(name) is not None
+    return name in _NETS or widths(name) is not None or tied.NAME.fullmatch(name) is not None
 
 
 def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.Module:
@@ -88,7 +88,9 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
     Args:
         name: one of `names`; ``mlp-1024-512`` for a multi-layer perceptron of any widths;
             ``lenet-k3-4-8-32`` for a LeNet with kernels of 3x3, 4 and 8 channels and a hidden layer
-            of 32 units (``lenet-4-8`` has kernels of 5x5 and no hidden layer); or
+            of 32 units (``lenet-4-8`` has kernels of 5x5 and no hidden layer); ``tied-2-8-16-26``
+            for :class:`subspan.training.tied.Tied` with 2 repeats in stages of 16 and 26 channels
+            after 8; or
             ``package.module:function`` for a function (or class) of your own, which gets
             ``input_shape`` and ``classes`` if it has parameters of these names.
         input_shape: channels, height and width of one image.
@@ -127,9 +129,13 @@ def weights(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> i
 def _entry(name: str) -> _Entry:
     if chosen := widths(name):
         return _with_widths(chosen)
+    if match := tied.NAME.fullmatch(name):
+        repeats, stem, *stages = _numbers(match[1])
+        return _Entry(
+            partial(tied.Tied, repeats=repeats, stem=stem, widths=stages), 2 ** len(stages)
+        )
     if name not in _NETS:
-        forms = ["mlp-WIDTH-WIDTH", "lenet-kKERNEL-CHANNELS-CHANNELS-WIDTH"]
-        raise unknown("net", name, [*names(), *forms, "package.module:function"])
+        raise unknown("net", name, [*names(), *_FORMS, "package.module:function"])
     return _NETS[name]
 
 
@@ -332,6 +338,11 @@ def _vgg(shape: Shape, classes: int, depth: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
+_FORMS = (
+    "mlp-WIDTH-WIDTH",
+    "lenet-kKERNEL-CHANNELS-CHANNELS-WIDTH",
+    "tied-REPEATS-CHANNELS-CHANNELS",
+)
 _WITH_WIDTHS = ("mlp", "lenet", "minut-mlp", "minut-lenet")
 _NETS: dict[str, _Entry] = {
     "linear": _Entry(_linear, 1),

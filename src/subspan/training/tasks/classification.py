@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from subspan.errors import SubspanError
 from subspan.training import data, nets, state
 from subspan.training.config import IMAGES, Option, Training
+from subspan.training.data.augment import Change, changes
 from subspan.training.data.decode import parse_size
 from subspan.training.tasks import TaskKind, register
 from subspan.training.tasks.classes import ClassTask
@@ -28,10 +29,11 @@ class Classification(ClassTask):
     Args:
         images: the data set.
         net: as :func:`subspan.training.nets.build` takes it.
+        changes: what is done at random to a batch of training images, one after the other.
     """
 
-    def __init__(self, images: data.ImageData, net: str) -> None:
-        self.images, self.net = images, net
+    def __init__(self, images: data.ImageData, net: str, changes: Sequence[Change] = ()) -> None:
+        self.images, self.net, self.changes = images, net, changes
         self.notes = images.notes
 
     def network(self) -> nn.Module:
@@ -47,8 +49,11 @@ class Classification(ClassTask):
         return self.images.train.select(index)
 
     def loss(self, net: nn.Module, batch: data.Split) -> Tensor:
-        """Return the mean cross entropy."""
-        return cross_entropy(net(self.images.normalize(batch.images)), batch.labels)
+        """Return the mean cross entropy, of images that are changed at random."""
+        images = batch.images
+        for change in self.changes:
+            images = change(images)
+        return cross_entropy(net(self.images.normalize(images)), batch.labels)
 
     def judge(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield scores and labels of all images of a part."""
@@ -95,7 +100,7 @@ class Classification(ClassTask):
                 "name them alike"
             )
         mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
-        return type(self)(replace(images, mean=mean, std=std), self.net)
+        return type(self)(replace(images, mean=mean, std=std), self.net, self.changes)
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test images."""
@@ -103,7 +108,7 @@ class Classification(ClassTask):
 
     def to(self, device: torch.device) -> Classification:
         """Return the set on another device."""
-        return type(self)(self.images.to(device), self.net)
+        return type(self)(self.images.to(device), self.net, self.changes)
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
@@ -143,20 +148,29 @@ class _Images(TaskKind):
             "the size to which all images are brought while they are read, 32, or 28x32 (height x "
             "width); null leaves them as they are, and then they must have one size",
         ),
+        Option(
+            "augment",
+            str | list[str] | None,
+            "random changes of training images: affine (turned, scaled, sheared and shifted a "
+            "little), crop (shifted by up to an eighth), flip (left to right); several as "
+            "[crop,flip]",
+            lasting=False,
+        ),
     )
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
         if "resize" in options:
             parse_size(options["resize"])
+        changes(options.get("augment"))
 
     def load(self, training: Training, seed: int) -> Classification:
         assert training.net is not None
         assert training.data is not None
-        images = data.load(
-            training.data, validation=training.validation, seed=seed, **training.task_options
-        )
-        return Classification(images, training.net)
+        options = dict(training.task_options)
+        chosen = changes(options.pop("augment", None))
+        images = data.load(training.data, validation=training.validation, seed=seed, **options)
+        return Classification(images, training.net, chosen)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module] | None:
         if not {"net", "image_shape", "classes", "seed"} <= extra.keys():
