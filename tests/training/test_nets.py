@@ -18,7 +18,7 @@ WEIGHTS = [
     ("minut-lenet", CIFAR, 62_006),  # Minut 2023, who crops
     ("lenet-6-16-120-84", MNIST, 61_706),
     ("lenet-k3-4-8", MNIST, 4 * 9 + 4 + 8 * 4 * 9 + 8 + 6 * 6 * 8 * 10 + 10),
-    ("tied-2-4-8", MNIST, 4 * 9 + 4 + (4 * 9 + 4 * 8 + 8) + (8 * 9 + 8 * 8 + 8) + 9 * 8 * 10 + 10),
+    ("separable-7-10-10-11-12", MNIST, 997),  # github.com/JoshWarn/Parameter-Efficient-MNIST
     ("mlp-10", MNIST, 7_960),  # Minut 2023
     ("minut-mlp-10", CIFAR, 23_640),  # Minut 2023
     ("mlp-200", MNIST, 159_010),
@@ -45,7 +45,7 @@ WEIGHTS = [
 ]
 
 
-SIZED = ["lenet-k3-4-8-9", "lenet-k4-2-3", "lenet-k7-1-1", "tied-2-4-8"]
+SIZED = ["lenet-k3-4-8-9", "lenet-k4-2-3", "lenet-k7-1-1", "separable-4-8-3"]
 
 
 def weights(net):
@@ -126,21 +126,6 @@ def test_minuts_networks_see_the_centre_of_an_image(name):
     seen = x.grad.abs().sum(dim=(0, 1)) > 0
     assert seen[2:30, 2:30].all()
     assert seen.sum() == 28 * 28
-
-
-def test_tied_networks_apply_their_shared_layer_again_and_again():
-    """A repeat more costs no weight, and is one application more of the same layer."""
-    net, deeper = (nets.build(f"tied-{repeats}-4-6-8") for repeats in (1, 2))
-    deeper.load_state_dict(net.state_dict())
-    x, calls = torch.rand(2, *MNIST), []
-    for shared in deeper.shared:
-        shared.register_forward_hook(lambda module, *_: calls.append(module))
-    assert not torch.equal(net(x), deeper(x))
-    assert calls == [deeper.shared[0]] * 2 + [deeper.shared[1]] * 2
-
-
-def test_tied_networks_store_nothing_but_weights():
-    assert not list(nets.build("tied-2-4-8").buffers())
 
 
 def test_residual_block_adds_its_input():

@@ -13,6 +13,7 @@ from subspan.commands.parsing import (
     read_fields,
     read_running,
 )
+from subspan.commands.recipe import open_recipe
 from subspan.commands.sweep import show_runs, show_sweep
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.sweeps import backends
@@ -46,6 +47,7 @@ def main(argv: Arguments) -> None:
     Options that take several values take them separated by commas, or as a YAML list. The same
     command given again goes on where it was interrupted.
     """
+    argv = open_recipe(argv)
     parser = Parser("intrinsic", main.__doc__, f"{EPILOG}\n{list_tasks('intrinsic')}")
     add_training(parser, argv)
     parser.add_fields(Growth, without=("training", "options"))

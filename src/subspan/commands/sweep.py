@@ -24,6 +24,7 @@ from subspan.commands.parsing import (
     read_fields,
     read_running,
 )
+from subspan.commands.recipe import open_recipe
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import SubspanError
 from subspan.experiments.many import sweep_parts
@@ -40,6 +41,7 @@ def main(argv: Arguments) -> None:
 
     Options that take several values take them separated by commas, or as a YAML list.
     """
+    argv = open_recipe(argv)
     epilog = f"{list_methods('sweep', 'methods')}\n\n{list_tasks('sweep')}"
     parser = Parser("sweep", main.__doc__, epilog)
     add_training(parser, argv)

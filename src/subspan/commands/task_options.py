@@ -9,16 +9,18 @@ from jsonargparse import Namespace
 
 from subspan.commands.method_options import options_in
 from subspan.commands.parsing import Arguments, Parser, read_fields
+from subspan.commands.recipe import add_recipe
 from subspan.training.config import Training
 from subspan.training.tasks import kind, kinds, option_names
 
 
 def add_training(parser: Parser, argv: Arguments) -> None:
-    """Add the options of a training, and those of tasks, of which the help shows the named one's.
+    """Add recipes, the options of a training, and those of tasks: the help shows the named one's.
 
     Raises:
         SubspanError: for an unknown task.
     """
+    add_recipe(parser)
     parser.add_fields(Training, without=("task_options",))
     name = options_in(argv).get("task")
     add_task_options(parser, None if name in (None, "null") else str(name))

@@ -27,6 +27,7 @@ from subspan.commands.parsing import (
     read,
     trackers_given,
 )
+from subspan.commands.recipe import open_recipe
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import Stopped, SubspanError
 from subspan.training.config import Run
@@ -39,6 +40,7 @@ from subspan.training.train import train
 
 def main(argv: Arguments) -> None:
     """Train one network by one method."""
+    argv = open_recipe(argv)
     epilog = f"{list_methods('train', 'method')}\n\n{list_tasks('train')}"
     parser = Parser("train", main.__doc__, epilog)
     add_training(parser, argv)

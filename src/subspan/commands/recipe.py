@@ -1,0 +1,57 @@
+"""Recipes: options that were found to work well together, by name.
+
+A recipe is a YAML file in the folder ``recipes``. ``--recipe golf`` is ``--config`` with that file,
+before all other options, so that whatever is given besides has the last word.
+"""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from pathlib import Path
+
+from subspan.commands.parsing import Arguments, Parser
+from subspan.errors import SubspanError, unknown
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """Return the files of all recipes, by their names."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def add_recipe(parser: Parser) -> None:
+    """Add ``--recipe``, which :func:`open_recipe` replaces; the help says what each is for."""
+    told = [f"{name} ({_first_line(path)})" for name, path in recipes().items()]
+    parser.add_argument(
+        "--recipe",
+        default=SUPPRESS,
+        metavar="NAME",
+        help=f"options that work well together: {', '.join(told)}; other options override them",
+    )
+
+
+def open_recipe(argv: Arguments) -> list[str]:
+    """Put the options of a recipe in place of its name, before all others.
+
+    Raises:
+        SubspanError: the recipe is unknown, or a second one is given.
+    """
+    names, rest, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--recipe":
+            names.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    if len(names) > 1:
+        raise SubspanError(f"there can be one recipe, got {' and '.join(names)}")
+    if not names:
+        return rest
+    if names[0] not in recipes():
+        raise unknown("recipe", names[0], recipes())
+    return ["--config", str(recipes()[names[0]]), *rest]
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".")

@@ -1,0 +1,43 @@
+"""Recipes: what they stand for, what overrides them, and mistakes."""
+
+import pytest
+import yaml
+
+from subspan import SubspanError
+from subspan.commands.recipe import open_recipe, recipes
+from subspan.training import nets
+from subspan.training.data.augment import changes
+from subspan.training.options_file import read_text
+from tests.runs import record_of
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_of_options_that_exist(name):
+    options = yaml.safe_load(read_text(recipes()[name], name))
+    assert nets.is_builtin(options["net"])
+    assert changes(options.get("augment"))
+
+
+def test_what_is_given_besides_has_the_last_word(cli, in_tmp_path):
+    """Wherever it stands; and the record holds what was trained, not the name of the recipe."""
+    said = cli("train", "--epochs", 1, "--dim", 5, "--recipe", "golf", "--net", "separable-2-3")
+    assert (said.code, said.err) == (0, "")
+    config = record_of(in_tmp_path / "runs" / "train")["config"]
+    assert (config["net"], config["epochs"], config["augment"]) == ("separable-2-3", 1, "affine")
+    assert "recipe" not in config
+    again = cli("train", "--resume", "--recipe=golf", "--net", "separable-2-3", "--epochs", 1)
+    assert (again.code, "complete already" in again.out) == (0, True)
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "intrinsic"])
+def test_the_help_names_them(command, cli):
+    said = " ".join(cli(command, "--help").out.split())
+    assert all(f"{name} (" in said for name in recipes())
+
+
+def test_mistakes(cli, in_tmp_path):
+    said = cli("train", "--recipe", "gulf", "--dim", 5)
+    assert (said.code, "unknown recipe 'gulf': did you mean golf?" in said.err) == (2, True)
+    with pytest.raises(SubspanError, match="there can be one recipe, got golf and golf"):
+        open_recipe(["--recipe", "golf", "--recipe=golf"])
+    assert not list(in_tmp_path.iterdir())
