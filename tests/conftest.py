@@ -24,9 +24,8 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def pytest_unconfigure() -> None:
-    """Let go of them, or libraries of C++ complain at the end of what was left."""
-    gc.unfreeze()
+# Libraries of C++ complain at the end of what was left, if these stay where they are.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture
