@@ -14,6 +14,14 @@ atexit.register(_trackio.cleanup)
 os.environ["TRACKIO_DIR"] = _trackio.name
 
 
+FORKING = {"go_through", "python", "python_code"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that fork: of two workers one then has the server, which is costly."""
+    items.sort(key=lambda item: FORKING.isdisjoint(vars(item.getparent(pytest.Module).obj)))
+
+
 def pytest_collection_finish() -> None:
     """Spare garbage collections the millions of objects that all the imports have made.
 
