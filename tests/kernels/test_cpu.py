@@ -82,7 +82,7 @@ def test_entries_are_the_same_bits(family: str, D: int, d: int) -> None:
         ((1 << 32) - 1, range(D // 3, D - D // 4)),
         (7, range(D // 2, D)),
     ):
-        for j in {0, 7, 31, 32, 63, 64, d // 2, d - 1} & {*range(d)}:
+        for j in {0, 31, 32, 64, d - 1} & {*range(d)}:
             unit = torch.eye(d)[j]
             ours = p.matvec(unit, step=step, rows=rows)
             assert_entries(family, ours, same_by_torch(p, unit, step, rows, False))
