@@ -14,6 +14,9 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 DEMO := demo
 
+# Where this is set, every worker and process of a test would compile all files anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-core slow docs package lint types format clean
 
 demo: .venv/installed

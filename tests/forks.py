@@ -15,17 +15,17 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# What takes longest to import. Nothing of it may start a thread, and kernels for the CPU are not
-# among it: forks of a process that has imported these do without.
+# What takes longest to import; tests/runs.py adds to it. Nothing of it may start a thread, and
+# kernels for the CPU are not among it: forks of a process that has imported these do without.
 IMPORTED = [
     "torch._dynamo",
     "torch.distributed.fsdp",
-    "sklearn.datasets",
-    "subspan.cli",
-    "subspan.commands.train",
-    "subspan.training.train",
+    "subspan.adapters",
+    "subspan.checkpoint",
+    "subspan.optim",
     "pytest",
 ]
+LIMIT = 400  # seconds for a program
 
 
 class Ended(NamedTuple):
@@ -56,7 +56,10 @@ def python(
     streams = [files / "stdout", files / "stderr"]
     process = server().Process(target=_run, args=(list(words), where, dict(env), streams, warn))
     process.start()
-    process.join()
+    process.join(LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{' '.join(words)} has not ended in {LIMIT} seconds")
     return Ended(process.exitcode, *(stream.read_text() for stream in streams))
 
 

@@ -38,6 +38,7 @@ COSTLY: list[Law] = []
 
 examples = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 DTYPES = (torch.float32, torch.float64)
+LAST = 2**32 - 1  # step
 
 
 def law(function: Law) -> Law:
@@ -56,6 +57,12 @@ def ranges(p: Projection) -> st.SearchStrategy[range]:
     """Ranges of rows, empty ones too."""
     ends = st.tuples(st.integers(0, p.out_dim), st.integers(0, p.out_dim))
     return ends.map(lambda pair: range(min(pair), max(pair)))
+
+
+@functools.lru_cache(maxsize=16)
+def dense(p: Projection, step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """:meth:`Projection.dense`, made once for the laws of a projection, which follow each other."""
+    return p.dense(step=step, dtype=dtype)
 
 
 def vector(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -85,35 +92,34 @@ def assert_close(got: Tensor, rounded: Tensor, exact: Tensor, size: Tensor) -> N
 def entries_are_the_products_of_unit_vectors(p: Projection) -> None:
     """P e_j is column j of the dense matrix, and row i is the adjoint of e_i."""
     for dtype in DTYPES:
-        P = p.dense(step=3, dtype=dtype)
+        P = dense(p, LAST, dtype)
         assert P.shape == (p.out_dim, p.in_dim)
         assert P.dtype == dtype
         for j in {0, p.in_dim // 2, p.in_dim - 1}:
             unit = torch.eye(p.in_dim, dtype=dtype)[j]
             scale = P.abs().max() * torch.finfo(dtype).eps
-            assert (p.matvec(unit, step=3) - P[:, j]).abs().max() <= (
+            assert (p.matvec(unit, step=LAST) - P[:, j]).abs().max() <= (
                 0 if p.bitwise else 16
             ) * scale
         for i in {0, p.out_dim // 2, p.out_dim - 1}:
-            row = p.rmatvec(torch.ones(1, dtype=dtype), step=3, rows=range(i, i + 1))
+            row = p.rmatvec(torch.ones(1, dtype=dtype), step=LAST, rows=range(i, i + 1))
             scale = P.abs().max() * torch.finfo(dtype).eps
             assert (row - P[i]).abs().max() <= (0 if p.bitwise else 16) * scale
-    single, double = (p.dense(dtype=dtype).double() for dtype in DTYPES)
+    single, double = (dense(p, 0, dtype).double() for dtype in DTYPES)
     assert (single - double).abs().max() <= 1e-6 * max(1.0, float(double.abs().max()))
 
 
 @law
 def products_are_those_of_the_dense_matrix(p: Projection) -> None:
     """In both precisions, as exactly as a dense product in that precision."""
-    dense = {(step, t): p.dense(step=step, dtype=t) for step in (0, 2**32 - 1) for t in DTYPES}
 
     @examples
-    @given(rows=ranges(p), step=st.sampled_from([0, 2**32 - 1]), seed=st.integers(0, 99))
+    @given(rows=ranges(p), step=st.sampled_from([0, LAST]), seed=st.integers(0, 99))
     def check(rows: range, step: int, seed: int) -> None:
         for dtype in DTYPES:
             w, g = vector(p.in_dim, dtype, seed), vector(len(rows), dtype, seed)
-            exact = dense[step, torch.float64][rows.start : rows.stop]
-            rounded = dense[step, dtype][rows.start : rows.stop]
+            exact = dense(p, step)[rows.start : rows.stop]
+            rounded = dense(p, step, dtype)[rows.start : rows.stop]
             forward = p.matvec(w, step=step, rows=rows)
             backward = p.rmatvec(g, step=step, rows=rows)
             w64, g64 = w.double(), g.double()
@@ -126,15 +132,15 @@ def products_are_those_of_the_dense_matrix(p: Projection) -> None:
 @law
 def products_are_adjoint(p: Projection) -> None:
     """⟨P w, g⟩ = ⟨w, Pᵀ g⟩ on any range of rows."""
-    P = p.dense(step=1)
+    P = dense(p, LAST)
 
     @examples
     @given(rows=ranges(p), seed=st.integers(0, 99))
     def check(rows: range, seed: int) -> None:
         for dtype in DTYPES:
             w, g = vector(p.in_dim, dtype, seed), vector(len(rows), dtype, seed + 1)
-            one = p.matvec(w, step=1, rows=rows).double() @ g.double()
-            other = w.double() @ p.rmatvec(g, step=1, rows=rows).double()
+            one = p.matvec(w, step=LAST, rows=rows).double() @ g.double()
+            other = w.double() @ p.rmatvec(g, step=LAST, rows=rows).double()
             size = g.double().abs() @ P[rows.start : rows.stop].abs() @ w.double().abs()
             assert abs(one - other) <= 4 * torch.finfo(dtype).eps * size
 
@@ -144,29 +150,34 @@ def products_are_adjoint(p: Projection) -> None:
 @law
 def rows_are_a_range(p: Projection) -> None:
     """Any parts of P put together are P, bit for bit; so is P w if it is one product per weight."""
-    some = slice(None, None, p.in_dim // 3 + 1)
-    columns = {dtype: torch.eye(p.in_dim, dtype=dtype)[some] for dtype in DTYPES}
-    whole = {dtype: p.dense(dtype=dtype)[:, some] for dtype in DTYPES}
-    uncut = {dtype: [p.matvec(unit) for unit in columns[dtype]] for dtype in DTYPES}
+    some = range(0, p.in_dim, p.in_dim // 3 + 1)
+    wholes = {}
     for dtype in DTYPES:
-        torch.testing.assert_close(torch.stack(uncut[dtype], 1), whole[dtype], atol=1e-6, rtol=1e-5)
+        units = [torch.eye(p.in_dim, dtype=dtype)[j] for j in some]
+        columns = [p.matvec(unit) for unit in units]
+        expected = dense(p, 0, dtype)[:, [*some]]
+        torch.testing.assert_close(torch.stack(columns, 1), expected, atol=1e-6, rtol=1e-5)
+        w, g = vector(p.in_dim, dtype), vector(p.out_dim, dtype)
+        wholes[dtype] = [*zip(units, columns, strict=True)], (w, p.matvec(w)), (g, p.rmatvec(g))
 
     @examples
-    @given(cuts=st.lists(st.integers(0, p.out_dim), max_size=3), seed=st.integers(0, 99))
-    def check(cuts: list[int], seed: int) -> None:
+    @given(
+        cuts=st.lists(st.integers(0, p.out_dim), max_size=3),
+        which=st.sampled_from(range(len(some))),
+    )
+    def check(cuts: list[int], which: int) -> None:
         ends = [0, *sorted(cuts), p.out_dim]
         parts = [range(a, b) for a, b in itertools.pairwise(ends)]
-        for dtype in DTYPES:
-            for unit, column in zip(columns[dtype], uncut[dtype], strict=True):
-                assert torch.equal(torch.cat([p.matvec(unit, rows=rows) for rows in parts]), column)
-            w, g = vector(p.in_dim, dtype, seed), vector(p.out_dim, dtype, seed)
-            forward, expected = torch.cat([p.matvec(w, rows=rows) for rows in parts]), p.matvec(w)
+        for columns, (w, forward), (g, backward) in wholes.values():
+            unit, column = columns[which]
+            assert torch.equal(torch.cat([p.matvec(unit, rows=rows) for rows in parts]), column)
+            together = torch.cat([p.matvec(w, rows=rows) for rows in parts])
             if p.bitwise:
-                assert torch.equal(forward, expected)
-            torch.testing.assert_close(forward, expected)
-            backward = sum(p.rmatvec(g[rows.start : rows.stop], rows=rows) for rows in parts)
-            assert isinstance(backward, Tensor)
-            torch.testing.assert_close(backward, p.rmatvec(g), atol=1e-5, rtol=1e-5)
+                assert torch.equal(together, forward)
+            torch.testing.assert_close(together, forward)
+            added = sum(p.rmatvec(g[rows.start : rows.stop], rows=rows) for rows in parts)
+            assert isinstance(added, Tensor)
+            torch.testing.assert_close(added, backward, atol=1e-5, rtol=1e-5)
 
     check()
 
@@ -219,7 +230,7 @@ def strides_do_not_matter(p: Projection) -> None:
 def columns_have_unit_norm(p: Projection) -> None:
     """To the last digits, where the family says so."""
     if p.norm == "exact":
-        norms = p.dense().norm(dim=0)
+        norms = dense(p).norm(dim=0)
         assert (norms - 1).abs().max() < 1e-12
 
 
@@ -227,21 +238,25 @@ def columns_have_unit_norm(p: Projection) -> None:
 def columns_are_orthonormal(p: Projection) -> None:
     """PᵀP = I, where the family says so."""
     if p.orthonormal:
-        P = p.dense(step=2)
+        P = dense(p, LAST)
         assert (P.T @ P - torch.eye(p.in_dim, dtype=torch.float64)).abs().max() < 1e-12
 
 
 @functools.lru_cache(maxsize=1)
 def redraws(p: Projection) -> Tensor:
-    """160 matrices (160, 36, 9), by seeds and by steps. 36 rows are whole blocks for every s."""
-    small = replace(p, out_dim=36, in_dim=9)
-    return torch.stack([replace(small, seed=n).dense(step=t) for n in range(40) for t in range(4)])
+    """160 matrices (160, 36, 9), by seeds and by steps. 36 rows are whole blocks for every s.
+
+    They are those of float32, for which there are kernels.
+    """
+    seeds = [replace(p, out_dim=36, in_dim=9, seed=n) for n in range(40)]
+    drawn = [seed.dense(step=t, dtype=torch.float32) for seed in seeds for t in range(4)]
+    return torch.stack(drawn).double()
 
 
 def assert_mean(samples: Tensor, expected: Tensor | float) -> None:
-    """Means over the first dimension, to within six of their standard errors."""
+    """Means over the first dimension, to within six of their standard errors, in float32."""
     error = samples.std(dim=0) / math.sqrt(len(samples))
-    assert ((samples.mean(dim=0) - expected).abs() <= 6 * error + 1e-12).all()
+    assert ((samples.mean(dim=0) - expected).abs() <= 6 * error + 1e-6).all()
 
 
 @costly
@@ -268,7 +283,7 @@ def redraws_are_unrelated(p: Projection) -> None:
     assert correlation.triu(1).abs().max() < 6 / math.sqrt(p.out_dim)
 
 
-STEPS = (1, 2, 1 << 8, (1 << 32) - 1)
+STEPS = (1, 2, 1 << 8, LAST)
 ADDRESSES: list[dict[str, Any]] = [
     {"seed": 6},
     {"seed": 5 << 32},
@@ -290,12 +305,13 @@ def a_projection_is_pure_data(p: Projection) -> None:
     pickled = pickle.dumps(p)
     assert len(pickled) < 300
     assert not any(isinstance(value, Tensor) for value in vars(p).values())
-    copy = pickle.loads(pickled)
+    copy, w, g = pickle.loads(pickled), vector(p.in_dim), vector(p.out_dim)
     for twin in (copy, from_recipe(p.recipe)):
         assert twin == p
         assert hash(twin) == hash(p)
         assert type(twin) is type(p)
-        assert torch.equal(twin.dense(), p.dense())
+        assert torch.equal(twin.matvec(w), p.matvec(w))
+        assert torch.equal(twin.rmatvec(g), p.rmatvec(g))
     for change in ({"seed": p.seed + 1}, {"stream": p.stream + 1}, {"out_dim": p.out_dim + 1}):
         assert replace(p, **change) != p
         assert replace(p, **change).recipe != p.recipe

@@ -17,6 +17,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from subspan.cli import main
+from tests import forks
+
+forks.IMPORTED += [
+    "sklearn.datasets",
+    "subspan.cli",
+    "subspan.commands.train",
+    "subspan.training.train",
+]
 
 NET = "mlp-8"  # 64-8-10 on digits: 610 weights
 WEIGHTS = 610

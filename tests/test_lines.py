@@ -24,21 +24,14 @@ again = AutoPeftModelForSequenceClassification.from_pretrained("variant")
 
 @pytest.mark.filterwarnings("ignore")
 def test_fine_tuning_takes_no_more_lines_than_with_peft(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
+    from tests.pretrained import bert, transformers
+
     pytest.importorskip("accelerate")
     peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     import subspan
 
     monkeypatch.chdir(tmp_path)
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=8,
-    )
-    transformers.BertModel(config).save_pretrained("base")
+    bert().base_model.save_pretrained("base")
     arguments = transformers.TrainingArguments(
         "out", max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
     )

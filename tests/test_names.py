@@ -3,14 +3,14 @@
 import ast
 from collections import defaultdict
 
-from tests.test_imports import MODULES, TREES
+from tests.test_imports import MODULES, trees
 
 LONGEST = 400  # lines of a file
 
 
 def test_no_two_public_classes_share_a_name() -> None:
     homes = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(module)

@@ -11,6 +11,7 @@ import pytest
 
 from subspan import __version__
 from subspan.cli import COMMANDS
+from tests.forks import python_code
 from tests.runs import SWEEP, TRAIN, contents, record_of
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -38,6 +39,16 @@ def test_help_imports_nothing_heavy(argv):
         assert said.stdout.startswith("usage: subspan COMMAND [OPTIONS]\n")
         assert all(f"\n  {name} " in said.stdout for name in COMMANDS)
         assert max(map(len, said.stdout.splitlines())) <= 90
+
+
+def test_training_on_images_imports_no_library_of_language_models(tmp_path):
+    code = """
+import sys
+from subspan.cli import main
+assert main({words}) == 0
+assert not {{"bitsandbytes", "peft", "torchao", "transformers"}} & set(sys.modules)
+"""
+    python_code(code.format(words=TRAIN), tmp_path)
 
 
 OPTIONS = {

@@ -23,7 +23,7 @@ def test_butterflies_are_orthogonal_and_those_of_the_format(n: int) -> None:
     torch.testing.assert_close(y.norm(), x.norm(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("n", [64, 96, 1000, 1023])
+@pytest.mark.parametrize("n", [64, 96, 500, 511])
 def test_butterflies_mix_everything_with_everything(n: int) -> None:
     # Of ±1/√n alone, the mean of n² T⁴ is 1; of normal entries it is 3. A level that is missing or
     # meets the wrong partners leaves half of the entries empty: 2 or more.

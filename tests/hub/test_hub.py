@@ -13,8 +13,8 @@ import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint, cli
 from subspan.hub.card import MARK
 from tests.hub.server import TOKEN, Hub
+from tests.pretrained import bert, transformers
 
-transformers = pytest.importorskip("transformers", reason="needs the extra hub")
 hub_client = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -309,7 +309,7 @@ def test_a_folder_is_published_by_the_repository_that_has_it(hub, bases):
 
 
 def test_a_network_of_no_name_is_not_published(hub):
-    net = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    net = bert()
     with pytest.raises(SubspanError, match="is in no subspace"):
         subspan.push_to_hub(net, "user/small", token=TOKEN)
     with pytest.raises(SubspanError, match="which repository it was loaded from"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from subspan import Projection, kernels
 from subspan.cache import cache
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
-from tests.forks import python_code
+from tests.forks import python, python_code
 from tests.laws import vector
 from tests.reference import ROUNDED
 
@@ -83,7 +82,7 @@ def test_entries_are_the_same_bits(family: str, D: int, d: int) -> None:
         ((1 << 32) - 1, range(D // 3, D - D // 4)),
         (7, range(D // 2, D)),
     ):
-        for j in {*range(0, d, 7), d - 1}:
+        for j in {0, 31, 32, 64, d - 1} & {*range(d)}:
             unit = torch.eye(d)[j]
             ours = p.matvec(unit, step=step, rows=rows)
             assert_entries(family, ours, same_by_torch(p, unit, step, rows, False))
@@ -257,8 +256,6 @@ import os, sys, traceback
 import torch, subspan, subspan.kernels
 from torch.utils.data import DataLoader
 
-families = sys.argv[1:]
-
 def products(family):
     p = subspan.projection(family, out_dim=40_001, in_dim=7, seed=1 << 40)
     w, g = torch.arange(7.0).sin(), torch.arange(40_001.0).cos()
@@ -306,17 +303,13 @@ for threads in (1, 2):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
-def test_products_in_a_forked_process() -> None:
+def test_products_in_a_forked_process(tmp_path: Path) -> None:
     """Neither killed nor waiting for ever, and the same to the last digits."""
-    result = subprocess.run(
-        [sys.executable, "-c", FORKED, *FAMILIES],
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
+    program = tmp_path / "program.py"
+    program.write_text(f"families = {FAMILIES}\n{FORKED}")
+    env = {"OMP_NUM_THREADS": "2"}
+    ended = python([str(program)], tmp_path, env, tmp_path, warn="ignore")
+    assert ended.returncode == 0, ended.stderr
 
 
 # ---- compiled code between processes -------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_a_basis_that_stays_is_a_subspace_trained_by_sgd(family, momentum, compa
     ours = RandomBases(
         net, 12, lr=0.3, momentum=momentum, distribution=family, redraw_every=None, **options
     )
-    for _ in range(6):
+    for _ in range(3):
         for trained, optimizer in ((net, ours), (model, other)):
             optimizer.zero_grad()
             loss_of(trained).backward()

@@ -96,6 +96,8 @@ def big(seed=0):
 
 def bytes_sent(rank, world):
     """By all ranks together, per step and rank: over the loopback device, and to sockets."""
+    if world == 1:
+        return None
     x, found = torch.randn(4, 1000), {}
 
     def counts():
@@ -132,7 +134,7 @@ def bytes_sent(rank, world):
             optimizer = RandomBases(net, 250, 0.1, workers=name, check_every=0)
             counted(name, step_of(net, optimizer, net), 20)
         ddp = DistributedDataParallel(big())
-        counted("ddp", step_of(ddp, SGD(ddp.parameters(), 0.1), ddp.module), 20)
+        counted("ddp", step_of(ddp, SGD(ddp.parameters(), 0.1), ddp.module), 5)
         dist.barrier()
     return found
 

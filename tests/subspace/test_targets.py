@@ -25,10 +25,10 @@ def layers(model, which):
     return [row.tensor for row in model.summary().rows if which(row)]
 
 
-def bert(kind="SequenceClassification", **more):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(**SMALL, **more)
-    return getattr(transformers, f"BertFor{kind}")(config)
+def bert(kind="SequenceClassification"):
+    from tests import pretrained
+
+    return pretrained.bert(kind, **SMALL)
 
 
 def of(name, config, **given):
@@ -376,22 +376,14 @@ def test_a_module_that_has_the_name_of_a_preset():
 
 
 def test_a_file_chooses_the_same_again(tmp_path):
-    torch.manual_seed(0)
-    state = bert().state_dict()
-
-    def net():
-        network = bert()
-        network.load_state_dict(state)
-        return network
-
     model = SubspaceModel(
-        net(), compartments={"attention": 9, "preset:norms-and-biases": 8},
+        bert(), compartments={"attention": 9, "preset:norms-and-biases": 8},
         targets=["attention", "norms-and-biases"], train_fully="head",
     )  # fmt: skip
     for p in model.parameters():
         torch.nn.init.normal_(p)
     subspan.save(model, tmp_path / "model.safetensors")
-    again = subspan.load(tmp_path / "model.safetensors", net())
+    again = subspan.load(tmp_path / "model.safetensors", bert())
     assert again.recipe == model.recipe
     assert again.recipe["targets"] == ["attention", "norms-and-biases"]
     assert again.summary() == model.summary()

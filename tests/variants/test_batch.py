@@ -211,16 +211,9 @@ def test_as_many_words_as_rows_are_one_run_once_it_is_known_which_are_which():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_transformers_by_row():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    torch.manual_seed(0)
-    net = transformers.BertForSequenceClassification(config)
+    from tests.pretrained import bert
+
+    net = bert(num_hidden_layers=2)
     model = subspan.lora(net, 20, rank=2, exclude=["classifier"], train_fully=["classifier"]).eval()
     runs = []
     net.bert.register_forward_hook(lambda *_: runs.append(1))
