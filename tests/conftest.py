@@ -14,12 +14,12 @@ atexit.register(_trackio.cleanup)
 os.environ["TRACKIO_DIR"] = _trackio.name
 
 
-FORKING = {"go_through", "python", "python_code"}
+COSTLY = {"go_through", "python", "python_code", "peft"}  # names that a file of tests imports
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that fork: of two workers one then has the server, which is costly."""
-    items.sort(key=lambda item: FORKING.isdisjoint(vars(item.getparent(pytest.Module).obj)))
+    """Begin with files that want a server of forks, or PEFT: of two workers one then starts it."""
+    items.sort(key=lambda item: COSTLY.isdisjoint(vars(item.getparent(pytest.Module).obj)))
 
 
 def pytest_collection_finish() -> None:

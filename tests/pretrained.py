@@ -7,6 +7,22 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install transformers"
 )
 
+
+class Library:
+    """A library that is imported at its first use; a test that wants it is skipped without it."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        if attribute.startswith("__"):  # pytest looks for some of these when it collects
+            raise AttributeError(attribute)
+        reason = f"{self.name} is not installed: pip install {self.name}"
+        return getattr(pytest.importorskip(self.name, reason=reason), attribute)
+
+
+peft = Library("peft")  # which imports bitsandbytes and more
+
 SMALL = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 

@@ -8,13 +8,13 @@ import pytest
 from tests.pretrained import bert, transformers
 from tests.trainers.test_trainer import CLASSES
 
-pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAGE = Path(__file__).parents[2] / "docs" / "fine-tuning.md"
 
 
 def test_the_same_job_in_no_more_lines(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     common, theirs, ours, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     lines = [len([line for line in code.splitlines() if line]) for code in (theirs, ours)]
     assert lines[1] <= lines[0]

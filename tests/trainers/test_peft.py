@@ -5,10 +5,9 @@ import torch
 
 from subspan import SubspaceModel, SubspanError
 from tests.nets import scatter
-from tests.pretrained import bert, transformers
+from tests.pretrained import bert, peft, transformers
 from tests.trainers.test_trainer import CLASSES, IDS, arguments, both, trained, trainer
 
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LORA = {"r": 2, "init_lora_weights": False}

@@ -7,9 +7,8 @@ import torch
 
 import subspan
 from subspan import SubspaceModel, SubspanError
+from tests.pretrained import bert, peft
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = torch.tensor([[3, 7, 1, 9], [2, 2, 5, 0]])
@@ -17,16 +16,7 @@ IDS = torch.tensor([[3, 7, 1, 9], [2, 2, 5, 0]])
 
 @pytest.fixture(scope="module")
 def original():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=20,
-        max_position_embeddings=8,
-    )
-    return transformers.BertForSequenceClassification(config).eval()
+    return bert(num_hidden_layers=2).eval()
 
 
 @pytest.fixture
