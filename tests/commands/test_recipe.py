@@ -6,7 +6,7 @@ import yaml
 from subspan import SubspanError
 from subspan.commands.recipe import open_recipe, recipes
 from subspan.training import nets
-from subspan.training.data.augment import changes
+from subspan.training.config import Training
 from subspan.training.options_file import read_text
 from tests.runs import record_of
 
@@ -15,17 +15,19 @@ from tests.runs import record_of
 def test_a_recipe_is_of_options_that_exist(name):
     options = yaml.safe_load(read_text(recipes()[name], name))
     assert nets.is_builtin(options["net"])
-    assert changes(options.get("augment"))
+    Training(**options)
 
 
 def test_what_is_given_besides_has_the_last_word(cli, in_tmp_path):
     """Wherever it stands; and the record holds what was trained, not the name of the recipe."""
-    said = cli("train", "--epochs", 1, "--dim", 5, "--recipe", "golf", "--net", "separable-2-3")
+    (in_tmp_path / "own.yaml").write_text("net: separable-2-3")
+    given = ["--epochs", 1, "--dim", 5, "--config", "own.yaml", "--recipe", "golf"]
+    said = cli("train", *given)
     assert (said.code, said.err) == (0, "")
     config = record_of(in_tmp_path / "runs" / "train")["config"]
-    assert (config["net"], config["epochs"], config["augment"]) == ("separable-2-3", 1, "affine")
+    assert (config["net"], config["epochs"], config["data"]) == ("separable-2-3", 1, "digits")
     assert "recipe" not in config
-    again = cli("train", "--resume", "--recipe=golf", "--net", "separable-2-3", "--epochs", 1)
+    again = cli("train", "--resume", *given)
     assert (again.code, "complete already" in again.out) == (0, True)
 
 
