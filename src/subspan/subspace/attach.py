@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import remove_factors
-from subspan.subspace.changes import watch_optimizers
+from subspan.subspace.changes import outgrow, watch_optimizers
 from subspan.subspace.classes import make_class
 from subspan.subspace.links import FINGERPRINT, LINK, Link
 from subspan.subspace.quantised import QuantisedTensor
@@ -92,7 +92,9 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     refuse_whole(weights, "unwrapped or merged")
     refuse_in_use(weights, "unwrapped")
     for name in weights.coordinate_names:
-        del root._parameters[name]
+        w = root._parameters.pop(name)
+        if values is None:  # who merges has made a copy, which nobody trains
+            outgrow(w, "that unwrap() has taken out of the network")  # type: ignore[arg-type]
     del root._buffers[FINGERPRINT]
     for module in weights.wrapped:
         if LINK in vars(module):
