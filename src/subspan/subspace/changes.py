@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from subspan.distributed import find_ddp
 from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
+from subspan.subspace.links import missing
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.quantised import read_quantised
 from subspan.subspace.variant import refuse_in_use
@@ -170,7 +171,8 @@ class Changes:
         """Refuse what a file of coordinates would not hold.
 
         Raises:
-            SubspanError: naming a parameter that was added since the network was wrapped.
+            SubspanError: naming a parameter that was added or taken out since the network was
+                wrapped.
         """
         refuse_in_use(self.weights, "saved")
         self.check_base()
@@ -181,7 +183,10 @@ class Changes:
                     "the file is loaded around has none: add it before; merge() gives this network "
                     "as it is"
                 )
-        stored = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        own = {name: id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        modules = self.weights.root.modules()
+        present = {id(p) for module in modules for p in module._parameters.values()}
+        stored = set(own.values())
         stored |= {id(w) for w in self.weights.coordinates().values()}
         for name, p in self.weights.root.named_parameters():
             if id(p) not in stored:
@@ -190,6 +195,9 @@ class Changes:
                     "would not hold it: add it before, and name it in train_fully; merge() gives "
                     "this network as it is"
                 )
+        for name, identity in own.items():
+            if identity not in present:
+                raise missing(name)
 
 
 # ---- optimizers ----------------------------------------------------------------------------------
