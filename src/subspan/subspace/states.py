@@ -83,8 +83,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
         for tensor, path, link in trained_keys(weights.root)
         if link.weights is weights and prefix + path in state
     }
-    own = {**weights.root._parameters, **saved_buffers(weights.root)}
-    own |= {name: weights.stored(name) for name in weights.fully}
+    own: dict[str, Tensor | None] = {**weights.root._parameters, **saved_buffers(weights.root)}
+    own |= {name: weights.find(name) for name in weights.fully}
     dtypes = {} if assign else {prefix + n: t.dtype for n, t in own.items() if t is not None}
     dtypes |= {prefix + path: weights.resting(tensor).dtype for path, tensor in given.items()}
     found = {key: value for key, value in state.items() if key in dtypes}
