@@ -10,6 +10,7 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan.layers import factorize
 from subspan.subspace.parameters import digest_tensors
 from tests.forks import python_code
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
@@ -195,6 +196,7 @@ def test_compartments_do_not_make_files_grow(compartments, tmp_path):
 
 CODE = """
 import torch, subspan
+from subspan.layers import factorize
 from subspan.subspace.parameters import digest_tensors
 from tests.nets import COMPARTMENTS, DIM, NETS, batch, build, scatter, wrap
 torch.set_num_threads({threads})
@@ -373,3 +375,91 @@ def test_a_network_that_was_unwrapped_after_training(tmp_path):
         subspan.load(tmp_path / "some", other)
     assert isinstance(other.conv.weight, torch.nn.Parameter)
     assert other.conv.weight.requires_grad
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_converted_for_its_training_comes_back_exactly(tmp_path):
+    model = wrap("mlp").double()
+    for w in model.coordinates.values():
+        nn.init.normal_(w)
+    y = model(batch("mlp", torch.float64))
+    for bits in (None, 20):
+        subspan.save(model, tmp_path / "m", bits=bits)
+        kept = checkpoint.read(tmp_path / "m")[1]["coordinates"]
+        loaded = subspan.load(tmp_path / "m", build("mlp"))
+        assert torch.equal(loaded.coordinates["global"], kept)
+        assert kept.dtype == torch.float64
+        torch.testing.assert_close(
+            loaded.double()(batch("mlp", torch.float64)), y, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("part", ["coordinates", "head", "network"])
+def test_numbers_that_the_network_would_round_are_refused(part, tmp_path):
+    """By every way into a network; what fits is taken whatever its dtype."""
+
+    def make():
+        return build("mlp") if part == "network" else wrap("mlp", train_fully="2")
+
+    model = scatter(make())
+    subspan.save(model, tmp_path / "m")
+    tensors, state = checkpoint.read(tmp_path / "m")[1], model.state_dict()
+    other = make()
+    if part == "head":
+        other.body[2].bfloat16()
+    else:
+        other.bfloat16()
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    ways = [lambda: checkpoint.restore(other, tensors)]
+    if part != "network":
+        ways.append(lambda: other.load_state_dict(state))
+        ways.append(lambda: other.body.load_state_dict(model.body.state_dict()))
+    for load in ways:
+        with pytest.raises(SubspanError, match=r"is float32 in .* and bfloat16 in the network"):
+            load()
+        assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    subspan.save(model, tmp_path / "m")
+    checkpoint.restore(other, checkpoint.read(tmp_path / "m")[1])
+    for name, p in other.named_parameters():
+        assert torch.equal(
+            p.float(),
+            model.get_parameter(name) if "coord" not in name else model.coordinates["global"],
+        )
+
+
+def test_a_file_is_not_rounded_into_a_network_of_another_dtype(tmp_path):
+    model = scatter(build("mlp"))
+    subspan.save(model, tmp_path / "m")
+    net = build("mlp").bfloat16()
+    with pytest.raises(SubspanError, match="is float32 in the file and bfloat16"):
+        subspan.load(tmp_path / "m", net)
+    subspan.save(net, tmp_path / "m")
+    assert subspan.load(tmp_path / "m", build("mlp"))[0].weight.dtype == torch.float32
+    subspan.save(scatter(factorize(build("mlp"), rank=2)), tmp_path / "m")
+    head = build("mlp")
+    head[2].half()
+    for net in (build("mlp").bfloat16(), head):
+        with pytest.raises(SubspanError, match=r"is float32 in the file and b?float16"):
+            subspan.load(tmp_path / "m", net)
+        assert type(net[0]) is type(net[2]) is nn.Linear
+    wrapped = scatter(wrap("mlp", train_fully="2")).double()
+    nn.init.normal_(wrapped.body[2].bias)
+    subspan.save(wrapped, tmp_path / "m")
+    net = build("mlp")
+    with pytest.raises(SubspanError, match=r"2\.bias is float64 in the file and float32"):
+        subspan.load(tmp_path / "m", net)
+    assert type(net) is type(build("mlp"))
+
+
+def test_weights_of_more_digits_than_the_network_has_are_not_rounded_to_coordinates():
+    model = scatter(wrap("mlp"))
+    other = SubspaceModel(build("mlp").bfloat16(), 12)
+    for of in (lambda m: m, lambda m: m.body):
+        with pytest.raises(SubspanError, match="weight is float32 in this state_dict and bfloat16"):
+            of(other).load_state_dict(model.merge().state_dict())
+    assert not other.coordinates["global"].any()

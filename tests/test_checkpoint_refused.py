@@ -10,6 +10,7 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan.checkpoint.compact import to_compact
 from tests.nets import DIM, NETS, batch, build, scatter, wrap
 
 
@@ -119,6 +120,23 @@ def test_a_newer_format_is_refused(tmp_path):
     damaged(
         tmp_path / "m", build("mlp"), match="has format 2, this version of subspan reads up to 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"twist": 3}, "has 'twist' in its header, which this version of subspan does not know"),
+        ({"kind": "mixture"}, "is of the kind 'mixture', which this version"),
+    ],
+)
+def test_what_a_later_version_adds_is_refused(change, said, tmp_path):
+    """It would be another network without what the field says."""
+    header, tensors = save(tmp_path / "m")
+    write(tmp_path / "m", header | change, tensors)
+    damaged(tmp_path / "m", build("mlp"), match=said)
+    if "kind" not in change:
+        (tmp_path / "m").write_bytes(to_compact(header | change, tensors, 3))
+        damaged(tmp_path / "m", build("mlp"), match=said)
 
 
 # ---- another network -----------------------------------------------------------------------------
@@ -281,7 +299,7 @@ def test_another_padding_row_is_refused(tmp_path):
 def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
     header, tensors = save(tmp_path / "m")
     write(tmp_path / "m", header | change, tensors)
-    damaged(tmp_path / "m", build("mlp"), match="fields of its header|other|seed must")
+    damaged(tmp_path / "m", build("mlp"), match="fields of its header|kind 'other'|other|seed must")
     for field in ("kind", "recipe", "weights", "init_seed", "fingerprint", "layout", "extra"):
         write(tmp_path / "m", {k: v for k, v in header.items() if k != field}, tensors)
         damaged(tmp_path / "m", build("mlp"), match="fields of its header are wrong")

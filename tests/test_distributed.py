@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
-from subspan import SubspaceModel, SubspanError
+from subspan import SubspaceModel, SubspanError, grow
 from subspan.subspace.parameters import saved_buffers
 from tests.nets import batch, build
 from tests.ranks import go_through
@@ -91,6 +92,37 @@ def refused(rank, world, *, seed=False, base=False, dry=False):
     return None
 
 
+def said_by(call):
+    try:
+        call()
+    except SubspanError as error:
+        return str(error)
+    return None
+
+
+def grown(rank, world, *, nested):
+    """Coordinates that come into the place of others inside of DDP; the network alone, nested."""
+    model = double_mlp(train_fully="2.bias")
+    outer = nn.Sequential(model.body) if nested else model
+    x = rows(joint_batch(), rank, world)
+    ddp, optimizer = DistributedDataParallel(outer), Adam(outer.parameters(), 0.01)
+    steps(ddp, optimizer, x, 2)
+    grow(model, 2 * DIM, optimizer)
+    said = said_by(lambda: ddp(x))
+    ddp = DistributedDataParallel(outer)
+    steps(ddp, optimizer, x, 2)
+    trained = [p.detach().clone() for p in model.parameters()]
+    model.unwrap()
+    return {"said": said, "parameters": trained, "unwrapped": said_by(lambda: ddp(x))}
+
+
+def steps(model, optimizer, x, number):
+    for _ in range(number):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 def left_alone(rank, world):
     """A rank that is refused ends; the others must not wait for it."""
     ddp = DistributedDataParallel(double_mlp())
@@ -113,6 +145,8 @@ SCENARIOS = {
     "other base, called before": lambda *ranks: refused(*ranks, base=True, dry=True),
     "other seed": lambda *ranks: refused(*ranks, seed=True),
     "the same": refused,
+    "grown": lambda *ranks: grown(*ranks, nested=False),
+    "grown in another module": lambda *ranks: grown(*ranks, nested=True),
     "left alone": left_alone,  # last: ranks end inside
 }
 
@@ -190,6 +224,21 @@ def test_the_rank_that_differs_says_so(ranks, scenario, what):
 
 def test_ranks_that_agree_are_not_refused(ranks):
     assert [rank["the same"] for rank in ranks] == [None] * len(ranks)
+
+
+@pytest.mark.parametrize("scenario", ["grown", "grown in another module"])
+def test_coordinates_that_are_replaced_inside_of_ddp_are_noticed(ranks, scenario):
+    """Its buckets are those of the old ones: each process would train the new ones alone."""
+    alone = double_mlp(train_fully="2.bias")
+    optimizer = Adam(alone.parameters(), 0.01)
+    steps(alone, optimizer, joint_batch(), 2)
+    grow(alone, 2 * DIM, optimizer)
+    steps(alone, optimizer, joint_batch(), 2)
+    for rank in ranks:
+        found = rank[scenario]
+        assert "in whose place grow() has put others" in found["said"]
+        assert "that unwrap() has taken out" in found["unwrapped"]
+        torch.testing.assert_close(found["parameters"], list(alone.parameters()))
 
 
 def test_nobody_waits_for_a_rank_that_ended(ranks):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from subspan import files
-from subspan.files import remove_unfinished, write_atomically
+from subspan.files import remove_unfinished, write_atomically, write_together
 
 NEW = b"new" * 10_000
 
@@ -44,6 +44,18 @@ def test_a_failure_leaves_what_was_there(call, failure, tmp_path, monkeypatch):
         write_atomically(path, NEW)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "fchmod"])
+def test_files_that_belong_together_stay_the_old_ones_together(call, tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("weights", "config")]
+    assert write_together(dict.fromkeys(paths, b"old")) == 6
+    real, calls = getattr(os, call), iter(range(5))
+    monkeypatch.setattr(files.os, call, lambda *a: no_space() if next(calls) else real(*a))
+    with pytest.raises(OSError, match="No space left"):
+        write_together(dict.fromkeys(paths, NEW))
+    assert [path.read_bytes() for path in paths] == [b"old", b"old"]
+    assert sorted(os.listdir(tmp_path)) == ["config", "weights"]
 
 
 def test_an_interruption_just_after_the_renaming(tmp_path, monkeypatch):

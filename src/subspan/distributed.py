@@ -8,10 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 
 def meet_again(backend: str | None) -> None:
@@ -27,6 +24,9 @@ def meet_again(backend: str | None) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or dist.is_initialized():
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, world = next(rendezvous("env://"))
     own = PrefixStore(f"subspan/attempt-{attempt}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world)
@@ -48,18 +48,23 @@ def world() -> int:
     return dist.get_world_size() if ready else 1
 
 
-def averaged_by_ddp(*parameters: Tensor) -> bool:
-    """Return whether a ``DistributedDataParallel`` averages the gradient of any of these.
+def find_ddp(*parameters: Tensor) -> list[nn.Module]:
+    """Return every ``DistributedDataParallel`` that averages the gradient of any of these.
 
     A workaround: DDP leaves no mark on the module that it wraps, so that all objects of the
     process are looked through (0.1 s).
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.nn.parallel import DistributedDataParallel
+
     wanted = set(map(id, parameters))
-    return any(
-        issubclass(type(item), DistributedDataParallel)
-        and not wanted.isdisjoint(map(id, item.parameters()))
+    return [
+        item
         for item in gc.get_objects()
-    )
+        if issubclass(type(item), DistributedDataParallel)
+        and not wanted.isdisjoint(map(id, vars(item).get("_module_parameters", ())))
+    ]
 
 
 def anywhere(true: bool, device: torch.device) -> bool:

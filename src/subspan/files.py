@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from subspan.errors import SubspanError
@@ -37,7 +38,25 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
     Returns:
         The number of bytes.
     """
-    path = Path(path)
+    return write_together({Path(path): data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> int:
+    """Write files that belong together: none is renamed before all of them are on the disk.
+
+    Returns:
+        The number of bytes of all.
+    """
+    with contextlib.ExitStack() as stack:
+        new = {path: stack.enter_context(_beside(path, data)) for path, data in files.items()}
+        for path, name in new.items():
+            os.replace(name, path)
+    return sum(map(len, files.values()))
+
+
+@contextlib.contextmanager
+def _beside(path: Path, data: bytes) -> Iterator[str]:
+    """Write a temporary file, which is gone if anything fails inside of the ``with``."""
     try:
         temporary = tempfile.NamedTemporaryFile(  # noqa: SIM115 (entered below)
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -50,12 +69,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
-            os.replace(file.name, path)
+            yield file.name
         except BaseException:
             with contextlib.suppress(FileNotFoundError):  # Ctrl-C just after the renaming
                 os.unlink(file.name)
             raise
-    return len(data)
 
 
 def remove_unfinished(path: str | os.PathLike[str]) -> None:

@@ -201,6 +201,70 @@ def test_an_optimizer_that_was_left_out_refuses_its_next_step():
     step(model, torch.optim.Adam(model.parameters()))
 
 
+def test_an_optimizer_that_holds_its_list_of_parameters_goes_on():
+    model = make_model(5)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.01, max_iter=2)
+    subspan.grow(model, 10, optimizer)
+    before = thetas(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(8, 7)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert any(not torch.equal(theta, before[name]) for name, theta in thetas(model).items())
+
+
+def test_a_quantiser_rounds_the_new_coordinates():
+    model = make_model(5)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    subspan.optim.Quantiser(model, optimizer, bits=3, after=1)
+    step(model, optimizer)
+    subspan.grow(model, 10, optimizer)
+    step(model, optimizer)
+    (w,) = model.coordinates.values()
+    assert (w / optimizer.state[w]["quantiser_step"]).frac().abs().max() < 1e-5
+    refused(model, 20, optimizer, match="'exact'")
+
+
+def test_what_holds_on_to_the_old_coordinates_is_refused():
+    model = make_model(5)
+    loss = model(torch.ones(8, 7)).square().mean()
+    subspan.grow(model, 10)
+    with pytest.raises(SubspanError, match=r"call backward\(\) before"):
+        loss.backward()
+    (w,) = model.coordinates.values()
+    for register in (w.register_hook, w.register_post_accumulate_grad_hook):
+        handle = register(lambda _: None)
+        refused(model, 20, match="have hooks")
+        handle.remove()
+    model = make_model(1)  # whose state might be taken for numbers that are not of coordinates
+    optimizer = torch.optim.Rprop(model.parameters())
+    step(model, optimizer)
+    refused(model, 2, optimizer, match="Rprop keeps 'prev'")
+    optimizer = torch.optim.Adam(model.parameters())
+    net = model.unwrap()
+    net(torch.ones(8, 7)).sum().backward()
+    with pytest.raises(SubspanError, match="taken out of the network"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's own, of an import
+def test_an_optimizer_that_divides_its_parameters_is_refused(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    meeting = f"file://{tmp_path}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        model = make_model(5)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        refused(model, 10, optimizer, match="optimizers of its own")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_compiled_code_sees_the_new_coordinates():
     torch._dynamo.reset()
     model = make_model(5).eval()

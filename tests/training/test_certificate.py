@@ -232,6 +232,7 @@ def test_a_task_of_your_own_is_taken_at_your_word(cli, in_tmp_path):
     said = cli("bound", "a/model.safetensors", "--out", "bound.json")
     assert (said.code, said.err) == (0, "")
     assert "- no training or validation sample of your task is one of its test part" in said.out
+    assert "- your task gives the samples that it gave in the training" in said.out
     record = json.loads((in_tmp_path / "bound.json").read_text())
     assert (record["data"], record["samples"]) == ("bound_own:images", 1438)
 

@@ -18,7 +18,7 @@ from subspan.errors import SubspanError
 from subspan.training import pretrained, tasks
 from subspan.training.config import Run, Training
 from subspan.training.data import texts
-from subspan.training.evaluate import evaluate_checkpoint
+from subspan.training.evaluate import evaluate_checkpoint, rebuild
 from subspan.training.train import train
 from tests.runs import a_sweep, contents, record_of, train_up_to
 from tests.training.bases import bert, gpt2, reviews
@@ -324,6 +324,27 @@ def test_evaluation_refuses_other_classes_and_other_tokens(here, cli):
     tokenizer.write_text(json.dumps(content))
     said = cli("eval", file)
     assert (said.code, "the tokenizer of ./bert is another than in" in said.err) == (2, True)
+
+
+def test_a_bound_is_of_the_texts_that_the_file_was_trained_on(here, cli):
+    """Classes and tokens of others are the same, and the folder is none of the difference."""
+    train(a_text_run(Path(), epochs=1), Path("run"))
+    file = Path("run/model.safetensors")
+    bound = ("bound", file, "--base-is-prior")
+    assert cli(*bound).code == 0
+    shutil.copytree("reviews", "copied")
+    assert cli(*bound, "--data", "./copied").code == 0
+    reviews(Path("others"), count=58)
+    said = cli(*bound, "--data", "./others")
+    assert (said.code, "./others is not what run/model.safetensors was" in said.err) == (2, True)
+    assert "(the digest of its samples is" in said.err
+    assert cli("eval", file, "--data", "./others").code == 0
+    model, header = rebuild(file)
+    extra = header["extra"]
+    del extra["samples"]
+    checkpoint.save(model, "before.safetensors", extra=extra)
+    said = cli("bound", "before.safetensors", "--base-is-prior")
+    assert (said.code, "does not say which samples it was trained on" in said.err) == (2, True)
 
 
 @pytest.mark.slow

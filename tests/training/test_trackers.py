@@ -236,6 +236,7 @@ def test_a_tracker_that_does_not_start(cli, in_tmp_path, monkeypatch):
     assert (said.code, "cannot log to tensorboard, trackio: not logged in" in said.err) == (2, True)
     assert record_of(Path("run"))["status"] == "failed"
     assert "leave it out of --log" in said.err
+    a_second()  # since the one that started has begun a file
     said = cli("train", "--resume", "--out", "run", "--log", "tensorboard")
     assert said.code == 0
     has_all(Path("run"), "tensorboard")

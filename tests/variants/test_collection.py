@@ -11,7 +11,7 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, Variants
-from tests.nets import batch, build, wrap
+from tests.nets import batch, build, scatter, wrap
 from tests.variants.conftest import own, trained, vector
 
 
@@ -132,6 +132,7 @@ def test_what_is_no_variant_of_the_model_is_refused(model, tmp_path):
     refused(variants, vector(1), "got 3", 3)
     refused(variants, torch.zeros(11), r"vector of d = 12 real numbers, got .* \(11,\)")
     refused(variants, torch.zeros(12, dtype=torch.complex64), "complex64")
+    refused(variants, vector(1).double() / 3, "coordinates is float64 in the vector and float32 in")
     refused(variants, [0.0] * 12, "a tensor of coordinates, the path .* got list")
     refused(variants, nn.Linear(2, 2), "got Linear")
     refused(variants, path, "is not a file")
@@ -144,6 +145,11 @@ def test_what_is_no_variant_of_the_model_is_refused(model, tmp_path):
         other.conv.weight.add_(1.0)
     subspan.save(SubspaceModel(other, 12, train_fully=["head"]), path)
     refused(variants, path, "trained from other initial weights")
+    subspan.save(wrap("cnn", train_fully=["head"]).double(), path)
+    variants.add("the same numbers in another dtype", path)
+    variants.remove("the same numbers in another dtype")
+    subspan.save(scatter(wrap("cnn", train_fully=["head"]).double()), path)
+    refused(variants, path, "is float64 in .*safetensors and float32 in the network")
     subspan.save(build("cnn"), path)
     refused(variants, path, r"is a whole network \(full\)")
     subspan.save(own(model), path)

@@ -173,6 +173,12 @@ def test_training_mode_and_a_replaced_head_are_refused(model):
     with pytest.raises(SubspanError, match=r"for inference: call eval\(\)"):
         variants(batch("cnn"), names="a")
     model.eval()
+    with variants.use("a"):  # a trainer's evaluation that goes back to training inside
+        for net in (model, model.body):
+            net.train()
+            with pytest.raises(SubspanError, match="'a' is in use here, and nothing of it is tra"):
+                net(batch("cnn"))
+            model.eval()(batch("cnn"))
     model.body.head = nn.Linear(144, 4)
     with pytest.raises(SubspanError, match="head was replaced"):
         variants(batch("cnn"), names="a")

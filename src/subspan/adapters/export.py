@@ -22,7 +22,7 @@ from subspan.adapters.layers import refuse_peft
 from subspan.adapters.names import find_stored, find_task, name_saved, name_targets
 from subspan.adapters.nearest import NearestLora, find_nearest
 from subspan.errors import SubspanError
-from subspan.files import write_atomically
+from subspan.files import write_together
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.structure import is_conv1d
@@ -111,8 +111,8 @@ def export_lora(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(copies, metadata={"format": "pt"})
-    size = write_atomically(folder / WEIGHTS, data)
-    size += write_atomically(folder / CONFIG, text.encode())
+    # An old configuration beside new factors would be another LoRA.
+    size = write_together({folder / WEIGHTS: data, folder / CONFIG: text.encode()})
     return LoraExport(size, nearest.rank, nearest.errors, nearest.error)
 
 

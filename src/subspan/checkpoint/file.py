@@ -153,11 +153,21 @@ def _read_if_compact(path: Path) -> CompactFile | None:
 
 
 def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a header whose fields are there, and of the right types."""
-    fields = {"extra": dict, "weights": int} | FIELDS.get(str(header.get("kind")), {"kind": ()})
+    """Return a header whose fields are there, of the right types, and all understood."""
+    kind = header.get("kind")
+    if isinstance(kind, str) and kind not in FIELDS:
+        raise SubspanError(
+            f"{path} is of the kind {kind!r}, which this version of subspan does not know: upgrade"
+        )
+    fields = {"extra": dict, "weights": int} | FIELDS.get(str(kind), {"kind": ()})
     fields |= {name: kind for name, kind in OPTIONAL.items() if name in header}
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
+    if unknown := sorted(header.keys() - fields.keys() - {"format", "kind"}):
+        raise SubspanError(
+            f"{path} has {unknown[0]!r} in its header, which this version of subspan does not "
+            "know, and what it says would be lost: upgrade"
+        )
     return header
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
-from subspan.checkpoint.file import COORDINATES, agree, layers_of, read
+from subspan.checkpoint.file import COORDINATES, Types, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
 from subspan.counts import count
@@ -23,6 +23,7 @@ from subspan.subspace.dtensors import copy_into
 from subspan.subspace.growing import grow
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_slots, saved_buffers
+from subspan.subspace.states import refuse_rounding
 from subspan.subspace.targets import find_presets
 
 Net = nn.Module | Callable[[], nn.Module]
@@ -73,6 +74,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         )
     if header["kind"] != "subspace":
         try:
+            _refuse_rounding(network, types, tensors)
             network = rebuild_layers(network, types)
         except SubspanError as error:
             raise SubspanError(f"{path} does not fit this network: {error}") from None
@@ -85,6 +87,9 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         before = []
     try:
         model = _wrap(path, network, header, tensors)
+        if COORDINATES in tensors and tensors[COORDINATES].dtype == torch.float64:
+            for w in model.coordinates.values():  # of a model that was converted for its training
+                w.data = w.data.double()
         restore(model, tensors)
     except BaseException:
         if (begun := SubspaceModel.of(network)) is not None:
@@ -94,6 +99,16 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
                 parameter.copy_(value)
         raise
     return model
+
+
+def _refuse_rounding(network: nn.Module, types: Types, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that a network would round, while its layers are still those that it has."""
+    dtypes = {name: p.dtype for name, p in network.named_parameters()}
+    modules = dict(network.named_modules())
+    for layer in (name for of in types.values() for name in of if name in modules):
+        own = [p.dtype for p in modules[layer].parameters() if p.is_floating_point()]
+        dtypes |= {name: own[0] for name in tensors if own and name.startswith(f"{layer}.")}
+    refuse_rounding(tensors, dtypes, "the file")
 
 
 def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
@@ -118,7 +133,8 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put the tensors of a checkpoint, as :func:`read` gives them, into the model that was saved.
 
     Raises:
-        SubspanError: if they are another model's; this one is then untouched.
+        SubspanError: if they are another model's, or the model's dtypes would round their numbers;
+            it is then untouched.
     """
     model = SubspaceModel.of(model) or model
     live = stored_tensors(model)
@@ -149,6 +165,12 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"the checkpoint is of another network: {name} has shape {in_file} in the file "
                 f"and {in_network} in the network"
             )
+    dtypes = {name: [tensor.dtype] for name, tensor in live.items()}
+    if isinstance(model, SubspaceModel):
+        dtypes[COORDINATES] = [w.dtype for w in model.coordinates.values()]
+    for name, tensor in tensors.items():
+        for dtype in dtypes[name]:
+            refuse_rounding({name: tensor}, {name: dtype}, "the file")
     if resized:
         rebuild_layers(model, resized)
         live |= stored_tensors(model)

@@ -54,8 +54,7 @@ class Quantiser:
             raise SubspanError(f"bits must be a positive number of bits a coordinate, got {bits}")
         if after < 0:
             raise SubspanError(f"after must not be negative, got {after}")
-        self.bits, self.optimizer = bits, optimizer
-        self.coordinates: list[Tensor] = list(model.coordinates.values())
+        self.bits, self.model, self.optimizer = bits, model, optimizer
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(w) in held for w in self.coordinates):
             raise SubspanError("the optimizer does not train all coordinates of this model")
@@ -64,6 +63,11 @@ class Quantiser:
             optimizer.register_step_pre_hook(self._restore),
             optimizer.register_step_post_hook(self._round),
         )
+
+    @property
+    def coordinates(self) -> list[Tensor]:
+        """The model's coordinates as they are now: it may have grown."""
+        return list(self.model.coordinates.values())
 
     @property
     def step(self) -> float | None:

@@ -143,7 +143,7 @@ class Watch:
         if distributed.world() == 1:
             return False
         if self._ddp is None or (changed and not self._ddp):
-            self._ddp = distributed.averaged_by_ddp(*(layer.U for layer in self._layers.values()))
+            self._ddp = bool(distributed.find_ddp(*(layer.U for layer in self._layers.values())))
         return self._ddp
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import remove_factors
-from subspan.subspace.changes import watch_optimizers
+from subspan.subspace.changes import outgrow, watch_optimizers
 from subspan.subspace.classes import make_class
 from subspan.subspace.links import FINGERPRINT, LINK, Link
 from subspan.subspace.quantised import QuantisedTensor
@@ -92,7 +92,9 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     refuse_whole(weights, "unwrapped or merged")
     refuse_in_use(weights, "unwrapped")
     for name in weights.coordinate_names:
-        del root._parameters[name]
+        w = root._parameters.pop(name)
+        if values is None:  # who merges has made a copy, which nobody trains
+            outgrow(w, "that unwrap() has taken out of the network")  # type: ignore[arg-type]
     del root._buffers[FINGERPRINT]
     for module in weights.wrapped:
         if LINK in vars(module):
@@ -115,7 +117,8 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     for tensor in (values or {}).keys() & weights.adapters.keys() - weights.homes.keys():
         _make_dense(weights, tensor, values[tensor])  # type: ignore[index]
     for name, flag in weights.requires_grad.items():
-        weights.stored(name).requires_grad_(flag)
+        if (p := weights.find(name)) is not None:  # people may have taken it out meanwhile
+            p.requires_grad_(flag)
     remove_factors(root)
     let_pack(weights.packing)
     if values is not None and weights.packed:

@@ -7,6 +7,7 @@ but coordinates that would mean another function are not saved, and no step is m
 
 from __future__ import annotations
 
+import functools
 import weakref
 import zlib
 from collections.abc import Iterable
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from subspan.distributed import find_ddp
 from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
+from subspan.subspace.links import missing
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.quantised import read_quantised
 from subspan.subspace.variant import refuse_in_use
@@ -168,7 +171,8 @@ class Changes:
         """Refuse what a file of coordinates would not hold.
 
         Raises:
-            SubspanError: naming a parameter that was added since the network was wrapped.
+            SubspanError: naming a parameter that was added or taken out since the network was
+                wrapped.
         """
         refuse_in_use(self.weights, "saved")
         self.check_base()
@@ -179,7 +183,10 @@ class Changes:
                     "the file is loaded around has none: add it before; merge() gives this network "
                     "as it is"
                 )
-        stored = {id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        own = {name: id(self.weights.stored(name)) for name in self.weights.requires_grad}
+        modules = self.weights.root.modules()
+        present = {id(p) for module in modules for p in module._parameters.values()}
+        stored = set(own.values())
         stored |= {id(w) for w in self.weights.coordinates().values()}
         for name, p in self.weights.root.named_parameters():
             if id(p) not in stored:
@@ -188,6 +195,9 @@ class Changes:
                     "would not hold it: add it before, and name it in train_fully; merge() gives "
                     "this network as it is"
                 )
+        for name, identity in own.items():
+            if identity not in present:
+                raise missing(name)
 
 
 # ---- optimizers ----------------------------------------------------------------------------------
@@ -197,10 +207,33 @@ _watching: list[Any] = []
 _OUTGROWN = "_subspan_outgrown"
 
 
-def outgrow(w: nn.Parameter) -> None:
-    """Note that other coordinates have come into the place of these; optimizers are looked at."""
-    setattr(w, _OUTGROWN, True)
+def outgrow(w: nn.Parameter, why: str) -> None:
+    """Note that coordinates are the network's no more; whoever still uses them is refused.
+
+    Args:
+        w: the coordinates.
+        why: the end of a sentence that begins with "coordinates".
+    """
+    setattr(w, _OUTGROWN, why)
     _known.clear()
+    if w.requires_grad:
+        w.register_hook(functools.partial(_refuse_gradient, why))
+    for ddp in find_ddp(w):
+        ddp.register_forward_pre_hook(functools.partial(_refuse_ddp, why))
+
+
+def _refuse_gradient(why: str, grad: Tensor) -> None:
+    raise SubspanError(
+        f"this loss was computed with coordinates {why}, and nothing would learn from its "
+        "gradient: call backward() before that"
+    )
+
+
+def _refuse_ddp(why: str, ddp: nn.Module, args: Any) -> None:
+    raise SubspanError(
+        f"DDP averages coordinates {why}, and processes would come to different weights: give it "
+        "the network anew, DistributedDataParallel(…)"
+    )
 
 
 def watch_optimizers() -> None:
@@ -214,10 +247,9 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if _known.get(optimizer) == len(parameters):
         return
-    if any(hasattr(p, _OUTGROWN) for p in parameters):
+    if why := next((getattr(p, _OUTGROWN) for p in parameters if hasattr(p, _OUTGROWN)), ""):
         raise SubspanError(
-            "the optimizer trains coordinates in whose place grow() has put others: give it to "
-            "grow(), or make it anew"
+            f"the optimizer trains coordinates {why}: give it to grow(), or make it anew"
         )
     given = {id(p) for p in parameters}
     for p in parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ class Computed(Tensor):
             )
         if name == "type" or property_of(func) == "is_leaf":
             args[0]._check_use()
+        if name not in _OF_NOW and not torch.compiler.is_compiling():
+            for tensor in tree_leaves((args, kwargs)):
+                if type(tensor) is Computed:
+                    tensor._check_time()
         with _plain():
             if func is torch.autograd.grad:
                 return _take_gradients(func, args, kwargs)
@@ -80,6 +84,7 @@ class Computed(Tensor):
         if type(out) is Tensor and not out.is_sparse and share_memory(out, self):
             out = out.as_subclass(Computed)
             out.weight_name = self.weight_name
+            out._now, out._then = self._now, self._then
         return out
 
     def _may_set_flag(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -110,6 +115,17 @@ class Computed(Tensor):
             )
 
     _is_theta = False
+    _now: Callable[[], Any] | None = None
+    _then: Any = None
+
+    def _check_time(self) -> None:
+        """Refuse to compute with a θ that was read before its coordinates changed."""
+        if self._now is not None and self._now() != self._then:
+            raise SubspanError(
+                f"{self.weight_name} was read before its coordinates changed, and what was read "
+                "does not follow them: read it again from its module, or keep a .detach().clone() "
+                "of what it was"
+            )
 
     def _refuse_flag(self) -> SubspanError:
         return SubspanError(
@@ -128,6 +144,7 @@ class Computed(Tensor):
             return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
 
 
+_OF_NOW = frozenset({"__get__", "__set__", "type", "grad", "backward", "size", "dim", "numel"})
 _OF_GRADIENTS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
 
@@ -153,8 +170,16 @@ def _take_gradients(function: Any, args: Any, kwargs: Any) -> Any:
     return gradients
 
 
-def guard_theta(theta: Tensor, name: str) -> Tensor:
-    """Make θ a :class:`Computed`, in the same graph."""
+def guard_theta(theta: Tensor, name: str, now: Callable[[], Any] | None = None) -> Tensor:
+    """Make θ a :class:`Computed`, in the same graph.
+
+    Args:
+        theta: the weight.
+        name: of it.
+        now: returns the same as long as θ is the weight of the network; None if it always is.
+    """
     theta = theta.as_subclass(Computed)
     theta.weight_name, theta._is_theta = name, True
+    if now is not None:
+        theta._now, theta._then = now, now()
     return theta

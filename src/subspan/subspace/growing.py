@@ -58,8 +58,8 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
 
     Raises:
         SubspanError: if the subspaces would not be nested, the network is sharded or has variants,
-            or the optimizer remembers something that cannot be carried over; nothing is changed
-            then.
+            coordinates have hooks, or the optimizer holds something that cannot be carried over;
+            nothing is changed then.
     """
     found = SubspaceModel.of(model)
     if found is None:
@@ -75,6 +75,8 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     before = weights.projections
     after = nest(before, dim, [part.name for part in weights.compartments])
     own = [weights.root._parameters[name] for name in weights.coordinate_names]
+    for w in own:
+        _refuse_hooks(w)  # type: ignore[arg-type]
     states = [_carry(optimizer, w, p, q) for w, p, q in zip(own, before, after, strict=True)]  # type: ignore[arg-type]
     new = [
         nn.Parameter(refine(w, p, q), w.requires_grad)  # type: ignore[union-attr,arg-type]
@@ -96,11 +98,11 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     for name, old, now, state in zip(weights.coordinate_names, own, new, states, strict=True):
         assert old is not None
         weights.root._parameters[name] = now
-        outgrow(old)
+        outgrow(old, "in whose place grow() has put others")
         if optimizer is None:
             continue
-        for group in optimizer.param_groups:
-            group["params"] = [now if p is old else p for p in group["params"]]
+        for group in optimizer.param_groups:  # in place: LBFGS holds on to the list
+            group["params"][:] = [now if p is old else p for p in group["params"]]
         if optimizer.state.pop(old, None) is not None:
             optimizer.state[now] = state
     weights.note()
@@ -174,6 +176,19 @@ def _scales(projection: Projection, like: Tensor) -> Tensor:
     return projection.scale(like)
 
 
+def _refuse_hooks(w: nn.Parameter) -> None:
+    """Refuse to replace coordinates whose hooks would be lost.
+
+    Raises:
+        SubspanError: if they have some.
+    """
+    if w._backward_hooks or w._post_accumulate_grad_hooks:
+        raise SubspanError(
+            "the coordinates have hooks on their gradient, which those that grow() puts into their "
+            "place would not have: remove the hooks, and register them again afterwards"
+        )
+
+
 def _carry(
     optimizer: Optimizer | None, w: nn.Parameter, before: Projection, after: Projection
 ) -> dict[str, Any]:
@@ -184,13 +199,19 @@ def _carry(
         raise SubspanError(
             "the optimizer does not train these coordinates: give the one that does, or none"
         )
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and inner.param_groups is not optimizer.param_groups:
+            raise SubspanError(
+                f"{type(optimizer).__name__} divides its parameters among optimizers of its own, "
+                "which would keep these coordinates: grow without an optimizer, and make it anew"
+            )
     return {key: _spread(key, value, before, after) for key, value in _state(optimizer, w)}
 
 
 def _state(optimizer: Optimizer, w: nn.Parameter) -> list[tuple[str, Any]]:
     state: Mapping[str, Any] = optimizer.state.get(w, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.numel() > 1 and key not in MEANS + SQUARES:
+        if isinstance(value, Tensor) and value.dim() and key not in MEANS + SQUARES:
             raise SubspanError(
                 f"{type(optimizer).__name__} keeps {key!r} of every coordinate, and how that goes "
                 "on in a larger subspace is not known: use Adam, AdamW, SGD or RMSprop, or make a "

@@ -45,6 +45,14 @@ def link_of(module: Any) -> Link:
     return link
 
 
+def missing(name: str) -> SubspanError:
+    """Make the refusal of a network that has lost a parameter."""
+    return SubspanError(
+        f"{name} was taken out of the network after it was wrapped, and coordinates go with the "
+        "network as it was: do this before; merge() gives this network as it is"
+    )
+
+
 def trained_keys(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, Link]]:
     """Yield the trained tensors of a module and its parts: name, key in its state, and link."""
     for path, part in module.named_modules(remove_duplicate=False):

@@ -106,6 +106,7 @@ class SubspaceModel(Handle):
     def _take(self, net: nn.Module, weights: Weights, signature_of: type) -> None:
         self.subspace = weights
         self.body = net
+        vars(self)["training"] = net.training  # from_pretrained gives networks in eval mode
         self.__class__ = with_signature(type(self), signature_of)  # type: ignore[arg-type]
 
     @classmethod
@@ -119,7 +120,7 @@ class SubspaceModel(Handle):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._take(net, link.weights, type(net))
-        return model.train(net.training)
+        return model
 
     @classmethod
     def from_seed(

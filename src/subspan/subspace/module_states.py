@@ -88,7 +88,8 @@ class ModuleStates:
     ) -> None:
         link = link_of(self)
         if link.weights.root is self:
-            before_loading(link.weights, state_dict, prefix)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            before_loading(link.weights, state_dict, prefix, assign)
         for tensor, key, _ in trained_keys(self, prefix):  # type: ignore[arg-type]
             if key in state_dict:  # of a part below, too: nothing is loaded yet
                 raise SubspanError(

@@ -22,7 +22,7 @@ from subspan.subspace.blocks import (
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
-from subspan.subspace.links import FINGERPRINT, PREFIX, Link
+from subspan.subspace.links import FINGERPRINT, PREFIX, Link, missing
 from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
@@ -160,10 +160,22 @@ class Network:
         """Names of the tensors that are trained in the subspace."""
         return list(self.homes)
 
-    def stored(self, name: str) -> Tensor:
-        """Return the parameter of a name: θ₀ of a trained tensor."""
+    def find(self, name: str) -> nn.Parameter | None:
+        """Return the parameter of a name; None if its module has lost it."""
         module, attribute = self.locations[name]
-        return module._parameters[attribute]  # type: ignore[return-value]
+        if attribute not in module._parameters:  # which of TorchScript's has no get()
+            return None
+        return module._parameters[attribute]
+
+    def stored(self, name: str) -> Tensor:
+        """Return the parameter of a name: θ₀ of a trained tensor.
+
+        Raises:
+            SubspanError: if its module has lost it.
+        """
+        if (parameter := self.find(name)) is None:
+            raise missing(name)
+        return parameter
 
     def held(self, name: str) -> Tensor | QuantisedTensor:
         """Return the content of a tensor's slot, of a quantised one with all that belongs to it."""

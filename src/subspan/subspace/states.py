@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
+from subspan.subspace.dtensors import local
 from subspan.subspace.links import FINGERPRINT, trained_keys
+from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.resuming import find_beside
 from subspan.subspace.sharded import refuse_whole
 
@@ -21,8 +23,40 @@ if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
 
+def refuse_rounding(
+    values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], where: str
+) -> None:
+    """Refuse numbers that the dtype of their place would round.
+
+    Integers of other dtypes are taken as PyTorch takes them: the mean of counters, say.
+
+    Args:
+        values: by name.
+        dtypes: those of their places, by name; names without one are not looked at.
+        where: the values are, for errors.
+
+    Raises:
+        SubspanError: naming the first of them, and what to do.
+    """
+    for name, value in values.items():
+        dtype, numbers = dtypes.get(name, value.dtype), local(value)
+        if dtype == value.dtype or not dtype.is_floating_point:
+            continue
+        if numbers.is_meta or is_traceable_wrapper_subclass(numbers):
+            continue
+        if not numbers.is_complex():
+            rounded = numbers.to(dtype).to(numbers.dtype)
+            if ((rounded == numbers) | numbers.isnan()).all():
+                continue
+        own, here = (str(each).removeprefix("torch.") for each in (value.dtype, dtype))
+        raise SubspanError(
+            f"{name} is {own} in {where} and {here} in the network, where its numbers would be "
+            f"rounded: convert the network to {own} before, or these numbers to {here}"
+        )
+
+
 @torch.no_grad()
-def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None:
+def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign: bool) -> None:
     """Check a state that is to be loaded, and turn one of all weights into coordinates.
 
     Nothing of the network is loaded before. Modules around it to which PyTorch came earlier keep
@@ -32,9 +66,11 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
         weights: of the network.
         state: changed in place.
         prefix: of the network's keys.
+        assign: whether its tensors come into the place of the network's, in their own dtypes.
 
     Raises:
-        SubspanError: if it is another model's, or its weights lie outside of the subspace.
+        SubspanError: if it is another model's, its weights lie outside of the subspace, or its
+            numbers would be rounded.
     """
     fingerprint = state.get(prefix + FINGERPRINT)
     if fingerprint is not None and (different := weights.difference(fingerprint)):
@@ -47,6 +83,12 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
         for tensor, path, link in trained_keys(weights.root)
         if link.weights is weights and prefix + path in state
     }
+    own: dict[str, Tensor | None] = {**weights.root._parameters, **saved_buffers(weights.root)}
+    own |= {name: weights.find(name) for name in weights.fully}
+    dtypes = {} if assign else {prefix + n: t.dtype for n, t in own.items() if t is not None}
+    dtypes |= {prefix + path: weights.resting(tensor).dtype for path, tensor in given.items()}
+    found = {key: value for key, value in state.items() if key in dtypes}
+    refuse_rounding(found, dtypes, "this state_dict")
     names = [name for name in weights.coordinate_names if prefix + name in state]
     if not given:
         return
@@ -60,8 +102,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str) -> None
         )
     refuse_whole(weights, "given a state of all weights", "load it before fully_shard")
     values = {t: state.pop(prefix + path) for path, t in given.items()}
-    found = _coordinates_of(weights, values, find_beside(sys._getframe(1)))
-    state |= {prefix + name: w for name, w in found.items()}
+    coordinates = _coordinates_of(weights, values, find_beside(sys._getframe(1)))
+    state |= {prefix + name: w for name, w in coordinates.items()}
     state[prefix + FINGERPRINT] = weights.root._buffers[FINGERPRINT]
 
 

@@ -61,6 +61,12 @@ class Weights(Network):
         stack = _now.__dict__.setdefault("calls", [])
         if stack and any(outer.weights is self for outer in stack):
             return run(*args, **kwargs)
+        variant = self.variant()
+        if variant is not None and self.root.training:
+            raise SubspanError(
+                f"variant {variant.name!r} is in use here, and nothing of it is trained: leave "
+                "`with variants.use(…)` first, or call eval()"
+            )
         outer = Outermost(self)
         stack.append(outer)
         try:
@@ -70,7 +76,7 @@ class Weights(Network):
             else:
                 out = run(*args, **kwargs)
             outer.check_unwritten()
-            if (variant := self.variant()) is not None:
+            if variant is not None:
                 variant.check_unwritten()
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
@@ -101,7 +107,7 @@ class Weights(Network):
         if tensor in self.adapters:
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
-            return guard_theta(theta, tensor) if ordinary else theta
+            return self._guard(theta, tensor) if ordinary else theta
         variant = self.variant()
         calls = () if is_at_base(self) else _now.__dict__.get("calls", ())
         for outer in reversed(calls):
@@ -126,12 +132,25 @@ class Weights(Network):
         theta = self.form(tensor, dtype) if variant is None else variant.theta(tensor, dtype)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
-        theta = theta if torch._C._is_tracing() else guard_theta(theta, tensor)
+        theta = theta if torch._C._is_tracing() else self._guard(theta, tensor)
         return self._dress(tensor, theta) if special else theta
 
     def variant(self) -> Variant | None:
         """Return the variant that is in use in this context; none inside of ``at_base()``."""
         return find_variant(self) if self.key else None
+
+    def _guard(self, theta: Tensor, tensor: str) -> Tensor:
+        """Make θ that was read outside of a call one that knows when it is out of date."""
+        if is_at_base(self) or self.variant() is not None:
+            return guard_theta(theta, tensor)
+        moved = self.adapters[tensor].factors if tensor in self.adapters else (tensor,)
+        names = {PREFIX + block.coordinates for each in moved for block in self.blocks_of[each]}
+
+        def now() -> Any:
+            own = {} if self.root is None else self.root._parameters
+            return [(name, id(own[name]), version_of(own[name])) for name in names if name in own]  # type: ignore[arg-type]
+
+        return guard_theta(theta, tensor, now)
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""

@@ -29,6 +29,7 @@ from subspan.training.occam import log_prior, occam_bound, pac_bayes_bound
 
 AROUND_A_BASE = ("subspace", "part")  # kinds of files that hold no θ₀
 STATISTICS = ("mean", "std")  # what classifiers know of the samples beside their weights
+SAMPLES = "samples"  # a digest of them, of texts
 ALIKE = 0.01  # of the pixels' statistics, which another validation part changes a little
 ROUNDING = 1e-3  # of the largest score: how much it may change in a batch of another size
 
@@ -122,7 +123,10 @@ def certify(
         "the library, the network's code and delta were fixed before anyone saw the samples",
     ]
     if ":" in (extra.get("task") or ""):
-        assumptions.append("no training or validation sample of your task is one of its test part")
+        assumptions += [
+            "no training or validation sample of your task is one of its test part",
+            "your task gives the samples that it gave in the training",
+        ]
     assumptions += _check_base(path, header, base_is_prior)
     task, name = tasks.again(extra, data), data or extra["data"] or extra["task"]
     _check_same(path, task.describe(), extra, name)
@@ -184,9 +188,15 @@ def _check_same(
                 f"{path} does not say the {fact} of its training data: taken from the data now, it "
                 "would be a part of the classifier that no byte pays for"
             )
-        if said is not None and not _alike(value, said):
+        if said is None and fact == SAMPLES:
             raise SubspanError(
-                f"{name} is not what {path} was trained on ({fact} is {value}, the file says "
+                f"{path} does not say which samples it was trained on, as files of earlier "
+                "versions do not: train it again"
+            )
+        if said is not None and not _alike(value, said):
+            what = "the digest of its samples" if fact == SAMPLES else fact
+            raise SubspanError(
+                f"{name} is not what {path} was trained on ({what} is {value}, the file says "
                 f"{said}): give the data of its training as --data"
             )
 

@@ -20,6 +20,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.network import locate
 from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.states import refuse_rounding
 from subspan.subspace.variant import Variant
 
 Source = Tensor | str | os.PathLike[str] | nn.Module
@@ -97,8 +98,14 @@ class Shelf:
         root = self.weights.network()
         return {name: root._parameters[name].detach() for name in self.weights.coordinate_names}  # type: ignore[union-attr]
 
-    def _keep(self, coordinates: Tensor, beside: Mapping[str, Tensor]) -> StoredVariant:
+    def _keep(
+        self, source: str, coordinates: Tensor, beside: Mapping[str, Tensor]
+    ) -> StoredVariant:
         (dtype,) = {like.dtype for like in self._like.values()}
+        dtypes = {name: like.dtype for name, like in self._like_beside.items()}
+        refuse_rounding(
+            {**beside, COORDINATES: coordinates}, {**dtypes, COORDINATES: dtype}, source
+        )
         blob = to_bytes(beside[name].to(like.dtype) for name, like in self._like_beside.items())
         if blob == self._last:
             blob = self._last
@@ -112,7 +119,7 @@ class Shelf:
                 f"a variant of this model is a vector of d = {dim} real numbers, got a tensor of "
                 f"{vector.dtype} and shape {tuple(vector.shape)}"
             )
-        return self._keep(vector, self.beside())
+        return self._keep("the vector", vector, self.beside())
 
     def _take(
         self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -143,7 +150,7 @@ class Shelf:
                     f"{source} has {name.removeprefix('body.')} beside its coordinates, which this "
                     "model does not train fully"
                 )
-        return self._keep(tensors[COORDINATES], beside)
+        return self._keep(source, tensors[COORDINATES], beside)
 
     def _check(self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Refuse the variant of another recipe or base.

@@ -12,8 +12,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Adam
 
-from subspan import SubspaceModel
-from tests.nets import scatter
+import subspan
+from subspan import SubspaceModel, checkpoint
+from tests.nets import build, scatter, wrap
 from tests.subspace.in_place.network import Net, pair
 
 
@@ -68,3 +69,22 @@ def test_distributed_checkpoints_of_a_model_and_its_optimizer(way):
     set_model_state_dict(net, kept[0])
     own = get_model_state_dict(net)
     assert all(torch.equal(value, own[name]) for name, value in kept[0].items())
+
+
+def test_modes_are_the_networks_own_whoever_makes_a_handle(tmp_path):
+    """A layer of normalisation that is kept in eval mode stays there when its network is saved."""
+    assert not SubspaceModel(build("cnn").eval(), 12).training  # as from_pretrained gives them
+    model = wrap("cnn")
+    assert model.training
+    model.body.norm.eval()
+    for use in (
+        SubspaceModel.of,
+        lambda net: subspan.save(net, tmp_path / "m"),
+        lambda net: checkpoint.restore(net, checkpoint.read(tmp_path / "m")[1]),
+        lambda net: subspan.grow(net, 24),
+    ):
+        use(model.body)
+        assert model.body.training
+        assert not model.body.norm.training
+    assert not SubspaceModel.of(model.body.eval()).training
+    assert not subspan.load(tmp_path / "m", build("cnn").eval()).training

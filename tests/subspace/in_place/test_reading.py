@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import vmap
 from torch.optim import SGD
 
+import subspan
 from subspan import SubspaceModel, SubspanError
 from subspan.subspace import weights
 from tests.nets import NETS, batch, build, scatter, wrap
@@ -95,6 +96,43 @@ def test_the_gradient_is_the_same_by_every_way():
     want, *others = [torch.autograd.grad(way.square().sum(), w)[0] for way in ways]
     for other in others:
         torch.testing.assert_close(other, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["step", "load", "lora", "grow"])
+def test_a_weight_that_was_read_before_its_coordinates_changed_is_out_of_date(what):
+    """A parameter would have followed: a penalty on what was read before a loop, say."""
+    model, _, x = pair()
+    if what == "lora":
+        model = scatter(subspan.lora(Net(), 20, rank=2, targets=".*"))
+    net = model.body
+    kept = net.head.weight
+    views = [kept, kept[0], kept.T, kept.detach()]
+    copies = [kept.detach().clone(), copy.deepcopy(kept)]
+    [view.sum() for view in views]
+    if what == "load":
+        scatter(twin := copy.deepcopy(model))
+        model.load_state_dict(twin.state_dict())
+    elif what == "grow":
+        subspan.grow(model, 40)
+    else:
+        optimizer = SGD(model.parameters(), lr=0.1)
+        model(x).square().sum().backward()
+        optimizer.step()
+    for view in views:
+        assert view.dtype == torch.float32
+        for use in (
+            lambda v=view: v.square(),
+            lambda v=view: torch.add(1, v),
+            lambda v=view: str(v),
+        ):
+            with pytest.raises(SubspanError, match=r"head\.weight was read before its coordinates"):
+                use()
+    assert torch.equal(*copies)
+    net.head.weight.sum()
+    with model.at_base():
+        base = net.head.weight
+    base.sum()
+    model.unwrap()
 
 
 def test_code_that_asks_for_device_and_dtype():

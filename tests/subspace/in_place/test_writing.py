@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adam
 
 import subspan
@@ -144,6 +145,29 @@ def test_a_new_head_is_the_head_and_is_noticed_when_saving(replace, tmp_path):
     with pytest.raises(SubspanError, match=r"head\.\w+ was replaced after the network was wrapped"):
         model.state_dict()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"exclude": "head"}, {"train_fully": "head"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: weight_norm(net.head),
+        lambda net: setattr(net, "head", nn.Identity()),
+        lambda net: setattr(net.head, "bias", None),
+    ],
+    ids=["weight_norm", "Identity", "no bias"],
+)
+def test_a_parameter_that_is_taken_out_is_noticed_when_saving(options, change, tmp_path):
+    """Though it is not trained in the subspace; its coordinates would mean another function."""
+    model, _, x = pair(**options)
+    change(model.body)
+    now = model(x)
+    assert torch.equal(model.merge()(x), now)
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(SubspanError, match=r"head\.\w+ was taken out of the network after it was"):
+        subspan.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    model.unwrap()(x)
 
 
 def changes():

@@ -93,6 +93,13 @@ class Texts:
         """Return the texts on another device."""
         return Texts(self.tokens.to(device), self.ends.to(device), self.labels.to(device))
 
+    def digest(self) -> str:
+        """Return 8 hexadecimal digits that tell these texts and labels from others."""
+        sums = hashlib.blake2b(digest_size=4)
+        for tensor in (self.tokens, self.ends, self.labels):
+            sums.update(tensor.cpu().numpy().tobytes())
+        return sums.hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class RawTexts:
@@ -140,6 +147,7 @@ class TextData:
         test: the test part.
         names: of the classes, in order.
         notes: sentences that a reader of the results should know.
+        digest: of training and validation part, whichever share of them is for choices.
     """
 
     name: str
@@ -148,6 +156,7 @@ class TextData:
     test: Texts
     names: tuple[str, ...]
     notes: tuple[str, ...]
+    digest: str
 
     def to(self, device: torch.device | str) -> TextData:
         """Return the set on another device."""
@@ -200,7 +209,7 @@ def load(
 
     raw = cache.fetch(f"{readable(Path(place[0]).name)}-{digest}", RawTexts, build)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
-    return TextData(name, train, held_out, raw.test, raw.names, raw.notes)
+    return TextData(name, train, held_out, raw.test, raw.names, raw.notes, raw.train.digest())
 
 
 def _read(

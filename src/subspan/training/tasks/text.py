@@ -79,13 +79,14 @@ class TextClassification(ClassTask):
             yield _scores(net, batch), batch.labels
 
     def describe(self) -> dict[str, Any]:
-        """Return what the network and its tokens depend on beside the base."""
+        """Return what the network and its tokens depend on beside the base, and which texts."""
         names = json.dumps(self.data.names).encode()
         return {
             "classes": len(self.data.names),
             "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
             "pad": self.tokenizer.pad,
             "tokenizer": self.tokenizer.digest,
+            "samples": self.data.digest,
         }
 
     def as_trained(self, extra: Mapping[str, Any], path: str) -> TextClassification:
