@@ -13,8 +13,9 @@ import pytest
 
 from subspan.errors import SubspanError
 from subspan.experiments import Benchmark, exhibits, experiments, gallery
-from subspan.experiments.exhibits import FAMILIES, sweep_command
+from subspan.experiments.exhibits import sweep_command
 from subspan.report import write
+from subspan.report.families import FAMILIES
 from subspan.training.config import Sweep, Training
 from subspan.training.records import differences
 from tests.report.test_report import LI, Document, a_sweep, row, save
