@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,12 +14,10 @@ from matplotlib.transforms import Bbox
 Place = tuple[float, float]
 # Where a name may stand: so many points to the right of its own and above it, the nearest first.
 _PLACES = [
-    (x * far, y * far)
+    far * np.array(side)
     for far in (4.5, 8, 13)
-    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    for side in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ]
-_ACROSS = {1: "left", 0: "center", -1: "right"}
-_UP = {1: "bottom", 0: "center", -1: "top"}
 # What it costs to cover a point, and a text, where a place of a line costs 1; and what a place
 # costs more than the one before it.
 _POINT, _TEXT, _FARTHER = 20.0, 50.0, 0.3
@@ -28,8 +27,9 @@ _STEP = 3.0  # pixels between the places of a line that a name should not cover
 def place_names(
     axes: Axes,
     names: Sequence[tuple[str, Place]],
+    points: Sequence[Place],
     lines: Sequence[Sequence[Place]],
-    **style: object,
+    **style: Any,
 ) -> list[Annotation]:
     """Write names beside their points, one after the other, each where it covers least.
 
@@ -51,28 +51,18 @@ def place_names(
     weights = np.repeat([_POINT] + [1.0] * len(lines), [len(some) for some in places])
     taken: list[Bbox] = []
     texts = []
+    unit = axes.figure.dpi / 72
     for name, at in names:
-        tried = []
-        for order, (dx, dy) in enumerate(_PLACES):
-            text = axes.annotate(
-                name,
-                at,
-                (dx, dy),
-                textcoords="offset points",
-                ha=_ACROSS[int(np.sign(dx))],
-                va=_UP[int(np.sign(dy))],
-                **style,
-            )
-            text.set_in_layout(False)
-            box = text.get_window_extent()
-            cost = _cost(box, axes.bbox, busy, weights, taken) + _FARTHER * order
-            tried.append((cost, order, text, box))
-        _, _, text, box = min(tried, key=lambda each: each[:2])
-        for *_, other, _ in tried:
-            if other is not text:
-                other.remove()
+        text = axes.annotate(name, at, (0, 0), textcoords="offset points", va="bottom", **style)
+        text.set_in_layout(False)
+        size = text.get_window_extent().size
+        corners = [unit * place + size * (np.sign(place) - 1) / 2 for place in _PLACES]
+        boxes = [Bbox.from_bounds(*(pixels(at) + corner), *size) for corner in corners]
+        costs = [_cost(box, axes.bbox, busy, weights, taken) for box in boxes]
+        best = int(np.argmin(costs + _FARTHER * np.arange(len(costs))))
+        text.set_position(corners[best] / unit)
         texts.append(text)
-        taken.append(box)
+        taken.append(boxes[best])
     return texts
 
 

@@ -83,7 +83,8 @@ def draw(
         worst = min(max(errors), _RANGE * min(errors))
         _scale_accuracy(row[0], min(errors), worst)
         for size, axes in zip(SIZES, row, strict=True):
-            _scale_sizes(axes, size, [x for x, a in places[size] if _error(a) <= worst])
+            seen = [x for x, a in places[size] if _error(a) <= worst]
+            _scale_sizes(axes, size, seen or [x for x, _ in places[size]])
             _draw_ours(axes, points[data], size)
             _draw_others(axes, known.get(data, ()), size)
     line = Line2D([], [], color=_INK, linewidth=1.2, label="Frontier of the library")
