@@ -55,9 +55,9 @@ def place_names(
     for name, at in names:
         text = axes.annotate(name, at, (0, 0), textcoords="offset points", va="bottom", **style)
         text.set_in_layout(False)
-        size = text.get_window_extent().size
+        size = np.array(text.get_window_extent().size)
         corners = [unit * place + size * (np.sign(place) - 1) / 2 for place in _PLACES]
-        boxes = [Bbox.from_bounds(*(pixels(at) + corner), *size) for corner in corners]
+        boxes = [Bbox([start, start + size]) for start in pixels(at) + np.array(corners)]
         costs = [_cost(box, axes.bbox, busy, weights, taken) for box in boxes]
         best = int(np.argmin(costs + _FARTHER * np.arange(len(costs))))
         text.set_position(corners[best] / unit)
@@ -79,7 +79,8 @@ def _cost(
     box: Bbox, frame: Bbox, busy: np.ndarray, weights: np.ndarray, taken: Sequence[Bbox]
 ) -> float:
     """Return how much a text covers: other texts count most, and leaving the frame."""
-    covered = weights @ ((busy > box.min - 2) & (busy < box.max + 2)).all(axis=1)
-    beyond = (*(frame.min - box.min), *(box.max - frame.max))
+    low, high = np.array(box.min), np.array(box.max)
+    covered = weights @ ((busy > low - 2) & (busy < high + 2)).all(axis=1)
+    beyond = (*(np.array(frame.min) - low), *(high - np.array(frame.max)))
     outside = sum(max(0.0, float(pixels)) for pixels in beyond)
     return float(covered) + _TEXT * sum(box.overlaps(other) for other in taken) + outside
