@@ -18,6 +18,7 @@ _PLACES = [
     for far in (4.5, 8, 13)
     for side in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ]
+_ACROSS, _UP = {1: "left", 0: "center", -1: "right"}, {1: "bottom", 0: "center", -1: "top"}
 # What it costs to cover a point, and a text, where a place of a line costs 1; and what a place
 # costs more than the one before it.
 _POINT, _TEXT, _FARTHER = 20.0, 50.0, 0.3
@@ -60,7 +61,9 @@ def place_names(
         boxes = [Bbox([start, start + size]) for start in pixels(at) + np.array(corners)]
         costs = [_cost(box, axes.bbox, busy, weights, taken) for box in boxes]
         best = int(np.argmin(costs + _FARTHER * np.arange(len(costs))))
-        text.set_position(corners[best] / unit)
+        # Aligned at its point: letters are not as wide in every resolution.
+        x, y = (int(np.sign(d)) for d in _PLACES[best])
+        text.set(position=tuple(_PLACES[best]), ha=_ACROSS[x], va=_UP[y])
         texts.append(text)
         taken.append(boxes[best])
     return texts
