@@ -95,7 +95,7 @@ def _link(folder: Path, out: Path) -> str:
 
 
 def _known(works: Sequence[KnownResult]) -> list[tuple[str, ...]]:
-    rows = [(work, *point) for work in works for point in work.points]
+    rows = [(work, point) for work in works for point in work.points]
     return [
         (
             NONE if numbers is None else f"{numbers:,.0f}",
@@ -106,5 +106,5 @@ def _known(works: Sequence[KnownResult]) -> list[tuple[str, ...]]:
             cell(work.source),
             "read at the source" if work.status == "read" else "quoted",
         )
-        for work, accuracy, numbers, count in rows
+        for work, (accuracy, numbers, count) in rows
     ]
