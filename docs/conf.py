@@ -37,6 +37,7 @@ NAVIGATION = {
         "docs/gallery",
         "docs/cost",
         "results/README",
+        "results/pareto/pareto",
         "benchmarks/results/README",
         "benchmarks/gpu-instructions",
     ),

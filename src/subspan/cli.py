@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("replay", "the weights of any step, from the journal of a training"),
     "report": ("report", "pictures and a page of what train or sweep wrote"),
     "gallery": ("gallery", "one page of all experiments in a folder, published and measured"),
+    "pareto": ("pareto", "accuracy against stored numbers and bytes, with the best of others"),
     "reproduce": ("reproduce", "run a published experiment, published and measured side by side"),
     "bench": ("bench", "time and memory of generated projections, against stored ones and Adam"),
     "doctor": ("doctor", "kernels, devices, the generator's known answers, versions"),

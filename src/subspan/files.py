@@ -29,6 +29,17 @@ def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:
         raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
 
 
+def refuse_what_is_no_folder(path: Path) -> None:
+    """Refuse a path of an output folder that is a file, or lies in one.
+
+    Raises:
+        SubspanError: it is.
+    """
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise SubspanError(f"--out {path}: {part} is a file: give a folder")
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
     """Write a file so that at every moment the old or the new one is there, whole.
 

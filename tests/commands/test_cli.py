@@ -68,6 +68,7 @@ OPTIONS = {
     "export": ["checkpoint", "out", "--format", "--rank"],
     "report": ["folder"],
     "gallery": ["folder", "file"],
+    "pareto": ["folders", "--data", "--out"],
     "replay": ["journal", "--step", "--out", "--base"],
     "bench": ["--parts", "--sizes", "--nets", "--seconds", "--json", "--out", "stored-csr"],
     "doctor": [],

@@ -16,64 +16,11 @@ from subspan.errors import SubspanError
 from subspan.experiments import Benchmark, Budget, Experiment, experiments
 from subspan.report import bars, read, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
+from subspan.report.families import FAMILIES, OTHERS, Family, family_of
 from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
-from subspan.training.methods import methods
 from subspan.training.records import plain, read_json
 from subspan.training.tasks import option_names
-
-
-@dataclass(frozen=True)
-class Family:
-    """One idea of how a network gets by with fewer numbers, and what is told of it.
-
-    Attributes:
-        title: of its section.
-        text: one sentence.
-        modules: where its methods are, under :mod:`subspan.training.methods`.
-        part: of a benchmark.
-        prefix: how the names of its experiments begin.
-    """
-
-    title: str
-    text: str
-    modules: tuple[str, ...]
-    part: str
-    prefix: str
-
-
-FAMILIES = (
-    Family(
-        "Fixed random subspaces",
-        "θ = θ₀ + P w: a seed gives the projection P, and only the d numbers w are trained.",
-        modules=("subspace", "hash", "lora_subspace"),
-        part="products",
-        prefix="li-",
-    ),
-    Family(
-        "Random bases that are drawn anew",
-        "Each step moves the weights along d random directions of its own (RBD), or always along "
-        "the same ones (FPD), or along those that evaluations alone have measured (NES).",
-        modules=("random_bases",),
-        part="optimizers",
-        prefix="gressmann-",
-    ),
-    Family(
-        "Low rank from the start",
-        "Every layer is U S Vᵀ, and its rank adapts while it is trained (DLRT).",
-        modules=("dlrt",),
-        part="lowrank",
-        prefix="dlrt-",
-    ),
-    Family(
-        "Products of sums",
-        "Every layer is Π Σ aⱼ Mⱼ with fixed matrices Mⱼ, and only the numbers a are trained.",
-        modules=("prodsum",),
-        part="sums",
-        prefix="prodsumnet-",
-    ),
-)
-OTHERS = Family("Other experiments", "", modules=(), part="", prefix="")
 
 
 @dataclass(frozen=True)
@@ -206,16 +153,10 @@ def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
 
 def _family(sweeps: Iterable[SweepRecord], name: str) -> Family:
     """Choose the family of most of the methods; where none has one, that of the name."""
-    homes = Counter(
-        type(methods()[row.method]).__module__.rpartition(".")[2]
-        for sweep in sweeps
-        for row in sweep.rows
-        if row.method in methods()
-    )
-    for home, _ in homes.most_common():
-        for family in FAMILIES:
-            if home in family.modules:
-                return family
+    found = Counter(family_of(row.method) for sweep in sweeps for row in sweep.rows)
+    for family, _ in found.most_common():
+        if family is not OTHERS:
+            return family
     return next((family for family in FAMILIES if name.startswith(family.prefix)), OTHERS)
 
 

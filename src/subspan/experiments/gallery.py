@@ -14,9 +14,10 @@ from typing import Any
 from urllib.parse import quote
 
 from subspan.errors import SubspanError
-from subspan.experiments.exhibits import FAMILIES, OTHERS, exhibits
+from subspan.experiments.exhibits import exhibits
 from subspan.files import refuse_what_is_no_file, write_atomically
-from subspan.report.page import embedded, template
+from subspan.report.families import FAMILIES, OTHERS
+from subspan.report.page import cell, embedded, template
 
 
 def write(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True) -> Path:
@@ -63,15 +64,10 @@ def text(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = T
         "lead": [*lead, *damaged],
         "command": f"subspan gallery {' '.join(paths)}",
         "link": link,
-        "cell": _cell,
+        "cell": cell,
         "picture": _picture,
     }
     return template(f"gallery{file.suffix}", escape=file.suffix == ".html").render(content)
-
-
-def _cell(words: str) -> str:
-    """Text that cannot end a cell of a Markdown table, nor begin a tag."""
-    return " ".join(words.split()).replace("|", r"\|").replace("<", "&lt;")
 
 
 def _picture(png: Path) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from subspan.errors import SubspanError
-from subspan.files import write_atomically
+from subspan.files import refuse_what_is_no_folder, write_atomically
 from subspan.sweeps.result import SweepRecord
 from subspan.training.records import RunRecord
 
@@ -97,3 +97,30 @@ def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
     sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, SweepRecord)}
     figure = pictures.comparison_figure(sweeps)
     return pictures.write(figure, out, "comparison")
+
+
+def write_pareto(folders: Sequence[Path], data: Sequence[str], out: Path) -> list[Path]:
+    """Write ``pareto.png``, ``pareto.svg`` and ``pareto.md``: accuracy against numbers and bytes.
+
+    Args:
+        folders: with records of sweeps and runs at any depth.
+        data: sets of images, a row of the picture for each.
+        out: a folder, made if it is not there.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SubspanError: for a folder or data without a complete record, and a damaged record; nothing
+            is written then.
+    """
+    from subspan.report import pareto, pareto_page, pictures
+    from subspan.report.known import known_results
+    from subspan.report.points import measured_points
+
+    refuse_what_is_no_folder(out)
+    points, known = measured_points(folders, data), known_results()
+    figure, page = pareto.draw(points, known), pareto_page.text(folders, out, points, known)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "pareto.md", page.encode())
+    return [*pictures.write(figure, out, "pareto"), out / "pareto.md"]

@@ -66,6 +66,11 @@ def template(name: str, *, escape: bool = True) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def cell(words: str) -> str:
+    """Return text that cannot end a cell of a Markdown table, nor begin a tag."""
+    return " ".join(words.split()).replace("|", r"\|").replace("<", "&lt;")
+
+
 def embedded(picture: bytes) -> str:
     """Return a picture, SVG or PNG, as an address that holds it."""
     kind = "png" if picture.startswith(b"\x89PNG") else "svg+xml"

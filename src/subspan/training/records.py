@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from subspan.errors import SubspanError
-from subspan.files import write_atomically
+from subspan.files import refuse_what_is_no_folder, write_atomically
 from subspan.training.schema import OPTIONAL, OTHERS, MisfitError, from_json, line_of, to_json
 from subspan.training.score import ACCURACY, Score
 
@@ -279,9 +279,7 @@ def claim(
     Raises:
         SubspanError: if the folder is a file, or belongs to another configuration.
     """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise SubspanError(f"--out {folder}: {path} is a file: give a folder")
+    refuse_what_is_no_folder(folder)
     for other in {"record.json", "sweep.json", "bench.json"} - {file}:
         if (folder / other).exists():
             raise SubspanError(f"{folder} has a {other} of something else: give another --out")
