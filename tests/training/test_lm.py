@@ -72,7 +72,7 @@ def test_no_method_trains_the_output_layer_unasked(here, cli):
     said = cli("train", *words, "--rank", 2, "--lr", 0.1, "--steps", 1, "--out", "r")
     assert (said.code, said.err) == (0, "")
     record = record_of(here / "r")
-    assert (record["trainable_parameters"], record["head_parameters"]) == (20, 0)
+    assert (record["trainable_parameters"], record["stored_parameters"]) == (20, 20)
     assert cli("export", "r/model.safetensors", "lora", "--format", "peft").code == 0
     assert (
         json.loads((here / "lora" / "adapter_config.json").read_text())["modules_to_save"] is None
