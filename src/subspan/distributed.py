@@ -80,3 +80,13 @@ def means(tensors: Sequence[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@torch.no_grad()
+def share_buffers(net: nn.Module) -> None:
+    """Give the buffers of the first process, of BatchNorm say, to all; all must ask."""
+    for buffer in net.buffers():
+        first = buffer.contiguous()
+        dist.broadcast(first, src=0)
+        if not torch.equal(first, buffer):
+            buffer.copy_(first)

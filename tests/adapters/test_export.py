@@ -174,6 +174,26 @@ def test_targets_are_named_so_that_no_other_module_is_meant(tmp_path):
     assert config["task_type"] is None
 
 
+@pytest.mark.parametrize("targets", ["attention", "mlp", "all-linear"])
+def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
+    """What vLLM and SGLang ask of the two files, as docs/lora.md tells it."""
+    net = hf.llama()
+    linear = {name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    subspan.export_lora(scatter(subspan.lora(net, 20, rank=4, targets=targets)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    named = config["target_modules"]
+    assert isinstance(named, list)
+    assert (config["r"], config["bias"], config["modules_to_save"]) == (4, "none", None)
+    assert not config["use_dora"]
+    keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    for key in keys:
+        layer, letter, weight = key.removeprefix("base_model.model.").rsplit(".", 2)
+        assert layer in linear - {"lm_head"}
+        assert layer.rpartition(".")[2] in named
+        assert (letter in ("lora_A", "lora_B"), weight) == (True, "weight")
+    assert len(keys) == 2 * len(named)  # of one block
+
+
 def test_what_peft_would_store_whole_cannot_have_a_lora(tmp_path):
     net = nn.Sequential()
     net.add_module("pre_head", nn.Linear(8, 8))

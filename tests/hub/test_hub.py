@@ -167,6 +167,34 @@ def test_the_networks_own_method_publishes_all_weights(hub):
     assert torch.equal(logits(whole), logits(model))
 
 
+class Own(nn.Module, hub_client.PyTorchModelHubMixin):
+    """A network of no library, with the methods of the Hub's mixin."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x).tanh())
+
+
+def test_a_network_with_the_mixin_keeps_its_methods(hub, tmp_path):
+    """Its own publish all weights, ours the coordinates."""
+    Own(16).save_pretrained(tmp_path / "base")
+    model, x = SubspaceModel(Own.from_pretrained(tmp_path / "base"), 5), torch.randn(3, 4)
+    scatter(model)
+    model.body.push_to_hub("user/whole", token=TOKEN)
+    assert torch.equal(Own.from_pretrained("user/whole")(x), model(x))
+    for number, one in enumerate((model, model.body)):
+        one.save_pretrained(tmp_path / str(number))
+        assert torch.equal(Own.from_pretrained(tmp_path / str(number))(x), model(x))
+    model.push_to_hub("user/small", token=TOKEN)
+    loaded = subspan.load("user/small", Own.from_pretrained(tmp_path / "base"))
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(SubspanError, match="does not name a network that can be fetched"):
+        subspan.load("user/small")
+
+
 def test_a_file_is_enough_wherever_its_base_can_be_found(hub, bases, tmp_path):
     for name in ("org/base", str(bases / "one")):
         model = variant(name)
@@ -406,6 +434,17 @@ def test_what_is_not_there_is_said(hub):
             subspan.load(name, nn.Linear(2, 2))
     with pytest.raises(SubspanError, match="has no revision: leave revision='v2'"):
         subspan.load("runs/m.safetensors", revision="v2")
+
+
+def test_a_base_that_is_gone_is_named_with_the_file(hub, tmp_path, monkeypatch):
+    model, net = variant("org/base"), classifier("org/base")
+    model.push_to_hub("user/small", token=TOKEN)
+    monkeypatch.setattr(hub_client.constants, "HF_HUB_CACHE", str(tmp_path / "other"))
+    del hub.repositories["org/base"]
+    match = "base of user/small cannot be had, for there is no repository org/base .*give it to"
+    with pytest.raises(SubspanError, match=match):
+        subspan.load("user/small")
+    assert_same(subspan.load("user/small", net), model)
 
 
 def test_tokens_are_asked_for(hub):

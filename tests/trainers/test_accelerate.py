@@ -1,6 +1,7 @@
 """Loops with accelerate, unchanged, around a network in a subspace or around its handle."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from subspan import SubspaceModel
+from subspan import SubspaceModel, SubspanError
 from tests.nets import build, scatter
 
 accelerate = pytest.importorskip(
@@ -88,6 +89,23 @@ def test_mixed_precision(through):
     assert torch.equal(twin(x), found)  # its forward is not that of the original
     plain = loop.accelerator.unwrap_model(loop.net, keep_fp32_wrapper=False)
     torch.testing.assert_close(plain(x), SubspaceModel.of(plain).merge()(x))
+
+
+@both
+def test_fsdp_that_would_empty_the_network_is_refused(through):
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    model = scatter(SubspaceModel(build("mlp"), 12))
+    x, _ = next(iter(rows(8)))
+    before = model(x)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=True
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    asking = SimpleNamespace(state=state, mixed_precision="no")
+    with pytest.raises(SubspanError, match="needs θ₀ whole until it is sharded: set it to false"):
+        fsdp2_prepare_model(asking, model if through == "handle" else model.body)
+    assert torch.equal(model(x), before)
 
 
 def test_a_copy_of_the_weights_is_one_of_an_ordinary_network(tmp_path):

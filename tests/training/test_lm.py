@@ -66,6 +66,28 @@ def test_by_command(here, cli):
     assert "tokens: 180\n" in said.out
 
 
+def test_no_method_trains_the_output_layer_unasked(here, cli):
+    """As vLLM wants it of a LoRA; and methods are compared at equal counts."""
+    words = (*WORDS, "--method", "lora-subspace", "--layers", "attention", "--dim", 20)
+    said = cli("train", *words, "--rank", 2, "--lr", 0.1, "--steps", 1, "--out", "r")
+    assert (said.code, said.err) == (0, "")
+    record = record_of(here / "r")
+    assert (record["trainable_parameters"], record["stored_parameters"]) == (20, 20)
+    assert cli("export", "r/model.safetensors", "lora", "--format", "peft").code == 0
+    assert (
+        json.loads((here / "lora" / "adapter_config.json").read_text())["modules_to_save"] is None
+    )
+
+
+def test_the_intrinsic_dimension_of_a_text(here, cli):
+    words = (*WORDS, "--block", 9, "--epochs", 1, "--stage-epochs", 1, "--dims", "4,8")
+    said = cli("intrinsic", *words, "--seeds", 1, "--baseline-lrs", 0.02, "--jobs", 1, "--out", "d")
+    assert (said.code, said.err) == (0, "")
+    assert "perplexity" in said.out
+    (curve,) = (record_of(run) for run in (here / "d" / "runs").iterdir() if "hash" in run.name)
+    assert [row["trainable_parameters"] for row in curve["history"]][:1] == [4]
+
+
 def test_blocks(made):
     task = loaded(made, block=9)
     words = task.tokenizer.inner.convert_ids_to_tokens(task.data.test.tokens[0].tolist())

@@ -27,12 +27,13 @@ def need(library: str) -> Any:
 
 
 @contextlib.contextmanager
-def asking(repo: str, revision: str | None = None) -> Iterator[None]:
+def asking(repo: str, revision: str | None = None, base_of: str = "") -> Iterator[None]:
     """Run calls of those libraries, of which any error is said in one sentence.
 
     Args:
         repo: the repository that is asked for.
         revision: of it.
+        base_of: the file that names the repository as its base, if the user did not.
 
     Raises:
         SubspanError: for whatever they raise.
@@ -42,7 +43,13 @@ def asking(repo: str, revision: str | None = None) -> Iterator[None]:
     except SubspanError:
         raise
     except Exception as error:
-        raise SubspanError(_say(error, repo, revision)) from error
+        text = _say(error, repo, revision)
+        if base_of:
+            text = (
+                f"the base of {base_of} cannot be had, for {text}; if you have the network, give "
+                "it to load"
+            )
+        raise SubspanError(text) from error
 
 
 def _say(error: BaseException, repo: str, revision: str | None) -> str:

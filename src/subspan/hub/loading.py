@@ -54,7 +54,7 @@ def load(
     if net is not None:
         return checkpoint.load(file, net)
     header, tensors = checkpoint.read(file)
-    network, drawn = _fetch(file, header, token)
+    network, drawn = _fetch(str(path), header, token)
     parameters = dict(network.named_parameters())
     for name, tensor in tensors.items():  # what is trained fully keeps the file's dtype
         if (p := parameters.get(name.removeprefix("body."))) is not None:
@@ -90,7 +90,7 @@ def locate(
         raise SubspanError(f"there is no file {name} here, and {error}") from error
 
 
-def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn.Module, set[str]]:
+def _fetch(path: str, header: Mapping[str, Any], token: str | None) -> tuple[nn.Module, set[str]]:
     """Return the base that a header names, and which of its tensors were drawn at random.
 
     Raises:
@@ -102,7 +102,7 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
         given = "a function that makes the network" if drawn else "the one that it was trained from"
         raise SubspanError(f"{path} does not name a network that can be fetched: give load {given}")
     cls, where, revision = _read_base(path, base)
-    with asking(where, revision), _quiet():
+    with asking(where, revision, base_of=path), _quiet():
         config = cls.config_class.from_pretrained(where, revision=revision, token=token)
         quantised = getattr(config, "quantization_config", None) is not None
         weights = getattr(config, "transformers_weights", None) or FILE
@@ -130,7 +130,7 @@ def _fetch(path: Path, header: Mapping[str, Any], token: str | None) -> tuple[nn
     return net, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
-def _read_base(path: Path, base: Any) -> tuple[Any, str, str | None]:
+def _read_base(path: str, base: Any) -> tuple[Any, str, str | None]:
     """Return class, name and revision of a header's base.
 
     Raises:

@@ -107,6 +107,14 @@ def find_checkpoint(start: FrameType) -> str | None:
     return None
 
 
+def empties_for_fsdp(start: FrameType) -> bool:
+    """Return whether accelerate moves a network to the meta device, to fill its shards anew."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name in ("_apply", "to"):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "fsdp2_prepare_model"
+
+
 def sorts_by_decay(frame: FrameType) -> bool:
     """Return whether transformers goes from module to module to find what weight decay is for."""
     return frame.f_code.co_name == "get_parameter_names"

@@ -32,6 +32,7 @@ from subspan.subspace.callers import (
     asked_by_trace,
     converts_batchnorm,
     copies_weights,
+    empties_for_fsdp,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
@@ -187,6 +188,12 @@ class WrappedModule(ModuleStates):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""
+        if not torch.compiler.is_compiling() and empties_for_fsdp(sys._getframe(1)):
+            raise SubspanError(
+                "accelerate's cpu_ram_efficient_loading would empty this network and fill its "
+                "shards from one process, while every process needs θ₀ whole until it is sharded: "
+                "set it to false (fsdp_cpu_ram_efficient_loading in a configuration file)"
+            )
         link = link_of(self)
         changes, tensors = link.weights.changes, set(link.tensors.values())
         before = changes.changed(tensors)

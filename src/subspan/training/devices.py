@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from subspan import distributed
 from subspan.training.config import Training
@@ -24,4 +25,9 @@ def accelerator(training: Training, **more: Any) -> Accelerator:
     distributed.meet_again("gloo" if on_cpu(training) else None)
     # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
     precision = training.mixed_precision
-    return Accelerator(cpu=on_cpu(training), mixed_precision=precision, **more)
+    # DDP would send them with every call of the network. A step may be several calls, with tensors
+    # of the first still wanted for its gradient, and not as many in every process.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(
+        cpu=on_cpu(training), mixed_precision=precision, kwargs_handlers=[ddp], **more
+    )

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from subspan import checkpoint
+from subspan import checkpoint, distributed
 from subspan.errors import Stopped, SubspanError
 from subspan.training import data, machine, records, resume, state, trackers
 from subspan.training.evaluate import describe, evaluate
@@ -264,6 +264,7 @@ class Loop:
         if accelerator.num_processes > 1:
             own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
+            distributed.share_buffers(self.model)
         said = self.method.diagnose(self.model, self.bare)
         if epoch in (stages := self.method.stages(self.planned)) and len(stages) > 1:
             trained = self.counts()["trainable_parameters"]
@@ -311,8 +312,7 @@ class Loop:
     def finish(self) -> None:
         """Go back to the best epoch, read the test set once, and write what was found."""
         self.accelerator.wait_for_everyone()
-        best = self.folder.kept_best
-        _, tensors = checkpoint.read(best)
+        _, tensors = checkpoint.read(best := self.folder.kept_best)
         size = best.stat().st_size
         checkpoint.restore(self.model, tensors)
         # In full precision, as everyone who loads the file will.

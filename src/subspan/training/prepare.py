@@ -30,10 +30,18 @@ class Prepared:
 
 
 def complete(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
-    """Return a method's options; what of the network is new is trained fully by default."""
+    """Return a method's options; what of the network is new is trained fully by default.
+
+    Where nothing is new, as in language modelling, no method trains the output layer unasked.
+    """
     head = tasks.kind(training.task).head
     known = any(option.name == "train_fully" for option in how.options)
-    return ({"train_fully": head} if head and known else {}) | dict(options)
+    usual: dict[str, Any] = {}
+    if known and head:
+        usual = {"train_fully": head}
+    elif head == "" and how.trains_head:
+        usual = {"train_fully": []}
+    return usual | dict(options)
 
 
 def prepare(run: Run) -> Prepared:

@@ -55,6 +55,8 @@ class Method(ABC):
     """Whether training finds out how many numbers there are, and the axis only steers it."""
     averages_gradients = True
     """Whether processes share work by averaging gradients (DDP); else the optimizer sees to it."""
+    trains_head = False
+    """Whether it trains the network's head beside something else, if ``train_fully`` is silent."""
     evaluates = False
     """Whether the optimizer's step evaluates the loss itself, by a closure."""
 

@@ -28,6 +28,7 @@ LAYERS = Option(
 class PEFTMethod(FineTuning):
     """A method of PEFT."""
 
+    trains_head = True
     options: tuple[Option, ...] = (LAYERS, TRAIN_FULLY, RATE_OF_HEAD)
 
     @abstractmethod

@@ -19,6 +19,7 @@ class LoRASubspace(Method):
     """All factors through d coordinates; exports as an ordinary LoRA."""
 
     axis = "dim"
+    trains_head = True
     options = (
         Option("dim", int | str, "d, the coordinates in all"),
         Option("rank", int, "r, the rank of the factors (8)"),

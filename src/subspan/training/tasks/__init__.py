@@ -144,7 +144,8 @@ class TaskKind(ABC):
     options: tuple[Option, ...] = ()
     """The options of this task, beside those of the training."""
     head: str | None = None
-    """The part of its networks that is new, and trained as it is: a preset, or a pattern."""
+    """The part of its networks that is new, and trained as it is: a preset, or a pattern; "" if
+    nothing is new, None if the task does not know."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002 (the word that command lines use)
         self.name, self.help = name, help

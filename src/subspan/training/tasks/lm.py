@@ -124,6 +124,7 @@ def _build(net: str, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
 class _LanguageModel(TaskKind):
     """Text files and sets of texts by name, decoders of Transformers by name."""
 
+    head = ""
     options = (
         Option(
             "text_column",
