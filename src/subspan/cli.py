@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from subspan import __version__
+from subspan.commands.words import take_option
 from subspan.errors import Stopped, SubspanError, unknown
 
 # By what people type: the file, and what the command is for.
@@ -68,13 +69,7 @@ def _import(arguments: list[str]) -> list[str]:
     They stand in the environment, too, from which processes that are started for this command,
     workers of a sweep say, have them.
     """
-    given, rest, words = [], [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--import":
-            given.append(value if equals else next(words, ""))
-        else:
-            rest.append(word)
+    given, rest = take_option(arguments, "--import")
     if given:
         from subspan.training.own import load, remember
 

@@ -176,7 +176,7 @@ def test_targets_are_named_so_that_no_other_module_is_meant(tmp_path):
 
 @pytest.mark.parametrize("targets", ["attention", "mlp", "all-linear"])
 def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
-    """What vLLM and SGLang ask of the two files, as docs/lora.md tells it."""
+    """The two files have all that vLLM and SGLang ask for (docs/lora.md)."""
     net = hf.llama()
     linear = {name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     subspan.export_lora(scatter(subspan.lora(net, 20, rank=4, targets=targets)), tmp_path)

@@ -67,7 +67,7 @@ def test_by_command(here, cli):
 
 
 def test_no_method_trains_the_output_layer_unasked(here, cli):
-    """As vLLM wants it of a LoRA; and methods are compared at equal counts."""
+    """vLLM takes no LoRA with another output layer; and methods are compared at equal counts."""
     words = (*WORDS, "--method", "lora-subspace", "--layers", "attention", "--dim", 20)
     said = cli("train", *words, "--rank", 2, "--lr", 0.1, "--steps", 1, "--out", "r")
     assert (said.code, said.err) == (0, "")

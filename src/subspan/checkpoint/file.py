@@ -160,7 +160,7 @@ def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path} is of the kind {kind!r}, which this version of subspan does not know: upgrade"
         )
     fields = {"extra": dict, "weights": int} | FIELDS.get(str(kind), {"kind": ()})
-    fields |= {name: kind for name, kind in OPTIONAL.items() if name in header}
+    fields |= {name: OPTIONAL[name] for name in OPTIONAL.keys() & header.keys()}
     if not all(name in header and isinstance(header[name], t) for name, t in fields.items()):
         raise SubspanError(f"{path} is not what subspan saves: fields of its header are wrong")
     if unknown := sorted(header.keys() - fields.keys() - {"format", "kind"}):

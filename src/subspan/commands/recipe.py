@@ -10,6 +10,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 from subspan.commands.parsing import Arguments, Parser
+from subspan.commands.words import take_option
 from subspan.errors import SubspanError, unknown
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -37,13 +38,7 @@ def open_recipe(argv: Arguments) -> list[str]:
     Raises:
         SubspanError: the recipe is unknown, or a second one is given.
     """
-    names, rest, words = [], [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--recipe":
-            names.append(value if equals else next(words, ""))
-        else:
-            rest.append(word)
+    names, rest = take_option(argv, "--recipe")
     if len(names) > 1:
         raise SubspanError(f"there can be one recipe, got {' and '.join(names)}")
     if not names:

@@ -1,4 +1,4 @@
-"""What others reached with few numbers or bytes: ``known.yaml``, whose head explains it."""
+"""Results of others with few numbers or bytes: ``known.yaml``, whose head explains them."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
 from subspan.errors import SubspanError, unknown
+from subspan.training.config import split
 
 Change = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ def changes(names: str | list[str] | None) -> list[Change]:
     Raises:
         SubspanError: a name is unknown, or given twice.
     """
-    given = names.split(",") if isinstance(names, str) else names or []
+    given = () if names is None else split(names, "augment")
     for name in given:
         if name not in CHANGES:
             raise unknown("change of images", name, CHANGES)

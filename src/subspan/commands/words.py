@@ -1,0 +1,22 @@
+"""Words of a command line that are looked at before a command parses the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def take_option(words: Iterable[str], option: str) -> tuple[list[str], list[str]]:
+    """Divide words into the values of one option and all other words.
+
+    Args:
+        words: as typed; a value follows its option, or stands behind an equals sign.
+        option: as "--import"; it may be given several times. One without a value has "".
+    """
+    values, rest, left = [], [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name == option:
+            values.append(value if equals else next(left, ""))
+        else:
+            rest.append(word)
+    return values, rest
