@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from subspan import SubspanError
+from subspan.training.data import augment
 from subspan.training.data.augment import CHANGES, affine, changes, crop, flip
 from tests.runs import record_of
 
@@ -66,6 +67,23 @@ def test_affine_moves_a_point_as_far_as_it_says():
         moved = (levels.sum(dim=dim) * at).sum(dim=1) / total
         assert 3 < moved.abs().max() < 57 / 14 * 1.4
         assert abs(moved.mean()) < 0.5
+
+
+def test_affine_turns_without_bending(monkeypatch):
+    """Where nothing else is changed, points keep their distance and their right angle."""
+    for limit in ("SCALE", "SHEAR", "SHIFT"):
+        monkeypatch.setattr(augment, limit, 0.0)
+    monkeypatch.setattr(augment, "ANGLE", 0.5)
+    images = torch.zeros(100, 2, 57, 57)
+    images[:, 0, 28, 44], images[:, 1, 44, 28] = 255, 255  # 16 pixels to the right, and below
+    torch.manual_seed(0)
+    levels = affine(images)
+    at = torch.arange(57.0) - 28
+    total = levels.sum(dim=(2, 3))
+    x, y = ((levels.sum(dim=dim) * at).sum(dim=2) / total for dim in (2, 3))
+    assert ((x**2 + y**2).sqrt() - 16).abs().max() < 0.5
+    assert (x[:, 0] * x[:, 1] + y[:, 0] * y[:, 1]).abs().max() < 0.1 * 16**2
+    assert y[:, 0].abs().max() > 6
 
 
 def test_names():
