@@ -1,4 +1,4 @@
-"""Training with rounded coordinates: in any loop, exactly, and to be gone on with."""
+"""Training that ends with rounded coordinates: in any loop, and to be gone on with."""
 
 import copy
 import math
@@ -9,17 +9,18 @@ from torch.optim import SGD, Adam
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
-from subspan.coding import coded_bits, round_to_levels
+from subspan.coding import choose_step, coded_bits, round_to_levels
 from subspan.optim import Quantiser
+from subspan.optim.quantiser import all_fixed
 from tests.nets import batch, build
 
 DIM = 60
 
 
-def begin(bits=2.0, after=0, optimizer=Adam, lr=0.1, **options):
+def begin(bits=2.0, steps=8, after=0, optimizer=Adam, lr=0.1, **options):
     model = SubspaceModel(build("mlp"), DIM, **options)
     made = optimizer(model.parameters(), lr)
-    return model, made, Quantiser(model, made, bits, after)
+    return model, made, Quantiser(model, made, bits, steps, after)
 
 
 def run(model, optimizer, steps):
@@ -37,44 +38,91 @@ def coordinates(model):
     return torch.cat([w.detach() for w in model.coordinates.values()])
 
 
+def fixed(model, optimizer):
+    """The coordinates that are fixed, NaN where they are free."""
+    return torch.cat([optimizer.state[w]["quantiser_fixed"] for w in model.coordinates.values()])
+
+
 @pytest.mark.parametrize("optimizer", [Adam, SGD])
 @pytest.mark.parametrize("options", [{}, {"compartments": "layer"}], ids=["global", "layer"])
-def test_what_the_loss_sees_is_on_the_grid_and_within_the_bits(optimizer, options):
-    model, made, quantiser = begin(optimizer=optimizer, **options)
-    for _ in range(12):
+def test_coordinates_are_fixed_on_the_grid_one_after_the_other(optimizer, options):
+    model, made, quantiser = begin(optimizer=optimizer, lr=0.01, **options)
+    for done in range(1, 9):
         run(model, made, 1)
-        w, step = coordinates(model), quantiser.step
+        w, step, held = coordinates(model), quantiser.step, ~fixed(model, made).isnan()
+        assert held.sum() == math.ceil(DIM * (1 - (1 - done / 8) ** 2))
         levels = round_to_levels(w, step)
-        assert torch.equal(w, torch.from_numpy(levels).float() * step)
+        on_grid = torch.from_numpy(levels).float() * step
+        assert torch.equal(w[held], on_grid[held])
+        assert bool(held.all()) == torch.equal(w, on_grid)  # free ones are where training left them
         assert coded_bits(levels) <= 2.0 * DIM
         assert levels.any()
+        assert all_fixed(made) == bool(held.all()) == (done >= 7)  # the last 60/64 are all
 
 
-def test_the_optimizer_moves_the_exact_coordinates():
-    """The step of plain gradient descent from w, with the gradient at the rounded ones."""
-    model, made, _ = begin(optimizer=SGD, lr=0.5)
+def test_what_is_fixed_stays():
+    model, made, quantiser = begin(bits=4, steps=20, after=60)
+    run(model, made, 60)
+    made.param_groups[0]["lr"] = 0.001
+    step = None
+    for _ in range(20):
+        before = fixed(model, made) if step else torch.full((DIM,), math.nan)
+        run(model, made, 1)
+        now, w = fixed(model, made), coordinates(model)
+        kept, free = ~before.isnan(), now.isnan()
+        assert step in (None, quantiser.step)  # at this rate the coordinates keep their size
+        step = quantiser.step
+        assert torch.equal(now[kept], before[kept])
+        assert torch.equal(w[~free], now[~free])
+        assert before[~kept].numel() == 0 or (~free).sum() > kept.sum()
     run(model, made, 3)
+    assert torch.equal(coordinates(model), now)
+
+
+def test_the_nearest_are_fixed_first():
+    model, made, quantiser = begin(bits=4, steps=100, optimizer=SGD, lr=0.0)
     (w,) = model.coordinates.values()
-    exact = made.state[w]["exact"].clone()
-    assert not torch.equal(exact, w)
-    run(model, made, 1)
-    expected = exact - 0.5 * w.grad
-    assert torch.equal(made.state[w]["exact"], expected)
-    assert (w - expected).abs().max() <= made.state[w]["quantiser_step"] / 2
+    with torch.no_grad():
+        w.copy_(torch.randn(DIM, generator=torch.Generator().manual_seed(0)))
+    exact = coordinates(model).clone()
+    run(model, made, 20)
+    held = ~fixed(model, made).isnan()
+    away = (exact / quantiser.step - (exact / quantiser.step).round()).abs()
+    assert 0 < held.sum() < DIM
+    assert away[held].max() <= away[~held].min()
 
 
-def test_training_repairs_what_rounding_did():
-    model, made, _ = begin(bits=3, after=100)
-    run(model, made, 101)
-    rounded = run(model, made, 1)
+def test_a_step_that_coordinates_outgrow_is_chosen_anew():
+    model, made, quantiser = begin(bits=3, steps=20, lr=1e-4)
+    run(model, made, 10)
+    step, held = quantiser.step, int((~fixed(model, made).isnan()).sum())
+    made.param_groups[0]["lr"] = 0.3
+    run(model, made, 10)
+    assert quantiser.step > step
+    assert 0 < held < DIM
+    assert all_fixed(made)
+    levels = round_to_levels(coordinates(model), quantiser.step)
+    assert torch.equal(coordinates(model), torch.from_numpy(levels).float() * quantiser.step)
+    assert coded_bits(levels) <= 3 * DIM
+
+
+def test_what_is_free_makes_up_for_what_is_fixed():
+    """The loss after all have been fixed, against that of rounding them at once."""
+    model, made, _ = begin(bits=2, after=100, steps=100)
+    run(model, made, 100)
+    at_once = copy.deepcopy(model)
+    for w in at_once.coordinates.values():
+        step = choose_step(w.detach(), 2)
+        w.data = torch.from_numpy(round_to_levels(w, step)).float() * step
     for step in range(100):
         made.param_groups[0]["lr"] = 0.05 * (1 - step / 100)
         run(model, made, 1)
-    assert run(model, made, 1) < 0.5 * rounded
+    assert all_fixed(made)
+    assert run(model, made, 1) < 0.75 * run(at_once, SGD(at_once.parameters(), 0.0), 1)
 
 
 def test_the_file_is_the_trained_model(tmp_path):
-    model, made, quantiser = begin(bits=3)
+    model, made, quantiser = begin(bits=3, steps=10)
     run(model, made, 10)
     file = tmp_path / "m.subspan"
     subspan.save(model, file, bits=3)
@@ -86,46 +134,62 @@ def test_the_file_is_the_trained_model(tmp_path):
 
 
 def test_it_begins_after_so_many_steps_and_can_be_removed():
-    model, made, quantiser = begin(after=3)
+    model, made, quantiser = begin(after=3, steps=2)
     plain = SubspaceModel(build("mlp"), DIM)
     run(plain, Adam(plain.parameters(), 0.1), 3)
     run(model, made, 3)
     assert quantiser.step is None
+    assert not all_fixed(made)
     assert torch.equal(coordinates(model), coordinates(plain))
-    run(model, made, 1)
-    assert quantiser.step
+    run(model, made, 2)
+    assert all_fixed(made)
+    before = coordinates(model)
     quantiser.remove()
-    before = quantiser.step
     run(model, made, 1)
-    assert not torch.equal(coordinates(model) / before, (coordinates(model) / before).round())
+    assert not (coordinates(model) == before).any()
 
 
-@pytest.mark.parametrize("done", [2, 5])
-def test_it_goes_on_from_the_optimizers_state(done):
-    model, made, _ = begin(after=4)
+@pytest.mark.parametrize("done", [2, 5, 9])
+@pytest.mark.parametrize("optimizer", [Adam, SGD])
+def test_it_goes_on_from_the_optimizers_state(done, optimizer):
+    model, made, _ = begin(after=4, optimizer=optimizer)
     run(model, made, done)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(made.state_dict())
-    run(model, made, 6)
-    again, theirs, _ = begin(after=4)
+    run(model, made, 12 - done)
+    again, theirs, _ = begin(after=4, optimizer=optimizer)
     again.load_state_dict(weights)
     theirs.load_state_dict(state)
-    run(again, theirs, 6)
+    run(again, theirs, 12 - done)
+    assert all_fixed(theirs)
     assert torch.equal(coordinates(again), coordinates(model))
 
 
 @pytest.mark.parametrize(
-    ("bits", "after", "said"),
-    [(0, 0, "bits must be"), (math.inf, 0, "bits must"), (2, -1, "after")],
+    ("bits", "steps", "after", "said"),
+    [
+        (0, 1, 0, "bits must be"),
+        (math.inf, 1, 0, "bits must"),
+        (2, 0, 0, "steps must"),
+        (2, 1, -1, "after"),
+    ],
 )
-def test_bad_arguments_are_refused(bits, after, said):
+def test_bad_arguments_are_refused(bits, steps, after, said):
     with pytest.raises(SubspanError, match=said):
-        begin(bits, after)
+        begin(bits, steps, after)
+
+
+def test_coordinates_that_are_not_finite_are_refused():
+    model, made, _ = begin()
+    run(model, made, 1)
+    made.param_groups[0]["lr"] = math.inf
+    with pytest.raises(SubspanError, match="not finite"):
+        run(model, made, 1)
 
 
 def test_an_optimizer_of_other_parameters_is_refused():
     model = SubspaceModel(build("mlp"), DIM, compartments="layer")
     with pytest.raises(SubspanError, match="all coordinates"):
-        Quantiser(model, Adam(list(model.parameters())[:1]), 2)
+        Quantiser(model, Adam(list(model.parameters())[:1]), 2, 10)
 
 
 def test_a_step_with_a_closure_is_refused():

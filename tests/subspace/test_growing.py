@@ -220,13 +220,13 @@ def test_an_optimizer_that_holds_its_list_of_parameters_goes_on():
 def test_a_quantiser_rounds_the_new_coordinates():
     model = make_model(5)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    subspan.optim.Quantiser(model, optimizer, bits=3, after=1)
+    subspan.optim.Quantiser(model, optimizer, bits=3, steps=1, after=1)
     step(model, optimizer)
     subspan.grow(model, 10, optimizer)
     step(model, optimizer)
     (w,) = model.coordinates.values()
     assert (w / optimizer.state[w]["quantiser_step"]).frac().abs().max() < 1e-5
-    refused(model, 20, optimizer, match="'exact'")
+    refused(model, 20, optimizer, match="'quantiser_fixed'")
 
 
 def test_what_holds_on_to_the_old_coordinates_is_refused():

@@ -181,7 +181,7 @@ def test_a_run_with_bits_leaves_a_compact_file_that_every_command_reads(tmp_path
     exact = checkpoint.read(out / "model.safetensors")[1]["coordinates"]
     assert torch.equal(checkpoint.read(file)[1]["coordinates"], exact)
     assert evaluate_checkpoint(file)["test_accuracy"] == record.test_score
-    assert record.best_epoch == 4  # coordinates are rounded in the last quarter only
+    assert record.best_epoch == 4  # all coordinates are rounded at the end only
     said = cli("inspect", file)
     assert said.code == 0
     assert "bytes_of_parts:" in said.out

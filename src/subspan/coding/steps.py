@@ -33,8 +33,6 @@ def choose_step(w: Tensor, bits: float) -> float:
     """
     if not 0 < bits < float("inf"):
         raise SubspanError(f"bits must be a positive number of bits a coordinate, got {bits}")
-    if not bool(torch.isfinite(w).all()):
-        raise SubspanError("coordinates that are not finite cannot be quantised")
     largest = float(w.abs().max()) if w.numel() else 0.0
     fine, coarse = _SMALLEST - 1, _LARGEST
     while coarse - fine > 1:
@@ -52,7 +50,13 @@ def choose_step(w: Tensor, bits: float) -> float:
 
 
 def round_to_levels(w: Tensor, step: float) -> Levels:
-    """Return the nearest levels of coordinates, (d,); halves go to the even one."""
+    """Return the nearest levels of coordinates, (d,); halves go to the even one.
+
+    Raises:
+        SubspanError: if a coordinate is not finite.
+    """
+    if not bool(torch.isfinite(w).all()):
+        raise SubspanError("coordinates that are not finite cannot be quantised")
     exact = w.detach().to("cpu", torch.float64).numpy()
     return np.rint(exact / step).astype(np.int64)
 

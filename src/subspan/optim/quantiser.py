@@ -1,11 +1,15 @@
-"""Training with the quantiser in the loop: the loss sees coordinates that are multiples of a step.
+"""Training that ends with rounded coordinates: they are fixed on a grid, a part at a time.
 
-Source: Courbariaux, Bengio and David, "BinaryConnect", NeurIPS 2015. The gradient at Δ round(w/Δ)
-moves w itself (the straight-through estimator of Bengio, Léonard and Courville, 2013).
+Source: Zhou, Yao, Guo, Xu and Chen, "Incremental network quantization", ICLR 2017. Whatever is
+rounded stays, and what is still free goes on training and makes up for it. (With the
+straight-through estimator all coordinates are rounded at every step, and go to and fro between two
+levels for as long as the rate lets them: Nagel, Fournarakis, Bondarenko and Blankevoort,
+"Overcoming oscillations in quantization-aware training", ICML 2022.)
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,51 +21,56 @@ from subspan.coding.steps import from_levels
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 
-STEP, EXACT = "quantiser_step", "exact"  # in the optimizer's state of each coordinate
-LEFT = "quantiser_left"  # in its first group, so that a training that is resumed knows it
-ROOM = 0.98  # of the bits are used by a new step, so that it lasts while coordinates grow
+STEP = "quantiser_step"  # Δ, in the optimizer's state of each coordinate
+FIXED = "quantiser_fixed"  # likewise: the coordinates that are rounded, NaN where they are free
+DONE = "quantiser_done"  # steps, in its first group, so that a training that is resumed knows it
+ROOM = 0.98  # of the bits are used by Δ, so that it lasts while coordinates grow
 
 
 class Quantiser:
-    """Rounds a model's coordinates after every step of an optimizer, in any loop of training.
+    """Rounds a model's coordinates in the course of a training, in any loop.
 
-    Between two steps the coordinates are Δq, with integers q: those are what is evaluated, merged
-    and saved. The optimizer itself moves the exact ones, which are in its ``state_dict``. Δ is the
-    finest with which the coded coordinates take no more than ``bits`` each, and is chosen anew
-    where they do::
+    After u of its steps 1 - (1 - u)² of the coordinates are fixed, those nearest to a level first.
+    A level is Δq with an integer q; Δ is the finest with which all coordinates take no more than
+    ``bits`` each when they are coded. If they outgrow that, Δ is chosen anew and so is what is
+    fixed. After the last step all coordinates lie on the grid, and move no more::
 
         optimizer = torch.optim.Adam(model.parameters(), lr)
-        subspan.optim.Quantiser(model, optimizer, bits=2, after=2000)
-        ...  # the loop as it is, 3,000 steps, say
-        subspan.save(model, "model.subspan", bits=2)
+        subspan.optim.Quantiser(model, optimizer, bits=3, after=1000, steps=2000)
+        ...  # the loop as it is, of 3,000 steps
+        subspan.save(model, "model.subspan", bits=3)
 
     Args:
         model: whose coordinates are trained. What is trained fully is left alone.
         optimizer: any of PyTorch's, of these coordinates, whose ``step()`` is called without a
             closure.
         bits: for each coordinate on average, as in :func:`subspan.save`.
-        after: the steps from now on that are made without rounding.
+        steps: in which the coordinates are fixed. Let the rate fall in them, slowly.
+        after: the steps from now on that are made before.
 
     Raises:
-        SubspanError: if ``bits`` is not positive, ``after`` is negative, or the optimizer does not
-            train all coordinates.
+        SubspanError: if ``bits`` or ``steps`` are not positive, ``after`` is negative, or the
+            optimizer does not train all coordinates.
     """
 
     def __init__(
-        self, model: SubspaceModel, optimizer: Optimizer, bits: float, after: int = 0
+        self, model: SubspaceModel, optimizer: Optimizer, bits: float, steps: int, after: int = 0
     ) -> None:
-        if not 0 < bits < float("inf"):
+        if not 0 < bits < math.inf:
             raise SubspanError(f"bits must be a positive number of bits a coordinate, got {bits}")
+        if steps < 1:
+            raise SubspanError(f"steps must be at least 1, got {steps}")
         if after < 0:
             raise SubspanError(f"after must not be negative, got {after}")
-        self.bits, self.model, self.optimizer = bits, model, optimizer
+        self.model, self.optimizer = model, optimizer
+        self.bits, self.steps, self.after = bits, steps, after
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(w) in held for w in self.coordinates):
             raise SubspanError("the optimizer does not train all coordinates of this model")
-        optimizer.param_groups[0][LEFT] = after
+        optimizer.param_groups[0][DONE] = 0
         self._hooks = (
-            optimizer.register_step_pre_hook(self._restore),
-            optimizer.register_step_post_hook(self._round),
+            optimizer.register_step_pre_hook(_refuse_closure),
+            optimizer.register_step_post_hook(self._fix),
         )
 
     @property
@@ -75,41 +84,50 @@ class Quantiser:
         return self.optimizer.state[self.coordinates[0]].get(STEP)
 
     def remove(self) -> None:
-        """Round no more; the coordinates stay as they are."""
+        """Round no more, and let all coordinates move again from where they are."""
         for hook in self._hooks:
             hook.remove()
 
     @torch.no_grad()
-    def _restore(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Let the optimizer move the exact coordinates."""
-        if any(value is not None for value in (*args[1:], *kwargs.values())):
-            raise SubspanError(
-                "a step with a closure evaluates the loss at coordinates that are not quantised: "
-                "call backward() first and step() without arguments"
-            )
-        for w in self.coordinates:
-            if (exact := optimizer.state[w].get(EXACT)) is not None:
-                w.copy_(exact)
-
-    @torch.no_grad()
-    def _round(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep the exact coordinates, and leave their nearest multiples of Δ in their place."""
+    def _fix(self, optimizer: Optimizer, *_: Any) -> None:
+        """Put fixed coordinates back to where they were, and fix some more."""
         first = optimizer.param_groups[0]
-        if first[LEFT]:
-            first[LEFT] -= 1
+        first[DONE] += 1
+        if (done := first[DONE] - self.after) < 1:
             return
-        step = self.step
-        exact = torch.cat([w.detach().cpu() for w in self.coordinates])
-        fits = step and coded_bits(round_to_levels(exact, step)) <= self.bits * exact.numel()
-        if not step or not fits:
-            step = choose_step(exact, self.bits * (ROOM if step else 1.0))
-        rounded = from_levels(round_to_levels(exact, step), step, exact.dtype)
-        parts = rounded.split([w.numel() for w in self.coordinates])
-        for w, part in zip(self.coordinates, parts, strict=True):
-            optimizer.state[w] |= {STEP: step, EXACT: w.detach().clone()}
-            w.copy_(part)
+        own = self.coordinates
+        w = torch.cat([part.detach().cpu() for part in own])
+        fixed = torch.full_like(w, math.nan)
+        if step := self.step:
+            fixed = torch.cat([optimizer.state[part][FIXED].cpu() for part in own])
+            w = torch.where(fixed.isnan(), w, fixed)
+        levels = round_to_levels(w, step) if step else None
+        if levels is None or coded_bits(levels) > self.bits * w.numel():
+            step = choose_step(w, self.bits * ROOM)
+            levels, fixed = round_to_levels(w, step), torch.full_like(w, math.nan)
+        assert step is not None
+        rounded = from_levels(levels, step, w.dtype)
+        free = 1 - min(done / self.steps, 1.0)
+        due = math.ceil((1 - free**2) * w.numel()) - int((~fixed.isnan()).sum())
+        distance = (w - rounded).abs().masked_fill(~fixed.isnan(), math.inf)
+        nearest = distance.argsort(stable=True)[: max(due, 0)]
+        fixed[nearest] = rounded[nearest]
+        w = torch.where(fixed.isnan(), w, fixed)
+        sizes = [part.numel() for part in own]
+        for part, value, held in zip(own, w.split(sizes), fixed.split(sizes), strict=True):
+            optimizer.state[part] |= {STEP: step, FIXED: held.to(part.device, copy=True)}
+            part.copy_(value)
 
 
-def is_rounding(optimizer: Optimizer) -> bool:
-    """Return whether a quantiser has begun to round what this optimizer trains."""
-    return any(STEP in state for state in optimizer.state.values())
+def _refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+    if any(value is not None for value in (*args[1:], *kwargs.values())):
+        raise SubspanError(
+            "a step with a closure may evaluate the loss where fixed coordinates have moved: call "
+            "backward() first and step() without arguments"
+        )
+
+
+def all_fixed(optimizer: Optimizer) -> bool:
+    """Return whether a quantiser has rounded all that this optimizer trains."""
+    found = [state[FIXED] for state in optimizer.state.values() if FIXED in state]
+    return bool(found) and not any(bool(held.isnan().any()) for held in found)

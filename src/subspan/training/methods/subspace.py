@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from subspan.errors import SubspanError
 from subspan.families import Projection, projections
 from subspan.families.hash import Hash
-from subspan.optim.quantiser import Quantiser, is_rounding
+from subspan.optim.quantiser import Quantiser, all_fixed
 from subspan.subspace.model import SubspaceModel
 from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
 
-QUANTISED = 0.25  # of the steps are made with rounded coordinates, where there are bits
+QUANTISED = 0.5  # of the steps, the last ones, are those in which coordinates are rounded
 PATTERNS = str | list[str] | None
 
 COMMON = (
@@ -83,7 +83,12 @@ class Subspace(Method):
         optimizer = super().optimizer(model, run, out, extra, **rest)
         if (bits := self.bits(run.options)) is not None:
             assert isinstance(model, SubspaceModel)
-            Quantiser(model, optimizer, bits, after=int((1 - QUANTISED) * rest["steps"]))
+            if run.training.patience is not None:
+                raise SubspanError(
+                    "--bits rounds coordinates until the last step: leave --patience out"
+                )
+            steps = math.ceil(QUANTISED * rest["steps"])
+            Quantiser(model, optimizer, bits, steps, after=rest["steps"] - steps)
         return optimizer
 
     def bits(self, options: Mapping[str, Any]) -> float | None:
@@ -91,8 +96,8 @@ class Subspace(Method):
         return options.get("bits")
 
     def ready(self, model: nn.Module, optimizer: Optimizer, run: Run, last: bool) -> bool:
-        """Return whether coordinates are rounded, if they are to be."""
-        return self.bits(run.options) is None or is_rounding(optimizer)
+        """Return whether all coordinates are rounded, if they are to be."""
+        return self.bits(run.options) is None or all_fixed(optimizer)
 
     def head(self, model: nn.Module, options: Mapping[str, Any]) -> list[nn.Parameter]:
         """Return what is trained fully."""
