@@ -186,6 +186,11 @@ def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, t
     assert not list(Path(tmp_path).iterdir())
 
 
+def test_a_chosen_network_has_a_template_that_a_bound_pays_for(tmp_path):
+    FILES["golf"](tmp_path / "m.subspan")
+    assert checkpoint.inspect(tmp_path / "m.subspan")["template"] in compact.CHOSEN
+
+
 def test_no_template_knows_the_data():
     """A reader fills in nothing that comes from a training set: no byte would pay for it."""
     for template in compact.TEMPLATES:

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from subspan import SubspanError
+from subspan.checkpoint.compact import CHOSEN, TEMPLATES
 from subspan.commands.recipe import open_recipe, recipes
 from subspan.training import nets
 from subspan.training.config import Training
@@ -16,6 +17,13 @@ def test_a_recipe_is_of_options_that_exist(name):
     options = yaml.safe_load(read_text(recipes()[name], name))
     assert nets.is_builtin(options["net"])
     Training(**options)
+
+
+def test_compact_files_have_a_template_for_the_network_of_golf():
+    options = yaml.safe_load(read_text(recipes()["golf"], "golf"))
+    (named,) = (TEMPLATES[number] for number in CHOSEN)
+    assert named["extra"]["net"] == options["net"]
+    assert named["weights"] == nets.weights(options["net"])
 
 
 def test_what_is_given_besides_has_the_last_word(cli, in_tmp_path):

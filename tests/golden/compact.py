@@ -48,6 +48,9 @@ FILES: dict[str, Callable[[Path], int]] = {
         golden_model(100, compartments="layer"), path, bits=2.5, extra=LABORATORY
     ),
     "head": lambda path: subspan.save(golden_model(30, train_fully="2"), path, bits=3),
+    "golf": lambda path: subspan.save(
+        golden_model(40), path, bits=3, extra=LABORATORY | {"net": "separable-8-16-16-16-16"}
+    ),
 }
 
 if __name__ == "__main__":

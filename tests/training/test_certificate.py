@@ -111,6 +111,17 @@ def test_every_term_is_paid_for(file, tmp_path, monkeypatch):
     assert longer.error_bound > plain.error_bound
 
 
+def test_a_network_that_a_template_names_since_it_did_well_is_paid_for(file, tmp_path, monkeypatch):
+    """No byte says its name: it counts as one of 2³² that might have been named."""
+    model, header = rebuild(file)
+    compact = tmp_path / "m.subspan"
+    checkpoint.save(model, compact, extra=header["extra"], bits=8)
+    assert certify(compact).choices_bits == 0
+    monkeypatch.setattr(certificate, "CHOSEN", (checkpoint.inspect(compact)["template"],))
+    assert certify(compact, choices=2).choices_bits == 33
+    assert certify(file).choices_bits == 0  # a file with all names in its bytes
+
+
 def test_pixels_are_normalised_by_the_file(file, tmp_path, monkeypatch):
     """By what its bytes say, and not by the statistics of the data that are there now."""
     seen = []

@@ -59,7 +59,9 @@ _MNIST = {
 TEMPLATES: tuple[dict[str, Any], ...] = (
     _PLAIN,
     _PLAIN | {"weights": 61706, "extra": _MNIST},
+    _PLAIN | {"weights": 1714, "extra": _MNIST | {"net": "separable-8-16-16-16-16"}},
 )
+CHOSEN = (2,)  # those that name a network which was chosen by its accuracy on that very set
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64)}
 _EXACT = _DTYPES | {
     str(t).removeprefix("torch."): t
@@ -74,12 +76,14 @@ class CompactFile:
     Attributes:
         header: as of the other file; its digests have 8 digits.
         tensors: likewise, by name.
+        template: the number of the header's.
         step: Δ of the coordinates.
         sizes: bytes by what they are for; they sum up to the file's.
     """
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]
+    template: int
     step: float
     sizes: dict[str, int]
 
@@ -167,7 +171,7 @@ def read_compact(data: bytes, path: object) -> CompactFile:
         "coordinates": len(reader.data) - begin_coded,
         "digest": DIGEST,
     }
-    return CompactFile(header, tensors, step, sizes)
+    return CompactFile(header, tensors, reader.data[0], step, sizes)
 
 
 def _pack_header(header: Mapping[str, Any]) -> bytes:

@@ -179,8 +179,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         The header; ``tensors``, their shapes by name; ``bytes``, of the file, and
         ``bytes_of_parts``, of its ``header``, ``coordinates``, ``other tensors`` and, in a compact
-        file, ``digest``. Of a compact file ``quantiser``, too: the ``step`` of the coordinates, how
-        many distinct ``levels`` there are, and the ``bits`` that a coordinate takes.
+        file, ``digest``. Of a compact file the number of its header's ``template``, too, and
+        ``quantiser``: the ``step`` of the coordinates, how many distinct ``levels`` there are, and
+        the ``bits`` that a coordinate takes.
     """
     path = Path(path)
     compact = _read_if_compact(path)
@@ -190,6 +191,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     found: dict[str, Any] = header | {"tensors": shapes, "bytes": size}
     if compact is not None:
         w, size = tensors[COORDINATES], compact.sizes["coordinates"]
+        found["template"] = compact.template
         found["quantiser"] = {
             "step": compact.step,
             "levels": w.unique().numel(),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan import checkpoint
+from subspan.checkpoint.compact import CHOSEN
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.training import tasks
@@ -31,6 +32,7 @@ AROUND_A_BASE = ("subspace", "part")  # kinds of files that hold no θ₀
 STATISTICS = ("mean", "std")  # what classifiers know of the samples beside their weights
 SAMPLES = "samples"  # a digest of them, of texts
 ALIKE = 0.01  # of the pixels' statistics, which another validation part changes a little
+NETWORKS = 2**32  # that might have been named by a template in place of a chosen one
 ROUNDING = 1e-3  # of the largest score: how much it may change in a batch of another size
 
 
@@ -47,7 +49,8 @@ class Certificate:
         choices_bits: log₂ of how many files or decoders beside this one are counted.
         confidence_bits: log₂ 1/δ.
         delta: the probability, over the draw of the samples, that the bound is wrong.
-        choices: see :func:`certify`.
+        choices: see :func:`certify`; times :data:`NETWORKS` where the template of a compact file
+            names a network that was chosen by a look at such samples.
         samples: how many there are.
         mistakes: of the classifier on them.
         classes: how many there are to tell apart; None if the file does not say.
@@ -135,6 +138,7 @@ def certify(
     with _watched(net.eval()):
         mistakes, samples = task.as_trained(extra, str(path)).count_mistakes(net)
     size = header["bytes"]
+    choices *= NETWORKS if header.get("template") in CHOSEN else 1
     log_confidence = log_prior(size) + math.log(delta) - math.log(choices)
     return Certificate(
         checkpoint=str(path),
