@@ -147,6 +147,11 @@ def test_it_begins_after_so_many_steps_and_can_be_removed():
     quantiser.remove()
     run(model, made, 1)
     assert not (coordinates(model) == before).any()
+    Quantiser(model, made, 2.0, steps=3)
+    run(model, made, 1)
+    assert not all_fixed(made)
+    run(model, made, 2)
+    assert all_fixed(made)
 
 
 @pytest.mark.parametrize("done", [2, 5, 9])
@@ -156,12 +161,17 @@ def test_it_goes_on_from_the_optimizers_state(done, optimizer):
     run(model, made, done)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(made.state_dict())
     run(model, made, 12 - done)
-    again, theirs, _ = begin(after=4, optimizer=optimizer)
-    again.load_state_dict(weights)
-    theirs.load_state_dict(state)
-    run(again, theirs, 12 - done)
-    assert all_fixed(theirs)
-    assert torch.equal(coordinates(again), coordinates(model))
+    for late in (False, True):  # made after the state was loaded
+        again, theirs, quantiser = begin(after=4, optimizer=optimizer)
+        if late:
+            quantiser.remove()
+        again.load_state_dict(weights)
+        theirs.load_state_dict(copy.deepcopy(state))
+        if late:
+            Quantiser(again, theirs, 2.0, steps=8, after=4)
+        run(again, theirs, 12 - done)
+        assert all_fixed(theirs)
+        assert torch.equal(coordinates(again), coordinates(model))
 
 
 @pytest.mark.parametrize(

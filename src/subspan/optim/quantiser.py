@@ -67,7 +67,7 @@ class Quantiser:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(w) in held for w in self.coordinates):
             raise SubspanError("the optimizer does not train all coordinates of this model")
-        optimizer.param_groups[0][DONE] = 0
+        optimizer.param_groups[0].setdefault(DONE, 0)  # it may go on from a state that was loaded
         self._hooks = (
             optimizer.register_step_pre_hook(_refuse_closure),
             optimizer.register_step_post_hook(self._fix),
@@ -87,6 +87,10 @@ class Quantiser:
         """Round no more, and let all coordinates move again from where they are."""
         for hook in self._hooks:
             hook.remove()
+        self.optimizer.param_groups[0].pop(DONE, None)
+        for state in self.optimizer.state.values():
+            state.pop(STEP, None)
+            state.pop(FIXED, None)
 
     @torch.no_grad()
     def _fix(self, optimizer: Optimizer, *_: Any) -> None:
