@@ -45,7 +45,7 @@ WEIGHTS = [
 ]
 
 
-SIZED = ["lenet-k3-4-8-9", "lenet-k4-2-3", "lenet-k7-1-1", "separable-4-8-3"]
+SIZED = ["lenet-k3-4-8-9", "lenet-k4-2-3", "lenet-k7-1-1", "separable-4-8-3", "separable-ln-4-8-3"]
 
 
 def weights(net):

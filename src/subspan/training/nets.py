@@ -28,7 +28,7 @@ Builder = Callable[[Shape, int], nn.Module]
 
 # Those of any size; "minut-" crops. Plain names are the 784-200-10 and the LeNet of Minut 2023.
 _MLP = re.compile(r"(minut-)?mlp((?:-[1-9]\d*)*)")
-_SEPARABLE = re.compile(r"separable((?:-[1-9]\d*){2,})")
+_SEPARABLE = re.compile(r"separable(-ln)?((?:-[1-9]\d*){2,})")
 _LENET = re.compile(r"(minut-)?lenet(?:-k([1-9]))?((?:-[1-9]\d*){2,})?")
 
 
@@ -91,7 +91,8 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
         name: one of `names`; ``mlp-1024-512`` for a multi-layer perceptron of any widths;
             ``lenet-k3-4-8-32`` for a LeNet with kernels of 3x3, 4 and 8 channels and a hidden layer
             of 32 units (``lenet-4-8`` has kernels of 5x5 and no hidden layer);
-            ``separable-8-16-16`` for a convolution of 8 channels and two separable ones of 16; or
+            ``separable-8-16-16`` for a convolution of 8 channels and two separable ones of 16,
+            ``separable-ln-8-16-16`` for one with layer normalisation after each of these; or
             ``package.module:function`` for a function (or class) of your own, which gets
             ``input_shape`` and ``classes`` if it has parameters of these names.
         input_shape: channels, height and width of one image.
@@ -131,8 +132,9 @@ def _entry(name: str) -> _Entry:
     if chosen := widths(name):
         return _with_widths(chosen)
     if match := _SEPARABLE.fullmatch(name):
-        stem, *stack = _numbers(match[1])
-        return _Entry(partial(_separable, stem=stem, stack=stack), 4 + 4 * len(stack))
+        stem, *stack = _numbers(match[2])
+        made = partial(_separable, stem=stem, stack=stack, norm=bool(match[1]))
+        return _Entry(made, 4 + 4 * len(stack))
     if name not in _NETS:
         raise unknown("net", name, [*names(), *_FORMS, "package.module:function"])
     return _NETS[name]
@@ -211,11 +213,14 @@ def _lenet_tf(shape: Shape, classes: int) -> nn.Module:
     return _feedforward(shape, classes, (_Conv(32, 5, 2), _Conv(64, 5, 2)), (1024,))
 
 
-def _separable(shape: Shape, classes: int, stem: int, stack: Sequence[int]) -> nn.Sequential:
+def _separable(
+    shape: Shape, classes: int, stem: int, stack: Sequence[int], norm: bool
+) -> nn.Sequential:
     """Separable convolutions (Sifre 2014) at one resolution, then an average over the image.
 
     The form of the smallest networks that people have published for MNIST: little of it depends on
-    the size of the image, and without padding a pixel's distance from the border is seen.
+    the size of the image, and without padding a pixel's distance from the border is seen. Photos
+    take normalisation: without weights, over all channels and pixels of an image.
     """
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(shape[0], stem, 3), conv1_relu=nn.LeakyReLU(0.1), conv1_pool=nn.MaxPool2d(2)
@@ -224,6 +229,8 @@ def _separable(shape: Shape, classes: int, stem: int, stack: Sequence[int]) -> n
         layers[f"conv{i}_depthwise"] = nn.Conv2d(before, before, 3, groups=before, bias=False)
         layers[f"conv{i}"] = nn.Conv2d(before, after, 1)
         layers[f"conv{i}_relu"] = nn.LeakyReLU(0.1)
+        if norm:
+            layers[f"conv{i}_norm"] = nn.GroupNorm(1, after, affine=False)
     layers["pool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
     layers["fc1"] = nn.Linear(stack[-1], classes)
@@ -360,6 +367,7 @@ _FORMS = (
     "mlp-WIDTH-WIDTH",
     "lenet-kKERNEL-CHANNELS-CHANNELS-WIDTH",
     "separable-CHANNELS-CHANNELS",
+    "separable-ln-CHANNELS-CHANNELS",
 )
 _WITH_WIDTHS = ("mlp", "lenet", "minut-mlp", "minut-lenet")
 _NETS: dict[str, _Entry] = {
