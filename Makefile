@@ -27,10 +27,10 @@ demo: .venv/installed
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Everything below `training`, for the inner loop.
+# Everything below `training`, for the inner loop. Other people's trainers stand above, as ours does.
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
-		$(addprefix --ignore=tests/,training sweeps report bench experiments commands \
+		$(addprefix --ignore=tests/,trainers training sweeps report bench experiments commands \
 		test_examples.py test_readme.py test_makefile.py test_docs.py test_package.py)
 
 slow: .venv/dev

@@ -65,6 +65,7 @@ def test_the_published_ones():
         "dlrt-pruning",
         "dlrt-timing",
         "few-numbers-minilm",
+        "golf-cifar10",
         "golf-mnist",
         "gressmann-compartments",
         "gressmann-distributed",
