@@ -177,7 +177,7 @@ def test_another_network_is_refused(saved):
         (MLP(), 2, "bits quantises coordinates, and this network has none"),
         (wrap("mlp"), 0, "bits must be a positive number"),
         (wrap("mlp"), float("nan"), "bits must be a positive number"),
-        (scatter(wrap("mlp")), 0.01, "every coordinate is zero"),
+        (scatter(wrap("mlp")), 0.01, "every coordinate becomes zero"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, tmp_path):

@@ -108,7 +108,7 @@ def test_ordinary_coordinates_lie_on_no_grid():
         ([1.0], 0, "positive"),
         ([1.0], math.nan, "positive"),
         ([1.0, math.nan], 2, "not finite"),
-        ([1.0] * 100, 0.01, "every coordinate is zero"),
+        ([1.0] * 100, 0.01, "every coordinate becomes zero"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(w, bits, said):

@@ -45,7 +45,7 @@ def choose_step(w: Tensor, bits: float) -> float:
             fine = middle
     step = bfloat16(coarse)
     if largest and not round_to_levels(w, step).any():
-        raise SubspanError(f"with {bits:g} bits a coordinate every coordinate is zero: give more")
+        raise SubspanError("with so few bits every coordinate becomes zero: give more")
     return step
 
 
