@@ -202,6 +202,14 @@ def test_an_optimizer_of_other_parameters_is_refused():
         Quantiser(model, Adam(list(model.parameters())[:1]), 2, 10)
 
 
+def test_a_second_quantiser_is_refused():
+    model, made, quantiser = begin()
+    with pytest.raises(SubspanError, match=r"remove\(\) that first"):
+        Quantiser(model, made, 4, 10)
+    quantiser.remove()
+    Quantiser(model, made, 4, 10)
+
+
 def test_a_step_with_a_closure_is_refused():
     model, made, _ = begin()
     with pytest.raises(SubspanError, match="closure"):

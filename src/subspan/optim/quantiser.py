@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ STEP = "quantiser_step"  # Δ, in the optimizer's state of each coordinate
 FIXED = "quantiser_fixed"  # likewise: the coordinates that are rounded, NaN where they are free
 DONE = "quantiser_done"  # steps, in its first group, so that a training that is resumed knows it
 ROOM = 0.98  # of the bits are used by Δ, so that it lasts while coordinates grow
+_USED: WeakSet[Optimizer] = WeakSet()  # by quantisers: two would undo each other's grid
 
 
 class Quantiser:
@@ -50,7 +52,7 @@ class Quantiser:
 
     Raises:
         SubspanError: if ``bits`` or ``steps`` are not positive, ``after`` is negative, or the
-            optimizer does not train all coordinates.
+            optimizer does not train all coordinates or has a quantiser already.
     """
 
     def __init__(
@@ -67,6 +69,9 @@ class Quantiser:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(w) in held for w in self.coordinates):
             raise SubspanError("the optimizer does not train all coordinates of this model")
+        if optimizer in _USED:
+            raise SubspanError("the optimizer has a quantiser already: remove() that first")
+        _USED.add(optimizer)
         optimizer.param_groups[0].setdefault(DONE, 0)  # it may go on from a state that was loaded
         self._hooks = (
             optimizer.register_step_pre_hook(_refuse_closure),
@@ -87,6 +92,7 @@ class Quantiser:
         """Round no more, and let all coordinates move again from where they are."""
         for hook in self._hooks:
             hook.remove()
+        _USED.discard(self.optimizer)
         self.optimizer.param_groups[0].pop(DONE, None)
         for state in self.optimizer.state.values():
             state.pop(STEP, None)
