@@ -209,13 +209,15 @@ def test_moved_to_another_dtype(name, dtype):
     model = scatter(wrap(name)).eval()
     y = model(batch(name))
     model.to(dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
+    own = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert {p.dtype for p in model.parameters()} == {own}
+    assert {theta.dtype for theta in model.weights().values()} == {dtype}
     moved = model(batch(name, dtype))
     assert moved.dtype == dtype
     bound = 0.1 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(moved.float(), y, rtol=bound, atol=bound)
     moved.float().sum().backward()
-    assert model.coordinates["global"].grad.dtype == dtype
+    assert model.coordinates["global"].grad.dtype == own
     assert torch.equal(copy.deepcopy(model)(batch(name, dtype)), moved)
     assert torch.equal(model.merge()(batch(name, dtype)), moved)
 
@@ -242,6 +244,31 @@ def test_a_low_precision_base_keeps_float32_coordinates(name):
 def test_doubles_stay_doubles():
     model = wrap("mlp", dtype=torch.float64)
     assert model.coordinates["global"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("of", ["handle", "network"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coordinates_keep_their_digits_where_weights_get_16_bits(of, dtype):
+    """Converted after wrapping or before, it is the same model."""
+    model, x = scatter(wrap("mlp")), batch("mlp")
+    before = wrap("mlp", dtype=dtype)
+    (w,), (w_before,) = model.coordinates.values(), before.coordinates.values()
+    exact = w.detach().clone()
+    with torch.no_grad():
+        w_before.copy_(exact)
+    model(x).sum().backward()
+    grad = w.grad.clone()
+    converted = (model if of == "handle" else model.body).to(dtype)
+    (w,) = model.coordinates.values()
+    assert w.dtype == w.grad.dtype == torch.float32
+    assert torch.equal(w, exact)
+    assert torch.equal(w.grad, grad)
+    assert {t.dtype for t in model.weights().values()} == {dtype}
+    assert torch.equal(converted(x.to(dtype)), before(x.to(dtype)))
+    fit(model, x.to(dtype))
+    assert not torch.equal(next(iter(model.coordinates.values())), exact)
+    converted.float()
+    assert next(iter(model.coordinates.values())).dtype == torch.float32
 
 
 # ---- tied weights, buffers, frozen ones, fully trained ones --------------------------------------

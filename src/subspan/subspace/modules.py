@@ -262,6 +262,24 @@ class WrappedNetwork(WrappedModule):
             stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
         yield from stored
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; coordinates keep float32 where weights get 16 bits.
+
+        So they have it around a network that was converted before: a step of an optimizer is
+        smaller than what 16 bits tell apart.
+        """
+        own: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
+        names = link_of(self).weights.coordinate_names
+        before = {name: own[name].data for name in names}
+        grads = {name: g.data for name in names if (g := own[name].grad) is not None}
+        out = super()._apply(fn, recurse)
+        for name in names:
+            w = own[name]
+            if w.dtype.itemsize == 2:
+                w.grad, w.data = None, before[name].to(w.device, torch.float32)
+                w.grad = grads[name].to(w.device, torch.float32) if name in grads else None
+        return out
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
