@@ -19,6 +19,7 @@ WEIGHTS = [
     ("lenet-6-16-120-84", MNIST, 61_706),
     ("lenet-k3-4-8", MNIST, 4 * 9 + 4 + 8 * 4 * 9 + 8 + 6 * 6 * 8 * 10 + 10),
     ("separable-7-10-10-11-12", MNIST, 997),  # github.com/JoshWarn/Parameter-Efficient-MNIST
+    ("separable-ln-32-64-64-64-64", CIFAR, 18_154),
     ("mlp-10", MNIST, 7_960),  # Minut 2023
     ("minut-mlp-10", CIFAR, 23_640),  # Minut 2023
     ("mlp-200", MNIST, 159_010),
@@ -55,6 +56,17 @@ def weights(net):
 @pytest.mark.parametrize(("name", "shape", "expected"), WEIGHTS)
 def test_weights_are_the_published_count(name, shape, expected):
     assert weights(nets.build(name, shape)) == expected
+
+
+def test_separable_networks_may_be_normalised():
+    """Over all channels and pixels of an image, with no numbers of its own."""
+    plain, normal = (nets.build(f"separable-{ln}4-8-3", CIFAR) for ln in ("", "ln-"))
+    assert weights(plain) == weights(normal)
+    seen = normal[: list(dict(normal.named_children())).index("conv3_norm") + 1]
+    out = seen(torch.randn(2, *CIFAR)).flatten(1)
+    assert out.mean(dim=1).abs().max() < 1e-5
+    assert torch.allclose(out.var(dim=1, unbiased=False), torch.ones(2), atol=1e-3)
+    assert not any("norm" in name for name, _ in plain.named_children())
 
 
 @pytest.mark.parametrize("name", ["gressmann-fc", "gressmann-cnn"])

@@ -32,10 +32,11 @@ _USED: WeakSet[Optimizer] = WeakSet()  # by quantisers: two would undo each othe
 class Quantiser:
     """Rounds a model's coordinates in the course of a training, in any loop.
 
-    After u of its steps 1 - (1 - u)² of the coordinates are fixed, those nearest to a level first.
-    A level is Δq with an integer q; Δ is the finest with which all coordinates take no more than
-    ``bits`` each when they are coded. If they outgrow that, Δ is chosen anew and so is what is
-    fixed. After the last step all coordinates lie on the grid, and move no more::
+    When a share u of its steps is done, a share 1 - (1 - u)² of the coordinates is fixed, those
+    nearest to a level first. A level is Δq with an integer q; Δ is the finest with which all
+    coordinates take no more than ``bits`` each when they are coded. If they outgrow that, Δ is
+    chosen anew and so is what is fixed. After the last step all coordinates lie on the grid, and
+    move no more::
 
         optimizer = torch.optim.Adam(model.parameters(), lr)
         subspan.optim.Quantiser(model, optimizer, bits=3, after=1000, steps=2000)
