@@ -88,7 +88,7 @@ def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
         alone = row is sweep.baseline or row.small
         labels.append(f"{part}: {name}" + ("" if alone else at))
     axes.set_yticks(range(len(lines)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(lines) - 0.5, -0.5)  # from above, each row with room for its points
     axes.set_xlabel(
         f"test {score.name}{score.unit}" + ("; diamonds: published" if any(points) else "")
     )
