@@ -107,24 +107,22 @@ class Quantiser:
         if (done := first[DONE] - self.after) < 1:
             return
         own = self.coordinates
-        w = torch.cat([part.detach().cpu() for part in own])
-        fixed = torch.full_like(w, math.nan)
-        if step := self.step:
+        w, step = torch.cat([part.detach().cpu() for part in own]), self.step
+        free = torch.ones_like(w, dtype=torch.bool)
+        if step:
             fixed = torch.cat([optimizer.state[part][FIXED].cpu() for part in own])
-            w = torch.where(fixed.isnan(), w, fixed)
-        levels = round_to_levels(w, step) if step else None
-        if levels is None or coded_bits(levels) > self.bits * w.numel():
-            step = choose_step(w, self.bits * ROOM)
-            levels, fixed = round_to_levels(w, step), torch.full_like(w, math.nan)
-        assert step is not None
-        rounded = from_levels(levels, step, w.dtype)
-        free = 1 - min(done / self.steps, 1.0)
-        due = math.ceil((1 - free**2) * w.numel()) - int((~fixed.isnan()).sum())
-        distance = (w - rounded).abs().masked_fill(~fixed.isnan(), math.inf)
-        nearest = distance.argsort(stable=True)[: max(due, 0)]
-        fixed[nearest] = rounded[nearest]
-        w = torch.where(fixed.isnan(), w, fixed)
+            free = fixed.isnan()
+            w = torch.where(free, w, fixed)
+        if not step or coded_bits(round_to_levels(w, step)) > self.bits * w.numel():
+            step, free = choose_step(w, self.bits * ROOM), torch.ones_like(free)
+        rounded = from_levels(round_to_levels(w, step), step, w.dtype)
+        left = 1 - min(done / self.steps, 1.0)
+        due = math.ceil((1 - left**2) * w.numel()) - int((~free).sum())
+        distance = (w - rounded).abs().where(free, math.inf)
+        free[distance.argsort(stable=True)[: max(due, 0)]] = False
+        w = torch.where(free, w, rounded)  # what was fixed before is rounded already
         sizes = [part.numel() for part in own]
+        fixed = w.masked_fill(free, math.nan)
         for part, value, held in zip(own, w.split(sizes), fixed.split(sizes), strict=True):
             optimizer.state[part] |= {STEP: step, FIXED: held.to(part.device, copy=True)}
             part.copy_(value)
