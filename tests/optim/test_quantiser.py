@@ -79,6 +79,22 @@ def test_what_is_fixed_stays():
     assert torch.equal(coordinates(model), now)
 
 
+def test_a_step_that_moves_what_is_fixed_by_levels_is_undone():
+    model, made, quantiser = begin(bits=4, steps=20, optimizer=SGD, lr=0.0)
+    (w,) = model.coordinates.values()
+    with torch.no_grad():
+        w.copy_(torch.randn(DIM, generator=torch.Generator().manual_seed(0)))
+    run(model, made, 5)
+    before, step = fixed(model, made), quantiser.step
+    held = ~before.isnan()
+    with torch.no_grad():
+        w[held] += 3 * step
+    run(model, made, 1)
+    assert quantiser.step == step
+    assert 0 < held.sum() < DIM
+    assert torch.equal(coordinates(model)[held], before[held])
+
+
 def test_the_nearest_are_fixed_first():
     model, made, quantiser = begin(bits=4, steps=100, optimizer=SGD, lr=0.0)
     (w,) = model.coordinates.values()
