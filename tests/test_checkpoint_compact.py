@@ -186,8 +186,9 @@ def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, t
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_a_chosen_network_has_a_template_that_a_bound_pays_for(tmp_path):
-    FILES["golf"](tmp_path / "m.subspan")
+@pytest.mark.parametrize("name", ["golf", "photos"])
+def test_a_chosen_network_has_a_template_that_a_bound_pays_for(name, tmp_path):
+    FILES[name](tmp_path / "m.subspan")
     assert checkpoint.inspect(tmp_path / "m.subspan")["template"] in compact.CHOSEN
 
 

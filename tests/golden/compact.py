@@ -30,6 +30,18 @@ LABORATORY = {
     "std": [0.308090001],
 }
 
+PHOTOS = {
+    "net": "separable-ln-32-64-64-64-64",
+    "data": "cifar10",
+    "seed": 0,
+    "method": "hash",
+    "image_shape": [3, 32, 32],
+    "classes": 10,
+    "mean": [0.491624594, 0.482304543, 0.446643323],
+    "std": [0.247051612, 0.243468821, 0.261571556],
+    "names": "4910675e35533f6e",
+}
+
 
 def golden_model(dim: int = 60, **options: object) -> SubspaceModel:
     """A model from a seed whose coordinates are integers over 64, always the same."""
@@ -51,6 +63,7 @@ FILES: dict[str, Callable[[Path], int]] = {
     "golf": lambda path: subspan.save(
         golden_model(40), path, bits=3, extra=LABORATORY | {"net": "separable-8-16-16-16-16"}
     ),
+    "photos": lambda path: subspan.save(golden_model(40), path, bits=3, extra=PHOTOS),
 }
 
 if __name__ == "__main__":
