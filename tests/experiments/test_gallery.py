@@ -14,8 +14,9 @@ import pytest
 from subspan.errors import SubspanError
 from subspan.experiments import Benchmark, exhibits, experiments, gallery
 from subspan.experiments.exhibits import sweep_command
-from subspan.report import write
+from subspan.report import read, write
 from subspan.report.families import FAMILIES
+from subspan.sweeps.growth import Growth
 from subspan.training.config import Sweep, Training
 from subspan.training.records import differences
 from tests.report.test_report import LI, Document, a_sweep, row, save
@@ -255,6 +256,25 @@ def test_the_command_of_a_sweep_asks_for_the_same(name, cli, monkeypatch, tmp_pa
     assert words[0] == "subspan"
     assert cli(*words[1:]).err.endswith("error: asked\n")
     assert [differences(config, one) for one in asked] == [{}]
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("lenet", 20), ("mlp", 10)])
+def test_the_command_of_a_growing_d_is_another(cli, monkeypatch, name, epochs):
+    name = f"intrinsic-{name}-mnist"
+    record = read(ROOT / "results" / name)
+    asked = []
+
+    def plan(config: Growth) -> None:
+        asked.append(config.as_dict())
+        raise SubspanError("asked")
+
+    monkeypatch.setattr("subspan.commands.intrinsic.GrowthPlan", plan)
+    words = shlex.split(sweep_command(record.config))
+    assert words[:2] == ["subspan", "intrinsic"]
+    assert cli(*words[1:]).err.endswith("error: asked\n")
+    assert [differences(record.config, one) for one in asked] == [{}]
+    [exhibit] = [one for one in exhibits.exhibits(ROOT / "results") if one.folder.name == name]
+    assert exhibit.effort == f"3 seeds, {epochs} epochs for all weights, 4 at each d."
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from subspan.experiments import Benchmark, Budget, Experiment, experiments
 from subspan.report import bars, read, tables
 from subspan.report.curves import d_int_bound, d_int_name, number, title
 from subspan.report.families import FAMILIES, OTHERS, Family, family_of
+from subspan.sweeps.growth import Growth
 from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
 from subspan.training.records import plain, read_json
@@ -180,7 +181,8 @@ def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {' and '.join(lengths)}"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
-    return f"{words}."
+    stages = {f"{n} at each d" for sweep in sweeps if (n := sweep.config.get("stage_epochs"))}
+    return f"{words}{''.join(f' for all weights, {n}' for n in sorted(stages))}."
 
 
 def _lengths(sweeps: Iterable[SweepRecord]) -> dict[str, list[int]]:
@@ -245,10 +247,13 @@ def _reproduce(sweep: SweepRecord, told: Provenance, planned: Mapping[str, Sweep
 
 
 def sweep_command(config: Mapping[str, Any], *others: Mapping[str, Any]) -> str:
-    """Write the ``subspan sweep`` command of a configuration, or of many networks."""
-    usual = Sweep(Training()).as_dict() | {"small": []}
-    always = ("net", "data", "methods", "dims")
-    words = ["subspan sweep"]
+    """Write the command of a sweep's configuration, or of many networks'."""
+    if "stage_epochs" in config:  # d grew
+        words, usual = ["subspan intrinsic"], Growth(Training()).as_dict()
+        always: tuple[str, ...] = ("net", "data")
+    else:
+        words, usual = ["subspan sweep"], Sweep(Training()).as_dict() | {"small": []}
+        always = ("net", "data", "methods", "dims")
     if others:
         words.append(f"--nets {_word([each.get('net') for each in (config, *others)])}")
         auto = any(each.get("small") != config.get("small") for each in others)
