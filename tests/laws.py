@@ -18,6 +18,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -209,6 +210,39 @@ def updates_in_place_are_the_products_added(p: Projection) -> None:
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(theta, forward.to(dtype), rtol=2 * eps, atol=4 * eps)
             torch.testing.assert_close(c, backward, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@law
+def defaults_of_pytorch_do_not_matter(p: Projection) -> None:
+    """The default dtype and the default device leave every product as it is."""
+
+    def products() -> list[Tensor]:
+        found = [p.dense()]
+        for dtype, (w, g) in zip(DTYPES, vectors, strict=True):
+            updates = p.addmv_(g.clone(), w), p.addrmv_(w.clone(), g)
+            found += [p.matvec(w), p.rmatvec(g), p.dense(dtype=dtype), *updates]
+        return found
+
+    vectors = [(vector(p.in_dim, dtype), vector(p.out_dim, dtype)) for dtype in DTYPES]
+    expected = products()
+    defaults = *map(default_dtype, (torch.bfloat16, torch.float64)), torch.device("meta")
+    for default in defaults:
+        with default:
+            found = products()
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
 
 
 @law

@@ -161,8 +161,9 @@ def read_compact(data: bytes, path: object) -> CompactFile:
         tensors = {}
         for name, dtype, shape in names:
             meta = torch.empty(shape, dtype=_EXACT[dtype], device="meta")
-            raw = bytearray(reader.take(meta.nbytes))
-            flat = torch.frombuffer(raw, dtype=meta.dtype) if raw else torch.empty(0).to(meta.dtype)
+            flat = torch.empty(0, dtype=meta.dtype, device="cpu")
+            if raw := bytearray(reader.take(meta.nbytes)):
+                flat = torch.frombuffer(raw, dtype=meta.dtype)
             tensors[name] = flat.reshape(shape)
         begin_coded = reader.place
         number, (pattern,) = reader.varint(), struct.unpack("<H", reader.take(2))

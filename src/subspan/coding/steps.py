@@ -63,7 +63,7 @@ def round_to_levels(w: Tensor, step: float) -> Levels:
 
 def from_levels(levels: Levels, step: float, dtype: torch.dtype) -> Tensor:
     """Return Δ q, (d,): both factors and the product are of this dtype."""
-    return torch.from_numpy(levels).to(dtype) * torch.tensor(step, dtype=dtype)
+    return torch.from_numpy(levels).to(dtype) * torch.tensor(step, dtype=dtype, device="cpu")
 
 
 def find_grid(w: Tensor) -> float | None:
@@ -78,7 +78,7 @@ def find_grid(w: Tensor) -> float | None:
         return None
     least = float(sizes.min())
     for level in range(1, 17):  # of the smallest coordinate
-        step = float(torch.tensor(least / level).bfloat16())
+        step = float(torch.tensor(least / level, dtype=torch.float32, device="cpu").bfloat16())
         if not step or float(sizes.max()) / step > LARGEST:
             continue
         if torch.equal(from_levels(round_to_levels(w, step), step, w.dtype), w.detach().cpu()):

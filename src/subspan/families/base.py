@@ -227,8 +227,8 @@ class Projection(ABC):
         rows: range | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> Tensor:
-        """Rows of P as a (len(rows), d) matrix: for tests, pictures and small problems."""
-        like = torch.empty(self.in_dim, dtype=dtype)
+        """Rows of P as a (len(rows), d) matrix on the CPU: for tests, pictures, small problems."""
+        like = torch.empty(self.in_dim, dtype=dtype, device="cpu")
         rows = self._check(like, "dtype", step, rows, length=self.in_dim)
         return self._dense(like, as_step(step), rows.start, rows.stop)
 

@@ -154,4 +154,5 @@ class SpectralFilters(nn.Module):
 def _smooth(side: int, support: int) -> Tensor:
     """(side, support) cosines of the frequency: multiplied by those, pixels k apart are added."""
     u, k = torch.arange(side, dtype=torch.float64), torch.arange(support, dtype=torch.float64)
-    return torch.cos(math.pi / side * u[:, None] * k) * torch.where(k > 0, math.sqrt(2), 1.0)
+    root = torch.tensor(math.sqrt(2), dtype=torch.float32)
+    return torch.cos(math.pi / side * u[:, None] * k) * torch.where(k > 0, root, 1.0)

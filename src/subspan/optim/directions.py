@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from subspan import families
+from subspan.families.operator import as_step
 from subspan.optim.compartment import CompartmentWeights
 from subspan.subspace.compartments import Compartment, Rules, partition
 
@@ -120,7 +121,7 @@ class Directions:
     def redraw(self, step: int) -> Tensor:
         """Return the number of the basis that a step is made in, 0-D int64."""
         every = self.redraw_every
-        return torch.tensor(0 if every is None else step // every, dtype=torch.int64)
+        return as_step(0 if every is None else step // every)
 
     def move(self, move: Move, redraw: Tensor) -> None:
         """Make a step: θ ← θ − η P v, for every basis and every group with its own rate."""

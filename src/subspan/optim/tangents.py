@@ -169,7 +169,7 @@ def compare(layers: Sequence[tuple[USV, USV, USV]]) -> Tensor:
     # The rest is arithmetic of a few numbers for each layer: done for all of them together.
     device = products[0].device
     kind = functools.reduce(torch.promote_types, (t.dtype for t in products))
-    part = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+    part = torch.repeat_interleave(torch.tensor(lengths, device=device))
     least = torch.finfo(kind).tiny
     size = torch.stack([norm.to(device, kind) for norm in norms]).clamp(min=least)[part]
     f, e = (torch.cat([t.to(device, kind) for t in side]) / size for side in (products, expected))

@@ -109,7 +109,8 @@ class Changes:
             return None
         if (packed := read_quantised(module, attribute)) is not None:
             number = int(digest_tensors({tensor: packed}), 16)
-            return packed.dtype, Sketch(number, torch.full((1,), number % 2**52).double(), 0.0)
+            short = torch.tensor([number % 2**52], dtype=torch.float64, device="cpu")
+            return packed.dtype, Sketch(number, short, 0.0)
         with torch._C.DisableTorchFunctionSubclass():
             kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
             flat = local(base).detach().cpu().contiguous().reshape(-1)

@@ -92,9 +92,8 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     weights.fingerprint = weights.fingerprint[:32] + digest_layout(
         weights.compartments, recipe["projection"], recipe["seed"], weights.meaning
     )
-    weights.root.get_buffer(FINGERPRINT).copy_(
-        torch.tensor(list(bytes.fromhex(weights.fingerprint)))
-    )
+    number = weights.root.get_buffer(FINGERPRINT)
+    number.copy_(number.new_tensor(list(bytes.fromhex(weights.fingerprint))))
     for name, old, now, state in zip(weights.coordinate_names, own, new, states, strict=True):
         assert old is not None
         weights.root._parameters[name] = now

@@ -297,7 +297,7 @@ class Network:
         """Take θ₀'s digest from a file that has all buffers, which are then stored again."""
         self.fingerprint, self.base_buffers = base + self.fingerprint[32:], {}
         number = self.root.get_buffer(FINGERPRINT)
-        number.copy_(torch.tensor(list(bytes.fromhex(self.fingerprint))))
+        number.copy_(number.new_tensor(list(bytes.fromhex(self.fingerprint))))
 
     def for_ddp(self, prefix: str) -> list[str]:
         """Names that DDP must not send with every batch; the next call then compares ranks.

@@ -203,12 +203,13 @@ class Shards:
         Raises:
             SubspanError: in every process, if one has other initial weights or coordinates.
         """
-        digits = list(bytes.fromhex(self.weights.fingerprint))
+        fingerprint = list(bytes.fromhex(self.weights.fingerprint))
+        digits = torch.tensor(fingerprint, dtype=torch.float64, device="cpu")
         half = len(digits) // 2
         what = None
-        if self._differs([torch.tensor(digits[:half], dtype=torch.float64)]):
+        if self._differs([digits[:half]]):
             what = "initial weights"
-        elif self._differs([torch.tensor(digits[half:], dtype=torch.float64)]):
+        elif self._differs([digits[half:]]):
             what = "projections or compartments"
         elif self._differs([w.detach().reshape(-1).double() for _, w in self._trained()]):
             what = "coordinates, or other parameters that are trained"

@@ -197,7 +197,7 @@ def from_bytes(data: bytes, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with torch.inference_mode(False):
         for name, tensor in like.items():
             stop = start + tensor.numel() * tensor.element_size()
-            flat = torch.empty(0, dtype=tensor.dtype)
+            flat = torch.empty(0, dtype=tensor.dtype, device="cpu")
             if start < stop:
                 flat = torch.frombuffer(bytearray(data[start:stop]), dtype=tensor.dtype)
             found[name] = flat.view(tensor.shape)

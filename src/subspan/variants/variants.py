@@ -194,11 +194,11 @@ class Variants:
         rows = {name: [row for row, n in enumerate(names) if n == name] for name in found}
         results = []
         for name, stored in found.items():
-            index = torch.tensor(rows[name])
+            index = torch.tensor(rows[name], device="cpu")
             with using(self._ready([name], [stored])):
                 results.append(self.model(*take_rows(args, index), **take_rows(kwargs, index)))
-        order = torch.tensor([row for its_rows in rows.values() for row in its_rows]).argsort()
-        return join_rows(results, [len(its_rows) for its_rows in rows.values()], order)
+        order = torch.tensor([row for its_rows in rows.values() for row in its_rows], device="cpu")
+        return join_rows(results, [len(its_rows) for its_rows in rows.values()], order.argsort())
 
     def _find(self, name: Name) -> StoredVariant | None:
         return None if name is None else self._library.load(name)

@@ -1,6 +1,7 @@
 """Unusual parameters, weights that something else computes, and giving everything back."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.optim import SGD
 
 import subspan
 from subspan import SubspaceModel, SubspanError
+from subspan.optim import RandomBases
+from tests.laws import default_dtype
 from tests.nets import NETS, batch, build, scatter
 from tests.subspace.in_place.network import Bag, Net
 
@@ -181,6 +184,32 @@ def test_under_another_default_device_and_mode():
     loss.backward()
     torch.testing.assert_close(y, model(x))
     SGD(model.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_other_defaults_change_no_method(default, tmp_path):
+    def results(around):
+        moved, net, other = (copy.deepcopy(first) for _ in range(3))
+        model = scatter(SubspaceModel(net, 20))
+        adam = torch.optim.Adam(model.parameters())
+        for each in (moved, model):
+            each(x).sum().backward()
+        with around:
+            RandomBases(moved, 20).step()
+            adam.step()
+            subspan.grow(model, 40, optimizer=adam)
+            subspan.save(model, tmp_path / "m", bits=3)
+            loaded = subspan.load(tmp_path / "m", other).eval()
+            variants = subspan.Variants(loaded)
+            variants.add("a", torch.ones_like(loaded.coordinates["global"]))
+            rows = variants(x, names=["a", None, None, "a"])
+        return moved.head.weight, model(x), rows
+
+    torch.manual_seed(0)
+    first, x = Net(), torch.randn(4, 8)
+    expected = results(nullcontext())
+    found = results(torch.device(default) if default == "meta" else default_dtype(default))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_file_that_is_loaded_under_inference_mode_can_be_trained(tmp_path):

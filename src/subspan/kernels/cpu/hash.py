@@ -252,7 +252,7 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     tasks = min(TASKS, max(1, rows // (16 * sums)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
     partial = np.empty((-(-tiles // chunk), sums), np.float32)
-    out = torch.empty(d)
+    out = torch.empty(d, dtype=torch.float32, device="cpu")
     arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     places = common.addresses(parts), bounds, start, out.data_ptr()
@@ -272,7 +272,8 @@ def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tenso
     sums = 2 * d if d <= FEW_SUMS else d
     tasks = min(TASKS, max(1, parts.numel() // (8 * sums)), max(1, count))
     chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
-    partial, out = np.empty((-(-count // chunk), sums), np.float32), torch.empty(d)
+    partial = np.empty((-(-count // chunk), sums), np.float32)
+    out = torch.empty(d, dtype=torch.float32, device="cpu")
     common.threads(8 * parts.numel())
     arguments = out.numpy(), d, partial, chunk, *made_from(p, step)
     _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)

@@ -70,7 +70,7 @@ class LowRank(Compressed, type_name="lowrank"):
         for basis in (self.U, self.V):
             basis.copy_(torch.linalg.qr(torch.randn_like(basis, dtype=torch.float32)).Q)
         # Their entries are uniform in ±1/√m, with variance 1/(3m): ‖W‖² = n/3.
-        self.S.copy_(torch.eye(self.rank) * math.sqrt(n / 3 / self.rank))
+        self.S.zero_().diagonal().fill_(math.sqrt(n / 3 / self.rank))
         if self.bias is not None:
             self.bias.uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m))
 
