@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subspan import Projection, SubspanError
+from subspan import Projection, SubspanError, kernels
 from subspan.families import base
 from subspan.families.operator import project
 from subspan.families.registry import from_recipe
@@ -225,7 +225,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @law
 def defaults_of_pytorch_do_not_matter(p: Projection) -> None:
-    """The default dtype and the default device leave every product as it is."""
+    """The default dtype, the default device and autocast leave every product as it is."""
 
     def products() -> list[Tensor]:
         found = [p.dense()]
@@ -235,14 +235,16 @@ def defaults_of_pytorch_do_not_matter(p: Projection) -> None:
         return found
 
     vectors = [(vector(p.in_dim, dtype), vector(p.out_dim, dtype)) for dtype in DTYPES]
-    expected = products()
-    defaults = *map(default_dtype, (torch.bfloat16, torch.float64)), torch.device("meta")
-    for default in defaults:
-        with default:
-            found = products()
-        for one, other in zip(found, expected, strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one, other)
+    for find in (kernels.find, lambda *_: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "find", find)
+            expected = products()
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            dtypes = map(default_dtype, (torch.bfloat16, torch.float64))
+            for default in (*dtypes, torch.device("meta"), autocast):
+                with default:
+                    found = products()
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @law

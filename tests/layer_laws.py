@@ -281,6 +281,17 @@ def autocast_gives_the_type_that_it_gives_ordinary_layers(case: Case) -> None:
 
 
 @law
+def autocast_rounds_no_weight(case: Case) -> None:
+    """Weights that are read, and an ordinary layer made, have the precision of the parameters."""
+    net = case.net(torch.float32)
+    own, dense = case.of_weights(net), case.dense(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(case.of_weights(net), own, rtol=0, atol=0)
+        found = case.dense(net).state_dict()
+    torch.testing.assert_close(found, dense.state_dict(), rtol=0, atol=0)
+
+
+@law
 def a_network_made_without_values_is_filled_from_a_state(case: Case) -> None:
     """A layer that leaves the meta device makes again whatever no state holds."""
     net, x = case.net(torch.float32), case.x(torch.float32)

@@ -17,6 +17,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,6 +243,33 @@ def gradients_add_up_over_passes(case: Case) -> None:
     optimizer.step()
     train(case, other, theirs)
     assert_same(net, other)
+
+
+@law
+def autocast_around_a_step_is_that_of_its_passes(case: Case) -> None:
+    """A step itself has the precision of the weights."""
+
+    def steps(inside: bool) -> Tensor:
+        net = case.build().float()
+        optimizer: Any = case.optimizer(net)
+
+        def backward() -> Tensor:
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            return loss_of(net)
+
+        cast = torch.autocast("cpu", torch.bfloat16)
+        closure = backward if case.closure != "loss" else lambda: loss_of(net)
+        for _ in range(2):
+            if case.closure == "none":
+                cast(backward)()
+            with cast if inside else nullcontext():
+                own = closure if inside else cast(closure)
+                optimizer.step(*([] if case.closure == "none" else [own]))
+        return weights(net)
+
+    before = weights(case.build().float())
+    torch.testing.assert_close(steps(True) - before, steps(False) - before, rtol=1e-3, atol=1e-5)
 
 
 @law

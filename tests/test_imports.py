@@ -15,7 +15,7 @@ SOURCE = Path(subspan.__file__).parent
 
 # Every module, lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    ("errors", "cache", "files", "registry"),
+    ("errors", "cache", "files", "precision", "registry"),
     ("philox", "coding"),
     ("shuffle",),
     ("kernels",),

@@ -100,6 +100,14 @@ def test_a_weight_reads_as_the_product():
         stored.norm()
 
 
+def test_autocast_does_not_round_the_product():
+    model = lora()
+    merged = model.merge().state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.body.up.weight, merged["up.weight"])
+        torch.testing.assert_close(model.merge().state_dict(), merged, rtol=0, atol=0)
+
+
 def test_a_reader_of_weights_inside_of_a_call_gets_the_product():
     class Reads(Block):
         def forward(self, x):

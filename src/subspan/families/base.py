@@ -22,6 +22,7 @@ from subspan.families.operator import as_step, product
 from subspan.families.registry import register
 from subspan.families.updates import add_, gather
 from subspan.philox import Source
+from subspan.precision import full_precision
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -230,7 +231,8 @@ class Projection(ABC):
         """Rows of P as a (len(rows), d) matrix on the CPU: for tests, pictures, small problems."""
         like = torch.empty(self.in_dim, dtype=dtype, device="cpu")
         rows = self._check(like, "dtype", step, rows, length=self.in_dim)
-        return self._dense(like, as_step(step), rows.start, rows.stop)
+        with full_precision(like.device):
+            return self._dense(like, as_step(step), rows.start, rows.stop)
 
     def _check(
         self, x: Tensor, name: str, step: int | Tensor, rows: range | None, length: int | None
@@ -273,9 +275,10 @@ class Projection(ABC):
         if start == stop:
             return x.new_zeros(self.in_dim if adjoint else 0)
         work = x.contiguous() if x.dtype == torch.float64 else x.to(torch.float32).contiguous()
-        if kernel := kernels.find(self.family, work):
-            product = kernel.rmatvec if adjoint else kernel.matvec
-            out = product(self, work, step, start, stop)
-        else:
-            out = (self._rmatvec if adjoint else self._matvec)(work, step, start, stop)
+        with full_precision(x.device):
+            if kernel := kernels.find(self.family, work):
+                product = kernel.rmatvec if adjoint else kernel.matvec
+                out = product(self, work, step, start, stop)
+            else:
+                out = (self._rmatvec if adjoint else self._matvec)(work, step, start, stop)
         return out.to(x.dtype)

@@ -25,6 +25,7 @@ from subspan.errors import SubspanError
 from subspan.families import projection
 from subspan.layers.atoms import cosines
 from subspan.layers.plain import autocast_type
+from subspan.precision import full_precision
 
 
 class SpectralFilters(nn.Module):
@@ -124,7 +125,8 @@ class SpectralFilters(nn.Module):
         rows = [self.atoms.matvec(a) for a in self.a.view(-1, self.p)]
         drawn = torch.stack(rows).view(self.out_channels, self.in_channels, *self.drawn)
         if self.support is not None:
-            drawn = self.get_buffer("_smooth0") @ drawn @ self.get_buffer("_smooth1").T
+            with full_precision(drawn.device):
+                drawn = self.get_buffer("_smooth0") @ drawn @ self.get_buffer("_smooth1").T
         return self.scale * drawn
 
     def forward(self, x: Tensor) -> Tensor:

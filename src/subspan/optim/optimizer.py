@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from subspan.errors import SubspanError, unknown
 from subspan.optim.workers import WorkerMode, Workers
+from subspan.precision import as_now, full_precision
 
 Nonfinite = Literal["error", "skip"]
 
@@ -98,7 +99,10 @@ class BaseOptimizer(Optimizer):
                 (see ``nonfinite``), or if workers do not fit together or are lost. The weights
                 are then those of before.
         """
-        with torch.no_grad():
+        every = (p.device for group in self.param_groups for p in group["params"])
+        device = next(every, torch.device("cpu"))
+        closure = as_now(closure, device)
+        with torch.no_grad(), full_precision(device):
             if closure is None and self.needs_closure:
                 raise SubspanError(self._missing_closure())
             if self._workers:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from subspan.precision import full_precision
 from subspan.subspace.links import LINK, PREFIX
 from subspan.subspace.variant import split_by_row
 
@@ -56,7 +57,8 @@ class Adapter:
     def change(self, a: Tensor, b: Tensor) -> Tensor:
         """Return s B A in the shape of the stored weight, as PEFT's ``get_delta_weight`` does."""
         on_cpu = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
-        product = b.float() @ a.float() if on_cpu else b @ a
+        with full_precision(a.device):
+            product = b.float() @ a.float() if on_cpu else b @ a
         product = (product.T if self.transposed else product) * self.scaling
         return product.to(a.dtype) if on_cpu else product
 

@@ -18,6 +18,7 @@ from subspan.layers.factors import plain
 from subspan.layers.plain import autocast_type
 from subspan.layers.protocol import Compressed
 from subspan.layers.watched import Geometry, Tangents, Watched, down, out
+from subspan.precision import full_precision
 
 
 class LowRank(Compressed, type_name="lowrank"):
@@ -147,7 +148,7 @@ class LowRank(Compressed, type_name="lowrank"):
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
-        with plain():
+        with plain(), full_precision(self.U.device):
             U, S, V = self.U, self.S, self.V
             W, watched = U @ S @ V.T, self._watched()
             return W if watched is None else W + watched.k.T @ V.T + U @ watched.l

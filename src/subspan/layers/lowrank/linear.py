@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
 from subspan.layers.plain import linear
+from subspan.precision import full_precision
 
 
 class LowRankLinear(LowRank, replaces=nn.Linear):
@@ -52,7 +53,7 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
 
     def two_factors(self) -> nn.Sequential:
         """Return two linear layers, (r, m) without a bias, then (n, r)."""
-        with plain():
+        with plain(), full_precision(self.U.device):
             return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from subspan.layers.atoms import HALF
 from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, function, parse_factor
 from subspan.layers.product_of_sums.order import Plan, plan_product
 from subspan.layers.protocol import Compressed
+from subspan.precision import full_precision
 
 
 class ProductOfSums(Compressed, type_name="product-of-sums"):
@@ -161,11 +162,13 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
     @property
     def matrix(self) -> Tensor:
         """W as a matrix, (n, m), made at each call."""
-        return self._form(plan_product(self.sums, None), None)
+        with full_precision(self.values(0).device):
+            return self._form(plan_product(self.sums, None), None)
 
     def factor(self, i: int) -> Tensor:
         """F of factor i as a matrix."""
-        return self._form(plan_product(self.sums[i : i + 1], None, i), None)
+        with full_precision(self.values(i).device):
+            return self._form(plan_product(self.sums[i : i + 1], None, i), None)
 
     @property
     @abstractmethod
