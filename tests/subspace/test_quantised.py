@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, count
@@ -403,6 +404,18 @@ def test_copies(kind):
         assert torch.equal(twin(X), model(X))
         twin.state_dict()
         assert same(bytes_of(twin.body), bytes_of(model.body))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("through", ["handle", "network"])
+def test_an_average_leaves_packed_numbers_alone(kind, through):
+    """A moving average of equal integers is computed in float32, and cut to integers again."""
+    model = wrapped(kind)
+    net = model if through == "handle" else model.body
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        averaged.update_parameters(net)
+    assert torch.equal(averaged(X), model(X))
 
 
 @pytest.mark.parametrize("kind", KINDS)

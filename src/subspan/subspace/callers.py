@@ -20,6 +20,8 @@ _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 
+_LISTING = ("named_modules", "_named_members", "named_parameters")
+
 
 def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
@@ -51,6 +53,15 @@ def asked_by_export(frame: FrameType) -> bool:
 def asked_by_checkpoint(frame: FrameType) -> bool:
     """Return whether parameters are listed for ``torch.distributed.checkpoint``."""
     return _module(frame) == "torch.distributed.checkpoint.state_dict"
+
+
+def averages_models(start: FrameType) -> bool:
+    """Return whether PyTorch's AveragedModel pairs the parameters of a model and of its copy."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name in _LISTING:
+        frame = frame.f_back
+    asked = frame is not None and frame.f_code.co_name == "parameters"
+    return asked and _module(frame.f_back) == "torch.optim.swa_utils"  # type: ignore[union-attr,arg-type]
 
 
 def asked_by_another_package(frame: FrameType, net: nn.Module) -> bool:

@@ -25,7 +25,6 @@ from subspan.subspace.callers import (
     sorts_by_decay,
 )
 from subspan.subspace.coordinates import Coordinates
-from subspan.subspace.dtensors import home_of
 from subspan.subspace.links import FINGERPRINT, PREFIX
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.weights import Weights
@@ -79,9 +78,8 @@ class Handle(nn.Module):
         for key, w in coordinates.items():
             yield f"{start}coordinates.{key}", w
         ours = {id(w) for w in coordinates.values()}
-        fully = {f"{start}body.{name}" for name in self.subspace.fully}
         for name, p in super().named_parameters(prefix):
-            if id(p) not in ours and home_of(p) is None and (p.requires_grad or name in fully):
+            if id(p) not in ours and self.subspace.lists(name.removeprefix(f"{start}body."), p):
                 yield name, p
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from subspan.subspace.callers import (
     asked_by_fsdp,
     asked_by_own_property,
     asked_by_trace,
+    averages_models,
     converts_batchnorm,
     copies_weights,
     empties_for_fsdp,
@@ -261,6 +263,22 @@ class WrappedNetwork(WrappedModule):
             # Python's sort is stable.
             stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
         yield from stored
+
+    def named_modules(self, memo: set[Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the modules; to an average of models only one, which holds what is trained.
+
+        It pairs parameters by their order, whether a handle, a network or what is around it has
+        them; θ₀ is the same in a copy, and packed numbers have no mean.
+        """
+        if torch.compiler.is_compiling() or not averages_models(sys._getframe(1)):
+            return super().named_modules(memo, *args, **kwargs)  # type: ignore[misc]
+        memo = set() if memo is None else memo
+        if self in memo:
+            return iter(())
+        memo.add(self)
+        prefix = kwargs.get("prefix", args[0] if args else "")
+        listed = dict(link_of(self).weights.listed())
+        return iter([(prefix, SimpleNamespace(_parameters=listed))])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; coordinates keep float32 where weights get 16 bits.

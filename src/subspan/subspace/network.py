@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Network:
         self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
         self.coordinate_names = [PREFIX + parameter_key(part.name) for part in compartments]
         self.fully = tuple(sorted(fully))
+        self._listed = set(self.fully)
         self.recipe: dict[str, Any] = {}
         self.meaning: dict[str, Any] = {}  # what the layout's digest holds beside the compartments
         self.lora: dict[str, Any] = {}  # how the factors were made, for files
@@ -125,6 +126,27 @@ class Network:
     def ready(self) -> bool:
         """Whether the network is whole: not while it is copied or unpickled."""
         return "homes" in vars(self) and "_parameters" in vars(self.root)
+
+    # ---- what is trained ---------------------------------------------------------------------
+
+    def lists(self, name: str, p: nn.Parameter) -> bool:
+        """Return whether a parameter is listed as one that is trained directly.
+
+        One that was listed stays so: a copy that was frozen is paired with its original in order.
+        """
+        if home_of(p) is not None:
+            return False
+        if p.requires_grad and name not in self._listed:
+            self._listed.add(name)
+        return name in self._listed
+
+    def listed(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield coordinates, and what is trained directly, in the order in which a handle does."""
+        own = self.network()._parameters
+        yield from ((name, own[name]) for name in self.coordinate_names)  # type: ignore[misc]
+        for name, p in nn.Module.named_parameters(self.root):
+            if name not in self.coordinate_names and self.lists(name, p):
+                yield name, p
 
     # ---- tensors -----------------------------------------------------------------------------
 

@@ -144,6 +144,38 @@ def test_averaged_models(through, options):
     twin.state_dict()
 
 
+@pytest.mark.parametrize("name", ["mlp", "raw"])
+@pytest.mark.parametrize("options", [{}, {"use_buffers": True}])
+@pytest.mark.parametrize("pair", ["handle handle", "network network", "handle network", "outer"])
+def test_averaged_models_of_a_network_with_a_head(pair, options, name):
+    """PyTorch pairs all parameters of its copy with those that the model lists, by their order."""
+    model = wrap(name, train_fully="2" if name == "mlp" else "linear")
+    outer = nn.Sequential(model, nn.Linear(4, 2))
+    given, updated = {"handle": model, "network": model.body, "outer": outer}, pair.split()
+    averaged, seen = AveragedModel(given[updated[0]], **options), []
+    for n in range(3):
+        scatter(model, scale=0.2 * (n + 1))
+        averaged.update_parameters(given[updated[-1]])
+        seen.append([p.detach().clone() for p in model.parameters()])
+    twin = averaged.module[0] if pair == "outer" else averaged.module
+    twin = twin if updated[0] != "network" else SubspaceModel.of(twin)
+    for mean, values in zip(twin.parameters(), zip(*seen, strict=True), strict=True):
+        torch.testing.assert_close(mean.detach(), torch.stack(values).mean(0))
+
+
+def test_a_copy_lists_what_its_original_lists():
+    """Moving averages freeze a copy, and pair its parameters with the original's."""
+    model = wrap("mlp", targets="0", train_fully="2.bias")
+    model.body.register_parameter("extra", nn.Parameter(torch.ones(1)))
+    model.body[2].weight.requires_grad_(True)
+    mean = copy.deepcopy(model)
+    for p in mean.parameters():
+        p.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    assert names == ["coordinates.global", "body.extra", "body.2.weight", "body.2.bias"]
+    assert [name for name, _ in mean.named_parameters()] == names
+
+
 def test_subspan_sees_coordinates_whatever_it_is_given(tmp_path):
     model, merged, x = pair()
     assert subspan.save(model.body, tmp_path / "a") == subspan.save(model, tmp_path / "b")
