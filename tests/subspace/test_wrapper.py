@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import subspan
 from subspan import SubspaceModel, SubspanError, projections
 from tests.nets import COMPARTMENTS, NETS, batch, build, fit, scatter, wrap
 
@@ -211,6 +212,39 @@ def test_bad_input_leaves_the_network_untouched(options, message):
         SubspaceModel(net, **options)
     assert all(net.get_parameter(name) is p for name, p in before.items())
     assert not net.head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(SubspaceModel, "mlp"), (SubspaceModel, "lstm"), (subspan.lora, "mlp")]
+)
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_hook_that_raises_leaves_the_network_as_it_was(wrap, kind, name):
+    def raises(module, name, value):
+        raise RuntimeError("not here")
+
+    net, x = build(name), batch(name)
+    y, before = net(x), [dict(vars(module)) for module in net.modules()]
+    classes = [type(module) for module in net.modules()]
+    hook = getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(raises)
+    with hook, pytest.raises(RuntimeError, match="not here"):
+        wrap(net, 5)
+    assert torch.equal(net(x), y)
+    assert [type(module) for module in net.modules()] == classes
+    assert [vars(module).keys() for module in net.modules()] == [own.keys() for own in before]
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in net.parameters())
+    assert list(net.state_dict()) == list(build(name).state_dict())
+    wrap(net, 5)
+
+
+@pytest.mark.parametrize("wrap", [SubspaceModel, subspan.lora])
+def test_what_torch_compile_has_made_is_refused(wrap):
+    net, x = build("mlp"), batch("mlp")
+    y, state = net(x), list(net.state_dict())
+    with pytest.raises(SubspanError, match=r"wrap the network first, and then torch\.compile\(mod"):
+        wrap(torch.compile(net, backend="eager"), 5)
+    assert torch.equal(net(x), y)
+    assert list(net.state_dict()) == state
+    assert torch.equal(torch.compile(wrap(net, 5), backend="eager")(x), y)
 
 
 def test_what_is_no_network_is_refused():

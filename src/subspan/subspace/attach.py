@@ -32,8 +32,17 @@ def attach(weights: Weights) -> None:
     """Give the network's modules their classes, and the network its coordinates.
 
     Raises:
-        SubspanError: if a module cannot have another class; the network is then untouched.
+        SubspanError: if a module cannot have another class. After this and any other exception (of
+            a hook, say) the network is as it was.
     """
+    try:
+        _attach(weights)
+    except BaseException:
+        detach(weights)
+        raise
+
+
+def _attach(weights: Weights) -> None:
     root, inside = weights.root, dict[nn.Module, dict[str, str]]()
     for slot in weights.slots:
         module, attribute = slot.find(root)
@@ -47,8 +56,6 @@ def attach(weights: Weights) -> None:
         try:
             module.__class__ = make_class(type(module), names, module is root)
         except Exception as error:  # a class may refuse to be derived from in its own words
-            for done in weights.wrapped:
-                done.__class__ = done._subspan_class[0]  # type: ignore[assignment,index]
             name = next(n for n, m in root.named_modules() if m is module)
             raise SubspanError(
                 f"module {name or 'the network'} is a {type(module).__name__}, whose weights "
@@ -73,9 +80,8 @@ def attach(weights: Weights) -> None:
         digits = list(bytes.fromhex(weights.fingerprint))
         # Small integers as floats: the mean of equal ones is the same again.
         number = torch.tensor(digits, dtype=torch.float32, device=like.device)
-        root.register_buffer(FINGERPRINT, number)
-    if root.get_buffer(FINGERPRINT).device != like.device:
-        detach(weights)
+        nn.Module.register_buffer(root, FINGERPRINT, number)
+    if root._buffers[FINGERPRINT].device != like.device:  # type: ignore[union-attr]
         raise SubspanError(
             "parameters that are made here go to another device (by init_empty_weights of "
             "accelerate, say): wrap the network outside of that context"
@@ -92,13 +98,13 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
     refuse_whole(weights, "unwrapped or merged")
     refuse_in_use(weights, "unwrapped")
     for name in weights.coordinate_names:
-        w = root._parameters.pop(name)
-        if values is None:  # who merges has made a copy, which nobody trains
-            outgrow(w, "that unwrap() has taken out of the network")  # type: ignore[arg-type]
-    del root._buffers[FINGERPRINT]
+        w = root._parameters.pop(name, None)
+        if values is None and w is not None:  # who merges has made a copy, which nobody trains
+            outgrow(w, "that unwrap() has taken out of the network")
+    root._buffers.pop(FINGERPRINT, None)
     for module in weights.wrapped:
-        if LINK in vars(module):
-            del module.__dict__[LINK]
+        if hasattr(type(module), "_subspan_class"):
+            module.__dict__.pop(LINK, None)
             module.__dict__.pop(BESIDE, None)
             module.__class__ = module._subspan_class[0]  # type: ignore[assignment,index]
     for tensor, (module, attribute) in weights.homes.items():

@@ -128,6 +128,11 @@ def check_ordinary(net: Any) -> None:
                 f"{name or 'the network'} is in a subspace already: merge or unwrap that "
                 "SubspaceModel first"
             )
+    if "_orig_mod" in net._modules:
+        raise SubspanError(
+            "the network is what torch.compile has made of one, which has no parameters of its "
+            "own: wrap the network first, and then torch.compile(model)"
+        )
 
 
 def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
