@@ -136,6 +136,36 @@ def test_signature_arguments_and_results_are_the_networks_own():
         model(x, colour=1)
 
 
+class Softmax(SubspaceModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).softmax(-1)
+
+    def __len__(self):
+        return 77
+
+
+class Scaled(SubspaceModel):
+    def forward(self, x, scale=2):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "signature"),
+    [
+        (Softmax, lambda y: y.softmax(-1), inspect.signature(nn.Sequential().forward)),
+        (Scaled, lambda y: 2 * y, inspect.signature(lambda x, scale=2: 0)),
+    ],
+)
+def test_a_subclass_has_its_own_forward(cls, change, signature):
+    x, model = batch("mlp"), scatter(cls(build("mlp"), 12))
+    y = change(scatter(wrap("mlp"))(x))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(each(x), y)
+        assert inspect.signature(each.forward) == signature
+        assert len(each) == (77 if cls is Softmax else 3)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+
+
 def test_attributes_and_methods_pass_through():
     model, x = scatter(SubspaceModel(Talker(), 5)), torch.ones(2, 3)
     assert (model.classes, model.config.width, model.twice(4)) == (4, 3, 8)

@@ -207,7 +207,8 @@ def _refuse_setting(name: str) -> SubspanError:
 def with_signature(handle: type, net: type) -> type:
     """Make a handle's class with the name and the signature of the network's, which trainers read.
 
-    By them they know whether labels are shifted, and how these are called.
+    By them they know whether labels are shifted, and how these are called. A subclass whose own
+    ``forward`` names its arguments keeps its signature.
     """
     body: dict[str, Any] = {
         "_signature_of": (handle, net),
@@ -216,17 +217,19 @@ def with_signature(handle: type, net: type) -> type:
         "__doc__": handle.__doc__,
     }
     for name in ("__len__", "__getitem__", "__iter__", "__contains__", "__enter__", "__exit__"):
-        if hasattr(net, name):  # Python looks them up in the class
+        if hasattr(net, name) and not hasattr(handle, name):  # Python looks them up in the class
             body[name] = functools.partialmethod(_of_the_network, name)
+    run: Any = handle.forward  # type: ignore[attr-defined]
     with contextlib.suppress(TypeError, ValueError):  # some callables of C have none
 
-        @functools.wraps(handle.forward)  # type: ignore[attr-defined]
+        @functools.wraps(run)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.subspace.network()  # refuses what was unwrapped
-            return self.body(*args, **kwargs)
+            return run(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
-        body["forward"] = forward
+        kinds = {p.kind for p in list(inspect.signature(run).parameters.values())[1:]}
+        if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            body["forward"] = forward
     return type(net.__name__, (handle,), body)
 
 
