@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
+from subspan.subspace.memory import refuse_shared
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
 from subspan.subspace.quantised_layers import refuse_foreign
 
@@ -162,7 +162,7 @@ def check_trainable(
     Raises:
         SubspanError: naming the tensor, why, and what to do.
     """
-    memory: dict[int, list[tuple[int, int, str]]] = {}
+    own: dict[str, nn.Parameter] = {}
     for slot in places:
         module, attribute = slot.find(net)
         p = module._parameters[attribute]
@@ -207,18 +207,8 @@ def check_trainable(
                 f"{slot.path} is expanded, so that one number in memory is several weights: make "
                 "it contiguous first"
             )
-        plain = p.layout == torch.strided and p.is_contiguous() and p.numel() > 0
-        if plain and slot.path == slot.tensor:
-            start = int(p.storage_offset()) * p.element_size()
-            end = start + p.nbytes
-            memory.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, slot.tensor))
-    for intervals in memory.values():
-        for (_, end, one), (start, _, other) in itertools.pairwise(sorted(intervals)):
-            if start < end and {one, other} & (chosen | fully):
-                raise SubspanError(
-                    f"{one} and {other} share memory and are two parameters: make them one "
-                    "parameter, or exclude both"
-                )
+        own[slot.tensor] = p
+    refuse_shared(net, own, chosen, fully)
 
 
 def find_padding(net: nn.Module, places: Iterable[Slot]) -> dict[str, range]:

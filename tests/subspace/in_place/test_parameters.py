@@ -129,6 +129,54 @@ def test_unusual_parameters_that_stay_are_left_as_they_are():
     torch.testing.assert_close(model(x), part[1](part[0](x)))
 
 
+class Sharing(nn.Module):
+    """A layer, and something that is made of the memory of its weight."""
+
+    def __init__(self, make, buffer=False):
+        super().__init__()
+        self.fc, self.free = nn.Linear(6, 6), nn.Linear(6, 6)
+        made = make(self.fc.weight)
+        if buffer:
+            self.register_buffer("also", made)
+        else:
+            self.also = made
+
+
+TURNED = r"(fc\.weight|also) and (fc\.weight|also) share memory and are two parameters: make them"
+BESIDE = r"also shares the memory of fc\.weight, and would stay at θ₀ .*: read fc\.weight"
+SHARING = {
+    "transposed": (lambda w: nn.Parameter(w.data.t()), False, TURNED),
+    "a column": (lambda w: nn.Parameter(w.data[:, 1]), False, TURNED),
+    "a view": (lambda w: w.data[:4], False, BESIDE),
+    "an expanded view": (lambda w: w.data[0].expand(5, 6), False, BESIDE),
+    "a view in a list": (lambda w: [{"half": w.detach()[:, ::2]}], False, BESIDE),
+    "a parameter in a list": (lambda w: [nn.Parameter(w.data)], False, BESIDE),
+    "a buffer": (lambda w: w.data.view(-1), True, BESIDE),
+    "other numbers": (lambda w: w.data.view(torch.int32), True, BESIDE),
+}
+
+
+@pytest.mark.parametrize("how", SHARING)
+def test_memory_that_would_stay_behind_is_refused(how):
+    make, buffer, message = SHARING[how]
+    net = Sharing(make, buffer)
+    with pytest.raises(SubspanError, match=message):
+        SubspaceModel(net, 5)
+    assert type(net.fc) is nn.Linear
+    SubspaceModel(net, 5, targets="free")
+
+
+def test_memory_that_goes_along_or_is_another_part_is_not_refused():
+    whole = torch.rand(4, 6)
+    columns = nn.ParameterList([nn.Parameter(whole[:, :2]), nn.Parameter(whole[:, 2:])])
+    scatter(SubspaceModel(columns, 5)).merge()
+    for make in (lambda w: [w], lambda w: w.detach().clone(), lambda w: torch.eye(3).to_sparse()):
+        SubspaceModel(Sharing(make), 5)
+    model = SubspaceModel(Sharing(lambda w: w.data[:4]), 5, train_fully="fc")
+    scatter(model)
+    assert torch.equal(model.body.also, model.body.fc.weight[:4])
+
+
 def test_strided_and_scalar_parameters():
     class Odd(nn.Module):
         def __init__(self):
