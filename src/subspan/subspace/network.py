@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
@@ -82,6 +84,7 @@ class Network:
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
+        self._known: Tensor | None = None  # the fingerprint's buffer that was compared last
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
         self.changes = Changes(self)
@@ -284,10 +287,13 @@ class Network:
 
     # ---- fingerprint and other processes -----------------------------------------------------
 
-    def difference(self, fingerprint: Tensor) -> str:
-        """Name what makes coordinates under another fingerprint meaningless here, or return ""."""
+    def difference(self, fingerprint: Tensor, base: bool = True) -> str:
+        """Name what makes coordinates under another fingerprint meaningless here, or return "".
+
+        Without ``base`` θ₀ may be another one.
+        """
         theirs = bytes(int(digit) % 256 for digit in fingerprint.double().round().tolist()).hex()
-        if theirs[:32] != self.fingerprint[:32]:
+        if base and theirs[:32] != self.fingerprint[:32]:
             return "the initial weights"
         return "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
 
@@ -300,6 +306,31 @@ class Network:
                 "the same seed or file and with the same options on every rank"
             )
         self.ranks_checked = True
+
+    def _check_given(self) -> None:
+        """Refuse a call with another model's coordinates, whose buffers a functional call has put.
+
+        A batch of models (``torch.func.stack_module_state``) brings a fingerprint for each.
+        """
+        number: Any = self.root._buffers[FINGERPRINT]
+        rows = number
+        with _disable_current_modes():
+            while functorch.is_functorch_wrapped_tensor(rows):
+                dim, rows = functorch.maybe_get_bdim(rows), functorch.get_unwrapped(rows)
+                rows = rows.movedim(dim, 0) if dim >= 0 else rows
+            if type(rows) not in _ORDINARY or rows.is_meta:  # an exporter's stand-in
+                return
+            base = any(home_of(self.base_of(tensor)) for tensor in self.homes)  # θ₀ is not given
+            rows = rows.reshape(-1, len(self.fingerprint) // 2)
+            found = {self.difference(row, base) for row in rows}
+        if different := max(found):
+            raise SubspanError(
+                f"{different} of the models whose coordinates and buffers this call is given "
+                "differ from this model's, by which it would compute them all: call each by "
+                "itself, or make them of copies of one network and with the same options"
+            )
+        if not functorch.is_functorch_wrapped_tensor(number):
+            self._known = number
 
     def parameters_digest(self) -> str:
         """Return a digest of θ₀ without buffers."""

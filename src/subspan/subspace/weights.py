@@ -26,7 +26,7 @@ from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import home_of, is_shard
 from subspan.subspace.formed import Formula, Outermost, version_of
-from subspan.subspace.links import PREFIX
+from subspan.subspace.links import FINGERPRINT, PREFIX
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.theta0 import OWN, Base
@@ -58,6 +58,8 @@ class Weights(Network):
             self.shards.watch()
         if not self.ranks_checked:
             self._check_ranks()
+        if self.network()._buffers[FINGERPRINT] is not self._known:
+            self._check_given()
         stack = _now.__dict__.setdefault("calls", [])
         if stack and any(outer.weights is self for outer in stack):
             return run(*args, **kwargs)

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, vmap
 
 import subspan
-from subspan import SubspaceModel
+from subspan import SubspaceModel, SubspanError
 from tests.nets import batch, scatter, wrap
 from tests.subspace.in_place.network import pair
 
@@ -132,3 +132,65 @@ def test_transforms_inside_of_a_forward():
     slope = torch.cat([p.grad.flatten() for p in merged.parameters()])
     want = model.projections[0].rmatvec(slope)
     torch.testing.assert_close(model.coordinates["global"].grad, want, rtol=1e-4, atol=1e-5)
+
+
+def models_of(nets, seeds):
+    return [
+        scatter(SubspaceModel(n, 12, seed=s), 0.3 + k)
+        for k, (n, s) in enumerate(zip(nets, seeds, strict=True))
+    ]
+
+
+def nets(*seeds):
+    for seed in seeds:
+        torch.manual_seed(seed)
+        yield nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def ensemble(models, x, dim=0):
+    """PyTorch's own recipe for many models at once; each row of x alone."""
+    given, buffers = stack_module_state(models)
+    buffers = {name: b.movedim(0, dim) for name, b in buffers.items()}
+    base = copy.deepcopy(models[0])
+    every = vmap(lambda p, b, row: functional_call(base, (p, b), (row,)), in_dims=(0, dim, None))
+    return vmap(every, in_dims=(None, None, 0), out_dims=1)(given, buffers, x)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_an_ensemble_of_models_around_one_base(dim):
+    models, x = models_of(nets(0, 0, 0), (0, 0, 0)), torch.randn(3, 8)
+    torch.testing.assert_close(
+        ensemble(models, x, dim), torch.stack([model(x) for model in models])
+    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "projections", "message"),
+    [
+        ((0, 0, 1), (0, 0, 0), "the initial weights of the models whose coordinates and buffers"),
+        ((0, 0, 0), (0, 1, 0), "the projection or its compartments of the models whose coord"),
+    ],
+)
+def test_an_ensemble_of_other_models_is_refused(seeds, projections, message):
+    models, x = models_of(nets(*seeds), projections), torch.randn(3, 8)
+    for dim in (0, 1):
+        with pytest.raises(SubspanError, match=message):
+            ensemble(models, x, dim)
+    other = models[1] if projections[1] else models[2]
+    with pytest.raises(SubspanError, match=message):
+        functional_call(
+            models[0], dict(other.named_parameters()) | dict(other.named_buffers()), (x,)
+        )
+    assert torch.equal(models[0](x), models[0].merge()(x))
+
+
+def test_whole_networks_are_given_with_their_own_base():
+    """Where θ₀ is given, too, only the projection must be the same."""
+    (one, two), x = models_of(nets(0, 1), (0, 0)), torch.randn(3, 8)
+    given = {name: p.detach() for name, p in two.body.named_parameters()}
+    given |= dict(two.body.named_buffers())
+    assert torch.equal(functional_call(one.body, given, (x,)), two(x))
+    (other,) = models_of(nets(1), (1,))
+    given = {name: p.detach() for name, p in other.body.named_parameters()}
+    with pytest.raises(SubspanError, match="the projection or its compartments of the models"):
+        functional_call(one.body, given | dict(other.body.named_buffers()), (x,))
