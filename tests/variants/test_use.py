@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import subspan
 from subspan import SubspaceModel, SubspanError, Variants
@@ -117,6 +118,19 @@ def test_a_variant_has_no_gradients_and_its_input_has(model):
     assert x.grad.abs().sum() > 0
     assert model.coordinates["global"].grad is None
     assert model.body.head.weight.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("part", ["body", "body.conv", "body.head"])
+def test_a_checkpoint_would_run_again_without_the_variant(model, part, reentrant, forming):
+    variants, run_part = Variants(model), model.get_submodule(part)
+    x = (torch.ones(2, 144) if part == "body.head" else batch("cnn")).requires_grad_()
+    variants.add("a", trained(model, 5))
+    with variants.use("a"):
+        with pytest.raises(SubspanError, match="checkpoint runs its part twice"):
+            checkpoint(run_part, x, use_reentrant=reentrant).sum()
+        with torch.no_grad():
+            assert torch.equal(checkpoint(run_part, x, use_reentrant=reentrant), run_part(x))
 
 
 def test_what_inference_mode_forms_serves_outside_of_it(model):

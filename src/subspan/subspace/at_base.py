@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from subspan.errors import SubspanError
+from subspan.subspace.callers import runs_twice
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
@@ -65,19 +66,27 @@ def is_at_base(weights: Network) -> bool:
     return weights in _resting.get()
 
 
-def refuse_running_again() -> None:
-    """Refuse activation checkpoints, which would run a part again when θ is back.
+def refuse_running_again(inside: str) -> None:
+    """Refuse activation checkpoints, which would run a part again when weights are others.
+
+    Args:
+        inside: of what the part is run, for the error.
 
     Raises:
-        SubspanError: where a graph is made inside of one.
+        SubspanError: where a graph is made inside of one, or its part is run again.
     """
-    if not torch.is_grad_enabled():
-        return
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        twice = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        again = torch._C._current_autograd_node() is not None
+    else:  # so are both modes in the forward of a function of autograd
+        again = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+        twice = False
+    if twice or (again and runs_twice(sys._getframe(1))):
         raise SubspanError(
-            "an activation checkpoint inside of at_base() might run its part again outside, with "
-            "other weights: use torch.no_grad() inside of at_base(), or no checkpoints"
+            f"an activation checkpoint runs its part twice, and one of both may be inside of "
+            f"{inside} and the other outside, with other weights: use torch.no_grad() inside of it "
+            "and call backward() outside, or use no checkpoints"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -177,6 +178,24 @@ def asked_by_trace(start: FrameType) -> bool:
     while frame.f_back is not None and not frame.f_code.co_name.startswith(("trace", "script")):
         frame = frame.f_back
     return frame.f_code.co_name.startswith("trace")
+
+
+def runs_twice(start: FrameType) -> bool:
+    """Return whether a function of autograd runs a part once more in the backward pass.
+
+    So do reentrant checkpoints: first without a graph, then with one.
+    """
+    frame: FrameType | None = start
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("forward", "backward") and code.co_argcount:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx) and (
+                code.co_name == "backward" or context.next_functions  # type: ignore[attr-defined]
+            ):  # which are there if a backward pass is to come
+                return True
+        frame = frame.f_back
+    return False
 
 
 # ---- by the code itself --------------------------------------------------------------------------

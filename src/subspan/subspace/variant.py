@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.at_base import is_at_base
+from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.formed import version_of
 from subspan.subspace.links import link_of
 
@@ -154,11 +154,16 @@ def using(variant: Variant) -> Iterator[None]:
 
 
 def find_variant(weights: Network) -> Variant | None:
-    """Return the variant that a network has in this context; None where it is itself."""
+    """Return the variant that a network has in this context; None where it is itself.
+
+    Raises:
+        SubspanError: inside of an activation checkpoint.
+    """
     if is_at_base(weights):
         return None
     for variant in _current.get():
         if variant.weights is weights:
+            refuse_running_again("`with variants.use(…)`")
             return variant
     return None
 

@@ -248,7 +248,7 @@ class Weights(Network):
 
     def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
         """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
-        refuse_running_again()
+        refuse_running_again("at_base()")
         with _plain():
             base = quantised.dense(self.held(tensor))
             base = base if base.requires_grad else base.detach()

@@ -159,15 +159,22 @@ def test_the_gradient_of_the_input_is_that_of_the_base(forming):
     assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_a_checkpoint_would_run_again_with_other_weights(monkeypatch):
-    monkeypatch.setattr(formed, "KEPT", 0)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_would_run_again_with_other_weights(reentrant, forming):
     model, net, x = both("mlp")
     x.requires_grad_()
+    outside = checkpoint(model, x, use_reentrant=reentrant).sum()
     with model.at_base():
         with pytest.raises(SubspanError, match=r"use torch\.no_grad\(\) inside"):
-            checkpoint(model, x, use_reentrant=False)
+            checkpoint(
+                lambda x: checkpoint(model, x, use_reentrant=True), x, use_reentrant=reentrant
+            )
         with torch.no_grad():
-            assert torch.equal(checkpoint(model, x, use_reentrant=False), net(x))
+            assert torch.equal(checkpoint(model, x, use_reentrant=reentrant), net(x))
+        with torch.inference_mode():
+            assert torch.equal(checkpoint(model, x, use_reentrant=reentrant), net(x))
+        with pytest.raises(SubspanError, match=r"call backward\(\) outside"):
+            outside.backward()
 
 
 def test_a_copy_and_a_merged_network():
