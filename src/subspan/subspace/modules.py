@@ -259,7 +259,7 @@ class WrappedNetwork(WrappedModule):
             # Coordinates are whole in every process, and no business of FSDP's.
             yield from (pair for pair in stored if not pair[0].startswith(PREFIX))
             return
-        if asked_by_own_property(sys._getframe(1), self):
+        if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
             # Python's sort is stable.
             stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
         yield from stored

@@ -233,12 +233,12 @@ class Network:
         Where coordinates are given, too, the slot holds a base: so do all parameters together.
         """
         base = self.base_of(tensor)
-        home = home_of(base)
-        if home is not None and home[0] is self:
-            return None
+        home, frozen = home_of(base), isinstance(base, nn.Parameter) and not base.requires_grad
+        if (home is not None and home[0] is self) or (frozen and torch.compiler.is_exporting()):
+            return None  # exporters have stand-ins for θ₀
         moved = self.adapters[tensor].factors[0] if tensor in self.adapters else tensor
         names = {PREFIX + block.coordinates for block in self.blocks_of[moved]}
-        ours = all(type(self.root._parameters[name]) is nn.Parameter for name in names)
+        ours = all(isinstance(self.root._parameters[name], nn.Parameter) for name in names)
         return base if ours and not is_shard(base) else None
 
     def base_or_given(self, tensor: str) -> tuple[Tensor, bool]:
@@ -259,7 +259,8 @@ class Network:
             held = self.held(piece.tensor)
             if isinstance(held, QuantisedTensor):
                 return held if len(piece) == held.numel() else held.cut(piece.start, piece.stop)
-        if type(base) is not Base and self._given(piece.tensor) is not None:
+        given = type(base) is not Base and self._given(piece.tensor) is not None
+        if given and not torch.compiler.is_exporting():  # where nobody reads what is formed of it
             base = self.owned[piece.tensor]
         if is_shard(base):
             raise SubspanError(

@@ -93,6 +93,8 @@ class Weights(Network):
         Only inside of a call, and where weights are formed one by one, can a dtype be given.
         """
         if torch.compiler.is_compiling():
+            if (given := self._given(tensor)) is not None:
+                return given
             if tensor in self.adapters:
                 return self._product(tensor, self.read)
             if _to_onnx():

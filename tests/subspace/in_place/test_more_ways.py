@@ -44,6 +44,33 @@ def test_a_functional_call_of_a_part_uses_what_it_is_given():
     )
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net, x: torch.compile(net, backend="aot_eager"),
+        lambda net, x: torch.export.export(net, (x,), strict=False).module(),
+    ],
+    ids=["compile", "export"],
+)
+def test_a_functional_call_in_a_graph_uses_what_it_is_given(make, lora):
+    class Given(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.table = net, nn.Parameter(torch.ones(4, 16))
+
+        def forward(self, x):
+            return functional_call(self.net, {"head.weight": self.table * 2}, (x,))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    model = scatter(subspan.lora(net, 20, rank=2) if lora else SubspaceModel(net, 20)).eval()
+    x, given = torch.randn(5, 8), Given(net)
+    want = Given(model.merge())(x)
+    torch.testing.assert_close(given(x), want)
+    torch.testing.assert_close(make(given, x)(x), want)
+
+
 def test_coordinates_that_come_and_go_inside_of_a_forward():
     """Objects of the same number follow each other in memory."""
 
