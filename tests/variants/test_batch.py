@@ -189,6 +189,36 @@ def test_rows_of_lora_factors_are_one_run():
     )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.weight.data.mul_(2.0),
+        lambda head: setattr(head.weight, "data", 2 * head.weight.data),
+        lambda head: setattr(head, "weight", nn.Parameter(2 * head.weight.data)),
+        lambda head: head.double().float(),
+    ],
+)
+def test_rows_of_the_base_follow_the_head(change):
+    variants, _ = sentences()
+    ids = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
+    variants(ids, names=NAMES)
+    change(variants.model.head)
+    torch.testing.assert_close(variants(ids, names=NAMES), row_by_row(variants, ids, NAMES))
+
+
+def test_a_mixed_batch_that_was_written_to_is_made_anew():
+    variants, _ = sentences()
+    ids, head = torch.ones(5, 3, dtype=torch.long), variants.model.head
+    want = variants(ids, names=NAMES)
+    handle = head.register_forward_pre_hook(lambda head, args: head.weight.add_(1.0).sum() and None)
+    for names in (NAMES, ["a", "b", "c", "a", "b"]):
+        with pytest.raises(SubspanError, match=r"changed head\.weight during a call"):
+            variants(ids, names=names)
+    handle.remove()
+    torch.testing.assert_close(variants(ids, names=NAMES), want)
+    variants(ids, names=names)
+
+
 @pytest.mark.parametrize("options", [{"words_first": True}, {"flat": True}])
 def test_rows_that_are_not_the_first_dimension_are_grouped(options):
     variants, _ = sentences(**options)

@@ -9,6 +9,7 @@ operator in these places, which looks when it runs, so that all variants share o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,7 @@ class Variant:
 
     Attributes:
         rows: of the batch that each have tensors of their own; 0 where all have the same.
+        written: whether somebody has changed a tensor of it.
 
     Args:
         weights: of the network.
@@ -46,7 +48,7 @@ class Variant:
         beside: fully trained tensors and saved buffers, by name.
     """
 
-    rows = 0
+    rows, written = 0, False
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Variant:
         written += [n for n, t in self.beside.items() if version_of(t) != self._versions[n]]
         if written:
             self._formed.clear()
+            self.written = True
             raise SubspanError(
                 f"the network changed {written[0]} during a call, which a variant would not keep: "
                 "variants are for networks that read their weights and buffers only"
@@ -121,9 +124,22 @@ class MixedVariant(Variant):
         }
         super().__init__(weights, "of a batch", {}, beside)
         self.rows, self.proven = len(members), proven
+        self._bases = [row for row, member in enumerate(members) if not member.beside]
         with torch.inference_mode(False), torch.no_grad():
             thetas = weights.form_rows([member.coordinates for member in members])
         self._formed = {(name, None): (theta, version_of(theta)) for name, theta in thetas.items()}
+
+    def follow(self, own: Mapping[str, Tensor]) -> MixedVariant:
+        """Return the same where rows without tensors of their own have the network's as now."""
+        if not (self._bases and own):
+            return self
+        now = copy.copy(self)
+        now._formed = dict(self._formed)
+        now.beside = {name: stacked.clone() for name, stacked in self.beside.items()}
+        for name, tensor in own.items():
+            now.beside[name][self._bases] = tensor
+        now._versions = {name: version_of(tensor) for name, tensor in now.beside.items()}
+        return now
 
 
 def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:

@@ -26,10 +26,10 @@ class Recent:
         self._lock = threading.Lock()
 
     def get(self, key: Key, state: Any, make: Callable[[], Variant]) -> Variant:
-        """Return the variant of a key, made anew if θ₀ was in another state."""
+        """Return the variant of a key, made anew if the state is another or it was written to."""
         with self._lock:
             known = self._kept.get(key)
-            if known is not None and known[0] == state:
+            if known is not None and known[0] == state and not known[1].written:
                 self._kept.move_to_end(key)
                 return known[1]
         variant = make()  # two threads may both do so, to the same effect

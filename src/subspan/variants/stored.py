@@ -94,6 +94,11 @@ class Shelf:
             for name, (module, attribute) in self._places.items()
         }
 
+    def state(self) -> tuple[Any, ...]:
+        """Describe what a variant is made for: it is right as long as this is the same."""
+        places = tuple((own.dtype, own.device) for own in self.beside().values())
+        return self.weights.state(), places
+
     def _own_coordinates(self) -> dict[str, Tensor]:
         root = self.weights.network()
         return {name: root._parameters[name].detach() for name in self.weights.coordinate_names}  # type: ignore[union-attr]

@@ -207,12 +207,12 @@ class Variants:
         """Return the variant of all rows, or one for each; θ that is kept need not be formed."""
         self._places.check()
         key: Key = tuple(stored)
-        return self._recent.get(key, self._shelf.weights.state(), lambda: self._make(names, key))
+        made = self._recent.get(key, self._shelf.state(), lambda: self._make(names, key))
+        return made.follow(self._shelf.beside()) if isinstance(made, MixedVariant) else made
 
     def _make(self, names: Sequence[Name], key: Key) -> Variant:
         named = dict(zip(key, names, strict=True))
         members = {stored: self._shelf.make(name, stored) for stored, name in named.items()}
         if len(key) == 1:
             return members[key[0]]
-        own = self._shelf.beside()
-        return MixedVariant([members[stored] for stored in key], own, self._proven)
+        return MixedVariant([members[stored] for stored in key], self._shelf.beside(), self._proven)
