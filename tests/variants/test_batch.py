@@ -176,11 +176,10 @@ def test_rows_of_lora_factors_are_one_run():
     variants, runs = sentences()
     ids = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
     expected = row_by_row(variants, ids, NAMES)
-    del runs[:]
-    for _ in range(2):
+    for counts in ([2, 5], [5]):  # first, where rows lie is found out with the two of "b"
+        del runs[:]
         torch.testing.assert_close(variants(ids, names=NAMES), expected)
-        assert runs.pop() == 5
-        assert not runs
+        assert runs == counts
     before = variants(ids, names=None)
     torch.testing.assert_close(variants(ids, names=NAMES)[1:2], before[1:2])
     torch.testing.assert_close(
@@ -206,17 +205,17 @@ def test_rows_of_the_base_follow_the_head(change):
     torch.testing.assert_close(variants(ids, names=NAMES), row_by_row(variants, ids, NAMES))
 
 
-def test_a_mixed_batch_that_was_written_to_is_made_anew():
+@pytest.mark.parametrize("names", [NAMES, ["a", "b", "c", "a", "b"]])
+def test_a_mixed_batch_that_was_written_to_is_made_anew(names):
     variants, _ = sentences()
     ids, head = torch.ones(5, 3, dtype=torch.long), variants.model.head
-    want = variants(ids, names=NAMES)
+    want = variants(ids, names=names)
     handle = head.register_forward_pre_hook(lambda head, args: head.weight.add_(1.0).sum() and None)
-    for names in (NAMES, ["a", "b", "c", "a", "b"]):
+    for _ in range(2):
         with pytest.raises(SubspanError, match=r"changed head\.weight during a call"):
             variants(ids, names=names)
     handle.remove()
-    torch.testing.assert_close(variants(ids, names=NAMES), want)
-    variants(ids, names=names)
+    torch.testing.assert_close(variants(ids, names=names), want)
 
 
 @pytest.mark.parametrize("options", [{"words_first": True}, {"flat": True}])
@@ -229,9 +228,45 @@ def test_rows_that_are_not_the_first_dimension_are_grouped(options):
         assert not variants._by_row  # and is not tried again
 
 
+class Prompted(nn.Module):
+    """Rows beside a table of the network's own, which is as long as the batch."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.randn(*shape, 8), False)
+
+    def forward(self, x):
+        table = self.up(self.table).flatten(0, -2)
+        return self.head(torch.cat([table.expand(len(x), -1, 8), self.up(x[:, None])], 1)).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2), (2,), (2, 3)])
+def test_a_table_as_long_as_a_batch_has_no_rows(shape):
+    torch.manual_seed(0)
+    model = subspan.lora(Prompted(shape), 20, rank=2, targets=["up"], train_fully=["head"]).eval()
+    variants, x = fill(Variants(model), model, 20), torch.randn(5, 8)
+    for names in (NAMES, NAMES[1:3], NAMES):
+        some = x[: len(names)]
+        expected = row_by_row(variants, some, names)
+        torch.testing.assert_close(variants(some, names=names), expected)
+
+
+@pytest.mark.parametrize("fully", ["head.weight", "head.bias"])
+@pytest.mark.parametrize("words", [1, 3, 5, 7])
+def test_a_part_of_a_head_by_row(fully, words):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"up": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
+    net.forward = lambda x: net["head"](net["up"](x))
+    model = subspan.lora(net, 20, rank=2, targets=["up"], train_fully=[fully]).eval()
+    variants, x = fill(Variants(model), model, 20), torch.randn(5, words, 8)
+    torch.testing.assert_close(variants(x, names=NAMES), row_by_row(variants, x, NAMES))
+    assert variants._by_row
+
+
 def test_as_many_words_as_rows_are_one_run_once_it_is_known_which_are_which():
     variants, runs = sentences()
-    for words, counts in ((5, [2, 1, 1, 1]), (6, [5]), (5, [5])):
+    for words, counts in ((2, [2, 2, 1, 1, 1]), (5, [2, 5]), (5, [5]), (2, [5])):
         ids = torch.randint(0, 11, (5, words), generator=torch.Generator().manual_seed(1))
         expected = row_by_row(variants, ids, NAMES)
         del runs[:]
@@ -258,7 +293,7 @@ def test_a_network_of_transformers_by_row():
     )
     del runs[:]
     out = variants(input_ids=ids, attention_mask=mask, names=NAMES)
-    assert runs == [1]
+    assert runs == [1, 1]  # one of them to find out where rows lie
     assert type(out).__name__ == "SequenceClassifierOutput"
     torch.testing.assert_close(out.logits, expected)
     model.unwrap()

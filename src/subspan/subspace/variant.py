@@ -112,10 +112,15 @@ class MixedVariant(Variant):
         members: the variant of each row.
         own: the network's tensors beside coordinates, for members that have none.
         proven: layers that have had rows as their first dimension, beyond doubt.
+        proves: whether this has some of a batch's rows, to find out which layers have them there.
     """
 
     def __init__(
-        self, members: Sequence[Variant], own: Mapping[str, Tensor], proven: set[str]
+        self,
+        members: Sequence[Variant],
+        own: Mapping[str, Tensor],
+        proven: set[str],
+        proves: bool = False,
     ) -> None:
         weights = members[0].weights
         beside = {
@@ -123,7 +128,7 @@ class MixedVariant(Variant):
             for name, tensor in own.items()
         }
         super().__init__(weights, "of a batch", {}, beside)
-        self.rows, self.proven = len(members), proven
+        self.rows, self.proven, self.proves = len(members), proven, proves
         self._bases = [row for row, member in enumerate(members) if not member.beside]
         with torch.inference_mode(False), torch.no_grad():
             thetas = weights.form_rows([member.coordinates for member in members])
@@ -146,16 +151,17 @@ def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:
     """Divide a layer's input into rows of a mixed batch, (rows, k, m).
 
     Raises:
-        NotByRowError: if its first dimension is another, or if a second one is as long and nobody
-            has seen which of both the rows are.
+        NotByRowError: if its first dimension is another, or if nobody has seen the layer with
+            another number of rows: a table of the network's own may be as long.
     """
     variant = find_variant(weights)
     assert isinstance(variant, MixedVariant)
     if x.dim() < 2 or len(x) != variant.rows:
         raise NotByRowError(True)
-    if variant.rows in x.shape[1:-1] and layer not in variant.proven:
+    if variant.proves and variant.rows not in x.shape[1:-1]:
+        variant.proven.add(layer)
+    elif not variant.proves and layer not in variant.proven:
         raise NotByRowError(False)
-    variant.proven.add(layer)
     return x.reshape(variant.rows, -1, x.shape[-1])
 
 

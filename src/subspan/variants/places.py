@@ -125,10 +125,12 @@ class LinearByRow:
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply all rows by one weight, or each by its own."""
-        if torch.compiler.is_compiling() or self.weight.dim() == 2:  # type: ignore[attr-defined]
-            return super().forward(x)  # type: ignore[misc]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
-        rows = split_by_row(link_of(self).weights, x, "")
-        out = torch.bmm(rows, weight.mT)
-        out = out if bias is None else out + bias.unsqueeze(1)
+        by_row = weight.dim() > 2 or (bias is not None and bias.dim() > 1)
+        if torch.compiler.is_compiling() or not by_row:
+            return super().forward(x)  # type: ignore[misc]
+        rows = split_by_row(link_of(self).weights, x, min(vars(self)[BESIDE].values()))
+        out = rows @ weight.mT
+        if bias is not None:
+            out = out + (bias if bias.dim() == 1 else bias.unsqueeze(1))
         return out.view(*x.shape[:-1], out.shape[-1])

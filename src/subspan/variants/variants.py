@@ -177,11 +177,36 @@ class Variants:
                     return self.model(*args, **kwargs)
             if self._by_row:
                 try:
-                    with using(self._ready(names, [found[name] for name in names])):
-                        return self.model(*args, **kwargs)
+                    return self._run_by_row(names, found, args, kwargs)
                 except NotByRowError as reason:
                     self._by_row = not reason.args[0]
             return self._run_apart(names, found, args, kwargs)
+
+    def _run_by_row(
+        self,
+        names: Sequence[Name],
+        found: dict[Name, StoredVariant | None],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the batch at once; before that some rows, where it is not known where rows lie.
+
+        Raises:
+            NotByRowError: if they do not lie where they would, or that is still not known.
+        """
+        whole = self._ready(names, [found[name] for name in names])
+        try:
+            with using(whole):
+                return self.model(*args, **kwargs)
+        except NotByRowError as reason:
+            if reason.args[0]:
+                raise
+        index = torch.tensor([row for row, name in enumerate(names) if name == names[0]])
+        members = [self._shelf.make(names[0], found[names[0]])] * len(index)
+        with using(MixedVariant(members, self._shelf.beside(), self._proven, proves=True)):
+            self.model(*take_rows(args, index), **take_rows(kwargs, index))
+        with using(whole):
+            return self.model(*args, **kwargs)
 
     def _run_apart(
         self,
