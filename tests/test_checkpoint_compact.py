@@ -1,15 +1,18 @@
 """Compact files: the same model in few bytes, everywhere the same bits, or a sentence."""
 
 import json
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import subspan
-from subspan import SubspaceModel, SubspanError, checkpoint
+from subspan import SubspaceModel, SubspanError, checkpoint, coding
 from subspan.checkpoint import compact
+from subspan.coding.packing import varint
 from tests.golden.compact import FILES, PATH, golden_model
 from tests.nets import COMPARTMENTS, MLP, NETS, batch, build, scatter, wrap
 from tests.reference import decode_compact
@@ -155,6 +158,60 @@ def test_what_another_version_might_write_is_refused(saved, place, value, said):
     body[place] = value
     file.write_bytes(bytes(body) + compact._digest(bytes(body)))
     refused(file, said)
+
+
+def forge(patch=None, tensors=(), number=1000, step=0x3F80, version=1):
+    """A file whose digest is right, whatever else is not: a patch on template 0, and what follows.
+
+    With no argument it is that of 1,000 coordinates, which are all zero.
+    """
+    kept = [coding.pack(value) for tensor in tensors for value in tensor]
+    body = (
+        compact.MAGIC + bytes([version, 0]) + bytes(8) + coding.pack({} if patch is None else patch)
+    )
+    body += varint(len(tensors)) + b"".join(kept) + varint(number) + struct.pack("<H", step)
+    body += coding.encode_levels(np.zeros(1000, np.int64))
+    return body + compact._digest(body)
+
+
+def dims(dim):
+    return {"recipe": {"dim": dim}}
+
+
+FORGED = {
+    "a number": ({"number": 1 << 40}, "1099511627776 coordinates, and its recipe has others"),
+    "no number": ({"number": 0, "patch": dims(0)}, "it has 0 coordinates"),
+    "both numbers": (
+        {"number": 1 << 40, "patch": dims(1 << 40)},
+        "bytes cannot hold 1099511627776",
+    ),
+    "a long number": ({"patch": {"weights": 1 << 20000}}, "too large a number"),
+    "many dims": ({"patch": dims([500, 400])}, "1000 coordinates, and its recipe has others"),
+    "a text": ({"patch": dims("1000")}, "1000 coordinates, and its recipe has others"),
+    "no object": ({"patch": 5}, "the patch of its header is of the type int"),
+    "no recipe": ({"patch": {"recipe": compact.ABSENT}}, "'recipe'"),
+    "no key": ({"patch": {"extra": {"a": [compact.ABSENT]}}}, "not JSON serializable"),
+    "a format": ({"patch": {"format": 7}}, "has format 7, this version of subspan reads up to 1"),
+    "a version": ({"version": 0}, "coder of version 0"),
+    "a step": ({"step": 0x7FC0}, "its step is nan"),
+    "no step": ({"step": 0}, "its step is 0"),
+    "a digest": ({"patch": {"parameters": "0" * 32}}, "fingerprint is '00000000'"),
+    "a size": ({"tensors": [("a", "float32", [1 << 40])]}, "it ends too early"),
+    "sizes": ({"tensors": [("a", "float32", [1 << 40, 1 << 40])]}, "is not what subspan saves"),
+    "a large size": ({"tensors": [("a", "float32", [1 << 90])]}, "is not what subspan saves"),
+    "below zero": ({"tensors": [("a", "float32", [-1])]}, "is not what subspan saves"),
+    "no dtype": ({"tensors": [("a", "object", [1])]}, "is not what subspan saves"),
+    "no name": ({"tensors": [(5, "uint8", [1])]}, "5 is no name of a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_a_forger_might_write_is_refused_at_once(name, tmp_path):
+    forged, said = FORGED[name]
+    (tmp_path / "m.subspan").write_bytes(forge())
+    assert checkpoint.inspect(tmp_path / "m.subspan")["quantiser"]["levels"] == 1
+    (tmp_path / "m.subspan").write_bytes(forge(**forged))
+    refused(tmp_path / "m.subspan", said)
 
 
 def test_another_network_is_refused(saved):

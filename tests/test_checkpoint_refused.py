@@ -108,7 +108,18 @@ def test_other_files_are_refused(tmp_path):
         damaged(tmp_path / name, net, match="is no subspan checkpoint: it has no 'subspan' key")
     for path in (tmp_path, tmp_path / "missing", ""):
         damaged(path, net, match="is not a file: expected a checkpoint")
-    for text in ("no json", "[]", "3", "{}", '{"format": "1"}', '{"format": 2}', '{"format": 1.5}'):
+    deep = "[" * 100_000
+    for text in (
+        deep,
+        '{"format": true}',
+        "no json",
+        "[]",
+        "3",
+        "{}",
+        '{"format": "1"}',
+        '{"format": 2}',
+        '{"format": 1.5}',
+    ):
         metadata = {"subspan": text}
         safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata=metadata)
         damaged(tmp_path / "odd", net)
@@ -285,6 +296,9 @@ def test_another_padding_row_is_refused(tmp_path):
         {"init_seed": "a"},
         {"init_seed": -1},
         {"fingerprint": 3},
+        {"fingerprint": "0" * 8, "parameters": "1" * 32},
+        {"fingerprint": "z" * 32},
+        {"fingerprint": ""},
         {"layout": "0" * 32},
         {"layout": None},
         {"extra": []},
@@ -299,7 +313,9 @@ def test_another_padding_row_is_refused(tmp_path):
 def test_headers_that_cannot_be_used_are_refused(change, tmp_path):
     header, tensors = save(tmp_path / "m")
     write(tmp_path / "m", header | change, tensors)
-    damaged(tmp_path / "m", build("mlp"), match="fields of its header|kind 'other'|other|seed must")
+    damaged(
+        tmp_path / "m", build("mlp"), match="fields of its header|kind 'other'|other|seed|print is"
+    )
     for field in ("kind", "recipe", "weights", "init_seed", "fingerprint", "layout", "extra"):
         write(tmp_path / "m", {k: v for k, v in header.items() if k != field}, tensors)
         damaged(tmp_path / "m", build("mlp"), match="fields of its header are wrong")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import subspan
-from subspan import SubspaceModel, SubspanError, Variants
+from subspan import SubspaceModel, SubspanError, Variants, checkpoint
+from subspan.checkpoint.saving import to_bytes
 from tests.nets import batch, build, scatter, wrap
 from tests.variants.conftest import own, trained, vector
 
@@ -131,6 +132,14 @@ def test_what_is_no_variant_of_the_model_is_refused(model, tmp_path):
     refused(variants, vector(1), "text of one letter or more, got ''", "")
     refused(variants, vector(1), "got 3", 3)
     refused(variants, torch.zeros(11), r"vector of d = 12 real numbers, got .* \(11,\)")
+    header, tensors = checkpoint.contents(own(model))
+    for w in (torch.zeros(0), torch.zeros(11), torch.zeros(12, 1)):
+        path.write_bytes(to_bytes(header, tensors | {"coordinates": w}))
+        refused(variants, path, "vector of d = 12 real numbers")
+    del tensors["coordinates"]
+    path.write_bytes(to_bytes(header, tensors))
+    refused(variants, path, "vector of d = 12 real numbers")
+    path.unlink()
     refused(variants, torch.zeros(12, dtype=torch.complex64), "complex64")
     refused(variants, vector(1).double() / 3, "coordinates is float64 in the vector and float32 in")
     refused(variants, [0.0] * 12, "a tensor of coordinates, the path .* got list")

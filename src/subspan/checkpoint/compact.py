@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def read_compact(data: bytes, path: object) -> CompactFile:
     Raises:
         SubspanError: if it is of a later version, cut short, longer than it was, or edited.
     """
-    if len(data) > len(MAGIC) and data[len(MAGIC)] > VERSION:
+    if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
         raise SubspanError(
             f"{path} has a coder of version {data[len(MAGIC)]}, this version of subspan reads up "
             f"to {VERSION}: upgrade"
@@ -160,6 +161,8 @@ def read_compact(data: bytes, path: object) -> CompactFile:
         names = [(reader.value(), reader.value(), reader.value()) for _ in range(reader.varint())]
         tensors = {}
         for name, dtype, shape in names:
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is no name of a tensor")
             meta = torch.empty(shape, dtype=_EXACT[dtype], device="meta")
             flat = torch.empty(0, dtype=meta.dtype, device="cpu")
             if raw := bytearray(reader.take(meta.nbytes)):
@@ -168,9 +171,13 @@ def read_compact(data: bytes, path: object) -> CompactFile:
         begin_coded = reader.place
         number, (pattern,) = reader.varint(), struct.unpack("<H", reader.take(2))
         step = bfloat16(pattern & 0x7FFF)
+        if not 0 < step < math.inf:
+            raise ValueError(f"its step is {step}")
+        _check_number(number, header["recipe"])
         levels = coding.decode_levels(reader.data[reader.place :], number)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, RecursionError) as error:
-        raise SubspanError(f"{path} is not what subspan saves: {error}") from None
+    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError) as error:
+        said = str(error).partition("\n")[0]  # PyTorch goes on with its own functions
+        raise SubspanError(f"{path} is not what subspan saves: {said}") from None
     dtype = torch.float64 if pattern >> 15 else torch.float32
     tensors[COORDINATES] = from_levels(levels, step, dtype)
     sizes = {
@@ -201,7 +208,21 @@ def _read_header(reader: coding.Reader) -> dict[str, Any]:
     if number >= len(TEMPLATES):
         raise ValueError(f"its header needs template {number}, which a later version has: upgrade")
     short = {name: reader.take(DIGEST).hex() for name in SHORTENED}
-    return short | apply_patch(reader.value(), TEMPLATES[number])
+    patch = reader.value()
+    if not isinstance(patch, dict):
+        raise ValueError(f"the patch of its header is of the type {type(patch).__name__}")
+    header: dict[str, Any] = short | apply_patch(patch, TEMPLATES[number])
+    json.dumps(header)  # raises TypeError where something is left out that no template has
+    return header
+
+
+def _check_number(number: int, recipe: Mapping[str, Any]) -> None:
+    """Compare the number of coordinates with the recipe: a file that is wrong may claim any."""
+    dims = recipe["dim"]
+    if dims is None:
+        dims = [dim for _, dim in recipe["compartments"]]
+    if number < 1 or number != (sum(dims) if isinstance(dims, list) else dims):
+        raise ValueError(f"it has {number} coordinates, and its recipe has others")
 
 
 def difference(value: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:

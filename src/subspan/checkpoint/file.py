@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -127,13 +128,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         header = json.loads(metadata[KEY])
         version = header["format"]
-    except (ValueError, KeyError, TypeError):
+        same = header.pop("digest", None) == digest(header, tensors)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SubspanError(f"{path} is damaged: its header is not readable") from None
-    if not isinstance(version, int) or version > FORMAT:
-        raise SubspanError(
-            f"{path} has format {version}, this version of subspan reads up to {FORMAT}: upgrade"
-        )
-    if header.pop("digest", None) != digest(header, tensors):
+    _check_format(version, path)
+    if not same:
         raise SubspanError(f"{path} was damaged or edited after it was saved: its digest differs")
     return _checked(header, path), tensors
 
@@ -148,8 +147,16 @@ def _read_if_compact(path: Path) -> CompactFile | None:
         if file.read(len(MAGIC)) != MAGIC:
             return None
         compact = read_compact(MAGIC + file.read(), path)
+    _check_format(compact.header.get("format"), path)
     _checked(compact.header, path)
     return compact
+
+
+def _check_format(version: object, path: Path) -> None:
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise SubspanError(
+            f"{path} has format {version}, this version of subspan reads up to {FORMAT}: upgrade"
+        )
 
 
 def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -168,6 +175,10 @@ def _checked(header: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path} has {unknown[0]!r} in its header, which this version of subspan does not "
             "know, and what it says would be lost: upgrade"
         )
+    for name in header.keys() & {"fingerprint", "layout", "parameters"}:
+        short = name == "layout" or "parameters" not in header  # is right in a compact file
+        if not re.fullmatch("[0-9a-f]{8}([0-9a-f]{24})" + "?" * short, header[name]):
+            raise SubspanError(f"{path} is not what subspan saves: {name} is {header[name]!r}")
     return header
 
 

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 BYTES = 6  # of the interval
 FULL, LEAST = 1 << 8 * BYTES, 1 << 8 * (BYTES - 1)
 SCALE = 16  # bits of a chance
+MOST_BITS = 1 << SCALE  # that a bit of the code can hold: no chance is above 1 - 2⁻¹⁶
 
 
 class Chances:

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from subspan.coding.arithmetic import BitDecoder, BitEncoder
+from subspan.coding.arithmetic import MOST_BITS, BitDecoder, BitEncoder
 
 LARGEST = (1 << 24) - 1  # of |q|: exact in float32
 DIGITS = 3  # after the first that have chances of their own
@@ -35,8 +35,10 @@ def decode_levels(data: bytes, number: int) -> Levels:
     """Return the levels of :func:`encode_levels`.
 
     Raises:
-        ValueError: for bytes that no levels have.
+        ValueError: for bytes that no levels have, and for more levels than bytes can hold.
     """
+    if number > MOST_BITS * 8 * (len(data) + 2):
+        raise ValueError(f"{len(data)} bytes cannot hold {number} levels")
     decoder = BitDecoder(data)
     return np.array([_get(decoder) for _ in range(number)], np.int64)
 

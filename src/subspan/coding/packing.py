@@ -33,6 +33,7 @@ WORD = 0x80  # the first of them; below, integers are themselves
 NULL, FALSE, TRUE, POSITIVE, NEGATIVE, DOUBLE, NINE_DIGITS = range(0xE0, 0xE7)
 TEXT, HEX, LIST, OBJECT, LEFT_OUT = range(0xE7, 0xEC)
 
+LONGEST = 1 << 14  # bits of an integer: longer ones are no JSON in Python, and slow to read
 ABSENT = object()  # stands in a patch for a key that is left out
 
 
@@ -119,12 +120,20 @@ class Reader:
     def varint(self) -> int:
         """Return a number of :func:`varint`."""
         value = shift = 0
-        while True:
+        while shift < LONGEST:
             byte = self.take(1)[0]
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
+        raise ValueError("it has too large a number")
+
+    def key(self) -> str:
+        """Return a text of :func:`pack`."""
+        key = self.value()
+        if not isinstance(key, str):
+            raise ValueError(f"{key!r} is no key")
+        return key
 
     def value(self) -> Any:
         """Return a value of :func:`pack`."""
@@ -149,5 +158,5 @@ _READ: dict[int, Callable[[Reader], Any]] = {
     TEXT: lambda reader: reader.take(reader.varint()).decode(),
     HEX: lambda reader: reader.take(reader.varint()).hex(),
     LIST: lambda reader: [reader.value() for _ in range(reader.varint())],
-    OBJECT: lambda reader: {reader.value(): reader.value() for _ in range(reader.varint())},
+    OBJECT: lambda reader: {reader.key(): reader.value() for _ in range(reader.varint())},
 }

@@ -65,7 +65,7 @@ class Shelf:
         if isinstance(source, str | os.PathLike):
             return self._take(os.fspath(source), *read(source))
         if isinstance(source, Tensor):
-            return self._take_vector(source)
+            return self._keep("the vector", source, self.beside())
         if isinstance(source, nn.Module) and (model := SubspaceModel.of(source)) is not None:
             return self._take("the model that was given", *contents(model))
         raise SubspanError(
@@ -106,6 +106,12 @@ class Shelf:
     def _keep(
         self, source: str, coordinates: Tensor, beside: Mapping[str, Tensor]
     ) -> StoredVariant:
+        dim = sum(part.dim for part in self.weights.compartments)
+        if coordinates.shape != (dim,) or coordinates.is_complex():
+            raise SubspanError(
+                f"a variant of this model is a vector of d = {dim} real numbers, got a tensor of "
+                f"{coordinates.dtype} and shape {tuple(coordinates.shape)}: {source}"
+            )
         (dtype,) = {like.dtype for like in self._like.values()}
         dtypes = {name: like.dtype for name, like in self._like_beside.items()}
         refuse_rounding(
@@ -116,15 +122,6 @@ class Shelf:
             blob = self._last
         self._last = blob
         return StoredVariant(to_bytes([coordinates.to(dtype)]), blob)
-
-    def _take_vector(self, vector: Tensor) -> StoredVariant:
-        dim = sum(part.dim for part in self.weights.compartments)
-        if vector.shape != (dim,) or vector.is_complex():
-            raise SubspanError(
-                f"a variant of this model is a vector of d = {dim} real numbers, got a tensor of "
-                f"{vector.dtype} and shape {tuple(vector.shape)}"
-            )
-        return self._keep("the vector", vector, self.beside())
 
     def _take(
         self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -155,7 +152,7 @@ class Shelf:
                     f"{source} has {name.removeprefix('body.')} beside its coordinates, which this "
                     "model does not train fully"
                 )
-        return self._keep(source, tensors[COORDINATES], beside)
+        return self._keep(source, tensors.get(COORDINATES, torch.empty(0)), beside)
 
     def _check(self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Refuse the variant of another recipe or base.
