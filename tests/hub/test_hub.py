@@ -11,7 +11,9 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint, cli
+from subspan.checkpoint.base import _difference
 from subspan.hub.card import MARK
+from subspan.hub.loading import _configure
 from tests.hub.server import TOKEN, Hub
 from tests.pretrained import bert, transformers
 
@@ -372,6 +374,19 @@ def test_a_file_sets_nothing_that_runs(hub, tmp_path):
     forge(path, repo=3)
     with pytest.raises(SubspanError, match="its base cannot be read"):
         subspan.load(path)
+
+
+def test_a_file_sets_nothing_that_runs_in_a_part_of_a_configuration():
+    """Networks of several parts have a configuration for each."""
+    ours, theirs = transformers.CLIPConfig(), transformers.CLIPConfig()
+    ours.text_config.hidden_size, ours.vision_config.id2label = 64, {0: "cat", 1: "dog"}
+    evil = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel", "new": 1}
+    changes = json.loads(json.dumps(_difference(ours, theirs)))
+    changes["text_config"] |= evil | {"auto_map": {"x": 1}}
+    _configure(theirs, changes)
+    assert theirs.to_dict() == ours.to_dict()
+    assert theirs.text_config._attn_implementation != "evil/kernel"
+    assert not hasattr(theirs.text_config, "auto_map")
 
 
 def test_pickled_weights_are_not_read(hub, bases, tmp_path):

@@ -57,7 +57,9 @@ def load(
     network, drawn = _fetch(str(path), header, token)
     parameters = dict(network.named_parameters())
     for name, tensor in tensors.items():  # what is trained fully keeps the file's dtype
-        if (p := parameters.get(name.removeprefix("body."))) is not None:
+        if (p := parameters.get(name.removeprefix("body."))) is not None and (
+            tensor.is_floating_point()
+        ):
             p.data = p.data.to(tensor.dtype)
     try:
         return checkpoint.load(file, network)
@@ -171,8 +173,9 @@ def _configure(config: Any, changes: Mapping[str, Any]) -> None:
         elif key in known and not key.startswith("_"):
             before = getattr(config, key)
             if hasattr(before, "to_dict") and isinstance(value, dict):
-                value = type(before)(**value)
-            setattr(config, key, value)
+                _configure(before, value)  # of a part
+            else:
+                setattr(config, key, value)
 
 
 def _explain(path: Path, header: Mapping[str, Any], drawn: set[str]) -> None:
