@@ -194,15 +194,6 @@ def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
     assert len(keys) == 2 * len(named)  # of one block
 
 
-def test_what_peft_would_store_whole_cannot_have_a_lora(tmp_path):
-    net = nn.Sequential()
-    net.add_module("pre_head", nn.Linear(8, 8))
-    net.add_module("head", nn.Linear(8, 3))
-    model = subspan.lora(net, 4, rank=2, targets=["pre_head"], train_fully=["head"])
-    with pytest.raises(SubspanError, match="ends with 'head' for one that is stored whole, so tha"):
-        subspan.export_lora(model, tmp_path / "lora")
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_head_with_a_lora_is_no_head_to_peft(hf, tmp_path):
     model = subspan.lora(hf.bert(), 50, rank=2, targets=["query", "classifier"])

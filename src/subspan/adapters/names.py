@@ -20,6 +20,10 @@ _HEADS = {
     "CAUSAL_LM": (),
     "SEQ_2_SEQ_LM": (),
 }
+# What PEFT puts into a layer that has a LoRA.
+_OWN: tuple[str, ...] = ("base_layer", "lora_A", "lora_A.default", "lora_B", "lora_B.default")
+_OWN += ("lora_dropout", "lora_dropout.default", "lora_embedding_A", "lora_embedding_B")
+_OWN += ("lora_magnitude_vector",)
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -33,7 +37,8 @@ _TASKS = {
 def name_saved(model: SubspaceModel) -> list[str]:
     """Name the modules that are stored whole, since they are trained fully.
 
-    A name is as short as it can be: that of a part of which all is trained fully.
+    A name is as short as it can be: that of a part of which all is trained fully, unless PEFT would
+    take other modules for it.
 
     Raises:
         SubspanError: for parameters and buffers that no such module holds alone.
@@ -41,7 +46,7 @@ def name_saved(model: SubspaceModel) -> list[str]:
     net, fully = model.body, set(model.subspace.fully)
     adapted = [adapter.layer for adapter in model.subspace.adapters.values()]
     tied = find_aliases(find_slots(net))
-    names = set[str]()
+    names, direct = set[str](), set[str]()
     for name in fully:
         module = name.rpartition(".")[0]
         if not module or len(tied[name]) > 1:
@@ -50,6 +55,7 @@ def name_saved(model: SubspaceModel) -> list[str]:
                 f"{name} was trained fully and {why}, which PEFT's modules_to_save cannot say: "
                 "write the network of merge()"
             )
+        direct.add(module)
         while "." in module and _all_fully(net, module.rpartition(".")[0], fully):
             module = module.rpartition(".")[0]
         if inside := [layer for layer in adapted if f"{layer}.".startswith(f"{module}.")]:
@@ -58,6 +64,8 @@ def name_saved(model: SubspaceModel) -> list[str]:
                 "other of a module: write the network of merge()"
             )
         names.add(module)
+    if _clash(net, adapted, names, None)[0]:
+        names = direct
     for name in model.changed_buffers():
         if not any(name.startswith(f"{module}.") for module in names):
             raise SubspanError(
@@ -73,6 +81,25 @@ def find_stored(net: nn.Module, saved: Collection[str], task: str | None) -> lis
     return [name for name, _ in net.named_modules() if name and name.endswith(ends)]
 
 
+def _clash(
+    net: nn.Module, layers: Collection[str], saved: Collection[str], task: str | None
+) -> tuple[str, str]:
+    """Return a module that PEFT would store whole, and what is in it or around it and cannot be.
+
+    That is a layer that has a LoRA, or another module that is stored; two empty texts for none.
+    """
+    stored, ends = find_stored(net, saved, task), (*saved, *_HEADS.get(task or "", ()))
+    stored += [f"{name}.{own}" for name in layers for own in _OWN if own.endswith(ends)]
+    for module in stored:
+        for name in layers:
+            if f"{name}.".startswith(f"{module}.") or module.startswith(f"{name}."):
+                return module, name
+        for name in stored:
+            if name.startswith(f"{module}."):
+                return module, name
+    return "", ""
+
+
 def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
     inside = [name for name, _ in net.get_submodule(module).named_parameters()]
     return all(f"{module}.{name}" in fully for name in inside)
@@ -81,11 +108,6 @@ def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
 def _lies_in(layer: str, saved: Collection[str]) -> str:
     """Return which of the modules that are stored whole PEFT takes a layer for a part of, or ""."""
     return next((module for module in saved if f".{module}." in f".{layer}."), "")
-
-
-def _clash(layer: str, saved: Collection[str]) -> str:
-    """Return the same, or what of these PEFT takes the layer itself for."""
-    return _lies_in(layer, saved) or next((m for m in saved if layer.endswith(m)), "")
 
 
 def name_targets(
@@ -103,15 +125,21 @@ def name_targets(
         task: of :func:`find_task`.
 
     Raises:
-        SubspanError: if PEFT would store a layer whole that has a LoRA.
+        SubspanError: if PEFT would store a layer whole that has a LoRA, or a part of what it stores
+            whole once more.
     """
+    module, other = _clash(net, layers, saved, task)
     saved = (*saved, *_HEADS.get(task or "", ()))
-    for name in layers:
-        if clash := _clash(name, saved):
-            raise SubspanError(
-                f"PEFT takes every module whose name ends with {clash!r} for one that is stored "
-                f"whole, so that {name} cannot have a LoRA: exclude it"
-            )
+    if module:
+        end = next(repr(name) for name in saved if module.endswith(name))
+        end += "" if module == other else f" ({module})"
+        raise SubspanError(
+            f"PEFT takes every module whose name ends with {end} for one that is stored whole, so "
+            f"that {other} cannot have a LoRA: exclude it"
+            if other in layers
+            else f"PEFT takes every module whose name ends with {end} for one that is stored "
+            f"whole, so that it cannot store {other} in it, too: write the network of merge()"
+        )
     every = [name for name, _ in net.named_modules() if name and not _lies_in(name, saved)]
     for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
         ends = tuple(f".{name}" for name in names)
@@ -129,4 +157,4 @@ def find_task(net: nn.Module, layers: Collection[str]) -> str | None:
     task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
     if task is None or not type(net).__module__.startswith("transformers."):
         return None
-    return None if any(_clash(name, _HEADS[task]) for name in layers) else task
+    return None if _clash(net, layers, (), task)[0] else task
