@@ -97,6 +97,20 @@ def test_a_grid_is_found_in_the_numbers(levels, pattern):
         assert torch.equal(from_levels(round_to_levels(w, found), found, torch.float32), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("d", "bits"), [(1, 12), (5, 10), (20, 17), (400, 14), (60, 23)])
+def test_every_grid_that_a_quantiser_makes_is_found(d, bits, dtype):
+    """The least of the levels may be any number."""
+    for seed in range(50):
+        w = torch.randn(d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        step = choose_step(w, bits)
+        w = from_levels(round_to_levels(w, step), step, dtype)
+        found = find_grid(w)
+        assert found >= step
+        assert coded_bits(round_to_levels(w, found)) <= bits * d
+        assert torch.equal(from_levels(round_to_levels(w, found), found, dtype), w)
+
+
 def test_ordinary_coordinates_lie_on_no_grid():
     assert find_grid(torch.randn(100, generator=torch.Generator().manual_seed(0))) is None
     assert find_grid(torch.tensor([1.0, math.inf])) is None
@@ -109,8 +123,19 @@ def test_ordinary_coordinates_lie_on_no_grid():
         ([1.0], math.nan, "positive"),
         ([1.0, math.nan], 2, "not finite"),
         ([1.0] * 100, 0.01, "every coordinate becomes zero"),
+        ([1.0], 1e-9, "every coordinate becomes zero"),
+        ([3e38] * 9, 0.1, "every coordinate becomes zero"),
+        ([1.0], "3", "bits must be a positive number of bits a coordinate, got '3'"),
+        ([1e60, 1.0], 8, r"up to 1e\+60 fit no step"),
+        ([1e-60, 0.0], 8, "up to 1e-60 fit no step, .*: save without bits"),
+        ([2e-38, 1e-38], 8, "up to 2e-38 fit no step"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(w, bits, said):
     with pytest.raises(SubspanError, match=said):
-        choose_step(torch.tensor(w), bits)
+        choose_step(torch.tensor(w, dtype=torch.float64), bits)
+
+
+def test_a_step_that_would_round_to_infinity_is_refused():
+    with pytest.raises(SubspanError, match="fit no step"):
+        choose_step(torch.tensor([3.4e38, 2.4e38]), 6)

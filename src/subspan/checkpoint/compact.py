@@ -116,6 +116,7 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
             "bits quantises coordinates, and this network has none: save it without bits, or put "
             "it into a SubspaceModel"
         )
+    coding.check_bits(bits)
     exact = {name: tensors[name] for name in sorted(tensors) if name != COORDINATES}
     kept = [varint(len(exact))]
     for name, tensor in exact.items():
@@ -127,7 +128,7 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
 
     w = tensors[COORDINATES]
     step = coding.find_grid(w)
-    if step is None or coding.coded_bits(coding.round_to_levels(w, step)) > bits * w.numel():
+    if step is None or not coding.fits(w, step, bits):
         step = coding.choose_step(w, bits)
     wide = (w.dtype == torch.float64) << 15  # a step is positive: its sign says the dtype
     code = coding.encode_levels(coding.round_to_levels(w, step))

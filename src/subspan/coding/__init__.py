@@ -6,15 +6,17 @@ What decodes is integers only, so that a file means the same on every machine
 
 from subspan.coding.levels import coded_bits, decode_levels, encode_levels
 from subspan.coding.packing import Reader, pack
-from subspan.coding.steps import choose_step, find_grid, round_to_levels
+from subspan.coding.steps import check_bits, choose_step, find_grid, fits, round_to_levels
 
 __all__ = [
     "Reader",
+    "check_bits",
     "choose_step",
     "coded_bits",
     "decode_levels",
     "encode_levels",
     "find_grid",
+    "fits",
     "pack",
     "round_to_levels",
 ]
