@@ -26,14 +26,17 @@ def test_compact_files_have_a_template_for_the_network_of_golf():
     assert named["weights"] == nets.weights(options["net"])
 
 
-def test_what_is_given_besides_has_the_last_word(cli, in_tmp_path):
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_is_given_besides_has_the_last_word(in_file, cli, in_tmp_path):
     """Wherever it stands; and the record holds what was trained, not the name of the recipe."""
-    (in_tmp_path / "own.yaml").write_text("net: separable-2-3")
-    given = ["--epochs", 1, "--dim", 5, "--config", "own.yaml", "--recipe", "golf"]
+    (in_tmp_path / "own.yaml").write_text("net: separable-2-3\n" + "recipe: golf\n" * in_file)
+    given = ["--dim", 5, "--batch-size", 999, "--config", "own.yaml"]
+    given += [] if in_file else ["--recipe", "golf"]
+    given += ["--steps", 1]
     said = cli("train", *given)
     assert (said.code, said.err) == (0, "")
     config = record_of(in_tmp_path / "runs" / "train")["config"]
-    assert (config["net"], config["epochs"], config["data"]) == ("separable-2-3", 1, "digits")
+    assert (config["net"], config["epochs"], config["data"]) == ("separable-2-3", 30, "digits")
     assert "recipe" not in config
     again = cli("train", "--resume", *given)
     assert (again.code, "complete already" in again.out) == (0, True)
@@ -48,6 +51,11 @@ def test_the_help_names_them(command, cli):
 def test_mistakes(cli, in_tmp_path):
     said = cli("train", "--recipe", "gulf", "--dim", 5)
     assert (said.code, "unknown recipe 'gulf': did you mean golf?" in said.err) == (2, True)
+    for command in ("train", "sweep", "intrinsic"):
+        said = cli(command, "--config", "{recipe: gulf, epochs: 1}")
+        assert (said.code, "unknown recipe 'gulf': did you mean golf?" in said.err) == (2, True)
+    with pytest.raises(SubspanError, match="there can be one recipe, got golf and golf"):
+        open_recipe(["--recipe", "golf", "--config={recipe: golf}"])
     with pytest.raises(SubspanError, match="there can be one recipe, got golf and golf"):
         open_recipe(["--recipe", "golf", "--recipe=golf"])
     assert not list(in_tmp_path.iterdir())

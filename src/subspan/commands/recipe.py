@@ -1,7 +1,8 @@
 """Recipes: options that were found to work well together, by name.
 
-A recipe is a YAML file in the folder ``recipes``. ``--recipe golf`` is ``--config`` with that file,
-before all other options, so that whatever is given besides has the last word.
+A recipe is a YAML file in the folder ``recipes``. ``--recipe golf``, or ``recipe: golf`` in a file
+of ``--config``, is ``--config`` with that file, before all other options, so that whatever is given
+besides has the last word.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from argparse import SUPPRESS
 from pathlib import Path
 
-from subspan.commands.parsing import Arguments, Parser
+from subspan.commands.parsing import Arguments, Parser, load_file
 from subspan.commands.words import take_option
 from subspan.errors import SubspanError, unknown
 
@@ -39,6 +40,8 @@ def open_recipe(argv: Arguments) -> list[str]:
         SubspanError: the recipe is unknown, or a second one is given.
     """
     names, rest = take_option(argv, "--recipe")
+    in_files = [load_file(file).get("recipe") for file in take_option(rest, "--config")[0]]
+    names += [str(name) for name in in_files if name is not None]
     if len(names) > 1:
         raise SubspanError(f"there can be one recipe, got {' and '.join(names)}")
     if not names:

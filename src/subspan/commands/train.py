@@ -95,7 +95,7 @@ def _read_begun(given: Namespace, out: Path) -> tuple[Run, tuple[str, ...]]:
         raise SubspanError(f"nothing was begun in {out}: it has no record.json")
     run = Run.from_dict(record.config)
     theirs = record.config | run.options
-    apart = ("config", "log", "out", "overwrite", "resume")
+    apart = ("config", "log", "out", "overwrite", "recipe", "resume")
     ours = {name: value for name, value in given.items() if name not in apart}
     if different := differences(theirs, theirs | ours):
         raise SubspanError(
