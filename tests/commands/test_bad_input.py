@@ -47,6 +47,11 @@ BAD = {
     "train --lr --seed 3": "--lr: expected one argument",
     "train --config '{lr: abc}'": "lr must be a number or null, got abc",
     "train --config '{epochs: 1.5}'": "epochs must be an integer, got 1.5",
+    "train --config '{epochs: 1:30}'": "epochs must be written as a plain number, got 1:30",
+    "train --config '{dim: +010}'": "dim must be written as a plain number, got +010",
+    "sweep --config '{baseline: no}'": "unknown method 'no'",
+    "train --dim 1:30": "dim must be written as a plain number, got 1:30",
+    "train --epochs=1:30": "epochs must be written as a plain number, got 1:30",
     "bench --ranks 2.5": "ranks must be an integer, got 2.5",
     "bench --parts steps,steps": "parts names one part twice: steps, steps",
     "train --dim null": "method 'hash' needs --dim",
@@ -192,6 +197,12 @@ def test_bad_input(case, things, no_hub, cli):
     before = contents(things)
     refused(cli(*{"train": TRAIN, "sweep": SWEEP}.get(command, [command]), *words), BAD[case])
     assert contents(things) == before
+
+
+@pytest.mark.parametrize("words", [["--config", "{dim: 010}"], ["--dim", "010"]])
+def test_numbers_of_a_file_are_those_of_the_command_line(words, in_tmp_path, cli):
+    assert cli(*TRAIN, "--steps", 1, *words).code == 0
+    assert record_of(in_tmp_path / "run")["config"]["options"] == {"dim": 10}
 
 
 def spoiled(kind, path):

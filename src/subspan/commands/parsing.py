@@ -6,6 +6,7 @@ has. Its help is what the dataclass's docstring says of the field.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import types
@@ -18,15 +19,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from subspan.errors import SubspanError, unknown
 from subspan.training import config
-from subspan.training.options_file import check_file, check_value
+from subspan.training.options_file import Loader, check_file, check_value
 
 Arguments = Sequence[str]
 # A list as people type it, 10,30,100, or as YAML has it, or one value.
 LISTED = list[str | int | float] | str | int | float | None
+
+_YAML = "yaml-1.2"  # how jsonargparse is to read files; by itself it makes 8 of 010
+set_loader(_YAML, functools.partial(yaml.load, Loader=Loader), (yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
@@ -42,6 +46,7 @@ class Parser(ArgumentParser):
             formatter_class=RawDescriptionHelpFormatter,
             exit_on_error=False,
             allow_abbrev=False,
+            parser_mode=_YAML,
         )
         self.add_argument("--config", action="config", help="a YAML file of these options")
         self.add_argument(
@@ -194,6 +199,10 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
     except ArgumentError as error:
         sentence = _find_wrong_value(parser, words) or " ".join(str(error).split())
         raise SubspanError(f"{sentence}; see {parser.prog} --help") from error
+    for name, text in {name: text for name, _, text in _values(parser, words)}.items():
+        value = given.get(name)  # jsonargparse makes 90 of the text 1:30
+        if type(value) in (int, float) and _number(text) != value:
+            raise SubspanError(f"{name} must be written as a plain number, got {text}")
     if given.get("out") == "":  # of a variable of the shell that is not set
         raise SubspanError("out is empty: give a name for what is written")
     return given
@@ -218,11 +227,8 @@ def _check_names(parser: Parser, words: Sequence[str]) -> None:
                 raise unknown(f"argument of {parser.prog}", word, flags)
 
 
-def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
-    """Find the first option that has not a value of its type, and say what it must be.
-
-    jsonargparse says so in many lines of Python's types, so each value is tried alone.
-    """
+def _values(parser: Parser, words: Sequence[str]) -> list[tuple[str, list[str], str]]:
+    """Return the options that are given: name, words that give it to ``--value``, and its text."""
     given: list[tuple[str, list[str], str]] = []
     for option, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
@@ -238,15 +244,31 @@ def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
             ]
         elif action.nargs != 0:
             given.append((action.dest, [f"--value={value}"], value))
-    for name, argv, value in given:
-        kind = parser.kinds.get(name)
-        alone = ArgumentParser(exit_on_error=False)
+    return given
+
+
+def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
+    """Find the first option that has not a value of its type, and say what it must be.
+
+    jsonargparse says so in many lines of Python's types, so each value is tried alone.
+    """
+    for name, argv, text in _values(parser, words):
+        alone = ArgumentParser(exit_on_error=False, parser_mode=_YAML)
         alone.add_argument("--config", action="config")
-        alone.add_argument("--value", type=kind or str)
+        alone.add_argument("--value", type=parser.kinds.get(name) or str)
         try:
             alone.parse_args(argv)
         except ArgumentError:
-            return f"{name} must be {' or '.join(dict.fromkeys(_describe(kind)))}, got {value}"
+            kinds = dict.fromkeys(_describe(parser.kinds.get(name)))
+            return f"{name} must be {' or '.join(kinds)}, got {text}"
+    return None
+
+
+def _number(text: str) -> float | None:
+    """Return the number that people mean by a text, if it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
     return None
 
 
@@ -254,7 +276,7 @@ def load_file(name: str) -> Mapping[str, Any]:
     """Load what ``--config`` names; nothing if that is not possible: check_file says why."""
     try:
         text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else name
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return content if isinstance(content, Mapping) else {}

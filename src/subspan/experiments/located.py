@@ -1,22 +1,26 @@
 """A YAML file that a person writes: mappings that know their lines, and dataclasses made of them.
 
-Every error names the file and the line. Scalars are those of YAML 1.2, so that ``no`` is a text
-and ``1e-4`` a number; of ``010`` and ``12:30`` nobody makes 8 and 750.
+Every error names the file and the line.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from subspan.errors import SubspanError, unknown
-from subspan.training.options_file import compose, line_of, read_text, refuse_repeated_keys
+from subspan.training.options_file import (
+    Loader,
+    compose,
+    line_of,
+    read_text,
+    refuse_repeated_keys,
+)
 from subspan.training.schema import to_json
 
 T = TypeVar("T")
@@ -134,7 +138,7 @@ def read(path: Path, name: str) -> Located:
         raise SubspanError(f"{name} is a folder: give a YAML file")
     if not path.is_file():
         raise SubspanError(f"there is no file {name}: give one that exists")
-    root = compose(read_text(path, name), name, _Loader)
+    root = compose(read_text(path, name), name)
     if not isinstance(root, yaml.MappingNode):
         line = 1 if root is None else line_of(root)
         raise SubspanError(f"{name}, line {line}: the file must be a mapping of names to values")
@@ -148,24 +152,6 @@ def read(path: Path, name: str) -> Located:
         problem = getattr(error, "problem", error)
         raise SubspanError(f"{name}, line {line}: {problem}") from None
     return found
-
-
-class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2, and merge keys."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
-
-for _tag, _pattern, _first in (
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", "[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ("merge", "<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)
 
 
 def _value(node: yaml.Node, file: str, scalars: yaml.constructor.SafeConstructor) -> Any:
@@ -197,7 +183,7 @@ def _fit(value: Any, kind: Any) -> Any:
             return value
     elif origin is tuple:  # one value, a list, or texts between commas
         if isinstance(value, str):
-            value = [yaml.load(f"- {item.strip()}", _Loader)[0] for item in value.split(",")]
+            value = [yaml.load(f"- {item.strip()}", Loader)[0] for item in value.split(",")]
         items = value if isinstance(value, list) else [value]
         numbers = (int, float) if args[0] is str else ()  # dims are numbers, and texts as 600+250
         return tuple(str(i) if type(i) in numbers else _fit(i, args[0]) for i in items)

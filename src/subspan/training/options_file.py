@@ -1,15 +1,39 @@
-"""Say in a sentence what is wrong with a file of options, before it is used."""
+"""YAML that a person writes: what its scalars are, and in a sentence what is wrong with it.
+
+Scalars are those of YAML 1.2, so that ``no`` is a text and ``1e-4`` a number; of ``010`` and
+``12:30`` nobody makes 8 and 750.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
 from subspan.errors import SubspanError, unknown
 
 _REMEDY = "write options into it, one a line, as in lr: 0.1"
+
+
+class Loader(yaml.SafeLoader):
+    """Scalars as in YAML 1.2, and merge keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)
 
 
 def check_file(name: str, known: Collection[str], command: str) -> None:
@@ -52,7 +76,7 @@ def check_value(option: str, text: str) -> None:
         SubspanError: it is.
     """
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
+        node = yaml.compose(text, Loader)
     except yaml.YAMLError:
         return  # no YAML: whoever needs it as such will say so
     if node is not None:
@@ -72,16 +96,14 @@ def read_text(path: Path, name: str) -> str:
         raise SubspanError(f"{name} is not UTF-8 in line {line}: save it as UTF-8") from None
 
 
-def compose(
-    text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader
-) -> yaml.Node | None:
+def compose(text: str, name: str) -> yaml.Node | None:
     """Parse YAML, called ``name`` in errors, to a tree with lines; None if there is nothing in it.
 
     Raises:
         SubspanError: it is no YAML; with the line.
     """
     try:
-        return yaml.compose(text, loader)
+        return yaml.compose(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, str(error.problem)
         if problem.startswith("but "):
