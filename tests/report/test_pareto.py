@@ -72,6 +72,9 @@ def test_the_points_are_those_of_the_complete_records(tree):
 
 
 def test_the_table_has_the_numbers_of_the_records(tree, cli):
+    said = cli("pareto", tree / "a", tree / "b", "--data", "mnist", "--out", tree / "two")
+    assert (said.code, len(said.out.split())) == (0, 3)
+    assert "97.50 ± 0.71" in (tree / "two/pareto.md").read_text("utf-8")
     said = cli("pareto", tree, "--data", "mnist", "--out", tree / "out")
     assert said.out.split() == [str(tree / f"out/pareto.{end}") for end in ("png", "svg", "md")]
     page = (tree / "out/pareto.md").read_text("utf-8")

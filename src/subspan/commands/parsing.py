@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import types
 import typing
@@ -211,7 +212,8 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
 def _check_names(parser: Parser, words: Sequence[str]) -> None:
     """Refuse an option that the command does not have, and a word too many."""
     flags = parser.flags()
-    room = sum(not action.option_strings for action in parser.actions)
+    places = [action.nargs for action in parser.actions if not action.option_strings]
+    room = math.inf if "+" in places else len(places)
     value_of = None  # the option whose value comes next
     for word in words:
         name = word.partition("=")[0].removesuffix("+")
@@ -276,10 +278,18 @@ def load_file(name: str) -> Mapping[str, Any]:
     """Load what ``--config`` names; nothing if that is not possible: check_file says why."""
     try:
         text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else name
-        content = yaml.load(text, Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError):
         return {}
+    content = load_text(text)
     return content if isinstance(content, Mapping) else {}
+
+
+def load_text(text: str) -> Any:
+    """Return what a text is in YAML, or the text itself if it is none."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def _describe(kind: Any) -> list[str]:
