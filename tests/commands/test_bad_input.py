@@ -121,6 +121,8 @@ BAD = {
     "sweep --dims 5,5": "dims names one value twice",
     "sweep --dim 5": "unknown argument of subspan sweep '--dim': did you mean --dims",
     "sweep --methods hash,hsh": "unknown method 'hsh': did you mean hash?",
+    "sweep --methods [hash,hsh]": "unknown method 'hsh': did you mean hash?",
+    "sweep --methods [hash": "unknown method '[hash'",
     "sweep --methods ''": "methods has an empty entry",
     "sweep --baseline ful": "unknown method 'ful': did you mean full?",
     "sweep --seeds 0": "seeds must be at least 1, got 0",

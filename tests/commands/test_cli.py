@@ -121,10 +121,11 @@ def test_help_shows_the_options_of_the_methods_that_are_named(cli, in_tmp_path):
         of_dlrt = cli("train", *words, "--help").out
         assert "--tolerance TOLERANCE" in of_dlrt
         assert "--dim DIM" not in of_dlrt
-    of_both = cli("sweep", "--methods", "dlrt,sparse", "--help").out
-    assert "--tolerance TOLERANCE" in of_both
-    assert "--s S" in of_both
-    assert "--redraw-every" not in of_both
+    for both in ("dlrt,sparse", "[dlrt, sparse]"):
+        of_both = cli("sweep", "--methods", both, "--help").out
+        assert "--tolerance TOLERANCE" in of_both
+        assert "--s S" in of_both
+        assert "--redraw-every" not in of_both
 
 
 def test_what_is_printed_has_the_options_that_are_given(cli):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from subspan.commands.parsing import Arguments, Parser, load_file
+from subspan.commands.parsing import Arguments, Parser, load_file, load_text
 from subspan.training import config
 from subspan.training.methods import Method, method, methods
 
@@ -20,7 +20,7 @@ def options_in(argv: Arguments) -> dict[str, Any]:
         argv: what was typed after the command's name.
 
     Returns:
-        Values as texts, or as YAML has them; the last of each option.
+        Values as texts, or, lists and what stands in a file, as YAML has them; the last of each.
     """
     options: dict[str, Any] = {}
     for option, word in zip(["", *argv], argv, strict=False):
@@ -30,7 +30,8 @@ def options_in(argv: Arguments) -> dict[str, Any]:
         if flag == "--config":
             options |= {str(key).replace("-", "_"): v for key, v in load_file(value).items()}
         elif flag.startswith("--"):
-            options[flag[2:].removesuffix("+").replace("-", "_")] = value
+            name = flag[2:].removesuffix("+").replace("-", "_")
+            options[name] = load_text(value) if value[:1] == "[" else value
     return options
 
 
