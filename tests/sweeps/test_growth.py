@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as schedules
+from torch.optim.swa_utils import SWALR
 
 from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.sweeps.growing_dimension import GrowingDimension
@@ -216,6 +218,98 @@ def test_a_loop_of_ones_own():
         GrowingDimension(model, [3, 6], baseline=1.0)
     with pytest.raises(SubspanError, match="multiple of the one before"):
         GrowingDimension(model, [growing.dim, growing.dim + 1], baseline=1.0)
+
+
+class Accelerated:
+    """What accelerate makes of a scheduler, without accelerate."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.step = scheduler, scheduler.step
+
+
+class Own(schedules.LRScheduler):
+    """A scheduler whose rates stand in its code."""
+
+    def get_lr(self):
+        return [0.1 for _ in self.base_lrs]
+
+
+def falling(optimizer):
+    return schedules.LambdaLR(optimizer, lambda t: 0.9**t)
+
+
+SCHEDULES = {
+    "lambda": falling,
+    "accelerate": lambda o: Accelerated(falling(o)),
+    "multiplicative": lambda o: schedules.MultiplicativeLR(o, lambda t: 0.9),
+    "step": lambda o: schedules.StepLR(o, 3),
+    "polynomial": lambda o: schedules.PolynomialLR(o, 20),
+    "one cycle": lambda o: schedules.OneCycleLR(o, [0.1, 0.2], total_steps=20),
+    "cyclic": lambda o: schedules.CyclicLR(
+        o, [0.01, 0.02], (0.1, 0.2), step_size_up=5, cycle_momentum=False
+    ),
+    "cosine": lambda o: schedules.CosineAnnealingLR(o, 20),
+    "restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 4),
+    "swa": lambda o: SWALR(o, 0.01, anneal_epochs=7),
+    "one after the other": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, 1.0, 3), falling(o), falling(o)], [3, 7]
+    ),
+    "all together": lambda o: schedules.ChainedScheduler(
+        [schedules.LinearLR(o, 0.1, 1.0, 3), schedules.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+def rates(schedule, grown, groups=2):
+    """Rates of the groups, step by step; the model grows after the fifth."""
+    model = SubspaceModel(nn.Linear(6, 3), 2, train_fully="bias")
+    (w,), (b,) = model.coordinates.values(), model.fully_trained().values()
+    parameters = [{"params": [w]}, {"params": [b]}] if groups == 2 else [w, b]
+    optimizer = torch.optim.Adam(parameters, 0.1)
+    scheduler = SCHEDULES[schedule](optimizer) if isinstance(schedule, str) else schedule(optimizer)
+    found = []
+    for step in range(12):
+        if step == 5 and grown:
+            assert GrowingDimension(model, [2, 8], baseline=1.0).record(0.1, optimizer, scheduler)
+        optimizer.step()
+        scheduler.step()
+        found.append([group["lr"] for group in optimizer.param_groups])
+    return torch.tensor(found[5:])
+
+
+@pytest.mark.filterwarnings("ignore:.*epoch parameter:UserWarning")  # SequentialLR gives one
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_goes_on_at_the_lower_rate_of_the_coordinates(schedule):
+    expected = rates(schedule, grown=False) * torch.tensor([0.5, 1.0])
+    torch.testing.assert_close(rates(schedule, grown=True), expected)
+
+
+def test_the_least_rate_of_a_schedule_falls_too():
+    def cosine(optimizer):
+        return schedules.CosineAnnealingLR(optimizer, 20, eta_min=0.05)
+
+    def plateau(optimizer):
+        inner = schedules.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, min_lr=0.05)
+        inner.step, step = lambda: step(1.0), inner.step
+        return inner
+
+    for schedule in (cosine, plateau):
+        expected = rates(schedule, grown=False, groups=1) / 2
+        torch.testing.assert_close(rates(schedule, grown=True, groups=1), expected)
+    with pytest.raises(SubspanError, match="eta_min is one rate for all groups"):
+        rates(cosine, grown=True)
+
+
+def test_schedules_that_cannot_be_lowered_are_refused_before_the_model_grows():
+    model = SubspaceModel(nn.Linear(6, 3), 2)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    growing = GrowingDimension(model, [2, 4], baseline=1.0)
+    for scheduler in (Own(optimizer), schedules.ChainedScheduler([Own(optimizer)]), object()):
+        with pytest.raises(SubspanError, match="is not known, so that they cannot be lowered"):
+            growing.record(0.1, optimizer, scheduler)
+    with pytest.raises(SubspanError, match=r"give record\(\) both"):
+        growing.record(0.1, scheduler=falling(optimizer))
+    assert (growing.dim, growing.scores) == (2, {})
 
 
 @pytest.mark.filterwarnings("ignore")

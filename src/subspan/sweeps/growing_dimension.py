@@ -20,6 +20,9 @@ from subspan.subspace.model import SubspaceModel
 from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
 from subspan.training.score import ACCURACY, Score
 
+OF_GROUPS = ("base_lrs", "max_lrs", "min_lrs")  # rates in PyTorch's schedulers, one a group
+IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # what they keep in a group
+
 
 class GrowingDimension:
     """The curve of a training in which d grows whenever a score has been found.
@@ -75,11 +78,23 @@ class GrowingDimension:
         Args:
             score: of the model as it is.
             optimizer: one that trains the coordinates. Their rate falls with 1/√d.
-            scheduler: of the optimizer, which goes on at the lower rate.
+            scheduler: of the optimizer, which goes on at the lower rate: one of PyTorch, or what
+                accelerate has made of it.
 
         Returns:
             Whether training is to go on; if not, the model has not grown.
+
+        Raises:
+            SubspanError: for a scheduler whose rates cannot be lowered; nothing is changed then.
         """
+        parts, falling = _parts(scheduler), self._falling(optimizer)
+        if parts and optimizer is None:
+            raise SubspanError("a scheduler is lowered with its optimizer: give record() both")
+        if not all(falling) and any(getattr(part, "eta_min", 0) for part in parts):
+            raise SubspanError(
+                "eta_min is one rate for all groups of the optimizer, and that of the coordinates "
+                "alone is to fall: use eta_min=0"
+            )
         target = self.score.share(self.baseline, self.threshold)
         bracketed = any(not self.score.better(target, s) for s in self.scores.values())
         self.scores[self.dim] = score
@@ -88,14 +103,15 @@ class GrowingDimension:
             return False
         factor = math.sqrt(self.dim / later[0])
         grow(self.model, later[0], optimizer)
-        own = {id(w) for w in self.model.coordinates.values()}
-        for i, group in enumerate(() if optimizer is None else optimizer.param_groups):
-            if any(id(p) in own for p in group["params"]):
-                for name in {"lr", "initial_lr"} & group.keys():
-                    group[name] *= factor
-                if scheduler is not None and i < len(getattr(scheduler, "base_lrs", ())):
-                    scheduler.base_lrs[i] *= factor
+        if optimizer is not None:
+            _lower(optimizer, parts, [factor if falls else 1.0 for falls in falling])
         return True
+
+    def _falling(self, optimizer: Optimizer | None) -> list[bool]:
+        """Return for every group of an optimizer whether it trains coordinates."""
+        own = {id(w) for w in self.model.coordinates.values()}
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [any(id(p) in own for p in group["params"]) for group in groups]
 
     def found(self) -> IntrinsicDimension:
         """Return where the curve so far reaches the target; of one training, without an interval.
@@ -144,3 +160,36 @@ class GrowingDimension:
                     control.should_training_stop = True
 
         return OnEvaluate()
+
+
+def _parts(scheduler: Any) -> list[Any]:
+    """Return a scheduler, without what accelerate puts around it, and those inside of it.
+
+    Raises:
+        SubspanError: for one that computes rates by code that is not PyTorch's.
+    """
+    if scheduler is None:
+        return []
+    if not isinstance(scheduler, LRScheduler) and hasattr(scheduler, "scheduler"):
+        return _parts(scheduler.scheduler)
+    code = [getattr(type(scheduler), name, None) for name in ("get_lr", "step")]
+    if not all(str(getattr(f, "__module__", "")).startswith("torch.optim.") for f in code):
+        raise SubspanError(
+            f"what {type(scheduler).__name__} computes rates from is not known, so that they "
+            "cannot be lowered: use one of torch.optim, or give none, and lower its rates yourself"
+        )
+    inner = getattr(scheduler, "_schedulers", ())
+    return [scheduler, *(part for one in inner for part in _parts(one))]
+
+
+def _lower(optimizer: Optimizer, parts: list[Any], factors: list[float]) -> None:
+    """Multiply every rate that an optimizer has, and that its schedulers compute others from."""
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        for name in set(IN_GROUPS) & group.keys():
+            group[name] *= factor
+    for part in parts:
+        for name in set(OF_GROUPS) & vars(part).keys():
+            rates = zip(getattr(part, name), factors, strict=True)
+            setattr(part, name, [lr * factor for lr, factor in rates])
+        if getattr(part, "eta_min", 0):
+            part.eta_min *= min(factors)
