@@ -262,6 +262,65 @@ def test_weights_of_your_own_code_are_prior_only_if_you_say_so(cli, in_tmp_path)
     assert cli("bound", "seed/model.safetensors").code == 0
 
 
+MADE = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, values):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+        self.give(torch.tensor(values))
+    def give(self, made):
+        self.made = nn.Parameter(made)
+    def forward(self, x):
+        return super().forward(x) + self.made.sum()
+
+class Buffer(Net):
+    def give(self, made):
+        self.register_buffer("made", made)
+
+class Unsaved(Net):
+    def give(self, made):
+        self.register_buffer("made", made, persistent=False)
+
+class Plain(Net):
+    def give(self, made):
+        self.made = made
+
+def parameter(): return Net([0.0, 1.0])
+def buffer(): return Buffer([0.25, 0.5])
+def unsaved(): return Unsaved([2.0])
+def plain(): return Plain([2.0])
+def ones(): return Net([1.0, 1.0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("net", "how", "asked"),
+    [
+        ("parameter", ["--dim", 2, "--targets", "1.weight"], True),
+        ("parameter", ["--dim", 2, "--targets", "1.weight", "--train-fully", "made"], False),
+        ("parameter", ["--method", "full"], False),  # the file holds all
+        ("buffer", ["--dim", 2], True),
+        ("buffer", ["--method", "full"], False),
+        ("unsaved", ["--method", "full"], True),
+        ("plain", ["--method", "head", "--train-fully", "1.weight"], True),
+        ("ones", ["--dim", 2], False),
+    ],
+)
+def test_what_a_seed_does_not_draw_is_prior_only_if_you_say_so(net, how, asked, cli, in_tmp_path):
+    """A vector of your own code may be the samples' means: no byte pays for it."""
+    (in_tmp_path / "bound_made.py").write_text(MADE)
+    told = ["--net", f"bound_made:{net}", "--init", "seed", "--epochs", 1, *how, "--out", "a"]
+    assert cli("train", *told).code == 0
+    said = cli("bound", "a/model.safetensors")
+    assert said.code == 2 * asked
+    assert ("what your code makes beside the drawn weights (made), which are" in said.err) == asked
+    said = cli("bound", "a/model.safetensors", "--base-is-prior")
+    assert said.code == 0
+    assert ("(made) never saw these samples" in said.out) == asked
+
+
 def test_a_pretrained_base(file):
     header = checkpoint.inspect(file)
     certificate._check_base(file, header, False)

@@ -84,6 +84,24 @@ def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     return net
 
 
+def left_as_made(net: nn.Module) -> dict[str, Tensor]:
+    """Return by name all that :func:`initialize` does not draw, plain attributes included."""
+    owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
+    found = {slot.path: slot.find(net) for slot in owners}
+    made = {
+        path: module.get_parameter(attribute)
+        for path, (module, attribute) in found.items()
+        if _bound(module, attribute, module.get_parameter(attribute)) is None
+    }
+    plain = {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in net.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    return {**made, **dict(net.named_buffers()), **plain}
+
+
 def _uniform(source: Source, position: int, like: Tensor) -> Tensor:
     """2u − 1 in the shape and on the device of ``like``, float32."""
     draws = source.uniforms(0, like.numel(), column=position, device=like.device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from subspan import checkpoint
 from subspan.checkpoint.compact import CHOSEN
 from subspan.errors import SubspanError
+from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
 from subspan.training import tasks
 from subspan.training.evaluate import rebuild
@@ -163,22 +164,37 @@ def certify(
 
 def _check_base(path: object, header: Mapping[str, Any], trusted: bool) -> list[str]:
     """Refuse weights outside of the file that may have been made from the samples."""
-    if header["kind"] not in AROUND_A_BASE:
-        return []
-    extra = header["extra"]
+    extra, around = header["extra"], header["kind"] in AROUND_A_BASE
     pretrained = "base" in header or tasks.kind(extra.get("task")).head is not None
     seed = header["init_seed"] if header["kind"] == "subspace" else extra.get("init_seed")
-    own = seed is None and ":" in f"{extra['net']}{extra.get('task') or ''}"
-    if not pretrained and not own:
+    own = ":" in f"{extra['net']}{extra.get('task') or ''}"
+    cure = "train with --init seed, or "
+    if around and pretrained:
+        whose = "a pretrained base"
+    elif around and own and seed is None:
+        whose = "the initial weights that your code makes"
+    elif own and (name := _made_by_code(path, extra)) is not None:
+        whose, cure = f"what your code makes beside the drawn weights ({name})", ""
+    else:
         return []
-    whose = "a pretrained base" if pretrained else "the initial weights that your code makes"
     if not trusted:
         raise SubspanError(
-            f"{path} is d numbers around {whose}, which are not in its bytes and may have been "
-            "made from these samples: train with --init seed, or say --base-is-prior if you know "
-            "that they were not"
+            f"{path} is numbers around {whose}, which are not in its bytes and may have been made "
+            f"from these samples: {cure}say --base-is-prior if you know that they were not"
         )
     return [f"{whose} never saw these samples"]
+
+
+def _made_by_code(path: object, extra: Mapping[str, Any]) -> str | None:
+    """Name a tensor that neither a file nor a seed gives, and that is not 0 or 1 all over."""
+    make = tasks.kind(extra.get("task")).network(extra)
+    stored = checkpoint.read(str(path))[1].keys()
+    made = {} if make is None else init.left_as_made(init.build(make, 0))
+    for name, tensor in made.items():
+        plain = any(bool((tensor == value).all()) for value in (0, 1))
+        if not plain and not stored & {name, f"body.{name}"}:
+            return name
+    return None
 
 
 def _check_same(
