@@ -289,6 +289,8 @@ def refused(model, dim, optimizer=None, match=""):
 def test_what_is_not_nested_is_refused_and_nothing_changes():
     refused(make_model(5), 12, match="from 5 to 12.*multiple of the one before, as 10")
     refused(make_model(5), 3, match="from 5 to 3.*as 10")
+    refused(make_model(5), 5, match="from 5 to 5.*as 10")
+    refused(make_model([2, 1, 3], compartments="layer"), [2, 1, 3], match="from 6 to 6")
     refused(make_model(5), 160, match="146 weights")
     refused(make_model(5), [10, 20], match="2 dimensions for 1")
     refused(make_model(5), 0, match="positive integer")

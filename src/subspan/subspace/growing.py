@@ -130,6 +130,8 @@ def nest(
         if rest or not factor:
             raise SubspanError(_apart(sum(now), dim, ""))
         dims = [factor * d for d in now]
+    if dims == now:
+        raise SubspanError(_apart(sum(now), sum(now), ""))
     for projection, name, d in zip(projections, names, dims, strict=True):
         if not isinstance(projection, Hash):
             raise SubspanError(
