@@ -106,6 +106,15 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path):
     [
         (["--dims", "5,12"], "d cannot grow from 5 to 12: subspaces are nested if each d is a"),
         (["--dims", "20,10"], "d cannot grow from 20 to 10"),
+        (["--dims", "5,5,10"], "d cannot grow from 5 to 5: "),
+        (["--dims", "5,10", "--bits", "3"], "unknown argument of subspan intrinsic '--bits'"),
+        (["--dims", "5,10", "--head-lr", "-1", "--train-fully", "fc2"], "head_lr must be a"),
+        (["--dims", "5,10", "--baseline-lrs", ".01,-1"], "baseline_lrs must be a positive"),
+        (["--dims", "5,10", "--baseline-lrs", ".01,nan"], "baseline_lrs must be a positive"),
+        (
+            ["--dims", "5,10", "--baseline-lrs", ".01,0.010000001"],
+            "baseline_lrs names one value twice: 0.01, 0.01",
+        ),
         (["--dims", "100"], "give several dims, as 25,50,100"),
         (["--dims", "5,5000"], "there are 1210 weights"),
         (["--dims", "3,6", "--compartments", "tensor"], "number of compartments, 4"),
@@ -145,6 +154,39 @@ def test_options_of_stages_that_contradict(options, said, tmp_path):
     training = Training(net=NET, epochs=2, patience=options.pop("patience", None))
     with pytest.raises(SubspanError, match=said):
         train(Run(training, "hash", options, 0.1), tmp_path / "run")
+
+
+POOR = """
+import torch
+from torch import nn
+from subspan.training.score import Score
+from subspan.training.tasks import Task
+
+class Poor(Task):
+    score = Score("R2", percent=False)
+    def network(self):
+        return nn.Linear(4, 1)
+    def size(self):
+        return 8
+    def batch(self, index):
+        return index[:, None] / torch.arange(1, 5)
+    def loss(self, net, batch):
+        return net(batch).square().mean()
+    def evaluate(self, net, part):
+        return 1.0, -0.5
+"""
+
+
+def test_a_baseline_that_is_no_better_than_zero_has_a_curve_and_no_dimension(cli, in_tmp_path):
+    (in_tmp_path / "growth_poor.py").write_text(POOR)
+    words = [*COMMAND, "--dims", "2,4", "--epochs", 1, "--stage-epochs", 1]
+    words[1:3] = ["--task", "growth_poor:Poor"]
+    said = cli(*words)
+    assert (said.code, said.err) == (0, "")
+    assert "no intrinsic dimension: the baseline is no better than 0" in said.out
+    sweep = json.loads(Path("out/sweep.json").read_text())
+    assert [row["dim"] for row in sweep["rows"]] == [2, 4]
+    assert (sweep["status"], sweep["d_int"]) == ("complete", {})
 
 
 def test_another_projection_has_no_stages(cli, in_tmp_path):

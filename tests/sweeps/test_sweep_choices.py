@@ -248,6 +248,10 @@ def test_options_go_to_the_methods_that_have_them(tmp_path, monkeypatch):
         ({"options": {"exclude": "nope"}}, "unknown pattern in exclude .* 'nope'"),
         ({"net": "lenet"}, "images of at least 12x12 pixels"),
         ({"net": "nope"}, "unknown net 'nope'"),
+        ({"options": {"bits": -1.0}}, "bits must be a positive number of bits"),
+        ({"options": {"bits": 3.0}, "patience": 2}, "leave --patience out"),
+        ({"options": {"head_lr": -1.0, "train_fully": "fc2.bias"}}, "head_lr must be a positive"),
+        ({"processes": 3}, "batch_size must be a multiple of the 3 processes"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(settings, message, tmp_path):

@@ -22,6 +22,7 @@ from subspan.sweeps.plan import carry_out
 from subspan.training import trackers
 from subspan.training.methods import method
 
+HIDDEN = ("dim", "stages", "until", "bits")  # what this command says itself, and what has no use
 EPILOG = """\
 how it works:
   First all weights are trained, in --epochs. Then, for every seed, one training passes through
@@ -52,7 +53,7 @@ def main(argv: Arguments) -> None:
     parser = Parser("intrinsic", main.__doc__, f"{EPILOG}\n{list_tasks('intrinsic')}")
     add_training(parser, argv)
     parser.add_fields(Growth, without=("training", "options"))
-    own = [o for o in method(METHOD).options if o.name not in ("dim", "stages", "until")]
+    own = [o for o in method(METHOD).options if o.name not in HIDDEN]
     for option in own:
         parser.add_argument(
             f"--{option.name}", type=option.type | None, default=None, help=option.help

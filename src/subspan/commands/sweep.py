@@ -29,6 +29,7 @@ from subspan.commands.task_options import add_training, list_tasks, read_trainin
 from subspan.errors import SubspanError
 from subspan.experiments.many import sweep_parts
 from subspan.files import readable
+from subspan.sweeps.intrinsic import has_shares
 from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.smaller import beside
@@ -144,6 +145,9 @@ def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
         said = note if value is None else f"{value:.0f}{interval}{f' ({note})' if note else ''}"
         share = f"{100 * dimension.threshold:g} % of the baseline"
         console.say(f"intrinsic dimension of {name}, {share}: {said}")
+    if result.baseline and not has_shares(result.baseline.test_score, score):
+        zero = f"the baseline is no better than {score.zero:g}"
+        console.say(f"no intrinsic dimension: {zero}, and there is nothing to take a share of")
     for failure in result.failed:
         console.say(f"failed: {failure.run}: {failure.error}", style="red")
     for path in files:

@@ -16,15 +16,15 @@ from typing import Any
 
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
-from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
+from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.plan import RunPlan
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.training import records
-from subspan.training.config import Run, Training
+from subspan.training.config import Run, Training, check_rates
 from subspan.training.machine import versions
 from subspan.training.methods import method
-from subspan.training.prepare import complete, prepare
+from subspan.training.prepare import complete, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
 from subspan.training.score import ACCURACY
 
@@ -66,6 +66,7 @@ class Growth:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+        check_rates("baseline_lrs", self.baseline_lrs)
         if len(self.dims) == 1:
             raise SubspanError(
                 f"d cannot grow from {self.dims[0]} alone: give several dims, as 25,50,100"
@@ -104,8 +105,8 @@ class GrowthPlan(RunPlan):
         self.baseline: dict[tuple[float, int], CompleteRun] = {}
         self.grown: dict[int, CompleteRun] = {}
         self.failed: dict[str, str] = {}
-        prepare(self._job(0, None).run)
-        prepare(self._baseline_job(self.lrs[0], 0).run)
+        rehearse(self._job(0, None).run)
+        rehearse(self._baseline_job(self.lrs[0], 0).run)
 
     def stages(self) -> Iterator[list[Job]]:
         """Yield all weights at all rates, then at the best one; then what is to be compared."""
@@ -148,7 +149,7 @@ class GrowthPlan(RunPlan):
             score=some.score if some else ACCURACY,
             baseline=baseline,
             rows=rows,
-            d_int={METHOD: self._find(rows, baseline)} if rows and baseline else {},
+            d_int=self._find(rows, baseline) if rows and baseline else {},
             failed=[Failure(name, error) for name, error in sorted(self.failed.items())],
             versions=versions(),
             device=some.device if some else "",
@@ -180,10 +181,14 @@ class GrowthPlan(RunPlan):
                 rows.append(_point(label, here, self.grown))
         return rows
 
-    def _find(self, rows: Sequence[PointRecord], baseline: PointRecord) -> IntrinsicDimension:
+    def _find(
+        self, rows: Sequence[PointRecord], baseline: PointRecord
+    ) -> dict[str, IntrinsicDimension]:
         seeds = len(rows[0].seeds)
         shared = [row for row in rows if len(row.seeds) == seeds]
         some = next(iter(self.grown.values()))
+        if not has_shares(baseline.test_score, some.score):
+            return {}
         found = intrinsic_dimension(
             [row.dim for row in shared],
             [row.test_score for row in shared],
@@ -193,7 +198,7 @@ class GrowthPlan(RunPlan):
             paired=True,
         )
         how = f"one run a seed, d growing with {self.config.stage_epochs} epochs each"
-        return replace(found, note="; ".join(filter(None, (found.note, how))))
+        return {METHOD: replace(found, note="; ".join(filter(None, (found.note, how))))}
 
 
 def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:

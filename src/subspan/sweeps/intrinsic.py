@@ -12,6 +12,7 @@ neighbours, and the answer is where it *first* reaches the target: a later dip d
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def intrinsic_dimension(
     sign = 1.0 if score.higher_is_better else -1.0
     samples = [sign * (sample - score.zero) for sample in samples]
     reference = sign * (reference - score.zero)
-    if reference.mean() <= 0:
+    if not has_shares(baseline, score):
         raise SubspanError(
             f"expected a mean baseline better than {score.zero:g}, got "
             f"{score.zero + sign * reference.mean():g}"
@@ -146,6 +147,11 @@ def intrinsic_dimension(
     if high is None and value is not None:
         notes.append(f"the interval ends above the largest d tried, {largest:.0f}")
     return IntrinsicDimension(value, low, high, target, threshold, "; ".join(notes))
+
+
+def has_shares(baseline: Sequence[float], score: Score) -> bool:
+    """Return whether the mean of a baseline is better than zero: a share is one of that way."""
+    return score.better(statistics.fmean(baseline), score.zero)
 
 
 def _crossings(d: _Floats, means: _Floats, targets: _Floats) -> _Floats:

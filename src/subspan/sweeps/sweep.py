@@ -6,7 +6,6 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from subspan.errors import SubspanError
 from subspan.files import readable
 from subspan.sweeps import backends
-from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
+from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.plan import RunPlan, carry_out
 from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
@@ -23,7 +22,7 @@ from subspan.training import records, trackers
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.machine import versions
 from subspan.training.methods import method
-from subspan.training.prepare import complete, prepare
+from subspan.training.prepare import complete, rehearse
 from subspan.training.records import CompleteRun
 from subspan.training.score import ACCURACY, Score
 
@@ -234,7 +233,7 @@ def check(
                 method(name).check([option])
     labels: dict[tuple[str, int], str] = {}
     for point in points:
-        ready = prepare(point.job(config, point.lrs[0], 0).run)
+        ready = rehearse(point.job(config, point.lrs[0], 0).run, config.processes)
         if point.small:
             continue
         at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
@@ -287,10 +286,8 @@ def _intrinsic(
     config: Sweep, rows: list[PointRecord], baseline: PointRecord | None, score: Score
 ) -> dict[str, IntrinsicDimension]:
     """Return the intrinsic dimension by method, where there is a curve and a baseline."""
-    if baseline is None:
+    if baseline is None or not has_shares(baseline.test_score, score):
         return {}
-    if not score.better(statistics.fmean(baseline.test_score), score.zero):
-        return {}  # there is no way to take a share of
     found = {}
     for name in config.methods:
         how = method(name)

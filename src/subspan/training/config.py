@@ -219,13 +219,10 @@ class Sweep:
             raise SubspanError("dims is empty: give at least one number of coordinates")
         rates = [("baseline_lrs", self.baseline_lrs), *self._lists("lrs", self.lrs)]
         for name, lrs in rates:
-            for lr in lrs:
-                _check_rate(name, lr)
-        named = [(name, tuple(f"{lr:g}" for lr in lrs)) for name, lrs in rates]
+            check_rates(name, lrs)
         listed = [("methods", self.methods), ("small", self.small)]
-        for name, values in [*listed, *self._lists("dims", self.dims), *named]:
-            if len(set(values)) < len(values):
-                raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
+        for name, values in [*listed, *self._lists("dims", self.dims)]:
+            _check_different(name, values)
         for name in ("seeds", "processes"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -282,6 +279,18 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
+
+
+def check_rates(name: str, lrs: Sequence[float]) -> None:
+    """Refuse learning rates that are not positive, or of which two have one folder."""
+    for lr in lrs:
+        _check_rate(name, lr)
+    _check_different(name, [f"{lr:g}" for lr in lrs])
+
+
+def _check_different(name: str, values: Sequence[str]) -> None:
+    if len(set(values)) < len(values):
+        raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
 
 
 def _check_rate(name: str, lr: float) -> None:

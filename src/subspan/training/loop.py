@@ -26,7 +26,7 @@ from subspan.training import data, machine, records, resume, state, trackers
 from subspan.training.evaluate import describe, evaluate
 from subspan.training.folder import RunFolder
 from subspan.training.machine import PeakMemory
-from subspan.training.prepare import Prepared
+from subspan.training.prepare import Prepared, check_batches
 from subspan.training.records import CompleteRun, Epoch, RunRecord
 from subspan.training.schedule import restart, schedule
 from subspan.training.schema import MisfitError, from_json, to_json
@@ -67,8 +67,7 @@ class Loop:
         stop: Stop | None = None,
     ) -> None:
         self.ready, self.accelerator, self.before = ready, accelerator, before
-        run = self.run = ready.run
-        self.method, self.training = ready.method, run.training
+        self.run, self.method, self.training = ready.run, ready.method, ready.run.training
         self.report, self.on_step, self.stop = report, on_step, stop or Stop()
         self.folder = RunFolder(out, accelerator.is_main_process)
         self.log = trackers.Log(accelerator, out, before.log if before else None)
@@ -77,35 +76,21 @@ class Loop:
         self.started = time.perf_counter() - (before.seconds_total if before else 0.0)
         self.task = ready.task.to(device)
         self.score = self.task.score
-        if self.training.batch_size % processes:
-            raise SubspanError(
-                f"batch_size must be a multiple of the {processes} processes, got "
-                f"{self.training.batch_size}"
-            )
+        check_batches(self.training, processes)
         notes = list(ready.task.notes)
         if before:
             alike = self.method.needs_processes(self.run.options)
             notes = list(before.notes) if before.notes is not None else notes
             notes += resume.check_processes(before, out, processes, must_agree=alike)
-        self.steps = data.steps_per_epoch(self.task.size(), self.training.batch_size)
-        self.total = self.training.steps or self.steps * self.training.epochs
-        self.epochs = -(-self.total // self.steps)
-        # What methods are told, who plan by epochs.
-        self.planned = replace(run, training=replace(self.training, epochs=self.epochs))
+        self.steps, self.total, self.planned = ready.steps, ready.total, ready.planned
+        self.epochs = self.planned.training.epochs
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         if before:
             resume.check_beginning(before, self.folder, model, self.task.size())
         self.model = model.to(device)
-        checkpoint.contents(self.model)  # refuses here what could not be saved after an epoch
-        optimizer = self.bare = self.method.optimizer(
-            self.model,
-            self.planned,
-            out,
-            self.extra() | {"init_seed": ready.init_seed},
-            steps=self.total,
-            resume=before.optimizer if before else None,
-        )
+        resumed = before.optimizer if before else None
+        optimizer = self.bare = ready.optimizer(self.model, out, self.extra(), resumed)
         # Where nothing is scaled, accelerate's wrappers only look for packages, at every step.
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer

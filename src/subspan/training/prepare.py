@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
-from subspan.training import nets, tasks
+from subspan.training import data, nets, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
 from subspan.training.methods import Method, method
@@ -27,6 +31,36 @@ class Prepared:
     method: Method
     model: nn.Module
     init_seed: int | None
+
+    @property
+    def steps(self) -> int:
+        """The steps of an epoch."""
+        return data.steps_per_epoch(self.task.size(), self.run.training.batch_size)
+
+    @property
+    def total(self) -> int:
+        """The steps of the run."""
+        return self.run.training.steps or self.steps * self.run.training.epochs
+
+    @property
+    def planned(self) -> Run:
+        """The run as methods are told, who plan by epochs; the last may be a part of one."""
+        epochs = -(-self.total // self.steps)
+        return replace(self.run, training=replace(self.run.training, epochs=epochs))
+
+    def optimizer(
+        self,
+        model: nn.Module,
+        out: Path,
+        extra: Mapping[str, Any],
+        resume: Mapping[str, Any] | None = None,
+    ) -> Optimizer:
+        """Return the method's optimizer, of the model on its device."""
+        checkpoint.contents(model)  # refuses here what could not be saved after an epoch
+        said = {**extra, "init_seed": self.init_seed}
+        return self.method.optimizer(
+            model, self.planned, out, said, steps=self.total, resume=resume
+        )
 
 
 def complete(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
@@ -81,3 +115,24 @@ def prepare(run: Run) -> Prepared:
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
     return Prepared(run, task, how, model, init_seed)
+
+
+def rehearse(run: Run, processes: int = 1) -> Prepared:
+    """Prepare a run that is to begin later, and refuse all that would end it before its first step.
+
+    Raises:
+        SubspanError: as :func:`prepare`, and for what the method's optimizer refuses.
+    """
+    check_batches(run.training, processes)
+    ready = prepare(run)
+    with tempfile.TemporaryDirectory() as folder:
+        ready.optimizer(ready.model, Path(folder), {})
+    return ready
+
+
+def check_batches(training: Training, processes: int) -> None:
+    """Refuse batches that so many processes cannot share."""
+    if training.batch_size % processes:
+        raise SubspanError(
+            f"batch_size must be a multiple of the {processes} processes, got {training.batch_size}"
+        )
