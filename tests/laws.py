@@ -410,7 +410,7 @@ def products_are_differentiable_twice(p: Projection) -> None:
     """Their derivative is the other product, and so on."""
     p = replace(p, out_dim=61, in_dim=7)
     for product, x, _ in both_products(p):
-        assert torch.autograd.gradcheck(product, x.requires_grad_())
+        assert torch.autograd.gradcheck(product, x.requires_grad_(), check_batched_grad=True)
         assert torch.autograd.gradgradcheck(product, x)
         for dtype in (torch.bfloat16, torch.float32):  # kernels, where there are some
             leaf = x.detach().to(dtype).requires_grad_()

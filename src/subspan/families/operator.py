@@ -5,6 +5,7 @@ The map is linear, so that every derivative of it is itself or its adjoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,21 @@ def captured(x: Tensor) -> bool:
     """Return whether a graph of operators is being recorded, in which ours must be one operator."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
-    return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
+    return x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) or batched(x)
+
+
+def composed(grads: Sequence[Tensor]) -> bool:
+    """Return whether a backward pass must consist of operators: of a second one, or of vmap."""
+    return torch.is_grad_enabled() or transformed() or any(map(batched, grads))
+
+
+def batched(x: Tensor) -> bool:
+    """Return whether a tensor stands for several in a vmap of autograd's own.
+
+    That vmap (of ``is_grads_batched``, ``jacobian(vectorize=True)``) knows operators alone.
+    """
+    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
+    return legacy
 
 
 def transformed() -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan import kernels
-from subspan.families.operator import product
+from subspan.families.operator import composed, product
 from subspan.families.registry import from_recipe
 from subspan.subspace.blocks import Block
 from subspan.subspace.links import link_of
@@ -114,8 +114,8 @@ class _Rows(torch.autograd.Function):
         if unmoved is not None:
             parts = parts.masked_fill(unmoved.unsqueeze(1), 0)
         kernel = _find_kernel(block, w)
-        if torch.is_grad_enabled() or kernel is None:
-            # A second derivative follows, or the process was forked since and has no kernels.
+        if kernel is None or composed([grad]):
+            # The process was forked since and has no kernels, or operators are asked for.
             dense = parts.new_zeros(shape).index_copy(0, words, parts).reshape(-1)
             return product(dense, step, block.recipe, block.start, block.stop, True), *nothing
         _, gather = kernel

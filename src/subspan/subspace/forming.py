@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.families.operator import captured, product, transformed
+from subspan.families.operator import captured, composed, product, transformed
 from subspan.families.registry import from_recipe
 from subspan.families.updates import add, gather
 from subspan.subspace.blocks import Block
@@ -156,7 +156,7 @@ def _project(w: Tensor, step: Tensor, block: Block, grads: Sequence[Tensor]) -> 
     for grad, kept in zip(grads, block.kept, strict=True):
         dense = grad.to_dense() if grad.is_sparse else grad
         parts.extend(_around(dense.reshape(-1), kept) if kept else [dense])
-    if torch.is_grad_enabled():  # a second derivative follows
+    if composed(parts):
         flat = [part.reshape(-1).to(w.device, w.dtype) for part in parts]
         return [product(torch.cat(flat), step, block.recipe, block.start, block.stop, True)]
     return [gather(from_recipe(block.recipe), parts, w, step, block.start)]

@@ -197,6 +197,21 @@ def test_a_transform_around_the_call():
         torch.testing.assert_close(apart, model(WORDS))
 
 
+def test_many_gradients_in_one_backward_pass(formed_sizes):
+    torch.manual_seed(0)
+    model = scatter(SubspaceModel(Net(padding_idx=0), 50))
+    (w,), y = model.coordinates.values(), model(WORDS)
+    assert ROWS * WIDTH not in formed_sizes
+    along = torch.eye(9).view(9, 3, 3)
+    expected = torch.stack([torch.autograd.grad(y, w, v, retain_graph=True)[0] for v in along])
+    for vmap in (torch.vmap, None):
+        if vmap:
+            found = vmap(lambda v: torch.autograd.grad(y, w, v, retain_graph=True)[0])(along)
+        else:
+            (found,) = torch.autograd.grad(y, w, along, is_grads_batched=True)
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_class_with_a_forward_of_its_own_keeps_it():
     class Doubled(nn.Embedding):
         def forward(self, words):

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, v
 
 import subspan
 from subspan import SubspaceModel, SubspanError
+from subspan.subspace import formed
 from tests.nets import batch, scatter, wrap
 from tests.subspace.in_place.network import pair
 
@@ -73,6 +74,42 @@ def test_jacobians_and_hessians():
     torch.testing.assert_close(torch.func.hessian(loss)(w), backward)
     torch.testing.assert_close(jacfwd(grad(loss))(w), backward)
     assert backward.abs().sum() > 0
+
+
+@FORWARD_MODE
+@torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder"])
+def test_many_gradients_in_one_backward_pass(name, dtype, kept, monkeypatch):
+    monkeypatch.setattr(formed, "KEPT", kept)
+    model, x = scatter(wrap(name, "uniform:3", dtype)).eval(), batch(name, dtype)
+    ws, y = list(model.parameters()), model(x)[:2]
+    along = torch.eye(y.numel(), dtype=dtype).view(-1, *y.shape)
+
+    def gradients(v, **options):
+        return torch.autograd.grad(y, ws, v, retain_graph=True, **options)
+
+    expected = [torch.stack(each) for each in zip(*map(gradients, along), strict=True)]
+    for found in (gradients(along, is_grads_batched=True), vmap(gradients)(along)):
+        torch.testing.assert_close(list(found), expected)
+    if dtype == torch.float64:
+        twice = gradients(along, is_grads_batched=True, create_graph=True)
+        torch.autograd.grad(sum(each.sum() for each in twice), ws, allow_unused=True)
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_jacobians_are_vectorised(strategy):
+    model, x = scatter(wrap("mlp")), batch("mlp")
+
+    def run(w):
+        return functional_call(model, {"coordinates.global": w}, (x,))
+
+    w, jacobian = model.coordinates["global"].detach(), torch.autograd.functional.jacobian
+    torch.testing.assert_close(
+        jacobian(run, w, vectorize=True, strategy=strategy), jacobian(run, w)
+    )
 
 
 def test_gradients_of_the_base_in_a_functional_call():
