@@ -214,8 +214,13 @@ class Formula:
         parts: Sequence[Part],
         dtype: torch.dtype,
     ) -> Formula:
-        """Return a formula of the tensors as they are now."""
-        return cls(name, tuple(parts), dtype, _versions(parts))
+        """Return a formula of the tensors as they are now, whatever gets other data later."""
+        with torch._C.DisableTorchFunctionSubclass():
+            own = tuple(
+                (w.detach(), step, block, base.detach() if isinstance(base, Tensor) else base)
+                for w, step, block, base in parts
+            )
+        return cls(name, own, dtype, _versions(own))
 
     @torch.no_grad()
     def again(self) -> Tensor:
@@ -239,7 +244,7 @@ class Formula:
                     )
             parts = []
             for w, step, block, base in self.parts:
-                (theta,) = forming.form_values(w.detach(), step, [block], [dense(base)], self.dtype)
+                (theta,) = forming.form_values(w, step, [block], [dense(base)], self.dtype)
                 parts.append(theta.reshape(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

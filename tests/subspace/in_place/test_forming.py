@@ -142,6 +142,28 @@ def test_coordinates_that_change_before_the_backward_pass(monkeypatch):
         y.backward()
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+def test_data_that_are_given_before_the_backward_pass(monkeypatch, kept):
+    """As in an ordinary network, they count from the next pass on."""
+    monkeypatch.setattr(formed, "KEPT", kept)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    model, x = scatter(SubspaceModel(net, 30)), torch.randn(2, 8)
+
+    def gradients(between):
+        model.zero_grad()
+        y = model(x).square().sum()
+        between()
+        y.backward()
+        return model.coordinates["global"].grad.clone()
+
+    def give():
+        for p in net.parameters():
+            p.data = p.data + 1
+
+    torch.testing.assert_close(gradients(lambda: None), gradients(give))
+
+
 def test_activations_that_change_before_the_backward_pass(monkeypatch):
     class Careless(nn.Sequential):
         def forward(self, x):
