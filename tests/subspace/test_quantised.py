@@ -558,6 +558,20 @@ def test_quantised_layers_that_are_not_trained_stay_as_they_are(kind, tmp_path):
         SubspaceModel.from_seed(lambda: network(kind), 20)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("through", ["network", "handle"])
+def test_states_go_without_quantised_layers_that_are_not_trained(kind, through):
+    """Neither their numbers, nor the scales that bitsandbytes has beside them."""
+    options = {"targets": ["out.weight", "norm"], "train_fully": "fc.bias"}
+    model, other = wrapped(kind, **options), SubspaceModel(network(kind), 20, **options)
+    ours, theirs = (m if through == "handle" else m.body for m in (model, other))
+    state = ours.state_dict()
+    assert sum(value.numel() for value in state.values()) == 20 + 96 + 32
+    theirs.load_state_dict(state)
+    assert torch.equal(other(X), model(X))
+    assert same(bytes_of(other.body), bytes_of(model.body))
+
+
 def test_flags_say_nothing_of_weights_that_cannot_require_a_gradient():
     net = network("nf4").requires_grad_(False)
     assert [row.tensor for row in SubspaceModel(net, 20).summary().rows if row.coordinates] == [

@@ -28,3 +28,5 @@ def test_the_same_job_in_no_more_lines(tmp_path, monkeypatch, capsys):
         exec(common + code, {"data": CLASSES})
     assert (tmp_path / "runs/lora/variant/adapter_model.safetensors").exists()
     assert (tmp_path / "runs/few/variant.safetensors").stat().st_size < 6000
+    [saved] = (tmp_path / "runs/few").glob("checkpoint-*/model.safetensors")  # the table's 7,552
+    assert saved.stat().st_size < 6000

@@ -13,6 +13,8 @@ from subspan.subspace.callers import asked_by_own_method, saved_as_adapters
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
+from subspan.subspace.parameters import saved_buffers
+from subspan.subspace.quantised_layers import belongs_to
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.states import before_loading
 from subspan.subspace.variant import refuse_in_use
@@ -53,9 +55,16 @@ class ModuleStates:
             refuse_whole(weights, "saved with all its weights")
         _saving.thetas = None if whole else {}
         try:
-            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+            state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         finally:
             del _saving.thetas
+        if whole:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            rest = {prefix + path for path, _ in weights.at_rest()}
+            kept = {prefix + name for name in saved_buffers(weights.root)}
+            for key in [key for key in state if key not in kept and belongs_to(key, rest)]:
+                del state[key]
+        return state
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

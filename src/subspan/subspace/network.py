@@ -151,6 +151,18 @@ class Network:
             if name not in self.coordinate_names and self.lists(name, p):
                 yield name, p
 
+    def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the keys of parameters that nobody trains: states go without them, as without θ₀.
+
+        A tied one has several.
+        """
+        found = ((name, self.find(name)) for name in self.requires_grad if name not in self.homes)
+        names = {id(p): name for name, p in found if p is not None and not self.lists(name, p)}
+        for path, module in self.root.named_modules(remove_duplicate=False):
+            for attribute, p in module._parameters.items():
+                if id(p) in names:
+                    yield (f"{path}.{attribute}" if path else attribute), p
+
     # ---- tensors -----------------------------------------------------------------------------
 
     def coordinates(self) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
 from subspan.subspace.quantised import QuantisedTensor, is_class, read_quantised
+from subspan.subspace.structure import lies_in
 
 # ---- layers that cannot be dequantised -----------------------------------------------------------
 
@@ -103,6 +104,14 @@ def _precision(module: Any, x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return getattr(module, "compute_dtype", None) or x.dtype
+
+
+def belongs_to(key: str, parameters: Collection[str]) -> bool:
+    """Return whether a key of a state is of one of these, or of what bitsandbytes has beside it."""
+    for scales in ("SCB", "weight_format"):
+        if key.endswith(scales):
+            key = key.removesuffix(scales) + "weight"
+    return lies_in(key, parameters)
 
 
 _REPACKS = "support_avx512bf16_for_cpu"  # a flag of Linear4bit

@@ -91,6 +91,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
     refuse_rounding(found, dtypes, "this state_dict")
     names = [name for name in weights.coordinate_names if prefix + name in state]
     if not given:
+        if len(names) == len(weights.coordinate_names):  # parameters that nobody trains stay
+            state |= {prefix + n: p for n, p in weights.at_rest() if prefix + n not in state}
         return
     if weights.adapters:
         _check_products(weights, state, prefix, given)

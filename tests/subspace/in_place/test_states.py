@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import subspan
 from subspan import SubspaceModel, SubspanError
+from subspan.subspace.parameters import saved_buffers
 from tests.nets import NETS, batch, build, scatter, wrap
 from tests.subspace.in_place.network import Net, pair, same_function
 
@@ -78,6 +79,54 @@ def test_a_state_outside_of_the_subspace_is_refused():
     some = {"head.weight": torch.ones(4, 16)}
     said = same_function(model, x, lambda: model.body.load_state_dict(some, strict=False))
     assert "or some of the weights only" in said
+
+
+REST = {  # what stays at θ₀ of each network: a buffer's module, both names of a tied one, a root's
+    "cnn": {"targets": "conv", "train_fully": "head.bias"},
+    "tied": {"targets": "hidden"},
+    "raw": {"targets": "linear.weight"},
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("through", ["network", "handle", "outer"])
+@pytest.mark.parametrize("name", REST)
+def test_states_go_without_what_nobody_trains(name, through, assign):
+    def make():
+        model = wrap(name, **REST[name])
+        return model, {"network": model.body, "handle": model, "outer": nn.Sequential(model)}
+
+    (model, ways), (other, places) = make(), make()
+    scatter(model)
+    state = ways[through].state_dict()
+    trained = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() for b in saved_buffers(model.body).values())
+    assert sum(value.numel() for value in state.values()) == trained + buffers + 32
+    kept = {name: id(p) for name, p in other.body.named_parameters()}
+    old = dict(state)  # as states were before, with all that stays
+    start = {"network": "", "handle": "body.", "outer": "0.body."}[through]
+    old |= {f"{start}{path}": p.detach().clone() for path, p in model.subspace.at_rest()}
+    assert old.keys() != state.keys()
+    for given in (state, old):
+        places[through].load_state_dict({key: v.clone() for key, v in given.items()}, assign=assign)
+        assert torch.equal(other.eval()(batch(name)), model.eval()(batch(name)))
+        if given is state:
+            fully = {key for key in kept if key in REST[name].get("train_fully", "")}
+            same = {key for key, p in other.body.named_parameters() if id(p) == kept[key]}
+            assert same >= kept.keys() - fully - {"subspan_global"}
+        other.state_dict()
+    assert list(model.body.get_submodule("hidden" if name == "tied" else "").state_dict())
+
+
+def test_a_state_of_all_weights_must_have_all():
+    model = wrap("cnn", targets="conv")
+    complete = scatter(wrap("cnn", targets="conv")).merge().state_dict()
+    model.body.load_state_dict(complete)
+    del complete["head.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.weight"):
+        model.body.load_state_dict(complete)
+    with pytest.raises(RuntimeError, match=r"Missing key.*subspan_global"):
+        model.body.load_state_dict({})
 
 
 def averages():
