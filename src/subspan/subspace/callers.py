@@ -28,6 +28,11 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
+def _runs(frame: FrameType, package: str, function: str) -> bool:
+    """Return whether a frame is of a package's function, and not of a person's by the same name."""
+    return frame.f_code.co_name == function and _module(frame).partition(".")[0] == package
+
+
 # ---- by the module of the code -------------------------------------------------------------------
 
 
@@ -89,7 +94,7 @@ def asked_by_validation(frame: FrameType) -> bool:
     """Return whether transformers looks for quantised weights that cannot be trained."""
     while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:  # of a handle
         frame = frame.f_back
-    return frame.f_code.co_name == "validate_quantization_for_training"
+    return _runs(frame, "transformers", "validate_quantization_for_training")
 
 
 def saved_by_trainer(frame: FrameType) -> bool:
@@ -124,7 +129,7 @@ def empties_for_fsdp(start: FrameType) -> bool:
     frame: FrameType | None = start
     while frame is not None and frame.f_code.co_name in ("_apply", "to"):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "fsdp2_prepare_model"
+    return frame is not None and _runs(frame, "accelerate", "fsdp2_prepare_model")
 
 
 def sorts_by_decay(frame: FrameType) -> bool:
@@ -138,7 +143,7 @@ def copies_weights(start: FrameType) -> bool:
     while frame is not None and frame.f_code.co_name == "parameters":
         frame = frame.f_back
     return frame is not None and (
-        frame.f_code.co_name == "_sync_target_model" or _module(frame).startswith("trl.generation.")
+        _runs(frame, "trl", "_sync_target_model") or _module(frame).startswith("trl.generation.")
     )
 
 
@@ -154,7 +159,7 @@ def adds_to_optimizer(frame: FrameType) -> bool:
 
 def switches_adapters(frame: FrameType) -> bool:
     """Return whether PEFT enables or disables an adapter, whose flags follow."""
-    return frame.f_code.co_name == "_set_layer_requires_grad"
+    return _runs(frame, "peft", "_set_layer_requires_grad")
 
 
 def registers_parameter(frame: FrameType) -> bool:
@@ -167,7 +172,7 @@ def registers_parameter(frame: FrameType) -> bool:
 def find_traced(start: FrameType) -> nn.Module | None:
     """Find the module that ``torch.jit.trace`` runs."""
     frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name != "trace_module":
+    while frame is not None and not _runs(frame, "torch", "trace_module"):
         frame = frame.f_back
     return None if frame is None else frame.f_locals["mod"]
 

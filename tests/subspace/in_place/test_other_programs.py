@@ -1,6 +1,7 @@
 """Other programs and a network in a subspace: pickles, tracers, lists of classes."""
 
 import abc
+import copy
 import io
 import pickle
 
@@ -232,3 +233,31 @@ def test_a_part_is_not_loaded_by_halves():
         net[0].load_state_dict(state)
     assert torch.equal(net[0][0].weight, before)
     same_function(model, torch.randn(2, 8), lambda: net[0].load_state_dict(state))
+
+
+class Agent:
+    """A person's program, whose functions are called as some of other programs."""
+
+    def __init__(self, model):
+        self.online, self.target = model, copy.deepcopy(model)
+
+    def _sync_target_model(self):
+        for t, p in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            t.data.copy_(p.data)
+
+    def fsdp2_prepare_model(self):
+        return self.online.double()
+
+    def _set_layer_requires_grad(self):
+        self.online.body.head.weight.requires_grad_(False)
+
+
+def test_a_persons_function_may_have_the_name_of_another_programs():
+    model, _, x = pair()
+    agent = Agent(model)
+    scatter(model)
+    agent._sync_target_model()
+    assert torch.equal(agent.target(x), model(x))
+    with pytest.raises(SubspanError, match="cannot be frozen alone"):
+        agent._set_layer_requires_grad()
+    assert agent.fsdp2_prepare_model().body.head.weight.dtype == torch.float64
