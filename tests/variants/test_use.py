@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import subspan
@@ -178,6 +179,60 @@ def test_a_network_that_would_write_to_a_variant_is_refused():
         assert torch.equal(
             model.body.weight, variants._ready(["a"], [variants._find("a")]).theta("weight")
         )
+
+
+@pytest.mark.parametrize("tensor", ["head.weight", "norm.running_mean", "norm.num_batches_tracked"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.data.zero_(),
+        lambda t: t.detach().view(-1)[:1].fill_(3),
+        lambda t: setattr(t, "data", t + 1),
+        lambda t: t.add_(1),
+        lambda t: t.set_(torch.zeros_like(t)),
+        lambda t: torch.add(t, 1, out=t),
+    ],
+)
+def test_nobody_writes_to_what_a_variant_has(model, tensor, write):
+    variants, x, path = Variants(model), batch("cnn"), tensor.rpartition(".")
+    variants.add("a", trained(model, 5))
+    part = model.body.get_submodule(path[0])
+    with variants.use("a"):
+        before, held = run(model, x), getattr(part, path[2]).clone()
+        for read in (lambda: getattr(part, path[2]), lambda: named(part)[path[2]]):
+            assert torch.equal(read(), held)
+            with pytest.raises(SubspanError, match=rf"{tensor} is that of variant 'a' .*: leave"):
+                write(read())
+    with variants.use("a"):
+        assert torch.equal(run(model, x), before)
+
+
+def named(part):
+    return {**dict(part.named_parameters()), **dict(part.named_buffers())}
+
+
+def test_a_part_has_a_variants_tensors_whoever_lists_them(model):
+    variants, other = Variants(model), trained(model, 5)
+    variants.add("a", other)
+    own = model.body.head.weight
+    with variants.use("a"):
+        for path in ("norm", "head"):
+            part, theirs = model.body.get_submodule(path), other.body.get_submodule(path)
+            assert named(part).keys() == named(theirs).keys()
+            for name, tensor in named(theirs).items():
+                assert torch.equal(named(part)[name], tensor)
+            hidden = torch.ones(2, 144) if path == "head" else torch.ones(2, 4, 6, 6)
+            assert torch.equal(part(hidden), theirs(hidden))
+            given = {name: torch.ones_like(tensor) for name, tensor in named(theirs).items()}
+            ours, want = (functional_call(p, given, (hidden,)) for p in (part, theirs))
+            assert torch.equal(ours, want)
+        assert torch.equal(model.body.get_parameter("head.bias"), other.body.head.bias)
+        assert torch.equal(model.body.get_buffer("norm.running_var"), other.body.norm.running_var)
+        assert not model.body.head.weight.requires_grad_(False).requires_grad
+        with pytest.raises(SubspanError, match="requires_grad_"):
+            model.body.head.weight.requires_grad_()
+        assert torch.equal(copy.deepcopy(model.body.head.weight), other.body.head.weight)
+    assert named(model.body.head)["weight"] is own
 
 
 def test_training_mode_and_a_replaced_head_are_refused(model):

@@ -52,7 +52,7 @@ class Computed(Tensor):
         target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and name != "requires_grad_":
-            raise refuse_change(target.weight_name, func)
+            raise target._refuse_change(func)
         if target is not None and not target._may_set_flag(args, kwargs):
             if switches_adapters(sys._getframe(1)):
                 return target  # a disabled adapter has no gradient anyway
@@ -83,7 +83,7 @@ class Computed(Tensor):
         """Make a view of θ as careful as θ itself."""
         if type(out) is Tensor and not out.is_sparse and share_memory(out, self):
             out = out.as_subclass(Computed)
-            out.weight_name = self.weight_name
+            out.weight_name, out._lender = self.weight_name, self._lender
             out._now, out._then = self._now, self._then
         return out
 
@@ -91,7 +91,8 @@ class Computed(Tensor):
         """Return whether requires_grad may be set: on a detached copy, or as it is already."""
         with _plain():
             flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-            return (self.is_leaf and not self._is_theta) or bool(flag) == self.requires_grad
+            detached = self.is_leaf and not self._is_theta and not self._lender
+            return detached or bool(flag) == self.requires_grad
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse, as any change: PyTorch does not ask above for this one."""
@@ -115,6 +116,7 @@ class Computed(Tensor):
             )
 
     _is_theta = False
+    _lender = ""  # the variant whose tensor it is, where that is no θ
     _now: Callable[[], Any] | None = None
     _then: Any = None
 
@@ -127,7 +129,18 @@ class Computed(Tensor):
                 "of what it was"
             )
 
+    def _refuse_change(self, function: Any) -> SubspanError:
+        if not self._lender:
+            return refuse_change(self.weight_name, function)
+        name = property_of(function) or function.__name__
+        return SubspanError(
+            f"{self.weight_name} is that of variant {self._lender} while it is in use, and a "
+            f"change ({name}) would be one of the variant: leave `with variants.use(…)` first"
+        )
+
     def _refuse_flag(self) -> SubspanError:
+        if self._lender:
+            return self._refuse_change(Tensor.requires_grad_)
         return SubspanError(
             f"{self.weight_name} is trained through coordinates that it may share with others, and "
             "cannot be frozen alone: give exclude= when the network is wrapped"
@@ -168,6 +181,22 @@ def _take_gradients(function: Any, args: Any, kwargs: Any) -> Any:
         pairs = zip(inputs, gradients, strict=True)
         return tuple(torch.zeros_like(t) if g is None else g for t, g in pairs)
     return gradients
+
+
+def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
+    """Make what a variant has beside θ a :class:`Computed`: whoever reads it must not write to it.
+
+    Args:
+        tensor: of the variant.
+        name: of the tensor.
+        lender: the variant's name, in quotes.
+    """
+    if torch._C._functorch.maybe_current_level() is not None or torch._C._is_tracing():
+        return tensor
+    with _plain():
+        lent: Any = tensor.detach().as_subclass(Computed)
+    lent.weight_name, lent._lender = name, lender
+    return lent
 
 
 def guard_theta(theta: Tensor, name: str, now: Callable[[], Any] | None = None) -> Tensor:

@@ -59,3 +59,9 @@ def trained_keys(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str
         link: Link | None = vars(part).get(LINK)
         for attribute, tensor in ({} if link is None else link.tensors).items():
             yield tensor, prefix + (f"{path}.{attribute}" if path else attribute), link  # type: ignore[misc]
+
+
+def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module and the attribute at the end of a parameter's path."""
+    prefix, _, attribute = path.rpartition(".")
+    return root.get_submodule(prefix), attribute

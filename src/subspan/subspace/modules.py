@@ -103,7 +103,7 @@ class WrappedModule(ModuleStates):
             if asked_by_export(frame):
                 raise refuse_part("exported")
         stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        for name, p in stored:
+        for name, p in self._lent(stored):
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
@@ -113,6 +113,17 @@ class WrappedModule(ModuleStates):
                     yield name, weights.read(tensor)
             else:
                 yield name, p
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield a part's buffers, which may be those of a variant."""
+        return self._lent(super().named_buffers(*args, **kwargs))  # type: ignore[misc]
+
+    def _lent(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        link: Link | None = vars(self).get(LINK)
+        if torch.compiler.is_compiling() or link is None or link.weights.root is self:
+            return named
+        variant = link.weights.variant()
+        return named if variant is None else variant.lend_all(named)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the parts, which nobody may put into layers of another kind."""
@@ -126,11 +137,15 @@ class WrappedModule(ModuleStates):
                     )
         return super().named_children()  # type: ignore[misc]
 
-    def get_parameter(self, target: str) -> nn.Parameter:
+    def get_parameter(self, target: str) -> Any:
         """Return the parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
-        p = self.get_submodule(path)._parameters.get(attribute)  # type: ignore[attr-defined]
-        return p if home_of(p) is not None else super().get_parameter(target)  # type: ignore[misc]
+        module = self.get_submodule(path)  # type: ignore[attr-defined]
+        own = module._parameters.get(attribute)
+        if home_of(own) is not None:
+            return own
+        lent = None if own is None else getattr(module, attribute)  # that of a variant
+        return lent if type(lent) is Computed else super().get_parameter(target)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""

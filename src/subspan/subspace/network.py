@@ -24,7 +24,7 @@ from subspan.subspace.blocks import (
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
-from subspan.subspace.links import FINGERPRINT, PREFIX, Link, missing
+from subspan.subspace.links import FINGERPRINT, PREFIX, Link, locate, missing
 from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
@@ -373,9 +373,3 @@ class Network:
         self.ranks_checked = False
         before = [f"{compiled}{prefix}" for compiled in ("", "_orig_mod.")]
         return [f"{start}{slot.path}" for start in before for slot in self.slots]
-
-
-def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Return the module and the attribute at the end of a parameter's path."""
-    prefix, _, attribute = path.rpartition(".")
-    return root.get_submodule(prefix), attribute

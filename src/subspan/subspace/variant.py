@@ -10,7 +10,7 @@ operator in these places, which looks when it runs, so that all variants share o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.at_base import is_at_base, refuse_running_again
+from subspan.subspace.computed import guard_lent
 from subspan.subspace.formed import version_of
-from subspan.subspace.links import link_of
+from subspan.subspace.links import link_of, locate
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
@@ -62,6 +63,7 @@ class Variant:
         self._formed: dict[tuple[str, torch.dtype | None], tuple[Tensor, int]] = {}
         self._versions = {name: version_of(tensor) for name, tensor in self.beside.items()}
         self._room = KEPT
+        self._own: Mapping[str, Tensor] = {}
 
     def theta(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return θ of a tensor, formed at the first read; it belongs to this object."""
@@ -79,6 +81,25 @@ class Variant:
                 self._room -= theta.numel()
                 self._formed[name, dtype] = theta, version_of(theta)
         return thetas[tensor]
+
+    def follow(self, own: Mapping[str, Tensor]) -> Variant:
+        """Take note of the network's own tensors as they are now, in whose place the others are."""
+        self._own = own
+        return self
+
+    def lend(self, name: str, own: Tensor) -> Tensor:
+        """Return what stands beside θ under a name, outside of a call not to write to."""
+        tensor = self.beside.get(name)
+        if tensor is None or own is not self._own.get(name):  # or given, by a functional call
+            return own
+        return tensor if self.weights.called() else guard_lent(tensor, name, repr(self.name))
+
+    def lend_all(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors that a part has by name, those of the variant in place of the network's."""
+        modules = {name: locate(self.weights.root, name) for name in self.beside}
+        names = {id((m._parameters | m._buffers)[a]): name for name, (m, a) in modules.items()}
+        for key, own in named:
+            yield key, self.lend(names[id(own)], own) if id(own) in names else own
 
     def check_unwritten(self) -> None:
         """Refuse a forward that writes to what a variant has.
@@ -129,6 +150,7 @@ class MixedVariant(Variant):
         }
         super().__init__(weights, "of a batch", {}, beside)
         self.rows, self.proven, self.proves = len(members), proven, proves
+        self._own = own
         self._bases = [row for row, member in enumerate(members) if not member.beside]
         with torch.inference_mode(False), torch.no_grad():
             thetas = weights.form_rows([member.coordinates for member in members])
@@ -136,6 +158,7 @@ class MixedVariant(Variant):
 
     def follow(self, own: Mapping[str, Tensor]) -> MixedVariant:
         """Return the same where rows without tensors of their own have the network's as now."""
+        self._own = own
         if not (self._bases and own):
             return self
         now = copy.copy(self)
@@ -219,7 +242,7 @@ class BesideDescriptor:
         if torch.compiler.is_compiling():
             return own if module.training else replaced(weights, name, own)
         variant = find_variant(weights)
-        return own if variant is None else variant.beside.get(name, own)
+        return own if variant is None else variant.lend(name, own)
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         module.__dict__[self.attribute] = value

@@ -139,6 +139,10 @@ class Weights(Network):
         theta = theta if torch._C._is_tracing() else self._guard(theta, tensor)
         return self._dress(tensor, theta) if special else theta
 
+    def called(self) -> bool:
+        """Return whether the network is being called in this thread."""
+        return any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
+
     def variant(self) -> Variant | None:
         """Return the variant that is in use in this context; none inside of ``at_base()``."""
         return find_variant(self) if self.key else None
@@ -323,8 +327,7 @@ class Weights(Network):
         own = self.blocks_of[tensor]
         if tensor in self.groups_with or self.shards is not None or len(own) > 1:
             return None
-        inside = any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
-        inside = inside and not is_at_base(self)
+        inside = self.called() and not is_at_base(self)
         base = self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from subspan.checkpoint import check_base, contents, read
 from subspan.checkpoint.file import COORDINATES
 from subspan.errors import SubspanError
+from subspan.subspace.links import locate
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.network import locate
 from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.subspace.states import refuse_rounding
 from subspan.subspace.variant import Variant
@@ -90,7 +90,7 @@ class Shelf:
     def beside(self) -> dict[str, Tensor]:
         """Return the network's own tensors that a variant has beside its coordinates."""
         return {
-            name: (module._parameters | module._buffers)[attribute].detach()  # type: ignore[union-attr]
+            name: (module._parameters | module._buffers)[attribute]  # type: ignore[misc]
             for name, (module, attribute) in self._places.items()
         }
 

@@ -233,7 +233,7 @@ class Variants:
         self._places.check()
         key: Key = tuple(stored)
         made = self._recent.get(key, self._shelf.state(), lambda: self._make(names, key))
-        return made.follow(self._shelf.beside()) if isinstance(made, MixedVariant) else made
+        return made.follow(self._shelf.beside())
 
     def _make(self, names: Sequence[Name], key: Key) -> Variant:
         named = dict(zip(key, names, strict=True))
