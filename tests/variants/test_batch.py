@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -133,6 +134,27 @@ def test_arguments_without_rows_are_refused(many, args, kwargs, words):
     _, variants = many
     with pytest.raises(SubspanError, match=words):
         variants(*args, names=["a", "b", "b"], **kwargs)
+
+
+@pytest.mark.parametrize("rows", [lambda: sentences()[0], lambda: None])
+def test_names_are_one_for_each_row(many, rows):
+    x, variants = torch.randn(4, 3), many[1]
+    if (of_factors := rows()) is not None:
+        x, variants = torch.randint(0, 11, (4, 7)), of_factors
+    want = row_by_row(variants, x, "abba")
+    for names in (list("abba"), tuple("abba"), iter("abba"), np.array(list("abba"))):
+        torch.testing.assert_close(variants(x, names=names), want)
+    assert torch.equal(variants(x[:0], names=[]), want[:0])
+    for names, words in (
+        ({"a", "b"}, "names is a set, and each row needs one: give a list"),
+        ({"a": 1, "b": 2}, "names is a dict, and"),
+        (3, "names is a int, and"),
+        ([["a"], ["b"]], r"unknown variant \['a'\]"),
+        ([1, 2], "unknown variant 1"),
+        ([], "there are 0 names"),
+    ):
+        with pytest.raises(SubspanError, match=words):
+            variants(x[:2], names=names)
 
 
 # ---- LoRA factors ----------------------------------------------------------------------------

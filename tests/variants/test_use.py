@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import subspan
 from subspan import SubspaceModel, SubspanError, Variants
 from subspan.subspace.weights import Weights
-from tests.nets import NETS, batch, wrap
+from tests.nets import NETS, batch, scatter, wrap
 from tests.variants.conftest import trained, vector
 
 
@@ -69,6 +69,22 @@ def test_a_recurrent_layer_that_is_trained_fully_has_a_variants_weights():
         assert torch.equal(run(model, x), run(other, x))
     assert torch.equal(run(model, x), before)
     assert torch.equal(run(model.unwrap(), x), before)
+
+
+def test_coordinates_of_two_dtypes():
+    model, x = scatter(wrap("mlp", "tensor")).eval(), batch("mlp")
+    first = next(iter(model.coordinates.values()))
+    first.data = first.data.double() + 1e-9
+    variants, want = Variants(model), run(model, x)
+    vector = torch.cat(list(model.coordinates.values()))
+    assert vector.dtype == torch.float64
+    variants.add("model", model)
+    variants.add("vector", vector)
+    first.data = first.data * 2
+    for name in ("model", "vector"):
+        assert torch.equal(variants(x, names=name), want)
+    with pytest.raises(SubspanError, match="is float64 in the vector and float32 in the network"):
+        variants.add("rounded", vector / 3)
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])

@@ -43,7 +43,7 @@ class Library:
             return [*self._files, *self._added]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._added or name in self._files
+        return isinstance(name, str) and (name in self._added or name in self._files)
 
     def add(self, name: str, source: Source) -> None:
         """Add a variant under a name that is free.

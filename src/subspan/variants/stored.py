@@ -112,16 +112,16 @@ class Shelf:
                 f"a variant of this model is a vector of d = {dim} real numbers, got a tensor of "
                 f"{coordinates.dtype} and shape {tuple(coordinates.shape)}: {source}"
             )
-        (dtype,) = {like.dtype for like in self._like.values()}
-        dtypes = {name: like.dtype for name, like in self._like_beside.items()}
-        refuse_rounding(
-            {**beside, COORDINATES: coordinates}, {**dtypes, COORDINATES: dtype}, source
-        )
+        refuse_rounding(beside, {n: like.dtype for n, like in self._like_beside.items()}, source)
+        parts = coordinates.split([len(like) for like in self._like.values()])
+        for part, like in zip(parts, self._like.values(), strict=True):
+            refuse_rounding({COORDINATES: part}, {COORDINATES: like.dtype}, source)
         blob = to_bytes(beside[name].to(like.dtype) for name, like in self._like_beside.items())
         if blob == self._last:
             blob = self._last
         self._last = blob
-        return StoredVariant(to_bytes([coordinates.to(dtype)]), blob)
+        pairs = zip(parts, self._like.values(), strict=True)
+        return StoredVariant(to_bytes(part.to(like.dtype) for part, like in pairs), blob)
 
     def _take(
         self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]

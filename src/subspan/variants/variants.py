@@ -7,7 +7,7 @@ serving thousands of concurrent LoRA adapters", MLSys 2024.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,7 +146,7 @@ class Variants:
         with using(self._ready([name], [self._find(name)])):
             yield self.model
 
-    def __call__(self, *args: Any, names: Name | Sequence[Name], **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, names: Name | Iterable[Name], **kwargs: Any) -> Any:
         """Run the network on a batch whose rows have variants of their own, without gradients.
 
         Over LoRA factors that is one run with batched products. Otherwise the rows of each variant
@@ -168,10 +168,16 @@ class Variants:
             if names is None or isinstance(names, str):
                 with self.use(names):
                     return self.model(*args, **kwargs)
+            if isinstance(names, Set | Mapping) or not isinstance(names, Iterable):
+                raise SubspanError(
+                    f"names is a {type(names).__name__}, and each row needs one: give a list, with "
+                    "a name or None for each row"
+                )
+            names = list(names)
             places = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
             if not sum(check_rows(value, len(names), where) for where, value in places.items()):
                 raise SubspanError("no argument is a tensor whose first dimension is a batch")
-            found = {name: self._find(name) for name in names}
+            found = {name: self._find(name) for name in names or [None]}
             if len(found) == 1:
                 with using(self._ready([*found], [*found.values()])):
                     return self.model(*args, **kwargs)
