@@ -160,6 +160,7 @@ def test_what_inference_mode_forms_serves_outside_of_it(model):
     assert torch.equal(inside, outside.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("done", "call"),
     [
@@ -168,6 +169,8 @@ def test_what_inference_mode_forms_serves_outside_of_it(model):
         ("saved", lambda model, path: model.body.conv.state_dict()),
         ("merged", lambda model, path: model.merge()),
         ("unwrapped", lambda model, path: model.unwrap()),
+        ("traced", lambda model, path: torch.jit.trace(model, (batch("cnn"),))),
+        ("traced", lambda model, path: torch.jit.trace(model.body.head, (torch.ones(2, 144),))),
         ("exported", lambda model, path: torch.export.export(model, (batch("cnn"),))),
     ],
 )

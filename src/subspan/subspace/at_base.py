@@ -54,7 +54,7 @@ def is_at_base(weights: Network) -> bool:
     """Return whether a read gives θ₀ here and now.
 
     Raises:
-        SubspanError: if a graph is compiled or exported meanwhile.
+        SubspanError: if a graph is compiled, exported or traced meanwhile.
     """
     if not _open:
         return False
@@ -63,7 +63,13 @@ def is_at_base(weights: Network) -> bool:
             "a network in a subspace cannot be compiled or exported while at_base() is open: do it "
             "outside"
         )
-    return weights in _resting.get()
+    resting = weights in _resting.get()
+    if resting and torch._C._is_tracing():
+        raise SubspanError(
+            "a trace of a network in a subspace follows its coordinates, and would keep θ₀ while "
+            "at_base() is open: trace it outside, or trace the network of unwrap()"
+        )
+    return resting
 
 
 def refuse_running_again(inside: str) -> None:

@@ -191,7 +191,7 @@ def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
         name: of the tensor.
         lender: the variant's name, in quotes.
     """
-    if torch._C._functorch.maybe_current_level() is not None or torch._C._is_tracing():
+    if torch._C._functorch.maybe_current_level() is not None:
         return tensor
     with _plain():
         lent: Any = tensor.detach().as_subclass(Computed)

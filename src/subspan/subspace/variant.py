@@ -202,12 +202,14 @@ def find_variant(weights: Network) -> Variant | None:
     """Return the variant that a network has in this context; None where it is itself.
 
     Raises:
-        SubspanError: inside of an activation checkpoint.
+        SubspanError: inside of an activation checkpoint or a trace.
     """
     if is_at_base(weights):
         return None
     for variant in _current.get():
         if variant.weights is weights:
+            if torch._C._is_tracing():  # a trace follows the network's own coordinates
+                raise _refuse_in_use(variant, "traced")
             refuse_running_again("`with variants.use(…)`")
             return variant
     return None
@@ -220,10 +222,14 @@ def refuse_in_use(weights: Network, done: str) -> None:
         SubspanError: if a variant is in use in this context.
     """
     if weights.key and (variant := find_variant(weights)) is not None:
-        raise SubspanError(
-            f"variant {variant.name!r} is in use here, and the network itself would be {done}: "
-            "leave `with variants.use(…)` first"
-        )
+        raise _refuse_in_use(variant, done)
+
+
+def _refuse_in_use(variant: Variant, done: str) -> SubspanError:
+    return SubspanError(
+        f"variant {variant.name!r} is in use here, and the network itself would be {done}: leave "
+        "`with variants.use(…)` first"
+    )
 
 
 class BesideDescriptor:

@@ -206,13 +206,17 @@ def test_compiled_code_sees_the_base():
         assert torch.equal(compiled(x), trained)
 
 
-def test_nothing_is_compiled_or_exported_inside():
+@pytest.mark.filterwarnings("ignore")  # PyTorch has many of its own
+def test_nothing_is_compiled_exported_or_traced_inside():
     model, _, x = both("mlp")
     with model.at_base():
         with pytest.raises(SubspanError, match="compiled or exported while at_base"):
             torch.export.export(model, (x,), strict=False)
+        with pytest.raises(SubspanError, match=r"would keep θ₀ while at_base\(\) is open"):
+            torch.jit.trace(model, (x,))
         with (
             torch.compiler.set_stance("default"),
             pytest.raises(Exception, match=r"compiled or exported while at_base"),
         ):
             torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
