@@ -611,6 +611,20 @@ def test_torchao_that_quantises_activations_is_refused():
     SubspaceModel(net, 20, exclude=["fc", "out"])(X)
 
 
+@pytest.mark.parametrize("names", [["fc"], ["out"]])  # one has a bias
+@pytest.mark.parametrize(("was", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_torchao_of_a_network_that_was_converted_is_refused(names, was, now):
+    dtype, kind = getattr(torch, now), "torchao-int8"
+    net = quantise(Net(getattr(torch, was)), kind, names).to(dtype)
+    with pytest.raises(SubspanError, match=rf"\.weight was quantised by torchao as {was} and its"):
+        SubspaceModel(net, 20)
+    SubspaceModel(net, 20, exclude=names)(X)
+    SubspaceModel(quantise(Net(dtype), kind, names), 20)(X)
+    follows = quantise(Net(getattr(torch, was)), "torchao-int4", names).to(dtype)
+    want = follows(X)
+    torch.testing.assert_close(SubspaceModel(follows, 20)(X), want, rtol=0.05, atol=0.05)
+
+
 class GPTQ(nn.Module):
     """A layer as GPTQ and AWQ have it."""
 

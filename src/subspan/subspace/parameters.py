@@ -125,6 +125,11 @@ def select_trainable(
     for name, tensor in tensors.items():
         if name in chosen and name not in packed and not tensor.is_floating_point():
             raise SubspanError(f"{name} is {tensor.dtype} and P w is real: exclude it")
+        if name in chosen and name not in packed and tensor.dtype.itemsize < 2:
+            raise SubspanError(
+                f"{name} is {tensor.dtype}, in which PyTorch adds nothing up: exclude it, or "
+                "convert it before"
+            )
     sizes = {name: packed.get(name, t).numel() for name, t in tensors.items() if name in chosen}
     sizes = {name: size for name, size in sizes.items() if size}
     if not sizes:

@@ -70,6 +70,29 @@ def refuse_foreign(what: str) -> SubspanError:
     )
 
 
+def refuse_converted(net: nn.Module, path: str, weight: QuantisedTensor) -> None:
+    """Refuse a weight of torchao in a layer that was converted: the weight has stayed as it was.
+
+    Raises:
+        SubspanError: naming the layer, and both dtypes.
+    """
+    bias = net.get_submodule(path.rpartition(".")[0])._parameters.get("bias")
+    others = {
+        p.dtype
+        for p in (net.parameters() if bias is None else [bias])
+        if p.is_floating_point() and not is_traceable_wrapper_subclass(p)
+    }
+    if weight.kind.startswith("torchao") and others and weight.dtype not in others:
+        own, theirs = (
+            str(dtype).removeprefix("torch.") for dtype in (weight.dtype, min(others, key=str))
+        )
+        raise SubspanError(
+            f"{path} was quantised by torchao as {own} and its layer is {theirs} by now, which "
+            f"cannot be multiplied: convert the network to {theirs} before it is quantised, back "
+            f"to {own}, or exclude it"
+        )
+
+
 # ---- modules with a product of their own ---------------------------------------------------------
 
 

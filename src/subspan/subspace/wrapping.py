@@ -27,7 +27,7 @@ from subspan.subspace.parameters import (
     with_foreign,
 )
 from subspan.subspace.quantised import QuantisedTensor
-from subspan.subspace.quantised_layers import find_foreign
+from subspan.subspace.quantised_layers import find_foreign, refuse_converted
 from subspan.subspace.targets import Presets
 from subspan.subspace.weights import Weights
 
@@ -67,6 +67,8 @@ def prepare(
     fully = select(names, train_fully, "train_fully", presets=presets)
     sizes = select_trainable(tensors, names, targets, exclude, fully, packed, foreign, presets)
     check_trainable(net, places, set(sizes), fully, packed)
+    for name in (name for name in sizes if name in packed):
+        refuse_converted(net, name, packed[name])
     parts = partition(sizes, names, dim, compartments, allocation, presets)
     projections = tuple(
         families.projection(

@@ -101,6 +101,9 @@ def unusual():
     yield integers, {"targets": ["0"]}, "0 is torch.int64 and P w is real"
     yield integers, {"train_fully": "0"}, "0 is torch.int64 and has no gradient"
     yield complex_, {}, "0 is torch.complex64 and P w is real"
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        small = nn.ParameterList([nn.Parameter(torch.ones(4).to(dtype))])
+        yield small, {}, f"0 is {dtype}, in which PyTorch adds nothing up"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
