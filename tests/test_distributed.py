@@ -8,6 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
@@ -123,6 +129,48 @@ def steps(model, optimizer, x, number):
         optimizer.step()
 
 
+class Part(nn.Module):
+    """A head of its own behind a part of a network in a subspace."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.head = part, nn.Linear(part.out_features, 2)
+
+    def forward(self, x):
+        return self.head(self.part(x))
+
+
+def parts(rank, world):
+    """DDP around a module that holds a part of a network, whose coordinates it does not average."""
+    model = SubspaceModel(build("mlp"), DIM)
+    said = said_by(lambda: DistributedDataParallel(Part(model.body[0])))
+    whole = nn.ModuleList([Part(model.body[0]), model.body])
+    said_whole = said_by(lambda: DistributedDataParallel(whole))
+    model.coordinates["global"].requires_grad_(False)
+    return said, said_whole, said_by(lambda: DistributedDataParallel(Part(model.body[0])))
+
+
+def spread(rank, world):
+    """Tensor parallelism after the network was wrapped."""
+    model, mesh = SubspaceModel(build("mlp"), DIM), init_device_mesh("cpu", (world,))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return said_by(lambda: parallelize_module(model.body, mesh, plan))
+
+
+def shared(rank, world):
+    """Each process has the optimizer's memory of its share of the parameters, frozen ones too."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of TorchScript
+
+    model = double_mlp(train_fully="2.bias")
+    ddp, x = DistributedDataParallel(model), rows(joint_batch(), rank, world)
+    kind = ZeroRedundancyOptimizer
+    optimizer = kind(ddp.parameters(), optimizer_class=Adam, lr=0.01)
+    steps(ddp, optimizer, x, 3)
+    frozen = [p for p in model.body.parameters() if not p.requires_grad]
+    left_out = kind(frozen, optimizer_class=Adam, lr=0.01)
+    return [p.detach().clone() for p in model.parameters()], said_by(left_out.step)
+
+
 def left_alone(rank, world):
     """A rank that is refused ends; the others must not wait for it."""
     ddp = DistributedDataParallel(double_mlp())
@@ -147,6 +195,9 @@ SCENARIOS = {
     "the same": refused,
     "grown": lambda *ranks: grown(*ranks, nested=False),
     "grown in another module": lambda *ranks: grown(*ranks, nested=True),
+    "parts": parts,
+    "spread": spread,
+    "shared": shared,
     "left alone": left_alone,  # last: ranks end inside
 }
 
@@ -239,6 +290,27 @@ def test_coordinates_that_are_replaced_inside_of_ddp_are_noticed(ranks, scenario
         assert "in whose place grow() has put others" in found["said"]
         assert "that unwrap() has taken out" in found["unwrapped"]
         torch.testing.assert_close(found["parameters"], list(alone.parameters()))
+
+
+def test_a_part_in_another_module_is_refused(ranks):
+    for rank in ranks:
+        part, whole, frozen = rank["parts"]
+        assert "a part of a network in a subspace cannot be given to DDP" in part
+        assert (whole, frozen) == (None, None)
+
+
+def test_tensor_parallelism_is_refused(ranks):
+    for rank in ranks:
+        assert rank["spread"].startswith("tensor parallelism spreads single layers")
+
+
+def test_an_optimizer_may_be_shared_among_processes(ranks):
+    alone = double_mlp(train_fully="2.bias")
+    steps(alone, Adam(alone.parameters(), 0.01), joint_batch(), 3)
+    for rank in ranks:
+        parameters, said = rank["shared"]
+        torch.testing.assert_close(parameters, list(alone.parameters()))
+        assert "and not the coordinates that train it" in said
 
 
 def test_nobody_waits_for_a_rank_that_ended(ranks):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def meet_again(backend: str | None) -> None:
@@ -65,6 +69,33 @@ def find_ddp(*parameters: Tensor) -> list[nn.Module]:
         if issubclass(type(item), DistributedDataParallel)
         and not wanted.isdisjoint(map(id, vars(item).get("_module_parameters", ())))
     ]
+
+
+def has_share(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer is that of one process inside a ``ZeroRedundancyOptimizer``.
+
+    A workaround: nothing in it says so, and all objects of the process are looked through (0.1 s).
+    """
+    module: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and any(
+        issubclass(type(item), module.ZeroRedundancyOptimizer)
+        and getattr(item, "optim", None) is optimizer
+        for item in gc.get_objects()
+    )
+
+
+def given_to_ddp(start: FrameType) -> list[Tensor]:
+    """Return all parameters of the module that ``DistributedDataParallel`` is being made around.
+
+    Args:
+        start: a frame of DDP, as it goes from module to module.
+    """
+    frame: FrameType | None = start
+    while frame is not None:
+        if "_module_parameters" in getattr(frame.f_locals.get("self"), "__dict__", ()):
+            return list(frame.f_locals["self"]._module_parameters)
+        frame = frame.f_back
+    return []
 
 
 def anywhere(true: bool, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from subspan.distributed import find_ddp
+from subspan.distributed import find_ddp, has_share
 from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
 from subspan.subspace.links import missing
@@ -256,8 +256,9 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for p in parameters:
         if (home := home_of(p)) is not None:
             weights, tensor = home
-            if weights.root is not None and not any(
-                id(w) in given for w in weights.coordinates().values()
+            if weights.root is not None and not (
+                any(id(w) in given for w in weights.coordinates().values())
+                or has_share(optimizer)  # of all that was looked at before
             ):
                 raise SubspanError(
                     f"the optimizer has {tensor}, which is frozen since it is trained in a "

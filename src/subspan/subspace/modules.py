@@ -24,6 +24,7 @@ from torch.fx import _symbolic_trace as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from subspan.distributed import given_to_ddp
 from subspan.errors import SubspanError
 from subspan.subspace.callers import (
     asked_by_ddp,
@@ -38,7 +39,7 @@ from subspan.subspace.callers import (
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
-from subspan.subspace.dtensors import home_of, is_shard, mark
+from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_tensor_parallel
 from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
@@ -102,6 +103,10 @@ class WrappedModule(ModuleStates):
             fsdp = asked_by_fsdp(frame)
             if asked_by_export(frame):
                 raise refuse_part("exported")
+            if (link := vars(self).get(LINK)) is not None:
+                refuse_tensor_parallel(frame)
+                if asked_by_ddp(frame):
+                    self._refuse_ddp(link, given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for name, p in self._lent(stored):
             home = home_of(p) if recurse and not fsdp else None
@@ -227,13 +232,21 @@ class WrappedModule(ModuleStates):
         changes.remember(tensors - before)
         return out
 
+    @staticmethod
+    def _refuse_ddp(link: Link, given: list[Tensor]) -> None:
+        """Refuse a part in DDP without the coordinates, which each process would train alone."""
+        own = link.weights.coordinates().values()
+        if any(w.requires_grad for w in own) and not any(w is p for w in own for p in given):
+            raise SubspanError(
+                "a part of a network in a subspace cannot be given to DDP, since its coordinates "
+                "are the network's: give the network, or the SubspaceModel; or a module that holds "
+                "it, or freeze the coordinates"
+            )
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         if asked_by_ddp(sys._getframe(1)):
-            raise SubspanError(
-                "a part of a network in a subspace cannot be given to DDP, since its coordinates "
-                "are the network's: give the network, or the SubspaceModel"
-            )
+            self._refuse_ddp(link_of(self), [])
         return []  # to whoever lists attributes
 
     def _replicate_for_data_parallel(self) -> Any:
