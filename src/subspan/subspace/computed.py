@@ -65,6 +65,11 @@ class Computed(Tensor):
                 f"{args[0].weight_name} is computed, and its gradient goes on to the coordinates "
                 "and is kept there alone: look at theirs, or read the weight inside of a call"
             )
+        if name == "__dlpack__" and not kwargs.get("copy"):
+            raise SubspanError(
+                f"{args[0].weight_name} is θ₀ + P w, computed when it is read, and what another "
+                "library writes to its memory (__dlpack__) would be lost: give it .detach().clone()"
+            )
         if name == "type" or property_of(func) == "is_leaf":
             args[0]._check_use()
         if name not in _OF_NOW and not torch.compiler.is_compiling():
@@ -75,7 +80,10 @@ class Computed(Tensor):
             if func is torch.autograd.grad:
                 return _take_gradients(func, args, kwargs)
             out = func(*args, **kwargs)
-            if args and type(args[0]) is Computed:
+            if name in ("numpy", "__array__"):
+                shared = out.__array_interface__["data"][0] == args[0].data_ptr()
+                out.flags.writeable &= not shared
+            elif args and type(args[0]) is Computed:
                 out = tree_map_only(Tensor, args[0]._guard_view, out)
         return out
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,40 @@ def test_what_would_have_no_effect_is_refused(what):
     model, _, x = pair()
     said = same_function(model, x, lambda: WRITES[what](model.body))
     assert len(said.split()) > 12  # what was asked, why it cannot be right, and what to do
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda net: net.head.weight.detach().numpy(),
+        lambda net: net.head.weight.data[0].numpy(),
+        lambda net: net.head.weight.numpy(force=True).T,
+        lambda net: net.head.state_dict()["weight"].numpy(),
+        lambda net: np.asarray(net.head.weight.detach()),
+    ],
+)
+def test_an_array_of_a_weight_is_read_only(read):
+    model, merged, _ = pair()
+    array, want = read(model.body), read(merged)
+    np.testing.assert_array_equal(array, want)
+    want[...] = 0  # is a change of an ordinary network
+    assert not merged.head.weight.detach().numpy().all()
+    with pytest.raises(ValueError, match="read-only"):
+        array[...] = 0
+
+
+def test_an_array_that_is_a_copy_may_be_written_to():
+    weight = pair()[0].body.head.weight.detach()
+    for copied in (weight.__array__(np.float64), weight.clone().numpy()):
+        copied[...] = 0
+
+
+def test_memory_of_a_weight_is_not_given_to_another_library():
+    weight = pair()[0].body.head.weight.detach()
+    for take in (torch.from_dlpack, np.from_dlpack):
+        with pytest.raises(SubspanError, match=r"\(__dlpack__\) would be lost: give it \.detach"):
+            take(weight)
+        assert (take(weight.clone()) == take(weight, copy=True)).all()
 
 
 def test_reading_a_weight_is_not_writing_to_it():
