@@ -11,6 +11,7 @@ from torch import nn
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.checkpoint.compact import to_compact
+from subspan.layers import factorize
 from tests.nets import DIM, NETS, batch, build, scatter, wrap
 
 
@@ -347,6 +348,25 @@ def test_tensors_that_do_not_fit_are_refused(tensors, tmp_path):
     with pytest.raises(SubspanError, match=r"has shape .* in the file"):
         checkpoint.restore(model, tensors)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"0.U": torch.ones(3, 2)}, {"1.weight": torch.ones(3)}, {"other": torch.ones(1)}],
+    ids=str,
+)
+def test_layers_are_those_of_before_if_tensors_do_not_fit(change, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 4)))
+
+    subspan.save(factorize(make(), rank=2), tmp_path / "m")
+    header, tensors = checkpoint.read(tmp_path / "m")
+    write(tmp_path / "m", header, tensors | change)
+    net = make()
+    layers = dict(net.named_modules())
+    damaged(tmp_path / "m", net, match="the checkpoint is of another network: ")
+    assert dict(net.named_modules()) == layers
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -75,10 +75,16 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     if header["kind"] != "subspace":
         try:
             _refuse_rounding(network, types, tensors)
+            inside = [(module, dict(module._modules)) for module in network.modules()]
             network = rebuild_layers(network, types)
         except SubspanError as error:
             raise SubspanError(f"{path} does not fit this network: {error}") from None
-        restore(network, tensors)
+        try:
+            restore(network, tensors)
+        except BaseException:
+            for module, parts in inside:
+                module._modules.update(parts)
+            raise
         return network
     if network is net and seed is not None:
         before = [(p, p.detach().clone()) for p in network.parameters()]
