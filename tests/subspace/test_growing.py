@@ -225,8 +225,8 @@ def test_a_quantiser_rounds_the_new_coordinates():
     subspan.grow(model, 10, optimizer)
     step(model, optimizer)
     (w,) = model.coordinates.values()
-    assert (w / optimizer.state[w]["quantiser_step"]).frac().abs().max() < 1e-5
-    refused(model, 20, optimizer, match="'quantiser_fixed'")
+    assert (w / optimizer.param_groups[0]["quantiser_step"]).frac().abs().max() < 1e-5
+    refused(model, 20, optimizer, match=r"grow before it begins, or remove\(\) it")
 
 
 def test_what_holds_on_to_the_old_coordinates_is_refused():

@@ -37,6 +37,7 @@ from subspan.subspace.variant import refuse_in_use
 
 MEANS = ("exp_avg", "momentum_buffer", "grad_avg")  # of gradients, in the optimizers of PyTorch
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf")  # or sizes, of them
+FIXED = "quantiser_fixed"  # in the first group of an optimizer that subspan.optim.Quantiser rounds
 
 
 @torch.inference_mode(False)  # what is made in it could not be trained
@@ -199,6 +200,11 @@ def _carry(
     if not any(p is w for group in optimizer.param_groups for p in group["params"]):
         raise SubspanError(
             "the optimizer does not train these coordinates: give the one that does, or none"
+        )
+    if FIXED in optimizer.param_groups[0]:
+        raise SubspanError(
+            "a Quantiser has fixed coordinates on its grid, which those of a larger subspace would "
+            "leave: grow before it begins, or remove() it first"
         )
     for inner in vars(optimizer).values():
         if isinstance(inner, Optimizer) and inner.param_groups is not optimizer.param_groups:
