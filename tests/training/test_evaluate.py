@@ -15,11 +15,12 @@ from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.training import data
 from subspan.training.data import Split
+from subspan.training.devices import accelerator
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.export import export
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
-from tests.runs import a_run, record_of
+from tests.runs import STEPS, a_run, record_of
 from tests.training.data.makers import image_folder
 
 
@@ -187,3 +188,25 @@ def test_a_run_with_bits_leaves_a_compact_file_that_every_command_reads(tmp_path
     assert "bytes_of_parts:" in said.out
     assert cli("eval", file).code == 0
     assert cli("export", file, tmp_path / "weights.safetensors").code == 0
+
+
+@pytest.mark.filterwarnings("ignore:Seems like .optimizer.step:UserWarning")  # as with accelerate
+def test_a_run_with_bits_counts_the_steps_that_a_scaler_leaves_out(tmp_path, monkeypatch):
+    steps = iter(range(4 * STEPS))
+
+    class Scaler(torch.amp.GradScaler):
+        def step(self, optimizer, *args):
+            if next(steps) < 3 * STEPS:
+                optimizer.step()
+
+    def scaled(*args, **kwargs):
+        made = accelerator(*args, **kwargs)
+        made.scaler = Scaler("cpu", enabled=False)
+        return made
+
+    monkeypatch.setattr("subspan.training.train.accelerator", scaled)
+    record = train(a_run(dim=40, epochs=4, bits=3), tmp_path)
+    assert record.status == "complete"
+    assert next(steps, None) is None
+    exact = checkpoint.read(tmp_path / "model.safetensors")[1]["coordinates"]
+    assert torch.equal(checkpoint.read(tmp_path / "model.subspan")[1]["coordinates"], exact)

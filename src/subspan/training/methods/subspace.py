@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError
 from subspan.families import Projection, projections
 from subspan.families.hash import Hash
-from subspan.optim.quantiser import Quantiser, all_fixed
+from subspan.optim.quantiser import Quantiser, all_fixed, quantiser_of
 from subspan.subspace.model import SubspaceModel
 from subspan.training.config import Run
 from subspan.training.methods import RATE_OF_HEAD, TRAIN_FULLY, Method, Option
@@ -90,6 +90,16 @@ class Subspace(Method):
             steps = math.ceil(QUANTISED * rest["steps"])
             Quantiser(model, optimizer, bits, steps, after=rest["steps"] - steps)
         return optimizer
+
+    def step(
+        self, optimizer: Optimizer, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """Make one step; one that fp16's scaler leaves out is counted by the quantiser, too."""
+        value = super().step(optimizer, loss, backward)
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if skipped and (quantiser := quantiser_of(optimizer)) is not None:
+            quantiser.skipped()
+        return value
 
     def bits(self, options: Mapping[str, Any]) -> float | None:
         """Return the bits that a coordinate may take in a compact file."""
