@@ -243,6 +243,42 @@ def test_what_cannot_be_saved_is_refused_with_nothing_written(net, bits, said, t
     assert not list(Path(tmp_path).iterdir())
 
 
+def nested(depth):
+    inner = {}
+    for _ in range(depth):
+        inner = {"a": [inner]}
+    return inner
+
+
+CIRCLE = {}
+CIRCLE["a"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    ("extra", "bits", "said"),
+    [
+        ({"c": "\ud800"}, 3, "cannot hold this extra: .*surrogates not allowed; save without bits"),
+        (nested(51), 3, "it is nested more than 100 deep; save without bits"),
+        (nested(450), 3, "nested more than 100 deep|must hold JSON values"),
+        (nested(1000), None, "extra must hold JSON values: maximum recursion depth"),
+        (CIRCLE, None, "extra must hold JSON values: Circular reference"),
+        ([1], 3, "extra must be a dict of JSON values, got list"),
+    ],
+    ids=["surrogate", "deep", "deeper", "deepest", "circle", "list"],
+)
+def test_an_extra_that_no_file_holds_is_refused_with_nothing_written(extra, bits, said, tmp_path):
+    model = scatter(wrap("mlp"))
+    with pytest.raises(SubspanError, match=said):
+        subspan.save(model, tmp_path / "m.subspan", bits=bits, extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_in_a_hundred_levels_comes_back(tmp_path):
+    model, file = scatter(wrap("mlp")), tmp_path / "m.subspan"
+    subspan.save(model, file, bits=3, extra=nested(49))
+    assert checkpoint.inspect(file)["extra"] == nested(49)
+
+
 @pytest.mark.parametrize("name", ["golf", "photos"])
 def test_a_chosen_network_has_a_template_that_a_bound_pays_for(name, tmp_path):
     FILES[name](tmp_path / "m.subspan")

@@ -108,8 +108,8 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
         bits: the most that the coded coordinates may take, per coordinate.
 
     Raises:
-        SubspanError: for a model without coordinates, for bits that leave nothing of them, and for
-            a tensor of a dtype that the file does not know.
+        SubspanError: for a model without coordinates, for bits that leave nothing of them, for a
+            tensor of a dtype that the file does not know, and for a header that it cannot hold.
     """
     if header["kind"] != "subspace":
         raise SubspanError(
@@ -134,7 +134,13 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
     code = coding.encode_levels(coding.round_to_levels(w, step))
     coded = varint(w.numel()) + struct.pack("<H", pattern_of(step) | wide) + code
 
-    body = MAGIC + bytes([VERSION]) + _pack_header(header) + b"".join(kept) + coded
+    try:
+        packed = _pack_header(header)
+    except ValueError as error:
+        raise SubspanError(
+            f"a file with bits cannot hold this extra: {error}; save without bits"
+        ) from None
+    body = MAGIC + bytes([VERSION]) + packed + b"".join(kept) + coded
     return body + _digest(body)
 
 

@@ -78,6 +78,8 @@ def contents(
     Raises:
         SubspanError: as :func:`save`.
     """
+    if not isinstance(extra, Mapping | None):
+        raise SubspanError(f"extra must be a dict of JSON values, got {type(extra).__name__}")
     header: dict[str, Any] = {"format": FORMAT, "extra": dict(extra or {})}
     model = SubspaceModel.of(model) or model
     _check_only_tensors(model)
@@ -112,7 +114,7 @@ def contents(
         header |= {"weights": count(model).dense} | describe_layers(model)
     try:
         header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SubspanError(f"extra must hold JSON values: {error}") from None
     # Copies: safetensors refuses tensors that overlap in memory.
     layout = torch.contiguous_format

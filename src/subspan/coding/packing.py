@@ -34,15 +34,20 @@ NULL, FALSE, TRUE, POSITIVE, NEGATIVE, DOUBLE, NINE_DIGITS = range(0xE0, 0xE7)
 TEXT, HEX, LIST, OBJECT, LEFT_OUT = range(0xE7, 0xEC)
 
 LONGEST = 1 << 14  # bits of an integer: longer ones are no JSON in Python, and slow to read
+DEEPEST = 100  # lists and objects inside one another, so that every reader has room for them
 ABSENT = object()  # stands in a patch for a key that is left out
 
 
-def pack(value: Any) -> bytes:
+def pack(value: Any, depth: int = 0) -> bytes:
     """Return the bytes of a JSON value, or of :data:`ABSENT`.
 
     Raises:
         TypeError: for anything else.
+        ValueError: for a text that UTF-8 cannot hold, and for more than :data:`DEEPEST` lists and
+            objects inside one another.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
     if value is ABSENT:
         return bytes([LEFT_OUT])
     match value:
@@ -59,9 +64,13 @@ def pack(value: Any) -> bytes:
         case str():
             return _pack_text(value)
         case list():
-            return bytes([LIST]) + varint(len(value)) + b"".join(map(pack, value))
+            return (
+                bytes([LIST])
+                + varint(len(value))
+                + b"".join(pack(each, depth + 1) for each in value)
+            )
         case dict():
-            entries = (pack(key) + pack(value[key]) for key in sorted(value))
+            entries = (pack(key) + pack(value[key], depth + 1) for key in sorted(value))
             return bytes([OBJECT]) + varint(len(value)) + b"".join(entries)
     raise TypeError(f"{value!r} is not JSON")
 
