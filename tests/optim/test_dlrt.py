@@ -524,6 +524,24 @@ def test_the_second_evaluation_uses_what_the_first_one_did():
     assert torch.equal(dense(net), before)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}])
+def test_moments_of_another_shape_are_refused_before_anything_moves(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(8, 8), factorize(nn.Linear(8, 6), rank=2))
+    optimizer = DLRT(net, 0.1, **options)
+    for rows in (8, 12):
+        net[0].weight.data = torch.randn(rows, 8)  # as resize_token_embeddings() does
+        optimizer.zero_grad()
+        net(torch.arange(rows)).square().sum().backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        if rows == 8:
+            optimizer.step()
+    with pytest.raises(SubspanError, match=r"the shape \[12, 8\] now, and its moments"):
+        optimizer.step()
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p.detach(), old)
+
+
 def test_partly_frozen_layers_are_refused_before_anything_changes():
     net = mlp()
     optimizer, before = DLRT(net, 0.1), dense(net)

@@ -386,9 +386,42 @@ def test_a_state_of_other_bases_is_refused():
         RandomBases(mlp(), 11),
         RandomBases(mlp(), 10, compartments="layer"),
         RandomBases(mlp(), 10, distribution="rademacher"),
+        RandomBases(mlp(), 10, redraw_every=3),
     ):
         with pytest.raises(SubspanError, match="this state belongs to other bases"):
             other.load_state_dict(state)
+
+
+def test_a_state_from_before_redraws_were_part_of_it_loads():
+    net = mlp()
+    optimizer = RandomBases(net, 10, redraw_every=3, momentum=0.9)
+    run(net, optimizer, 4)
+    state = optimizer.state_dict()
+    older = int(optimizer.directions.layout(redraws=False)[:15], 16)
+    for group in state["param_groups"]:
+        assert group["layout"] != older
+        group["layout"] = older
+    resumed = RandomBases(mlp(), 10, redraw_every=3, momentum=0.9)
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["layout"] == optimizer.param_groups[0]["layout"]
+    assert torch.equal(resumed.param_groups[0]["velocity"], optimizer.param_groups[0]["velocity"])
+
+
+@pytest.mark.parametrize("rows", [12, 6])
+@pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
+def test_a_tensor_of_another_shape_is_refused_before_anything_moves(estimator, rows):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3))
+    optimizer = RandomBases(net, 9, estimator=estimator)
+    net[0].weight.data = torch.randn(rows, 4)  # as resize_token_embeddings() does
+    net(torch.arange(rows)).sum().backward()
+    before = flat(net)
+    says = rf"0\.weight has the shape \[{rows}, 4\] now, and had \[8, 4\]"
+    for use in (lambda: optimizer.step(lambda: net(torch.arange(rows)).sum()), optimizer.alignment):
+        with pytest.raises(SubspanError, match=says):
+            use()
+    assert torch.equal(flat(net), before)
+    assert optimizer.steps == 0
 
 
 def test_nothing_of_the_size_of_the_weights_is_held():

@@ -107,9 +107,15 @@ class Directions:
             "redraw_every": self.redraw_every,
         }
 
-    def layout(self) -> str:
-        """Return a digest of what coordinates mean: the projections, and their rows' weights."""
-        text = json.dumps(self.described()["parts"], sort_keys=True)
+    def layout(self, *, redraws: bool = True) -> str:
+        """Return a digest of what coordinates mean: the projections, and their rows' weights.
+
+        Args:
+            redraws: whether it says when bases are drawn anew, too; older states do not.
+        """
+        described = self.described()
+        meaning = described["parts"], described["redraw_every"]
+        text = json.dumps(meaning if redraws else described["parts"], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def compartments_of(self, group: int) -> list[CompartmentWeights]:

@@ -22,7 +22,7 @@ from subspan.optim import integrators
 from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, write
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
-from subspan.optim.moments import BASES, settings_of, transport, turn_core
+from subspan.optim.moments import BASES, refuse_other_shapes, settings_of, transport, turn_core
 from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, evaluate
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
@@ -184,6 +184,7 @@ class DLRT(BaseOptimizer):
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
         self._gradients.check()
+        refuse_other_shapes(self.state)
         before = read(self._layers, copy=self.needs_closure)  # two evaluations change the layers
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}

@@ -48,6 +48,21 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
     return state[FIRST] / (1 - first**t) / (v.sqrt() + group["eps"])
 
 
+def refuse_other_shapes(state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Refuse moments of parameters that have got other shapes since.
+
+    Raises:
+        SubspanError: if there are some.
+    """
+    for p, values in state.items():
+        for value in values.values():
+            if isinstance(value, Tensor) and value.shape != p.shape:
+                raise SubspanError(
+                    f"a parameter has the shape {list(p.shape)} now, and its moments have "
+                    f"{list(value.shape)}: make a new optimizer"
+                )
+
+
 BASES = {"sgd": sgd, "adam": adam}
 SETTINGS: dict[str, dict[str, Any]] = {  # by base, with what they usually are
     "sgd": {"momentum": 0.0},

@@ -169,6 +169,7 @@ class RandomBases(BaseOptimizer):
             for tensors, group in zip(named, self.param_groups, strict=True)
         ]
         self._tensors = {name: tensor for group in named for name, tensor in group.items()}
+        self._shapes = [tensor.shape for tensor in self._tensors.values()]
         kept = {n: padding[id(t)] for n, t in self._tensors.items() if id(t) in padding}
         self.directions = Directions.draw(
             divided, distribution, seed, bases, redraw_every, options, kept
@@ -176,7 +177,7 @@ class RandomBases(BaseOptimizer):
         self._estimator = estimate(self.directions.compartments, basis, sigma)
         self.layout = self.directions.layout()
         for group in self.param_groups:
-            group["layout"] = int(self.layout[:15], 16)
+            group["layout"] = _as_int(self.layout)
         tensors = list(self._tensors.values())
         double = any(tensor.dtype == torch.float64 for tensor in tensors)
         dtype = torch.float64 if double else torch.float32
@@ -207,12 +208,7 @@ class RandomBases(BaseOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self.last_move = None
-        for name, tensor in self._tensors.items():
-            if not tensor.requires_grad:
-                raise SubspanError(
-                    f"{name} has been frozen since, and shares bases with others that would move "
-                    "it: make a new optimizer without it"
-                )
+        self._check_tensors()
         groups, directions, estimator = self.param_groups, self.directions, self._estimator
         step = groups[0]["steps"]
         redraw, own = directions.redraw(step), self.coordinates.zero_()
@@ -232,6 +228,20 @@ class RandomBases(BaseOptimizer):
         self.last_move = Move(step, rates, coordinates)
         directions.move(self.last_move, redraw)
         return loss
+
+    def _check_tensors(self) -> None:
+        """Refuse tensors to which the rows of the bases do not belong any more."""
+        for (name, tensor), shape in zip(self._tensors.items(), self._shapes, strict=True):
+            if tensor.shape != shape:
+                raise SubspanError(
+                    f"{name} has the shape {list(tensor.shape)} now, and had {list(shape)} when "
+                    "its bases were drawn: make a new optimizer"
+                )
+            if not tensor.requires_grad:
+                raise SubspanError(
+                    f"{name} has been frozen since, and shares bases with others that would move "
+                    "it: make a new optimizer without it"
+                )
 
     def _add_decay(self, number: int, redraw: Tensor) -> None:
         """Add λ Pᵀ θ of one group to the coordinates."""
@@ -274,8 +284,9 @@ class RandomBases(BaseOptimizer):
             average for a gradient that has nothing to do with the basis.
 
         Raises:
-            SubspanError: if there is no gradient.
+            SubspanError: if there is no gradient, or a step would be refused.
         """
+        self._check_tensors()
         redraw, basis = self.directions.redraw(self.steps), self._estimator.basis
         own, compartments = torch.zeros_like(self.coordinates), self.directions.compartments
         Gradient(compartments, basis, self.sigma).estimate(own, redraw, None)
@@ -332,13 +343,16 @@ class RandomBases(BaseOptimizer):
             SubspanError: if the state belongs to other bases, or to another moment than the one
                 that the journal has led to.
         """
-        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if theirs.get("layout") != group["layout"]:
+        own = {_as_int(self.layout), _as_int(self.directions.layout(redraws=False))}
+        for theirs in state_dict["param_groups"]:
+            if theirs.get("layout") not in own:
                 raise SubspanError(
                     "this state belongs to other bases: the seed, distribution, dimensions, "
-                    "compartments and parameters must be those it was saved with"
+                    "compartments, redraw_every and parameters must be those it was saved with"
                 )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # older states know nothing of redraws
+            group["layout"] = _as_int(self.layout)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes.
@@ -353,3 +367,8 @@ class RandomBases(BaseOptimizer):
                 "load_state_dict() into it"
             )
         return super().__getstate__()
+
+
+def _as_int(digest: str) -> int:
+    """Return a digest as states hold it."""
+    return int(digest[:15], 16)
