@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from subspan import __version__
+from subspan.commands import output
 from subspan.commands.words import take_option
 from subspan.errors import Stopped, SubspanError, unknown
 
@@ -35,12 +36,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+    finally:
+        output.finish()
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[0] in ("-h", "--help", "help"):
+        output.write(overview())
         return 0
     if arguments[0] == "--version":
-        print(f"subspan {__version__}")
+        output.write(f"subspan {__version__}")
         return 0
     try:
         if arguments[0] not in COMMANDS:

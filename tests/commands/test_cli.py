@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,6 +40,25 @@ def test_help_imports_nothing_heavy(argv):
         assert said.stdout.startswith("usage: subspan COMMAND [OPTIONS]\n")
         assert all(f"\n  {name} " in said.stdout for name in COMMANDS)
         assert max(map(len, said.stdout.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], TRAIN])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_work_goes_on_where_nobody_reads(argv, unbuffered, tmp_path):
+    """As after ``| head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run(
+        [sys.executable, "-m", "subspan.cli", *argv],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (said.returncode, said.stderr) == (0, b"")
+    if argv is TRAIN:
+        assert record_of(tmp_path / "run")["status"] == "complete"
 
 
 def test_training_on_images_imports_no_library_of_language_models(tmp_path):

@@ -260,6 +260,19 @@ def test_a_loss_that_stops_being_finite_keeps_the_best_state(tmp_path, monkeypat
     assert all(w.isfinite().all() for w in rebuild(tmp_path / "last.safetensors")[0].parameters())
 
 
+@pytest.mark.parametrize(("error", "said"), [(OSError("full"), "full"), (SystemExit(1), "Sys")])
+@pytest.mark.parametrize("place", ["on_start", "on_step"])
+def test_what_is_told_may_fail(place, error, said, tmp_path):
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        train(a_run(dim=5), tmp_path / "run", **{place: fail})
+    record = record_of(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert record["error"].startswith(said)
+
+
 def torn(input_shape, classes):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
     nn.init.constant_(net[1].bias[2:3], math.inf)

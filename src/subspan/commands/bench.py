@@ -33,7 +33,7 @@ def main(argv: Arguments) -> None:
     if given.json:
         record = bench(settings, out, overwrite=given.overwrite)
         picture.write(record, out)
-        print(json.dumps(record, indent=1, ensure_ascii=False))
+        console.say(json.dumps(record, indent=1, ensure_ascii=False))
         return
     with show_progress(total(settings)) as done:
         record = bench(settings, out, overwrite=given.overwrite, done=done)

@@ -17,7 +17,17 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-console = Console(highlight=False, markup=False, emoji=False)
+from subspan.commands import output
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: nobody reads any more, and the work is there for its files."""
+        self.quiet = True
+        output.end(BrokenPipeError())
+
+
+console = _Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
     console.width = 200  # a file has no columns that a table must fit into
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from subspan.commands.console import say
 from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.errors import SubspanError
 from subspan.training.export import export, export_peft
@@ -36,9 +37,9 @@ def main(argv: Arguments) -> None:
     given = parse(parser, argv)
     if given.format == "peft":
         written = export_peft(given.checkpoint, given.out, given.rank, net=given.net)
-        print(written)
-        print(f"{given.out}: {written.bytes:,} bytes")
+        say(str(written))
+        say(f"{given.out}: {written.bytes:,} bytes")
         return
     if given.rank is not None:
         raise SubspanError("--rank is that of a LoRA: give --format peft, too")
-    print(f"{given.out}: {export(given.checkpoint, given.out, net=given.net):,} bytes")
+    say(f"{given.out}: {export(given.checkpoint, given.out, net=given.net):,} bytes")

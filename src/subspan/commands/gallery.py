@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from subspan.commands.console import say
 from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.experiments.gallery import write
 
@@ -18,4 +19,4 @@ def main(argv: Arguments) -> None:
     parser.add_argument("folder", type=str, help="with the experiments' folders")
     parser.add_argument("file", type=str, help="the page to write: ….html or ….md")
     given = parse(parser, argv)
-    print(write(Path(given.folder), Path(given.file)))
+    say(str(write(Path(given.folder), Path(given.file))))

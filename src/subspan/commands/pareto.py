@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from subspan import report
+from subspan.commands.console import say
 from subspan.commands.parsing import LISTED, Arguments, Parser, parse
 from subspan.training.config import split
 
@@ -28,4 +29,4 @@ def main(argv: Arguments) -> None:
     given = parse(parser, argv)
     data = split(given.data, "data")
     for path in report.write_pareto([Path(name) for name in given.folders], data, Path(given.out)):
-        print(path)
+        say(str(path))

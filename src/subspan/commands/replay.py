@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subspan.commands.console import say
 from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.training.replay import replay as rebuild_weights
 
@@ -25,4 +26,4 @@ def main(argv: Arguments) -> None:
     )
     given = parse(parser, argv)
     steps, size = rebuild_weights(given.journal, given.out, step=given.step, base=given.base)
-    print(f"{given.out}: the weights after {steps:,} steps, {size:,} bytes")
+    say(f"{given.out}: the weights after {steps:,} steps, {size:,} bytes")

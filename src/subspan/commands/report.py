@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from subspan.commands.console import say
 from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.report import write
 
@@ -13,4 +14,4 @@ def main(argv: Arguments) -> None:
     parser = Parser("report", main.__doc__)
     parser.add_argument("folder", type=str, help="with a sweep.json or a record.json")
     for path in write(Path(parse(parser, argv).folder)):
-        print(path)
+        say(str(path))

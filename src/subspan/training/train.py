@@ -87,14 +87,14 @@ def train(
         before = find_state(run.as_dict(), out) if begun else None
         loop = Loop(ready, devices, out, before, report, on_step, stop)
         loop.open()
-        if on_start:
-            on_start(loop.total, loop.progress.done, loop.score)
-        return _finish(loop)
+        return _finish(loop, on_start)
 
 
-def _finish(loop: Loop) -> CompleteRun:
+def _finish(loop: Loop, on_start: Callable[[int, int, Score], None] | None) -> CompleteRun:
     """Do all that is left of a training; its record."""
     try:
+        if on_start:
+            on_start(loop.total, loop.progress.done, loop.score)
         loop.log.begin(loop.record.config, loop.record.history)
         with loop.stop:
             loop.fit()
@@ -104,8 +104,9 @@ def _finish(loop: Loop) -> CompleteRun:
         if loop.stop.requested and not interrupted and not loop.accelerator.is_main_process:
             # What went wrong is that the main process has stopped, and answers no more.
             raise loop.stop.error("with the first process") from error
+        said = "" if isinstance(error, SystemExit) else str(error)  # which is a number
         with contextlib.suppress(OSError):  # on a full disk the record cannot say that it is full
-            loop.write("interrupted" if interrupted else "failed", error=str(error) or repr(error))
+            loop.write("interrupted" if interrupted else "failed", error=said or repr(error))
         raise
     finally:
         loop.log.end()

@@ -1,0 +1,42 @@
+"""The standard output, which may end before a command does: ``subspan train … | head -1``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def write(text: str) -> None:
+    """Print a text.
+
+    Raises:
+        SystemExit: it cannot be written.
+    """
+    try:
+        print(text)
+    except OSError as error:
+        end(error)
+
+
+def finish() -> None:
+    """Write what is left of the output.
+
+    Raises:
+        SystemExit: it cannot be written.
+    """
+    try:
+        if sys.stdout is not None:  # there is none after >&-
+            sys.stdout.flush()
+    except OSError as error:
+        end(error)
+
+
+def end(error: OSError) -> None:
+    """Throw the output away from now on. Where nobody reads it any more, as head, that is all.
+
+    Raises:
+        SystemExit: there is another reason why it cannot be written.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        raise SystemExit(f"subspan: error: the output cannot be written: {error}")
