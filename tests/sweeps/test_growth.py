@@ -17,6 +17,7 @@ from subspan.sweeps.growing_dimension import GrowingDimension
 from subspan.sweeps.growth import Growth, GrowthPlan
 from subspan.sweeps.intrinsic import intrinsic_dimension
 from subspan.training.config import Run, Training
+from subspan.training.score import Score
 from subspan.training.train import train
 from tests.runs import NET, a_run
 
@@ -260,6 +261,31 @@ def test_a_loop_of_ones_own():
         GrowingDimension(model, [3, 6], baseline=1.0)
     with pytest.raises(SubspanError, match="multiple of the one before"):
         GrowingDimension(model, [growing.dim, growing.dim + 1], baseline=1.0)
+
+
+@pytest.mark.parametrize("score", [float("nan"), None, "much", 1.5, torch.ones(2)])
+def test_what_is_no_score_is_refused_and_nothing_changes(score):
+    model = SubspaceModel(nn.Linear(6, 3), 2)
+    growing = GrowingDimension(model, [2, 4], baseline=0.9)
+    with pytest.raises(SubspanError, match="score"):
+        growing.record(score)
+    assert (growing.dim, growing.scores) == (2, {})
+    with pytest.raises(SubspanError, match="score"):
+        GrowingDimension(model, [2, 4], baseline=score)
+    assert growing.record(torch.tensor(0.5))
+    assert growing.scores == {2: 0.5}
+
+
+def test_a_baseline_and_dims_of_which_no_dimension_follows():
+    model, error = SubspaceModel(nn.Linear(6, 3), 2), Score("error", False, 1.0, percent=False)
+    with pytest.raises(SubspanError, match="baseline must be better than 0, got 0"):
+        GrowingDimension(model, [2, 4], baseline=0)
+    with pytest.raises(SubspanError, match=r"baseline must be better than 1, got 1\.5"):
+        GrowingDimension(model, [2, 4], baseline=1.5, score=error)
+    with pytest.raises(SubspanError, match="threshold must be in"):
+        GrowingDimension(model, [2, 4], baseline=0.9, threshold=1.5)
+    with pytest.raises(SubspanError, match="cannot grow from 2 to 2"):
+        GrowingDimension(model, [2, 2, 4], baseline=0.9)
 
 
 class Accelerated:

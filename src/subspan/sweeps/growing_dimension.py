@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from subspan.errors import SubspanError
 from subspan.subspace.growing import grow, nest
 from subspan.subspace.model import SubspaceModel
-from subspan.sweeps.intrinsic import IntrinsicDimension, intrinsic_dimension
+from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.training.score import ACCURACY, Score
 
 OF_GROUPS = ("base_lrs", "max_lrs", "min_lrs")  # rates in PyTorch's schedulers, one a group
@@ -38,7 +38,8 @@ class GrowingDimension:
         score: what scores are: their direction and zero.
 
     Raises:
-        SubspanError: for dims that are not nested, or of which the first is not the model's.
+        SubspanError: for dims that are not nested, or of which the first is not the model's; and
+            for a baseline that is no score, or no better than zero.
     """
 
     def __init__(
@@ -54,7 +55,11 @@ class GrowingDimension:
         if found is None:
             raise SubspanError(f"model must be a SubspaceModel, got {type(model).__name__}")
         self.model, self.dims = found, tuple(dims)
-        self.baseline, self.threshold, self.score = baseline, threshold, score
+        self.baseline, self.threshold, self.score = score.checked(baseline), threshold, score
+        if not has_shares([self.baseline], score):
+            raise SubspanError(f"baseline must be better than {score.zero:g}, got {self.baseline}")
+        if not 0 < threshold <= 1:
+            raise SubspanError(f"threshold must be in (0, 1], got {threshold}")
         projections, names = found.projections, [part.name for part in found.compartments]
         if not self.dims or self.dims[0] != self.dim:
             raise SubspanError(f"dims must begin with the {self.dim} coordinates of the model")
@@ -85,8 +90,10 @@ class GrowingDimension:
             Whether training is to go on; if not, the model has not grown.
 
         Raises:
-            SubspanError: for a scheduler whose rates cannot be lowered; nothing is changed then.
+            SubspanError: for what is no score, and for a scheduler whose rates cannot be lowered;
+                nothing is changed then.
         """
+        score = self.score.checked(score)
         parts, falling = _parts(scheduler), self._falling(optimizer)
         if parts and optimizer is None:
             raise SubspanError("a scheduler is lowered with its optimizer: give record() both")

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from subspan.errors import SubspanError
 
@@ -27,20 +28,24 @@ class Score:
     zero: float = 0.0
     percent: bool = True
 
-    def checked(self, value: float) -> float:
+    def checked(self, given: Any) -> float:
         """Check that a value is finite and, where this score is a fraction, lies in [0, 1].
 
         Raises:
             SubspanError: for any other.
         """
+        try:
+            value = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
         if not math.isfinite(value):
-            raise SubspanError(f"the task's score must be a finite number, got {value}")
+            raise SubspanError(f"the task's score must be a finite number, got {given!r}")
         if self.percent and self.higher_is_better and not 0 <= value <= 1:
             raise SubspanError(
                 f"the task's score, {self.name}, must be a fraction in [0, 1] where people read "
                 f"it in per cent, got {value}: divide it, or give Score(percent=False)"
             )
-        return float(value)
+        return value
 
     def better(self, one: float, other: float) -> bool:
         """Return whether one score is better than another."""
