@@ -6,7 +6,9 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.nn.functional import dropout
 
@@ -234,6 +236,24 @@ def test_a_task_without_mistakes(cli, in_tmp_path):
     said = cli("bound", "a/model.safetensors")
     assert said.code == 2
     assert "has no mistakes to count, and only a loss of 0 or 1 has this bound" in said.err
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "found", [(300, 200), (0, 0), (-1, 200), (NAN, 200), (3.5, 200.0), 5, ("a", "b"), (1, 2, 3)]
+)
+def test_mistakes_that_are_no_part_of_samples(found, file, monkeypatch):
+    monkeypatch.setattr(Classification, "count_mistakes", lambda task, net: found)
+    with pytest.raises(SubspanError, match="count_mistakes must return the number of mistakes"):
+        certify(file)
+
+
+def test_mistakes_as_tensors(file, monkeypatch):
+    counts = torch.tensor(3), np.int64(200)
+    monkeypatch.setattr(Classification, "count_mistakes", lambda task, net: counts)
+    assert certify(file).training_error == 3 / 200
 
 
 def test_a_task_of_your_own_is_taken_at_your_word(cli, in_tmp_path):

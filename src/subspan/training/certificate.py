@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,7 +138,7 @@ def certify(
     model, _ = rebuild(path)
     net = model.merge() if isinstance(model, SubspaceModel) else model
     with _watched(net.eval()):
-        mistakes, samples = task.as_trained(extra, str(path)).count_mistakes(net)
+        mistakes, samples = _counted(task.as_trained(extra, str(path)).count_mistakes(net))
     size = header["bytes"]
     choices *= NETWORKS if header.get("template") in CHOSEN else 1
     log_confidence = log_prior(size) + math.log(delta) - math.log(choices)
@@ -227,6 +228,20 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=ALIKE)
     return bool(one == other)
+
+
+def _counted(found: Any) -> tuple[int, int]:
+    """Return mistakes and samples as a task has counted them."""
+    try:
+        mistakes, samples = map(operator.index, found)
+    except (TypeError, ValueError, RuntimeError):
+        mistakes, samples = -1, 0
+    if not 0 <= mistakes <= samples or not samples:
+        raise SubspanError(
+            "the task's count_mistakes must return the number of mistakes and that of samples, at "
+            f"least one, of which they are a part, got {found!r}"
+        )
+    return mistakes, samples
 
 
 @contextmanager
