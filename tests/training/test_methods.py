@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -213,3 +214,65 @@ def test_the_guide_to_adding_a_method(last_layers, tmp_path, cli, in_tmp_path):
     helped = cli("train", "--method", last_layers, "--help").out
     assert "--layers" in helped
     assert "the last layers only, the others as they were drawn" in helped
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """A method to whose members a test gives what should not be."""
+    methods()
+    monkeypatch.setattr(registry, "_registry", copy.copy(registry._registry))
+
+    class Odd(Method):
+        def wrap(self, net, seed, options):
+            return net
+
+        def rates(self, options):
+            return (0.01,)
+
+    methods.cache_clear()
+    yield Odd("odd", "")
+    methods.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mine": math.nan}, "what the method odd says of the run: mine must be a finite"),
+        ({"mine": torch.ones(())}, "mine must be a number, got tensor"),
+        ({"mine": [{"a": [1.0, -math.inf]}]}, r"mine\[0\]\.a\[1\] must be a finite number"),
+        ({"epoch": 99}, r"diagnose of the method odd .* got {'epoch': 99}"),
+        ({"test_score": 0.5}, "diagnose of the method odd must return values by name, other than"),
+        (None, "diagnose of the method odd must return values by name"),
+    ],
+)
+def test_what_a_method_says_of_an_epoch_is_json_and_its_own(said, message, odd, tmp_path):
+    odd.diagnose = lambda model, optimizer: said
+    with pytest.raises(SubspanError, match=message):
+        train(a_run("odd", epochs=1), tmp_path)
+    assert record_of(tmp_path)["status"] == "failed"
+
+
+def test_what_a_method_says_of_an_epoch_stands_in_its_row(odd, tmp_path):
+    odd.diagnose = lambda model, optimizer: {"mine": [{"a": (1, 2.5, None, True, "x")}]}
+    (row,) = train(a_run("odd", epochs=1), tmp_path).history
+    assert row.more == {"mine": [{"a": [1, 2.5, None, True, "x"]}]}
+    assert record_of(tmp_path)["history"][0]["mine"] == row.more["mine"]
+
+
+@pytest.mark.parametrize("command", ["train --method", "sweep --baseline null --methods"])
+@pytest.mark.parametrize(
+    ("member", "given", "message"),
+    [
+        ("rates", (), "rates of the method odd are none"),
+        ("rates", (0.1, math.nan), "rates of the method odd must be a positive number, got nan"),
+        ("wrap", None, "wrap of the method odd must return a Module, got None"),
+    ],
+)
+def test_what_a_method_gives_is_checked_first(
+    member, given, message, command, odd, cli, in_tmp_path
+):
+    setattr(odd, member, lambda *_: given)
+    said = cli(*command.split(), "odd", "--net", "mlp-8", "--out", "out")
+    assert said.code == 2
+    assert message in said.err
+    assert not Path("out").exists()

@@ -66,7 +66,7 @@ def main(argv: Arguments) -> None:
     else:
         how, training = method(given.method), read_training(given)
         options = complete(read_method_options(given), how, training)
-        rates = how.rates(options)
+        rates = how.tried_rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
         seed = read("seed", int, given.seed)
         run = Run(training, given.method, options, lr, seed)

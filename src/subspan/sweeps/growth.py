@@ -97,10 +97,10 @@ class GrowthPlan(RunPlan):
             raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
         dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
         self.options = options | {"stages": list(dims)}
-        rates = how.rates(self.options)
+        rates = how.tried_rates(self.options)
         self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
         self.config, self.training, self.dims = config, config.training, dims
-        self.lrs = config.baseline_lrs or method(BASELINE).rates({})
+        self.lrs = config.baseline_lrs or method(BASELINE).tried_rates({})
         self.total = len(self.lrs) + 2 * config.seeds - 1
         self.baseline: dict[tuple[float, int], CompleteRun] = {}
         self.grown: dict[int, CompleteRun] = {}

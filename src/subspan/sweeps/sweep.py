@@ -198,10 +198,10 @@ def _points(config: Sweep) -> list[Point]:
         options = {key: value for key, value in config.options.items() if key in own}
         for value in [""] if how.axis is None else config.dims_of(name):
             there = complete(options, how, config.training) | how.at(value)
-            lrs = config.lrs_of(name) or how.rates(there)
+            lrs = config.lrs_of(name) or how.tried_rates(there)
             points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
     for net in config.small:
-        lrs = config.baseline_lrs or method("full").rates({})
+        lrs = config.baseline_lrs or method("full").tried_rates({})
         points.append(Point("full", "", {}, lrs, small=net))
     return points
 

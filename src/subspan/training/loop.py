@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -250,13 +250,13 @@ class Loop:
             own = torch.tensor((machine.bytes_sent() - sent) / last)
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
             distributed.share_buffers(self.model)
-        said = self.method.diagnose(self.model, self.bare)
+        said, ended = self.method.diagnose(self.model, self.bare), dict[str, Any]()
         if epoch in (stages := self.method.stages(self.planned)) and len(stages) > 1:
             trained = self.counts()["trainable_parameters"]
             _, score = evaluate(self.model, self.task, "test")
-            said |= {"test_score": score, "trainable_parameters": trained}
+            ended = {"test_score": score, "trainable_parameters": trained}
         val_loss, val_score = evaluate(self.model, self.task, "validation")
-        row = {
+        row = ended | {
             "epoch": epoch,
             "train_loss": train_loss,
             "val_loss": self.finite(total.new_tensor(val_loss), epoch),
@@ -264,6 +264,12 @@ class Loop:
             "learning_rate": within.lr,
             "seconds": seconds,
         }
+        taken = row.keys() | {"test_score"}
+        if not isinstance(said, Mapping) or said.keys() & taken:
+            raise SubspanError(
+                f"diagnose of the method {self.method.name} must return values by name, other than "
+                f"{', '.join(sorted(taken))}, got {said!r:.99}"
+            )
         return self.checked(Epoch, row | dict(said))
 
     def step(self, batch: Any, weight: float) -> Tensor:

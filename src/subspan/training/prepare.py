@@ -111,6 +111,8 @@ def prepare(run: Run) -> Prepared:
         if not bool(torch.isfinite(tensor).all()):
             raise SubspanError(f"{name} of the network is not finite before the first step")
     model = how.wrap(net, run.seed, run.options)
+    if not isinstance(model, nn.Module):
+        raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]

@@ -88,7 +88,7 @@ def _read(kind: Any, value: Any, path: Path) -> Any:
         [kind] = [arg for arg in args if arg is not NoneType]
         return None if value is None else _read(kind, value, path)
     if kind is Any:
-        return value
+        return _any(value, path)
     if is_dataclass(kind):
         return _dataclass(kind, _checked(dict, value, path), path)
     if origin is dict:
@@ -98,6 +98,17 @@ def _read(kind: Any, value: Any, path: Path) -> Any:
         items = _checked(list, value, path)
         return origin(_read(args[0], inner, (*path, i)) for i, inner in enumerate(items))
     return _checked(kind, value, path)
+
+
+def _any(value: Any, path: Path) -> Any:
+    """Return a value that JSON can hold."""
+    if isinstance(value, (list, tuple)):
+        return [_any(inner, (*path, i)) for i, inner in enumerate(value)]
+    if isinstance(value, dict):
+        return {str(key): _any(inner, (*path, str(key))) for key, inner in value.items()}
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return _checked(float, value, path)
 
 
 def _checked(kind: type, value: Any, path: Path) -> Any:
@@ -121,7 +132,7 @@ def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:
         elif each.default is MISSING and each.default_factory is MISSING:
             raise MisfitError(f"lacks {each.name}" if path else f"{each.name} is missing", path)
     if where_others_go:
-        given[where_others_go] = rest
+        given[where_others_go] = _read(hints[where_others_go], rest, path)
     try:
         return kind(**given)
     except MisfitError as error:

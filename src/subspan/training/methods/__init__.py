@@ -21,7 +21,7 @@ from subspan.counts import count
 from subspan.errors import SubspanError, unknown
 from subspan.registry import Registry, import_files
 from subspan.training.config import Option as Option
-from subspan.training.config import Run
+from subspan.training.config import Run, check_rates
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 from subspan.training.score import Score
@@ -83,6 +83,20 @@ class Method(ABC):
     @abstractmethod
     def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """Return learning rates to try with Adam and these options; the middle is the default."""
+
+    def tried_rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return :meth:`rates`, checked.
+
+        Raises:
+            SubspanError: if there is none, one is not positive, or two are the same.
+        """
+        rates = tuple(self.rates(options))
+        check_rates(f"rates of the method {self.name}", rates)
+        if not rates:
+            raise SubspanError(
+                f"rates of the method {self.name} are none: it must try one at least"
+            )
+        return rates
 
     def optimizer(
         self,
