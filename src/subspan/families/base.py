@@ -270,8 +270,22 @@ class Projection(ABC):
         columns = [self._apply(e, step, start, stop, adjoint=False) for e in identity]
         return torch.stack(columns, dim=1)
 
+    def check_coordinates(self, w: Tensor) -> None:
+        """Refuse coordinates that have got another length: kernels would read past their end.
+
+        Raises:
+            SubspanError: saying how many there must be.
+        """
+        if w.numel() != self.in_dim:
+            raise SubspanError(
+                f"there are {w.numel()} coordinates now, and the projection has {self.in_dim} "
+                "columns: subspan.grow() makes a subspace larger, no other way changes its size"
+            )
+
     def _apply(self, x: Tensor, step: Tensor, start: int, stop: int, adjoint: bool) -> Tensor:
         """Clean input for the hooks: low precisions in float32, kernels where they exist."""
+        if not adjoint:
+            self.check_coordinates(x)
         if start == stop:
             return x.new_zeros(self.in_dim if adjoint else 0)
         work = x.contiguous() if x.dtype == torch.float64 else x.to(torch.float32).contiguous()

@@ -64,6 +64,7 @@ def _add(
     start: int,
     outs: Sequence[Tensor],
 ) -> None:
+    p.check_coordinates(w)
     kernel, times = _kernel_and_product(p, w)
     if kernel and kernel.added and (ready := _ready(bases, w)) and outs[0].dtype == w.dtype:
         kernel.added(p, ready, w.contiguous(), step, start, outs)

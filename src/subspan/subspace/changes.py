@@ -155,6 +155,9 @@ class Changes:
                 "after the network was wrapped, so that coordinates would mean another network "
                 "elsewhere: change it before; merge() gives this network as it is"
             )
+        coordinates = self.weights.coordinates().values()
+        for projection, w in zip(self.weights.projections, coordinates, strict=True):
+            projection.check_coordinates(w)
         modules = dict(root.named_modules(remove_duplicate=False))
         for slot in self.weights.slots:
             path, _, attribute = slot.path.rpartition(".")

@@ -89,6 +89,7 @@ class _Rows(torch.autograd.Function):
         add: Callable[..., None],
     ) -> Tensor:
         p, width = from_recipe(block.recipe), base.shape[1]
+        p.check_coordinates(w)
         kept = words == block.kept[0].start // width if block.kept[0] else None
         unmoved = words == padding if padding is not None else None
         ctx.set_materialize_grads(False)

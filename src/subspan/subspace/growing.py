@@ -76,8 +76,9 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     before = weights.projections
     after = nest(before, dim, [part.name for part in weights.compartments])
     own = [weights.root._parameters[name] for name in weights.coordinate_names]
-    for w in own:
+    for w, projection in zip(own, before, strict=True):
         _refuse_hooks(w)  # type: ignore[arg-type]
+        projection.check_coordinates(w)  # type: ignore[arg-type]
     states = [_carry(optimizer, w, p, q) for w, p, q in zip(own, before, after, strict=True)]  # type: ignore[arg-type]
     new = [
         nn.Parameter(refine(w, p, q), w.requires_grad)  # type: ignore[union-attr,arg-type]

@@ -279,6 +279,12 @@ class Network:
                 f"{piece.tensor} was spread over processes after the network was wrapped, by "
                 "something else than fully_shard, and a subspace needs it whole"
             )
+        size = sum(len(block.pieces[0]) for block in self.blocks_of[piece.tensor])
+        if base.numel() != size:
+            raise SubspanError(
+                f"{piece.tensor} has the shape {list(base.shape)} now, and had {size} entries when "
+                "the network was wrapped: unwrap() it first, then change it and wrap it again"
+            )
         return base if whole else base.reshape(-1)[piece.start : piece.stop]
 
     def put_back(self, module: nn.Module, link: Link) -> None:

@@ -330,6 +330,7 @@ class Weights(Network):
         inside = self.called() and not is_at_base(self)
         base = self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
+        ordinary = ordinary and base.numel() == len(own[0].pieces[0])
         if not (inside and ordinary) or torch._C._is_tracing() or transformed():
             return None
         w = self.coordinate(own[0].coordinates)

@@ -12,6 +12,7 @@ from torch.optim import SGD
 import subspan
 from subspan import SubspaceModel, SubspanError
 from subspan.optim import RandomBases
+from subspan.subspace import formed
 from tests.laws import default_dtype
 from tests.nets import NETS, batch, build, scatter
 from tests.subspace.in_place.network import Bag, Net
@@ -235,6 +236,40 @@ def test_under_another_default_device_and_mode():
     loss.backward()
     torch.testing.assert_close(y, model(x))
     SGD(model.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("length", [6, 30])
+@pytest.mark.parametrize("projection", ["hash", "gaussian", "kronecker"])
+def test_coordinates_of_another_length_are_refused(projection, length, tmp_path):
+    """A kernel would read past their end."""
+    model, x = SubspaceModel(Net(), 20, projection=projection), torch.randn(5, 8)
+    w = model.coordinates["global"]
+    w.data = torch.randn(length)
+    grow = (lambda: subspan.grow(model, 40),) if projection == "hash" else ()
+    for use in (
+        lambda: model(x),
+        lambda: model.body.head.weight,
+        lambda: torch.compile(model, backend="eager")(x),
+        model.merge,
+        model.state_dict,
+        lambda: subspan.save(model, tmp_path / "m"),
+        *grow,
+    ):
+        with pytest.raises(SubspanError, match=f"there are {length} coordinates now.* has 20 col"):
+            use()
+    assert model.coordinates["global"] is w
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+@pytest.mark.parametrize("rows", [300, 150])
+def test_a_base_of_another_shape_is_refused(kept, rows, monkeypatch):
+    monkeypatch.setattr(formed, "KEPT", kept)
+    net = nn.Sequential(nn.Embedding(200, 24), nn.Linear(24, 3))
+    model, words = SubspaceModel(net, 20), torch.tensor([0, 1, rows - 1])
+    dict(net.named_parameters())["0.weight"].data = torch.randn(rows, 24)
+    for use in (lambda: model(words), lambda: net[0].weight, model.merge):
+        with pytest.raises(SubspanError, match=rf"0.weight has the shape \[{rows}, 24\] now"):
+            use()
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
