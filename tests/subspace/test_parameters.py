@@ -136,3 +136,37 @@ def test_the_digest_sees_names_dtypes_shapes_and_every_byte():
 def test_any_tensor_has_a_digest(tensor):
     assert digest_tensors({"x": tensor}) == digest_tensors({"x": tensor.clone().contiguous()})
     assert len(digest_tensors({"x": tensor})) == 32
+
+
+SPARSE = [
+    lambda a: a.to_sparse(),
+    lambda a: a.to_sparse_csr(),
+    lambda a: a.to_sparse_csc(),
+    lambda a: a.to_sparse_bsr((2, 2)),
+    lambda a: a.to_sparse_bsc((2, 2)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("make", SPARSE)
+def test_sparse_tensors_have_digests_of_what_is_stored(make):
+    x = torch.eye(4) + torch.ones(4).diag(0).roll(1, 0)
+    base = digest_tensors({"x": make(x)})
+    assert base == digest_tensors({"x": make(x.clone())})
+    others = [digest_tensors({"x": tensor}) for tensor in (x, make(2 * x), make(x.T.contiguous()))]
+    assert len({base, *others}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_are_told_apart_by_their_layouts():
+    square = torch.eye(4)
+    assert len({digest_tensors({"x": make(square)}) for make in SPARSE}) == 5
+    double = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=False)
+    assert digest_tensors({"x": double}) == digest_tensors({"x": double.coalesce()})
+
+
+def test_lazy_conjugates_are_the_numbers_that_they_mean():
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    for lazy in (z.conj(), z.conj().imag):
+        plain = torch.tensor(lazy.tolist(), dtype=lazy.dtype)
+        assert digest_tensors({"x": lazy}) == digest_tensors({"x": plain})

@@ -116,6 +116,13 @@ def contents(
         header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
     except (TypeError, ValueError, RecursionError) as error:
         raise SubspanError(f"extra must hold JSON values: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = tensor.dtype if tensor.is_quantized else tensor.layout
+            raise SubspanError(
+                f"{name} is {kind}, and a file holds dense tensors only: keep it as such, or "
+                "save state_dict() by torch.save"
+            )
     # Copies: safetensors refuses tensors that overlap in memory.
     layout = torch.contiguous_format
     return header, {

@@ -46,6 +46,8 @@ from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 class WrappedModule(ModuleStates):
     """The behaviour of every module that has a trained parameter, or a part with one."""
@@ -74,8 +76,11 @@ class WrappedModule(ModuleStates):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if (link := vars(self).get(LINK)) is not None:
             refuse_whole(link.weights, "copied or pickled")
-        for leaf in tree_leaves(vars(self)):  # a result that the module keeps, in a graph
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
+        for leaf in tree_leaves(vars(self)):
+            if not isinstance(leaf, Tensor) or id(leaf) in memo:
+                continue
+            # A result that the module keeps, in a graph, or what PyTorch clones and does not copy.
+            if leaf.grad_fn is not None or leaf.layout in _COMPRESSED:
                 memo[id(leaf)] = leaf.detach().clone()
         copy_itself = getattr(super(), "__deepcopy__", None)
         if copy_itself is not None:

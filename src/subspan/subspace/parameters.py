@@ -185,6 +185,11 @@ def check_trainable(
             raise SubspanError(
                 f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
             )
+        if slot.tensor in chosen | fully and p.layout != torch.strided:
+            raise SubspanError(
+                f"{slot.path} is {p.layout}, and what is trained must be dense: give it as "
+                "to_dense(), or leave it out"
+            )
         if slot.tensor in fully and p.is_inference():
             raise SubspanError(
                 f"{slot.path} was made under inference_mode and cannot be trained fully: make the "
@@ -255,6 +260,28 @@ def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
             parts = {f"{name}.{part}": inside for part, inside in tensor.parts.items()}
             sha.update(digest_tensors(parts).encode())
             continue
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().data)
+        if tensor.layout != torch.strided:
+            sha.update(f"{tensor.layout}\n{digest_tensors(_sparse_parts(tensor))}".encode())
+            continue
+        sha.update(bytes_of(tensor).numpy().data)
     return sha.hexdigest()[:32]
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a dense tensor in the order of its entries, on the CPU."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
+    """Return the dense tensors that a sparse one is made of."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.detach().coalesce()
+        return {"indices": tensor.indices(), "values": tensor.values()}
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        inside = {"rows": tensor.crow_indices(), "columns": tensor.col_indices()}
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        inside = {"columns": tensor.ccol_indices(), "rows": tensor.row_indices()}
+    else:
+        return {"dense": tensor.to_dense()}
+    return inside | {"values": tensor.values()}
