@@ -23,7 +23,7 @@ from subspan.distributed import find_ddp, has_share
 from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
 from subspan.subspace.links import missing
-from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.parameters import bytes_of, digest_tensors, saved_buffers
 from subspan.subspace.quantised import read_quantised
 from subspan.subspace.variant import refuse_in_use
 
@@ -40,14 +40,20 @@ ROUNDING = 1e-5  # of a tensor's norm: what averages of equal tensors may differ
 class Sketch:
     """A tensor in a few numbers: a checksum of its bytes, sums of its blocks, and its norm."""
 
+    shape: torch.Size
     number: int
     sums: Tensor
     norm: float
 
+    @classmethod
+    def exact(cls, shape: torch.Size, number: int) -> Sketch:
+        """Make the sketch of numbers that have no average: they are the same, or they are not."""
+        return cls(shape, number, torch.full((1,), number % 2**52).double(), 0.0)
+
     def is_like(self, other: Sketch) -> bool:
         """Return whether the other tensor is equal, but for the rounding of averages."""
-        if self.number == other.number:
-            return True
+        if self.shape != other.shape or self.number == other.number:
+            return self.shape == other.shape
         return bool((self.sums - other.sums).norm() <= ROUNDING * self.norm)
 
 
@@ -109,21 +115,23 @@ class Changes:
             return None
         if (packed := read_quantised(module, attribute)) is not None:
             number = int(digest_tensors({tensor: packed}), 16)
-            short = torch.tensor([number % 2**52], dtype=torch.float64, device="cpu")
-            return packed.dtype, Sketch(number, short, 0.0)
+            return packed.dtype, Sketch.exact(packed.shape, number)
         with torch._C.DisableTorchFunctionSubclass():
+            if base.layout != torch.strided:
+                return base.dtype, Sketch.exact(base.shape, int(digest_tensors({tensor: base}), 16))
             kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype
-            flat = local(base).detach().cpu().contiguous().reshape(-1)
-            number = zlib.crc32(flat.view(torch.uint8).numpy().data)
-            if not flat.is_floating_point():
-                return kind, Sketch(number, flat.new_zeros(1), 0.0)
+            stored = bytes_of(local(base))
+            number = zlib.crc32(stored.numpy().data)
+            if not (base.is_floating_point() or base.is_complex()):
+                return kind, Sketch.exact(base.shape, number)
+            flat = stored.view(base.real.dtype)
             blocks = flat[: len(flat) // BLOCKS * BLOCKS].view(BLOCKS, -1)
             # A few blocks at a time: PyTorch makes a copy in float64 of what it sums so.
             few = blocks.split(max(1, AT_ONCE // max(1, blocks.shape[1])))
             sums = [part.sum(dim=1, dtype=torch.float64) for part in few]
             rest = flat[len(flat) // BLOCKS * BLOCKS :].double()
             norm = sum(float(part.double().square().sum()) for part in (*few, rest)) ** 0.5
-            return kind, Sketch(number, torch.cat([*sums, rest]), norm)
+            return kind, Sketch(base.shape, number, torch.cat([*sums, rest]), norm)
 
     def remember(self, tensors: Iterable[str]) -> None:
         """Take these tensors for what they were, where nothing is known in their type."""

@@ -258,6 +258,29 @@ def test_a_base_that_lost_its_values_or_digits_is_noticed(tmp_path):
             subspan.save(model, tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("values", "change"),
+    [
+        (torch.rand(5, 4), lambda p: torch.rand(7, 4)),
+        (torch.rand(5, 4), lambda p: p.data.reshape(4, 5)),
+        (torch.arange(20), lambda p: p.data + 1),
+        (torch.rand(300) * 1j, lambda p: p.data * 1j),
+    ],
+    ids=["more rows", "another shape", "integers", "complex"],
+)
+def test_what_is_not_trained_is_noticed_whatever_becomes_of_it(values, change, tmp_path):
+    net = Net()
+    net.table = nn.Parameter(values, requires_grad=False)
+    model = SubspaceModel(net, 20, targets="head")
+    model.state_dict()
+    with torch.no_grad():
+        net.table.data = change(net.table)
+    model(torch.randn(2, 8)).sum().backward()
+    for leave in (model.state_dict, lambda: subspan.save(model, tmp_path / "m")):
+        with pytest.raises(SubspanError, match="θ₀ of table was changed after the network was w"):
+            leave()
+
+
 @pytest.mark.parametrize("way", ["mul add", "copy", "data"])
 def test_moving_averages_over_all_parameters(way):
     """Rounding moves equal parameters by their last digits: that is no other base."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from subspan import SubspaceModel, projections
+import subspan
+from subspan import SubspaceModel, SubspanError, projections
 from tests.nets import NETS, batch, scatter
 from tests.subspace.in_place.network import Bag
 
@@ -123,3 +124,54 @@ def test_networks_of_abstract_and_generic_classes(first):
     assert torch.equal(model(x), model.merge()(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert type(model.unwrap()[0]) is Net
+
+
+class Graph(nn.Module):
+    """A network of a graph, whose edges are a buffer."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("edges", make(torch.eye(6) + torch.eye(6).roll(1, 0)))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        edges = self.edges if self.edges.layout != torch.strided else self.edges.real
+        return edges @ self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", ["sparse", "sparse_csr", "conj"])
+def test_buffers_that_are_not_stored_as_a_dense_block(kind, tmp_path):
+    def make(a):
+        return (a * (1 + 1j)).conj() if kind == "conj" else getattr(a, f"to_{kind}")()
+
+    model, x = scatter(SubspaceModel(Graph(make), 5)), torch.randn(6, 6)
+    model.body.edges = make(torch.eye(6) + torch.eye(6).roll(1, 0))
+    y = model(x)
+    for other in (model.merge(), copy.deepcopy(model)):
+        assert torch.equal(other(x), y)
+    subspan.save(model, tmp_path / "m")
+    assert torch.equal(subspan.load(tmp_path / "m", Graph(make))(x), y)
+    model.body.edges = make(torch.eye(6))
+    assert list(model.changed_buffers()) == ["edges"]
+    if kind != "conj":
+        said = r"body\.edges is torch\.sparse_.*, and a file holds dense tensors only"
+        with pytest.raises(SubspanError, match=said):
+            subspan.save(model, tmp_path / "m")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", ["sparse", "sparse_csr"])
+def test_sparse_parameters_stay_and_are_not_trained(kind):
+    net = Graph(torch.clone)
+    net.fc.weight = nn.Parameter(getattr(torch.eye(3, 6), f"to_{kind}")())
+    for options in ({}, {"targets": "fc.bias", "train_fully": "fc.weight"}):
+        with pytest.raises(SubspanError, match=r"fc\.weight is torch\.sparse_.* must be dense"):
+            SubspaceModel(net, 3, **options)
+    model = SubspaceModel(net, 3, targets="fc.bias")
+    model.state_dict()
+    with torch.no_grad():
+        (net.fc.weight if kind == "sparse" else net.fc.weight.values()).mul_(2)
+    with pytest.raises(SubspanError, match=r"θ₀ of fc\.weight was changed"):
+        model.state_dict()
