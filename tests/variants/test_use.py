@@ -160,7 +160,7 @@ def test_what_inference_mode_forms_serves_outside_of_it(model):
     assert torch.equal(inside, outside.detach())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # PyTorch has many of its own
 @pytest.mark.parametrize(
     ("done", "call"),
     [

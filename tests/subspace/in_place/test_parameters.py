@@ -108,7 +108,7 @@ def unusual():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("n", range(7))
+@pytest.mark.parametrize("n", range(9))
 def test_unusual_parameters_are_refused_before_anything_changes(n):
     net, options, message = list(unusual())[n]
     before = [(name, p, p.requires_grad, type(p)) for name, p in net.named_parameters()]
