@@ -86,6 +86,52 @@ def test_an_import_that_fails_is_named(tmp_path, monkeypatch, source, words):
     assert "mine" not in sys.modules
 
 
+METHOD = """
+from subspan.training.methods import Method, Option
+class Mine(Method):
+    options = (Option({option!r}, int, "mine"),)
+    def wrap(self, net, seed, options): return net
+    def rates(self, options): return (0.01,)
+Mine({name!r}, "mine")
+"""
+TASK = """
+from subspan.training.tasks import Option, TaskKind, register
+class Mine(TaskKind):
+    options = (Option("epochs", int, "mine"),)
+    def load(self, training, seed): ...
+    def network(self, extra): ...
+register(Mine("mine", "mine"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (METHOD.format(name="mine", option="epochs"), "subspan train has --epochs already: call"),
+        (METHOD.format(name="mine", option="out"), "subspan train has --out already: call"),
+        (TASK, "subspan train has --epochs already: call"),
+        (METHOD.format(name="hash", option="k"), "a method named 'hash' is registered already: "),
+    ],
+)
+def test_a_name_that_is_taken(source, message, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    done = subspan(tmp_path, "train", "--import", "mine", "--dim", "5", *DIGITS)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_whose_projection_is_not_imported(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    how = ("--import", "mine", "--method", "scaled", "--dim", "5", "--steps", "1", "--out", "out")
+    assert subspan(tmp_path, "train", *DIGITS, *how).returncode == 0
+    done = subspan(tmp_path, "eval", "out/model.safetensors")
+    assert done.returncode == 2
+    assert "unknown projection 'scaled'" in done.stderr
+    assert "(--import on the command line)" in done.stderr
+    assert subspan(tmp_path, "eval", "out/model.safetensors", "--import", "mine").returncode == 0
+
+
 def test_nothing_is_written_then(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("x = 1\nraise ValueError('no licence')\n")
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,8 @@ def add_method_options(
         # Of several methods the first that is used decides what values an option may have.
         option = next(option for option in some[0].options if option.name == name)
         ours = [each for each in some if each in used]
-        if used and not ours and given.get(name) not in (None, "null"):
+        theirs = used and not ours and name not in parser.kinds
+        if theirs and given.get(name) not in (None, "null"):
             used[0].check([name])
         parser.add_argument(
             f"--{name}",

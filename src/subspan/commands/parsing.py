@@ -66,6 +66,12 @@ class Parser(ArgumentParser):
             known = default not in (None, SUPPRESS)
             said = f"{text} (default: {default})" if known else str(text)
             settings["help"] = said.replace("%", "%%")  # it is a format to argparse
+        for name in map(dashed, names):
+            if name in self.flags():
+                raise SubspanError(
+                    f"{self.prog} has {name} already: call the option of yours otherwise, of a "
+                    "method or a task that you import"
+                )
         action: Action = super().add_argument(*map(dashed, names), **settings)
         self.actions.append(action)
         self.kinds[action.dest] = settings.get("type")
@@ -190,7 +196,7 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
     known = set(parser.kinds) - {"config", "imports", "help", "print_config"}
     for option, word in zip(["", *words], words, strict=False):
         name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
-        if name == "--config" and value:
+        if name == "--config" and word != name:
             check_file(value, known, parser.prog)
         else:
             check_value(name, value)

@@ -35,10 +35,11 @@ def add_task_options(parser: Parser, task: str | None, *, note: str = "") -> Non
         note: what the help says of each, in place of its own words, where a trained network is
             read: options of training alone are left out then.
     """
-    used = kind(task)
+    used, others = kind(task), set(parser.kinds)
     for each in [used, *(other for other in kinds().values() if other is not used)]:
         for option in each.options:
-            if option.name not in parser.kinds and (option.lasting or not note):
+            shared = option.name in parser.kinds and option.name not in others  # between tasks
+            if not shared and (option.lasting or not note):
                 shown = note or (option.help if each is used else SUPPRESS)
                 parser.add_argument(
                     f"--{option.name}", type=option.type | None, default=None, help=shown

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.families import projections
 from subspan.layers.atoms import convolution, diagonal, fixed, fourier, kronecker  # noqa: F401 (they register)
 from subspan.layers.atoms.base import HALF, Sum, _kinds
 from subspan.layers.atoms.dct import cosines, zigzag
 from subspan.layers.atoms.dense import Projected
+from subspan.registry import unregistered
 
 __all__ = ["HALF", "Sum", "atoms", "cosines", "kinds", "zigzag"]
 
@@ -39,4 +40,4 @@ def atoms(kind: str, n: int, m: int, *, seed: int = 0, stream: int = 0, **option
         return _kinds[kind](n, m, seed, stream, **options)
     if kind in projections():
         return Projected(n, m, seed, stream, family=kind, **options)
-    raise unknown("kind of atoms", kind, kinds())
+    raise unregistered("kind of atoms", kind, kinds())
