@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -93,6 +93,11 @@ class GrowthPlan(RunPlan):
     def __init__(self, config: Growth) -> None:
         how = method(METHOD)
         options = complete(config.options, how, config.training)
+        if isinstance(options.get("compartments"), Mapping):
+            raise SubspanError(
+                "compartments with dimensions of their own cannot grow: give them without, as "
+                "layer or tensor, and --dims"
+            )
         if not config.dims and "compartments" in options:
             raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
         dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)

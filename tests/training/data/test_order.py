@@ -40,7 +40,7 @@ def test_hold_out_nothing():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), 0.01, 0.99])
 def test_hold_out_leaves_both_sides_a_sample(fraction):
-    with pytest.raises(SubspanError, match=r"fraction in \[0, 1\) .* of 20 samples"):
+    with pytest.raises(SubspanError, match=r"share in \[0, 1\) .* of 20 samples"):
         order.hold_out(numbered(20), fraction, seed=0, stream=order.VALIDATION)
 
 

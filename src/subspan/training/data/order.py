@@ -51,9 +51,11 @@ def hold_out(split: Chosen, fraction: float, *, seed: int, stream: int) -> tuple
     """
     held = round(fraction * len(split)) if 0 <= fraction < 1 else -1
     if held < 0 or held == len(split) or (held == 0 and fraction > 0):
+        share = "validation" if stream == VALIDATION else "the test part"
+        remedy = "give another share, or " * (stream == VALIDATION) + "have more samples"
         raise SubspanError(
-            "the part to hold out must be a fraction in [0, 1) that leaves a sample on both "
-            f"sides, got {fraction:.3g} of {len(split)} samples: have more samples"
+            f"{share} must be a share in [0, 1) that leaves a sample on both sides, got {fraction} "
+            f"of {len(split)} samples: {remedy}"
         )
     order = permutation(len(split), seed=seed, stream=stream)
     return split.select(order[held:].sort().values), split.select(order[:held].sort().values)
