@@ -7,6 +7,7 @@ PyTorch takes seconds to import.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,15 @@ def _run(arguments: list[str]) -> int:
         return 2
     except OSError as error:  # a full disk, a folder without permission
         print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if (size := re.search(r"allocate ([\d.]+ \w+)", str(error))) is None:
+            raise
+        print(
+            f"subspan {arguments[0]}: error: there is no memory for another {size[1]}: make what "
+            "was asked for smaller",
+            file=sys.stderr,
+        )
         return 1
     except Stopped as stopped:
         print(f"\nsubspan {arguments[0]}: {stopped}", file=sys.stderr)

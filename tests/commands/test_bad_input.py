@@ -86,9 +86,15 @@ BAD = {
     "train --epochs 1.5": "epochs must be an integer, got 1.5",
     "train --batch-size 0": "batch_size must be at least 1, got 0",
     "train --validation 1": "validation must be a share in (0, 1), got 1.0",
-    "train --validation 1e-9": "a sample on both sides",
+    "train --validation 1e-9": "validation must be a share in [0, 1) that leaves a sample on both",
+    "train --validation 0.9999": "both sides, got 0.9999 of 1438 samples: give another share",
+    "intrinsic --compartments '{fc1: 5, fc2: 5}'": "dimensions of their own cannot grow: give them",
+    "train --net mlp-99999999999": "net 'mlp-99999999999' is larger than the memory",
+    f"train --net mlp-{10**21}": "is larger than the memory of this machine: make it smaller",
     "train --optimizer adamw": "optimizer must be one of ['adam', 'sgd'], got adamw",
     "train --device gpu": "device must be one of ['auto', 'cpu', 'cuda'], got gpu",
+    "train --config=": "--config is empty: give a YAML file",
+    "train --config ''": "--config is empty: give a YAML file",
     "train --config no.yaml": "--config: File does not exist",
     "train --config lrr.yaml": "--config for subspan train 'lrr': did you mean lr",
     "train --config broken.yaml": "--config broken.yaml is no YAML (line 2, column 1: expected",
@@ -309,6 +315,15 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):
     assert (said.code, said.out) == (1, "")
     assert said.err == "subspan train: error: [Errno 28] No space left on device\n"
     assert os.listdir(in_tmp_path) == []
+
+
+def test_more_than_the_memory(in_tmp_path, cli):
+    words = ["--parts", "products", "--methods", "hash", "--sizes", "99999999999x10"]
+    said = cli("bench", *words)
+    assert said.code == 1
+    assert said.err.endswith(
+        "there is no memory for another 399999999996 bytes: make what was asked for smaller\n"
+    )
 
 
 def test_ctrl_c(in_tmp_path, cli, ctrl_c, monkeypatch):

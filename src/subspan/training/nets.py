@@ -120,7 +120,12 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
             f"got {height}x{width}: use larger images (--resize {entry.smallest} makes them so), "
             "or the net 'mlp', which takes any size"
         )
-    return entry.build(input_shape, classes)
+    try:
+        return entry.build(input_shape, classes)
+    except (MemoryError, RuntimeError, TypeError) as error:  # TypeError: of more than 63 bits
+        raise SubspanError(
+            f"net {name!r} is larger than the memory of this machine: make it smaller"
+        ) from error
 
 
 def weights(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> int:

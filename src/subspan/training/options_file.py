@@ -47,6 +47,8 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
     Raises:
         SubspanError: the file cannot be used; it names the line where there is one.
     """
+    if not name:
+        raise SubspanError("--config is empty: give a YAML file")
     path = Path(name)
     if path.is_dir():
         raise SubspanError(f"--config {name} is a folder: give a YAML file")
