@@ -26,7 +26,7 @@ def test_writes_and_replaces(tmp_path):
     assert os.listdir(tmp_path) == ["record.json"]
 
 
-def no_space(*_):
+def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -44,6 +44,20 @@ def test_a_failure_leaves_what_was_there(call, failure, tmp_path, monkeypatch):
         write_atomically(path, NEW)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
+
+
+def read_only(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system", ".record.json.x8a.tmp")
+
+
+@pytest.mark.parametrize("module", [files.os, files.tempfile])
+@pytest.mark.parametrize("failure", [no_space, read_only])
+def test_an_error_names_the_file_and_no_hidden_one(module, failure, tmp_path, monkeypatch):
+    call = "replace" if module is files.os else "NamedTemporaryFile"
+    monkeypatch.setattr(module, call, failure)
+    with pytest.raises(OSError, match=r"space|Read") as caught:
+        write_atomically(tmp_path / "record.json", NEW)
+    assert caught.value.filename == str(tmp_path / "record.json")
 
 
 @pytest.mark.parametrize("call", ["fsync", "fchmod"])
@@ -88,7 +102,7 @@ def test_a_disk_that_is_full_half_way(tmp_path):
     path.write_bytes(b"old")
     with files_no_larger_than(10_000), pytest.raises(OSError, match="large") as caught:
         write_atomically(path, NEW)
-    assert caught.value.errno == errno.EFBIG
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
 

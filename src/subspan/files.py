@@ -61,25 +61,36 @@ def write_together(files: Mapping[Path, bytes]) -> int:
     with contextlib.ExitStack() as stack:
         new = {path: stack.enter_context(_beside(path, data)) for path, data in files.items()}
         for path, name in new.items():
-            os.replace(name, path)
+            with _named(path):
+                os.replace(name, path)
     return sum(map(len, files.values()))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error name the file that was to be written, in place of none, or of a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager
 def _beside(path: Path, data: bytes) -> Iterator[str]:
     """Write a temporary file, which is gone if anything fails inside of the ``with``."""
-    try:
+    with _named(path):
         temporary = tempfile.NamedTemporaryFile(  # noqa: SIM115 (entered below)
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         )
-    except PermissionError as error:  # which names a file that nobody knows
-        raise PermissionError(error.errno, error.strerror, str(path)) from None
     with temporary as file:
         try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
+            with _named(path):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
             yield file.name
         except BaseException:
             with contextlib.suppress(FileNotFoundError):  # Ctrl-C just after the renaming

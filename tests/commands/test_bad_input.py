@@ -313,7 +313,8 @@ def test_a_full_disk(in_tmp_path, cli, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", no_space)
     said = cli(*TRAIN, "--dim", "5")
     assert (said.code, said.out) == (1, "")
-    assert said.err == "subspan train: error: [Errno 28] No space left on device\n"
+    message = "[Errno 28] No space left on device: 'run/record.json'"
+    assert said.err == f"subspan train: error: {message}\n"
     assert os.listdir(in_tmp_path) == []
 
 

@@ -65,9 +65,9 @@ def main(argv: Arguments) -> None:
         choices=read("choices", int, given.choices),
         base_is_prior=given.base_is_prior,
     )
+    show(found)  # first, for the file may not be possible
     if given.out is not None:
         write_atomically(given.out, (json.dumps(to_json(found), indent=1) + "\n").encode())
-    show(found)
 
 
 def show(found: Certificate) -> None:
