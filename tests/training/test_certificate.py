@@ -20,6 +20,8 @@ from subspan.training.certificate import certify
 from subspan.training.evaluate import rebuild
 from subspan.training.occam import log_prior, occam_bound
 from subspan.training.tasks.classification import Classification
+from subspan.training.train import train
+from tests.runs import a_run
 from tests.training.data.makers import image_folder
 
 
@@ -150,6 +152,17 @@ def test_the_command(file, cli, in_tmp_path):
     said = cli("bound", file, "--out", file)
     assert said.code == 2
     assert "is the checkpoint itself" in said.err
+    said = cli("bound", file, "--out", "/proc/bound.json")  # where there can be no file
+    assert (said.code, "So much says nothing" in said.out) == (1, True)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_validation_part_is_that_of_the_training(bits, tmp_path):
+    """It decides which images give the mean that the file says."""
+    options = {} if bits is None else {"bits": bits}
+    train(a_run(dim=5, validation=0.9, **options), tmp_path / "run")
+    found = certify(tmp_path / "run" / ("model.safetensors" if bits is None else "model.subspan"))
+    assert found.samples == 1438
 
 
 def test_a_bound_that_says_something(cli, in_tmp_path, monkeypatch):
@@ -205,6 +218,8 @@ from torch import nn
 from subspan.training import data
 from subspan.training.tasks import Task
 from subspan.training.tasks.classification import Classification
+from subspan.training.train import train
+from tests.runs import a_run
 
 def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

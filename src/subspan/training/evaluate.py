@@ -35,7 +35,9 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     """Describe network and task for a checkpoint, so that :func:`rebuild` finds them again."""
-    own = {"task": training.task, "validation": training.validation} if training.task else {}
+    own: dict[str, Any] = {"task": training.task} if training.task else {}
+    if training.task or training.validation != Training.validation:
+        own["validation"] = training.validation  # it decides which images give mean and deviation
     known = {"net": training.net, "data": training.data, "seed": seed}
     passing = {o.name for o in tasks.kind(training.task).options if not o.lasting}
     read = {name: v for name, v in training.task_options.items() if name not in passing}
