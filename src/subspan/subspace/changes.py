@@ -48,7 +48,9 @@ class Sketch:
     @classmethod
     def exact(cls, shape: torch.Size, number: int) -> Sketch:
         """Make the sketch of numbers that have no average: they are the same, or they are not."""
-        return cls(shape, number, torch.full((1,), number % 2**52).double(), 0.0)
+        return cls(
+            shape, number, torch.tensor([number % 2**52], dtype=torch.float64, device="cpu"), 0.0
+        )
 
     def is_like(self, other: Sketch) -> bool:
         """Return whether the other tensor is equal, but for the rounding of averages."""
