@@ -22,6 +22,7 @@ from subspan.training import locks, loop, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
 from tests.runs import STEPS, a_run, contents, copied, record_of, train_up_to
+from tests.training.data.makers import image_folder
 from tests.training.killed import RUN as KILLED
 
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
@@ -261,6 +262,24 @@ def test_another_beginning(tmp_path, monkeypatch):
     assert train(run, out).status == "complete"
 
 
+def test_other_samples_of_the_same_number(tmp_path):
+    """Two pictures change places: neither their number nor their mean tells."""
+    folder, out = image_folder(tmp_path / "images"), tmp_path / "run"
+    run = a_run(data=str(folder), net="linear", dim=5, epochs=2, batch_size=4, validation=0.1)
+    with pytest.raises(Stopped):
+        train(run, out, on_step=lambda: signal.raise_signal(signal.SIGTERM))
+    before = contents(out)
+    cats, dogs = folder / "train/cat", folder / "train/dog"
+    for name in range(6):
+        one, other = cats / f"{name:02}.png", dogs / f"{11 - name:02}.png"
+        content = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    with pytest.raises(SubspanError, match="other training samples, or other labels of them: br"):
+        train(run, out)
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("spoil", ["missing", "cut short"])
 def test_the_best_epoch_must_be_there(spoil, cli, in_tmp_path, monkeypatch):
     """Or all that is left would be trained in vain."""
@@ -397,11 +416,11 @@ def test_a_state_of_an_older_version(tmp_path):
     assert set(content) == {
         *("format", "config", "header", "tensors", "optimizer", "schedule", "scaler"),
         *("generators", "history", "log", "best_score", "best_epoch", "sent", "notes"),
-        *("processes", "size", "done", "within", "seconds_total"),
+        *("processes", "size", "digest", "done", "within", "seconds_total"),
     }
     assert set(content["within"]) == {"total", "seen", "seconds", "lr"}
     assert content["history"] == record_of(out)["history"]
-    for name in ("log", "notes", "processes", "size"):
+    for name in ("log", "notes", "processes", "size", "digest"):
         del content[name]
     torch.save(content, out / state.FILE)
     train(run, out)

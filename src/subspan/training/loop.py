@@ -74,6 +74,7 @@ class Loop:
         device, processes = accelerator.device, accelerator.num_processes
         self.memory = PeakMemory(device)
         self.started = time.perf_counter() - (before.seconds_total if before else 0.0)
+        self.digest = ready.digest  # of samples as they are at first
         self.task = ready.task.to(device)
         self.score = self.task.score
         check_batches(self.training, processes)
@@ -87,7 +88,7 @@ class Loop:
         # The layers that there were; their values come when a journal has been read from θ₀ on.
         model = checkpoint.rebuild(ready.model, before.header) if before else ready.model
         if before:
-            resume.check_beginning(before, self.folder, model, self.task.size())
+            resume.check_beginning(before, self.folder, model, ready)
         self.model = model.to(device)
         resumed = before.optimizer if before else None
         optimizer = self.bare = ready.optimizer(self.model, out, self.extra(), resumed)
@@ -333,20 +334,20 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         header, tensors = checkpoint.contents(self.model)
-        scaler = self.accelerator.scaler
         now = TrainState(
             config=self.record.config,
             header=header,
             tensors=tensors,
             optimizer=self.bare.state_dict(),
             schedule=self.schedule.state_dict(),
-            scaler=None if scaler is None else scaler.state_dict(),
+            scaler=None if (scaler := self.accelerator.scaler) is None else scaler.state_dict(),
             generators=state.generators(),
             progress=self.progress,
             log=self.log.state(),
             notes=self.record.notes,
             processes=self.accelerator.num_processes,
             size=self.task.size(),
+            digest=self.digest,
             seconds_total=time.perf_counter() - self.started,
         )
         state.write(self.folder.state, now)

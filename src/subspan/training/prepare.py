@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,16 @@ class Prepared:
     method: Method
     model: nn.Module
     init_seed: int | None
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """A checksum of the task's samples and of what it says of itself."""
+        found = zlib.crc32(json.dumps(self.task.describe(), sort_keys=True).encode())
+        for tensor in self.task.samples():
+            if tensor.layout is torch.strided:
+                values = tensor.detach().cpu().reshape(-1).contiguous()
+                found = zlib.crc32(values.view(torch.uint8).numpy().data, found)
+        return found
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.training import records, state
 from subspan.training.folder import RunFolder
+from subspan.training.prepare import Prepared
 from subspan.training.state import TrainState
 
 
@@ -28,23 +29,31 @@ def find_state(config: Mapping[str, Any], folder: Path) -> TrainState | None:
     return found if same else None
 
 
-def check_beginning(before: TrainState, folder: RunFolder, model: nn.Module, size: int) -> None:
+def check_beginning(
+    before: TrainState, folder: RunFolder, model: nn.Module, ready: Prepared
+) -> None:
     """Refuse to go on with other samples, from other initial weights, or without the best epoch.
 
     Args:
         before: where the training stands.
         folder: of the run.
         model: as it was before the first step.
-        size: training samples that there are now.
+        ready: what is trained now.
 
     Raises:
         SubspanError: if there are others than those that the run was begun with, or the best
             epoch's checkpoint cannot be read.
     """
+    size, remedy = ready.task.size(), "bring the data back as they were, or give another --out"
     if before.size is not None and before.size != size:
         raise SubspanError(
             f"{folder.path} was begun with {before.size:,} training samples, now there are "
-            f"{size:,}: bring the data back as they were, or give another --out"
+            f"{size:,}: {remedy}"
+        )
+    if before.digest is not None and before.digest != ready.digest:
+        raise SubspanError(
+            f"{folder.path} was begun with other training samples, or other labels of them: "
+            f"{remedy}"
         )
     if before.header["kind"] == "part":
         checkpoint.check_part(folder.path, model, before.header)

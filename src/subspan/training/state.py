@@ -82,6 +82,7 @@ class TrainState:
         notes: of the record; None likewise.
         processes: how many trained.
         size: training samples; None likewise.
+        digest: of them (:class:`subspan.training.prepare.Prepared`); None likewise.
         seconds_total: of all parts of the training.
     """
 
@@ -97,6 +98,7 @@ class TrainState:
     notes: list[str] | None = None
     processes: int = 1
     size: int | None = None
+    digest: int | None = None
     seconds_total: float
 
     def state_dict(self) -> dict[str, Any]:

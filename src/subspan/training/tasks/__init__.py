@@ -12,7 +12,7 @@ import copy
 import functools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -94,6 +94,10 @@ class Task(ABC):
             SubspanError: if the data are of another kind than those of the training.
         """
         return self
+
+    def samples(self) -> Iterable[Tensor]:
+        """Return what a training that goes on knows its samples by; by default, its tensors."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def sizes(self) -> dict[str, int]:
         """Return what the test part holds, in people's words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,10 @@ class Classification(ClassTask):
             )
         mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
         return type(self)(replace(images, mean=mean, std=std), self.net, self.changes)
+
+    def samples(self) -> Iterable[Tensor]:
+        """Return the training part's images and labels."""
+        return self.images.train.images, self.images.train.labels
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,10 @@ class LanguageModelling(Task):
                 "back the one of that training"
             )
         return self
+
+    def samples(self) -> Iterable[Tensor]:
+        """Return the training part's tokens."""
+        return (self.data.train.tokens,)
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test tokens."""

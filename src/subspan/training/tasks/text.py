@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +104,10 @@ class TextClassification(ClassTask):
                 "back the one of that training"
             )
         return self
+
+    def samples(self) -> Iterable[Tensor]:
+        """Return the training part's texts and labels."""
+        return self.data.train.tokens, self.data.train.ends, self.data.train.labels
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test texts."""
