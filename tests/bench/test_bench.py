@@ -236,6 +236,8 @@ def test_a_measurement_that_fails_is_an_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"parts": ()}, "parts is empty: give at least one"),
+        ({"sizes": ()}, "sizes is empty: give at least one"),
         ({"parts": ("products", "stepps")}, "'stepps'.*steps"),
         ({"methods": ("hush",)}, "'hush'.*hash"),
         ({"sizes": ("61706",)}, "a size is D by d, as in 61706x1000, got '61706'"),

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from subspan.bench import Bench, picture
+from subspan.bench import Bench, bench, picture
 from subspan.bench import part as module
 from subspan.bench.part import measured, parts
 from subspan.bench.table import of_bench
@@ -137,3 +138,72 @@ def test_two_parts_of_one_name(mine, cli):
     assert said.code == 2
     assert "a part named 'steps' is registered already" in said.err
     sys.modules.pop("again", None)
+
+
+TIME = {"median": 0.1, "low": 0.09, "high": 0.11}
+ROW = {"projection": "a", "size": 1, "time": TIME}
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """A part whose rows a test chooses; it is forgotten afterwards."""
+    parts()
+    monkeypatch.setattr(module, "_registry", copy.copy(module._registry))
+
+    class Odd(module.Part):
+        name, help, shared, title = "odd", "whatever", ("size",), "of {size:,}"
+        quantities = (module.Quantity("time", "ms", "the time"),)
+        rows = None
+
+        def measure(self, settings, done):
+            return self.rows
+
+    return Odd()
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (None, "must be a list, got None"),
+        ([ROW | {"time": float("nan")}], r"\[0\]\.time must be a finite number, got nan"),
+        ([ROW | {"size": np.int64(1)}], r"\[0\]\.size must be a number, got np\.int64"),
+        ([ROW | {"time": TIME | {"median": 0.0}}], "ZeroDivisionError"),
+        ([ROW | {"time": "long"}], "TypeError"),
+        ([{"projection": "a", "time": TIME}], "KeyError.'size'."),
+        ([ROW | {"size": "many"}], "ValueError"),
+    ],
+)
+def test_rows_of_which_no_table_can_be_made_are_not_kept(rows, why, odd, tmp_path):
+    odd.rows, settings = rows, Bench(parts=("odd",), seconds=1e-3)
+    with pytest.raises(SubspanError, match=f"no table can be made of the rows of odd: .*{why}"):
+        bench(settings, tmp_path)
+    assert not (tmp_path / "bench.json").exists()
+    odd.rows = [ROW]
+    assert bench(settings, tmp_path)["odd"] == [ROW]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda record: record.pop("machine"), "machine must be a mapping"),
+        (lambda record: record["machine"].pop("device"), "machine lacks device"),
+        (lambda record: record["odd"][0].pop("size"), "KeyError"),
+        (lambda record: record.update(odd=None), "must be a list, got None"),
+    ],
+)
+def test_a_damaged_record_is_named_and_replaced_only_when_that_is_asked_for(
+    spoil, why, odd, tmp_path
+):
+    odd.rows, settings = [ROW], Bench(parts=("odd",), seconds=1e-3)
+    record = bench(settings, tmp_path)
+    spoil(record)
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    with pytest.raises(SubspanError, match=rf"bench\.json is damaged .*{why}.* give --overwrite"):
+        bench(settings, tmp_path)
+    assert bench(settings, tmp_path, overwrite=True)["odd"] == [ROW]
+
+
+@pytest.mark.parametrize("name", ["status", "machine", "config", "format"])
+def test_a_part_with_the_name_of_something_else_in_the_record(name, odd):
+    with pytest.raises(TypeError, match=f"a part named '{name}' has no place in bench.json"):
+        type("Again", (type(odd),), {"name": name})()

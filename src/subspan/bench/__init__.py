@@ -6,15 +6,17 @@ the ratios mean something where the times do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subspan.bench.part import find_part
+from subspan.bench.part import find_part, measured
 from subspan.bench.settings import Bench as Bench
 from subspan.bench.timing import copy_bandwidth
+from subspan.errors import SubspanError
 from subspan.training import machine, records
+from subspan.training.schema import MisfitError, from_json
 
 FILE = "bench.json"
 
@@ -46,6 +48,8 @@ def bench(
     record = records.claim(out, FILE, config, overwrite=overwrite)
     if overwrite:
         record = None
+    if record is not None:
+        _check(record, out / FILE)
     out.mkdir(parents=True, exist_ok=True)
     if record is None:
         record = {
@@ -61,7 +65,8 @@ def bench(
         done("copy bandwidth")
     for name in settings.parts:
         if name not in record:
-            record[name] = find_part(name).measure(settings, done)
+            part = find_part(name)
+            record[name] = part.checked(part.measure(settings, done), record["machine"])
             records.write_json(out / FILE, record)
     record["status"] = "complete"
     records.write_json(out / FILE, record)
@@ -71,3 +76,25 @@ def bench(
 def total(settings: Bench) -> int:
     """Return how often ``done`` is called if nothing was measured before."""
     return 1 + sum(find_part(name).count(settings) for name in settings.parts)
+
+
+def _check(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse a record that cannot be shown.
+
+    Raises:
+        SubspanError: if it is damaged.
+    """
+    try:
+        from_json(_Machine, record.get("machine"), ("machine",))
+        for part, rows in measured(record):
+            part.checked(rows, record["machine"])
+    except (SubspanError, MisfitError) as error:
+        raise SubspanError(
+            f"{path} is damaged ({error}): restore it, or give --overwrite to measure again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Machine:
+    device: str
+    copy_bytes_per_second: float

@@ -16,15 +16,19 @@ from matplotlib.axes import Axes
 
 from subspan.bench import parts as own_parts
 from subspan.bench.bars import COLOURS, GREEN, draw_bars
+from subspan.errors import SubspanError
 from subspan.registry import Registry, import_files
 from subspan.report.bars import show_number
 from subspan.report.tables import Table
 from subspan.training.own import load_remembered
+from subspan.training.schema import MisfitError, from_json
 
 if TYPE_CHECKING:
     from subspan.bench.settings import Bench
 
 Measurement = dict[str, Any]  # JSON values; "skipped" is the reason where nothing was measured
+
+BESIDE = ("format", "status", "config", "machine")  # what a record holds beside its parts
 
 _registry: Registry[Part] = Registry("part")
 
@@ -81,6 +85,8 @@ class Part(ABC):
     unit = "times the first"
 
     def __init__(self) -> None:
+        if self.name in BESIDE:
+            raise TypeError(f"a part named {self.name!r} has no place in bench.json: rename it")
         _registry.add(self.name, self)
 
     @abstractmethod
@@ -91,6 +97,26 @@ class Part(ABC):
             settings: what to measure; ``settings.candidates``, ``settings.torch_device``.
             done: is called :meth:`count` times with a line on what has just been measured.
         """
+
+    def checked(self, rows: Any, machine: Mapping[str, Any]) -> list[Measurement]:
+        """Return rows that are JSON, and of which a table can be made.
+
+        Raises:
+            SubspanError: for others.
+        """
+        try:
+            found = from_json(list[dict[str, Any]], rows)
+            for some in self.groups(found):
+                self.make_title(some)
+                self.make_heading(some)
+                self.table(some, machine)
+                list(map(self.full_label, some))
+        except SubspanError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            why = str(error) if isinstance(error, MisfitError) else repr(error)
+            raise SubspanError(f"no table can be made of the rows of {self.name}: {why}") from error
+        return found
 
     def make_title(self, rows: Sequence[Measurement]) -> str:
         """Make the title of the panel of rows that belong together."""

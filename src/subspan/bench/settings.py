@@ -53,6 +53,9 @@ class Bench:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("parts", "sizes", "nets", "ranks", "batches"):
+            if not getattr(self, name):
+                raise SubspanError(f"{name} is empty: give at least one, or leave it out")
         named = [find_part(name) for name in dict.fromkeys(self.parts)]
         if len(named) < len(self.parts):
             raise SubspanError(f"parts names one part twice: {', '.join(self.parts)}")
