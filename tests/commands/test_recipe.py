@@ -6,6 +6,7 @@ import yaml
 from subspan import SubspanError
 from subspan.checkpoint.compact import CHOSEN, TEMPLATES
 from subspan.commands.recipe import open_recipe, recipes
+from subspan.experiments import experiments
 from subspan.training import nets
 from subspan.training.config import Training
 from subspan.training.options_file import read_text
@@ -19,11 +20,14 @@ def test_a_recipe_is_of_options_that_exist(name):
     Training(**options)
 
 
-def test_compact_files_have_a_template_for_the_network_of_golf():
+def test_compact_files_have_templates_for_the_networks_of_golf():
     options = yaml.safe_load(read_text(recipes()["golf"], "golf"))
-    (named,) = (TEMPLATES[number] for number in CHOSEN)
-    assert named["extra"]["net"] == options["net"]
-    assert named["weights"] == nets.weights(options["net"])
+    photos = experiments()["golf-cifar10"].sweeps["full"].training
+    named = [TEMPLATES[number] for number in CHOSEN]
+    assert [each["extra"]["net"] for each in named] == [options["net"], photos.net]
+    for each, shape in zip(named, [(1, 28, 28), (3, 32, 32)], strict=True):
+        assert each["extra"]["image_shape"] == list(shape)
+        assert each["weights"] == nets.weights(each["extra"]["net"], shape)
 
 
 @pytest.mark.parametrize("in_file", [False, True])
