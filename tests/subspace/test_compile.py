@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.optim import SGD
 
 from subspan import SubspaceModel
@@ -109,3 +110,29 @@ def test_a_forward_that_calls_its_base_class_compiles():
     model = SubspaceModel(net, 5)
     for call in (net, model):
         assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), net(x))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop"
+)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", ["grad", "hessian", "jvp", "vmap", "jacrev", "samples"])
+def test_transforms_of_torch_func_compile(transform, backend):
+    """Forward mode once had no tangent of P w, without a word."""
+    torch.manual_seed(0)
+    model, x = SubspaceModel(build("mlp", torch.float64), DIM), batch("mlp", torch.float64)
+    w = torch.linspace(-1, 1, DIM, dtype=torch.float64)
+
+    def run(w, x=x):
+        return functional_call(model, {"coordinates.global": w}, (x,)).square().sum()
+
+    transforms = {
+        "grad": grad(run),
+        "hessian": lambda w: jacrev(grad(run))(w),
+        "jvp": lambda w: jvp(run, (w,), (torch.ones_like(w),))[1],
+        "vmap": lambda w: vmap(run)(torch.stack([w, 2 * w])),
+        "jacrev": lambda w: jacrev(lambda w: torch.stack([run(w), 2 * run(w)]))(w),
+        "samples": lambda w: vmap(grad(run), (None, 0))(w, x[:, None]),
+    }
+    compiled = torch.compile(transforms[transform], backend=backend)
+    torch.testing.assert_close(compiled(w), transforms[transform](w))

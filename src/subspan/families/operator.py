@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from subspan.errors import SubspanError
 from subspan.families.registry import from_recipe
@@ -100,27 +104,61 @@ class _Product(torch.autograd.Function):
 # ---- the operator: opaque to compilers, differentiable, its backward is its own adjoint ----------
 
 
-@torch.library.custom_op("subspan::project", mutates_args=())
-def project(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """Compute P x or Pᵀ x as an operator, for graphs that are compiled, exported or traced."""
-    out = compute(x, step, recipe, start, stop, adjoint)
-    return out.clone() if out is x else out  # an operator must not return its argument
+_library = torch.library.Library("subspan", "FRAGMENT")
+_library.define(
+    "project(Tensor x, Tensor step, str recipe, SymInt start, SymInt stop, bool adjoint) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+project = torch.ops.subspan.project.default
+"""P x or Pᵀ x as an operator, for graphs that are compiled, exported or traced."""
 
 
-@project.register_fake
-def _(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+@torch._compile._disable_dynamo
+def _run(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
+    with torch.no_grad():
+        out = compute(x.detach(), step, recipe, start, stop, adjoint)
+    # An operator must not return its argument.
+    return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+
+def _shape(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
     return x.new_empty(from_recipe(recipe).in_dim if adjoint else stop - start)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, step, *ctx.rest = inputs
-    ctx.save_for_backward(step)
+class _Projected(_SingleLevelFunction):
+    """The derivatives of the operator, at one level of what may be several transforms.
+
+    Those that :mod:`torch.library` makes are refused inside of ``torch.func.grad``, and forward
+    mode goes by without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, *rest: Any) -> Tensor:
+        ctx.rest = rest
+        ctx.save_for_backward(step)
+        ctx.save_for_forward(step)
+        # Other levels record their derivatives below this one.
+        below = torch._C._AutoDispatchBelowAutograd()
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below:
+            found: Tensor = project(x, step, *rest)
+            return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (step,), (*rows, adjoint) = ctx.saved_tensors, ctx.rest
+        return project(grad, step, *rows, not adjoint), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return project(tangent, *ctx.saved_tensors, *ctx.rest)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (step,) = ctx.saved_tensors
-    recipe, start, stop, adjoint = ctx.rest
-    return project(grad, step, recipe, start, stop, not adjoint), None, None, None, None, None
+def _differentiate(*arguments: Any) -> Tensor:
+    with enable_single_level_autograd_function():
+        found: Tensor = _Projected.apply(*arguments)  # type: ignore[attr-defined]
+        return found
 
 
-project.register_autograd(_backward, setup_context=_save)
+_library.impl("project", _run, "CompositeExplicitAutograd")
+_library.impl("project", _differentiate, "Autograd")
+torch.library.register_fake("subspan::project", _shape, lib=_library)
