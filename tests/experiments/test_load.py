@@ -244,6 +244,21 @@ def test_data_and_modules_lie_beside_the_file(in_tmp_path, cli):
         ("END", "published: 3", "line 9: published must be a list of curves"),
         ("END", "published: [{label: A, dims: [1, 2], accuracy: 0.3}]", "line 9: dims has 2 entri"),
         ("END", "published: [{label: A, dims: 1, accuracy: 90}]", "line 9: an accuracy is a fract"),
+        (
+            "END",
+            "published: [{label: A, dims: 1, accuracy: 0.3, d_int: .inf}]",
+            "line 9: d_int must be a positive number, got inf",
+        ),
+        (
+            "END",
+            "published: [{label: A, dims: 1, accuracy: 0.3, d_int: -5}]",
+            "line 9: d_int must be a positive number, got -5",
+        ),
+        (
+            "END",
+            "published: [{label: A, dims: 1, accuracy: 0.3, method: hsh}]",
+            "line 9: unknown method 'hsh': did you mean hash?",
+        ),
         ("END", "published: [{label: A, dims: 1}]", "line 9: a published curve needs accuracy"),
         ("END", "bench: {}", "line 3: unknown key of an experiment with a bench 'sweep'"),
     ],

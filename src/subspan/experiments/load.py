@@ -169,7 +169,10 @@ def _published(content: Located, parts: Collection[str]) -> dict[str, tuple[Publ
             raise content.error(
                 "published must be a list of curves, or one of each part", "published"
             )
-    return {
-        part: tuple(c.make(Published, "a published curve") for c in own)
-        for part, own in curves.items()
-    }
+    return {part: tuple(map(_curve, own)) for part, own in curves.items()}
+
+
+def _curve(values: Located) -> Published:
+    for name in _names(values, "method"):
+        _method(values, "method", name)
+    return values.make(Published, "a published curve")

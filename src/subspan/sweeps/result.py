@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,8 @@ class Published:
                 raise SubspanError(f"an accuracy is a fraction in [0, 1], got {accuracy}")
         if any(dim < 1 for dim in self.dims):
             raise SubspanError(f"dims must be at least 1, got {min(self.dims)}")
+        if self.d_int is not None and not 0 < self.d_int < math.inf:
+            raise SubspanError(f"d_int must be a positive number, got {self.d_int}")
 
 
 @dataclass(frozen=True)
