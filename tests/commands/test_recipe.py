@@ -22,7 +22,7 @@ def test_a_recipe_is_of_options_that_exist(name):
 
 def test_compact_files_have_templates_for_the_networks_of_golf():
     options = yaml.safe_load(read_text(recipes()["golf"], "golf"))
-    photos = experiments()["golf-cifar10"].sweeps["full"].training
+    photos = experiments()["golf-cifar10"].parts("full")["bound"].training
     named = [TEMPLATES[number] for number in CHOSEN]
     assert [each["extra"]["net"] for each in named] == [options["net"], photos.net]
     for each, shape in zip(named, [(1, 28, 28), (3, 32, 32)], strict=True):
