@@ -22,6 +22,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
 
+from subspan.commands import output
 from subspan.errors import SubspanError, unknown
 from subspan.training import config
 from subspan.training.options_file import Loader, check_file, check_value
@@ -97,6 +98,13 @@ class Parser(ArgumentParser):
             kind = kind if default is not None else kind | None
             text = " ".join((said[field.name] or "").split())
             self.add_argument(f"--{field.name}", type=kind, default=default, help=text.rstrip("."))
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, though nobody may read it to its end."""
+        if file is not None:
+            super().print_help(file)
+        else:
+            output.write(self.format_help().rstrip())
 
     def flags(self) -> dict[str, Action]:
         """Return the options by their names with dashes."""
