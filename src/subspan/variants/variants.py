@@ -207,10 +207,10 @@ class Variants:
         except NotByRowError as reason:
             if reason.args[0]:
                 raise
-        index = torch.tensor([row for row, name in enumerate(names) if name == names[0]])
-        members = [self._shelf.make(names[0], found[names[0]])] * len(index)
-        with using(MixedVariant(members, self._shelf.beside(), self._proven, proves=True)):
-            self.model(*take_rows(args, index), **take_rows(kwargs, index))
+        rows = [row for row, name in enumerate(names) if name == names[0]]
+        members = [self._shelf.make(names[0], found[names[0]])] * len(rows)
+        some = MixedVariant(members, self._shelf.beside(), self._proven, proves=True)
+        self._run_rows(some, rows, args, kwargs)
         with using(whole):
             return self.model(*args, **kwargs)
 
@@ -223,13 +223,20 @@ class Variants:
     ) -> Any:
         """Run one batch for each variant, and put the results together."""
         rows = {name: [row for row, n in enumerate(names) if n == name] for name in found}
-        results = []
-        for name, stored in found.items():
-            index = torch.tensor(rows[name], device="cpu")
-            with using(self._ready([name], [stored])):
-                results.append(self.model(*take_rows(args, index), **take_rows(kwargs, index)))
+        results = [
+            self._run_rows(self._ready([name], [stored]), rows[name], args, kwargs)
+            for name, stored in found.items()
+        ]
         order = torch.tensor([row for its_rows in rows.values() for row in its_rows], device="cpu")
         return join_rows(results, [len(its_rows) for its_rows in rows.values()], order.argsort())
+
+    def _run_rows(
+        self, variant: Variant, rows: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run some rows of the batch with one variant in use."""
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        with using(variant):
+            return self.model(*take_rows(args, index), **take_rows(kwargs, index))
 
     def _find(self, name: Name) -> StoredVariant | None:
         return None if name is None else self._library.load(name)
