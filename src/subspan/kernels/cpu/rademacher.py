@@ -1,8 +1,7 @@
 """``rademacher``: one call of the generator makes 128 entries, so that all else must be cheap.
 
-Lanes are 64 columns (for P w: the 32 rows of a word), so that the word and the shift are constants
-or one vector in the inner loop; a sign is flipped by an exclusive or with the shifted bit, and four
-terms are summed before they meet the accumulator.
+Four terms meet the accumulator as one sum, looked up by their signs (:mod:`.signed_sums`). The sums
+of four entries of g serve SPAN · LANES columns, those of four coordinates all rows.
 """
 
 from __future__ import annotations
@@ -11,12 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange, uint32
+from numba import prange
 from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
-from subspan.kernels.cpu.common import LANES, columns, flip
+from subspan.kernels.cpu.common import LANES, columns
+from subspan.kernels.cpu.signed_sums import (
+    FOURS,
+    SUMS,
+    add_columns,
+    add_rows,
+    by_rows,
+    signed_sums,
+)
+
+SPAN = 2  # groups of LANES columns that one task goes through
 
 
 @common.kernel
@@ -24,60 +33,40 @@ def _rmatvec(g, start, partial, chunk, address):
     """partial[task, j] = Σ ±g_i over the blocks of 128 rows of the task."""
     first, last = start // 128, (start + g.size + 127) // 128
     groups = partial.shape[1] // LANES
-    for task in prange(partial.shape[0] * groups):
-        part, group = task // groups, task % groups
+    spans = (groups + SPAN - 1) // SPAN
+    for task in prange(partial.shape[0] * spans):
+        part, begin = task // spans, task % spans * SPAN
+        end = min(groups, begin + SPAN)
         words, rows = np.empty((4, LANES), np.uint32), np.empty(128, np.float32)
-        bits = rows.view(np.uint32)
-        total = np.zeros(LANES, np.float32)
+        sums, total = np.empty((32, SUMS), np.float32), np.zeros(SPAN * LANES, np.float32)
         for block in range(first + part * chunk, min(last, first + (part + 1) * chunk)):
             for i in range(128):
                 place = block * 128 + i - start
                 rows[i] = g[place] if 0 <= place < g.size else np.float32(0)
-            columns(words, block, group * LANES, address)
-            inner = np.zeros(LANES, np.float32)
-            for k in range(4):
-                for bit in range(0, 32, 4):
-                    i = k * 32 + bit
-                    g0, g1, g2, g3 = bits[i], bits[i + 1], bits[i + 2], bits[i + 3]
-                    shift = uint32(31 - bit)
-                    for lane in range(LANES):
-                        word = words[k, lane]
-                        inner[lane] += (
-                            flip(g0, word, shift) + flip(g1, word, shift - uint32(1))
-                        ) + (flip(g2, word, shift - uint32(2)) + flip(g3, word, shift - uint32(3)))
-            for lane in range(LANES):
-                total[lane] += inner[lane]
-        partial[part, group * LANES : (group + 1) * LANES] = total
+            signed_sums(sums, rows)
+            for group in range(begin, end):
+                columns(words, block, group * LANES, address)
+                add_columns(total, (group - begin) * LANES, words, rows, sums)
+        partial[part, begin * LANES : end * LANES] = total[: (end - begin) * LANES]
 
 
 @common.kernel
 def _matvec(w, start, out, address):
     """out_i = Σ_j ±w_j; w is padded by zeros to whole LANES."""
     first, last = start // 128, (start + out.size + 127) // 128
-    bits = w.view(np.uint32)
+    sums = np.empty((w.size // 4, SUMS), np.float32)
+    signed_sums(sums, w)
     for block in prange(first, last):
-        words = np.empty((4, LANES), np.uint32)
-        total = np.zeros((4, 32), np.float32)
+        words, signs = np.empty((4, LANES), np.uint32), np.empty((4, 2, FOURS, 2), np.uint32)
+        total = np.zeros((4, 2, 8, 2), np.float32)
         for group in range(w.size // LANES):
             columns(words, block, group * LANES, address)
-            inner = np.zeros((4, 32), np.float32)
-            for j in range(0, LANES, 4):
-                c = group * LANES + j
-                w0, w1, w2, w3 = bits[c], bits[c + 1], bits[c + 2], bits[c + 3]
-                for k in range(4):
-                    a, b, e, f = words[k, j], words[k, j + 1], words[k, j + 2], words[k, j + 3]
-                    for row in range(32):
-                        shift = uint32(31 - row)
-                        inner[k, row] += (flip(w0, a, shift) + flip(w1, b, shift)) + (
-                            flip(w2, e, shift) + flip(w3, f, shift)
-                        )
-            for k in range(4):
-                for row in range(32):
-                    total[k, row] += inner[k, row]
+            by_rows(signs, words)
+            add_rows(total, signs, w, sums, group)
         for i in range(128):
             place = np.int64(block) * 128 + i - start
             if 0 <= place < out.size:
-                out[place] = total[i // 32, i % 32]
+                out[place] = total[i // 32, i // 2 % 2, i // 4 % 8, i % 2]
 
 
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
