@@ -48,12 +48,13 @@ def version_of(tensor: Tensor | QuantisedTensor) -> Any:
 
 @dataclass(eq=False)
 class Formed:
-    """θ of a block or of a tensor, what it was formed from, and versions of it."""
+    """θ of a block or of a tensor, what it was formed from, and versions and sums of it."""
 
     coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
     thetas: Sequence[Tensor]
     versions: Sequence[int]
+    sums: Sequence[Tensor | None]
     names: Sequence[str]
 
     def check_unwritten(self) -> None:
@@ -62,24 +63,39 @@ class Formed:
         Raises:
             SubspanError: if θ has been changed in place since it was formed.
         """
-        for theta, version in zip(self.thetas, self.versions, strict=True):
-            if version_of(theta) != version:
+        every = zip(self.names, self.thetas, self.versions, self.sums, strict=True)
+        for name, theta, version, was in every:
+            unwritten = version_of(theta) == version
+            if was is not None and (now := _sum(theta)) is not None:
+                unwritten &= torch.allclose(now, was, rtol=0, atol=0, equal_nan=True)
+            if not unwritten:
                 raise SubspanError(
-                    "the network changed a weight of its own during a call (one of "
-                    f"{', '.join(self.names[:3])}), which is computed from coordinates and would "
-                    "not keep that: exclude it"
+                    f"the network changed a weight of its own during a call ({name}), which is "
+                    "computed from coordinates and would not keep that: exclude it"
                 )
+
+
+def _sum(theta: Tensor) -> Tensor | None:
+    """Return the sum of θ, which a write through ``.data`` changes, as it does no version.
+
+    None of a tensor without numbers, and where an operator would be recorded.
+    """
+    if type(theta) is not Tensor or theta.is_meta or torch._C._is_tracing():
+        return None
+    return theta.detach().sum(dtype=torch.promote_types(theta.dtype, torch.float32))
 
 
 class Outermost:
     """A call of a network that is not inside another call of it.
 
     It keeps the latest θ that were formed, of KEPT weights together or the last alone, and θ of
-    small tensors to its end.
+    small tensors to its end. Sums of θ are compared in the first call in each mode alone, since
+    they take time; a forward that writes to its weights does so then.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
+        self.first = self.level is None and weights.root.training not in weights.modes
         self.formed: dict[Any, Formed] = {}  # oldest first
         self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.
@@ -123,7 +139,8 @@ class Outermost:
             names: of the tensors.
         """
         versions = [version_of(theta) for theta in thetas]
-        self.formed[key] = Formed(coordinates, state, thetas, versions, names)
+        sums = [_sum(theta) if self.first else None for theta in thetas]
+        self.formed[key] = Formed(coordinates, state, thetas, versions, sums, names)
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""

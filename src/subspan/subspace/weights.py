@@ -80,6 +80,8 @@ class Weights(Network):
             outer.check_unwritten()
             if variant is not None:
                 variant.check_unwritten()
+            elif outer.first:
+                self.modes.add(self.root.training)
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
             return out

@@ -191,21 +191,40 @@ def test_a_gradient_of_a_computed_weight_is_that_of_coordinates():
 # ---- a network that changes itself, or is changed ------------------------------------------------
 
 
-def test_a_forward_that_writes_to_its_weights_is_refused():
+def _copies(weight):
+    weight.copy_(nn.functional.normalize(weight))
+
+
+def _copies_data(weight):
+    weight.data.copy_(nn.functional.normalize(weight))
+
+
+def _sets_data(weight):
+    weight.data = nn.functional.normalize(weight)
+
+
+@pytest.mark.parametrize("write", [_copies, _copies_data, _sets_data])
+def test_a_forward_that_writes_to_its_weights_is_refused(write):
     class Normalises(Net):
         def forward(self, x):
             with torch.no_grad():
-                self.head.weight.copy_(nn.functional.normalize(self.head.weight))
+                write(self.head.weight)
             return super().forward(x)
 
     model = scatter(SubspaceModel(Normalises(), 20))
     for grad in (True, False):
         with (
             torch.set_grad_enabled(grad),
-            pytest.raises(SubspanError, match="the network changed a weight of its own"),
+            pytest.raises(SubspanError, match=r"changed a weight of its own .* \(head\.weight\)"),
         ):
             model(torch.randn(5, 8))
     scatter(SubspaceModel(Normalises(), 20, exclude="head"))(torch.randn(5, 8))
+
+
+def test_a_weight_that_is_not_finite_was_not_written_to():
+    net = Net()
+    net.head.weight.data[0, 0] = torch.nan
+    SubspaceModel(net, 20)(torch.randn(5, 8))
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
