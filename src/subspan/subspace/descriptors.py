@@ -35,7 +35,7 @@ class WeightDescriptor:
         if not torch.compiler.is_compiling() and torch._C._is_tracing():
             _check_trace(link, sys._getframe(1))
         try:
-            return link.weights.read(link.tensors[self.name])
+            return link.weights.read(link.tensors[self.name], own=base)
         except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
             raise RuntimeError(f"{link.tensors[self.name]} could not be computed") from error
 

@@ -89,10 +89,13 @@ class Weights(Network):
             stack.pop()
             outer.formed.clear()  # autograd holds on to the hooks, and they to the call
 
-    def read(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, tensor: str, dtype: torch.dtype | None = None, own: Tensor | None = None
+    ) -> Tensor:
         """Return θ of a tensor to whoever reads it from its module, in ``dtype`` if that is given.
 
         Only inside of a call, and where weights are formed one by one, can a dtype be given.
+        ``own`` is what the module has in its slot, which is the network's unless it is a copy.
         """
         if torch.compiler.is_compiling():
             if (given := self._given(tensor)) is not None:
@@ -104,6 +107,12 @@ class Weights(Network):
             return self.form(tensor) if self._traced is None else self._traced[tensor]
         module, attribute = self.homes[tensor]
         base = module._parameters[attribute]
+        if own is not None and own is not base:
+            raise SubspanError(
+                f"{tensor} is read from a module with a tensor of its own there, as one has that "
+                "was copied tensor by tensor (clone_module), and would be that of the original: "
+                "use copy.deepcopy, or torch.func.functional_call(model, coordinates, x)"
+            )
         usual = type(base) is Base and base.home[0] is self and len(vars(base)) == len(OWN)
         special = not usual or tensor in self._renormed
         if special and is_shard(base) and home_of(base) is not None:

@@ -392,6 +392,26 @@ def test_copies_by_a_method_of_the_networks_own_are_refused():
         copy.deepcopy(model)
 
 
+def clone_module(module):
+    """As MAML's libraries do: the same class and attributes, and other tensors."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__ | {
+        "_parameters": {name: p.clone() for name, p in module._parameters.items()},
+        "_buffers": {name: b.clone() for name, b in module._buffers.items()},
+        "_modules": {name: clone_module(part) for name, part in module._modules.items()},
+    }
+    return clone
+
+
+def test_copies_tensor_by_tensor_are_refused():
+    model, _, x = pair()
+    for original in (model, model.body):
+        clone = clone_module(original)
+        same_function(model, x, lambda clone=clone: clone(x))
+    with pytest.raises(SubspanError, match="read from a module with a tensor of its own"):
+        clone(x)
+
+
 def test_a_file_is_not_loaded_around_a_model(tmp_path):
     model, _, x = pair()
     subspan.save(model, tmp_path / "m")
