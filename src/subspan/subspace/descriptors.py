@@ -29,7 +29,7 @@ class WeightDescriptor:
         if module is None:
             return self
         base = module._parameters.get(self.name)
-        if base is None:
+        if base is None or (not torch.compiler.is_compiling() and self.name in module.__dict__):
             return _find_attribute(module, self.name)
         link = link_of(module)
         if not torch.compiler.is_compiling() and torch._C._is_tracing():

@@ -21,6 +21,15 @@ pytestmark = pytest.mark.usefixtures("forming")
 # ---- weights that are given ----------------------------------------------------------------------
 
 
+def test_a_tensor_that_was_put_before_a_weight_is_used():
+    model, merged, x = pair()
+    for head in (model.body.head, merged.head):  # past the check that it is a Parameter
+        vars(head)["weight"] = torch.ones(4, 16)
+    torch.testing.assert_close(model(x), merged(x))
+    del vars(model.body.head)["weight"], vars(merged.head)["weight"]
+    torch.testing.assert_close(model(x), merged(x))
+
+
 def test_a_functional_call_of_a_part_uses_what_it_is_given():
     model, merged, x = pair()
     net, hidden = model.body, merged.body(x)
