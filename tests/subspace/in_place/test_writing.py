@@ -249,9 +249,14 @@ def test_moving_and_converting_is_no_change(tmp_path):
         subspan.save(model, tmp_path / "m")
 
 
-def test_an_optimizer_of_before_is_refused_at_its_first_step():
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizer_of_before_is_refused_at_its_first_step(stepped):
+    SubspaceModel(Net(), 20)  # from the first on, steps are looked at
     net, x = Net(), torch.randn(5, 8)
     optimizer = Adam(net.parameters())
+    if stepped:
+        net(x).sum().backward()
+        optimizer.step()
     model = SubspaceModel(net, 20)
     model(x).sum().backward()
     with pytest.raises(SubspanError, match=r"the optimizer has .* frozen .*: make it anew"):
