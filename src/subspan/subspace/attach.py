@@ -86,6 +86,8 @@ def _attach(weights: Weights) -> None:
             "parameters that are made here go to another device (by init_empty_weights of "
             "accelerate, say): wrap the network outside of that context"
         )
+    for name in weights.requires_grad.keys() - {*weights.fully}:
+        weights.stored(name).grad = None  # of a loss from before: an optimizer would still use it
     weights.packing = keep_packing(root)
     weights.note()
     weights.changes.remember(name for name in weights.requires_grad if name not in weights.fully)

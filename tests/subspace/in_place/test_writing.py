@@ -265,6 +265,18 @@ def test_an_optimizer_of_before_is_refused_at_its_first_step(stepped):
     optimizer.step()
 
 
+def test_a_gradient_of_before_moves_and_clips_nothing():
+    net, x = Net(), torch.randn(5, 8)
+    net(x).square().sum().backward()
+    model = SubspaceModel(net, 20, exclude="body.0", train_fully="head.bias")
+    bias = net.head.bias.grad.clone()
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == ["head.bias"]
+    model(x).sum().backward()
+    Adam(net.parameters()).step()
+    assert not torch.equal(net.head.bias.grad, bias)
+    model.state_dict()  # θ₀ is what it was
+
+
 def test_an_optimizer_of_parts_is_refused():
     model, _, _ = pair()
     parts = [{"params": model.body.body.parameters()}, {"params": model.body.head.parameters()}]
