@@ -126,7 +126,8 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
         _make_dense(weights, tensor, values[tensor])  # type: ignore[index]
     for name, flag in weights.requires_grad.items():
         if (p := weights.find(name)) is not None:  # people may have taken it out meanwhile
-            p.requires_grad_(flag)
+            with torch.inference_mode(p.is_inference()):
+                p.requires_grad_(flag)
     remove_factors(root)
     let_pack(weights.packing)
     if values is not None and weights.packed:
