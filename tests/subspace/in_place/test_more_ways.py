@@ -389,6 +389,9 @@ def test_the_state_of_an_ordinary_network_through_the_handle():
     other = SubspaceModel(Net(), 20)
     other.load_state_dict(merged.state_dict(), strict=False)
     torch.testing.assert_close(other.eval()(x), model(x), rtol=1e-4, atol=1e-5)
+    other = SubspaceModel(copy.deepcopy(model).unwrap(), 20)
+    other.load_state_dict(model.body.state_dict())
+    torch.testing.assert_close(other(x), model(x))
 
 
 def test_copies_by_a_method_of_the_networks_own_are_refused():
