@@ -95,7 +95,8 @@ class Outermost:
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
-        self.first = self.level is None and weights.root.training not in weights.modes
+        self.mode = weights.root.training
+        self.first = self.level is None and self.mode not in weights.modes
         self.formed: dict[Any, Formed] = {}  # oldest first
         self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.

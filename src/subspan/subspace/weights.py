@@ -81,7 +81,7 @@ class Weights(Network):
             if variant is not None:
                 variant.check_unwritten()
             elif outer.first:
-                self.modes.add(self.root.training)
+                self.modes.add(outer.mode)
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
             return out
