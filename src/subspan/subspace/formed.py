@@ -85,6 +85,38 @@ def _sum(theta: Tensor) -> Tensor | None:
     return theta.detach().sum(dtype=torch.promote_types(theta.dtype, torch.float32))
 
 
+class Lent:
+    """θ among a part's parameters(), which a function of autograd may have been given.
+
+    If it runs the part again in its backward pass, to ask for gradients of what it was given (the
+    adjoint of an ODE does), the part must read that once more.
+    """
+
+    def __init__(self) -> None:
+        self.thetas: dict[str, list[weakref.ref[Tensor]]] = {}
+
+    def __reduce__(self) -> Any:
+        return Lent, ()
+
+    def add(self, tensor: str, theta: Tensor) -> None:
+        """Note θ of a tensor."""
+        if theta.grad_fn is not None and _level() is None:
+            before = [other for other in self.alive(tensor) if other is not theta]
+            self.thetas[tensor] = [weakref.ref(other) for other in (*before, theta)]
+
+    def alive(self, tensor: str) -> list[Tensor]:
+        """Return all θ of a tensor that somebody holds on to."""
+        found = [reference() for reference in self.thetas.get(tensor, ())]
+        return [theta for theta in found if theta is not None]
+
+    def find(self, tensor: str) -> Tensor | None:
+        """Return θ of a tensor that the function whose backward pass runs was given."""
+        if (node := torch._C._current_autograd_node()) is None:
+            return None
+        given = node.next_functions
+        return next((t for t in self.alive(tensor) if (t.grad_fn, t.output_nr) in given), None)
+
+
 class Outermost:
     """A call of a network that is not inside another call of it.
 
@@ -172,7 +204,7 @@ class Outermost:
         pack_other, unpack_other = (None, None) if around is None else around
 
         def pack(tensor: Tensor) -> Any:
-            if (formula := self._formula(tensor)) and not self._spared(tensor):
+            if (formula := self._formula(tensor)) and not self._spared(tensor, formula.name):
                 return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
             if pack_other is not None:
                 return _Other(pack_other(tensor), unpack_other)
@@ -190,8 +222,10 @@ class Outermost:
                 "inside of torch.autograd.graph.disable_saved_tensors_hooks(''), which keeps them"
             ) from error
 
-    def _spared(self, theta: Tensor) -> bool:
-        """Return whether autograd gets θ as it is, for as long as there is room."""
+    def _spared(self, theta: Tensor, tensor: str) -> bool:
+        """Return whether autograd gets θ as it is: while there is room, and where it is lent."""
+        if any(theta is lent for lent in self.weights.lent.alive(tensor)):
+            return True
         place = theta.untyped_storage().data_ptr()
         if place not in self._spared_places:
             if theta.numel() > self.spare:

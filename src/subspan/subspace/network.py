@@ -85,6 +85,7 @@ class Network:
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
         self.modes = set[bool]()  # of training or not, in which the network has been called
+        self.lent = formed.Lent()
         self._known: Tensor | None = None  # the fingerprint's buffer that was compared last
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None

@@ -119,6 +119,8 @@ class Weights(Network):
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
+        if self.lent.thetas and (lent := self.lent.find(tensor)) is not None:
+            return lent
         if tensor in self.adapters:
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None

@@ -339,6 +339,57 @@ def test_bias_only_by_flags_is_refused():
         model(x)
 
 
+class Adjoint(torch.autograd.Function):
+    """Two steps of an ODE, whose backward pass asks for gradients of the parameters given to it."""
+
+    @staticmethod
+    def forward(ctx, part, start, *parameters):
+        ctx.part, first = part, start + part(start)
+        ctx.save_for_backward(start, first, *parameters)
+        return first + part(first)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *states, parameters = *ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        total = [torch.zeros_like(p) for p in parameters]
+        for state in reversed(states):
+            with torch.enable_grad():
+                here = state.detach().requires_grad_()
+                inputs = (here, *parameters)
+                found = torch.autograd.grad(ctx.part(here), inputs, grad, allow_unused=True)
+            grad = grad + found[0]
+            total = [a + (0 if b is None else b) for a, b in zip(total, found[1:], strict=True)]
+        return None, grad, *total
+
+
+def test_a_function_of_autograd_that_runs_a_part_again():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+        def forward(self, x, adjoint):
+            if adjoint:
+                return Adjoint.apply(self.part, x, *self.part.parameters())
+            x = x + self.part(x)
+            return x + self.part(x)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Flow(), 20)), torch.randn(5, 8)
+    grads = []
+    for adjoint in (False, True):
+        model.zero_grad()
+        sum(model(k * x, adjoint).square().sum() for k in (1, 2)).backward()
+        grads.append(model.coordinates["global"].grad.clone())
+    model.zero_grad()
+    part = model.body.part
+    for k in (1, 2):
+        Adjoint.apply(part, k * x, *part.parameters()).square().sum().backward()
+    grads.append(model.coordinates["global"].grad)
+    torch.testing.assert_close(grads[1:], [grads[0]] * 2)
+    copy.deepcopy(model)
+
+
 # ---- classes, containers, handles ----------------------------------------------------------------
 
 
