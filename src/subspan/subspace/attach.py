@@ -86,6 +86,8 @@ def _attach(weights: Weights) -> None:
             "parameters that are made here go to another device (by init_empty_weights of "
             "accelerate, say): wrap the network outside of that context"
         )
+    for name in weights.requires_grad.keys() - {*weights.fully}:
+        weights.stored(name).grad = None  # of a loss from before: an optimizer would still use it
     weights.packing = keep_packing(root)
     weights.note()
     weights.changes.remember(name for name in weights.requires_grad if name not in weights.fully)
@@ -124,7 +126,8 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
         _make_dense(weights, tensor, values[tensor])  # type: ignore[index]
     for name, flag in weights.requires_grad.items():
         if (p := weights.find(name)) is not None:  # people may have taken it out meanwhile
-            p.requires_grad_(flag)
+            with torch.inference_mode(p.is_inference()):
+                p.requires_grad_(flag)
     remove_factors(root)
     let_pack(weights.packing)
     if values is not None and weights.packed:

@@ -252,6 +252,7 @@ def _refuse_ddp(why: str, ddp: nn.Module, args: Any) -> None:
 
 def watch_optimizers() -> None:
     """Look at every optimizer's parameters before its first step from now on."""
+    _known.clear()  # whose parameters may be θ₀ by now
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_check_optimizer))
 

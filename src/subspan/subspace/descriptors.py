@@ -29,13 +29,13 @@ class WeightDescriptor:
         if module is None:
             return self
         base = module._parameters.get(self.name)
-        if base is None:
+        if base is None or (not torch.compiler.is_compiling() and self.name in module.__dict__):
             return _find_attribute(module, self.name)
         link = link_of(module)
         if not torch.compiler.is_compiling() and torch._C._is_tracing():
             _check_trace(link, sys._getframe(1))
         try:
-            return link.weights.read(link.tensors[self.name])
+            return link.weights.read(link.tensors[self.name], own=base)
         except AttributeError as error:  # Python would ask Module.__getattr__, which has θ₀
             raise RuntimeError(f"{link.tensors[self.name]} could not be computed") from error
 

@@ -155,4 +155,5 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         shape, offset = place(target.shape, mesh, placements)
         inside = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         target, value = local(target), value[inside]
-    target.copy_(value)
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        target.copy_(value)

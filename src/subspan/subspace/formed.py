@@ -48,12 +48,13 @@ def version_of(tensor: Tensor | QuantisedTensor) -> Any:
 
 @dataclass(eq=False)
 class Formed:
-    """θ of a block or of a tensor, what it was formed from, and versions of it."""
+    """θ of a block or of a tensor, what it was formed from, and versions and sums of it."""
 
     coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
     thetas: Sequence[Tensor]
     versions: Sequence[int]
+    sums: Sequence[Tensor | None]
     names: Sequence[str]
 
     def check_unwritten(self) -> None:
@@ -62,24 +63,72 @@ class Formed:
         Raises:
             SubspanError: if θ has been changed in place since it was formed.
         """
-        for theta, version in zip(self.thetas, self.versions, strict=True):
-            if version_of(theta) != version:
+        every = zip(self.names, self.thetas, self.versions, self.sums, strict=True)
+        for name, theta, version, was in every:
+            unwritten = version_of(theta) == version
+            if was is not None and (now := _sum(theta)) is not None:
+                unwritten &= torch.allclose(now, was, rtol=0, atol=0, equal_nan=True)
+            if not unwritten:
                 raise SubspanError(
-                    "the network changed a weight of its own during a call (one of "
-                    f"{', '.join(self.names[:3])}), which is computed from coordinates and would "
-                    "not keep that: exclude it"
+                    f"the network changed a weight of its own during a call ({name}), which is "
+                    "computed from coordinates and would not keep that: exclude it"
                 )
+
+
+def _sum(theta: Tensor) -> Tensor | None:
+    """Return the sum of θ, which a write through ``.data`` changes, as it does no version.
+
+    None of a tensor without numbers, and where an operator would be recorded.
+    """
+    if type(theta) is not Tensor or theta.is_meta or torch._C._is_tracing():
+        return None
+    return theta.detach().sum(dtype=torch.promote_types(theta.dtype, torch.float32))
+
+
+class Lent:
+    """θ among a part's parameters(), which a function of autograd may have been given.
+
+    If it runs the part again in its backward pass, to ask for gradients of what it was given (the
+    adjoint of an ODE does), the part must read that once more.
+    """
+
+    def __init__(self) -> None:
+        self.thetas: dict[str, list[weakref.ref[Tensor]]] = {}
+
+    def __reduce__(self) -> Any:
+        return Lent, ()
+
+    def add(self, tensor: str, theta: Tensor) -> None:
+        """Note θ of a tensor."""
+        if theta.grad_fn is not None and _level() is None:
+            before = [other for other in self.alive(tensor) if other is not theta]
+            self.thetas[tensor] = [weakref.ref(other) for other in (*before, theta)]
+
+    def alive(self, tensor: str) -> list[Tensor]:
+        """Return all θ of a tensor that somebody holds on to."""
+        found = [reference() for reference in self.thetas.get(tensor, ())]
+        return [theta for theta in found if theta is not None]
+
+    def find(self, tensor: str) -> Tensor | None:
+        """Return θ of a tensor that the function whose backward pass runs was given."""
+        if (node := torch._C._current_autograd_node()) is None:
+            return None
+        given = node.next_functions
+        return next((t for t in self.alive(tensor) if (t.grad_fn, t.output_nr) in given), None)
 
 
 class Outermost:
     """A call of a network that is not inside another call of it.
 
     It keeps the latest θ that were formed, of KEPT weights together or the last alone, and θ of
-    small tensors to its end.
+    small tensors to its end. Sums of θ are compared in the first call in each mode alone, since
+    they take time; a forward that writes to its weights does so then.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.level = weights, _level()
+        self.mode = weights.root.training
+        self.first = self.level is None and self.mode not in weights.modes
         self.formed: dict[Any, Formed] = {}  # oldest first
         self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.
@@ -123,7 +172,8 @@ class Outermost:
             names: of the tensors.
         """
         versions = [version_of(theta) for theta in thetas]
-        self.formed[key] = Formed(coordinates, state, thetas, versions, names)
+        sums = [_sum(theta) if self.first else None for theta in thetas]
+        self.formed[key] = Formed(coordinates, state, thetas, versions, sums, names)
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""
@@ -154,7 +204,7 @@ class Outermost:
         pack_other, unpack_other = (None, None) if around is None else around
 
         def pack(tensor: Tensor) -> Any:
-            if (formula := self._formula(tensor)) and not self._spared(tensor):
+            if (formula := self._formula(tensor)) and not self._spared(tensor, formula.name):
                 return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
             if pack_other is not None:
                 return _Other(pack_other(tensor), unpack_other)
@@ -172,8 +222,10 @@ class Outermost:
                 "inside of torch.autograd.graph.disable_saved_tensors_hooks(''), which keeps them"
             ) from error
 
-    def _spared(self, theta: Tensor) -> bool:
-        """Return whether autograd gets θ as it is, for as long as there is room."""
+    def _spared(self, theta: Tensor, tensor: str) -> bool:
+        """Return whether autograd gets θ as it is: while there is room, and where it is lent."""
+        if any(theta is lent for lent in self.weights.lent.alive(tensor)):
+            return True
         place = theta.untyped_storage().data_ptr()
         if place not in self._spared_places:
             if theta.numel() > self.spare:

@@ -111,7 +111,7 @@ class Handle(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        plain = {slot.path for slot in self.subspace.slots}
+        plain = {slot.path for slot in self.subspace.slots} | {*self.subspace.coordinate_names}
         if any(prefix + path in state_dict for path in plain):  # of the network without a handle
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 state_dict[f"{prefix}body.{key.removeprefix(prefix)}"] = state_dict.pop(key)

@@ -120,7 +120,10 @@ class WrappedModule(ModuleStates):
                 if tensor in weights.adapters and is_shard(p):
                     yield name, p  # W + s B A of a shard would need all of A
                 elif tensor not in weights.hidden:
-                    yield name, weights.read(tensor)
+                    theta = weights.read(tensor)
+                    if not torch.compiler.is_compiling() and weights.shards is None:
+                        weights.lent.add(tensor, theta)
+                    yield name, theta
             else:
                 yield name, p
 

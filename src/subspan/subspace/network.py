@@ -84,6 +84,8 @@ class Network:
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
+        self.modes = set[bool]()  # of training or not, in which the network has been called
+        self.lent = formed.Lent()
         self._known: Tensor | None = None  # the fingerprint's buffer that was compared last
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
@@ -325,6 +327,7 @@ class Network:
                 "the same seed or file and with the same options on every rank"
             )
         self.ranks_checked = True
+        self.modes = set[bool]()  # of training or not, in which the network has been called
 
     def _check_given(self) -> None:
         """Refuse a call with another model's coordinates, whose buffers a functional call has put.

@@ -80,6 +80,8 @@ class Weights(Network):
             outer.check_unwritten()
             if variant is not None:
                 variant.check_unwritten()
+            elif outer.first:
+                self.modes.add(outer.mode)
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
             return out
@@ -87,10 +89,13 @@ class Weights(Network):
             stack.pop()
             outer.formed.clear()  # autograd holds on to the hooks, and they to the call
 
-    def read(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, tensor: str, dtype: torch.dtype | None = None, own: Tensor | None = None
+    ) -> Tensor:
         """Return θ of a tensor to whoever reads it from its module, in ``dtype`` if that is given.
 
         Only inside of a call, and where weights are formed one by one, can a dtype be given.
+        ``own`` is what the module has in its slot, which is the network's unless it is a copy.
         """
         if torch.compiler.is_compiling():
             if (given := self._given(tensor)) is not None:
@@ -102,12 +107,20 @@ class Weights(Network):
             return self.form(tensor) if self._traced is None else self._traced[tensor]
         module, attribute = self.homes[tensor]
         base = module._parameters[attribute]
+        if own is not None and own is not base:
+            raise SubspanError(
+                f"{tensor} is read from a module with a tensor of its own there, as one has that "
+                "was copied tensor by tensor (clone_module), and would be that of the original: "
+                "use copy.deepcopy, or torch.func.functional_call(model, coordinates, x)"
+            )
         usual = type(base) is Base and base.home[0] is self and len(vars(base)) == len(OWN)
         special = not usual or tensor in self._renormed
         if special and is_shard(base) and home_of(base) is not None:
             return base if asked_by_fsdp(sys._getframe(2)) else self.form(tensor)  # type: ignore[return-value]
         if special and (given := self._given(tensor)) is not None:
             return given
+        if self.lent.thetas and (lent := self.lent.find(tensor)) is not None:
+            return lent
         if tensor in self.adapters:
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None

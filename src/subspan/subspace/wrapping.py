@@ -125,6 +125,12 @@ def check_ordinary(net: Any) -> None:
     if not isinstance(net, nn.Module):
         raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
     for name, module in net.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise SubspanError(
+                f"{name or 'the network'} is what DistributedDataParallel has made of one, which "
+                "would not average the gradients of coordinates: wrap the network first, and then "
+                "DistributedDataParallel(model)"
+            )
         if isinstance(module, Handle) or LINK in vars(module):
             raise SubspanError(
                 f"{name or 'the network'} is in a subspace already: merge or unwrap that "

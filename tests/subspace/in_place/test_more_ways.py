@@ -21,6 +21,15 @@ pytestmark = pytest.mark.usefixtures("forming")
 # ---- weights that are given ----------------------------------------------------------------------
 
 
+def test_a_tensor_that_was_put_before_a_weight_is_used():
+    model, merged, x = pair()
+    for head in (model.body.head, merged.head):  # past the check that it is a Parameter
+        vars(head)["weight"] = torch.ones(4, 16)
+    torch.testing.assert_close(model(x), merged(x))
+    del vars(model.body.head)["weight"], vars(merged.head)["weight"]
+    torch.testing.assert_close(model(x), merged(x))
+
+
 def test_a_functional_call_of_a_part_uses_what_it_is_given():
     model, merged, x = pair()
     net, hidden = model.body, merged.body(x)
@@ -191,21 +200,40 @@ def test_a_gradient_of_a_computed_weight_is_that_of_coordinates():
 # ---- a network that changes itself, or is changed ------------------------------------------------
 
 
-def test_a_forward_that_writes_to_its_weights_is_refused():
+def _copies(weight):
+    weight.copy_(nn.functional.normalize(weight))
+
+
+def _copies_data(weight):
+    weight.data.copy_(nn.functional.normalize(weight))
+
+
+def _sets_data(weight):
+    weight.data = nn.functional.normalize(weight)
+
+
+@pytest.mark.parametrize("write", [_copies, _copies_data, _sets_data])
+def test_a_forward_that_writes_to_its_weights_is_refused(write):
     class Normalises(Net):
         def forward(self, x):
             with torch.no_grad():
-                self.head.weight.copy_(nn.functional.normalize(self.head.weight))
+                write(self.head.weight)
             return super().forward(x)
 
     model = scatter(SubspaceModel(Normalises(), 20))
     for grad in (True, False):
         with (
             torch.set_grad_enabled(grad),
-            pytest.raises(SubspanError, match="the network changed a weight of its own"),
+            pytest.raises(SubspanError, match=r"changed a weight of its own .* \(head\.weight\)"),
         ):
             model(torch.randn(5, 8))
     scatter(SubspaceModel(Normalises(), 20, exclude="head"))(torch.randn(5, 8))
+
+
+def test_a_weight_that_is_not_finite_was_not_written_to():
+    net = Net()
+    net.head.weight.data[0, 0] = torch.nan
+    SubspaceModel(net, 20)(torch.randn(5, 8))
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -311,6 +339,57 @@ def test_bias_only_by_flags_is_refused():
         model(x)
 
 
+class Adjoint(torch.autograd.Function):
+    """Two steps of an ODE, whose backward pass asks for gradients of the parameters given to it."""
+
+    @staticmethod
+    def forward(ctx, part, start, *parameters):
+        ctx.part, first = part, start + part(start)
+        ctx.save_for_backward(start, first, *parameters)
+        return first + part(first)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *states, parameters = *ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        total = [torch.zeros_like(p) for p in parameters]
+        for state in reversed(states):
+            with torch.enable_grad():
+                here = state.detach().requires_grad_()
+                inputs = (here, *parameters)
+                found = torch.autograd.grad(ctx.part(here), inputs, grad, allow_unused=True)
+            grad = grad + found[0]
+            total = [a + (0 if b is None else b) for a, b in zip(total, found[1:], strict=True)]
+        return None, grad, *total
+
+
+def test_a_function_of_autograd_that_runs_a_part_again():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+        def forward(self, x, adjoint):
+            if adjoint:
+                return Adjoint.apply(self.part, x, *self.part.parameters())
+            x = x + self.part(x)
+            return x + self.part(x)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Flow(), 20)), torch.randn(5, 8)
+    grads = []
+    for adjoint in (False, True):
+        model.zero_grad()
+        sum(model(k * x, adjoint).square().sum() for k in (1, 2)).backward()
+        grads.append(model.coordinates["global"].grad.clone())
+    model.zero_grad()
+    part = model.body.part
+    for k in (1, 2):
+        Adjoint.apply(part, k * x, *part.parameters()).square().sum().backward()
+    grads.append(model.coordinates["global"].grad)
+    torch.testing.assert_close(grads[1:], [grads[0]] * 2)
+    copy.deepcopy(model)
+
+
 # ---- classes, containers, handles ----------------------------------------------------------------
 
 
@@ -361,6 +440,9 @@ def test_the_state_of_an_ordinary_network_through_the_handle():
     other = SubspaceModel(Net(), 20)
     other.load_state_dict(merged.state_dict(), strict=False)
     torch.testing.assert_close(other.eval()(x), model(x), rtol=1e-4, atol=1e-5)
+    other = SubspaceModel(copy.deepcopy(model).unwrap(), 20)
+    other.load_state_dict(model.body.state_dict())
+    torch.testing.assert_close(other(x), model(x))
 
 
 def test_copies_by_a_method_of_the_networks_own_are_refused():
@@ -371,6 +453,26 @@ def test_copies_by_a_method_of_the_networks_own_are_refused():
     model = SubspaceModel(Copies(), 20)
     with pytest.raises(SubspanError, match="Copies has a __deepcopy__ of its own"):
         copy.deepcopy(model)
+
+
+def clone_module(module):
+    """As MAML's libraries do: the same class and attributes, and other tensors."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__ | {
+        "_parameters": {name: p.clone() for name, p in module._parameters.items()},
+        "_buffers": {name: b.clone() for name, b in module._buffers.items()},
+        "_modules": {name: clone_module(part) for name, part in module._modules.items()},
+    }
+    return clone
+
+
+def test_copies_tensor_by_tensor_are_refused():
+    model, _, x = pair()
+    for original in (model, model.body):
+        clone = clone_module(original)
+        same_function(model, x, lambda clone=clone: clone(x))
+    with pytest.raises(SubspanError, match="read from a module with a tensor of its own"):
+        clone(x)
 
 
 def test_a_file_is_not_loaded_around_a_model(tmp_path):

@@ -310,6 +310,23 @@ def test_a_file_that_is_loaded_under_inference_mode_can_be_trained(tmp_path):
         SubspaceModel(made_there, 20, train_fully="head")
 
 
+def test_a_network_that_was_made_under_inference_mode(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return build("cnn")
+
+    with torch.inference_mode():
+        net, other = make(), make()
+        model = scatter(SubspaceModel(net, 20))
+    model.body.norm.running_mean = torch.ones(4)
+    subspan.save(model, tmp_path / "m")
+    loaded, x = subspan.load(tmp_path / "m", other), batch("cnn")
+    with torch.no_grad():  # which PyTorch asks for where buffers were made there
+        torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+    assert model.unwrap() is net
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_a_failing_wrap_leaves_classes_alone(monkeypatch):
     class Slotted(nn.Linear):
         __slots__ = ("extra",)

@@ -249,15 +249,32 @@ def test_moving_and_converting_is_no_change(tmp_path):
         subspan.save(model, tmp_path / "m")
 
 
-def test_an_optimizer_of_before_is_refused_at_its_first_step():
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizer_of_before_is_refused_at_its_first_step(stepped):
+    SubspaceModel(Net(), 20)  # from the first on, steps are looked at
     net, x = Net(), torch.randn(5, 8)
     optimizer = Adam(net.parameters())
+    if stepped:
+        net(x).sum().backward()
+        optimizer.step()
     model = SubspaceModel(net, 20)
     model(x).sum().backward()
     with pytest.raises(SubspanError, match=r"the optimizer has .* frozen .*: make it anew"):
         optimizer.step()
     model.unwrap()(x).sum().backward()
     optimizer.step()
+
+
+def test_a_gradient_of_before_moves_and_clips_nothing():
+    net, x = Net(), torch.randn(5, 8)
+    net(x).square().sum().backward()
+    model = SubspaceModel(net, 20, exclude="body.0", train_fully="head.bias")
+    bias = net.head.bias.grad.clone()
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == ["head.bias"]
+    model(x).sum().backward()
+    Adam(net.parameters()).step()
+    assert not torch.equal(net.head.bias.grad, bias)
+    model.state_dict()  # θ₀ is what it was
 
 
 def test_an_optimizer_of_parts_is_refused():
