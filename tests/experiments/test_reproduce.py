@@ -270,7 +270,7 @@ def tiny_encoder(folder):
 def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
     point = next(point for point in reversed(_points(config)) if not point.small)
-    ready = prepare(point.job(config, 0.1, 0).run)
+    ready = prepare(point.job(0.1, 0).run)
     published = {
         "dlrt-cifar-resnet": 77_850,
         "dlrt-cifar-vgg": 9_228_362,
