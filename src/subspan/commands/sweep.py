@@ -85,7 +85,7 @@ def main(argv: Arguments) -> None:
             console.say(f"\n{name}")
         show_sweep(result, [out / name / file for file in ("curve.png", "report.html")])
     if given.nets is not None:
-        picture, _ = report.write_comparison(out, {name: out / name for name in parts})
+        picture, _ = report.write_comparison(out, results)
         console.say(f"\npicture of all: {picture}")
 
 

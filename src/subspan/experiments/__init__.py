@@ -179,5 +179,5 @@ def reproduce(
             log=log,
         )
     if len(parts) > 1:
-        report.write_summary(out, {part: out / part for part in parts}, title)
+        report.write_summary(out, results, title)
     return results
