@@ -89,7 +89,7 @@ def _method(point: MeasuredPoint) -> str:
 
 
 def _link(folder: Path, out: Path) -> str:
-    path = Path(os.path.relpath(folder.resolve(), out.resolve())).as_posix()
+    path = Path(os.path.relpath(folder, out.resolve())).as_posix()
     name = cell(path.removeprefix("../"))
     return f"[{name}]({quote(path)})"
 
