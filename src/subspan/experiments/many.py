@@ -14,8 +14,9 @@ from subspan import report
 from subspan.errors import SubspanError
 from subspan.sweeps import cluster
 from subspan.sweeps.job import Outcome
+from subspan.sweeps.plan import carry_out
 from subspan.sweeps.result import SweepRecord
-from subspan.sweeps.sweep import check, sweep, total_runs
+from subspan.sweeps.sweep import Grid, check, total_runs
 from subspan.training.config import Sweep
 
 
@@ -69,7 +70,7 @@ def sweep_parts(
                 if on_run:
                     on_run(outcome, left_in_part + later)
 
-            own = {"on_run": one_run, **extra(part), **how}
-            results[part] = sweep(config, out / part, log=log, checked=True, **shared, **own)
+            grid = Grid(config, **extra(part))
+            results[part] = carry_out(grid, out / part, on_run=one_run, log=log, **shared, **how)
             report.write(out / part)
     return results

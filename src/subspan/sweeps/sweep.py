@@ -88,7 +88,6 @@ def sweep(
     ray_address: str | None = None,
     say: Callable[[str], None] = lambda what: None,
     log: Sequence[str] = (),
-    checked: bool = False,
 ) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -106,7 +105,6 @@ def sweep(
         ray_address: as there.
         say: as there.
         log: as there.
-        checked: whether :func:`check` has been called.
 
     Returns:
         What ``sweep.json`` says.
@@ -118,8 +116,7 @@ def sweep(
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
-    if not checked:
-        check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
+    check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
     return carry_out(
         Grid(config, experiment, published),
         out,
