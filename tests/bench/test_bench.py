@@ -588,12 +588,13 @@ def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, m
     free = SimpleNamespace(available=10**6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     some = (large_network.FULL, large_network.FROZEN, large_network.SUBSPAN)
+    monkeypatch.setattr(large_network, "VARIANTS", some)
 
     def measure(weight_bytes):
         here.clear()
         settings = Bench(large_dim=20, seconds=1e-3)
         arguments = ((1, 8, 16), 4)
-        return large_network.measure(blocks.__name__, arguments, settings, weight_bytes, {}, some)
+        return large_network.measure(blocks.__name__, arguments, settings, weight_bytes, {})
 
     assert all("step" in row for row in measure(10**4))
     assert here[:3] == ["full", "frozen", "subspan"]

@@ -174,6 +174,23 @@ SLOW = {("dlrt-cifar-vgg", "full"), ("dlrt-fc", "full")}  # many large matrices 
 PARTLY = {("minut-cifar-lenet", "full")}  # takes hours
 
 
+@pytest.fixture(scope="module")
+def few_images(tmp_path_factory):
+    """Three images of each class, of the size of every set; all tests decode them once."""
+    folder = tmp_path_factory.mktemp("images")
+    for part, label, i in product(("train", "test"), range(10), range(3)):
+        for data, mode, side in (
+            ("mnist", "L", 28),
+            ("fashion_mnist", "L", 28),
+            ("cifar10", "RGB", 32),
+        ):
+            place = folder / data / part / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            value = 20 * label + i if mode == "L" else (20 * label, i, 0)
+            (place / f"{i}.png").write_bytes(encoded(value, mode, size=(side, side)))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "budget"),
     [
@@ -181,20 +198,10 @@ PARTLY = {("minut-cifar-lenet", "full")}  # takes hours
         for case in product(sorted({*SWEEPS} - {*TEXTS}), ("quick", "full"))
     ],
 )
-def test_each_can_be_run(name, budget, tmp_path, monkeypatch):
+def test_each_can_be_run(name, budget, few_images, monkeypatch):
     """On images of the right size; and it has a point at every published d, with an exception."""
-    monkeypatch.setenv("SUBSPAN_DATA", str(tmp_path))
-    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
-    for part, label, i in product(("train", "test"), range(10), range(3)):
-        for data, mode, side in (
-            ("mnist", "L", 28),
-            ("fashion_mnist", "L", 28),
-            ("cifar10", "RGB", 32),
-        ):
-            folder = tmp_path / data / part / str(label)
-            folder.mkdir(parents=True, exist_ok=True)
-            value = 20 * label + i if mode == "L" else (20 * label, i, 0)
-            (folder / f"{i}.png").write_bytes(encoded(value, mode, size=(side, side)))
+    monkeypatch.setenv("SUBSPAN_DATA", str(few_images))
+    monkeypatch.setenv("SUBSPAN_CACHE", str(few_images / "cache"))
     experiment = experiments()[name]
     assert experiment.name == name
     parts = experiment.parts(budget)
@@ -270,7 +277,7 @@ def tiny_encoder(folder):
 def test_the_networks_have_the_published_size(name, real_data):
     config = next(iter(experiments()[name].parts("quick").values()))
     point = next(point for point in reversed(_points(config)) if not point.small)
-    ready = prepare(point.job(config, 0.1, 0).run)
+    ready = prepare(point.job(0.1, 0).run)
     published = {
         "dlrt-cifar-resnet": 77_850,
         "dlrt-cifar-vgg": 9_228_362,

@@ -157,8 +157,9 @@ def test_runs_of_several_processes(tmp_path):
     odd = a_sweep(
         methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2, batch_size=127
     )
-    failed = sweep(odd, tmp_path / "odd", jobs=1).failed
-    assert "batch_size must be a multiple of the 2 processes" in failed[0].error
+    with pytest.raises(SubspanError, match="batch_size must be a multiple of the 2 processes"):
+        sweep(odd, tmp_path / "odd", jobs=1)
+    assert not (tmp_path / "odd").exists()
 
 
 # ---- records that were edited, damaged, or are newer ---------------------------------------------

@@ -32,14 +32,8 @@ from subspan.bench.timing import ROUNDS, spread
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 
-FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA = (
-    "full",
-    "frozen",
-    "subspan",
-    "subspan, checkpointed",
-    "lora",
-)
-VARIANTS = (FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA)
+VARIANTS = ("full", "frozen", "subspan", "subspan, checkpointed", "lora")
+FULL, FROZEN, SUBSPAN, CHECKPOINTED, LORA = VARIANTS
 RANK = 8  # of LoRA, PEFT's own default
 CHANGE = 1e-4  # of a weight in a step
 LORA_RATE = 1e-3
@@ -170,7 +164,6 @@ def measure(
     settings: Bench,
     weight_bytes: int,
     allocator: Mapping[str, str],
-    variants: Sequence[str] = (),
 ) -> list[Measurement]:
     """Measure every variant, in turns of a step if all fit into half the memory.
 
@@ -181,18 +174,16 @@ def measure(
             least, after the first.
         weight_bytes: of θ₀.
         allocator: environment variables of glibc's malloc.
-        variants: what to compare; by default all.
 
     Returns:
         Rows with ``projection`` (the variant) and what :func:`steps` says of the last step, with
         ``step`` (the timing) instead of ``seconds`` and ``losses`` (the first, the last) instead of
         ``loss``; or ``skipped``, a reason.
     """
-    variants = variants or VARIANTS
-    rows: dict[str, Measurement] = {variant: {"projection": variant} for variant in variants}
+    rows: dict[str, Measurement] = {variant: {"projection": variant} for variant in VARIANTS}
     available = psutil.virtual_memory().available
     possible = []
-    for variant in variants:
+    for variant in VARIANTS:
         needed = (HELD[variant] + 0.5) * weight_bytes
         if variant == LORA and importlib.util.find_spec("peft") is None:
             rows[variant]["skipped"] = "not installed: pip install 'subspan[peft]'"

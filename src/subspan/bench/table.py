@@ -7,7 +7,8 @@ from typing import Any
 
 from subspan.bench.part import measured
 from subspan.report.bars import show_number
-from subspan.report.tables import NONE, Table
+from subspan.report.page import or_none
+from subspan.report.tables import Table
 
 
 def of_bench(record: Mapping[str, Any]) -> Table:
@@ -31,7 +32,7 @@ def of_bench(record: Mapping[str, Any]) -> Table:
         for row in rows:
             ratios = {q.words: part.ratio(row, rows, q) for q in part.quantities}
             cells = [ratios.get(word) for word in words]
-            shown = [NONE if cell is None else show_number(cell) for cell in cells]
+            shown = [or_none(show_number, cell) for cell in cells]
             lines.append((part.name, part.full_label(row), *shown))
     several = len(found) > 1
     columns = ("part", "what", *(f"{word}, ×" for word in words))

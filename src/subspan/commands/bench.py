@@ -11,7 +11,8 @@ from typing import Any
 from subspan.bench import FILE, Bench, bench, candidates, picture, total
 from subspan.bench.part import measured, parts
 from subspan.commands import console
-from subspan.commands.parsing import Arguments, Parser, add_out, parse, read_fields
+from subspan.commands.parsing import Arguments, Parser, parse, read_fields
+from subspan.commands.shared_options import add_out
 
 
 def main(argv: Arguments) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from subspan.commands.console import say
 from subspan.commands.parsing import Arguments, Parser, parse
+from subspan.commands.shared_options import add_checkpoint, add_net
 from subspan.errors import SubspanError
 from subspan.training.export import export, export_peft
 
@@ -15,9 +16,7 @@ Format = Literal["weights", "peft"]
 def main(argv: Arguments) -> None:
     """Write a checkpoint as a plain safetensors file of its merged weights, or as a LoRA."""
     parser = Parser("export", main.__doc__)
-    parser.add_argument(
-        "checkpoint", type=str, help="a model.safetensors or model.subspan of train"
-    )
+    add_checkpoint(parser)
     parser.add_argument("out", type=str, help="the file to write; of a LoRA the folder")
     parser.add_argument(
         "--format",
@@ -28,12 +27,7 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--rank", type=int | None, default=None, help="of the nearest LoRA, 8 if not given"
     )
-    parser.add_argument(
-        "--net",
-        type=str | None,
-        default=None,
-        help="where the network is now that it was trained from; null: where it was",
-    )
+    add_net(parser)
     given = parse(parser, argv)
     if given.format == "peft":
         written = export_peft(given.checkpoint, given.out, given.rank, net=given.net)

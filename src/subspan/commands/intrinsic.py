@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from subspan import report
-from subspan.commands.parsing import (
-    Arguments,
-    Parser,
-    add_running,
-    parse,
-    read_fields,
-    read_running,
-)
+from subspan.commands.parsing import Arguments, Parser, parse, read_fields
 from subspan.commands.recipe import open_recipe
+from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.sweep import show_runs, show_sweep
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.sweeps import backends

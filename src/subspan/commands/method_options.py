@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from subspan.commands.parsing import Arguments, Parser, load_file, load_text
+from subspan.commands.words import given_values
 from subspan.training import config
 from subspan.training.methods import Method, method, methods
 
@@ -23,10 +24,7 @@ def options_in(argv: Arguments) -> dict[str, Any]:
         Values as texts, or, lists and what stands in a file, as YAML has them; the last of each.
     """
     options: dict[str, Any] = {}
-    for option, word in zip(["", *argv], argv, strict=False):
-        flag, equals, value = word.partition("=")
-        if not equals:
-            flag, value = option, word
+    for flag, value in given_values(argv):
         if flag == "--config":
             options |= {str(key).replace("-", "_"): v for key, v in load_file(value).items()}
         elif flag.startswith("--"):

@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from subspan.commands import output
+from subspan.commands.words import given_values
 from subspan.errors import SubspanError, unknown
 from subspan.training import config
 from subspan.training.options_file import Loader, check_file, check_value
@@ -202,9 +203,8 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
     """
     words = [dashed(word) for word in argv]
     known = set(parser.kinds) - {"config", "imports", "help", "print_config"}
-    for option, word in zip(["", *words], words, strict=False):
-        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
-        if name == "--config" and word != name:
+    for name, value in given_values(words):
+        if name == "--config":
             check_file(value, known, parser.prog)
         else:
             check_value(name, value)
@@ -246,19 +246,17 @@ def _check_names(parser: Parser, words: Sequence[str]) -> None:
 def _values(parser: Parser, words: Sequence[str]) -> list[tuple[str, list[str], str]]:
     """Return the options that are given: name, words that give it to ``--value``, and its text."""
     given: list[tuple[str, list[str], str]] = []
-    for option, word in zip(["", *words], words, strict=False):
-        name, equals, value = word.partition("=")
-        if not (word.startswith("--") and equals):
-            name, value = option, word
-        action = parser.flags().get(name)
-        if action is None or "=" in option or value.startswith("--"):
-            continue  # of a flag, or of an option that has no value: jsonargparse says so
+    flags = parser.flags()
+    for name, value in given_values(words):
+        action = flags.get(name)
+        if action is None or action.nargs == 0:
+            continue
         if name == "--config":
             given += [
                 (key.replace("-", "_"), ["--config", yaml.safe_dump({"value": one})], str(one))
                 for key, one in load_file(value).items()
             ]
-        elif action.nargs != 0:
+        else:
             given.append((action.dest, [f"--value={value}"], value))
     return given
 
@@ -325,69 +323,3 @@ def _describe(kind: Any) -> list[str]:
         dict: "a mapping",
     }
     return [names.get(get_origin(kind) or kind, str(kind))]
-
-
-# ---- options that several commands have ----------------------------------------------------------
-
-
-def add_out(
-    parser: Parser,
-    default: str | None,
-    *,
-    overwrite: str = "replace what another configuration left there",
-) -> None:
-    """Add ``--out`` and ``--overwrite``."""
-    kind = str if default else str | None
-    parser.add_argument("--out", type=kind, default=default, help="the folder for what is written")
-    parser.add_argument("--overwrite", action="store_true", help=overwrite)
-
-
-def add_log(parser: Parser) -> None:
-    """Add ``--log``."""
-    parser.add_argument(
-        "--log",
-        "--log_with",
-        type=list[str] | str | None,
-        default=None,
-        help="trackers that get every epoch, separated by commas, or a YAML list: tensorboard, "
-        "wandb, trackio, …; those that can keep their files beside the record. (torchrun takes "
-        "--log for an option of its own: under it, say --log-with)",
-    )
-
-
-def trackers_given(given: Namespace) -> tuple[str, ...]:
-    """Return the names that ``--log`` gives."""
-    return () if given.log is None else config.split(given.log, "log")
-
-
-def add_running(parser: Parser, out: str | None) -> None:
-    """Add how runs are spread over processes and machines, ``--log``, and :func:`add_out`."""
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=-1,
-        help="runs at a time; -1: one per core, or one where they take the GPU of this machine; "
-        "of a Ray cluster, one per core, or per GPU where it has any",
-    )
-    parser.add_argument(
-        "--backend",
-        type=Literal["loky", "ray"],
-        default="loky",
-        help="loky: processes of this machine; ray: those of a Ray cluster (pip install "
-        "'subspan[ray]'). All its machines must see --out, and the data, under the same path. The "
-        "same command given on several machines that share --out divides the runs without Ray",
-    )
-    parser.add_argument(
-        "--ray_address",
-        type=str | None,
-        default=None,
-        help="host:port of a cluster's head; null starts Ray on this machine alone",
-    )
-    add_log(parser)
-    add_out(parser, out)
-
-
-def read_running(given: Namespace) -> dict[str, Any]:
-    """Return what :func:`add_running` added, but for ``--out``."""
-    names = ("jobs", "overwrite", "backend", "ray_address")
-    return {name: given[name] for name in names} | {"log": trackers_given(given)}

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from subspan.commands.parsing import (
-    LISTED,
-    Arguments,
-    Parser,
-    add_running,
-    parse,
-    read_running,
-)
+from jsonargparse import Namespace
+
+from subspan.bench import total as bench_total
+from subspan.commands import console
+from subspan.commands.bench import show_bench, show_progress
+from subspan.commands.parsing import LISTED, Arguments, Parser, parse
+from subspan.commands.shared_options import add_running, read_running
+from subspan.commands.sweep import show_runs, show_sweep
 from subspan.errors import SubspanError
+from subspan.experiments import ALL, Benchmark, Experiment, experiment, experiments, reproduce
+from subspan.experiments.everything import reproduce_all
+from subspan.files import readable
+from subspan.sweeps.sweep import total_runs
 from subspan.training.config import split
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
-    from subspan.experiments import Benchmark, Experiment
 
 
 def main(argv: Arguments) -> None:
@@ -27,11 +26,6 @@ def main(argv: Arguments) -> None:
 
     An experiment of your own is a YAML file: docs/add-an-experiment.md.
     """
-    from subspan.commands import console
-    from subspan.experiments import ALL, experiment, experiments
-    from subspan.experiments.everything import reproduce_all
-    from subspan.files import readable
-
     listing = "\n".join(f"  {name}: {e.title}" for name, e in experiments().items())
     parser = Parser("reproduce", main.__doc__, f"experiments:\n{listing}")
     parser.add_argument(
@@ -94,14 +88,7 @@ def main(argv: Arguments) -> None:
 
 def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> None:
     """Run one experiment and show what came of it."""
-    from subspan.bench import total as bench_total
-    from subspan.commands import console
-    from subspan.commands.bench import show_bench, show_progress
-    from subspan.commands.sweep import show_runs, show_sweep
-    from subspan.experiments import ALL, Benchmark, reproduce
-    from subspan.sweeps.sweep import total_runs
-
-    how = {
+    how: dict[str, Any] = {
         "budget": given.budget,
         "data": given.data,
         "only": () if given.only is None else split(given.only, "only"),

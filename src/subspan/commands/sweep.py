@@ -15,16 +15,9 @@ from subspan.commands.method_options import (
     list_methods,
     read_method_options,
 )
-from subspan.commands.parsing import (
-    LISTED,
-    Arguments,
-    Parser,
-    add_running,
-    parse,
-    read_fields,
-    read_running,
-)
+from subspan.commands.parsing import LISTED, Arguments, Parser, parse, read_fields
 from subspan.commands.recipe import open_recipe
+from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import SubspanError
 from subspan.experiments.many import sweep_parts
@@ -85,7 +78,7 @@ def main(argv: Arguments) -> None:
             console.say(f"\n{name}")
         show_sweep(result, [out / name / file for file in ("curve.png", "report.html")])
     if given.nets is not None:
-        picture, _ = report.write_comparison(out, {name: out / name for name in parts})
+        picture, _ = report.write_comparison(out, results)
         console.say(f"\npicture of all: {picture}")
 
 

@@ -18,16 +18,9 @@ from subspan.commands.method_options import (
     list_methods,
     read_method_options,
 )
-from subspan.commands.parsing import (
-    Arguments,
-    Parser,
-    add_log,
-    add_out,
-    parse,
-    read,
-    trackers_given,
-)
+from subspan.commands.parsing import Arguments, Parser, parse, read
 from subspan.commands.recipe import open_recipe
+from subspan.commands.shared_options import add_log, add_out, trackers_given
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import Stopped, SubspanError
 from subspan.training.config import Run

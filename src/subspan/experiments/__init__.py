@@ -158,12 +158,6 @@ def reproduce(
         file=chosen.file,
     )
 
-    def extra(part: str) -> dict[str, Any]:
-        return {
-            "experiment": replace(about, part=part),
-            "published": () if data else chosen.published.get(part, ()),
-        }
-
     with own.modules_beside(chosen.file) if chosen.file else nullcontext():
         results = sweep_parts(
             parts,
@@ -172,12 +166,13 @@ def reproduce(
             backend=backend,
             ray_address=ray_address,
             on_run=on_run,
-            extra=extra,
+            experiment=about,
+            published={} if data else chosen.published,
             places=chosen.places,
             overwrite=overwrite,
             say=say,
             log=log,
         )
     if len(parts) > 1:
-        report.write_summary(out, {part: out / part for part in parts}, title)
+        report.write_summary(out, results, title)
     return results

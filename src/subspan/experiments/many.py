@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from subspan import report
 from subspan.errors import SubspanError
 from subspan.sweeps import cluster
 from subspan.sweeps.job import Outcome
-from subspan.sweeps.result import SweepRecord
-from subspan.sweeps.sweep import check, sweep, total_runs
+from subspan.sweeps.plan import carry_out
+from subspan.sweeps.result import Provenance, Published, SweepRecord
+from subspan.sweeps.sweep import Grid, check, total_runs
 from subspan.training.config import Sweep
 
 
@@ -27,7 +29,8 @@ def sweep_parts(
     backend: str = "loky",
     ray_address: str | None = None,
     on_run: Callable[[Outcome, int], None] | None = None,
-    extra: Callable[[str], Mapping[str, Any]] = lambda part: {},
+    experiment: Provenance | None = None,
+    published: Mapping[str, Sequence[Published]] | None = None,
     places: Mapping[str, str] | None = None,
     log: Sequence[str] = (),
     **how: Any,
@@ -41,9 +44,10 @@ def sweep_parts(
         backend: likewise; parts share one cluster.
         ray_address: likewise.
         on_run: called after each run, with how many are left in all parts.
-        extra: ``experiment`` and ``published`` of a part, as of :func:`subspan.sweeps.sweep.sweep`.
+        experiment: the published one whose parts these are.
+        published: curves to hold each part against.
         places: what errors call a part, where that is not its name: a file and a line, perhaps.
-        log: likewise.
+        log: as of :func:`subspan.sweeps.sweep.sweep`.
         how: the other arguments of :func:`subspan.sweeps.sweep.sweep`.
 
     Returns:
@@ -69,7 +73,8 @@ def sweep_parts(
                 if on_run:
                     on_run(outcome, left_in_part + later)
 
-            own = {"on_run": one_run, **extra(part), **how}
-            results[part] = sweep(config, out / part, log=log, checked=True, **shared, **own)
+            told = experiment and replace(experiment, part=part)
+            grid = Grid(config, told, (published or {}).get(part, ()))
+            results[part] = carry_out(grid, out / part, on_run=one_run, log=log, **shared, **how)
             report.write(out / part)
     return results

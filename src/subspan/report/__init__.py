@@ -63,12 +63,12 @@ def write(folder: Path) -> list[Path]:
     return list(files)
 
 
-def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path]:
+def write_summary(out: Path, parts: Mapping[str, SweepRecord], title: str) -> list[Path]:
     """Write ``summary.png`` and ``summary.svg``: what all parts of an experiment reached.
 
     Args:
         out: a folder.
-        parts: folders of sweeps by name.
+        parts: sweeps by name.
         title: one line.
 
     Returns:
@@ -76,27 +76,22 @@ def write_summary(out: Path, parts: Mapping[str, Path], title: str) -> list[Path
     """
     from subspan.report import bars, pictures
 
-    found = {name: read(folder) for name, folder in parts.items()}
-    figure = bars.summary({n: s for n, s in found.items() if isinstance(s, SweepRecord)}, title)
-    return pictures.write(figure, out, "summary")
+    return pictures.write(bars.summary(parts, title), out, "summary")
 
 
-def write_comparison(out: Path, parts: Mapping[str, Path]) -> list[Path]:
+def write_comparison(out: Path, parts: Mapping[str, SweepRecord]) -> list[Path]:
     """Write ``comparison.png`` and ``comparison.svg``: the curves of several networks together.
 
     Args:
         out: a folder.
-        parts: folders of sweeps by the name of their network.
+        parts: sweeps by the name of their network.
 
     Returns:
         The files written.
     """
     from subspan.report import pictures
 
-    found = {name: read(folder) for name, folder in parts.items()}
-    sweeps = {name: sweep for name, sweep in found.items() if isinstance(sweep, SweepRecord)}
-    figure = pictures.comparison_figure(sweeps)
-    return pictures.write(figure, out, "comparison")
+    return pictures.write(pictures.comparison_figure(parts), out, "comparison")
 
 
 def write_pareto(folders: Sequence[Path], data: Sequence[str], out: Path) -> list[Path]:

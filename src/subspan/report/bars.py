@@ -97,14 +97,12 @@ def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
 
 def _published(sweep: SweepRecord, row: PointRecord) -> list[float]:
     """The published accuracies that a row is to be compared with."""
-    found = []
-    for source in sweep.published:
-        here: int | str = row.label if source.labels else row.dim
-        points = dict(zip(source.labels or source.dims, source.accuracy, strict=True))
-        baseline = row is sweep.baseline
-        value = source.baseline if baseline else points.get(here)
-        if value is not None and (baseline or source.method in (None, row.method)):
-            found.append(value)
+    if row is sweep.baseline:
+        found = [source.baseline for source in sweep.published if source.baseline is not None]
+    else:
+        found = [
+            a for source in sweep.published for at, a in source.points if at == source.place(row)
+        ]
     return list(dict.fromkeys(found))  # sources of one paper share a baseline
 
 

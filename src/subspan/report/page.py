@@ -17,7 +17,7 @@ from subspan.sweeps.result import PointRecord, Published, SweepRecord
 from subspan.training.records import RunRecord
 from subspan.training.score import Score
 
-_DASH = "–"  # not recorded, or not known
+NONE = "–"  # not recorded, not known, or not published
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,14 @@ def _unfinished(found: SweepRecord | RunRecord) -> list[str]:
 def _intrinsic(sweep: SweepRecord) -> Section:
     rows, notes = [], []
     for method, found in sweep.d_int.items():
-        ends = [_or_dash(number, end) for end in (found.low, found.high)]
+        ends = [or_none(number, end) for end in (found.low, found.high)]
         share = 100 * found.value / sweep.weights if found.value and sweep.weights else None
         rows.append(
             [
                 method,
                 d_int_bound(found).removeprefix("= "),
-                f"{ends[0]} to {ends[1]}" if set(ends) != {_DASH} else _DASH,
-                _or_dash("{:.2g}".format, share),
+                f"{ends[0]} to {ends[1]}" if set(ends) != {NONE} else NONE,
+                or_none("{:.2g}".format, share),
                 shown([found.target], sweep.score),
             ]
         )
@@ -183,7 +183,7 @@ def _scores(rows: Sequence[PointRecord], score: Score, *text: str) -> Section:
         [
             [
                 row.method,
-                row.label or _DASH,
+                row.label or NONE,
                 shown(row.test_score, score),
                 shown(row.val_score, score),
                 str(len(row.test_score)),
@@ -219,9 +219,9 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
         [
             [
                 row.method,
-                row.label or _DASH,
+                row.label or NONE,
                 *(
-                    _or_dash("{:,}".format, count)
+                    or_none("{:,}".format, count)
                     for count in (
                         row.trainable_parameters,
                         *[row.head_parameters] * head,
@@ -230,10 +230,10 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
                         row.checkpoint_bytes,
                     )
                 ),
-                _mean(row.seconds_per_step, 1e3),
-                _mean(row.seconds_total),
-                _mean(row.peak_memory_bytes, 1e-6),
-                *[_mean(row.bytes_sent)] * sent,
+                mean(row.seconds_per_step, 1e3),
+                mean(row.seconds_total),
+                mean(row.peak_memory_bytes, 1e-6),
+                *[mean(row.bytes_sent)] * sent,
             ]
             for row in rows
         ],
@@ -250,10 +250,10 @@ def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
         [
             [
                 row.method,
-                row.label or _DASH,
+                row.label or NONE,
                 shown(row.test_score, score),
                 "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
-                *(_or_dash("{:,}".format, row.counts.get(name)) for name in names),
+                *(or_none("{:,}".format, row.counts.get(name)) for name in names),
                 _share(row, names[0]),
             ]
             for row in rows
@@ -264,7 +264,7 @@ def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
 
 
 def _share(row: PointRecord, name: str) -> str:
-    return f"{100 * row.counts[name] / row.weights:.1f}" if name in row.counts else _DASH
+    return f"{100 * row.counts[name] / row.weights:.1f}" if name in row.counts else NONE
 
 
 def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
@@ -272,7 +272,7 @@ def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
 
     def line(name: str, published: float, measured: Sequence[Sequence[float]]) -> list[str]:
         means = [100 * statistics.mean(seeds) if seeds else math.nan for seeds in measured]
-        cells = [_or_dash(lambda m: f"{m:.1f} ({m - 100 * published:+.1f})", m) for m in means]
+        cells = [or_none(lambda m: f"{m:.1f} ({m - 100 * published:+.1f})", m) for m in means]
         return [name, f"{100 * published:.1f}", *cells]
 
     accuracy: dict[tuple[str, int | str], Sequence[float]] = {}
@@ -280,25 +280,20 @@ def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
         accuracy[row.method, row.dim] = accuracy[row.method, row.label] = row.test_score
     known = [*sweep.methods, *["full"] * any(row.small for row in sweep.rows)]
     methods = [method for method in known if source.method in (None, method)]
-    points: list[tuple[int | str, float]] = (
-        list(zip(source.labels, source.accuracy, strict=True))
-        if source.labels
-        else sorted(zip(source.dims, source.accuracy, strict=True))
-    )
     rows = [
         line(
             at if isinstance(at, str) else number(at),
             published,
             [accuracy.get((method, at), ()) for method in methods],
         )
-        for at, published in points
+        for at, published in (source.points if source.labels else sorted(source.points))
     ]
     if source.baseline is not None:
         all_weights = sweep.baseline.test_score if sweep.baseline else ()
         rows.append(line("all weights", source.baseline, [all_weights] * len(methods)))
     if source.d_int is not None:
         found = [sweep.d_int.get(method) for method in methods]
-        bounds = [d_int_bound(f).removeprefix("= ") if f else _DASH for f in found]
+        bounds = [d_int_bound(f).removeprefix("= ") if f else NONE for f in found]
         rows.append([d_int_name(sweep.threshold), number(source.d_int), *bounds])
     return Section(
         f"Published and measured side by side: {source.label}",
@@ -345,19 +340,21 @@ def _facts(found: SweepRecord | RunRecord) -> list[Section]:
 
 def shown(values: Sequence[float], score: Score) -> str:
     """Return the mean as people read it, and with several seeds the standard deviation."""
-    return score.summary(values) if values else _DASH
+    return score.summary(values) if values else NONE
 
 
 def _unit(score: Score) -> str:
     return ", %" if score.percent else ""
 
 
-def _mean(values: Sequence[float], scale: float = 1) -> str:
-    return f"{scale * statistics.mean(values):,.1f}" if values else _DASH
+def mean(values: Sequence[float], scale: float = 1) -> str:
+    """Return the mean of what was measured, as people read it."""
+    return f"{scale * statistics.mean(values):,.1f}" if values else NONE
 
 
-def _or_dash(write: Callable[[Any], str], value: float | None) -> str:
-    return _DASH if value is None or math.isnan(value) else write(value)
+def or_none(write: Callable[[Any], str], value: float | None) -> str:
+    """Write a number, or that there is none."""
+    return NONE if value is None or math.isnan(value) else write(value)
 
 
 def _plain(value: Any) -> str:

@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from subspan.report.curves import axis_name
 from subspan.report.known import KnownResult
-from subspan.report.page import cell, template
+from subspan.report.page import cell, or_none, template
 from subspan.report.pareto import CAPTION, TITLES
 from subspan.report.points import SIZES, MeasuredPoint, frontier
-from subspan.report.tables import NONE, Table
+from subspan.report.tables import Table
 from subspan.training.score import ACCURACY
 
 MEASURED = (
@@ -69,7 +69,7 @@ def _measured(points: Sequence[MeasuredPoint], out: Path) -> list[tuple[str, ...
     return [
         (
             f"{p.numbers:,}",
-            NONE if p.bytes is None else f"{p.bytes:,}",
+            or_none("{:,}".format, p.bytes),
             ACCURACY.summary([score / 100 for score in p.scores]),
             str(len(p.scores)),
             cell(_method(p)),
@@ -89,7 +89,7 @@ def _method(point: MeasuredPoint) -> str:
 
 
 def _link(folder: Path, out: Path) -> str:
-    path = Path(os.path.relpath(folder.resolve(), out.resolve())).as_posix()
+    path = Path(os.path.relpath(folder, out.resolve())).as_posix()
     name = cell(path.removeprefix("../"))
     return f"[{name}]({quote(path)})"
 
@@ -98,8 +98,8 @@ def _known(works: Sequence[KnownResult]) -> list[tuple[str, ...]]:
     rows = [(work, point) for work in works for point in work.points]
     return [
         (
-            NONE if numbers is None else f"{numbers:,.0f}",
-            NONE if count is None else f"{count:,.0f}",
+            or_none("{:,.0f}".format, numbers),
+            or_none("{:,.0f}".format, count),
             f"{accuracy:.2f}",
             cell(work.name),
             cell(work.how),

@@ -75,13 +75,13 @@ def measured_points(folders: Sequence[Path], data: Sequence[str]) -> dict[str, l
         SubspanError: for a folder that is none or has no such record, data without a record, and a
             damaged record.
     """
-    found = defaultdict[str, dict[tuple[Path, int], MeasuredPoint]](dict)
+    found = defaultdict[str, dict[MeasuredPoint, None]](dict)  # in order, and none twice
     for folder in folders:
         if not folder.is_dir():
             raise SubspanError(f"{folder} is no folder: give one with records of sweeps or runs")
         own = list(_points_in(folder))
-        for name, place, number, point in own:
-            found[name][place.resolve(), number] = point  # folders may lie in each other
+        for name, point in own:
+            found[name][point] = None  # folders may lie in each other
         if not own:
             raise SubspanError(
                 f"no complete sweep or run on images is in {folder}: give a folder with the "
@@ -91,21 +91,21 @@ def measured_points(folders: Sequence[Path], data: Sequence[str]) -> dict[str, l
         if name not in found:
             raise unknown("data in these records", name, found)
     return {
-        name: sorted(found[name].values(), key=lambda p: (p.numbers, -p.mean, p.folder, p.label))
+        name: sorted(found[name], key=lambda p: (p.numbers, -p.mean, p.folder, p.label))
         for name in data
     }
 
 
-def _points_in(folder: Path) -> Iterator[tuple[str, Path, int, MeasuredPoint]]:
-    """Yield the name of the data, the record's place, the number of its row, and the point."""
+def _points_in(folder: Path) -> Iterator[tuple[str, MeasuredPoint]]:
+    """Yield the name of the data, and the point."""
     inside = set[Path]()  # of sweeps, whose runs are in their rows
     for place in sorted(path.parent for path in folder.rglob(SweepRecord.FILE)):
         inside.add(place)
         sweep = SweepRecord.read(place)
         if sweep is not None and _counts(sweep):
-            for number, row in enumerate(sweep.points):
+            for row in sweep.points:
                 net = row.small or str(sweep.config["net"])
-                yield str(sweep.config["data"]), place, number, _point(place, net, row)
+                yield str(sweep.config["data"]), _point(place, net, row)
     alike = defaultdict[tuple[Path, str], list[tuple[Path, RunRecord]]](list)
     for place in sorted(path.parent for path in folder.rglob(RunRecord.FILE)):
         if inside.isdisjoint(place.parents):
@@ -116,7 +116,7 @@ def _points_in(folder: Path) -> Iterator[tuple[str, Path, int, MeasuredPoint]]:
     for members in alike.values():
         place, first = members[0]
         row = PointRecord.from_runs([run for _, run in members], point_of(first).label)
-        yield str(first.config["data"]), place, 0, _point(place, str(first.config["net"]), row)
+        yield str(first.config["data"]), _point(place, str(first.config["net"]), row)
 
 
 def _counts(record: SweepRecord | RunRecord) -> bool:
@@ -128,7 +128,7 @@ def _counts(record: SweepRecord | RunRecord) -> bool:
 
 def _point(folder: Path, net: str, row: PointRecord) -> MeasuredPoint:
     return MeasuredPoint(
-        folder=folder,
+        folder=folder.resolve(),
         net=net,
         method=row.method,
         label="" if row.small or row.label in (row.method, "all weights") else row.label,

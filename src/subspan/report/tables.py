@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from subspan.report.curves import axis_name
-from subspan.report.page import shown
+from subspan.report.page import NONE, mean, shown
 from subspan.sweeps.result import PointRecord, Published, SweepRecord
 from subspan.training.score import Score
-
-NONE = "–"  # not published, or not measured
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
             str(len(row.test_score)),
             "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
             *(
-                _mean(values, unit)
+                mean(values, unit)
                 for values, unit in (
                     (row.seconds_per_step, 1e3),
                     (row.peak_memory_bytes, 1e-6),
@@ -98,12 +95,10 @@ def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
 def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
     """Yield the cells of published points that were not measured here."""
     for source in sweep.published:
-        rows = [row for row in sweep.rows if source.method in (None, row.method)]
-        here = {row.label if source.labels else row.dim for row in rows}
-        if not rows:
+        here = {source.place(row) for row in sweep.rows} - {None}
+        if not here:
             continue  # it belongs to another part
-        for place, accuracy in enumerate(source.accuracy):
-            at = source.labels[place] if source.labels else source.dims[place]
+        for place, (at, accuracy) in enumerate(source.points):
             if at not in here:
                 numbers = f"{source.dims[place]:,}" if source.dims else NONE
                 label = source.labels[place] if source.labels else ""
@@ -124,20 +119,14 @@ def _beside(row: PointRecord, sweep: SweepRecord, one: bool) -> Iterator[str]:
         if row is sweep.baseline:
             if source.baseline is not None:
                 yield shown([source.baseline], sweep.score)
-        elif source.method in (None, row.method):
-            for place, accuracy in enumerate(source.accuracy):
-                if source.labels and source.labels[place] == row.label:
-                    dims = source.dims[place] if source.dims else row.dim
-                    at = f" at {dims:,}" if dims != row.dim else ""
-                    yield _published(accuracy, source, sweep.score, one, at)
-                elif not source.labels and source.dims[place] == row.dim:
-                    yield _published(accuracy, source, sweep.score, one)
+            continue
+        for place, (at, accuracy) in enumerate(source.points):
+            if at == source.place(row):
+                dim = source.dims[place] if source.dims else row.dim
+                there = f" at {dim:,}" if dim != row.dim else ""
+                yield _published(accuracy, source, sweep.score, one, there)
 
 
 def _published(value: float, source: Published, score: Score, one: bool, at: str = "") -> str:
     whose = "" if one else f" ({source.label})"
     return f"{shown([value], score)}{at}{whose}"
-
-
-def _mean(values: Sequence[float], unit: float) -> str:
-    return f"{unit * fmean(values):,.1f}" if values else NONE

@@ -8,6 +8,7 @@ dimension is read off.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,14 @@ from typing import Any
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
-from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.job import Job
 from subspan.sweeps.plan import RunPlan
-from subspan.sweeps.result import Failure, PointRecord, SweepRecord
-from subspan.training import records
+from subspan.sweeps.point import Point
+from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training.config import Run, Training, check_rates
-from subspan.training.machine import versions
 from subspan.training.methods import method
 from subspan.training.prepare import complete, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
-from subspan.training.score import ACCURACY
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
 
@@ -105,77 +104,47 @@ class GrowthPlan(RunPlan):
         rates = how.tried_rates(self.options)
         self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
         self.config, self.training, self.dims = config, config.training, dims
-        self.lrs = config.baseline_lrs or method(BASELINE).tried_rates({})
-        self.total = len(self.lrs) + 2 * config.seeds - 1
-        self.baseline: dict[tuple[float, int], CompleteRun] = {}
+        lrs = config.baseline_lrs or method(BASELINE).tried_rates({})
+        self.baseline = Point(config.training, BASELINE, "", {}, lrs)
+        self.total = len(lrs) + 2 * config.seeds - 1
         self.grown: dict[int, CompleteRun] = {}
-        self.failed: dict[str, str] = {}
+        self.failed = {}
         rehearse(self._job(0, None).run)
-        rehearse(self._baseline_job(self.lrs[0], 0).run)
+        rehearse(self.baseline.job(lrs[0], 0).run)
 
     def stages(self) -> Iterator[list[Job]]:
         """Yield all weights at all rates, then at the best one; then what is to be compared."""
-        yield [self._baseline_job(lr, 0) for lr in self.lrs]
-        if (lr := self._best()) is None:
+        yield [self.baseline.job(lr, 0) for lr in self.baseline.lrs]
+        if (lr := self.baseline.best_lr()) is None:
             return
-        yield [self._baseline_job(lr, seed) for seed in range(1, self.config.seeds)]
-        some = [record for (rate, _), record in self.baseline.items() if rate == lr]
-        mean = statistics.fmean(record.val_score for record in some)
-        until = some[0].score.share(mean, self.config.threshold)
+        yield [self.baseline.job(lr, seed) for seed in range(1, self.config.seeds)]
+        whole = self.baseline.record()
+        assert whole is not None  # one seed has succeeded
+        until = self.score.share(statistics.fmean(whole.val_score), self.config.threshold)
         yield [self._job(seed, until) for seed in range(self.config.seeds)]
 
-    def take(self, outcome: Outcome) -> None:
-        """Keep the record of a run, or why it failed."""
-        if outcome.record is None:
-            self.failed[outcome.job.name] = outcome.error
-            return
-        run = outcome.job.run
-        if run.method == METHOD:
-            self.grown[run.seed] = outcome.record
+    def keep(self, job: Job, record: CompleteRun) -> None:
+        """Keep a run's record."""
+        if job.run.method == METHOD:
+            self.grown[job.run.seed] = record
         else:
-            self.baseline[run.lr, run.seed] = outcome.record
+            self.baseline.keep(job.run, record)
 
-    def done(self) -> int:
-        """Count the runs that are complete."""
-        return len(self.baseline) + len(self.grown)
+    def records(self) -> Iterator[CompleteRun]:
+        """Yield the records of all runs that are complete."""
+        return itertools.chain(self.baseline.done.values(), self.grown.values())
 
     def result(self, status: str) -> SweepRecord:
         """Make a record as that of a sweep: a point at every d, of the seeds that came to it."""
-        rows = self._rows()
-        baseline, lr = None, self._best()
-        if lr is not None:
-            own = sorted((s, run) for (rate, s), run in self.baseline.items() if rate == lr)
-            tried = {f"{r:g}": run.val_score for (r, s), run in self.baseline.items() if s == 0}
-            baseline = PointRecord.from_runs([run for _, run in own], BASELINE, tried_lrs=tried)
-        some = next(iter([*self.baseline.values(), *self.grown.values()]), None)
-        return SweepRecord(
-            status=status,
-            config=records.plain(self.config.as_dict() | {"dims": list(self.dims), "lr": self.lr}),
-            score=some.score if some else ACCURACY,
-            baseline=baseline,
-            rows=rows,
-            d_int=self._find(rows, baseline) if rows and baseline else {},
-            failed=[Failure(name, error) for name, error in sorted(self.failed.items())],
-            versions=versions(),
-            device=some.device if some else "",
-        )
+        rows, baseline = self._rows(), self.baseline.record()
+        d_int = self._find(rows, baseline) if rows and baseline else {}
+        config = self.config.as_dict() | {"dims": list(self.dims), "lr": self.lr}
+        return self.make_record(status, config, baseline, rows, d_int)
 
     def _job(self, seed: int, until: float | None) -> Job:
         options = self.options | ({} if until is None else {"until": until})
         run = _run(self.config, options, self.lr, seed, len(self.dims))
         return Job(f"{METHOD}-growing-lr{self.lr:g}-seed{seed}", run)
-
-    def _baseline_job(self, lr: float, seed: int) -> Job:
-        return Job(f"{BASELINE}-lr{lr:g}-seed{seed}", Run(self.training, BASELINE, {}, lr, seed))
-
-    def _best(self) -> float | None:
-        """Return the rate of all weights with the best validation score of seed 0, if any."""
-        tried = {lr: run for lr in self.lrs if (run := self.baseline.get((lr, 0)))}
-        best: float | None = None
-        for lr, run in tried.items():
-            if best is None or run.score.better(run.val_score, tried[best].val_score):
-                best = lr
-        return best
 
     def _rows(self) -> list[PointRecord]:
         ended = {seed: _ends(run) for seed, run in sorted(self.grown.items())}
@@ -191,15 +160,14 @@ class GrowthPlan(RunPlan):
     ) -> dict[str, IntrinsicDimension]:
         seeds = len(rows[0].seeds)
         shared = [row for row in rows if len(row.seeds) == seeds]
-        some = next(iter(self.grown.values()))
-        if not has_shares(baseline.test_score, some.score):
+        if not has_shares(baseline.test_score, self.score):
             return {}
         found = intrinsic_dimension(
             [row.dim for row in shared],
             [row.test_score for row in shared],
             baseline.test_score,
             threshold=self.config.threshold,
-            score=some.score,
+            score=self.score,
             paired=True,
         )
         how = f"one run a seed, d growing with {self.config.stage_epochs} epochs each"

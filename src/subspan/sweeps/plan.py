@@ -7,16 +7,21 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from subspan.errors import Stopped
 from subspan.sweeps import backends
 from subspan.sweeps.folder import SweepFolder
+from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import FULL, Job, Outcome
-from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.sweeps.runner import run_jobs
 from subspan.sweeps.worker import Worker
 from subspan.training import own
 from subspan.training.config import Training
+from subspan.training.machine import versions
+from subspan.training.records import CompleteRun, plain
+from subspan.training.score import ACCURACY, Score
 from subspan.training.stop import Stop
 
 
@@ -26,11 +31,13 @@ class RunPlan(ABC):
     Attributes:
         training: which devices the runs take.
         total: how many runs there are if none fails.
+        failed: why a run failed, by its name.
         processes: of each run.
     """
 
     training: Training
     total: int
+    failed: dict[str, str]
     processes: int = 1
 
     @abstractmethod
@@ -38,16 +45,49 @@ class RunPlan(ABC):
         """Yield runs that may be done side by side, once all before them have ended."""
 
     @abstractmethod
-    def take(self, outcome: Outcome) -> None:
-        """Keep a run's record, or why it failed."""
+    def keep(self, job: Job, record: CompleteRun) -> None:
+        """Keep a run's record."""
 
     @abstractmethod
-    def done(self) -> int:
-        """Count the runs that are complete."""
+    def records(self) -> Iterator[CompleteRun]:
+        """Yield the records of all runs that are complete."""
 
     @abstractmethod
     def result(self, status: str) -> SweepRecord:
         """Make the record of the runs that have ended by now."""
+
+    def take(self, outcome: Outcome) -> None:
+        """Keep a run's record, or why it failed."""
+        if outcome.record is None:
+            self.failed[outcome.job.name] = outcome.error
+        else:
+            self.keep(outcome.job, outcome.record)
+
+    @property
+    def score(self) -> Score:
+        """What the runs are judged by: accuracy, as long as none is complete."""
+        return next((record.score for record in self.records()), ACCURACY)
+
+    def make_record(
+        self,
+        status: str,
+        config: dict[str, Any],
+        baseline: PointRecord | None,
+        rows: list[PointRecord],
+        d_int: dict[str, IntrinsicDimension],
+    ) -> SweepRecord:
+        """Put together what :meth:`result` returns: its arguments, and what all plans have."""
+        return SweepRecord(
+            status=status,
+            config=plain(config),
+            score=self.score,
+            baseline=baseline,
+            rows=rows,
+            d_int=d_int,
+            failed=[Failure(name, error) for name, error in sorted(self.failed.items())],
+            versions=versions(),
+            device=next((record.device for record in self.records()), ""),
+        )
 
 
 def carry_out(
@@ -116,7 +156,7 @@ def carry_out(
             found = plan.result("complete")
             folder.write(found)
     except (Stopped, OSError) as error:
-        done = f"{plan.done()} of {total} runs are complete"
+        done = f"{len(list(plan.records()))} of {total} runs are complete"
         again = "give the same command again"
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, {done}; to go on, {again}", error.signal) from None

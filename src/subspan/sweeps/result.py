@@ -171,6 +171,17 @@ class Published:
         if self.d_int is not None and not 0 < self.d_int < math.inf:
             raise SubspanError(f"d_int must be a positive number, got {self.d_int}")
 
+    @property
+    def points(self) -> list[tuple[int | str, float]]:
+        """Each accuracy behind what it is compared by: its label, or its dim without labels."""
+        return list(zip(self.labels or self.dims, self.accuracy, strict=True))
+
+    def place(self, row: PointRecord) -> int | str | None:
+        """Return which of the points a measured one is compared with; None of another method."""
+        if self.method not in (None, row.method):
+            return None
+        return row.label if self.labels else row.dim
+
 
 @dataclass(frozen=True)
 class Provenance:

@@ -6,68 +6,23 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from subspan.errors import SubspanError
-from subspan.files import readable
 from subspan.sweeps import backends
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.plan import RunPlan, carry_out
-from subspan.sweeps.result import Failure, PointRecord, Provenance, Published, SweepRecord
-from subspan.training import records, trackers
-from subspan.training.config import Run, Sweep, Training
-from subspan.training.machine import versions
+from subspan.sweeps.point import Point
+from subspan.sweeps.result import PointRecord, Provenance, Published, SweepRecord
+from subspan.training import trackers
+from subspan.training.config import Sweep
 from subspan.training.methods import method
 from subspan.training.prepare import complete, rehearse
 from subspan.training.records import CompleteRun
-from subspan.training.score import ACCURACY, Score
-
-
-@dataclass
-class Point:
-    """One method at one value of its axis, and the runs that are done there.
-
-    Or a smaller network, all of whose weights are trained.
-    """
-
-    method: str
-    label: str
-    options: dict[str, Any]
-    lrs: tuple[float, ...]
-    small: str = ""
-    done: dict[tuple[float, int], CompleteRun] = field(default_factory=dict)
-
-    def job(self, sweep: Sweep, lr: float, seed: int) -> Job:
-        """Return the run with this learning rate and seed."""
-        at = f"-{self.label}" if self.label else ""
-        net = f"{readable(self.small)}-" if self.small else ""
-        name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
-        options = self.options
-        if sweep.processes > 1:  # as the command line of each of them will read it
-            options = {k: int(v) if str(v).isdecimal() else v for k, v in options.items()}
-        return Job(name, Run(self.training(sweep), self.method, options, lr, seed))
-
-    def training(self, sweep: Sweep) -> Training:
-        """Return the sweep's training, with the smaller network if this point has one."""
-        return replace(sweep.training, net=self.small) if self.small else sweep.training
-
-    def best_lr(self) -> float | None:
-        """Choose the learning rate with the best validation score of seed 0, the first of equals.
-
-        None if no run succeeded.
-        """
-        best = None
-        for lr in self.lrs:
-            found = self.done.get((lr, 0))
-            if found and (
-                best is None or found.score.better(found.val_score, self.done[best, 0].val_score)
-            ):
-                best = lr
-        return best
+from subspan.training.score import Score
 
 
 @dataclass
@@ -75,37 +30,48 @@ class Grid(RunPlan):
     """The runs of a sweep: those of the first seed at all rates, then the others at the best."""
 
     config: Sweep
-    points: list[Point]
     experiment: Provenance | None = None
     published: Sequence[Published] = ()
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.training, self.processes = self.config.training, self.config.processes
-        self.total = total_runs(self.config)
-        self._where: dict[str, tuple[Point, float, int]] = {}
+        self.total, self.points = total_runs(self.config), _points(self.config)
+        self._point_of: dict[str, Point] = {}
 
     def stages(self) -> Iterator[list[Job]]:
-        """Yield the jobs of the first seed, then those of others."""
-        for stage in _stages(self.config, self.points):
-            self._where = {job.name: (point, lr, seed) for job, point, lr, seed in stage}
-            yield [job for job, *_ in stage]
+        """Yield the jobs of the first seed at all rates, then those of others at the best.
 
-    def take(self, outcome: Outcome) -> None:
-        """Keep the record of a run, or why it failed."""
-        point, lr, seed = self._where[outcome.job.name]
-        if outcome.record is not None:
-            point.done[lr, seed] = outcome.record
-        else:
-            self.failed[outcome.job.name] = outcome.error
+        Points with many coordinates take longest: begin with them, so that none is left for the
+        end.
+        """
+        points, later = self.points, range(1, self.config.seeds)
+        yield self._jobs([(point, lr, 0) for point in points for lr in point.lrs][::-1])
+        best = [(point, lr) for point in points if (lr := point.best_lr()) is not None]
+        yield self._jobs([(point, lr, seed) for point, lr in best for seed in later])
 
-    def done(self) -> int:
-        """Count the runs that are complete."""
-        return sum(len(point.done) for point in self.points)
+    def _jobs(self, runs: Iterable[tuple[Point, float, int]]) -> list[Job]:
+        jobs = []
+        for point, lr, seed in runs:
+            jobs.append(point.job(lr, seed))
+            self._point_of[jobs[-1].name] = point
+        return jobs
+
+    def keep(self, job: Job, record: CompleteRun) -> None:
+        """Keep a run's record."""
+        self._point_of[job.name].keep(job.run, record)
+
+    def records(self) -> Iterator[CompleteRun]:
+        """Yield the records of all runs that are complete."""
+        return (record for point in self.points for record in point.done.values())
 
     def result(self, status: str) -> SweepRecord:
         """Make the record of the runs that have ended by now."""
-        found = _result(self.config, self.points, self.failed, status)
+        config, rows = self.config, [row for point in self.points if (row := point.record())]
+        baseline = next((r for r in rows if r.method == config.baseline and not r.small), None)
+        rows = [row for row in rows if row is not baseline]
+        d_int = _intrinsic(config, rows, baseline, self.score)
+        found = self.make_record(status, config.as_dict(), baseline, rows, d_int)
         return replace(found, experiment=self.experiment, published=list(self.published))
 
 
@@ -122,7 +88,6 @@ def sweep(
     ray_address: str | None = None,
     say: Callable[[str], None] = lambda what: None,
     log: Sequence[str] = (),
-    checked: bool = False,
 ) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -140,7 +105,6 @@ def sweep(
         ray_address: as there.
         say: as there.
         log: as there.
-        checked: whether :func:`check` has been called.
 
     Returns:
         What ``sweep.json`` says.
@@ -152,10 +116,9 @@ def sweep(
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
-    if not checked:
-        check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
+    check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
     return carry_out(
-        Grid(config, _points(config), experiment, published),
+        Grid(config, experiment, published),
         out,
         jobs=jobs,
         overwrite=overwrite,
@@ -165,21 +128,6 @@ def sweep(
         say=say,
         log=log,
     )
-
-
-def _stages(config: Sweep, points: list[Point]) -> Iterator[list[tuple[Job, Point, float, int]]]:
-    """Yield the jobs of the first seed at all rates, then those of others at the best.
-
-    Points with many coordinates take longest: begin with them, so that none is left for the end.
-    """
-    first = [(point.job(config, lr, 0), point, lr, 0) for point in points for lr in point.lrs]
-    yield first[::-1]
-    yield [
-        (point.job(config, lr, seed), point, lr, seed)
-        for point in points
-        for seed in range(1, config.seeds)
-        if (lr := point.best_lr()) is not None
-    ]
 
 
 def total_runs(config: Sweep) -> int:
@@ -199,10 +147,12 @@ def _points(config: Sweep) -> list[Point]:
         for value in [""] if how.axis is None else config.dims_of(name):
             there = complete(options, how, config.training) | how.at(value)
             lrs = config.lrs_of(name) or how.tried_rates(there)
-            points.append(Point(name, f"{how.axis or ''}{value}", there, lrs))
+            if config.processes > 1:  # as the command line of each of them will read it
+                there = {k: int(v) if str(v).isdecimal() else v for k, v in there.items()}
+            points.append(Point(config.training, name, f"{how.axis or ''}{value}", there, lrs))
     for net in config.small:
         lrs = config.baseline_lrs or method("full").tried_rates({})
-        points.append(Point("full", "", {}, lrs, small=net))
+        points.append(Point(replace(config.training, net=net), "full", "", {}, lrs, small=net))
     return points
 
 
@@ -233,7 +183,7 @@ def check(
                 method(name).check([option])
     labels: dict[tuple[str, int], str] = {}
     for point in points:
-        ready = rehearse(point.job(config, point.lrs[0], 0).run, config.processes)
+        ready = rehearse(point.job(point.lrs[0], 0).run, config.processes)
         if point.small:
             continue
         at = point.method, ready.method.counts(ready.model)["trainable_parameters"]
@@ -243,43 +193,6 @@ def check(
                 f"{at[1]} numbers trained: leave one out"
             )
         labels[at] = point.label
-
-
-def _result(
-    config: Sweep, points: list[Point], failed: Mapping[str, str], status: str
-) -> SweepRecord:
-    """Make the sweep's record of the runs that have ended by now."""
-    rows = [row for point in points if (row := _row(point)) is not None]
-    baseline = next((row for row in rows if row.method == config.baseline and not row.small), None)
-    rows = [row for row in rows if row is not baseline]
-    some = next((record for point in points for record in point.done.values()), None)
-    score = some.score if some else ACCURACY
-    return SweepRecord(
-        status=status,
-        config=records.plain(config.as_dict()),
-        score=score,
-        baseline=baseline,
-        rows=rows,
-        d_int=_intrinsic(config, rows, baseline, score),
-        failed=[Failure(name, error) for name, error in sorted(failed.items())],
-        versions=versions(),
-        device=some.device if some else "",
-    )
-
-
-def _row(point: Point) -> PointRecord | None:
-    """Make the record of a point from its seeds at the chosen learning rate; None without any."""
-    lr = point.best_lr()
-    if lr is None:
-        return None
-    done = sorted(point.done.items())
-    label = point.label.removeprefix(method(point.method).axis or "") or point.method
-    return PointRecord.from_runs(
-        [record for (rate, _), record in done if rate == lr],
-        point.small or label,
-        small=point.small,
-        tried_lrs={f"{rate:g}": record.val_score for (rate, seed), record in done if seed == 0},
-    )
 
 
 def _intrinsic(

@@ -78,25 +78,24 @@ def peak(width: int, rank: int, batch_size: int, device: str) -> int:
     return max(memory.read() - before, 1)  # a small one may fit into what is there
 
 
-def break_even(rows: Sequence[Measurement], key: str = "step") -> float | None:
-    """Find the rank at which a row's time crosses the dense one's, between measured ranks.
+def break_even(rows: Sequence[Measurement]) -> float | None:
+    """Find the rank at which the time of a step crosses the dense one's, between measured ranks.
 
     Returns:
         A rank, interpolated linearly; the greatest measured one if even that is faster, or None if
         none is.
     """
-    dense = next(row[key]["median"] for row in rows if row["rank"] == DENSE)
-    found = None
+    dense = next(row["step"]["median"] for row in rows if row["rank"] == DENSE)
     before: tuple[float, float] | None = None
     for row in sorted((r for r in rows if r["rank"] != DENSE), key=lambda r: r["rank"]):
-        rank, time = float(row["rank"]), row[key]["median"]
+        rank, time = float(row["rank"]), row["step"]["median"]
         if time > dense:
             if before is None:
                 return None
             last, faster = before
             return last + (rank - last) * (dense - faster) / (time - faster)
-        before, found = (rank, time), rank
-    return found
+        before = rank, time
+    return None if before is None else before[0]
 
 
 class LowRankPart(Part):
