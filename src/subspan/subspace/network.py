@@ -327,7 +327,6 @@ class Network:
                 "the same seed or file and with the same options on every rank"
             )
         self.ranks_checked = True
-        self.modes = set[bool]()  # of training or not, in which the network has been called
 
     def _check_given(self) -> None:
         """Refuse a call with another model's coordinates, whose buffers a functional call has put.
