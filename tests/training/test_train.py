@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -283,6 +284,31 @@ def test_weights_that_are_spoiled_from_the_start(tmp_path):
     """Which no lower rate would mend."""
     with pytest.raises(SubspanError, match=r"^1\.bias of the network is not finite before"):
         train(a_run(net="tests.training.test_train:torn", dim=20), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def another_each_time(input_shape, classes):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    net.register_buffer("drawn", torch.from_numpy(np.random.default_rng().normal(size=3)))
+    return net
+
+
+def without_values(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "said"),
+    [
+        ("another_each_time", "own", "your function makes another network at every call"),
+        ("another_each_time", "seed", "your function makes another network at every call"),
+        ("without_values", "own", r"1\.weight has no values yet: run a batch"),
+    ],
+)
+def test_networks_that_no_file_could_find_again(name, init, said, tmp_path):
+    run = a_run(net=f"tests.training.test_train:{name}", dim=20, init=init)
+    with pytest.raises(SubspanError, match=said):
+        train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

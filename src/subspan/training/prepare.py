@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
+from subspan.subspace.parameters import find_slots
 from subspan.training import data, nets, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
@@ -118,14 +119,28 @@ def prepare(run: Run) -> Prepared:
     def make() -> nn.Module:
         return tasks.draw(task, run.seed)
 
-    net = make() if init_seed is None else init.build(make, init_seed)
-    task.check(net)
-    for name, tensor in net.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise SubspanError(f"{name} of the network is not finite before the first step")
-    model = how.wrap(net, run.seed, run.options)
-    if not isinstance(model, nn.Module):
-        raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
+    def wrap() -> nn.Module:
+        net = make() if init_seed is None else init.build(make, init_seed)
+        for slot in find_slots(net):  # refuses parameters without values
+            if not bool(torch.isfinite(net.get_parameter(slot.tensor)).all()):
+                raise SubspanError(
+                    f"{slot.tensor} of the network is not finite before the first step"
+                )
+        task.check(net)
+        model = how.wrap(net, run.seed, run.options)
+        if not isinstance(model, nn.Module):
+            raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
+        return model
+
+    by_code = ":" in f"{training.net}{training.task}"  # of the user's, which may do anything
+    first = checkpoint.contents(wrap())[0].get("fingerprint") if by_code else None
+    model = wrap()
+    if first is not None and checkpoint.contents(model)[0]["fingerprint"] != first:
+        raise SubspanError(
+            "your function makes another network at every call, and numbers that are trained "
+            "around one mean nothing in another: draw its weights and buffers from PyTorch's "
+            "generator, which a run seeds, or from one of a fixed seed"
+        )
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
