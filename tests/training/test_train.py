@@ -289,8 +289,16 @@ def test_weights_that_are_spoiled_from_the_start(tmp_path):
 
 def another_each_time(input_shape, classes):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
-    net.register_buffer("drawn", torch.from_numpy(np.random.default_rng().normal(size=3)))
+    drawn = torch.from_numpy(np.random.default_rng().normal(size=3))
+    net.register_buffer("drawn", drawn, persistent=False)
     return net
+
+
+ONE = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def always_one(input_shape, classes):
+    return ONE
 
 
 def without_values(input_shape, classes):
@@ -310,6 +318,15 @@ def test_networks_that_no_file_could_find_again(name, init, said, tmp_path):
     with pytest.raises(SubspanError, match=said):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_function_may_return_one_network_always():
+    assert prepare(a_run(net="tests.training.test_train:always_one", dim=20)).model.body is ONE
+
+
+def test_a_file_of_all_weights_needs_no_function_that_makes_them_again():
+    net = prepare(a_run("full", net="tests.training.test_train:another_each_time")).model
+    assert sum(p.numel() for p in net.parameters()) == 650
 
 
 class Doubling(layers.LowRankLinear):

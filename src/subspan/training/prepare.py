@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
-from subspan.subspace.parameters import find_slots
+from subspan.subspace.parameters import digest_tensors, find_slots
 from subspan.training import data, nets, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
@@ -119,23 +119,21 @@ def prepare(run: Run) -> Prepared:
     def make() -> nn.Module:
         return tasks.draw(task, run.seed)
 
-    def wrap() -> nn.Module:
-        net = make() if init_seed is None else init.build(make, init_seed)
-        for slot in find_slots(net):  # refuses parameters without values
-            if not bool(torch.isfinite(net.get_parameter(slot.tensor)).all()):
-                raise SubspanError(
-                    f"{slot.tensor} of the network is not finite before the first step"
-                )
-        task.check(net)
-        model = how.wrap(net, run.seed, run.options)
-        if not isinstance(model, nn.Module):
-            raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
-        return model
+    def draw() -> nn.Module:
+        return make() if init_seed is None else init.build(make, init_seed)
 
     by_code = ":" in f"{training.net}{training.task}"  # of the user's, which may do anything
-    first = checkpoint.contents(wrap())[0].get("fingerprint") if by_code else None
-    model = wrap()
-    if first is not None and checkpoint.contents(model)[0]["fingerprint"] != first:
+    first = _digest(draw()) if by_code else None
+    net = draw()
+    alike = first is None or _digest(net) == first
+    for slot in find_slots(net):  # refuses parameters without values
+        if not bool(torch.isfinite(net.get_parameter(slot.tensor)).all()):
+            raise SubspanError(f"{slot.tensor} of the network is not finite before the first step")
+    task.check(net)
+    model = how.wrap(net, run.seed, run.options)
+    if not isinstance(model, nn.Module):
+        raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
+    if not alike and "fingerprint" in checkpoint.contents(model)[0]:  # of what is not in the file
         raise SubspanError(
             "your function makes another network at every call, and numbers that are trained "
             "around one mean nothing in another: draw its weights and buffers from PyTorch's "
@@ -145,6 +143,14 @@ def prepare(run: Run) -> Prepared:
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
     return Prepared(run, task, how, model, init_seed)
+
+
+def _digest(net: nn.Module) -> str:
+    """Return a digest of all that a network holds, buffers that no ``state_dict`` has among it."""
+    find_slots(net)  # refuses parameters without values
+    held = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    plain = (Tensor, nn.Parameter)  # others are quantised, and have digests of their own
+    return digest_tensors({name: held[name] for name in held if type(held[name]) in plain})
 
 
 def rehearse(run: Run, processes: int = 1) -> Prepared:
