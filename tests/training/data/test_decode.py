@@ -144,6 +144,20 @@ def test_no_label_column(tmp_path):
         data.load(str(folder), label_column="orign")
 
 
+def test_one_column_has_the_type_and_another_the_name(tmp_path):
+    import datasets
+
+    kinds = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    features = datasets.Features(**kinds, origin=datasets.ClassLabel(names=["museum", "zoo"]))
+    rows = {"image": as_structs([encoded(0)] * 24), "label": [0, 1, 2] * 8, "origin": [0, 1] * 12}
+    (tmp_path / "birds").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "birds" / "train.parquet")
+    with pytest.raises(SubspanError, match=r"no column that is plainly the label: .*label, origin"):
+        data.load(str(tmp_path / "birds"))
+    assert data.load(str(tmp_path / "birds"), label_column="label").classes == 3
+    assert data.load(str(tmp_path / "birds"), label_column="origin").names == ("museum", "zoo")
+
+
 @pytest.mark.parametrize(
     ("labels", "found"),
     [([1.0, 2.0], "float"), ([1, None], "NoneType, int"), ([[1], [2]], "list")],

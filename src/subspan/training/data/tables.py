@@ -77,6 +77,8 @@ def column(
 ) -> str:
     """Return the column asked for; else the only one of the type; else one by its usual name.
 
+    Where one column has the type and another the name, neither is plainly the one.
+
     Args:
         role: what the column is, in one word that is its option, too.
         path: of the set.
@@ -96,9 +98,10 @@ def column(
     typed = [
         name for name, feature in features.items() if kind(feature) in (wanted, f"large_{wanted}")
     ]
-    if len(typed) == 1:
+    named = [name for name in usual if name in features]
+    if len(typed) == 1 and set(named) <= set(typed):
         return typed[0]
-    for name in usual:
+    for name in named:
         if name in (typed or features):
             return name
     raise SubspanError(
