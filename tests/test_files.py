@@ -97,11 +97,13 @@ def files_no_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_is_full_half_way(tmp_path):
+@pytest.mark.parametrize(("data", "room"), [(NEW, 10_000), (b"new and short", 3)])
+def test_a_disk_that_is_full_half_way(data, room, tmp_path):
+    """In the middle of a write; or when Python at last writes what it had in a buffer."""
     path = tmp_path / "record.json"
     path.write_bytes(b"old")
-    with files_no_larger_than(10_000), pytest.raises(OSError, match="large") as caught:
-        write_atomically(path, NEW)
+    with files_no_larger_than(room), pytest.raises(OSError, match="large") as caught:
+        write_atomically(path, data)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]

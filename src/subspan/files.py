@@ -93,6 +93,8 @@ def _beside(path: Path, data: bytes) -> Iterator[str]:
                 os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
             yield file.name
         except BaseException:
+            with contextlib.suppress(OSError):  # which would hide the first, for it writes again
+                file.close()
             with contextlib.suppress(FileNotFoundError):  # Ctrl-C just after the renaming
                 os.unlink(file.name)
             raise

@@ -237,6 +237,15 @@ def test_flags_and_files_are_alike(in_tmp_path, cli):
     assert record_of(in_tmp_path / "d")["trainable_parameters"] == 15
 
 
+@pytest.mark.parametrize("words", [["--out=~/runs"], ["--config", "{out: ~/runs}"]])
+def test_the_home_folder(words, in_tmp_path, cli, monkeypatch):
+    """Which shells put in place of ~ at the beginning of a word alone."""
+    monkeypatch.setenv("HOME", str(in_tmp_path / "home"))
+    assert cli("train", *TRAIN[1:-2], *words).code == 0
+    assert [path.name for path in in_tmp_path.iterdir()] == ["home"]
+    assert record_of(in_tmp_path / "home" / "runs")["status"] == "complete"
+
+
 def test_what_is_printed_can_be_given_as_a_file(in_tmp_path, cli):
     """With a mark at its beginning, too, as some editors write; and one value may stand twice."""
     printed = cli("train", "--epochs", "7", "--print_config").out

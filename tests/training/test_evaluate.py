@@ -109,9 +109,10 @@ def test_other_data(trained, tmp_path, cli):
         assert "was trained on 10 and (1, 8, 8)" in said.err
 
 
-def test_a_file_that_names_no_network(tmp_path):
+@pytest.mark.parametrize("extra", [{}, {"net": "mlp"}, {"task": "text", "net": "x"}, {"task": 3}])
+def test_a_file_that_names_no_network(extra, tmp_path):
     net = nn.Linear(3, 2)
-    checkpoint.save(net, tmp_path / "model.safetensors")
+    checkpoint.save(net, tmp_path / "model.safetensors", extra=extra)
     with pytest.raises(
         SubspanError, match=r"does not say which network .* load it with subspan.load"
     ):

@@ -140,6 +140,7 @@ BAD = {
     "--data ./nothing": "there is no data folder ./nothing",
     "--data latin.txt": "is no text in UTF-8",
     "--max-length 8": "unknown option of lm 'max_length'",
+    "--net ./bert": "./bert sees the tokens that it is to tell, as an encoder does",
     "--net ./small": "does not take a block of 16 tokens up to number 13",
 }
 

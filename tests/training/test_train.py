@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -284,6 +285,48 @@ def test_weights_that_are_spoiled_from_the_start(tmp_path):
     with pytest.raises(SubspanError, match=r"^1\.bias of the network is not finite before"):
         train(a_run(net="tests.training.test_train:torn", dim=20), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def another_each_time(input_shape, classes):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    drawn = torch.from_numpy(np.random.default_rng().normal(size=3))
+    net.register_buffer("drawn", drawn, persistent=False)
+    return net
+
+
+ONE = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def always_one(input_shape, classes):
+    return ONE
+
+
+def without_values(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "said"),
+    [
+        ("another_each_time", "own", "your function makes another network at every call"),
+        ("another_each_time", "seed", "your function makes another network at every call"),
+        ("without_values", "own", r"1\.weight has no values yet: run a batch"),
+    ],
+)
+def test_networks_that_no_file_could_find_again(name, init, said, tmp_path):
+    run = a_run(net=f"tests.training.test_train:{name}", dim=20, init=init)
+    with pytest.raises(SubspanError, match=said):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_function_may_return_one_network_always():
+    assert prepare(a_run(net="tests.training.test_train:always_one", dim=20)).model.body is ONE
+
+
+def test_a_file_of_all_weights_needs_no_function_that_makes_them_again():
+    net = prepare(a_run("full", net="tests.training.test_train:another_each_time")).model
+    assert sum(p.numel() for p in net.parameters()) == 650
 
 
 class Doubling(layers.LowRankLinear):

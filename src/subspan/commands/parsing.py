@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import operator
+import os
 import types
 import typing
 from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
@@ -218,8 +219,10 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
         value = given.get(name)  # jsonargparse makes 90 of the text 1:30
         if type(value) in (int, float) and _number(text) != value:
             raise SubspanError(f"{name} must be written as a plain number, got {text}")
-    if given.get("out") == "":  # of a variable of the shell that is not set
+    if (out := given.get("out")) == "":  # of a variable of the shell that is not set
         raise SubspanError("out is empty: give a name for what is written")
+    if out is not None:  # shells leave the ~ of --out=~/runs, as a file does
+        given["out"] = os.path.expanduser(out)
     return given
 
 

@@ -57,16 +57,19 @@ def rebuild(
         SubspanError: if the file is unusable, or does not say which network it belongs to.
     """
     header = checkpoint.inspect(path)
-    if net is not None and "net" in header["extra"]:
-        header["extra"]["net"] = net
-    make = tasks.kind(header["extra"].get("task")).network(header["extra"])
+    extra = header["extra"]
+    if net is not None and "net" in extra:
+        extra["net"] = net
+    # A file of another program may say something else under the name of a task.
+    of_a_run = {"net", "data", "seed"} <= extra.keys()
+    make = tasks.kind(extra.get("task")).network(extra) if of_a_run else None
     if make is None:
         raise SubspanError(
             f"{path} does not say which network it belongs to: load it with subspan.load(path, net)"
         )
     if header["kind"] != "part":
         return checkpoint.load(path, make), header
-    extra, seed = header["extra"], header["extra"].get("init_seed")
+    seed = extra.get("init_seed")
     begun = make() if seed is None else init.build(make, seed)
     how = method(extra["method"])
     return checkpoint.load(path, how.wrap(begun, extra["seed"], extra["options"])), header

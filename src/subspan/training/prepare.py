@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
+from subspan.subspace.parameters import digest_tensors, find_slots
 from subspan.training import data, nets, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
@@ -118,18 +119,38 @@ def prepare(run: Run) -> Prepared:
     def make() -> nn.Module:
         return tasks.draw(task, run.seed)
 
-    net = make() if init_seed is None else init.build(make, init_seed)
+    def draw() -> nn.Module:
+        return make() if init_seed is None else init.build(make, init_seed)
+
+    by_code = ":" in f"{training.net}{training.task}"  # of the user's, which may do anything
+    first = _digest(draw()) if by_code else None
+    net = draw()
+    alike = first is None or _digest(net) == first
+    for slot in find_slots(net):  # refuses parameters without values
+        if not bool(torch.isfinite(net.get_parameter(slot.tensor)).all()):
+            raise SubspanError(f"{slot.tensor} of the network is not finite before the first step")
     task.check(net)
-    for name, tensor in net.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise SubspanError(f"{name} of the network is not finite before the first step")
     model = how.wrap(net, run.seed, run.options)
     if not isinstance(model, nn.Module):
         raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
+    if not alike and "fingerprint" in checkpoint.contents(model)[0]:  # of what is not in the file
+        raise SubspanError(
+            "your function makes another network at every call, and numbers that are trained "
+            "around one mean nothing in another: draw its weights and buffers from PyTorch's "
+            "generator, which a run seeds, or from one of a fixed seed"
+        )
     if init_seed is not None and hasattr(model, "init_seed"):
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
     return Prepared(run, task, how, model, init_seed)
+
+
+def _digest(net: nn.Module) -> str:
+    """Return a digest of all that a network holds, buffers that no ``state_dict`` has among it."""
+    find_slots(net)  # refuses parameters without values
+    held = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    plain = (Tensor, nn.Parameter)  # others are quantised, and have digests of their own
+    return digest_tensors({name: held[name] for name in held if type(held[name]) in plain})
 
 
 def rehearse(run: Run, processes: int = 1) -> Prepared:

@@ -144,6 +144,20 @@ def test_no_label_column(tmp_path):
         data.load(str(folder), label_column="orign")
 
 
+def test_one_column_has_the_type_and_another_the_name(tmp_path):
+    import datasets
+
+    kinds = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    features = datasets.Features(**kinds, origin=datasets.ClassLabel(names=["museum", "zoo"]))
+    rows = {"image": as_structs([encoded(0)] * 24), "label": [0, 1, 2] * 8, "origin": [0, 1] * 12}
+    (tmp_path / "birds").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "birds" / "train.parquet")
+    with pytest.raises(SubspanError, match=r"no column that is plainly the label: .*label, origin"):
+        data.load(str(tmp_path / "birds"))
+    assert data.load(str(tmp_path / "birds"), label_column="label").classes == 3
+    assert data.load(str(tmp_path / "birds"), label_column="origin").names == ("museum", "zoo")
+
+
 @pytest.mark.parametrize(
     ("labels", "found"),
     [([1.0, 2.0], "float"), ([1, None], "NoneType, int"), ([[1], [2]], "list")],
@@ -164,6 +178,41 @@ def test_class_label_that_is_missing(tmp_path):
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "birds" / "train.parquet")
     with pytest.raises(SubspanError, match=r"must be in \[0, 2\), got -1"):
         data.load(str(tmp_path / "birds"))
+
+
+@pytest.mark.parametrize("label", [3, "cat"])
+def test_a_training_part_of_one_label(label, tmp_path):
+    columns = {"image": as_structs([encoded(0)] * 8), "label": [label] * 8}
+    folder = parquet_folder(tmp_path / "birds", **columns)
+    with pytest.raises(SubspanError, match=rf"must have two labels at least, got {label} in .*'la"):
+        data.load(str(folder))
+
+
+@pytest.mark.parametrize("labels", [(0, 1, -1), ("Cat", "Dog", "cat")])
+def test_labels_that_nothing_was_trained_on(labels, tmp_path):
+    """As -1, where a set keeps the labels of its test part to itself."""
+    folder, images = tmp_path / "pets", as_structs([encoded(0)] * 8)
+    parquet_folder(folder, parts=["train"], image=images, label=[*labels[:2]] * 4)
+    parquet_folder(tmp_path / "more", parts=["test"], image=images[:3], label=list(labels))
+    (tmp_path / "more" / "test.parquet").rename(folder / "test.parquet")
+    with pytest.raises(SubspanError, match=rf"no sample of the training part has \({labels[2]}\)"):
+        data.load(str(folder))
+
+
+@pytest.mark.parametrize("file", ["test", "train-1"])
+def test_files_that_number_their_classes_otherwise(file, tmp_path):
+    """``datasets`` takes the names of the first file, and the numbers of all."""
+    import datasets
+
+    (tmp_path / "pets").mkdir()
+    for name, names in (("train-0", ["cat", "dog"]), (file, ["dog", "cat"])):
+        features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))
+        rows = {"image": as_structs([encoded(0)] * 8), "kind": [0, 1] * 4}
+        set_of_one = datasets.Dataset.from_dict(rows, features)
+        set_of_one.to_parquet(tmp_path / "pets" / f"{name}.parquet")
+    match = rf"{file}.parquet has the classes dog, cat in the column 'kind', and .* have cat, dog:"
+    with pytest.raises(SubspanError, match=match):
+        data.load(str(tmp_path / "pets"))
 
 
 def test_several_parts_and_none_to_train_on(tmp_path):

@@ -59,6 +59,22 @@ def test_subspan_data_goes_first(tmp_path, monkeypatch):
         data.load("./pets")
 
 
+def test_links_in_a_folder(tmp_path):
+    """``datasets`` passes over what lies behind a link to a folder: the test part of a set, say."""
+    image_folder(tmp_path / "pets")
+    pets = data.load(str(tmp_path / "pets"))
+    (tmp_path / "pets" / "test").rename(tmp_path / "elsewhere")
+    (tmp_path / "pets" / "test").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SubspanError, match="pets/test is a link to a folder, and what lies behind"):
+        data.load(str(tmp_path / "pets"))
+    (tmp_path / "pets" / "test").unlink()
+    for file in (tmp_path / "elsewhere").rglob("*.png"):
+        link = tmp_path / "pets" / "test" / file.relative_to(tmp_path / "elsewhere")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    assert data.load(str(tmp_path / "pets")).test.images.equal(pets.test.images)
+
+
 def test_a_known_name_is_no_folder_here(tmp_path, monkeypatch):
     """An output folder that happens to be called like the data is not taken for it."""
     image_folder(tmp_path / "digits")

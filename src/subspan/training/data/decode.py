@@ -63,7 +63,6 @@ def read(
             f"{path} must have a column of images and another of labels, got {images!r} and "
             f"{labels!r} of {columns}: name the right ones with --image-column and --label-column"
         )
-    names = getattr(features[labels], "names", None)
     train, test, notes = parts.choose(path, list(found))
 
     arrays: list[list[np.ndarray]] = []
@@ -78,7 +77,7 @@ def read(
         values.append(part_values)
 
     stacked = _stack(arrays)
-    encoded, known = tables.encode(path, values, names)
+    encoded, known = tables.encode(path, labels, features[labels], values)
     splits = [Split(*pair) for pair in zip(stacked, encoded, strict=True)]
     train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
     numbers = all(str(name).isdecimal() for name in known)

@@ -26,7 +26,7 @@ HUB = {
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "mnist": "ylecun/mnist",
 }
-FORMAT = 3  # of the decoded tensors: a change of what decoding gives must change it
+FORMAT = 4  # of the decoded tensors: a change of what decoding gives must change it
 
 
 def names() -> list[str]:
@@ -138,7 +138,17 @@ def local_folder(name: str) -> Path | None:
 
 
 def contents(folder: Path) -> list[Any]:
-    """Return the folder's path, and the name, size and time of change of every file in it."""
+    """Return the folder's path, and the name, size and time of change of every file in it.
+
+    Raises:
+        SubspanError: something in it is a link to a folder, which ``datasets`` passes over.
+    """
+    for path in folder.rglob("[!.]*"):
+        if path.is_symlink() and path.is_dir():
+            raise SubspanError(
+                f"{path} is a link to a folder, and what lies behind it would be left out: put the "
+                "folder itself there, or links to its files"
+            )
     files = [
         (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
         for path in sorted(folder.rglob("*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,8 @@ def column(
 ) -> str:
     """Return the column asked for; else the only one of the type; else one by its usual name.
 
+    Where one column has the type and another the name, neither is plainly the one.
+
     Args:
         role: what the column is, in one word that is its option, too.
         path: of the set.
@@ -95,9 +98,10 @@ def column(
     typed = [
         name for name, feature in features.items() if kind(feature) in (wanted, f"large_{wanted}")
     ]
-    if len(typed) == 1:
+    named = [name for name in usual if name in features]
+    if len(typed) == 1 and set(named) <= set(typed):
         return typed[0]
-    for name in usual:
+    for name in named:
         if name in (typed or features):
             return name
     raise SubspanError(
@@ -114,12 +118,24 @@ def kind(feature: Any) -> str:
 
 
 def encode(
-    path: str, values: list[list[Any]], names: Sequence[str] | None
+    path: str, column: str, feature: Any, values: list[list[Any]]
 ) -> tuple[list[Tensor], tuple[str, ...]]:
     """Each part's labels as int64 (N,), and the names of the classes.
 
-    Without known ``names``, the distinct values (integers or strings) are numbered in order.
+    Where the column declares no names, the distinct values (integers or strings) are numbered in
+    order.
+
+    Args:
+        path: of the set.
+        column: the labels'.
+        feature: of that column.
+        values: of the training part, and of the test part if there is one.
+
+    Raises:
+        SubspanError: they are no classes, or the training part has not two of them, or none of one
+            that the test part has.
     """
+    names = getattr(feature, "names", None)
     every = [value for part in values for value in part]
     types = {type(value) for value in every}
     if types not in ({int}, {bool}, {str}):
@@ -128,6 +144,8 @@ def encode(
             f"labels of {path} must all be integers or all strings, got {found}: name another "
             "column with --label-column, or leave out rows without a label"
         )
+    if names:
+        _refuse_other_names(Path(path), column, names)
     known = range(len(names)) if names else sorted(set(every))
     number = {value: i for i, value in enumerate(known)}
     if unlabelled := set(every) - set(number):
@@ -135,5 +153,34 @@ def encode(
             f"labels of {path} must be in [0, {len(known)}), got {min(unlabelled)}: "
             "leave out rows without a label"
         )
+    called = {value: names[value] if names else value for value in set(every)}
+    trained = set(values[0])
+    if len(trained) < 2:
+        raise SubspanError(
+            f"the training part of {path} must have two labels at least, got "
+            f"{called[trained.pop()]} in the column {column!r}: name another with --label-column"
+        )
+    if new := sorted(set(values[-1]) - trained):
+        raise SubspanError(
+            f"the test part of {path} has labels that no sample of the training part has "
+            f"({', '.join(str(called[value]) for value in new[:5])}): name classes alike in both, "
+            "or leave those samples out"
+        )
     encoded = [torch.tensor([number[value] for value in part]) for part in values]
     return encoded, tuple(map(str, names or known))
+
+
+def _refuse_other_names(folder: Path, column: str, names: Sequence[str]) -> None:
+    """Refuse parquet files that number classes otherwise: ``datasets`` takes the first one's."""
+    import pyarrow.parquet
+
+    for file in folder.rglob("[!.]*.parquet") if folder.is_dir() else ():
+        told = (pyarrow.parquet.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(told).get("info", {}).get("features") or {}
+        own = features.get(column, {}).get("names")
+        if own is not None and own != list(names):
+            raise SubspanError(
+                f"{file} has the classes {', '.join(own[:5])} in the column {column!r}, and "
+                f"other files of {folder} have {', '.join(names[:5])}: save all with the same "
+                "classes, in the same order"
+            )

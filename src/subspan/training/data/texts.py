@@ -20,7 +20,7 @@ from subspan.training.data.order import TEST, VALIDATION, hold_out
 from subspan.training.pretrained import Tokenizer
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review")
-FORMAT = 1  # of the cached tokens: a change of what tokenising gives must change it
+FORMAT = 2  # of the cached tokens: a change of what tokenising gives must change it
 EXPECTED = (
     "a folder of parquet, CSV or JSON files with a column of texts and one of labels, or another "
     "layout that datasets.load_dataset knows"
@@ -253,12 +253,7 @@ def _read(
         tokens = torch.tensor([token for one in ids for token in one], dtype=torch.int32)
         split.append(Texts(tokens, ends, torch.empty(len(ids))))
         values.append([value for _, value in rows])
-    encoded, names = tables.encode(path, values, getattr(features[labels], "names", None))
-    if len(names) < 2:
-        raise SubspanError(
-            f"{path} must have two labels at least, got {', '.join(names)} in the column "
-            f"{labels!r}: name another with --label-column"
-        )
+    encoded, names = tables.encode(path, labels, features[labels], values)
     pieces = [replace(one, labels=label) for one, label in zip(split, encoded, strict=True)]
     train_part, test_part = pieces if test else hold_out(pieces[0], 1 / 6, seed=0, stream=TEST)
     if cut:

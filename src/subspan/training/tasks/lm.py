@@ -20,6 +20,7 @@ from subspan.training.tasks.text import limit, require
 
 BLOCK = 128  # tokens of a block, where none are asked for and the network takes as many
 LOGITS = 2**24  # numbers that the network may give at a time in evaluation
+ROUNDING = 1e-5  # of the largest score: how much one may change by a token after it
 
 
 class LanguageModelling(Task):
@@ -100,13 +101,19 @@ class LanguageModelling(Task):
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
-        """Send the block with the last token of the vocabulary through the network."""
+        """Send the block with the last token of the vocabulary through the network.
+
+        And once more with another token at its end, by which no score before it may change.
+        """
         train = self.data.train.tokens
         row = int(train.max(dim=1).values.argmax())
+        block = train[row : row + 1].long()
+        other = block.clone()
+        other[:, -1] = (block[:, -1] + 1) % (block.max() + 1)
         state = net.training
         net.eval()
         try:
-            scores = net(input_ids=train[row : row + 1].long()).logits
+            scores, others = (net(input_ids=one).logits for one in (block, other))
         except Exception as error:  # of Transformers' many networks it may be any
             raise SubspanError(
                 f"{self.net} does not take a block of {train.shape[1]} tokens up to number "
@@ -118,6 +125,12 @@ class LanguageModelling(Task):
         if scores.shape[:2] != (1, train.shape[1]):
             raise SubspanError(
                 f"{self.net} must give scores for each token of a block, got {tuple(scores.shape)}"
+            )
+        change = (scores - others)[:, :-1].abs().max()
+        if change > ROUNDING * scores.abs().max():
+            raise SubspanError(
+                f"{self.net} sees the tokens that it is to tell, as an encoder does, and its "
+                "perplexity would mean nothing: give a decoder"
             )
 
 
