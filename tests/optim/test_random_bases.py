@@ -171,6 +171,25 @@ def test_momentum_lives_as_long_as_its_basis():
         torch.testing.assert_close(flat(net), before - 0.5 * P @ velocity)
 
 
+@pytest.mark.parametrize("without", ["void", "no momentum"])
+def test_momentum_ends_with_its_basis_whatever_the_first_step_of_the_next_is(without):
+    net = mlp()
+    optimizer = RandomBases(net, 10, lr=0.5, redraw_every=3, momentum=0.8)
+    run(net, optimizer, 3)
+    optimizer.zero_grad()
+    loss_of(net).backward()
+    if without == "void":
+        net[0].weight.grad[0, 0] = torch.nan
+    optimizer.param_groups[0]["momentum"] = 0.8 if without == "void" else 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.8
+    assert optimizer.skipped == (without == "void")
+    before = flat(net)
+    (after,) = run(net, optimizer, 1)
+    P = dense(optimizer, 1)
+    torch.testing.assert_close(after - before, -0.5 * P @ (P.T @ gradient(net)))
+
+
 def test_weight_decay_is_projected_with_the_gradient():
     net = mlp()
     optimizer = RandomBases(net, 10, lr=0.5, weight_decay=0.1)

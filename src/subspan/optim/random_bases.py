@@ -212,6 +212,9 @@ class RandomBases(BaseOptimizer):
         groups, directions, estimator = self.param_groups, self.directions, self._estimator
         step = groups[0]["steps"]
         redraw, own = directions.redraw(step), self.coordinates.zero_()
+        if self.redraw_every and step % self.redraw_every == 0:
+            for group in groups:
+                group["velocity"] = None  # a sum in the last basis, also if this step is void
         loss = estimator.estimate(own, redraw, closure)
         for number, group in enumerate(groups):
             if group["weight_decay"]:
@@ -222,7 +225,7 @@ class RandomBases(BaseOptimizer):
             raise NonFiniteError(f"a coordinate of step {step} is not finite", loss)
         for group in groups:
             if group.get("momentum"):
-                coordinates = self._add_momentum(coordinates, step)
+                coordinates = self._add_momentum(coordinates)
                 break
         rates = tuple([float(group["lr"]) for group in groups])
         self.last_move = Move(step, rates, coordinates)
@@ -249,15 +252,13 @@ class RandomBases(BaseOptimizer):
         for weights in self.directions.compartments_of(number):
             weights.add_projected(self.coordinates, weights.tensors, basis, redraw, decay)
 
-    def _add_momentum(self, coordinates: Tensor, step: int) -> Tensor:
+    def _add_momentum(self, coordinates: Tensor) -> Tensor:
         """Return (bases, d) coordinates, or their running sums in groups with momentum."""
-        fresh = self.redraw_every is not None and step % self.redraw_every == 0
         sums = []
         parts = coordinates.split(self.directions.sizes, dim=1)
         for group, own in zip(self.param_groups, parts, strict=True):
             if group.get("momentum"):
-                before = group["velocity"]
-                if before is not None and not fresh:
+                if (before := group["velocity"]) is not None:
                     own = own + group["momentum"] * before.to(own)
                 group["velocity"] = own.clone()
             sums.append(own)
