@@ -32,7 +32,7 @@ def mlp(rank=3, dtype=torch.float64, **options):
 
 def loss_of(net):
     out = net(X.to(next(net.parameters()).dtype))
-    return cross_entropy(out.float() if out.dtype == torch.bfloat16 else out, Y)
+    return cross_entropy(out if out.dtype == torch.float64 else out.float(), Y)
 
 
 def run(net, optimizer, steps=5, calls=None):
@@ -268,6 +268,22 @@ def test_training_goes_on_bit_for_bit(integrator, base):
     run(second, optimizer, 3)
     assert optimizer.steps == 6
     assert torch.equal(dense(second), dense(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}])
+def test_moments_of_16_bits_are_those_of_float32(dtype, options):
+    net = mlp(3, dtype)
+    optimizer = DLRT(net, 0.01, **options)
+    run(net, optimizer, 3)
+    other = copy.deepcopy(net)
+    resumed = DLRT(other, 0.01, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        of = [v for s in each.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        assert {v.dtype for v in of} == {torch.float32}
+    assert run(net, optimizer, 3) == run(other, resumed, 3)
+    assert torch.equal(dense(other), dense(net))
 
 
 def test_a_state_of_other_ranks():

@@ -19,7 +19,7 @@ from subspan.errors import SubspanError
 from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
-from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, write
+from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, wide, write
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
 from subspan.optim.moments import BASES, refuse_other_shapes, settings_of, transport, turn_core
@@ -333,7 +333,7 @@ class DLRT(BaseOptimizer):
             h = float(group["lr"])
             for p in group["params"]:
                 if p in others and p.grad is not None:
-                    slope = self._base(self.state[p], dense(p.grad), group)
+                    slope = self._base(self.state[p], dense(p.grad).to(wide(p)), group)
                     p.mul_(1 - h * group["weight_decay"]).add_(slope, alpha=-h)
 
     @property
@@ -381,6 +381,10 @@ class DLRT(BaseOptimizer):
                         f"has {list(places[index].shape)}: load the network's state first"
                     )
         super().load_state_dict(state_dict)
+        for index, values in state_dict["state"].items():  # PyTorch rounds to the parameter's type
+            p = places[index]
+            kept = {k: v.to(p.device, wide(p)) for k, v in values.items() if isinstance(v, Tensor)}
+            self.state[p].update(kept)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that are no factors, with values that make sense.

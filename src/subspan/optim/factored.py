@@ -60,8 +60,12 @@ def read(layers: Mapping[str, LowRank], copy: bool) -> dict[str, USV]:
 
 
 def _read(layer: LowRank, copy: bool) -> USV:
-    wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
-    return USV(*(p.detach().to(wide, copy=copy) for p in parameters(layer)))
+    return USV(*(p.detach().to(wide(layer.S), copy=copy) for p in parameters(layer)))
+
+
+def wide(of: Tensor) -> torch.dtype:
+    """Return the type in which a parameter's step is computed, and its moments are kept."""
+    return torch.promote_types(of.dtype, torch.float32)
 
 
 def write(layers: Mapping[str, LowRank], factors: Mapping[str, USV]) -> None:
