@@ -540,6 +540,25 @@ def test_the_second_evaluation_uses_what_the_first_one_did():
     assert torch.equal(dense(net), before)
 
 
+@pytest.mark.parametrize("integrator", ["kls", "kls-adaptive"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_closure_need_not_clear_the_gradients(integrator, momentum):
+    net, other = mlp(), mlp()
+    settings = options(integrator, momentum=momentum)
+    optimizer, plain = DLRT(net, 0.1, **settings), DLRT(other, 0.1, **settings)
+
+    def closure():
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.step(closure)
+    run(other, plain, 3)
+    assert torch.equal(dense(net), dense(other))
+
+
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}])
 def test_moments_of_another_shape_are_refused_before_anything_moves(options):
     torch.manual_seed(0)

@@ -284,8 +284,8 @@ class DLRT(BaseOptimizer):
     ) -> dict[str, Tensor]:
         """Evaluate the gradients of the cores at new bases, and return the base's slopes."""
         write(self._layers, at)
-        for layer in self._layers.values():
-            layer.S.grad = None  # whether the closure clears it or not
+        for p in (*(layer.S for layer in self._layers.values()), *self._others):
+            p.grad = None  # whether the closure clears it or not
         with self._gradients.of_cores():
             self._evaluate(closure)
         gradients = self._gradients.collect(at, self._others, self.steps, core=True)
