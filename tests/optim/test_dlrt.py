@@ -295,6 +295,52 @@ def test_a_state_of_other_ranks():
         other.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("other", [DLRT, Adam])
+def test_a_state_of_another_optimizer(other):
+    net = mlp()
+    groups = [[p for p in net.parameters() if (p.dim() > 1) is factor] for factor in (True, False)]
+    theirs = DLRT(net, base="adam") if other is DLRT else Adam([{"params": g} for g in groups])
+    run(net, theirs, 1)
+    optimizer = DLRT(net, 0.05)
+    with pytest.raises(SubspanError, match=r"another optimizer, for it has no (momentum|begun_w)"):
+        optimizer.load_state_dict(theirs.state_dict())
+    run(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_that_are_added_later(named):
+    net, head = mlp(), nn.Linear(4, 4).double()
+    optimizer, plain = DLRT(net, 0.1), SGD(copy.deepcopy(head).parameters(), 0.3)
+    optimizer.add_param_group(
+        {"params": head.named_parameters() if named else head.parameters(), "lr": 0.3}
+    )
+    loss_of(nn.Sequential(net, head)).backward()
+    for p, q in zip(head.parameters(), plain.param_groups[0]["params"], strict=True):
+        q.grad = p.grad.clone()
+    optimizer.step()
+    plain.step()
+    for p, q in zip(head.parameters(), plain.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({}, "a factored layer cannot be added later"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0}, "lr must be a number >= 0"),
+        ({"params": [nn.Parameter(torch.ones(2))], "tolerance": 0.1}, "tolerance is one for all"),
+    ],
+)
+def test_groups_that_cannot_be_added(group, message):
+    net = mlp()
+    net[2].requires_grad_(False)
+    optimizer = DLRT(net)
+    net[2].requires_grad_(True)
+    with pytest.raises(SubspanError, match=message):
+        optimizer.add_param_group({"params": net[2].parameters()} | group)
+    assert len(optimizer.param_groups) == 2
+
+
 def test_schedules_clipping_accumulation_and_scaling():
     net = mlp()
     optimizer = DLRT(net, 0.1, tolerance=0.1)
@@ -647,6 +693,9 @@ def test_sparse_gradients_of_what_is_not_factored():
     ("settings", "message"),
     [
         ({"tolerance": 1.0}, r"tolerance must be in \[0, 1\), got 1.0"),
+        ({"base": "adam", "betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got"),
+        ({"base": "adam", "betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"base": "adam", "eps": -1e-8}, "eps must be a number >= 0, got -1e-08"),
         ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\), got -0.1"),
         ({"tolerance": float("nan")}, r"tolerance must be in \[0, 1\), got nan"),
         ({"tolerance": 0.1, "target_ratio": 0.5}, "give a tolerance or a target_ratio, not both"),

@@ -842,6 +842,7 @@ def test_parameters_cannot_come_later():
         ({"momentum": 0.9}, "momentum needs a basis that stays"),
         ({"momentum": 1.0, "redraw_every": 2}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"lr": None}, "lr must be a number >= 0, got None"),
         ({"weight_decay": float("inf")}, "weight_decay must be a number >= 0"),
         ({"sigma": 0.0}, "sigma must be a positive number"),
         ({"check_every": -1}, "check_every must be an integer >= 0"),
@@ -855,10 +856,31 @@ def test_bad_settings(options, message):
         RandomBases(mlp(), **{"dim": 10} | options)
 
 
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"redraw_every": None}, "redraw_every is one for all groups: give it to RandomBases"),
+        ({"seed": 3}, "seed is one for all groups: give it to RandomBases itself"),
+        ({"maximize": True}, "RandomBases has no maximize: leave it out"),
+        ({"momentum": 0.9}, "momentum needs a basis that stays"),
+        ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+    ],
+)
+def test_bad_groups(group, message):
+    with pytest.raises(SubspanError, match=message):
+        RandomBases([{"params": mlp().parameters(), "dim": 10} | group])
+
+
+def test_parameters_that_are_given_twice():
+    net = mlp()
+    with pytest.raises(SubspanError, match=r"^some parameters appear in more than one"):
+        RandomBases([{"params": net.parameters()}, {"params": net.parameters()}], 10)
+
+
 def test_nothing_to_train():
     frozen = mlp().requires_grad_(False)
     for nothing in (frozen, []):
-        with pytest.raises(SubspanError, match="nothing to train"):
+        with pytest.raises(SubspanError, match=r"nothing to train|an empty parameter list"):
             RandomBases(nothing, 10)
     trained, still = nn.Parameter(torch.ones(30)), torch.ones(30, dtype=torch.int64)
     for frozen in (*([still], []), list(mlp().requires_grad_(False).named_parameters())):

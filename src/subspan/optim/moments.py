@@ -14,7 +14,7 @@ other part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,18 +48,22 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
     return state[FIRST] / (1 - first**t) / (v.sqrt() + group["eps"])
 
 
-def refuse_other_shapes(state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Refuse moments of parameters that have got other shapes since.
+def refuse_other_shapes(moments: Iterable[tuple[Tensor, Mapping[str, Any]]], remedy: str) -> None:
+    """Refuse moments of parameters that have other shapes.
+
+    Args:
+        moments: of each parameter.
+        remedy: what to do about it.
 
     Raises:
         SubspanError: if there are some.
     """
-    for p, values in state.items():
+    for p, values in moments:
         for value in values.values():
             if isinstance(value, Tensor) and value.shape != p.shape:
                 raise SubspanError(
                     f"a parameter has the shape {list(p.shape)} now, and its moments have "
-                    f"{list(value.shape)}: make a new optimizer"
+                    f"{list(value.shape)}: {remedy}"
                 )
 
 

@@ -26,7 +26,7 @@ from subspan.optim import recorder
 from subspan.optim.compartment import entries
 from subspan.optim.directions import Directions, Move, divide
 from subspan.optim.estimators import ESTIMATORS, Gradient
-from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, is_count
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is_count
 from subspan.optim.parameters import (
     leave_frozen,
     named_tensors,
@@ -158,8 +158,8 @@ class RandomBases(BaseOptimizer):
             )
         except SubspanError:
             raise
-        except ValueError as error:  # of torch, on empty lists
-            raise SubspanError(f"nothing to train: {error}") from None
+        except ValueError as error:  # of torch, on empty lists and on what is given twice
+            raise SubspanError(str(error)) from None
         bases, basis = 1, 0
         if self._workers and workers == "independent":
             bases, basis = self._workers.world, self._workers.rank
@@ -314,7 +314,7 @@ class RandomBases(BaseOptimizer):
 
         Raises:
             SubspanError: for a group that is added later, in which nothing requires a gradient, or
-                whose values make no sense.
+                whose values make no sense; see also :meth:`BaseOptimizer.add_param_group`.
         """
         if hasattr(self, "directions"):
             raise SubspanError(
@@ -328,7 +328,6 @@ class RandomBases(BaseOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         leave_frozen(group, len(self.param_groups) - 1)
-        check_group(group)
         if group.get("momentum") and self.redraw_every == 1:
             raise SubspanError(
                 "momentum needs a basis that stays: coordinates of different bases cannot be "
