@@ -686,6 +686,22 @@ def test_sparse_gradients_of_what_is_not_factored():
     torch.testing.assert_close(*trained)
 
 
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_complex_parameters_beside_the_factors(base):
+    """A transform of Fourier layers, say."""
+    net = mlp()
+    net.register_parameter("filters", nn.Parameter(torch.ones(4, dtype=torch.complex128)))
+    twin = nn.Parameter(net.filters.detach().clone())
+    ours = DLRT(net, 0.1, base=base)
+    theirs = {"sgd": SGD, "adam": Adam}[base]([twin], 0.1)
+    for step in range(3):
+        for p, optimizer in ((net.filters, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (p * torch.exp(1j * torch.arange(4.0)) - 2j * step).abs().square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(net.filters, twin)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
