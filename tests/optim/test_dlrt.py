@@ -758,6 +758,17 @@ def test_networks_without_factors():
         DLRT(net.requires_grad_(False))
 
 
+@pytest.mark.parametrize("names", ["U", "USV"])
+def test_layers_that_share_a_factor(names):
+    net = factorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=3)
+    for name in names:
+        setattr(net[1], name, getattr(net[0], name))
+    with pytest.raises(SubspanError, match="layers '0' and '1' share a factor"):
+        DLRT(net, integrator="vanilla", momentum=0.9)
+    net[1] = net[0]
+    DLRT(net)
+
+
 def test_closures_that_are_none():
     net = mlp()
     optimizer = DLRT(net, 0.1, integrator="kls")
