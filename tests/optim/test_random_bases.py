@@ -306,6 +306,34 @@ def test_estimators_that_evaluate_need_a_closure(estimator):
         optimizer.step(lambda: None)
 
 
+@pytest.mark.parametrize("estimator", ["forward", "evolution"])
+def test_a_closure_that_calls_backward_is_for_another_estimator(estimator):
+    net = mlp()
+    before, optimizer = flat(net), RandomBases(net, 3, estimator=estimator)
+
+    def closure():
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    with pytest.raises(SubspanError, match=r"the closure calls backward\(\), and this estimator"):
+        optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        optimizer.step(lambda: torch.zeros(2, 2) @ torch.zeros(3, 4))
+    assert torch.equal(flat(net), before)
+    assert optimizer.steps == 0
+
+
+@JVP
+@pytest.mark.parametrize("loss", [lambda net: torch.ones(()), lambda net: loss_of(net).detach()])
+def test_a_loss_that_does_not_depend_on_the_weights_has_no_forward_derivative(loss):
+    net = mlp()
+    optimizer = RandomBases(net, 3, estimator="forward", weight_decay=0.1)
+    with pytest.raises(SubspanError, match="has no derivative along any vector: the closure"):
+        optimizer.step(lambda: loss(net))
+    assert torch.equal(flat(net), flat(mlp()))
+
+
 def test_one_evaluation_pair_is_mezo():
     """d = 1 with normals: the published step, with unit columns in place of z."""
     net = mlp()
