@@ -847,6 +847,19 @@ def test_no_gradient_at_all_is_an_error():
     assert optimizer.steps == 0
 
 
+def test_parameters_that_are_exchanged_are_refused_before_anything_moves():
+    net, other = mlp(), mlp()
+    optimizer = RandomBases(net, 10)
+    run(net, optimizer, 1)
+    before = flat(net)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    loss_of(other).backward()
+    with pytest.raises(SubspanError, match="other parameters than bases were drawn for"):
+        optimizer.step()
+    assert torch.equal(flat(net), before)
+    assert torch.equal(flat(other), flat(mlp()))
+
+
 def test_parameters_cannot_come_later():
     optimizer = RandomBases(mlp(), 10)
     with pytest.raises(SubspanError, match="parameters cannot be added later"):
