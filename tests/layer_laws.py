@@ -297,9 +297,14 @@ def a_network_made_without_values_is_filled_from_a_state(case: Case) -> None:
     net, x = case.net(torch.float32), case.x(torch.float32)
     empty = copy.deepcopy(net).to("meta")
     assert empty(x.to("meta")).is_meta
+    assigned, moved = copy.deepcopy(empty), copy.deepcopy(empty)
     filled = empty.to_empty(device="cpu")
     filled.load_state_dict(net.state_dict())
     assert torch.equal(filled(x), net(x))
+    for other in (assigned, moved):
+        other.load_state_dict(net.state_dict(), assign=True)
+    assert torch.equal(assigned(x), net(x))
+    assert torch.equal(moved.double()(x.double()), copy.deepcopy(net).double()(x.double()))
 
 
 # ---- copies and files ----------------------------------------------------------------------------

@@ -224,6 +224,8 @@ def test_bad_input():
         grow(small, [{"kind": "free", "inner": 2}, "free"])
     with pytest.raises(SubspanError, match="the layer's weight is 6 × 8, the target 8 × 6"):
         approximate(small, torch.ones(8, 6))
+    with pytest.raises(SubspanError, match="the layer's weight is 6 × 8, the target 48"):
+        approximate(small, torch.zeros(48))
     with pytest.raises(SubspanError, match="the target is not finite"):
         approximate(small, torch.full((6, 8), float("nan")))
     with pytest.raises(SubspanError, match="least squares need f: identity"):
@@ -234,3 +236,12 @@ def test_bad_input():
         fit([], [["free"]])
     with pytest.raises(SubspanError, match="matrices must be of one shape"):
         fit([torch.ones(2, 2), torch.ones(2, 3)], [["free"]])
+
+
+def test_moments_are_carried_over_by_the_optimizer_that_has_them():
+    small = layer([{"kind": "hash", "p": 4}])
+    large = grow(small, [{"kind": "hash", "p": 8}])
+    optimizer = torch.optim.Adam(large.parameters())
+    with pytest.raises(SubspanError, match="the optimizer has no parameter of this layer: give"):
+        carry_over(optimizer, small, large)
+    carry_over(optimizer, small.requires_grad_(False), large)

@@ -142,6 +142,17 @@ def test_an_input_without_a_batch(case, watched):
     check(layer, found, tangents, dense)
 
 
+@EVERY
+@WATCHED
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integers_are_refused_as_an_ordinary_layer_does(case, watched, dtype):
+    layer, x = case
+    tangents = watch(layer, watched)
+    with pytest.raises(SubspanError, match=f"a floating dtype, got {dtype}: use x.float"):
+        layer(x.to(dtype))
+    del tangents
+
+
 def test_a_penalty_on_the_weight_reaches_the_tangents():
     layer = copy.deepcopy(CASES[0][0])
     tangents, dense = watch(layer), layer.dense()

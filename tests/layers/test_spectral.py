@@ -90,6 +90,22 @@ def test_variance_is_kept_at_the_start(more):
     assert sum(found) / 20 == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.parametrize("support", [None, 3])
+def test_a_layer_made_without_values_is_filled_from_a_state(support):
+    made = SpectralFilters(2, 3, 8, 6, support=support)
+    x = torch.randn(4, 2, 8, 8)
+    empty, assigned, moved = (
+        SpectralFilters(2, 3, 8, 6, support=support, device="meta") for _ in range(3)
+    )
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(made.state_dict())
+    for other in (assigned, moved):
+        other.load_state_dict(made.state_dict(), assign=True)
+    for other in (filled, assigned, moved.to("cpu")):
+        assert torch.equal(other(x), made(x))
+        assert torch.equal(other.filters, made.filters)
+
+
 def test_gradients():
     layer = SpectralFilters(2, 3, 5, 4, 3, dtype=torch.float64)
     x = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)

@@ -32,7 +32,7 @@ def mlp(rank=3, dtype=torch.float64, **options):
 
 def loss_of(net):
     out = net(X.to(next(net.parameters()).dtype))
-    return cross_entropy(out.float() if out.dtype == torch.bfloat16 else out, Y)
+    return cross_entropy(out if out.dtype == torch.float64 else out.float(), Y)
 
 
 def run(net, optimizer, steps=5, calls=None):
@@ -270,6 +270,22 @@ def test_training_goes_on_bit_for_bit(integrator, base):
     assert torch.equal(dense(second), dense(whole))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}])
+def test_moments_of_16_bits_are_those_of_float32(dtype, options):
+    net = mlp(3, dtype)
+    optimizer = DLRT(net, 0.01, **options)
+    run(net, optimizer, 3)
+    other = copy.deepcopy(net)
+    resumed = DLRT(other, 0.01, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        of = [v for s in each.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        assert {v.dtype for v in of} == {torch.float32}
+    assert run(net, optimizer, 3) == run(other, resumed, 3)
+    assert torch.equal(dense(other), dense(net))
+
+
 def test_a_state_of_other_ranks():
     net = mlp(4)
     optimizer = DLRT(net, 0.05, momentum=0.9)
@@ -277,6 +293,52 @@ def test_a_state_of_other_ranks():
     other = DLRT(mlp(2), 0.05, momentum=0.9)
     with pytest.raises(SubspanError, match="load the network's state first"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("other", [DLRT, Adam])
+def test_a_state_of_another_optimizer(other):
+    net = mlp()
+    groups = [[p for p in net.parameters() if (p.dim() > 1) is factor] for factor in (True, False)]
+    theirs = DLRT(net, base="adam") if other is DLRT else Adam([{"params": g} for g in groups])
+    run(net, theirs, 1)
+    optimizer = DLRT(net, 0.05)
+    with pytest.raises(SubspanError, match=r"another optimizer, for it has no (momentum|begun_w)"):
+        optimizer.load_state_dict(theirs.state_dict())
+    run(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_that_are_added_later(named):
+    net, head = mlp(), nn.Linear(4, 4).double()
+    optimizer, plain = DLRT(net, 0.1), SGD(copy.deepcopy(head).parameters(), 0.3)
+    optimizer.add_param_group(
+        {"params": head.named_parameters() if named else head.parameters(), "lr": 0.3}
+    )
+    loss_of(nn.Sequential(net, head)).backward()
+    for p, q in zip(head.parameters(), plain.param_groups[0]["params"], strict=True):
+        q.grad = p.grad.clone()
+    optimizer.step()
+    plain.step()
+    for p, q in zip(head.parameters(), plain.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({}, "a factored layer cannot be added later"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0}, "lr must be a number >= 0"),
+        ({"params": [nn.Parameter(torch.ones(2))], "tolerance": 0.1}, "tolerance is one for all"),
+    ],
+)
+def test_groups_that_cannot_be_added(group, message):
+    net = mlp()
+    net[2].requires_grad_(False)
+    optimizer = DLRT(net)
+    net[2].requires_grad_(True)
+    with pytest.raises(SubspanError, match=message):
+        optimizer.add_param_group({"params": net[2].parameters()} | group)
+    assert len(optimizer.param_groups) == 2
 
 
 def test_schedules_clipping_accumulation_and_scaling():
@@ -524,6 +586,25 @@ def test_the_second_evaluation_uses_what_the_first_one_did():
     assert torch.equal(dense(net), before)
 
 
+@pytest.mark.parametrize("integrator", ["kls", "kls-adaptive"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_closure_need_not_clear_the_gradients(integrator, momentum):
+    net, other = mlp(), mlp()
+    settings = options(integrator, momentum=momentum)
+    optimizer, plain = DLRT(net, 0.1, **settings), DLRT(other, 0.1, **settings)
+
+    def closure():
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.step(closure)
+    run(other, plain, 3)
+    assert torch.equal(dense(net), dense(other))
+
+
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}])
 def test_moments_of_another_shape_are_refused_before_anything_moves(options):
     torch.manual_seed(0)
@@ -605,6 +686,22 @@ def test_sparse_gradients_of_what_is_not_factored():
     torch.testing.assert_close(*trained)
 
 
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_complex_parameters_beside_the_factors(base):
+    """A transform of Fourier layers, say."""
+    net = mlp()
+    net.register_parameter("filters", nn.Parameter(torch.ones(4, dtype=torch.complex128)))
+    twin = nn.Parameter(net.filters.detach().clone())
+    ours = DLRT(net, 0.1, base=base)
+    theirs = {"sgd": SGD, "adam": Adam}[base]([twin], 0.1)
+    for step in range(3):
+        for p, optimizer in ((net.filters, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (p * torch.exp(1j * torch.arange(4.0)) - 2j * step).abs().square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(net.filters, twin)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -612,6 +709,9 @@ def test_sparse_gradients_of_what_is_not_factored():
     ("settings", "message"),
     [
         ({"tolerance": 1.0}, r"tolerance must be in \[0, 1\), got 1.0"),
+        ({"base": "adam", "betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got"),
+        ({"base": "adam", "betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"base": "adam", "eps": -1e-8}, "eps must be a number >= 0, got -1e-08"),
         ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\), got -0.1"),
         ({"tolerance": float("nan")}, r"tolerance must be in \[0, 1\), got nan"),
         ({"tolerance": 0.1, "target_ratio": 0.5}, "give a tolerance or a target_ratio, not both"),
@@ -621,14 +721,16 @@ def test_sparse_gradients_of_what_is_not_factored():
         ({"integrator": "kls-adaptive"}, "'kls-adaptive' needs a tolerance or a target_ratio"),
         ({"integrator": "kls", "tolerance": 0.1}, "integrator 'kls' keeps ranks as they are"),
         ({"base": "adm"}, "unknown base 'adm': did you mean adam"),
-        ({"min_rank": 0}, "min_rank must be a positive integer, got 0"),
+        ({"min_rank": 0}, "min_rank must be an integer >= 1, got 0"),
         ({"min_rank": 5}, "layer '2' has no rank 5, at most 4"),
         ({"max_rank": 1, "min_rank": 2}, "max_rank must be at least min_rank 2, got 1"),
-        ({"rank_every": 0}, "rank_every must be a positive integer, got 0"),
-        ({"freeze_after": 0}, "freeze_after must be at least 1 step, got 0"),
+        ({"max_rank": 2.5}, "max_rank must be an integer >= 1, got 2.5"),
+        ({"rank_every": True}, "rank_every must be an integer >= 1, got True"),
+        ({"rank_every": 0}, "rank_every must be an integer >= 1, got 0"),
+        ({"freeze_after": 0}, "freeze_after must be an integer >= 1, got 0"),
         ({"freeze_after": 3, "adapt_from": 3}, "freeze_after 3 must be later than adapt_from 3"),
-        ({"adapt_from": -1}, "adapt_from must be a number of steps >= 0, got -1"),
-        ({"tolerance_warmup": 0.5}, "tolerance_warmup must be a number of steps >= 0, got 0.5"),
+        ({"adapt_from": -1}, "adapt_from must be an integer >= 0, got -1"),
+        ({"tolerance_warmup": 0.5}, "tolerance_warmup must be an integer >= 0, got 0.5"),
         ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
@@ -654,6 +756,17 @@ def test_networks_without_factors():
         DLRT(net)
     with pytest.raises(SubspanError, match="every factored layer of the network is frozen"):
         DLRT(net.requires_grad_(False))
+
+
+@pytest.mark.parametrize("names", ["U", "USV"])
+def test_layers_that_share_a_factor(names):
+    net = factorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=3)
+    for name in names:
+        setattr(net[1], name, getattr(net[0], name))
+    with pytest.raises(SubspanError, match="layers '0' and '1' share a factor"):
+        DLRT(net, integrator="vanilla", momentum=0.9)
+    net[1] = net[0]
+    DLRT(net)
 
 
 def test_closures_that_are_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -133,6 +134,49 @@ def test_rates_are_those_of_each_step(tmp_path):
 # ---- what is refused -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("change", ["another", "gone"])
+def test_a_journal_that_another_one_writes_is_refused_before_a_step(tmp_path, change):
+    path = tmp_path / "journal"
+    net, optimizer, seen = trained(path)
+    if change == "another":
+        other = mlp(torch.float32)
+        run(other, RandomBases(other, 10, 0.5, journal=path), 1)
+    else:
+        path.unlink()
+    with pytest.raises(SubspanError, match="does not end with this optimizer's last step"):
+        run(net, optimizer, 1)
+    assert torch.equal(flat(net), seen[-1])
+    assert optimizer.steps == 6
+    if change == "another":
+        assert replay(path, mlp(torch.float32)) == 7
+    else:
+        assert not path.exists()
+
+
+def test_a_step_that_cannot_be_written_is_the_last(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    net, optimizer, seen = trained(path)
+
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", full)
+        with pytest.raises(SubspanError, match=r"step 6 cannot be written to .* \(No space left"):
+            run(net, optimizer, 1)
+    with pytest.raises(SubspanError, match="does not end with this optimizer's last step"):
+        run(net, optimizer, 1)
+    again = mlp(torch.float32)
+    assert RandomBases(again, 10, 0.5, journal=path).steps == 6
+    assert torch.equal(flat(again), seen[-1])
+
+
+def test_an_extra_that_is_no_json(tmp_path):
+    with pytest.raises(SubspanError, match="extra must be JSON: Object of type set"):
+        RandomBases(mlp(), 10, journal=tmp_path / "journal", extra={"names": {"a"}})
+    assert not (tmp_path / "journal").exists()
+
+
 @pytest.mark.parametrize("place", [3, 9, 40, "record"])
 def test_damage_is_an_error_and_changes_nothing(tmp_path, place):
     trained(tmp_path / "journal")
@@ -185,7 +229,7 @@ def test_a_journal_knows_its_family(tmp_path):
 
 def test_steps_that_are_not_there(tmp_path):
     trained(tmp_path / "journal")
-    for steps in (7, -1):
+    for steps in (7, -1, 0.5):
         with pytest.raises(SubspanError, match=f"has 6 steps, not {steps}"):
             replay(tmp_path / "journal", mlp(torch.float32), steps=steps)
     with pytest.raises(SubspanError, match="cannot be read"):

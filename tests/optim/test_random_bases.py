@@ -171,6 +171,25 @@ def test_momentum_lives_as_long_as_its_basis():
         torch.testing.assert_close(flat(net), before - 0.5 * P @ velocity)
 
 
+@pytest.mark.parametrize("without", ["void", "no momentum"])
+def test_momentum_ends_with_its_basis_whatever_the_first_step_of_the_next_is(without):
+    net = mlp()
+    optimizer = RandomBases(net, 10, lr=0.5, redraw_every=3, momentum=0.8)
+    run(net, optimizer, 3)
+    optimizer.zero_grad()
+    loss_of(net).backward()
+    if without == "void":
+        net[0].weight.grad[0, 0] = torch.nan
+    optimizer.param_groups[0]["momentum"] = 0.8 if without == "void" else 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.8
+    assert optimizer.skipped == (without == "void")
+    before = flat(net)
+    (after,) = run(net, optimizer, 1)
+    P = dense(optimizer, 1)
+    torch.testing.assert_close(after - before, -0.5 * P @ (P.T @ gradient(net)))
+
+
 def test_weight_decay_is_projected_with_the_gradient():
     net = mlp()
     optimizer = RandomBases(net, 10, lr=0.5, weight_decay=0.1)
@@ -285,6 +304,34 @@ def test_estimators_that_evaluate_need_a_closure(estimator):
         optimizer.step()
     with pytest.raises(SubspanError, match="must return the loss, a tensor of one value, got None"):
         optimizer.step(lambda: None)
+
+
+@pytest.mark.parametrize("estimator", ["forward", "evolution"])
+def test_a_closure_that_calls_backward_is_for_another_estimator(estimator):
+    net = mlp()
+    before, optimizer = flat(net), RandomBases(net, 3, estimator=estimator)
+
+    def closure():
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    with pytest.raises(SubspanError, match=r"the closure calls backward\(\), and this estimator"):
+        optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        optimizer.step(lambda: torch.zeros(2, 2) @ torch.zeros(3, 4))
+    assert torch.equal(flat(net), before)
+    assert optimizer.steps == 0
+
+
+@JVP
+@pytest.mark.parametrize("loss", [lambda net: torch.ones(()), lambda net: loss_of(net).detach()])
+def test_a_loss_that_does_not_depend_on_the_weights_has_no_forward_derivative(loss):
+    net = mlp()
+    optimizer = RandomBases(net, 3, estimator="forward", weight_decay=0.1)
+    with pytest.raises(SubspanError, match="has no derivative along any vector: the closure"):
+        optimizer.step(lambda: loss(net))
+    assert torch.equal(flat(net), flat(mlp()))
 
 
 def test_one_evaluation_pair_is_mezo():
@@ -800,6 +847,19 @@ def test_no_gradient_at_all_is_an_error():
     assert optimizer.steps == 0
 
 
+def test_parameters_that_are_exchanged_are_refused_before_anything_moves():
+    net, other = mlp(), mlp()
+    optimizer = RandomBases(net, 10)
+    run(net, optimizer, 1)
+    before = flat(net)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    loss_of(other).backward()
+    with pytest.raises(SubspanError, match="other parameters than bases were drawn for"):
+        optimizer.step()
+    assert torch.equal(flat(net), before)
+    assert torch.equal(flat(other), flat(mlp()))
+
+
 def test_parameters_cannot_come_later():
     optimizer = RandomBases(mlp(), 10)
     with pytest.raises(SubspanError, match="parameters cannot be added later"):
@@ -823,6 +883,7 @@ def test_parameters_cannot_come_later():
         ({"momentum": 0.9}, "momentum needs a basis that stays"),
         ({"momentum": 1.0, "redraw_every": 2}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"lr": None}, "lr must be a number >= 0, got None"),
         ({"weight_decay": float("inf")}, "weight_decay must be a number >= 0"),
         ({"sigma": 0.0}, "sigma must be a positive number"),
         ({"check_every": -1}, "check_every must be an integer >= 0"),
@@ -836,10 +897,31 @@ def test_bad_settings(options, message):
         RandomBases(mlp(), **{"dim": 10} | options)
 
 
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"redraw_every": None}, "redraw_every is one for all groups: give it to RandomBases"),
+        ({"seed": 3}, "seed is one for all groups: give it to RandomBases itself"),
+        ({"maximize": True}, "RandomBases has no maximize: leave it out"),
+        ({"momentum": 0.9}, "momentum needs a basis that stays"),
+        ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+    ],
+)
+def test_bad_groups(group, message):
+    with pytest.raises(SubspanError, match=message):
+        RandomBases([{"params": mlp().parameters(), "dim": 10} | group])
+
+
+def test_parameters_that_are_given_twice():
+    net = mlp()
+    with pytest.raises(SubspanError, match=r"^some parameters appear in more than one"):
+        RandomBases([{"params": net.parameters()}, {"params": net.parameters()}], 10)
+
+
 def test_nothing_to_train():
     frozen = mlp().requires_grad_(False)
     for nothing in (frozen, []):
-        with pytest.raises(SubspanError, match="nothing to train"):
+        with pytest.raises(SubspanError, match=r"nothing to train|an empty parameter list"):
             RandomBases(nothing, 10)
     trained, still = nn.Parameter(torch.ones(30)), torch.ones(30, dtype=torch.int64)
     for frozen in (*([still], []), list(mlp().requires_grad_(False).named_parameters())):

@@ -44,12 +44,12 @@ def approximate(
     Raises:
         SubspanError: for another shape, a target that is not finite, or another f.
     """
-    target = target.detach().flatten(1).double()
-    if target.shape != layer.shape:
+    if target.dim() < 2 or target.flatten(1).shape != layer.shape:
         raise SubspanError(
             f"the layer's weight is {layer.shape[0]} × {layer.shape[1]}, the target "
-            f"{target.shape[0]} × {target.shape[1]}"
+            f"{' × '.join(map(str, target.shape))}"
         )
+    target = target.detach().flatten(1).double()
     if not bool(torch.isfinite(target).all()):
         raise SubspanError("the target is not finite")
     for factor in layer.factors:
@@ -185,7 +185,17 @@ def carry_over(optimizer: Optimizer, layer: ProductOfSums, new: ProductOfSums) -
         optimizer: of the old layer's parameters, changed in place.
         layer: the old one.
         new: of :func:`grow`.
+
+    Raises:
+        SubspanError: if the old layer is trained, and the optimizer has none of its parameters.
     """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for p in layer.parameters() if p.requires_grad}
+    if trained and trained.isdisjoint(held):
+        raise SubspanError(
+            "the optimizer has no parameter of this layer: give the layer before it grew, and the "
+            "optimizer that trained it"
+        )
     for name, before in layer.named_parameters(recurse=False):
         now = new.get_parameter(name).requires_grad_(before.requires_grad)
         for group in optimizer.param_groups:

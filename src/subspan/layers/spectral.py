@@ -105,12 +105,22 @@ class SpectralFilters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralFilters:
         """Move everything, and make the tables again, which no file holds and rounding coarsens."""
+        self._table("_analysis0")
         before = self.a.dtype, self.a.is_meta
         super()._apply(fn, recurse)
         if before != (self.a.dtype, self.a.is_meta):
-            for name, table in self._tables().items():
-                setattr(self, name, table.to(self.a))
+            self._make_again()
         return self
+
+    def _make_again(self) -> None:
+        for name, table in self._tables().items():
+            setattr(self, name, table.to(self.a))
+
+    def _table(self, name: str) -> Tensor:
+        """Return a table; made again, if ``assign`` has given values to the parameters alone."""
+        if self.get_buffer(name).is_meta and not self.a.is_meta:
+            self._make_again()
+        return self.get_buffer(name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -126,7 +136,7 @@ class SpectralFilters(nn.Module):
         drawn = torch.stack(rows).view(self.out_channels, self.in_channels, *self.drawn)
         if self.support is not None:
             with full_precision(drawn.device):
-                drawn = self.get_buffer("_smooth0") @ drawn @ self.get_buffer("_smooth1").T
+                drawn = self._table("_smooth0") @ drawn @ self._table("_smooth1").T
         return self.scale * drawn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,11 +146,11 @@ class SpectralFilters(nn.Module):
                 f"expected images of {self.in_channels} × {self.size[0]} × {self.size[1]}, got "
                 f"{' × '.join(map(str, x.shape[-3:]))}"
             )
-        spectrum = self.get_buffer("_analysis0") @ x @ self.get_buffer("_analysis1").T
+        spectrum = self._table("_analysis0") @ x @ self._table("_analysis1").T
         # For every frequency a small matrix: filters × channels.
         y = torch.einsum("...cuv,ocuv->...ouv", spectrum, self.filters)
         # A spectrum of fewer pixels is that of an image so many times as dark.
-        y = self.get_buffer("_synthesis0").T @ y @ self.get_buffer("_synthesis1")
+        y = self._table("_synthesis0").T @ y @ self._table("_synthesis1")
         y = y * math.sqrt(math.prod(self.out_size) / math.prod(self.size))
         y = y if self.bias is None else y + self.bias[:, None, None]
         return y.to(autocast_type(y))

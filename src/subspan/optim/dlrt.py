@@ -9,7 +9,7 @@ gradient a step: Schotthöfer et al., "GeoLoRA", 2024. The steps are those of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from subspan.errors import SubspanError
 from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
-from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, write
+from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, wide, write
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
 from subspan.optim.moments import BASES, refuse_other_shapes, settings_of, transport, turn_core
-from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, evaluate
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, evaluate
+from subspan.optim.parameters import named_pairs
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
 
@@ -184,7 +185,7 @@ class DLRT(BaseOptimizer):
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
         self._gradients.check()
-        refuse_other_shapes(self.state)
+        refuse_other_shapes(self.state.items(), "make a new optimizer")
         before = read(self._layers, copy=self.needs_closure)  # two evaluations change the layers
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
@@ -284,8 +285,8 @@ class DLRT(BaseOptimizer):
     ) -> dict[str, Tensor]:
         """Evaluate the gradients of the cores at new bases, and return the base's slopes."""
         write(self._layers, at)
-        for layer in self._layers.values():
-            layer.S.grad = None  # whether the closure clears it or not
+        for p in (*(layer.S for layer in self._layers.values()), *self._others):
+            p.grad = None  # whether the closure clears it or not
         with self._gradients.of_cores():
             self._evaluate(closure)
         gradients = self._gradients.collect(at, self._others, self.steps, core=True)
@@ -333,7 +334,7 @@ class DLRT(BaseOptimizer):
             h = float(group["lr"])
             for p in group["params"]:
                 if p in others and p.grad is not None:
-                    slope = self._base(self.state[p], dense(p.grad), group)
+                    slope = self._base(self.state[p], dense(p.grad).to(wide(p)), group)
                     p.mul_(1 - h * group["weight_decay"]).add_(slope, alpha=-h)
 
     @property
@@ -366,30 +367,32 @@ class DLRT(BaseOptimizer):
         super().__setstate__(state)
         self._gradients = self._watch()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another optimizer was, after the network's own state has been loaded.
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a state of other ranks than the network has, whose own state comes first."""
+        super()._check_state(state_dict)
+        refuse_other_shapes(self._moments_in(state_dict), "load the network's state first")
 
-        Raises:
-            SubspanError: if the state belongs to other ranks than the network has.
-        """
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer was, after the network's own state has been loaded."""
+        super().load_state_dict(state_dict)
+        for p, values in self._moments_in(state_dict):  # PyTorch has rounded them to p's type
+            self.state[p].update({k: v.to(p.device, wide(p)) for k, v in values.items()})
+
+    def _moments_in(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any]]:
+        """Yield the parameters and their tensors in a state."""
         places = [p for group in self.param_groups for p in group["params"]]
         for index, values in state_dict["state"].items():
-            for value in values.values():
-                if isinstance(value, Tensor) and value.shape != places[index].shape:
-                    raise SubspanError(
-                        f"this state belongs to factors of shape {list(value.shape)}, the network "
-                        f"has {list(places[index].shape)}: load the network's state first"
-                    )
-        super().load_state_dict(state_dict)
+            yield places[index], {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters that are no factors, with values that make sense.
+        """Add a group of parameters that are no factors, with or without names.
 
         Raises:
-            SubspanError: for a rate or a decay that is none, and for a group that is added while
-                workers average gradients, of which the others would know nothing.
+            SubspanError: for factors; for a group that is added while workers average gradients,
+                of which the others would know nothing; and for values that make no sense.
         """
-        if self._workers and self._tensors:
-            raise SubspanError("workers know of no parameters added later: make a new optimizer")
+        if self._tensors:
+            if self._workers:
+                raise SubspanError("workers know of no later parameters: make a new optimizer")
+            param_group = param_group | {"params": named_pairs(param_group["params"])}
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])

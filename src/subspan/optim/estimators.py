@@ -62,7 +62,8 @@ class Estimator:
             The loss, if there is a closure.
 
         Raises:
-            SubspanError: if gradients, or a loss of one value, are missing.
+            SubspanError: if gradients, or a loss of one value that depends on the parameters, are
+                missing.
         """
         raise NotImplementedError
 
@@ -97,6 +98,7 @@ class Forward(Estimator, name="forward"):
         """Add the derivatives, all of one function: evaluations draw the same random numbers."""
         assert closure is not None
         loss, generators = out.new_zeros(()), Generators(self.compartments)
+        depends = False
         for weights in self.compartments:
             for j in range(weights.place.start, weights.place.stop):
                 along = weights.vectors(_unit(out, j), self.basis, redraw)
@@ -110,6 +112,12 @@ class Forward(Estimator, name="forward"):
                     loss, slope = forward_ad.unpack_dual(value(closure))
                     if slope is not None:
                         out[j] += slope
+                        depends = True
+        if not depends:
+            raise SubspanError(
+                "the loss has no derivative along any vector: the closure must compute it from "
+                "the parameters, without detach() and inference_mode()"
+            )
         return loss.detach()
 
 
@@ -190,7 +198,15 @@ def _unit(like: Tensor, j: int) -> Tensor:
 
 def value(closure: Closure) -> Tensor:
     """Return the loss of a closure, a tensor without dimensions."""
-    loss = closure()
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise SubspanError(
+            "the closure calls backward(), and this estimator needs no gradient: it must return "
+            "the loss alone"
+        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise SubspanError(f"the closure must return the loss, a tensor of one value, got {loss!r}")
     return loss.reshape(())

@@ -17,7 +17,8 @@ def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
     """Return the factored layers of a network that are not frozen, by name.
 
     Raises:
-        SubspanError: if there are none, if one is frozen in part, or has no such rank.
+        SubspanError: if there are none, if one is frozen in part, or has no such rank, or if two
+            share a factor.
     """
     factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
     if not factored:
@@ -27,7 +28,14 @@ def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
     layers = {n: m for n, m in factored.items() if is_trained(n, m)}
     if not layers:
         raise SubspanError("every factored layer of the network is frozen: unfreeze some")
+    owners: dict[int, str] = {}
     for name, layer in layers.items():
+        for p in parameters(layer):
+            if (owner := owners.setdefault(id(p), name)) != name:
+                raise SubspanError(
+                    f"layers {owner!r} and {name!r} share a factor, and each would move it: put "
+                    "one layer into both places"
+                )
         least = min(layer.shape)
         if min_rank > least:
             raise SubspanError(f"layer {name!r} has no rank {min_rank}, at most {least}")
@@ -60,8 +68,12 @@ def read(layers: Mapping[str, LowRank], copy: bool) -> dict[str, USV]:
 
 
 def _read(layer: LowRank, copy: bool) -> USV:
-    wide = torch.float64 if layer.S.dtype == torch.float64 else torch.float32
-    return USV(*(p.detach().to(wide, copy=copy) for p in parameters(layer)))
+    return USV(*(p.detach().to(wide(layer.S), copy=copy) for p in parameters(layer)))
+
+
+def wide(of: Tensor) -> torch.dtype:
+    """Return the type in which a parameter's step is computed, and its moments are kept."""
+    return torch.promote_types(of.dtype, torch.float32)
 
 
 def write(layers: Mapping[str, LowRank], factors: Mapping[str, USV]) -> None:

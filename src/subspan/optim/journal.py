@@ -17,6 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,16 @@ class Journal:
         self._shape = (self.header["bases"], sum(self.header["groups"]))
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         self._length = 8 + 8 * self._rates + self._dtype.itemsize * math.prod(self._shape) + 4
+        self._end: int | None = self.path.stat().st_size  # None: a step could not be written
 
     @staticmethod
     def create(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Journal:
         """Write a new file without records, as a whole or not at all."""
         refuse_what_is_no_file(Path(path))
-        text = json.dumps({"format": FORMAT} | dict(header), sort_keys=True).encode()
+        try:
+            text = json.dumps({"format": FORMAT} | dict(header), sort_keys=True).encode()
+        except (TypeError, ValueError) as error:
+            raise SubspanError(f"extra must be JSON: {error}") from None
         crc = struct.pack("<I", zlib.crc32(text))
         write_atomically(Path(path), MAGIC + struct.pack("<I", len(text)) + text + crc)
         return Journal(path)
@@ -111,14 +116,43 @@ class Journal:
         """
         whole = sum(1 for move in self.moves() if before is None or move.step < before)
         with self.path.open("r+b") as file:
-            file.truncate(self._begin + whole * self._length)
+            self._end = file.truncate(self._begin + whole * self._length)
+
+    def check(self) -> None:
+        """Refuse to go on where the file does not end with the last step that was appended here.
+
+        Raises:
+            SubspanError: if it is gone, somebody else writes to it, or a step could not be written.
+        """
+        try:
+            size = self.path.stat().st_size
+        except OSError:
+            size = -1
+        if size != self._end:
+            raise SubspanError(
+                f"{self.path} does not end with this optimizer's last step, since it is gone, or "
+                "is written by another one: make a new optimizer that goes on from a journal, with "
+                "the network as it was before the first step"
+            )
 
     def append(self, move: Move) -> None:
-        """Write one step behind the others; the system has it when this returns."""
+        """Write one step behind the others; the system has it when this returns.
+
+        Raises:
+            SubspanError: if it cannot be written. The steps before it can be gone on from.
+        """
         numbers = move.coordinates.detach().cpu().numpy().astype(self._dtype)
         raw = struct.pack(f"<Q{self._rates}d", move.step, *move.rates) + numbers.tobytes()
-        with self.path.open("ab") as file:
-            file.write(raw + struct.pack("<I", zlib.crc32(raw)))
+        end, self._end = self._end, None
+        try:
+            with self.path.open("ab") as file:
+                file.write(raw + struct.pack("<I", zlib.crc32(raw)))
+        except OSError as error:
+            raise SubspanError(
+                f"step {move.step} cannot be written to {self.path} ({error.strerror}): the steps "
+                "before it are there, and a new optimizer goes on from them"
+            ) from None
+        self._end = (end or 0) + self._length
 
     def sync(self) -> None:
         """Bring all steps to the disk, so that they outlast a crash of the system."""
@@ -189,7 +223,7 @@ def replay(
         )
     moves = list(journal.moves())
     last = moves[-1].step + 1 if moves else 0
-    if steps is not None and not 0 <= steps <= last:
+    if steps is not None and not (isinstance(steps, Integral) and 0 <= steps <= last):
         raise SubspanError(f"{path} has {last} steps, not {steps}")
     directions = Directions.from_description(header, tensors)
     for move in moves:

@@ -14,7 +14,7 @@ other part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ def sgd(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Te
 
 def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Return m̂ / (√v̂ + ε) of means of g and g² (Kingma and Ba, ICLR 2015, algorithm 1)."""
+    if gradient.is_complex():  # each is two numbers, as for Adam of PyTorch
+        parts = _each(torch.view_as_real, state)
+        slope = adam(parts, torch.view_as_real(gradient.resolve_conj()), group)
+        state.update(_each(torch.view_as_complex, parts))
+        return torch.view_as_complex(slope)
     first, second = group["betas"]
     if FIRST not in state:
         state[FIRST], state[SECOND] = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -48,18 +53,27 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
     return state[FIRST] / (1 - first**t) / (v.sqrt() + group["eps"])
 
 
-def refuse_other_shapes(state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Refuse moments of parameters that have got other shapes since.
+def _each(view: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with a view of each tensor."""
+    return {key: view(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+
+
+def refuse_other_shapes(moments: Iterable[tuple[Tensor, Mapping[str, Any]]], remedy: str) -> None:
+    """Refuse moments of parameters that have other shapes.
+
+    Args:
+        moments: of each parameter.
+        remedy: what to do about it.
 
     Raises:
         SubspanError: if there are some.
     """
-    for p, values in state.items():
+    for p, values in moments:
         for value in values.values():
             if isinstance(value, Tensor) and value.shape != p.shape:
                 raise SubspanError(
                     f"a parameter has the shape {list(p.shape)} now, and its moments have "
-                    f"{list(value.shape)}: make a new optimizer"
+                    f"{list(value.shape)}: {remedy}"
                 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -136,7 +138,43 @@ class BaseOptimizer(Optimizer):
         """Return what is said where a closure is needed and not given."""
         return f"{type(self).__name__} needs step(closure), with a closure that returns the loss"
 
-    # ---- copies and states -----------------------------------------------------------------------
+    # ---- groups, copies and states ---------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group whose values make sense.
+
+        Raises:
+            SubspanError: if they do not, or for a setting that groups do not have and that would
+                be left unread. No group is added then.
+        """
+        arguments = inspect.signature(type(self)).parameters.keys() - {"params", "momentum"}
+        for name in sorted(arguments & param_group.keys() - self.defaults.keys()):
+            raise SubspanError(
+                f"{name} is one for all groups: give it to {type(self).__name__} itself"
+            )
+        for name in ("dampening", "maximize", "nesterov"):
+            if param_group.get(name):
+                raise SubspanError(f"{type(self).__name__} has no {name}: leave it out")
+        check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer was.
+
+        Raises:
+            SubspanError: if that was one of another kind. Nothing is changed then.
+        """
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse the state of an optimizer that has other settings in its groups."""
+        for group in state_dict["param_groups"]:  # older states do not count void steps
+            for name in sorted(self.defaults.keys() - group.keys() - {"skipped"}):
+                raise SubspanError(
+                    f"this state is that of another optimizer, for it has no {name}: load it into "
+                    "one that is made as that was"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes, so that ``copy`` and ``pickle`` take the optimizer as it is.
@@ -174,18 +212,26 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Check the values of a group that every optimizer has.
+    """Check the values of a group.
 
     Raises:
-        SubspanError: for a rate or a decay that is negative or infinite, or a momentum outside
-            [0, 1).
+        SubspanError: for a rate, a decay or an ε that is negative or infinite, or a momentum or a
+            β outside [0, 1).
     """
-    for name in ("lr", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise SubspanError(f"{name} must be a number >= 0, got {group[name]}")
-    momentum = group.get("momentum", 0.0)
-    if not 0 <= momentum < 1:
+    for name in ("lr", "weight_decay", "eps"):
+        value = group.get(name, 0.0)
+        if not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
+            raise SubspanError(f"{name} must be a number >= 0, got {value}")
+    momentum, betas = group.get("momentum", 0.0), group.get("betas", (0.0, 0.0))
+    if not _is_share(momentum):
         raise SubspanError(f"momentum must be in [0, 1), got {momentum}")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
+        raise SubspanError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def _is_share(value: Any) -> bool:
+    """Return whether a value is a number in [0, 1)."""
+    return isinstance(value, Real | Tensor) and 0 <= float(value) < 1
 
 
 def is_count(value: Any, least: int) -> bool:

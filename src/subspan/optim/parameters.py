@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.layers.factors import Factor
 from subspan.subspace.computed import Computed
 
 
@@ -24,6 +25,22 @@ def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]
     if len(set(names)) < len(names):  # of two networks
         return [{f"{n}/{name}": t for name, t in g.items()} for n, g in enumerate(named)]
     return named
+
+
+def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
+    """Return parameters that DLRT is given later in pairs with names, which all of its own have.
+
+    Raises:
+        SubspanError: for factors.
+    """
+    params = [given] if isinstance(given, Tensor) else list(given)
+    pairs = [p if isinstance(p, tuple) else (str(number), p) for number, p in enumerate(params)]
+    if any(isinstance(p, Factor) for _, p in pairs):
+        raise SubspanError(
+            "a factored layer cannot be added later, for U, S and V do not move alone: make a new "
+            "optimizer when all that is to be trained requires a gradient"
+        )
+    return pairs
 
 
 def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:

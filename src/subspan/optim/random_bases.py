@@ -12,7 +12,9 @@ holds O(d) numbers. Those of ``hash`` learn as well as dense ones, and a step co
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from subspan.optim import recorder
 from subspan.optim.compartment import entries
 from subspan.optim.directions import Directions, Move, divide
 from subspan.optim.estimators import ESTIMATORS, Gradient
-from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, check_group, is_count
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is_count
 from subspan.optim.parameters import (
     leave_frozen,
     named_tensors,
@@ -158,8 +160,8 @@ class RandomBases(BaseOptimizer):
             )
         except SubspanError:
             raise
-        except ValueError as error:  # of torch, on empty lists
-            raise SubspanError(f"nothing to train: {error}") from None
+        except ValueError as error:  # of torch, on empty lists and on what is given twice
+            raise SubspanError(str(error)) from None
         bases, basis = 1, 0
         if self._workers and workers == "independent":
             bases, basis = self._workers.world, self._workers.rank
@@ -212,6 +214,9 @@ class RandomBases(BaseOptimizer):
         groups, directions, estimator = self.param_groups, self.directions, self._estimator
         step = groups[0]["steps"]
         redraw, own = directions.redraw(step), self.coordinates.zero_()
+        if self.redraw_every and step % self.redraw_every == 0:
+            for group in groups:
+                group["velocity"] = None  # a sum in the last basis, also if this step is void
         loss = estimator.estimate(own, redraw, closure)
         for number, group in enumerate(groups):
             if group["weight_decay"]:
@@ -222,7 +227,7 @@ class RandomBases(BaseOptimizer):
             raise NonFiniteError(f"a coordinate of step {step} is not finite", loss)
         for group in groups:
             if group.get("momentum"):
-                coordinates = self._add_momentum(coordinates, step)
+                coordinates = self._add_momentum(coordinates)
                 break
         rates = tuple([float(group["lr"]) for group in groups])
         self.last_move = Move(step, rates, coordinates)
@@ -231,6 +236,11 @@ class RandomBases(BaseOptimizer):
 
     def _check_tensors(self) -> None:
         """Refuse tensors to which the rows of the bases do not belong any more."""
+        given = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        if not all(map(operator.is_, given, self._tensors.values())):
+            raise SubspanError(
+                "the groups have other parameters than bases were drawn for: make a new optimizer"
+            )
         for (name, tensor), shape in zip(self._tensors.items(), self._shapes, strict=True):
             if tensor.shape != shape:
                 raise SubspanError(
@@ -249,15 +259,13 @@ class RandomBases(BaseOptimizer):
         for weights in self.directions.compartments_of(number):
             weights.add_projected(self.coordinates, weights.tensors, basis, redraw, decay)
 
-    def _add_momentum(self, coordinates: Tensor, step: int) -> Tensor:
+    def _add_momentum(self, coordinates: Tensor) -> Tensor:
         """Return (bases, d) coordinates, or their running sums in groups with momentum."""
-        fresh = self.redraw_every is not None and step % self.redraw_every == 0
         sums = []
         parts = coordinates.split(self.directions.sizes, dim=1)
         for group, own in zip(self.param_groups, parts, strict=True):
             if group.get("momentum"):
-                before = group["velocity"]
-                if before is not None and not fresh:
+                if (before := group["velocity"]) is not None:
                     own = own + group["momentum"] * before.to(own)
                 group["velocity"] = own.clone()
             sums.append(own)
@@ -313,7 +321,7 @@ class RandomBases(BaseOptimizer):
 
         Raises:
             SubspanError: for a group that is added later, in which nothing requires a gradient, or
-                whose values make no sense.
+                whose values make no sense; see also :meth:`BaseOptimizer.add_param_group`.
         """
         if hasattr(self, "directions"):
             raise SubspanError(
@@ -327,7 +335,6 @@ class RandomBases(BaseOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         leave_frozen(group, len(self.param_groups) - 1)
-        check_group(group)
         if group.get("momentum") and self.redraw_every == 1:
             raise SubspanError(
                 "momentum needs a basis that stays: coordinates of different bases cannot be "

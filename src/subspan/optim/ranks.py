@@ -10,8 +10,18 @@ from torch import Tensor
 
 from subspan.errors import SubspanError
 from subspan.linalg import rank_of
+from subspan.optim.optimizer import is_count
 
 Shapes = Mapping[str, tuple[int, int]]  # (n, m) of every layer
+LEAST = {  # of what is a number of ranks or steps
+    "min_rank": 1,
+    "max_rank": 1,
+    "rank_every": 1,
+    "tolerance_warmup": 0,
+    "adapt_from": 0,
+    "freeze_after": 1,
+}
+OPTIONAL = ("max_rank", "freeze_after")
 
 
 @dataclass(frozen=True)
@@ -40,19 +50,14 @@ class RankRule:
             raise SubspanError(f"target_ratio must be in (0, 1), got {self.target_ratio}")
         if self.target_ratio is not None and not self.freeze_after:
             raise SubspanError("target_ratio needs freeze_after, the steps until it is reached")
-        for name, value in (("min_rank", self.min_rank), ("rank_every", self.rank_every)):
-            if not isinstance(value, int) or value < 1:
-                raise SubspanError(f"{name} must be a positive integer, got {value!r}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if not (is_count(value, least) or (value is None and name in OPTIONAL)):
+                raise SubspanError(f"{name} must be an integer >= {least}, got {value!r}")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise SubspanError(
                 f"max_rank must be at least min_rank {self.min_rank}, got {self.max_rank}"
             )
-        for name in ("tolerance_warmup", "adapt_from"):
-            steps = getattr(self, name)
-            if not isinstance(steps, int) or steps < 0:
-                raise SubspanError(f"{name} must be a number of steps >= 0, got {steps!r}")
-        if self.freeze_after is not None and self.freeze_after < 1:
-            raise SubspanError(f"freeze_after must be at least 1 step, got {self.freeze_after}")
         if self.freeze_after is not None and self.freeze_after <= self.adapt_from:
             raise SubspanError(
                 f"freeze_after {self.freeze_after} must be later than adapt_from {self.adapt_from}"

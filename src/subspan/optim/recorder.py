@@ -61,6 +61,7 @@ def attach(optimizer: RandomBases, path: Path, extra: Mapping[str, Any], writes:
                 )
 
     if writes:
+        optimizer.register_step_pre_hook(lambda *_: journal.check())
         optimizer.register_step_post_hook(append)
     optimizer.register_state_dict_pre_hook(lambda _: journal.sync())
     optimizer.register_load_state_dict_pre_hook(check_state)

@@ -243,6 +243,8 @@ class LowRank(Compressed, type_name="lowrank"):
     def _product(self, x: Tensor, how: Geometry | None) -> Tensor:
         x = x.to(autocast_type(x))
         kind, watched = x.dtype, self._watched()
+        if not (kind.is_floating_point or kind.is_complex):
+            raise SubspanError(f"expected inputs of a floating dtype, got {kind}: use x.float()")
         bias = None if self.bias is None else self.bias.to(kind)
         if watched is not None:
             return Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)

@@ -122,19 +122,38 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
 
         On the meta device there are no values, and 16 bits hold half of each.
         """
+        self._complete()
         before = [self.values(i) for i in range(len(self.sums))]
         before = [torch.empty(0, dtype=a.dtype, device=a.device) for a in before]
         super()._apply(fn, recurse)
         for i, (old, s) in enumerate(zip(before, self.sums, strict=True)):
             now = self.values(i)
             widened = old.dtype in HALF and now.dtype not in HALF and s.kind != "given"
-            if now.is_meta or not (old.is_meta or widened):
-                continue
-            if not self.trained[i]:
-                now.fill_(1)
-            for name, constant in zip(self._constants[i], self._make_constants(i), strict=True):
-                setattr(self, name, constant)
+            if not now.is_meta and (old.is_meta or widened):
+                self._make_again(i, now)
         return self
+
+    def _make_again(self, i: int, like: Tensor) -> None:
+        """Make again what no file holds of factor i, in the type of a tensor and where it is."""
+        if not self.trained[i]:
+            ones = torch.ones(self.sums[i].p, dtype=like.dtype, device=like.device)
+            setattr(self, f"a{i}", ones)
+        for name, constant in zip(self._constants[i], self._make_constants(i), strict=True):
+            setattr(self, name, constant)
+
+    def _complete(self) -> None:
+        """Make again what was left on the meta device when parameters got values: by ``assign``."""
+        like = next((p for p in self.parameters() if not p.is_meta), None)
+        if like is None:
+            return
+        for i, trained in enumerate(self.trained):
+            waits = trained and self.values(i).is_meta  # for its own values
+            if not waits and any(t.is_meta for t in self._numbers(i)):
+                self._make_again(i, like)
+
+    def _numbers(self, i: int) -> list[Tensor]:
+        """Return the numbers of factor i, and its constants."""
+        return [self.values(i), *(getattr(self, name) for name in self._constants[i])]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -199,8 +218,11 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
             assert plan.right is not None
             left, right = self._form(plan.left, x), self._form(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
-        s, constants = self.sums[plan.at], [getattr(self, c) for c in self._constants[plan.at]]
-        a = self.coefficients(plan.at)
+        s, numbers = self.sums[plan.at], self._numbers(plan.at)
+        if any(t.is_meta for t in numbers):
+            self._complete()
+            numbers = self._numbers(plan.at)
+        a, constants = self.coefficients(plan.at), numbers[1:]
         if plan.way == "matrix":
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
