@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 
 import pytest
 
@@ -110,6 +111,21 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
     assert again.rows[1].test_score == swept[1].rows[1].test_score
     assert again.d_int == swept[1].d_int
     assert set(os.listdir(out)) == {"sweep.json", "runs"}
+
+
+def test_runs_on_other_samples_are_not_mixed(swept, tmp_path, counted):
+    out = copied(swept[0], tmp_path / "sweep")
+    records = {path.parent.name: path for path in out.glob("runs/*/record.json")}
+    samples = {name: json.loads(path.read_text())["samples"] for name, path in records.items()}
+    for seed in (0, 1):  # each of which has a validation part of its own
+        assert len({value for name, value in samples.items() if name.endswith(str(seed))}) == 1
+    assert len(set(samples.values())) == 2
+    shutil.rmtree(records.pop("hash-dim10-lr0.3-seed1").parent)
+    for name, path in records.items():
+        edited(path, samples=samples[name] + 1)
+    with pytest.raises(SubspanError, match="lr0.3-seed1 was trained on other samples than runs b"):
+        sweep(a_sweep(seeds=2), out, jobs=1)
+    assert counted == ["hash-dim10-lr0.3-seed1"]
 
 
 def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):

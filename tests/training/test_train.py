@@ -42,7 +42,7 @@ KEYS = {
         "processes",
         "device",
     ),
-    *("versions", "notes", "error", "log"),
+    *("versions", "notes", "samples", "error", "log"),
 }
 
 

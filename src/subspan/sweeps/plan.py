@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from subspan.errors import Stopped
+from subspan.errors import Stopped, SubspanError
 from subspan.sweeps import backends
 from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.intrinsic import IntrinsicDimension
@@ -57,11 +57,23 @@ class RunPlan(ABC):
         """Make the record of the runs that have ended by now."""
 
     def take(self, outcome: Outcome) -> None:
-        """Keep a run's record, or why it failed."""
-        if outcome.record is None:
+        """Keep a run's record, or why it failed.
+
+        Raises:
+            SubspanError: if it was trained on other samples than another run with its seed.
+        """
+        if (record := outcome.record) is None:
             self.failed[outcome.job.name] = outcome.error
-        else:
-            self.keep(outcome.job, outcome.record)
+            return
+        for other in self.records():
+            alike = all(other.config[key] == record.config[key] for key in ("net", "seed"))
+            if alike and None not in (both := {other.samples, record.samples}) and len(both) > 1:
+                raise SubspanError(
+                    f"{outcome.job.name} was trained on other samples than runs before it, as if "
+                    "the data had changed: remove the folders of the runs on data that are no "
+                    "more, or give another --out"
+                )
+        self.keep(outcome.job, record)
 
     @property
     def score(self) -> Score:

@@ -120,6 +120,7 @@ class Loop:
             "device": machine.device_name(device),
             "versions": machine.versions(),
             "notes": notes,
+            "samples": self.digest,
         }
         self.record = self.checked(RunRecord, begun | self.counts())
 
