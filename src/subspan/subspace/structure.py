@@ -182,8 +182,9 @@ class Structure:
         """Choose the head: what makes the network's output from its features.
 
         Of a network of transformers it is what lies outside of its base model, else its output
-        layer. Of a network around some of these it is what lies outside of them. Of any other it is
-        the module that is called head, if it has one, else the last layer, which must be linear.
+        layer. Of a network around some of these, or around parts of a base model, it is what lies
+        outside of them. Of any other it is the module that is called head, if it has one, else the
+        last layer, which must be linear.
 
         Raises:
             SubspanError: in words that follow "…, since": why there is none.
@@ -193,7 +194,10 @@ class Structure:
             base = str(self.net.base_model_prefix)
             if isinstance(self.net._modules.get(base), nn.Module):
                 return self._outside([base])
-            return Choice(frozenset(self._output_layers()))
+            output = self._output_layers()
+            if output or type(self.net).__name__.endswith("Model"):
+                return Choice(frozenset(output))
+            del bases[0]  # it stands around parts of a base model, a CLIP's images, say
         outermost = [path for path in bases if not lies_in(path, set(bases) - {path})]
         if outermost:
             outside = self._outside(outermost)
