@@ -289,6 +289,16 @@ def test_the_head_around_a_part_of_a_base_model():
     assert selected(net, targets="preset:head") == classifier
 
 
+def test_blocks_without_an_attention_have_an_mlp_like_the_others():
+    kinds = {"layer_types": ["conv", "full_attention"]}
+    names = selected(of("Lfm2ForCausalLM", "Lfm2Config", **DECODER, **kinds), targets="mlp")
+    assert names == [
+        f"model.layers.{i}.feed_forward.{layer}.weight"
+        for i in (0, 1)
+        for layer in ("w1", "w3", "w2")
+    ]
+
+
 def test_a_tied_head_is_none_and_untied_parts_of_it_are():
     assert not [name for name in selected(bert("MaskedLM"), targets="head") if "embed" in name]
     rows = SubspaceModel(bert("MaskedLM"), D, train_fully="head").summary().rows
