@@ -151,10 +151,15 @@ def name_targets(
 def find_task(net: nn.Module, layers: Collection[str]) -> str | None:
     """Return PEFT's word for what a network of transformers is for.
 
-    None stands for any network, and for one with a LoRA in a head that PEFT would store whole.
+    None stands for any network, for one with a LoRA in a head that PEFT would store whole, and for
+    one that generates text from sounds or images, to which PEFT's word would give texts.
     """
     kind = type(net).__name__
     task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
     if task is None or not type(net).__module__.startswith("transformers."):
         return None
-    return None if _clash(net, layers, (), task)[0] else task
+    config, reads = getattr(net, "config", None), getattr(net, "main_input_name", "input_ids")
+    text = reads == "input_ids" and getattr(config, "is_encoder_decoder", False)
+    if (task == "SEQ_2_SEQ_LM" and not text) or _clash(net, layers, (), task)[0]:
+        return None
+    return task
