@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
 
 from torch import nn
@@ -31,6 +32,13 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+# Layers that PEFT takes for the experts that transformers has put into one tensor, or that it
+# refuses, by the type of the network or of one that has experts like it.
+_TAKEN = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)),
 }
 
 
@@ -126,8 +134,9 @@ def name_targets(
 
     Raises:
         SubspanError: if PEFT would store a layer whole that has a LoRA, or a part of what it stores
-            whole once more.
+            whole once more, or takes a layer for something else.
     """
+    _refuse_taken(net, layers)
     module, other = _clash(net, layers, saved, task)
     saved = (*saved, *_HEADS.get(task or "", ()))
     if module:
@@ -146,6 +155,24 @@ def name_targets(
         if {n for n in every if n in names or n.endswith(ends)} == set(layers):
             return sorted(names)
     return "|".join(map(re.escape, sorted(layers)))
+
+
+def _refuse_taken(net: nn.Module, layers: Collection[str]) -> None:
+    """Refuse layers that PEFT takes for something else.
+
+    Raises:
+        SubspanError: naming the first.
+    """
+    kind: str = getattr(getattr(net, "config", None), "model_type", "")
+    library = sys.modules.get("transformers.conversion_mapping")  # where PEFT looks, too
+    like = getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, kind)
+    for layer in layers:
+        if (name := layer.rpartition(".")[2]) in _TAKEN.get(like, ()):
+            raise SubspanError(
+                f"PEFT takes layers that are called {name!r} in a network of the type {kind!r} for "
+                f"others, or refuses them, so that {layer} cannot have a LoRA: exclude it, or "
+                "write the network of merge()"
+            )
 
 
 def find_task(net: nn.Module, layers: Collection[str]) -> str | None:
