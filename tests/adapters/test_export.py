@@ -195,6 +195,21 @@ def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_sounds_to_text_is_no_task_of_pefts(hf, tmp_path):
+    """PEFT's word for sequences to sequences gives texts to the network."""
+    from tests import pretrained
+
+    model = scatter(subspan.lora(pretrained.whisper().eval(), 50, rank=2))
+    subspan.export_lora(model, tmp_path / "sounds")
+    heard = {"input_features": torch.ones(2, 8, 32), "decoder_input_ids": torch.ones(2, 3).long()}
+    loaded = load(hf, pretrained.whisper().eval(), tmp_path / "sounds")
+    assert torch.equal(loaded(**heard).logits, model(**heard).logits)
+    subspan.export_lora(subspan.lora(pretrained.t5(), 50, rank=2), tmp_path / "texts")
+    config = json.loads((tmp_path / "texts" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_head_with_a_lora_is_no_head_to_peft(hf, tmp_path):
     model = subspan.lora(hf.bert(), 50, rank=2, targets=["query", "classifier"])
     scatter(model)

@@ -21,6 +21,20 @@ def test_what_peft_would_store_whole_cannot_have_a_lora(tmp_path):
         subspan.export_lora(model, tmp_path / "lora")
 
 
+def test_what_peft_would_take_for_experts_cannot_have_a_lora(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    sizes |= {"vocab_size": 20, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = transformers.Qwen3MoeConfig(**sizes, num_experts=2, mlp_only_layers=[0])
+    net = transformers.Qwen3MoeForCausalLM(config)
+    model = subspan.lora(net, 4, rank=2)  # of the layer without experts, too
+    said = r"'gate_proj' in a network of the type 'qwen3_moe' .* model\.layers\.0\.mlp\.gate_proj"
+    with pytest.raises(SubspanError, match=said):
+        subspan.export_lora(model, tmp_path / "lora")
+    model.unwrap()
+    subspan.export_lora(subspan.lora(net, 4, rank=2, targets="attention"), tmp_path / "lora")
+
+
 def tree(*paths):
     """A network of linear layers with these names, which are called one after the other."""
     net = Chain()

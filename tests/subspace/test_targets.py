@@ -276,6 +276,29 @@ def test_the_head_of_a_network_around_a_pretrained_one():
         SubspaceModel(bert().bert, D, targets="head")
 
 
+def test_the_head_around_a_part_of_a_base_model():
+    vision = {**WIDE, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    both = {"text_config": DECODER, "vision_config": vision}
+    classifier = ["classifier.weight", "classifier.bias"]
+    net = of("CLIPForImageClassification", "CLIPConfig", **both)
+    assert selected(net, targets="head") == classifier
+    # A part of its vision_model is called head, which "head" took for what was meant.
+    net = of("SiglipForImageClassification", "SiglipConfig", **both)
+    with pytest.raises(SubspanError, match=r"'head' in train_fully is a preset, .* 'preset:head'"):
+        SubspaceModel(net, D, train_fully="head")
+    assert selected(net, targets="preset:head") == classifier
+
+
+def test_blocks_without_an_attention_have_an_mlp_like_the_others():
+    kinds = {"layer_types": ["conv", "full_attention"]}
+    names = selected(of("Lfm2ForCausalLM", "Lfm2Config", **DECODER, **kinds), targets="mlp")
+    assert names == [
+        f"model.layers.{i}.feed_forward.{layer}.weight"
+        for i in (0, 1)
+        for layer in ("w1", "w3", "w2")
+    ]
+
+
 def test_a_tied_head_is_none_and_untied_parts_of_it_are():
     assert not [name for name in selected(bert("MaskedLM"), targets="head") if "embed" in name]
     rows = SubspaceModel(bert("MaskedLM"), D, train_fully="head").summary().rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
 
 from torch import nn
@@ -31,6 +32,13 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+# Layers that PEFT takes for the experts that transformers has put into one tensor, or that it
+# refuses, by the type of the network or of one that has experts like it.
+_TAKEN = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)),
 }
 
 
@@ -126,8 +134,9 @@ def name_targets(
 
     Raises:
         SubspanError: if PEFT would store a layer whole that has a LoRA, or a part of what it stores
-            whole once more.
+            whole once more, or takes a layer for something else.
     """
+    _refuse_taken(net, layers)
     module, other = _clash(net, layers, saved, task)
     saved = (*saved, *_HEADS.get(task or "", ()))
     if module:
@@ -148,13 +157,36 @@ def name_targets(
     return "|".join(map(re.escape, sorted(layers)))
 
 
+def _refuse_taken(net: nn.Module, layers: Collection[str]) -> None:
+    """Refuse layers that PEFT takes for something else.
+
+    Raises:
+        SubspanError: naming the first.
+    """
+    kind: str = getattr(getattr(net, "config", None), "model_type", "")
+    library = sys.modules.get("transformers.conversion_mapping")  # where PEFT looks, too
+    like = getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, kind)
+    for layer in layers:
+        if (name := layer.rpartition(".")[2]) in _TAKEN.get(like, ()):
+            raise SubspanError(
+                f"PEFT takes layers that are called {name!r} in a network of the type {kind!r} for "
+                f"others, or refuses them, so that {layer} cannot have a LoRA: exclude it, or "
+                "write the network of merge()"
+            )
+
+
 def find_task(net: nn.Module, layers: Collection[str]) -> str | None:
     """Return PEFT's word for what a network of transformers is for.
 
-    None stands for any network, and for one with a LoRA in a head that PEFT would store whole.
+    None stands for any network, for one with a LoRA in a head that PEFT would store whole, and for
+    one that generates text from sounds or images, to which PEFT's word would give texts.
     """
     kind = type(net).__name__
     task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
     if task is None or not type(net).__module__.startswith("transformers."):
         return None
-    return None if _clash(net, layers, (), task)[0] else task
+    config, reads = getattr(net, "config", None), getattr(net, "main_input_name", "input_ids")
+    text = reads == "input_ids" and getattr(config, "is_encoder_decoder", False)
+    if (task == "SEQ_2_SEQ_LM" and not text) or _clash(net, layers, (), task)[0]:
+        return None
+    return task

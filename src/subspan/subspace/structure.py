@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -150,7 +151,9 @@ class Structure:
         """Choose the linear layers of blocks outside of their attentions, and stacks of experts.
 
         The block of an attention is the nearest member of a list around it, or layer of PyTorch's
-        Transformer, that has other linear layers, too.
+        Transformer, that has other linear layers, too. In members of that list without an attention
+        (a hybrid network's, which have a recurrence or a convolution instead) it is the parts that
+        are called as those of the block.
         """
         layers = [path for path in self.linears if not lies_in(path, self._attentions)]
         experts = [
@@ -160,14 +163,21 @@ class Structure:
             and any(p.dim() > 2 for p in _own(module))
             and not lies_in(path, [*self._attentions, *layers])
         ]
+        names = (path.split(".") for path in layers + experts)
+        holding = {"", *(p for parts in names for p in accumulate(parts, "{}.{}".format))}
         blocks: set[str] = set()
         for path in self._attentions:
-            while not (self._is_block(path) and any(lies_in(x, [path]) for x in layers + experts)):
+            while not (self._is_block(path) and path in holding):
                 if not path:
                     break
                 path = path.rpartition(".")[0]
             else:
                 blocks.add(path)
+        for block in blocks & self._listed:
+            around = block.rpartition(".")[0]
+            parts = [p for p in self.modules[block]._modules if f"{block}.{p}" in holding]
+            members = self.modules[around]._modules
+            blocks |= {f"{around}.{m}.{part}".lstrip(".") for m in members for part in parts}
         return Choice(
             frozenset(path for path in layers if lies_in(path, blocks)),
             frozenset(path for path in experts if lies_in(path, blocks)),
@@ -182,8 +192,9 @@ class Structure:
         """Choose the head: what makes the network's output from its features.
 
         Of a network of transformers it is what lies outside of its base model, else its output
-        layer. Of a network around some of these it is what lies outside of them. Of any other it is
-        the module that is called head, if it has one, else the last layer, which must be linear.
+        layer. Of a network around some of these, or around parts of a base model, it is what lies
+        outside of them. Of any other it is the module that is called head, if it has one, else the
+        last layer, which must be linear.
 
         Raises:
             SubspanError: in words that follow "…, since": why there is none.
@@ -193,7 +204,10 @@ class Structure:
             base = str(self.net.base_model_prefix)
             if isinstance(self.net._modules.get(base), nn.Module):
                 return self._outside([base])
-            return Choice(frozenset(self._output_layers()))
+            output = self._output_layers()
+            if output or type(self.net).__name__.endswith("Model"):
+                return Choice(frozenset(output))
+            del bases[0]  # it stands around parts of a base model, a CLIP's images, say
         outermost = [path for path in bases if not lies_in(path, set(bases) - {path})]
         if outermost:
             outside = self._outside(outermost)

@@ -8,9 +8,8 @@
                       linear layer
 
 A preset stands wherever patterns do, also beside them in a list. It means linear layers with their
-biases. If its name matches parameters by the rules of patterns, it is that pattern
-(``train_fully="head"`` trains the module ``head``), and "attention" and "mlp" are refused where
-both would choose differently; "preset:attention" is the preset in any case.
+biases. If its name matches parameters by the rules of patterns, too (those of a module ``head``),
+it is refused where both would choose differently; "preset:head" is the preset in any case.
 
 A file has the names of presets in its recipe, and a digest of what they chose. Which tensors a
 preset chooses is part of the format: another choice is another name.
@@ -144,7 +143,7 @@ class Presets:
                 raise unknown(f"preset in {option}", preset, PRESETS)
             return matching
         if preset == pattern and matching:
-            if preset != "head" and (found := self.tensors(preset)) and found != matching:
+            if (found := self.tensors(preset)) and found != matching:
                 raise SubspanError(
                     f"{preset!r} in {option} is a preset, which chooses {len(found)} parameters of "
                     f"this network, and the name of a module that holds {len(matching)}: give "
