@@ -119,9 +119,9 @@ def test_the_peak_is_that_of_one_tensor(monkeypatch, autocast, dtype):
     layer = copy.deepcopy(net[0])
     model, x = scatter(SubspaceModel(net, 30)), torch.randn(5, 256).to(dtype)
 
-    def step(network=model):
+    def step(layer=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = network(x)
+            y = (layer or model)(x)
         y.float().square().mean().backward()
 
     def ordinary():  # its gradient, and what products of 16 bits take on this processor

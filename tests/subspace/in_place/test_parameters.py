@@ -196,9 +196,9 @@ def test_strided_and_scalar_parameters():
     net, x = Odd(), torch.randn(5, 4)
     plain = copy.deepcopy(net)
     model = SubspaceModel(net, 5)
-    assert torch.equal(model(x), plain(x))
+    torch.testing.assert_close(model(x), plain(x))  # strides decide how products round
     scatter(model)
-    assert torch.equal(model.merge()(x), model(x))
+    torch.testing.assert_close(model.merge()(x), model(x))
     assert torch.equal(model.unwrap()(x), plain(x))
 
 
