@@ -66,8 +66,9 @@ class RunPlan(ABC):
             self.failed[outcome.job.name] = outcome.error
             return
         for other in self.records():
+            known = None not in (other.samples, record.samples)  # older records do not say
             alike = all(other.config[key] == record.config[key] for key in ("net", "seed"))
-            if alike and None not in (both := {other.samples, record.samples}) and len(both) > 1:
+            if known and alike and other.samples != record.samples:
                 raise SubspanError(
                     f"{outcome.job.name} was trained on other samples than runs before it, as if "
                     "the data had changed: remove the folders of the runs on data that are no "
@@ -77,7 +78,7 @@ class RunPlan(ABC):
 
     @property
     def score(self) -> Score:
-        """What the runs are judged by: accuracy, as long as none is complete."""
+        """The score by which the runs are judged; accuracy, as long as none is complete."""
         return next((record.score for record in self.records()), ACCURACY)
 
     def make_record(

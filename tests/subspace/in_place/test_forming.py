@@ -119,9 +119,9 @@ def test_the_peak_is_that_of_one_tensor(monkeypatch, autocast, dtype):
     layer = copy.deepcopy(net[0])
     model, x = scatter(SubspaceModel(net, 30)), torch.randn(5, 256).to(dtype)
 
-    def step(layer=None):
+    def step(network=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = (layer or model)(x)
+            y = (network or model)(x)
         y.float().square().mean().backward()
 
     def ordinary():  # its gradient, and what products of 16 bits take on this processor

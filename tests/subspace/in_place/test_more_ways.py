@@ -456,7 +456,7 @@ def test_copies_by_a_method_of_the_networks_own_are_refused():
 
 
 def clone_module(module):
-    """As MAML's libraries do: the same class and attributes, and other tensors."""
+    """Copy a module as MAML's libraries do: the same class and attributes, and other tensors."""
     clone = module.__new__(type(module))
     clone.__dict__ = module.__dict__ | {
         "_parameters": {name: p.clone() for name, p in module._parameters.items()},

@@ -190,7 +190,7 @@ def test_a_training_part_of_one_label(label, tmp_path):
 
 @pytest.mark.parametrize("labels", [(0, 1, -1), ("Cat", "Dog", "cat")])
 def test_labels_that_nothing_was_trained_on(labels, tmp_path):
-    """As -1, where a set keeps the labels of its test part to itself."""
+    """A set that keeps the labels of its test part to itself has -1 there."""
     folder, images = tmp_path / "pets", as_structs([encoded(0)] * 8)
     parquet_folder(folder, parts=["train"], image=images, label=[*labels[:2]] * 4)
     parquet_folder(tmp_path / "more", parts=["test"], image=images[:3], label=list(labels))

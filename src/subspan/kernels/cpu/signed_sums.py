@@ -116,7 +116,7 @@ def _exchange(x, y, count, mask):
 
 
 def _look_up(context: Any, builder: Any, terms: Any, sums: Any, n: Any) -> Callable[[Any], Any]:
-    """What takes words to the sums of terms 4n … 4n + 3 with the signs of their low four bits."""
+    """Return what looks up sums of terms 4n … 4n + 3 by the low four bits of words."""
     features = context.codegen().magic_tuple()[2].split(",")
     first = builder.mul(n, PLACE(SUMS))
     if "+avx512f" in features:

@@ -143,18 +143,16 @@ def contents(folder: Path) -> list[Any]:
     Raises:
         SubspanError: something in it is a link to a folder, which ``datasets`` passes over.
     """
-    for path in folder.rglob("[!.]*"):
-        if path.is_symlink() and path.is_dir():
+    files = []
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file():
+            stat = path.stat()
+            files.append((path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns))
+        elif path.is_dir() and path.is_symlink():
             raise SubspanError(
                 f"{path} is a link to a folder, and what lies behind it would be left out: put the "
                 "folder itself there, or links to its files"
             )
-    files = [
-        (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-        for stat in [path.stat()]
-    ]
     return [str(folder), files]
 
 
