@@ -150,6 +150,14 @@ def parts(rank, world):
     return said, said_whole, said_by(lambda: DistributedDataParallel(Part(model.body[0])))
 
 
+def inside(rank, world):
+    """DDP in the network that is to be wrapped, and around it."""
+    ddp = DistributedDataParallel(build("mlp"))
+    said = [said_by(lambda net=net: SubspaceModel(net, 5)) for net in (ddp, nn.Sequential(ddp))]
+    DistributedDataParallel(SubspaceModel(ddp.module, 5))(batch("mlp"))
+    return said
+
+
 def spread(rank, world):
     """Tensor parallelism after the network was wrapped."""
     model, mesh = SubspaceModel(build("mlp"), DIM), init_device_mesh("cpu", (world,))
@@ -196,6 +204,7 @@ SCENARIOS = {
     "grown": lambda *ranks: grown(*ranks, nested=False),
     "grown in another module": lambda *ranks: grown(*ranks, nested=True),
     "parts": parts,
+    "inside": inside,
     "spread": spread,
     "shared": shared,
     "left alone": left_alone,  # last: ranks end inside
@@ -297,6 +306,12 @@ def test_a_part_in_another_module_is_refused(ranks):
         part, whole, frozen = rank["parts"]
         assert "a part of a network in a subspace cannot be given to DDP" in part
         assert (whole, frozen) == (None, None)
+
+
+def test_what_ddp_has_made_is_refused(ranks):
+    for rank in ranks:
+        assert len(rank["inside"]) == 2
+        assert all("would not average the gradients of coord" in said for said in rank["inside"])
 
 
 def test_tensor_parallelism_is_refused(ranks):

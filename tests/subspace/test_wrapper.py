@@ -11,7 +11,6 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import subspan
 from subspan import SubspaceModel, SubspanError, projections
@@ -276,20 +275,6 @@ def test_what_torch_compile_has_made_is_refused(wrap):
     assert torch.equal(net(x), y)
     assert list(net.state_dict()) == state
     assert torch.equal(torch.compile(wrap(net, 5), backend="eager")(x), y)
-
-
-def test_what_ddp_has_made_is_refused(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
-    )
-    try:
-        ddp = DistributedDataParallel(build("mlp"))
-        for net in (ddp, nn.Sequential(ddp)):
-            with pytest.raises(SubspanError, match="would not average the gradients of coord"):
-                SubspaceModel(net, 5)
-        DistributedDataParallel(SubspaceModel(ddp.module, 5))(batch("mlp"))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_what_is_no_network_is_refused():
