@@ -298,9 +298,9 @@ def a_network_made_without_values_is_filled_from_a_state(case: Case) -> None:
     empty = copy.deepcopy(net).to("meta")
     assert empty(x.to("meta")).is_meta
     assigned, moved = copy.deepcopy(empty), copy.deepcopy(empty)
-    filled = empty.to_empty(device="cpu")
-    filled.load_state_dict(net.state_dict())
-    assert torch.equal(filled(x), net(x))
+    for filled in (empty, copy.deepcopy(net)):  # of the other one the memory is new
+        filled.to_empty(device="cpu").load_state_dict(net.state_dict())
+        assert torch.equal(filled(x), net(x))
     for other in (assigned, moved):
         other.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(assigned(x), net(x))

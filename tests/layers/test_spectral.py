@@ -97,11 +97,12 @@ def test_a_layer_made_without_values_is_filled_from_a_state(support):
     empty, assigned, moved = (
         SpectralFilters(2, 3, 8, 6, support=support, device="meta") for _ in range(3)
     )
-    filled = empty.to_empty(device="cpu")
-    filled.load_state_dict(made.state_dict())
+    used = SpectralFilters(2, 3, 8, 6, support=support)
+    for filled in (empty, used):
+        filled.to_empty(device="cpu").load_state_dict(made.state_dict())
     for other in (assigned, moved):
         other.load_state_dict(made.state_dict(), assign=True)
-    for other in (filled, assigned, moved.to("cpu")):
+    for other in (empty, used, assigned, moved.to("cpu")):
         assert torch.equal(other(x), made(x))
         assert torch.equal(other.filters, made.filters)
 

@@ -16,7 +16,6 @@ each pixel and even in both directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,12 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.families import projection
 from subspan.layers.atoms import cosines
+from subspan.layers.derived import DerivedBuffers
 from subspan.layers.plain import autocast_type
 from subspan.precision import full_precision
 
 
-class SpectralFilters(nn.Module):
+class SpectralFilters(DerivedBuffers):
     """A bank of filters in the cosine spectrum, each a sum of p random diagonal tuples.
 
     Args:
@@ -84,43 +84,22 @@ class SpectralFilters(nn.Module):
         self.a = nn.Parameter(torch.empty(out_channels * p, **like))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(out_channels, **like)) if bias else None  # type: ignore[arg-type]
         energy = 1.0  # of H at a frequency, of random numbers of variance 1
-        for name, table in self._tables().items():
+        for name, table in self.register_derived(self.a).items():
             if name.startswith("_smooth"):
                 energy *= float(table.square().sum(dim=1).mean())
-            self.register_buffer(name, table.to(self.a), persistent=False)
         # Columns of P have norm 1, coefficients a variance of 1/p: variance is kept twofold (He).
         self.scale = math.sqrt(2 * numbers / in_channels / energy)
         self.reset_parameters()
 
-    def _tables(self) -> dict[str, Tensor]:
-        """Make the cosines in float64, by the names of the buffers that they are."""
+    def derive(self) -> dict[str, Tensor]:
+        """Make the cosines, in float64."""
         tables = {}
-        with torch.device("cpu"):  # numbers, even where a network is made without any
-            for i, (side, out) in enumerate(zip(self.size, self.out_size, strict=True)):
-                tables[f"_analysis{i}"] = cosines(side)[:out]
-                tables[f"_synthesis{i}"] = cosines(out)
-                if self.support is not None:
-                    tables[f"_smooth{i}"] = _smooth(side, self.support)[:out]
+        for i, (side, out) in enumerate(zip(self.size, self.out_size, strict=True)):
+            tables[f"_analysis{i}"] = cosines(side)[:out]
+            tables[f"_synthesis{i}"] = cosines(out)
+            if self.support is not None:
+                tables[f"_smooth{i}"] = _smooth(side, self.support)[:out]
         return tables
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralFilters:
-        """Move everything, and make the tables again, which no file holds and rounding coarsens."""
-        self._table("_analysis0")
-        before = self.a.dtype, self.a.is_meta
-        super()._apply(fn, recurse)
-        if before != (self.a.dtype, self.a.is_meta):
-            self._make_again()
-        return self
-
-    def _make_again(self) -> None:
-        for name, table in self._tables().items():
-            setattr(self, name, table.to(self.a))
-
-    def _table(self, name: str) -> Tensor:
-        """Return a table; made again, if ``assign`` has given values to the parameters alone."""
-        if self.get_buffer(name).is_meta and not self.a.is_meta:
-            self._make_again()
-        return self.get_buffer(name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -136,7 +115,7 @@ class SpectralFilters(nn.Module):
         drawn = torch.stack(rows).view(self.out_channels, self.in_channels, *self.drawn)
         if self.support is not None:
             with full_precision(drawn.device):
-                drawn = self._table("_smooth0") @ drawn @ self._table("_smooth1").T
+                drawn = self.derived("_smooth0") @ drawn @ self.derived("_smooth1").T
         return self.scale * drawn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,11 +125,11 @@ class SpectralFilters(nn.Module):
                 f"expected images of {self.in_channels} × {self.size[0]} × {self.size[1]}, got "
                 f"{' × '.join(map(str, x.shape[-3:]))}"
             )
-        spectrum = self._table("_analysis0") @ x @ self._table("_analysis1").T
+        spectrum = self.derived("_analysis0") @ x @ self.derived("_analysis1").T
         # For every frequency a small matrix: filters × channels.
         y = torch.einsum("...cuv,ocuv->...ouv", spectrum, self.filters)
         # A spectrum of fewer pixels is that of an image so many times as dark.
-        y = self._table("_synthesis0").T @ y @ self._table("_synthesis1")
+        y = self.derived("_synthesis0").T @ y @ self.derived("_synthesis1")
         y = y * math.sqrt(math.prod(self.out_size) / math.prod(self.size))
         y = y if self.bias is None else y + self.bias[:, None, None]
         return y.to(autocast_type(y))

@@ -109,7 +109,7 @@ class UserBasis(Sum, kind="given"):
         self.matrix_cost = self.n * self.m * self.p
 
     def _constants(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
+        return (self.tensor.clone(),)  # a layer's own, which may be changed
 
     def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return torch.tensordot(a, constants[0], dims=1)

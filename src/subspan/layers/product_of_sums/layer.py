@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from subspan.errors import SubspanError, unknown
 from subspan.families import projection
-from subspan.layers.atoms import HALF
+from subspan.layers.derived import DerivedBuffers
 from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, function, parse_factor
 from subspan.layers.product_of_sums.order import Plan, plan_product
 from subspan.layers.protocol import Compressed
 from subspan.precision import full_precision
 
 
-class ProductOfSums(Compressed, type_name="product-of-sums"):
+class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
     """A layer with the weight Πᵢ cᵢ Σⱼ fᵢ(aᵢⱼ) Mᵢⱼ, n × m.
 
     The constants cᵢ follow from the shapes and ``init``: with them coefficients are standard normal
@@ -62,22 +62,19 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
             self.sums = chain(n, m, self.factors, seed, first)
         self._functions = [function(factor.get("f", "identity")) for factor in self.factors]
         self._plans: dict[int | None, Any] = {}
-        self._constants: list[list[str]] = []
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        like = torch.empty(0, device=device, dtype=dtype)
         self.trained = [
             s.p > 0 and not factor.get("fixed")
             for s, factor in zip(self.sums, self.factors, strict=True)
         ]
         for i, s in enumerate(self.sums):
             if self.trained[i]:
-                self.register_parameter(f"a{i}", nn.Parameter(torch.empty(s.p, **like)))
-            else:
-                self.register_buffer(f"a{i}", torch.ones(s.p, **like), persistent=False)
-            constants = self._make_constants(i)
-            self._constants.append([f"fixed{i}_{j}" for j in range(len(constants))])
-            for name, constant in zip(self._constants[i], constants, strict=True):
-                # What a seed makes is in no file; what a user gives must be.
-                self.register_buffer(name, constant, persistent=s.kind == "given")
+                self.register_parameter(f"a{i}", nn.Parameter(like.new_empty(s.p)))
+        given = [f"fixed{i}_0" for i, s in enumerate(self.sums) if s.kind == "given"]
+        made = self.register_derived(like, persistent=given)
+        self._constants = [
+            [name for name in made if name.startswith(f"fixed{i}_")] for i in range(len(self.sums))
+        ]
         self._bias_of = None
         if bias is False:
             self.register_parameter("bias", None)
@@ -86,7 +83,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
                 self._bias_of = projection(
                     "hash", out_dim=n, in_dim=bias, seed=seed, stream=first + STREAMS - 1
                 )
-            self.bias = nn.Parameter(torch.zeros(n if bias is True else bias, **like))
+            self.bias = nn.Parameter(like.new_zeros(n if bias is True else bias))
         self.scales = self._scales()
         self.reset_parameters()
 
@@ -107,53 +104,14 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
             gain = 1.0 if trained else gain
         return scales
 
-    def _make_constants(self, i: int) -> list[Tensor]:
-        """Make the constants of factor i, where its coefficients are, and in their type."""
-        with torch.device("cpu"):
-            constants = self.sums[i].constants()
-        a, copied = self.values(i), self.sums[i].kind == "given"
-        return [
-            c.to(a.device, a.dtype if c.is_floating_point() else None, copy=copied)
-            for c in constants
-        ]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProductOfSums:
-        """Move everything, and make again what no file holds, where that had been lost.
-
-        On the meta device there are no values, and 16 bits hold half of each.
-        """
-        self._complete()
-        before = [self.values(i) for i in range(len(self.sums))]
-        before = [torch.empty(0, dtype=a.dtype, device=a.device) for a in before]
-        super()._apply(fn, recurse)
-        for i, (old, s) in enumerate(zip(before, self.sums, strict=True)):
-            now = self.values(i)
-            widened = old.dtype in HALF and now.dtype not in HALF and s.kind != "given"
-            if not now.is_meta and (old.is_meta or widened):
-                self._make_again(i, now)
-        return self
-
-    def _make_again(self, i: int, like: Tensor) -> None:
-        """Make again what no file holds of factor i, in the type of a tensor and where it is."""
-        if not self.trained[i]:
-            ones = torch.ones(self.sums[i].p, dtype=like.dtype, device=like.device)
-            setattr(self, f"a{i}", ones)
-        for name, constant in zip(self._constants[i], self._make_constants(i), strict=True):
-            setattr(self, name, constant)
-
-    def _complete(self) -> None:
-        """Make again what was left on the meta device when parameters got values: by ``assign``."""
-        like = next((p for p in self.parameters() if not p.is_meta), None)
-        if like is None:
-            return
-        for i, trained in enumerate(self.trained):
-            waits = trained and self.values(i).is_meta  # for its own values
-            if not waits and any(t.is_meta for t in self._numbers(i)):
-                self._make_again(i, like)
-
-    def _numbers(self, i: int) -> list[Tensor]:
-        """Return the numbers of factor i, and its constants."""
-        return [self.values(i), *(getattr(self, name) for name in self._constants[i])]
+    def derive(self) -> dict[str, Tensor]:
+        """Make the constants of all factors, and the coefficients of those that are fixed, ones."""
+        made = {}
+        for i, s in enumerate(self.sums):
+            if not self.trained[i]:
+                made[f"a{i}"] = torch.ones(s.p)
+            made |= {f"fixed{i}_{j}": constant for j, constant in enumerate(s.constants())}
+        return made
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -205,7 +163,7 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
 
     def values(self, i: int) -> Tensor:
         """Return the numbers of factor i, (p,): a parameter a; of a fixed one, ones."""
-        values: Tensor = getattr(self, f"a{i}")
+        values: Tensor = getattr(self, f"a{i}") if self.trained[i] else self.derived(f"a{i}")
         return values
 
     def _form(self, plan: Plan, x: Tensor | None) -> Tensor:
@@ -218,11 +176,8 @@ class ProductOfSums(Compressed, type_name="product-of-sums"):
             assert plan.right is not None
             left, right = self._form(plan.left, x), self._form(plan.right, x)
             return F.linear(right, left) if plan.right.vectors else left @ right
-        s, numbers = self.sums[plan.at], self._numbers(plan.at)
-        if any(t.is_meta for t in numbers):
-            self._complete()
-            numbers = self._numbers(plan.at)
-        a, constants = self.coefficients(plan.at), numbers[1:]
+        s, a = self.sums[plan.at], self.coefficients(plan.at)
+        constants = [self.derived(name) for name in self._constants[plan.at]]
         if plan.way == "matrix":
             return s.matrix(a, *constants)
         if plan.way == "apply_t":
