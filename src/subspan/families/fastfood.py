@@ -25,11 +25,9 @@ from subspan.families.base import Projection
 
 def walsh_hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh–Hadamard transform along the last dimension, a power of 2."""
-    n, half = x.shape[-1], 1
-    shape = x.shape
+    shape, n, half = x.shape, x.shape[-1], 1
     while half < n:
-        x = x.reshape(*shape[:-1], -1, 2, half)
-        a, b = x.unbind(-2)
+        a, b = x.reshape(*shape[:-1], n // (2 * half), 2, half).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2)
         half *= 2
     return x.reshape(shape) / math.sqrt(n)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from subspan.errors import SubspanError
+from subspan.families.fastfood import walsh_hadamard
 from subspan.layers.atoms.base import Sum
 
 
@@ -94,12 +93,7 @@ class Hadamard(Fixed, kind="hadamard"):
         self.apply_cost = 2 * self.n * self.n.bit_length()
 
     def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
-        shape, size = x.shape, 1
-        while size < self.n:
-            first, second = x.reshape(-1, self.n // (2 * size), 2, size).unbind(2)
-            x = torch.stack([first + second, first - second], dim=2)
-            size *= 2
-        return x.reshape(shape) / math.sqrt(self.n)
+        return walsh_hadamard(x)
 
     def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return self._apply(y, a)  # symmetric
