@@ -25,7 +25,7 @@ def _example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.syspath_prepend(folder)
         importlib.import_module("toeplitz")
         yield
-    del registry._families["toeplitz"]
+    del registry.FAMILIES["toeplitz"]
     registry.from_recipe.cache_clear()
 
 

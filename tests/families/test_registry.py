@@ -53,4 +53,4 @@ def test_a_name_is_taken_once() -> None:
         class Again(Projection, family="hash"):
             pass
 
-    assert registry._families["hash"].__name__ == "Hash"
+    assert registry.FAMILIES["hash"].__name__ == "Hash"

@@ -168,7 +168,7 @@ def test_a_second_registration_of_a_name_is_an_error():
 def test_a_projection_that_has_the_name_of_a_kind_is_refused(monkeypatch):
     from subspan.families import registry
 
-    monkeypatch.setitem(registry._families, "toeplitz", registry._families["hash"])
+    monkeypatch.setitem(registry.FAMILIES, "toeplitz", registry.FAMILIES["hash"])
     with pytest.raises(SubspanError, match="is a kind of atoms and a projection"):
         atoms("toeplitz", 4, 4)
 

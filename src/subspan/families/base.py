@@ -19,7 +19,7 @@ from torch import Tensor
 from subspan import kernels
 from subspan.errors import SubspanError
 from subspan.families.operator import as_step, product
-from subspan.families.registry import register
+from subspan.families.registry import FAMILIES
 from subspan.families.updates import add_, gather
 from subspan.philox import Source
 from subspan.precision import full_precision
@@ -71,7 +71,7 @@ class Projection(ABC):
     def __init_subclass__(cls, *, family: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if family is not None:
-            register(family, cls)
+            FAMILIES.add(family, cls)
             cls.family = family
 
     def __post_init__(self) -> None:

@@ -14,21 +14,12 @@ if TYPE_CHECKING:
 
 COMMON = {"out_dim", "in_dim", "seed", "stream", "recipe"}  # fields of every projection
 
-_families: Registry[type[Projection]] = Registry("projection")
-
-
-def register(name: str, family: type[Projection]) -> None:
-    """Give a family its name.
-
-    Raises:
-        TypeError: if another one has it.
-    """
-    _families.add(name, family)
+FAMILIES: Registry[type[Projection]] = Registry("projection")
 
 
 def projections() -> dict[str, type[Projection]]:
     """Return every registered family by name; a class's docstring says what it is and whose."""
-    return dict(sorted(_families.items()))
+    return dict(sorted(FAMILIES.items()))
 
 
 def projection(
@@ -47,7 +38,7 @@ def projection(
     Raises:
         SubspanError: for an unknown name or option, or a value out of range.
     """
-    family = _families.find(name)
+    family = FAMILIES.find(name)
     check_options(f"projection {name!r}", options, family, apart=COMMON)
     return family(out_dim=out_dim, in_dim=in_dim, seed=seed, stream=stream, **options)
 
