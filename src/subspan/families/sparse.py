@@ -129,6 +129,11 @@ class SparseOriginal(DenseProjection, family="sparse-original"):
         """⌊2³²/√d⌋: words below it are nonzeros."""
         return math.isqrt((1 << 64) // self.in_dim)
 
+    @property
+    def divisor(self) -> float:
+        """√(D t/2³²) with the threshold t: what a sign is divided by."""
+        return math.sqrt(self.out_dim * self.threshold / 2.0**32)
+
     def _signs(self, word: Tensor) -> Tensor:
         return 1 - 2 * (word & 1)
 
@@ -138,7 +143,7 @@ class SparseOriginal(DenseProjection, family="sparse-original"):
         columns = torch.arange(self.in_dim, device=device)
         word = self.source.sequence(start, stop, column=columns, step=step, device=device)
         nonzero = (word < self.threshold) * self._signs(word)
-        return nonzero.to(dtype) / math.sqrt(self.out_dim * self.threshold / 2.0**32)
+        return nonzero.to(dtype) / self.divisor
 
 
 @dataclass(frozen=True)

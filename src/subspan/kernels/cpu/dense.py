@@ -134,7 +134,7 @@ def _arguments(p: Any, step: Tensor, kind: int) -> tuple[Any, ...]:
 
 
 def _divisor(p: Any, kind: int) -> float:
-    return math.sqrt(p.out_dim) if kind == GAUSSIAN else math.sqrt(p.out_dim * p.threshold / 2**32)
+    return math.sqrt(p.out_dim) if kind == GAUSSIAN else p.divisor
 
 
 def matvec(kind: int, p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:

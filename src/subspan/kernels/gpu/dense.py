@@ -195,8 +195,7 @@ def _gaussian(p: Any) -> tuple[int, float]:
 
 
 def _threshold(p: Any) -> tuple[int, float]:
-    threshold = math.isqrt((1 << 64) // p.in_dim)
-    return threshold - 1, 1 / math.sqrt(p.out_dim * threshold / 2.0**32)
+    return p.threshold - 1, 1 / p.divisor
 
 
 KERNELS = {
