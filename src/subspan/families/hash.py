@@ -55,9 +55,9 @@ class Hash(Projection, family="hash"):
         self, step: Tensor, start: int, stop: int, device: torch.device
     ) -> list[tuple[slice, Tensor]]:
         """The index by chunks; of matrices that fit the budget it is kept between calls."""
-        parts = [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
         chunks = []
-        for first, last in parts:
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
             build = functools.partial(self._index, step, first, last, device)
             (index,) = cache.get(("hash", self, int(step), first, last, device), build)
             chunks.append((slice(first - start, last - start), index))

@@ -33,8 +33,7 @@ def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint
 def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
     """Compute P x or Pᵀ x for rows start … stop−1, without the checks of the public methods.
 
-    The map is linear, so that every derivative of it is itself or its adjoint: backward and forward
-    mode of any order, and ``torch.func`` transforms.
+    It has derivatives of any order, in backward and forward mode and under ``torch.func``.
     """
     if captured(x):
         return project(x, step, recipe, start, stop, adjoint)

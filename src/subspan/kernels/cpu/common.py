@@ -38,6 +38,7 @@ W0, W1 = (np.uint32(w) for w in WEYL)
 # ---- compilation ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def _folder() -> str | None:
     """Where compiled kernels are kept between processes; None where nothing can be written.
 
@@ -59,11 +60,6 @@ def _folder() -> str | None:
     return None
 
 
-@functools.cache
-def _cached() -> str | None:
-    return _folder()
-
-
 @contextlib.contextmanager
 def _cache_in(folder: str) -> Iterator[None]:
     config: Any = numba.config
@@ -76,7 +72,7 @@ def _cache_in(folder: str) -> Iterator[None]:
 
 def kernel(function: Any) -> Any:
     """Compile for many threads at the first call, and keep the code for the next process."""
-    folder = _cached()
+    folder = _folder()
     if folder is None:
         return njit(parallel=True, **OPTIONS)(function)
     with _cache_in(folder):
@@ -333,11 +329,11 @@ def threads(work: float) -> None:
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Return where the numbers of a projection begin: Philox's step, tag and key."""
-    return np.uint32(int(step)), *_place(p.seed, p.domain, p.stream)
+    return np.uint32(int(step)), *_tag_and_key(p.seed, p.domain, p.stream)
 
 
 @functools.lru_cache(maxsize=4096)
-def _place(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
+def _tag_and_key(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
     source = Source(seed, domain, stream)
     return tuple(np.uint32(word) for word in (source.tag, *source.key))
 

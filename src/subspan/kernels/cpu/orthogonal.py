@@ -179,7 +179,7 @@ def _places(out, size, widths, address):
 
 
 @common.kernel
-def _sign(x, first, out, widths, address):
+def _sign(x, first, out, address):
     """out_i = ±x_i, with the signs of the rows from ``first`` on."""
     stop = first + x.size
     for task in prange(first // TASK, (stop + TASK - 1) // TASK):
@@ -211,7 +211,7 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     x[_chosen(p, step)] = w.numpy()
     transform(x, forward=True)
     rows = x[start:stop]
-    _sign(rows, start, rows, common.widths(p.out_dim), common.address(p, step))
+    _sign(rows, start, rows, common.address(p, step))
     return torch.from_numpy(rows)
 
 
@@ -221,7 +221,7 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         return p._rmatvec(g, step, start, stop)
     common.threads(8 * p.out_dim)
     x = np.zeros(p.out_dim, f32)
-    _sign(g.numpy(), start, x[start:stop], common.widths(p.out_dim), common.address(p, step))
+    _sign(g.numpy(), start, x[start:stop], common.address(p, step))
     transform(x, forward=False)
     return torch.from_numpy(x[_chosen(p, step)])
 

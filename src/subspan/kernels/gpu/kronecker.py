@@ -8,7 +8,7 @@ newer switches agree on, and the time is not in the products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,9 +70,9 @@ def _factors(p: Any, x: Tensor, step: Tensor, start: int, stop: int) -> tuple[Te
     return A.double(), _signs(x, 0, b, q, 1 << 31, numbers).double()
 
 
-def _parts(rows: Tensor) -> Iterator[Tensor]:
-    """Views of some rows each, of what may exist in float64 at once."""
-    yield from rows.split(max(1, PART // rows.shape[1]))
+def _parts(rows: Tensor) -> Sequence[Tensor]:
+    """Views of as many rows each as may exist in float64 at once."""
+    return rows.split(max(1, PART // rows.shape[1]))
 
 
 @on_device

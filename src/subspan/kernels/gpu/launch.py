@@ -14,35 +14,11 @@ from subspan.kernels import Product
 
 # Numbers that change from call to call: a kernel must not be compiled again for each, as Triton
 # does by default for 1 and for multiples of 16.
-kernel = triton.jit(
-    do_not_specialize=[
-        "n",
-        "d",
-        "size",
-        "start",
-        "begin",
-        "end",
-        "first",
-        "last",
-        "lead",
-        "rows",
-        "blocks",
-        "s",
-        "column",
-        "copies",
-        "depth",
-        "stride",
-        "trips",
-        "most",
-        "scale",
-        "factor",
-        "top",
-        "step",
-        "tag",
-        "k0",
-        "k1",
-    ]
-)
+_CHANGING = """
+    n d size start begin end first last lead rows blocks s column copies depth stride trips most
+    scale factor top step tag k0 k1
+"""
+kernel = triton.jit(do_not_specialize=_CHANGING.split())
 
 
 # A kernel as it is launched: it, warps, arguments that are floats or other pointers, constants.
