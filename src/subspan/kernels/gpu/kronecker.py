@@ -49,16 +49,8 @@ def _signs(x: Tensor, start: int, stop: int, columns: int, first: int, counter: 
     """Signs start … stop−1 of ``columns`` columns from ``first`` on, (stop − start, columns)."""
     out = x.new_empty(stop - start, columns)
     block = start // 128
-    _fill[(-(-columns // COLUMNS), -(-stop // 128) - block)](
-        out,
-        stop - start,
-        columns,
-        block,
-        start % 128,
-        word(first),
-        *counter,
-        COLUMNS,
-    )
+    grid, sizes = (-(-columns // COLUMNS), -(-stop // 128) - block), (stop - start, columns)
+    _fill[grid](out, *sizes, block, start % 128, word(first), *counter, COLUMNS)
     return out
 
 

@@ -168,18 +168,9 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         # Few rows leave most of the device idle: then columns are split. The sums of the splits are
         # no more than a device full of programs holds.
         partial = out if splits == 1 and column == 0 else w.new_empty(splits, n)
+        sums, sizes = table(x, 0, splits * trips * WARPS), (n, first, start % 128, trips, column)
         _matvec[(tiles, splits)](
-            table(x, 0, splits * trips * WARPS),
-            partial,
-            n,
-            first,
-            start % 128,
-            trips,
-            column,
-            *counter(p, step),
-            BLOCKS,
-            WARPS,
-            num_warps=WARPS,
+            sums, partial, *sizes, *counter(p, step), BLOCKS, WARPS, num_warps=WARPS
         )
         if partial is not out:
             total = partial.sum(dim=0)
@@ -199,16 +190,9 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         trips = -(-blocks * tiles // PROGRAMS)
         chunks = -(-blocks // trips)
         partial = g.new_empty(chunks, p.in_dim)
+        sums, sizes = table(x, lead, blocks * 32), (p.in_dim, first, trips, blocks)
         _rmatvec[(tiles, chunks)](
-            table(x, lead, blocks * 32),
-            partial,
-            p.in_dim,
-            first,
-            trips,
-            blocks,
-            *counter(p, step),
-            COLUMNS,
-            num_warps=COLUMNS // 32,
+            sums, partial, *sizes, *counter(p, step), COLUMNS, num_warps=COLUMNS // 32
         )
         out += partial.sum(dim=0)
     return out / math.sqrt(p.out_dim)

@@ -158,38 +158,17 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     out, shared = w.new_empty(stop - start), (p.run, p.out_dim, *counter(p, step))
     if p.run <= NARROW:
         first, calls = _calls(p, start, stop)
-        _narrow[(-(-calls // CALLS),)](
-            w,
-            out,
-            stop - start,
-            p.in_dim,
-            first,
-            start,
-            -(-p.in_dim // WARPS),
-            *shared,
-            1 << (p.run - 1).bit_length(),
-            CALLS,
-            WARPS,
-            num_warps=WARPS,
-        )
+        sizes = stop - start, p.in_dim, first, start, -(-p.in_dim // WARPS)
+        tile = 1 << (p.run - 1).bit_length(), CALLS, WARPS
+        _narrow[(-(-calls // CALLS),)](w, out, *sizes, *shared, *tile, num_warps=WARPS)
         return out * p.magnitude
     for begin in range(start, stop, SLAB):
         end = min(begin + SLAB, stop)
         first, calls = _calls(p, begin, end)
         sums = Sums.of(w, end - begin, p.in_dim)
-        _wide[(-(-p.in_dim // COLUMNS), calls)](
-            w,
-            sums.sums,
-            sums.marks,
-            sums.scale,
-            end - begin,
-            p.in_dim,
-            first,
-            begin,
-            *shared,
-            COLUMNS,
-            num_warps=COLUMNS // 32,
-        )
+        room, slab = (sums.sums, sums.marks, sums.scale), (end - begin, p.in_dim, first, begin)
+        grid = -(-p.in_dim // COLUMNS), calls
+        _wide[grid](w, *room, *slab, *shared, COLUMNS, num_warps=COLUMNS // 32)
         out[begin - start : end - start] = sums.total() * p.magnitude
     return out
 
@@ -202,19 +181,9 @@ def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     trips = max(LEAST, -(-calls * tiles // PROGRAMS))
     chunks = -(-calls // trips)
     partial = g.new_empty(chunks, p.in_dim)
+    sizes = stop - start, p.in_dim, first, start, trips, p.run, p.out_dim
     _rmatvec[(tiles, chunks)](
-        g,
-        partial,
-        stop - start,
-        p.in_dim,
-        first,
-        start,
-        trips,
-        p.run,
-        p.out_dim,
-        *counter(p, step),
-        COLUMNS,
-        num_warps=COLUMNS // 32,
+        g, partial, *sizes, *counter(p, step), COLUMNS, num_warps=COLUMNS // 32
     )
     return partial.sum(dim=0) * p.magnitude
 
