@@ -58,25 +58,19 @@ def pack(value: Any, depth: int = 0) -> bytes:
         case int() if 0 <= value < WORD:
             return bytes([value])
         case int():
-            return bytes([POSITIVE]) + varint(value) if value > 0 else _negative(value)
+            tag, size = (POSITIVE, value) if value > 0 else (NEGATIVE, -1 - value)
+            return bytes([tag]) + varint(size)
         case float():
             return _pack_float(value)
         case str():
             return _pack_text(value)
         case list():
-            return (
-                bytes([LIST])
-                + varint(len(value))
-                + b"".join(pack(each, depth + 1) for each in value)
-            )
+            entries = (pack(each, depth + 1) for each in value)
+            return bytes([LIST]) + varint(len(value)) + b"".join(entries)
         case dict():
             entries = (pack(key) + pack(value[key], depth + 1) for key in sorted(value))
             return bytes([OBJECT]) + varint(len(value)) + b"".join(entries)
     raise TypeError(f"{value!r} is not JSON")
-
-
-def _negative(value: int) -> bytes:
-    return bytes([NEGATIVE]) + varint(-1 - value)
 
 
 def _pack_float(value: float) -> bytes:
