@@ -23,6 +23,7 @@ from subspan import coding
 from subspan.coding.packing import ABSENT, varint
 from subspan.coding.steps import bfloat16, from_levels, pattern_of
 from subspan.errors import SubspanError
+from subspan.subspace.parameters import bytes_of
 
 MAGIC = b"\xd3SB"
 VERSION = 1  # of the container and its coder
@@ -124,7 +125,7 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
         if dtype not in _EXACT:
             raise SubspanError(f"a file with bits knows no {dtype}, of {name}: save without bits")
         kept.append(coding.pack(name) + coding.pack(dtype) + coding.pack(list(tensor.shape)))
-    kept += [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in exact.values()]
+    kept += [bytes_of(tensor).numpy().tobytes() for tensor in exact.values()]
 
     w = tensors[COORDINATES]
     step = coding.find_grid(w)

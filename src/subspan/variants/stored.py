@@ -19,7 +19,7 @@ from subspan.checkpoint.file import COORDINATES
 from subspan.errors import SubspanError
 from subspan.subspace.links import locate
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.parameters import bytes_of, digest_tensors, saved_buffers
 from subspan.subspace.states import refuse_rounding
 from subspan.subspace.variant import Variant
 
@@ -185,8 +185,7 @@ class Shelf:
 
 def to_bytes(tensors: Iterable[Tensor]) -> bytes:
     """Return the bytes of tensors, one after another."""
-    flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors)
-    return b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in flat)
+    return b"".join(bytes_of(tensor).numpy().tobytes() for tensor in tensors)
 
 
 def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
