@@ -25,31 +25,13 @@ from subspan.errors import SubspanError
 
 plain = torch._C.DisableTorchFunctionSubclass  # a context: factors are ordinary tensors inside
 
-DIFFERENCES = frozenset({"sub", "rsub"})  # no averages, and what is made of them is looked at again
+# Names of functions of PyTorch. A difference is no average, but what is made of it may be one.
 SUMS = frozenset({"add", "iadd", "radd", "isub", "lerp", "stack"})
-KEPT = (
-    DIFFERENCES
-    | SUMS
-    | {
-        "detach",
-        "data",
-        "clone",
-        "to",
-        "cpu",
-        "cuda",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "contiguous",
-        "mul",
-        "rmul",
-        "div",
-        "truediv",
-        "true_divide",
-        "neg",
-    }
-)
+_DIFFERENCES = {"sub", "rsub"}
+_COPIES = {"detach", "data", "clone", "contiguous", "to", "cpu", "cuda"}
+_CASTS = {"float", "double", "half", "bfloat16"}
+_MULTIPLES = {"mul", "rmul", "div", "truediv", "true_divide", "neg"}
+KEPT = SUMS | _DIFFERENCES | _COPIES | _CASTS | _MULTIPLES  # their results know the layer, too
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the witness; 16 bits: 3 %
 REFUSED = (
     "{} cannot be averaged one by one, for the product of such averages is not the average of the "
