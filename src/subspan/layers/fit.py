@@ -52,9 +52,7 @@ def approximate(
     target = target.detach().flatten(1).double()
     if not bool(torch.isfinite(target).all()):
         raise SubspanError("the target is not finite")
-    for factor in layer.factors:
-        if factor.get("f", "identity") != "identity":
-            raise SubspanError("least squares need f: identity in all factors")
+    _check_linear(layer)
     # Projections, too, are drawn as in float32; coefficients are found also where they are frozen.
     twin = copy.deepcopy(layer).double().requires_grad_()
     names = [n for n, _ in twin.named_parameters() if n != "bias"]
@@ -143,9 +141,14 @@ def _check_larger(layer: ProductOfSums, new: ProductOfSums) -> None:
                 f"factor {i} would be {now.n} × {now.m}, smaller than the {old.n} × {old.m} of the "
                 "stage before"
             )
-    for factor in (*layer.factors, *new.factors):
-        if factor.get("f", "identity") != "identity":
-            raise SubspanError("least squares need f: identity in all factors")
+    for one in (layer, new):
+        _check_linear(one)
+
+
+def _check_linear(layer: ProductOfSums) -> None:
+    for factor in layer.factors:
+        if (f := factor.get("f", "identity")) != "identity":
+            raise SubspanError(f"least squares need f: identity in all factors, got {f!r}")
 
 
 def _refine(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start: Tensor) -> Tensor:
