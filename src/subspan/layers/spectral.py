@@ -143,7 +143,10 @@ class SpectralFilters(DerivedBuffers):
 
 
 def _smooth(side: int, support: int) -> Tensor:
-    """(side, support) cosines of the frequency: multiplied by those, pixels k apart are added."""
+    """Return G, (side, support): cos(π u k / side), times √2 for k > 0.
+
+    Multiplying a spectrum by column k adds the pixels at a distance of k to both sides.
+    """
     u, k = torch.arange(side, dtype=torch.float64), torch.arange(support, dtype=torch.float64)
     root = torch.tensor(math.sqrt(2), dtype=torch.float32)
     return torch.cos(math.pi / side * u[:, None] * k) * torch.where(k > 0, root, 1.0)

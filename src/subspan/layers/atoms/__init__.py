@@ -13,12 +13,12 @@ from typing import Any
 from subspan.errors import SubspanError
 from subspan.families import projections
 from subspan.layers.atoms import convolution, diagonal, fixed, fourier, kronecker  # noqa: F401 (they register)
-from subspan.layers.atoms.base import HALF, Sum, _kinds
+from subspan.layers.atoms.base import Sum, _kinds
 from subspan.layers.atoms.dct import cosines, zigzag
 from subspan.layers.atoms.dense import Projected
 from subspan.registry import unregistered
 
-__all__ = ["HALF", "Sum", "atoms", "cosines", "kinds", "zigzag"]
+__all__ = ["Sum", "atoms", "cosines", "kinds", "zigzag"]
 
 
 def kinds() -> list[str]:
