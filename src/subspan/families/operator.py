@@ -26,8 +26,12 @@ def as_step(step: int | Tensor) -> Tensor:
 
 
 def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    """Compute P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers."""
-    return from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+    """Compute P x or Pᵀ x for rows start … stop−1, unseen by autograd and compilers.
+
+    The result is never ``x`` itself, which no operator and no function of autograd may return.
+    """
+    out = from_recipe(recipe)._apply(x, step, start, stop, adjoint)
+    return out.clone() if out.data_ptr() == x.data_ptr() else out
 
 
 def product(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
@@ -74,8 +78,7 @@ class _Product(torch.autograd.Function):
     def forward(
         x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool
     ) -> Tensor:
-        out = compute(x.detach(), step, recipe, start, stop, adjoint)
-        return out.clone() if out.data_ptr() == x.data_ptr() else out
+        return compute(x.detach(), step, recipe, start, stop, adjoint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,9 +118,7 @@ project = torch.ops.subspan.project.default
 @torch._compile._disable_dynamo
 def _run(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
     with torch.no_grad():
-        out = compute(x.detach(), step, recipe, start, stop, adjoint)
-    # An operator must not return its argument.
-    return out.clone() if out.data_ptr() == x.data_ptr() else out
+        return compute(x.detach(), step, recipe, start, stop, adjoint)
 
 
 def _shape(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:
