@@ -35,8 +35,7 @@ class DenseProjection(Projection):
         return out
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        blocks = self._blocks(w, step, start, stop)
-        return torch.cat([w.new_empty(0), *(block @ w for block in blocks)])
+        return torch.cat([block @ w for block in self._blocks(w, step, start, stop)])
 
     def _rmatvec(self, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         out, done = g.new_zeros(self.in_dim), 0

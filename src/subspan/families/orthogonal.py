@@ -82,16 +82,15 @@ class Orthogonal(Projection, family="orthogonal"):
     orthonormal = True
     local = False
 
-    def _draws(self, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    def _draws(self, x: Tensor, step: Tensor) -> tuple[Tensor, ...]:
         """Signs (D,) and chosen elements (d,)."""
 
-        def build() -> tuple[Tensor, Tensor]:
+        def build() -> tuple[Tensor, ...]:
             place = self.source.permutation(self.out_dim, column=1, step=step)
             signs = self.source.signs(0, self.out_dim, step=step, device=x.device, dtype=x.dtype)
             return signs, place(torch.arange(self.in_dim, device=x.device))
 
-        signs, places = cache.get(("orthogonal", self, int(step), x.device, x.dtype), build)
-        return signs, places
+        return cache.get(("orthogonal", self, int(step), x.device, x.dtype), build)
 
     def _matvec(self, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         signs, places = self._draws(w, step)
