@@ -17,7 +17,7 @@ MOST_BITS = 1 << SCALE  # that a bit of the code can hold: no chance is above 1 
 
 
 class Chances:
-    """How often each context had a zero and a one."""
+    """The numbers of zeros and ones that each context has had."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[Hashable, list[int]] = defaultdict(lambda: [0, 0])

@@ -152,7 +152,7 @@ def _take_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fits(tensor: Tensor, w: Tensor) -> bool:
-    """Whether sums with ``w`` have its precision and are made on its device."""
+    """Return whether sums with ``w`` have its precision and are made on its device."""
     return tensor.device == w.device and torch.promote_types(tensor.dtype, w.dtype) == w.dtype
 
 

@@ -185,7 +185,7 @@ def compressed_layers(net: nn.Module) -> dict[str, Compressed]:
 
 
 def comes_back(layer: Compressed, kind: type[Compressed]) -> bool:
-    """Whether a type makes this layer of its recipe; a derived class may compute anything.
+    """Return whether a type makes this layer of its recipe; a derived class may compute anything.
 
     The classes that PyTorch derives count as their bases: of ``fully_shard``, of parametrizations.
     """

@@ -40,7 +40,7 @@ W0, W1 = (np.uint32(w) for w in WEYL)
 
 @functools.cache
 def _folder() -> str | None:
-    """Where compiled kernels are kept between processes; None where nothing can be written.
+    """Return where compiled kernels are kept between processes; None if nowhere can be written.
 
     Numba looks for changes in the file of a function, but not in the functions that it calls: a
     folder named by all of our sources does.
@@ -154,7 +154,7 @@ def floats_at(address, size):
 
 @intrinsic
 def add_signs(context: Any, out: Any, place: Any, word: Any) -> Any:
-    """Words ``place`` … ``place`` + 31 of ``out``, doubled, plus the bits of ``word``.
+    """Double words ``place`` … ``place`` + 31 of ``out``, and add the bits of ``word``.
 
     As vectors, because compilers make a loop over 32 bits three times as slow.
     """
@@ -269,7 +269,7 @@ def permuted(out, room, first, count, last, keys, widths):
     for i in range(count):
         out[i] = (high[i] << low_bits) | low[i]
     outside = 0
-    for i in range(count):  # without a branch: whether one is outside nobody can predict
+    for i in range(count):  # without a branch, which no processor could predict
         places[outside] = i
         outside += out[i] > last
     while outside > 0:
@@ -339,12 +339,12 @@ def _tag_and_key(seed: int, domain: int, stream: int) -> tuple[np.uint32, ...]:
 
 
 def addresses(parts: Sequence[Tensor]) -> Any:
-    """Where contiguous float32 vectors are, for :func:`floats_at`."""
+    """Return the addresses of contiguous float32 vectors, for :func:`floats_at`."""
     return np.array([part.data_ptr() for part in parts], np.int64)
 
 
 def bounds(parts: Sequence[Tensor]) -> Any:
-    """Where vectors begin if they are laid end to end, and where the last one ends."""
+    """Return where vectors begin if they are laid end to end, and where the last one ends."""
     return _bounds(*[part.numel() for part in parts])
 
 

@@ -91,7 +91,7 @@ def _total(out, partial, d, size):
 
 @inline
 def _piece(bounds, row):
-    """Which of several vectors, laid end to end, holds a row."""
+    """The number of the vector, of several laid end to end, that holds a row."""
     n = 0
     while bounds[n + 1] <= row:
         n += 1

@@ -177,7 +177,7 @@ def _constant(kind: Any, value: float) -> Any:
 
 
 def _addresses(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """Where the numbers of arrays begin; None for what is not an array."""
+    """Return where the numbers of arrays begin; None for what is no array."""
     return [
         context.make_array(kind)(context, builder, value).data
         if isinstance(kind, types.Array)
