@@ -347,8 +347,8 @@ def test_nothing_is_kept_where_nothing_can_be_written(
     file.write_text("")
     monkeypatch.setattr(common.numba.config, "CACHE_DIR", str(file))
     monkeypatch.setenv("HOME", str(file))
-    assert common._folder() is None
-    monkeypatch.setattr(common, "_cached", lambda: None)
+    assert common._folder.__wrapped__() is None
+    monkeypatch.setattr(common, "_folder", lambda: None)
 
     def double(x):
         for i in prange(x.size):
@@ -366,11 +366,11 @@ def test_an_edit_anywhere_in_the_kernels_is_seen(
     shutil.copytree(Path(common.__file__).parent, sources, ignore=shutil.ignore_patterns("__*"))
     monkeypatch.setattr(common, "__file__", str(sources / "common.py"))
     monkeypatch.setattr(common.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
-    before = common._folder()
-    assert common._folder() == before
+    before = common._folder.__wrapped__()
+    assert common._folder.__wrapped__() == before
     with (sources / "hash.py").open("a") as file:
         file.write("# an edit")
-    assert common._folder() != before
+    assert common._folder.__wrapped__() != before
 
 
 @pytest.mark.parametrize("d", [7, 3000])  # with signs in the table of coordinates, and without
