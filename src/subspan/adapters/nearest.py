@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import computes_product
 from subspan.errors import SubspanError
+from subspan.linalg import svd
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.structure import is_conv1d
 
@@ -101,8 +102,8 @@ def factorise(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Both share the singular values: A = √S Vᵀ and B = U √S. Where the matrix has fewer than ``rank``
     of them the rest of A and B is zero.
     """
-    u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)
+    u, s, v = svd(change.double())
     root, missing = s[:rank].sqrt(), max(0, rank - len(s))
-    a = nn.functional.pad(root.unsqueeze(1) * vh[:rank], (0, 0, 0, missing))
+    a = nn.functional.pad(root.unsqueeze(1) * v.T[:rank], (0, 0, 0, missing))
     b = nn.functional.pad(u[:, :rank] * root, (0, missing))
     return a.float(), b.float()
