@@ -49,12 +49,8 @@ class Convolution(nn.Module):
             bias=False, padding_mode=padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = (
-            plain.kernel_size,
-            plain.stride,
-            plain.dilation,
-        )
-        self.padding, self.padding_mode = plain.padding, plain.padding_mode
+        self.kernel_size, self.stride = plain.kernel_size, plain.stride
+        self.dilation, self.padding, self.padding_mode = plain.dilation, plain.padding, padding_mode
         # Whatever is not the same number of zeros on both sides is added before the convolution.
         uneven = padding_mode != "zeros" or isinstance(plain.padding, str)
         self._before = tuple(plain._reversed_padding_repeated_twice) if uneven else ()

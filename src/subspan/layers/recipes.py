@@ -1,6 +1,6 @@
 """Named special cases of products of sums: factors for an n × m weight.
 
-ProductOfSumsLinear(m, n, recipes.low_rank(16))
+For example ``ProductOfSumsLinear(m, n, recipes.low_rank(16))``.
 """
 
 from __future__ import annotations

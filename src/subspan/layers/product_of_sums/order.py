@@ -65,14 +65,13 @@ def plan_product(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Pla
             right = best[i + 1, j]
             # What is empty meets matrices only: transforms of nothing are an error.
             if (per_vector := sums[i].apply_cost) is not None and (batch != 0 or not right.vectors):
-                cost, text = (
-                    per_vector * sizes[j + 1] + right.cost,
-                    f"({sums[i].kind}· {right.text})",
-                )
+                cost = per_vector * sizes[j + 1] + right.cost
+                text = f"({sums[i].kind}· {right.text})"
                 ways.append(Plan(cost, text, "apply", right.vectors, i + offset, right=right))
             if j < k and (per_vector := sums[j].apply_cost) is not None:
                 left = best[i, j - 1]
-                cost, text = per_vector * sizes[i] + left.cost, f"({left.text} ·{sums[j].kind})"
+                cost = per_vector * sizes[i] + left.cost
+                text = f"({left.text} ·{sums[j].kind})"
                 ways.append(Plan(cost, text, "apply_t", False, j + offset, left=left))
             best[i, j] = ways[0]
             for plan in ways:  # a loop, since torch.compile takes no min with a key
