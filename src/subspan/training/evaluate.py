@@ -11,6 +11,7 @@ from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import digest_tensors, saved_buffers
 from subspan.training import tasks
 from subspan.training.config import Training
 from subspan.training.methods import method
@@ -21,9 +22,20 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
     """Loss and score of a model on a part of a task; the network stays in eval mode.
 
     Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
+
+    Raises:
+        SubspanError: if what the task returns is no loss and score, or its evaluation trains.
     """
-    model.eval()
-    found = task.evaluate(model.merge() if isinstance(model, SubspaceModel) else model, part)
+    net = model.eval().merge() if isinstance(model, SubspaceModel) else model.eval()
+    before = _digests(net)
+    found = task.evaluate(net, part)
+    model.eval()  # which an evaluation may end with train()
+    now = _digests(net)
+    if changed := next((name for name in before if now.get(name) != before[name]), None):
+        raise SubspanError(
+            f"the task's evaluate changed {changed} of the network, as if the {part} part were "
+            "to be trained on; in training mode BatchNorm does that: leave the network in eval mode"
+        )
     try:
         loss, score = map(float, found)
     except (TypeError, ValueError) as error:
@@ -31,6 +43,12 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
             f"the task's evaluate must return its loss and its score, two numbers, got {found!r}"
         ) from error
     return loss, task.score.checked(score)
+
+
+def _digests(net: nn.Module) -> dict[str, str]:
+    """Return a digest of every buffer of real numbers, by name; a counter may count calls."""
+    buffers = saved_buffers(net).items()
+    return {name: digest_tensors({name: b}) for name, b in buffers if b.is_floating_point()}
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
