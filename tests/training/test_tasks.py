@@ -282,12 +282,25 @@ def test_a_faulty_task(own, wrong, message):
     assert Path("run").exists() == (wrong in ("alone", "texts", "train"))
 
 
-def test_an_evaluation_may_end_in_training_mode(own, monkeypatch):
+def test_an_evaluation_leaves_no_trace(own, monkeypatch):
+    """As many end in training mode, or without gradients, or seed what they draw."""
     task = tasks.load(Training(task=f"{own}:line"), 0)
-    monkeypatch.setattr(task, "evaluate", lambda net, part: (len(part), 0.5 * net.train().training))
     net = task.network()
-    assert evaluate(net, task, "test") == (4, 0.5)
+
+    def leaves(net, part):
+        torch.manual_seed(3)
+        torch.set_grad_enabled(False)
+        return 0.0, float(net.train().training)
+
+    monkeypatch.setattr(task, "evaluate", leaves)
+    before = torch.get_rng_state()
+    try:
+        assert evaluate(net, task, "test") == (0.0, 1.0)
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
     assert not net.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_score_must_be_a_number(own):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from subspan import checkpoint
@@ -12,7 +13,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import digest_tensors, saved_buffers
-from subspan.training import tasks
+from subspan.training import state, tasks
 from subspan.training.config import Training
 from subspan.training.methods import method
 from subspan.training.tasks import Part, Task
@@ -21,15 +22,19 @@ from subspan.training.tasks import Part, Task
 def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
     """Loss and score of a model on a part of a task; the network stays in eval mode.
 
-    Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
+    Whatever the task does, a training goes on as if there had been no evaluation. Of a
+    :class:`SubspaceModel` P w is computed once, and not for every batch.
 
     Raises:
         SubspanError: if what the task returns is no loss and score, or its evaluation trains.
     """
     net = model.eval().merge() if isinstance(model, SubspaceModel) else model.eval()
-    before = _digests(net)
-    found = task.evaluate(net, part)
-    model.eval()  # which an evaluation may end with train()
+    before, drawn = _digests(net), state.generators()
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        found = task.evaluate(net, part)
+    # An evaluation may end in training mode, without gradients, or seed a generator.
+    model.eval()
+    state.set_generators(drawn)
     now = _digests(net)
     if changed := next((name for name in before if now.get(name) != before[name]), None):
         raise SubspanError(
