@@ -68,7 +68,7 @@ def say_left_out(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
             left.append(str(file.relative_to(folder)))
     if not left:
         return ()
-    named = ", ".join(left[:3]) + ", …" * (len(left) > 3)
+    named = ", ".join(left[:3]).encode(errors="replace").decode() + ", …" * (len(left) > 3)
     be = "files are" if len(left) > 1 else "file is"
     return (f"{len(left):,} {be} no part of the set, and left out: {named}",)
 
