@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from subspan import files
+from subspan.errors import SubspanError
+from subspan.files import refuse_what_is_no_file as refuse_early
 from subspan.files import remove_unfinished, write_atomically, write_together
 
 NEW = b"new" * 10_000
@@ -22,7 +24,57 @@ def test_writes_and_replaces(tmp_path):
     assert write_atomically(path, b"old") == 3
     assert write_atomically(str(path), NEW) == len(NEW)
     assert path.read_bytes() == NEW
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "latest.json", tmp_path / "disk" / "one.json"
+    link.symlink_to("disk/one.json")
+    for data in (b"old", NEW):  # also where it leads to nothing yet
+        assert write_atomically(link, data) == len(data)
+        assert link.is_symlink()
+        assert file.read_bytes() == data
+    (tmp_path / "disk" / ".one.json.x1.tmp").touch()
+    remove_unfinished(link)
+    assert os.listdir(tmp_path / "disk") == ["one.json"]
+
+
+def test_permissions_are_those_of_the_file_or_of_new_ones(tmp_path):
+    path = tmp_path / "record.json"
+    before = os.umask(0o077)
+    try:
+        write_atomically(path, b"old")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)
+    write_atomically(path, NEW)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link, tmp_path):
+        for write in (lambda p: write_together({tmp_path / "a": b"", p: b""}), refuse_early):
+            with pytest.raises(SubspanError, match=f"{path.name} cannot be a file"):
+                write(path)
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_protected_file_stays(tmp_path, monkeypatch):
+    """Whoever may write to its folder could rename another one to it."""
+    path = tmp_path / "record.json"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    monkeypatch.setattr(files.os, "access", lambda name, _: os.stat(name).st_mode & 0o200)  # root
+    for write in (lambda p: write_atomically(p, NEW), refuse_early):
+        with pytest.raises(PermissionError, match=r"record\.json"):
+            write(path)
+    assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
 
 
@@ -50,11 +102,10 @@ def read_only(*_, **__):
     raise OSError(errno.EROFS, "Read-only file system", ".record.json.x8a.tmp")
 
 
-@pytest.mark.parametrize("module", [files.os, files.tempfile])
+@pytest.mark.parametrize(("owner", "call"), [(files.os, "replace"), (files.Path, "open")])
 @pytest.mark.parametrize("failure", [no_space, read_only])
-def test_an_error_names_the_file_and_no_hidden_one(module, failure, tmp_path, monkeypatch):
-    call = "replace" if module is files.os else "NamedTemporaryFile"
-    monkeypatch.setattr(module, call, failure)
+def test_an_error_names_the_file_and_no_hidden_one(owner, call, failure, tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, call, failure)
     with pytest.raises(OSError, match=r"space|Read") as caught:
         write_atomically(tmp_path / "record.json", NEW)
     assert caught.value.filename == str(tmp_path / "record.json")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,10 +24,11 @@ def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:
     """Refuse a path that no file can be written to, before the work that would fill it.
 
     Raises:
-        SubspanError: if it is a folder, or lies in one that does not exist.
+        SubspanError: if it is a folder or a device, or lies in a folder that does not exist.
+        PermissionError: if it is a file that is protected.
     """
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
+    _refuse_what_renaming_would_take(Path(path))
+    if not _behind_links(path).parent.is_dir():
         raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
 
 
@@ -44,10 +47,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
     """Write a file so that at every moment the old or the new one is there, whole.
 
     A temporary file in the same folder is written, synced and renamed; whatever goes wrong (a full
-    disk, a folder that is not there) leaves nothing behind.
+    disk, a folder that is not there) leaves nothing behind. Otherwise it is as if the file had been
+    opened and written: a link stays, and what it leads to is written; a file that was there keeps
+    its permissions, and a new one has those that new files have; what is no file, or is protected,
+    is refused.
 
     Returns:
         The number of bytes.
+
+    Raises:
+        SubspanError: if something is there that is no file.
+        OSError: if it cannot be written.
     """
     return write_together({Path(path): data})
 
@@ -57,13 +67,33 @@ def write_together(files: Mapping[Path, bytes]) -> int:
 
     Returns:
         The number of bytes of all.
+
+    Raises:
+        SubspanError, OSError: as :func:`write_atomically`.
     """
+    for path in files:
+        _refuse_what_renaming_would_take(path)
     with contextlib.ExitStack() as stack:
-        new = {path: stack.enter_context(_beside(path, data)) for path, data in files.items()}
+        targets = {_behind_links(path): data for path, data in files.items()}
+        new = {path: stack.enter_context(_beside(path, data)) for path, data in targets.items()}
         for path, name in new.items():
             with _named(path):
                 os.replace(name, path)
     return sum(map(len, files.values()))
+
+
+def _behind_links(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _refuse_what_renaming_would_take(path: Path) -> None:
+    """Refuse to put a file in the place of a device, or of a file that may not be written."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise SubspanError(f"{path} cannot be a file: give a file name in a folder that exists")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @contextlib.contextmanager
@@ -80,23 +110,23 @@ def _named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _beside(path: Path, data: bytes) -> Iterator[str]:
     """Write a temporary file, which is gone if anything fails inside of the ``with``."""
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _named(path):
-        temporary = tempfile.NamedTemporaryFile(  # noqa: SIM115 (entered below)
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        )
-    with temporary as file:
+        file = name.open("xb")
+    with file:
         try:
             with _named(path):
+                if path.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
-            yield file.name
+            yield str(name)
         except BaseException:
             with contextlib.suppress(OSError):  # which would hide the first, for it writes again
                 file.close()
             with contextlib.suppress(FileNotFoundError):  # Ctrl-C just after the renaming
-                os.unlink(file.name)
+                os.unlink(name)
             raise
 
 
@@ -105,6 +135,6 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
 
     Only for a file that no other process is writing.
     """
-    path = Path(path)
+    path = _behind_links(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)

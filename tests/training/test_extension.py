@@ -132,6 +132,16 @@ def test_a_file_whose_projection_is_not_imported(tmp_path):
     assert subspan(tmp_path, "eval", "out/model.safetensors", "--import", "mine").returncode == 0
 
 
+def test_a_package_that_fails(tmp_path, monkeypatch, capsys):
+    (tmp_path / "failing").mkdir()
+    (tmp_path / "failing" / "__init__.py").write_text("raise ValueError('no licence')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert main(["train", "--import", "failing.method", *DIGITS, "--out", "out"]) == 2
+    said = f"failing.method fails in {tmp_path}/failing/__init__.py, line 1: ValueError: no licence"
+    assert said in capsys.readouterr().err
+
+
 def test_nothing_is_written_then(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("x = 1\nraise ValueError('no licence')\n")
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from collections import OrderedDict
 from typing import get_type_hints
 
 import pytest
@@ -80,6 +81,17 @@ def test_layers_by_name():
     assert method("lora").counts(only)["trainable_parameters"] == 2 * (16 + 32) + HEAD
     with pytest.raises(SubspanError, match="no linear layer beside the head can get factors"):
         wrapped("lora", rank=1, layers="classifier")
+
+
+@needs_peft
+@pytest.mark.parametrize("name", ["lora", "unilora", "vera"])
+def test_a_name_at_the_end_of_another(name):
+    """PEFT would put factors into the head, too, whose name ends as that of the other layer."""
+    head = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8)))
+    net = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), head=head))
+    model = method(name).wrap(net, 0, NUMBERS[name][0] | {"train_fully": "head.fc"})
+    assert type(model.head.fc) is nn.Linear
+    assert type(model.fc) is not nn.Linear
 
 
 @needs_peft

@@ -103,6 +103,8 @@ class Faulty(Line):
         return {"size": 2.5, "empty": 0}.get(self.wrong, super().size())
 
     def network(self):
+        if self.wrong == "train":
+            return nn.Sequential(nn.BatchNorm1d(6), super().network())
         return None if self.wrong == "network" else super().network()
 
     def loss(self, net, batch):
@@ -111,6 +113,8 @@ class Faulty(Line):
         return super().loss(net, batch)
 
     def evaluate(self, net, part):
+        if self.wrong == "train":
+            net.train()
         return {"alone": 0.5, "texts": ("a", "b")}.get(self.wrong, super().evaluate(net, part))
 
 def faulty(seed, data):
@@ -269,12 +273,34 @@ def test_what_is_no_task(own, function, message):
         ("loss", r"tensor of one number with a gradient, got a tensor of shape \(2,\)"),
         ("alone", "evaluate must return its loss and its score, two numbers, got 0.5"),
         ("texts", r"evaluate must return its loss and its score, two numbers, got \('a', 'b'\)"),
+        ("train", r"evaluate changed 0\.running_mean of the network, as if the validation part"),
     ],
 )
 def test_a_faulty_task(own, wrong, message):
     with pytest.raises(SubspanError, match=message):
         train(a_run(f"{own}:faulty", data=wrong), Path("run"))
-    assert Path("run").exists() == (wrong in ("alone", "texts"))
+    assert Path("run").exists() == (wrong in ("alone", "texts", "train"))
+
+
+def test_an_evaluation_leaves_no_trace(own, monkeypatch):
+    """As many end in training mode, or without gradients, or seed what they draw."""
+    task = tasks.load(Training(task=f"{own}:line"), 0)
+    net = task.network()
+
+    def leaves(net, part):
+        torch.manual_seed(3)
+        torch.set_grad_enabled(False)
+        return 0.0, float(net.train().training)
+
+    monkeypatch.setattr(task, "evaluate", leaves)
+    before = torch.get_rng_state()
+    try:
+        assert evaluate(net, task, "test") == (0.0, 1.0)
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    assert not net.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_score_must_be_a_number(own):

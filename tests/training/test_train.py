@@ -301,6 +301,10 @@ def always_one(input_shape, classes):
     return ONE
 
 
+def around_one(input_shape, classes):
+    return nn.Sequential(ONE, nn.Identity())
+
+
 def without_values(input_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
 
@@ -320,8 +324,13 @@ def test_networks_that_no_file_could_find_again(name, init, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_function_may_return_one_network_always():
-    assert prepare(a_run(net="tests.training.test_train:always_one", dim=20)).model.body is ONE
+@pytest.mark.parametrize("name", ["always_one", "around_one"])
+@pytest.mark.parametrize("options", [{"method": "hash", "dim": 20}, {"method": "full"}])
+def test_a_function_may_return_one_network_always(name, options, tmp_path):
+    """Or one part; which a run leaves as it was, so that another one begins there, too."""
+    run = a_run(net=f"tests.training.test_train:{name}", **options)
+    losses = [train(run, tmp_path / str(i)).history[0].train_loss for i in range(2)]
+    assert losses[0] == losses[1]
 
 
 def test_a_file_of_all_weights_needs_no_function_that_makes_them_again():

@@ -127,6 +127,8 @@ def test_results_without_rows_are_refused(many, answer, words):
         ([torch.ones(3, 3)], {"scale": {"by": torch.ones(1)}}, r"scale\['by'\] has shape \(1,\)"),
         ([torch.ones(3, 3)], {"extra": object()}, "extra is a object, whose rows"),
         ([torch.ones(3, 3)], {"extra": ["a", "b", "c"]}, "extra is a list, whose rows"),
+        ([torch.ones(3, 3)], {"extra": [1, 2, 3]}, "extra is a list of as many values as there"),
+        ([torch.ones(3, 3)], {"extra": {"by": [[1], [2, 3], []]}}, r"extra\['by'\] is a list"),
         ([3], {}, "no argument is a tensor"),
     ],
 )

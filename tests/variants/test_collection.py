@@ -68,6 +68,31 @@ def test_a_folder_is_read_as_it_is_used(model, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_file_that_is_replaced_is_read_again(model, tmp_path):
+    """Whether it was in memory or not; one that is gone stays there."""
+    x, file = batch("cnn"), tmp_path / "a.safetensors"
+    first = save(model, file, 1)
+    variants = Variants(own(model), tmp_path)
+    assert torch.equal(variants(x, names="a"), first)
+    expected = save(model, file, 2)
+    assert torch.equal(variants(x, names="a"), expected)
+    file.unlink()
+    assert torch.equal(variants(x, names="a"), expected)
+
+
+def test_compact_files_are_variants_too(model, tmp_path):
+    x = batch("cnn")
+    save(model, tmp_path / "a.safetensors", 1)
+    subspan.save(trained(model, 2), tmp_path / "b.subspan", bits=6)
+    variants = Variants(own(model), tmp_path)
+    assert variants.names == ["a", "b"]
+    variants.add("c", tmp_path / "b.subspan")
+    assert torch.equal(variants(x, names="b"), variants(x, names="c"))
+    (tmp_path / "a.subspan").write_bytes((tmp_path / "b.subspan").read_bytes())
+    with pytest.raises(SubspanError, match=r"a.safetensors and .*a.subspan would both be .* 'a'"):
+        Variants(own(model), tmp_path)
+
+
 def test_a_variant_takes_the_memory_of_its_numbers(model):
     variants, coordinates = Variants(model), [torch.randn(12) for _ in range(2)]
     big = Variants(SubspaceModel(nn.Linear(100, 100), 1000).eval())

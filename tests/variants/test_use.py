@@ -1,6 +1,7 @@
 """A network is a variant inside of ``use``, in one thread or task, and itself elsewhere."""
 
 import asyncio
+import contextvars
 import copy
 import threading
 
@@ -344,6 +345,35 @@ def test_each_task_has_its_own(model):
         await asyncio.gather(serve("a"), serve("b"))
 
     asyncio.run(both())
+
+
+def test_generators_that_stop_inside_of_a_use(model):
+    """They leave it to their caller, and go on with another's: that is said, and is over then."""
+    x, before = batch("cnn"), run(model, batch("cnn"))
+    variants = Variants(model)
+    for name in "ab":
+        variants.add(name, vector(ord(name)))
+
+    def stream(name):
+        with variants.use(name) if name else model.at_base():
+            for _ in range(2):
+                yield run(model, x)
+
+    first, second = stream("a"), stream("b")
+    next(first), next(second)
+    with pytest.raises(SubspanError, match="use of variant 'a' has not ended where it began"):
+        list(first)
+    list(second)
+    assert torch.equal(run(model, x), before)
+    for name, said in (("a", "the use of variant 'a'"), (None, r"at_base\(\)")):
+        stopped = stream(name)
+        contextvars.copy_context().run(next, stopped)  # as servers do, which run it in threads
+        with pytest.raises(SubspanError, match=f"{said} has not ended where it began"):
+            list(stopped)
+    given_up = stream("a")
+    next(given_up)
+    given_up.close()  # an error of its own
+    assert torch.equal(run(model, x), before)
 
 
 def test_a_compiled_network_is_one_graph_for_all_variants(model):

@@ -106,16 +106,18 @@ def _points_in(folder: Path) -> Iterator[tuple[str, MeasuredPoint]]:
             for row in sweep.points:
                 net = row.small or str(sweep.config["net"])
                 yield str(sweep.config["data"]), _point(place, net, row)
-    alike = defaultdict[tuple[Path, str], list[tuple[Path, RunRecord]]](list)
+    alike = defaultdict[tuple[Path, str], dict[int, tuple[Path, RunRecord]]](dict)
     for place in sorted(path.parent for path in folder.rglob(RunRecord.FILE)):
         if inside.isdisjoint(place.parents):
             run = RunRecord.read(place)
             if run is not None and _counts(run):
                 config = json.dumps(run.config | {"seed": None}, sort_keys=True)
-                alike[place.parent, config].append((place, run))
+                seed: int = run.config["seed"]
+                alike[place.parent, config].setdefault(seed, (place, run))  # a copy is no more
     for members in alike.values():
-        place, first = members[0]
-        row = PointRecord.from_runs([run for _, run in members], point_of(first).label)
+        runs = [run for _, run in members.values()]
+        place, first = next(iter(members.values()))
+        row = PointRecord.from_runs(runs, point_of(first).label)
         yield str(first.config["data"]), _point(place, str(first.config["net"]), row)
 
 

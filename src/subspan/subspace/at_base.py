@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from subspan.subspace.callers import runs_twice
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
+
+T = TypeVar("T")
 
 _resting: ContextVar[tuple[Network, ...]] = ContextVar("subspan_resting", default=())
 _lock = threading.Lock()
@@ -42,12 +44,47 @@ def at_base(weights: Network) -> Iterator[None]:
             "wrapped in a process of its own, or before fully_shard"
         )
     _count(1)
-    token = _resting.set((*_resting.get(), weights))
     try:
-        yield
+        with first_in_context(_resting, weights, "at_base()"):
+            yield
     finally:
         _count(-1)
-        _resting.reset(token)
+
+
+@contextmanager
+def first_in_context(state: ContextVar[tuple[T, ...]], value: T, called: str) -> Iterator[None]:
+    """Put a value before all others that this context has, until the ``with`` ends.
+
+    Args:
+        state: the values of each context.
+        value: that is put there.
+        called: what the ``with`` is to people, for the error.
+
+    Raises:
+        SubspanError: at the end, if others have begun and not ended, or this is another context: a
+            generator has stopped inside of the ``with``.
+    """
+    state.set((value, *state.get()))
+    try:
+        yield
+    except BaseException:
+        _take_out(state, value)
+        raise
+    if not _take_out(state, value):
+        raise SubspanError(
+            f"{called} has not ended where it began: a generator that yields inside of it leaves "
+            "it to its caller, and may itself go on with that of another, or with none in another "
+            "thread, so that results are wrong: end it before each yield"
+        )
+
+
+def _take_out(state: ContextVar[tuple[T, ...]], value: T) -> bool:
+    """Remove a value from those of this context; return whether it was the first."""
+    held = state.get()
+    if value in held:
+        place = held.index(value)
+        state.set((*held[:place], *held[place + 1 :]))
+    return held[:1] == (value,)
 
 
 def is_at_base(weights: Network) -> bool:

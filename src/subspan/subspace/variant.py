@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.at_base import is_at_base, refuse_running_again
+from subspan.subspace.at_base import first_in_context, is_at_base, refuse_running_again
 from subspan.subspace.computed import guard_lent
 from subspan.subspace.formed import version_of
 from subspan.subspace.links import link_of, locate
@@ -191,11 +191,8 @@ def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:
 @contextmanager
 def using(variant: Variant) -> Iterator[None]:
     """Let this context's reads of the network give those of a variant."""
-    token = _current.set((variant, *_current.get()))
-    try:
+    with first_in_context(_current, variant, f"the use of variant {variant.name!r}"):
         yield
-    finally:
-        _current.reset(token)
 
 
 def find_variant(weights: Network) -> Variant | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
-from subspan.training import tasks
+from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.training import state, tasks
 from subspan.training.config import Training
 from subspan.training.methods import method
 from subspan.training.tasks import Part, Task
@@ -20,10 +22,25 @@ from subspan.training.tasks import Part, Task
 def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
     """Loss and score of a model on a part of a task; the network stays in eval mode.
 
-    Of a :class:`SubspaceModel` P w is computed once, and not for every batch.
+    Whatever the task does, a training goes on as if there had been no evaluation. Of a
+    :class:`SubspaceModel` P w is computed once, and not for every batch.
+
+    Raises:
+        SubspanError: if what the task returns is no loss and score, or its evaluation trains.
     """
+    net = model.eval().merge() if isinstance(model, SubspaceModel) else model.eval()
+    before, drawn = _digests(net), state.generators()
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        found = task.evaluate(net, part)
+    # An evaluation may end in training mode, without gradients, or seed a generator.
     model.eval()
-    found = task.evaluate(model.merge() if isinstance(model, SubspaceModel) else model, part)
+    state.set_generators(drawn)
+    now = _digests(net)
+    if changed := next((name for name in before if now.get(name) != before[name]), None):
+        raise SubspanError(
+            f"the task's evaluate changed {changed} of the network, as if the {part} part were "
+            "to be trained on; in training mode BatchNorm does that: leave the network in eval mode"
+        )
     try:
         loss, score = map(float, found)
     except (TypeError, ValueError) as error:
@@ -31,6 +48,12 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
             f"the task's evaluate must return its loss and its score, two numbers, got {found!r}"
         ) from error
     return loss, task.score.checked(score)
+
+
+def _digests(net: nn.Module) -> dict[str, str]:
+    """Return a digest of every buffer of real numbers, by name; a counter may count calls."""
+    buffers = saved_buffers(net).items()
+    return {name: digest_tensors({name: b}) for name, b in buffers if b.is_floating_point()}
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:

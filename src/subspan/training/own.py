@@ -33,7 +33,9 @@ def load(name: str) -> None:
     except SubspanError:
         raise
     except Exception as error:
-        found = importlib.util.find_spec(name)
+        found = None
+        with contextlib.suppress(Exception):  # which imports the package that the module is in
+            found = importlib.util.find_spec(name)
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if found and frame.filename == found.origin]
         place = (own or frames)[-1].filename, (own or frames)[-1].lineno

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tempfile
+import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -122,10 +124,15 @@ def prepare(run: Run) -> Prepared:
     def draw() -> nn.Module:
         return make() if init_seed is None else init.build(make, init_seed)
 
-    by_code = ":" in f"{training.net}{training.task}"  # of the user's, which may do anything
-    first = _digest(draw()) if by_code else None
-    net = draw()
-    alike = first is None or _digest(net) == first
+    alike = True
+    if ":" in f"{training.net}{training.task}":  # by the user's code, which may do anything
+        first, tensors = _digest_and_tensors(draw())
+        net = draw()
+        alike = _digest(net) == first
+        if {id(tensor()) for tensor in tensors} & set(map(id, net.parameters())):
+            net = copy.deepcopy(net)  # the code has kept it, and would give it to the next run
+    else:
+        net = draw()
     for slot in find_slots(net):  # refuses parameters without values
         if not bool(torch.isfinite(net.get_parameter(slot.tensor)).all()):
             raise SubspanError(f"{slot.tensor} of the network is not finite before the first step")
@@ -143,6 +150,10 @@ def prepare(run: Run) -> Prepared:
         # The checkpoint then holds no θ₀ and needs none.
         model.init_seed = init_seed  # type: ignore[assignment]
     return Prepared(run, task, how, model, init_seed)
+
+
+def _digest_and_tensors(net: nn.Module) -> tuple[str, list[weakref.ref[nn.Parameter]]]:
+    return _digest(net), list(map(weakref.ref, net.parameters()))
 
 
 def _digest(net: nn.Module) -> str:

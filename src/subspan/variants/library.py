@@ -12,6 +12,9 @@ from pathlib import Path
 from subspan.errors import SubspanError
 from subspan.variants.stored import Source, StoredVariant
 
+ENDS = (".safetensors", ".subspan")  # the latter of compact files
+Stamp = tuple[int, int, int] | None  # of a file: when it was written, its size, which one it is
+
 
 class Library:
     """Variants by name; threads may add, remove, replace and load at once.
@@ -22,7 +25,7 @@ class Library:
         resident: how many of the folder's variants stay in memory.
 
     Raises:
-        SubspanError: for a folder without checkpoints.
+        SubspanError: for a folder without checkpoints, or with two of one name.
     """
 
     def __init__(
@@ -34,7 +37,8 @@ class Library:
         self._take, self._resident = take, resident
         self._files = {} if folder is None else _find_files(folder)
         self._added: dict[str, StoredVariant] = {}
-        self._read: OrderedDict[str, StoredVariant] = OrderedDict()  # from files, latest used last
+        # From files, each with the state of its file; latest used last.
+        self._read: OrderedDict[str, tuple[Stamp, StoredVariant]] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -91,14 +95,18 @@ class Library:
             self._check_known(name)
             if name in self._added:
                 return self._added[name]
-            if name in self._read:
-                self._read.move_to_end(name)
-                return self._read[name]
             path = self._files[name]
+        stamp = _stamp(path)
+        with self._lock:
+            kept = self._read.get(name)
+            if kept is not None and stamp in (None, kept[0]):
+                self._read.move_to_end(name)
+                return kept[1]
         stored = self._take(path)  # other threads need not wait
         with self._lock:
             if self._files.get(name) is path:
-                self._read[name] = stored
+                self._read[name] = stamp, stored
+                self._read.move_to_end(name)
             while len(self._read) > self._resident:
                 self._read.popitem(last=False)
         return stored
@@ -106,8 +114,8 @@ class Library:
     def _drop(self, name: str) -> list[StoredVariant]:
         self._check_known(name)
         self._files.pop(name, None)
-        found = (self._added.pop(name, None), self._read.pop(name, None))
-        return [stored for stored in found if stored is not None]
+        _, read = self._read.pop(name, (None, None))
+        return [each for each in (self._added.pop(name, None), read) if each is not None]
 
     def _refuse_taken(self, name: str) -> None:
         if name in self:
@@ -122,15 +130,30 @@ class Library:
         raise SubspanError(f"unknown variant {name!r} among {len(known):,}: {hint}")
 
 
+def _stamp(path: Path) -> Stamp:
+    """Tell the states of a file apart; None of one that is gone, whose variant may be in memory."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
 def _find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """Find the checkpoints of a folder, by the names of their variants.
 
     Raises:
-        SubspanError: if there are none.
+        SubspanError: if there are none, or two of one name.
     """
-    files = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+    files: dict[str, Path] = {}
+    for path in sorted(path for end in ENDS for path in Path(folder).glob(f"*{end}")):
+        if (other := files.setdefault(path.stem, path)) is not path:
+            raise SubspanError(
+                f"{other} and {path} would both be the variant {path.stem!r}: take one away"
+            )
     if not files:
         raise SubspanError(
-            f"{folder} has no checkpoints (*.safetensors): give a folder of files of subspan.save"
+            f"{folder} has no checkpoints ({', '.join(f'*{end}' for end in ENDS)}): give a folder "
+            "of files of subspan.save"
         )
     return files

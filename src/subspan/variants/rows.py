@@ -30,7 +30,13 @@ def check_rows(value: Any, rows: int, where: str) -> int:
     if isinstance(value, Mapping):
         return sum(check_rows(item, rows, f"{where}[{key!r}]") for key, item in value.items())
     if isinstance(value, list | tuple) and not any(isinstance(item, str) for item in value):
-        return sum(check_rows(item, rows, f"{where}[{i}]") for i, item in enumerate(value))
+        count = sum(check_rows(item, rows, f"{where}[{i}]") for i, item in enumerate(value))
+        if isinstance(value, list) and len(value) == rows > 1 and not count:
+            raise SubspanError(
+                f"{where} is a list of as many values as there are rows: give a tensor if each is "
+                "for its row, or a tuple if all are for all rows"
+            )
+        return count
     if not isinstance(value, _PLAIN):
         raise SubspanError(
             f"{where} is a {type(value).__name__}, whose rows cannot be told apart: give tensors"

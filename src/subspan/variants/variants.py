@@ -36,8 +36,9 @@ class Variants:
 
     Args:
         model: a :class:`~subspan.SubspaceModel`, its network, or ``torch.compile`` of either.
-        folder: of checkpoints; each is a variant named as its file, without ``.safetensors``. A
-            file is read when its variant is used.
+        folder: of checkpoints; each is a variant named as its file, without ``.safetensors``, or
+            ``.subspan`` of a compact one. A file is read when its variant is used, and again when
+            it has changed since.
         resident: how many of the folder's variants stay in memory, the latest used.
         formed: of how many uses θ is kept for the next one with the same variants. Of one variant,
             up to 2²⁵ weights are kept.

@@ -109,6 +109,15 @@ def test_the_depth_of_a_jpeg_2000():
         pixels.read(bytes(content))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_images_after_the_first_are_not_lost(kind):
+    first, second = (Image.new("L", (8, 8), value) for value in (0, 200))
+    assert pixels.read(file_of(first, kind)).shape[-2:] == (8, 8)
+    several = file_of(first, kind, save_all=True, append_images=[second, first])
+    with pytest.raises(SubspanError, match="it has 3 images, an animation or pages, and a sample"):
+        pixels.read(several)
+
+
 def test_signs_that_pillow_misreads():
     """Pixels have 32 bits without a sign, or 8 with one."""
     levels = np.array([[[5], [6]]])

@@ -5,7 +5,8 @@ import torch
 
 from subspan.errors import SubspanError
 from subspan.training import data
-from tests.training.data.makers import image_folder
+from subspan.training.data import tables
+from tests.training.data.makers import image_folder, parquet_folder
 
 
 @pytest.fixture
@@ -81,6 +82,31 @@ def test_a_known_name_is_no_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data.load("digits").image_shape == (1, 8, 8)
     assert data.load("./digits").image_shape == (1, 3, 4)
+
+
+def test_files_that_are_no_part_of_a_set_are_noted(tmp_path):
+    """``datasets`` passes over files of other formats, and over others where some tell a part."""
+    folder = image_folder(tmp_path / "pets")
+    for file in ("README.md", "LICENSE", ".cache/a.png", "train/.thumbs.db"):  # of no interest
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+    assert data.load(str(folder)).notes == ()
+    for file in ("train/cat/99.heic", "more/cat/1.png", "more/dog/2.png", "more/dog/3.png"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    left = "more/cat/1.png, more/dog/2.png, more/dog/3.png, …"
+    note = f"4 files are no part of the set, and left out: {left}"
+    assert data.load(str(folder)).notes == (note,)
+
+
+def test_tables_of_another_format_are_noted(tmp_path):
+    folder = parquet_folder(tmp_path / "set", text=["a"], label=[0])
+    (folder / "train-2.jsonl").write_text('{"text": "b", "label": 1}\n')
+    (folder / "test-2.jsonl").write_text('{"text": "b", "label": 1}\n')
+    (folder / "more.parquet").write_bytes((folder / "train.parquet").read_bytes())
+    *_, notes = tables.open_set(str(folder), None, "texts", "")
+    left = "more.parquet, test-2.jsonl, train-2.jsonl"
+    assert notes == (f"3 files are no part of the set, and left out: {left}",)
 
 
 def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):

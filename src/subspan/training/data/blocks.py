@@ -139,11 +139,10 @@ def load(
         with Console(stderr=True).status(f"reading {name}"):
             if file.is_file():
                 return cut({"train": [_read_file(file)]})
-            if folder:
-                return cut(_read_set(str(folder), None, text_column))
-            revision = sources.newest_revision(name, name)
-            raw = cut(_read_set(name, revision, text_column))
-            return replace(raw, notes=(f"{name} at revision {revision}", *raw.notes))
+            revision = None if folder else sources.newest_revision(name, name)
+            texts, left_out = _read_set(str(folder or name), revision, text_column)
+            raw, told = cut(texts), () if folder else (f"{name} at revision {revision}",)
+            return replace(raw, notes=(*told, *raw.notes, *left_out))
 
     raw = cache.fetch(f"{readable(Path(place[0]).name)}-{digest}", RawBlocks, build)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
@@ -157,9 +156,11 @@ def _read_file(file: Path) -> str:
         raise SubspanError(f"{file} is no text in UTF-8 ({error}): save it as UTF-8") from None
 
 
-def _read_set(path: str, revision: str | None, text_column: str | None) -> dict[str, list[str]]:
-    """Read the texts of each part."""
-    found, features = tables.open_set(path, revision, "text", EXPECTED)
+def _read_set(
+    path: str, revision: str | None, text_column: str | None
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Read the texts of each part; and notes, on files that are no part of the set."""
+    found, features, left_out = tables.open_set(path, revision, "text", EXPECTED)
     column = tables.column("text", path, features, TEXT_COLUMNS, text_column, "string")
     texts: dict[str, list[str]] = {}
     for part, rows in found.items():
@@ -173,7 +174,7 @@ def _read_set(path: str, revision: str | None, text_column: str | None) -> dict[
                     "--text-column, or leave that row out"
                 )
         texts[part] = values
-    return texts
+    return texts, left_out
 
 
 def _cut(name: str, texts: dict[str, list[str]], *, tokenizer: Tokenizer, block: int) -> RawBlocks:

@@ -50,7 +50,7 @@ def read(
     """
     import datasets
 
-    found, features = tables.open_set(path, revision, "images", EXPECTED)
+    found, features, left_out = tables.open_set(path, revision, "images", EXPECTED)
     images = tables.column("image", path, features, IMAGE_COLUMNS, image_column, "Image", REMEDY)
     labels = tables.column(
         "label", path, features, LABEL_COLUMNS, label_column, "ClassLabel", REMEDY
@@ -82,7 +82,7 @@ def read(
     train_split, test_split = splits if test else hold_out(splits[0], 1 / 6, seed=0, stream=TEST)
     numbers = all(str(name).isdecimal() for name in known)
     [depth] = looks["depth"]
-    notes += _notes_of_levels(arrays, train_split, depth)
+    notes += left_out + _notes_of_levels(arrays, train_split, depth)
     return RawData(
         train_split, test_split, len(known), notes, () if numbers else known, depth=depth
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from subspan.errors import SubspanError
@@ -47,6 +48,29 @@ def layout(folder: Path) -> dict[str, dict[str, list[str]]]:
     if not unknown_to_it or "train" not in patterns:
         return {}
     return {"data_files": {part: list(where) for part, where in patterns.items()}}
+
+
+def say_left_out(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
+    """Say which files are no part of a set, as a note: ``datasets`` passes over them in silence.
+
+    It reads files of one format, that of most of them, and where names tell parts, those files
+    alone.
+
+    Args:
+        folder: of the set.
+        used: the files that are read, by their paths.
+    """
+    own, left = {Path(file) for file in used}, []
+    for file in sorted(folder.rglob("*")):
+        hidden = any(piece[0] in "._" for piece in file.relative_to(folder).parts)
+        document = file.suffix.lower() in ("", ".md")
+        if file not in own and not hidden and not document and file.is_file():
+            left.append(str(file.relative_to(folder)))
+    if not left:
+        return ()
+    named = ", ".join(left[:3]).encode(errors="replace").decode() + ", …" * (len(left) > 3)
+    be = "files are" if len(left) > 1 else "file is"
+    return (f"{len(left):,} {be} no part of the set, and left out: {named}",)
 
 
 def choose(

@@ -18,6 +18,7 @@ DEPTHS = {"uint8": "8 bits", "uint16": "16 bits", "int32": "32 bits", "float32":
 EXACT = 2**24  # float32, in which networks compute, tells integers up to here apart
 
 _WITH_ALPHA = {"LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA", "RGBa": "RGBA"}
+_OF_SEVERAL = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # JPEGs of cameras add previews
 _ORIENTATION, _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 0x0112, 339, 1, 2
 
 
@@ -25,10 +26,15 @@ def read(content: bytes, size: Size | None = None) -> np.ndarray:
     """Return the levels of an image file, see `to_array`.
 
     Raises:
-        SubspanError: Pillow would read other levels than the file has.
+        SubspanError: Pillow would read other levels than the file has, or it has several images.
         Exception: of any type, from Pillow, where the file is damaged.
     """
     image: Any = Image.open(BytesIO(content))
+    if image.format in _OF_SEVERAL and (count := getattr(image, "n_frames", 1)) > 1:
+        raise SubspanError(
+            f"it has {count} images, an animation or pages, and a sample is one: save each of them "
+            "in a file of its own"
+        )
     wide = _wide_colours(image, content)
     if wide is not None:
         return _finish(wide, size)

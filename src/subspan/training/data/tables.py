@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 def open_set(
     path: str, revision: str | None, what: str, expected: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """Open a set, to be streamed: ``datasets`` then leaves no copy of it in a cache of its own.
 
     Args:
@@ -29,7 +30,8 @@ def open_set(
         expected: of :func:`readable`.
 
     Returns:
-        The parts by name; and the features of the columns by name, None where a format has none.
+        The parts by name; the features of the columns by name, None where a format has none; and
+        notes, on files that are no part of the set.
 
     Raises:
         SubspanError: the set cannot be read.
@@ -43,7 +45,10 @@ def open_set(
         features = next(iter(found.values())).features
         if features is None:  # a format without types, such as text
             features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
-    return dict(found), dict(features)
+        if revision:
+            return dict(found), dict(features), ()
+        used = datasets.load_dataset_builder(path, **layout).config.data_files
+    return dict(found), dict(features), parts.say_left_out(Path(path), chain(*used.values()))
 
 
 @contextmanager

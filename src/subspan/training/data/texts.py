@@ -222,7 +222,7 @@ def _read(
     label_column: str | None,
 ) -> RawTexts:
     """Read and tokenise a set."""
-    found, features = tables.open_set(path, revision, "texts", EXPECTED)
+    found, features, left_out = tables.open_set(path, revision, "texts", EXPECTED)
     labels = tables.column(
         "label", path, features, tables.LABEL_COLUMNS, label_column, "ClassLabel"
     )
@@ -256,6 +256,7 @@ def _read(
     encoded, names = tables.encode(path, labels, features[labels], values)
     pieces = [replace(one, labels=label) for one, label in zip(split, encoded, strict=True)]
     train_part, test_part = pieces if test else hold_out(pieces[0], 1 / 6, seed=0, stream=TEST)
+    notes += left_out
     if cut:
         notes += (f"{cut:,} of {total:,} texts are longer than {length} tokens, and cut there",)
     return RawTexts(train_part, test_part, names, notes)

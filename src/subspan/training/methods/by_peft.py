@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -49,7 +50,9 @@ class PEFTMethod(FineTuning):
             )
         peft = importlib.import_module("peft")
         config = self.config(peft, seed, options)
-        config.target_modules = set(find_layers(net, options.get("layers"), head))
+        # A pattern: by a name PEFT would take other layers, too, whose names end so.
+        layers = find_layers(net, options.get("layers"), head)
+        config.target_modules = "|".join(map(re.escape, layers))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in old words
             torch.manual_seed(seed)

@@ -53,6 +53,9 @@ class Task(ABC):
     def batch(self, index: Tensor) -> Any:
         """Return some samples in the form that :meth:`loss` takes.
 
+        What is random in them comes from the generators of PyTorch, NumPy or Python, which a run
+        that goes on sets as they were; one of the task's own would begin anew.
+
         Args:
             index: int64 (n,), in [0, :meth:`size`), on the task's device.
         """
@@ -63,7 +66,10 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, net: nn.Module, part: Part) -> tuple[float, float]:
-        """Return loss and score of a network in eval mode; gradients are yours to switch off."""
+        """Return loss and score of a network in eval mode; gradients are yours to switch off.
+
+        The network stays as it is: in training mode BatchNorm would learn from this part.
+        """
 
     def count_mistakes(self, net: nn.Module) -> tuple[int, int]:
         """Count the samples that a network, in eval mode, tells wrongly, and all samples.
