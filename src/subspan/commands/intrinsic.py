@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from subspan import report
@@ -10,10 +11,8 @@ from subspan.commands.recipe import open_recipe
 from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.sweep import show_runs, show_sweep
 from subspan.commands.task_options import add_training, list_tasks, read_training
-from subspan.sweeps import backends
 from subspan.sweeps.growth import METHOD, Growth, GrowthPlan
 from subspan.sweeps.plan import carry_out
-from subspan.training import trackers
 from subspan.training.methods import method
 
 HIDDEN = ("dim", "stages", "until", "bits")  # what this command says itself, and what has no use
@@ -57,10 +56,8 @@ def main(argv: Arguments) -> None:
 
     options = {o.name: given[o.name] for o in own if given.get(o.name) is not None}
     config = read_fields(Growth, given, training=read_training(given), options=options)
-    backends.check(given.backend, given.ray_address, given.jobs)
-    running = read_running(given)
-    trackers.check(running["log"])
-    plan, out = GrowthPlan(config), Path(given.out)
+    running, out = read_running(given), Path(given.out)
+    plan = GrowthPlan(config)
     with show_runs(plan.total) as on_run:
-        result = carry_out(plan, out, on_run=on_run, **running)
+        result = carry_out(plan, out, replace(running, on_run=on_run))
     show_sweep(result, report.write(out))
