@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from subspan.errors import SubspanError
 from subspan.training import data, nets, state
 from subspan.training.config import IMAGES, Option, Training
 from subspan.training.data.augment import Change, changes
+from subspan.training.data.cache import digest
 from subspan.training.data.decode import parse_size
 from subspan.training.tasks import TaskKind, register
 from subspan.training.tasks.classes import ClassTask
@@ -66,8 +66,7 @@ class Classification(ClassTask):
         """Return the network's input, so that it can be built and fed without the data."""
         images = self.images
         # A digest: of a thousand classes the names would be larger than the coordinates.
-        text = json.dumps(images.names).encode()
-        names = {"names": hashlib.blake2b(text, digest_size=8).hexdigest()} if images.names else {}
+        names = {"names": digest(json.dumps(images.names))} if images.names else {}
         told = names if images.depth == "8 bits" else {**names, "depth": images.depth}
         return told | {
             "image_shape": list(images.image_shape),

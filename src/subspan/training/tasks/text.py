@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from subspan.errors import SubspanError
 from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import texts
+from subspan.training.data.cache import digest
 from subspan.training.tasks import TaskKind, register
 from subspan.training.tasks.classes import ClassTask
 
@@ -80,10 +80,9 @@ class TextClassification(ClassTask):
 
     def describe(self) -> dict[str, Any]:
         """Return what the network and its tokens depend on beside the base, and which texts."""
-        names = json.dumps(self.data.names).encode()
         return {
             "classes": len(self.data.names),
-            "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
+            "names": digest(json.dumps(self.data.names)),
             "pad": self.tokenizer.pad,
             "tokenizer": self.tokenizer.digest,
             "samples": self.data.digest,
