@@ -15,11 +15,16 @@ from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import texts
 from subspan.training.data.cache import digest
-from subspan.training.tasks import TaskKind, register
-from subspan.training.tasks.classes import ClassTask
+from subspan.training.tasks import TaskKind, in_eval, register
+from subspan.training.tasks.classes import LABEL_COLUMN, ClassTask
 
 TOKENS = 8192  # of texts that are evaluated at a time
 GROUPS = 4  # of like length that a batch is divided into
+TEXT_COLUMN = Option(
+    "text_column",
+    str | None,
+    "the column of the texts; null finds it by the columns' types and usual names",
+)
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -123,17 +128,14 @@ class TextClassification(ClassTask):
         """Send the longest text through the network."""
         train = self.data.train
         longest = train.lengths.argmax()[None]
-        state = net.training
-        net.eval()
         try:
-            scores = _scores(net, train.batch(longest, self.tokenizer.pad))
+            with in_eval(net):
+                scores = _scores(net, train.batch(longest, self.tokenizer.pad))
         except Exception as error:  # of Transformers' many networks it may be any
             raise SubspanError(
                 f"{self.net} does not take a text of {int(train.lengths.max())} tokens: {error}: "
                 "give fewer as --max-length"
             ) from error
-        finally:
-            net.train(state)
         if tuple(scores.shape) != (1, len(self.data.names)):
             raise SubspanError(
                 f"{self.net} must give one score per class, shape (1, {len(self.data.names)}), "
@@ -183,12 +185,8 @@ class _Text(TaskKind):
     head = "head"
 
     options = (
-        Option(
-            "text_column",
-            str | None,
-            "the column of the texts; null finds it by the columns' types and usual names",
-        ),
-        Option("label_column", str | None, "the column of the labels; null finds it likewise"),
+        TEXT_COLUMN,
+        LABEL_COLUMN,
         Option(
             "max_length",
             int | None,
