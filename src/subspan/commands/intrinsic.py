@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from subspan import report
-from subspan.commands.parsing import Arguments, Parser, parse, read_fields
+from subspan.commands.parsing import Arguments, Parser, parse, read_fields, take
 from subspan.commands.recipe import open_recipe
 from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.sweep import show_runs, show_sweep
@@ -48,13 +48,11 @@ def main(argv: Arguments) -> None:
     parser.add_fields(Growth, without=("training", "options"))
     own = [o for o in method(METHOD).options if o.name not in HIDDEN]
     for option in own:
-        parser.add_argument(
-            f"--{option.name}", type=option.type | None, default=None, help=option.help
-        )
+        parser.add_option(option)
     add_running(parser, "runs/intrinsic")
     given = parse(parser, argv)
 
-    options = {o.name: given[o.name] for o in own if given.get(o.name) is not None}
+    options = take(given, [option.name for option in own])
     config = read_fields(Growth, given, training=read_training(given), options=options)
     running, out = read_running(given), Path(given.out)
     plan = GrowthPlan(config)
