@@ -17,7 +17,7 @@ from subspan.sweeps.job import Outcome
 from subspan.sweeps.plan import carry_out
 from subspan.sweeps.result import Provenance, Published, SweepRecord
 from subspan.sweeps.running import Running
-from subspan.sweeps.sweep import Grid, check, total_runs
+from subspan.sweeps.sweep import Grid, check
 from subspan.training.config import Sweep
 
 
@@ -53,18 +53,20 @@ def sweep_parts(
         except SubspanError as error:
             place = (places or {}).get(part, part)
             raise SubspanError(f"{place}: {error}" if place else str(error)) from error
-    results = {}
-    left = sum(map(total_runs, parts.values()))
+    results, curves = {}, published or {}
+    grids = {
+        part: Grid(config, experiment and replace(experiment, part=part), curves.get(part, ()))
+        for part, config in parts.items()
+    }
+    left = sum(grid.total for grid in grids.values())
     on_ray = running.backend == "ray"
     with cluster.join(running.ray_address, running.jobs) if on_ray else nullcontext():
-        for part, config in parts.items():
-            left -= total_runs(config)
+        for part, grid in grids.items():
+            left -= grid.total
 
             def one_run(outcome: Outcome, left_in_part: int, later: int = left) -> None:
                 running.on_run(outcome, left_in_part + later)
 
-            told = experiment and replace(experiment, part=part)
-            grid = Grid(config, told, (published or {}).get(part, ()))
             results[part] = carry_out(grid, out / part, replace(running, on_run=one_run))
             report.write(out / part)
     return results

@@ -35,7 +35,9 @@ class Grid(RunPlan):
 
     def __post_init__(self) -> None:
         self.training, self.processes = self.config.training, self.config.processes
-        self.total, self.points = total_runs(self.config), _points(self.config)
+        self.points = _points(self.config)
+        later = len(self.points) * (self.config.seeds - 1)
+        self.total = sum(len(point.lrs) for point in self.points) + later
         self._point_of: dict[str, Point] = {}
 
     def stages(self) -> Iterator[list[Job]]:
@@ -109,8 +111,7 @@ def sweep(
 
 def total_runs(config: Sweep) -> int:
     """Count the runs of a sweep if none fails."""
-    points = _points(config)
-    return sum(len(point.lrs) for point in points) + len(points) * (config.seeds - 1)
+    return Grid(config).total
 
 
 def _points(config: Sweep) -> list[Point]:
