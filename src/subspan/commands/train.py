@@ -25,7 +25,7 @@ from subspan.commands.task_options import add_training, list_tasks, read_trainin
 from subspan.errors import Stopped, SubspanError
 from subspan.training.config import Run
 from subspan.training.methods import method
-from subspan.training.prepare import complete
+from subspan.training.prepare import complete_options
 from subspan.training.records import CompleteRun, Epoch, RunRecord, changes, differences
 from subspan.training.score import ACCURACY, Score
 from subspan.training.train import train
@@ -58,7 +58,7 @@ def main(argv: Arguments) -> None:
         log = log or trackers
     else:
         how, training = method(given.method), read_training(given)
-        options = complete(read_method_options(given), how, training)
+        options = complete_options(read_method_options(given), how, training)
         rates = how.tried_rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
         seed = read("seed", int, given.seed)

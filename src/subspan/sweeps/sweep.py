@@ -19,14 +19,21 @@ from subspan.sweeps.result import PointRecord, Provenance, Published, SweepRecor
 from subspan.sweeps.running import Running
 from subspan.training.config import Sweep
 from subspan.training.methods import method
-from subspan.training.prepare import complete, rehearse
+from subspan.training.prepare import complete_options, rehearse
 from subspan.training.records import CompleteRun
 from subspan.training.score import Score
 
 
 @dataclass
 class Grid(RunPlan):
-    """The runs of a sweep: those of the first seed at all rates, then the others at the best."""
+    """The runs of a sweep: those of the first seed at all rates, then the others at the best.
+
+    Args:
+        config: what to run.
+        experiment: the published one that this repeats, for the record.
+        published: curves to hold it against, likewise.
+        failed: why a run failed, by its name.
+    """
 
     config: Sweep
     experiment: Provenance | None = None
@@ -115,7 +122,7 @@ def total_runs(config: Sweep) -> int:
 
 
 def _points(config: Sweep) -> list[Point]:
-    """List the baseline first, then every method at every value of its axis."""
+    """List the baseline, then every method at every value of its axis, then smaller networks."""
     points = []
     names = [config.baseline] if config.baseline else []
     for name in [*names, *(m for m in config.methods if m != config.baseline)]:
@@ -123,7 +130,7 @@ def _points(config: Sweep) -> list[Point]:
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
         for value in [""] if how.axis is None else config.dims_of(name):
-            there = complete(options, how, config.training) | how.at(value)
+            there = complete_options(options, how, config.training) | how.at(value)
             lrs = config.lrs_of(name) or how.tried_rates(there)
             if config.processes > 1:  # as the command line of each of them will read it
                 there = {k: int(v) if str(v).isdecimal() else v for k, v in there.items()}
