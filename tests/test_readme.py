@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from subspan.sweeps.running import Running
+
 README = Path(__file__).parents[1] / "README.md"
 GUIDE = README.parent / "docs" / "guide.md"
 VARIANTS = README.parent / "docs" / "variants.md"
@@ -92,7 +94,7 @@ def test_the_guide_to_tasks(tmp_path, monkeypatch):
         lrs=(0.3,),
         baseline_lrs=(0.03,),
     )
-    result = sweep(config, tmp_path / "out", jobs=1)
+    result = sweep(config, tmp_path / "out", Running(jobs=1))
     assert result.failed == []
     assert result.baseline.mean_test_score < 0.1
     assert result.rows[1].mean_test_score < 0.1

@@ -17,6 +17,7 @@ from subspan.errors import SubspanError
 from subspan.experiments import Experiment, Published, experiments, reproduce
 from subspan.report import bars, read
 from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.running import Running
 from subspan.sweeps.smaller import smaller
 from subspan.sweeps.sweep import _points, check, total_runs
 from subspan.training.config import Sweep, Training
@@ -159,9 +160,14 @@ def test_the_published_ones():
 def test_runs_that_are_timed_run_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(module._registry, "tiny", replace(tiny, timed=True))
     with pytest.raises(SubspanError, match="times its runs: one at a time, not --jobs 2"):
-        reproduce("tiny", tmp_path / "out", jobs=2)
+        reproduce("tiny", tmp_path / "out", Running(jobs=2))
     told = []
-    monkeypatch.setattr(module, "sweep_parts", lambda *args, jobs, **more: told.append(jobs) or {})
+
+    def run(parts, out, running, **more):
+        told.append(running.jobs)
+        return {}
+
+    monkeypatch.setattr(module, "sweep_parts", run)
     reproduce("tiny", tmp_path / "out")
     assert told == [1]
 
@@ -310,7 +316,7 @@ def test_the_networks_have_the_published_size(name, real_data):
 
 def test_published_and_measured_side_by_side(tiny, tmp_path):
     out = tmp_path / "tiny"
-    [result] = reproduce("tiny", out, jobs=1).values()
+    [result] = reproduce("tiny", out, Running(jobs=1)).values()
     assert SweepRecord.read(out) == result
     again = result
     result = json.loads((out / "sweep.json").read_text())
@@ -341,10 +347,10 @@ def test_published_and_measured_side_by_side(tiny, tmp_path):
     assert f"{measured:.1f} ({measured - 50:+.1f})" in page
     # Again: nothing is repeated, and another budget is another configuration.
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
-    assert reproduce("tiny", out, jobs=1) == {"": again}
+    assert reproduce("tiny", out, Running(jobs=1)) == {"": again}
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == runs
     with pytest.raises(SubspanError, match=r"belongs to another configuration \(epochs 1 → 2\)"):
-        reproduce("tiny", out, budget="full", jobs=1)
+        reproduce("tiny", out, Running(jobs=1), budget="full")
 
 
 def test_several_parts(tiny, in_tmp_path, cli, monkeypatch):
@@ -482,6 +488,9 @@ def test_all(tiny, in_tmp_path, cli, monkeypatch):
     said = cli("reproduce", "all", "--data", "mnist")
     assert said.code == 2
     assert "all experiments have data of their own: leave --data out" in said.err
+    said = cli("reproduce", "all", "--jobs", 0)  # of all alike: it is said once
+    assert (said.code, said.out) == (2, "")
+    assert "jobs must be at least 1, or -1 for one per core, got 0" in said.err
     del module._registry["z"], module._registry["tiny"]
     said = cli("reproduce", "all", "--jobs", 1, "--out", "none")
     assert said.code == 2

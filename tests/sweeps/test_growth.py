@@ -81,6 +81,16 @@ def test_nothing_is_repeated(out, cli, monkeypatch):
     assert "belongs to another configuration (baseline_lrs" in said.err
 
 
+def test_what_happens_beside_the_runs_is_said(cli, in_tmp_path, monkeypatch):
+    def wait(plan, out, running):
+        running.say("waiting for 1 run of another sweep")
+        raise SubspanError("asked")
+
+    monkeypatch.setattr("subspan.commands.intrinsic.carry_out", wait)
+    said = cli("intrinsic", "--net", NET, "--dims", "5,10", "--out", "run")
+    assert said.out == "waiting for 1 run of another sweep\n"
+
+
 def test_stages_by_train_and_a_file_that_loads(cli, in_tmp_path):
     words = ["train", "--net", "mlp-16", "--out", "run", "--stages", "5,20,80", "--epochs", 4]
     assert cli(*words).code == 0

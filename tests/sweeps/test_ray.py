@@ -15,6 +15,7 @@ import pytest
 from subspan import SubspanError
 from subspan.experiments import reproduce
 from subspan.sweeps import cluster
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Training
 from tests.processes import RUNS, begun, ended, start, telling, until
@@ -47,10 +48,10 @@ def test_what_is_refused(cli, in_tmp_path, monkeypatch):
     assert said.code == 2
     assert "backend must be one of ['loky', 'ray'], got dask" in said.err
     with pytest.raises(SubspanError, match="unknown backend 'dask': known are loky, ray"):
-        sweep(a_sweep(), in_tmp_path / "run", backend="dask")
+        sweep(a_sweep(), in_tmp_path / "run", Running(backend="dask"))
     for name in ("dlrt-timing", "minut-sparse-benchmark"):
         with pytest.raises(SubspanError, match=f"{name} measures times: on this machine alone"):
-            reproduce(name, in_tmp_path / "run", backend="ray")
+            reproduce(name, in_tmp_path / "run", Running(backend="ray"))
     monkeypatch.setitem(sys.modules, "ray", None)
     said = cli(*SWEEP, "--backend", "ray")
     assert said.code == 2

@@ -12,6 +12,7 @@ from subspan.errors import SubspanError
 from subspan.experiments.exhibits import exhibits
 from subspan.report import pictures, read
 from subspan.report.curves import small_curves
+from subspan.sweeps.running import Running
 from subspan.sweeps.smaller import beside, smaller
 from subspan.sweeps.sweep import sweep, total_runs
 from subspan.training import nets
@@ -65,7 +66,7 @@ def test_beside_a_sweep():
 def test_small_networks_in_a_sweep(tmp_path):
     config = a_sweep(small=("mlp-1", "mlp-2"), seeds=2)
     assert total_runs(config) == 2 * 5
-    result = sweep(config, tmp_path, jobs=1)
+    result = sweep(config, tmp_path, Running(jobs=1))
     rows = result.rows
     assert [(row.method, row.dim, row.label) for row in rows] == [
         ("hash", 10, "10"),
@@ -79,7 +80,8 @@ def test_small_networks_in_a_sweep(tmp_path):
     assert list(result.d_int) == ["hash"]
     assert (tmp_path / "runs" / "mlp-1-full-lr0.01-seed1" / "model.safetensors").is_file()
     assert result.config["small"] == ["mlp-1", "mlp-2"]
-    assert "small" not in sweep(replace(config, small=(), seeds=1), tmp_path / "b", jobs=1).config
+    alone = sweep(replace(config, small=(), seeds=1), tmp_path / "b", Running(jobs=1))
+    assert "small" not in alone.config
     found = read(tmp_path)
     assert found.methods == ["hash"]
     assert found.weights == WEIGHTS
@@ -93,7 +95,7 @@ def test_small_networks_in_a_sweep(tmp_path):
 
 def test_a_small_network_of_no_such_name(tmp_path):
     with pytest.raises(SubspanError, match="unknown net 'mpl-1'"):
-        sweep(a_sweep(small=("mpl-1",)), tmp_path / "out", jobs=1)
+        sweep(a_sweep(small=("mpl-1",)), tmp_path / "out", Running(jobs=1))
     assert not (tmp_path / "out").exists()
     with pytest.raises(SubspanError, match="small names one value twice"):
         a_sweep(small=("mlp-1", "mlp-1"))

@@ -22,6 +22,7 @@ from subspan.sweeps import folder as module
 from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.runner import KILLED
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training import locks
 from subspan.training import train as trainer
@@ -124,7 +125,7 @@ def test_a_run_that_is_trained_without_the_sweep(tmp_path):
             stack.close()
             trainer.train(a_run(dim="10"), folder)
 
-        result = sweep(config, tmp_path, jobs=1, say=say)
+        result = sweep(config, tmp_path, Running(jobs=1, say=say))
     assert said == ["waiting for 1 run of another sweep"]
     assert (result.status, result.failed, len(result.rows)) == ("complete", [], 1)
 
@@ -134,13 +135,13 @@ def test_threads_do_not_depend_on_what_is_left(jobs, threads, monkeypatch):
     """Eight cores for twenty runs; joblib would divide them by the runs that it is given."""
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
+    with backends.open_backend(Running(jobs=jobs), Training(), runs=20) as backend:
         assert backend.keywords == {
             "many": 8 if jobs == -1 else jobs,
             "options": {"inner_max_num_threads": threads},
         }
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with backends.open_backend("loky", None, jobs, Training(), runs=20) as backend:
+    with backends.open_backend(Running(jobs=jobs), Training(), runs=20) as backend:
         assert backend.keywords["options"] == {}
 
 
@@ -201,7 +202,7 @@ if __name__ == "__main__":
     config = a_sweep(net="two:net", methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None,
                      processes=2, epochs=40)
     try:
-        sweep(config, Path("run"), jobs=1, say=print)
+        sweep(config, Path("run"), Running(jobs=1, say=print))
     except KeyboardInterrupt:
         sys.exit(1)
 """
@@ -250,7 +251,7 @@ def test_locks_that_are_left_behind(tmp_path):
     (out / "sweep.json").unlink()
     assert (out / module.LOCKS).exists()
     assert (one.run(RUNS[1]) / locks.FILE).exists()
-    sweep(a_sweep(dims=("10",)), out, jobs=1)
+    sweep(a_sweep(dims=("10",)), out, Running(jobs=1))
     whole(out)
 
 
@@ -364,7 +365,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     config = a_sweep(dims=("10", "20", "40"))
     words = f"{os.strerror(number)}; 1 of 4 runs are complete and kept: make room"
     with pytest.raises(OSError, match=words) as caught:
-        sweep(config, tmp_path, jobs=1, on_run=on_run)
+        sweep(config, tmp_path, Running(jobs=1, on_run=on_run))
     assert caught.value.errno == number
     assert len(tried) == 1
     monkeypatch.undo()
@@ -372,7 +373,7 @@ def test_a_full_disk_stops_all(number, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(".locks"))
     assert record_of(tmp_path / "runs" / done[0])["status"] == "complete"
     before = contents(tmp_path / "runs" / done[0])
-    result = sweep(config, tmp_path, jobs=1)
+    result = sweep(config, tmp_path, Running(jobs=1))
     assert (len(result.rows), result.failed) == (3, [])
     assert contents(tmp_path / "runs" / done[0]) == before
 
@@ -400,7 +401,7 @@ def test_an_interrupt_before_a_step(tmp_path, monkeypatch):
     prepare, before = trainer.prepare, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(trainer, "prepare", interrupted)
     with pytest.raises(Stopped, match="stopped, 0 of 3 runs are complete; to go on") as caught:
-        sweep(a_sweep(epochs=2), tmp_path, jobs=1)
+        sweep(a_sweep(epochs=2), tmp_path, Running(jobs=1))
     assert caught.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     [run] = (tmp_path / "runs").iterdir()

@@ -13,6 +13,7 @@ import subspan.sweeps.worker as module
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import intrinsic_dimension
 from subspan.sweeps.result import SweepRecord
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training.schema import to_json
 from tests.runs import NET, WEIGHTS, a_run, a_sweep, contents, copied, record_of, sweep_of
@@ -22,7 +23,7 @@ from tests.runs import NET, WEIGHTS, a_run, a_sweep, contents, copied, record_of
 def swept(tmp_path_factory, cache_once):
     """The folder of a sweep of two dims and two seeds, and what it gave back."""
     out = tmp_path_factory.mktemp("swept") / "sweep"
-    return out, sweep(a_sweep(seeds=2), out, jobs=1)
+    return out, sweep(a_sweep(seeds=2), out, Running(jobs=1))
 
 
 RUNS = {
@@ -84,7 +85,7 @@ def test_complete_runs_are_not_repeated(swept, tmp_path, counted):
     out = copied(swept[0], tmp_path / "sweep")
     before = contents(out / "runs")
     seen = []
-    again = sweep(a_sweep(seeds=2), out, jobs=2, on_run=lambda _, left: seen.append(left))
+    again = sweep(a_sweep(seeds=2), out, Running(jobs=2, on_run=lambda _, left: seen.append(left)))
     assert again == swept[1]
     assert contents(out / "runs") == before
     assert counted == []
@@ -101,7 +102,7 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
     (out / "runs" / gone / "model.safetensors").unlink()
     (out / ".sweep.json.x1.tmp").write_text("{")
     before = contents(out / "runs")
-    again = sweep(a_sweep(seeds=2), out, jobs=1)
+    again = sweep(a_sweep(seeds=2), out, Running(jobs=1))
     assert counted == [gone, killed]
     after = contents(out / "runs")
     assert {name.split("/")[0] for name in after if before.get(name) != after[name]} == {
@@ -124,7 +125,7 @@ def test_runs_on_other_samples_are_not_mixed(swept, tmp_path, counted):
     for name, path in records.items():
         edited(path, samples=samples[name] + 1)
     with pytest.raises(SubspanError, match="was trained on other samples than runs before it"):
-        sweep(a_sweep(seeds=2), out, jobs=1)
+        sweep(a_sweep(seeds=2), out, Running(jobs=1))
     assert counted == ["hash-dim10-lr0.3-seed1"]
 
 
@@ -134,15 +135,15 @@ def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
     before = contents(out)
     wider = a_sweep(seeds=2, dims=("10", "20", "40"))
     with pytest.raises(SubspanError, match=r"another configuration \(dims \['10', '40'\] → "):
-        sweep(wider, out, jobs=1)
+        sweep(wider, out, Running(jobs=1))
     assert contents(out) == before
-    result = sweep(wider, out, jobs=1, overwrite=True)
+    result = sweep(wider, out, Running(jobs=1, overwrite=True))
     assert counted == ["hash-dim20-lr0.3-seed0", "hash-dim20-lr0.3-seed1"]
     assert [row.dim for row in result.rows] == [10, 20, 40]
 
 
 def test_two_processes_give_the_same(swept, tmp_path):
-    parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", jobs=2)
+    parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", Running(jobs=2))
     for ours, theirs in zip(parallel.rows, swept[1].rows, strict=True):
         assert ours.test_score == theirs.test_score
         assert ours.val_score == theirs.val_score
@@ -160,7 +161,7 @@ def test_runs_and_sweeps_agree_on_a_run(swept):
 def test_runs_of_several_processes(tmp_path):
     """Started by torchrun; what one of them cannot do is said."""
     config = a_sweep(methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2)
-    result = sweep(config, tmp_path / "out", jobs=1)
+    result = sweep(config, tmp_path / "out", Running(jobs=1))
     assert result.failed == []
     [row] = result.rows
     [run] = (tmp_path / "out" / "runs").iterdir()
@@ -168,13 +169,13 @@ def test_runs_of_several_processes(tmp_path):
     assert (record["processes"], record["config"]["options"]) == (2, {"dim": 20})
     assert row.bytes_sent_per_step == [record["bytes_sent_per_step"]]
     before = contents(run)
-    assert sweep(config, tmp_path / "out", jobs=1).rows == [row]
+    assert sweep(config, tmp_path / "out", Running(jobs=1)).rows == [row]
     assert contents(run) == before
     odd = a_sweep(
         methods=("rbd",), dims=("20",), lrs=(1.0,), baseline=None, processes=2, batch_size=127
     )
     with pytest.raises(SubspanError, match="batch_size must be a multiple of the 2 processes"):
-        sweep(odd, tmp_path / "odd", jobs=1)
+        sweep(odd, tmp_path / "odd", Running(jobs=1))
     assert not (tmp_path / "odd").exists()
 
 
@@ -208,10 +209,10 @@ def test_a_damaged_sweep(damage, swept, tmp_path, counted):
     do(out / "sweep.json")
     before = contents(out)
     with pytest.raises(SubspanError, match=message) as refused:
-        sweep(a_sweep(seeds=2), out, jobs=1)
+        sweep(a_sweep(seeds=2), out, Running(jobs=1))
     assert "--overwrite" in str(refused.value)
     assert contents(out) == before
-    assert sweep(a_sweep(seeds=2), out, jobs=1, overwrite=True) == swept[1]
+    assert sweep(a_sweep(seeds=2), out, Running(jobs=1, overwrite=True)) == swept[1]
     assert counted == []
 
 
@@ -237,7 +238,7 @@ def test_a_damaged_run(damage, swept, tmp_path, counted):
     do, message = (DAMAGE | MEASURED)[damage]
     do(out / "runs" / name / "record.json")
     before = contents(out / "runs")
-    result = sweep(a_sweep(seeds=2), out, jobs=1)
+    result = sweep(a_sweep(seeds=2), out, Running(jobs=1))
     [failure] = result.failed
     assert failure.run == name
     assert re.search(message, failure.error)
@@ -245,6 +246,6 @@ def test_a_damaged_run(damage, swept, tmp_path, counted):
     assert result.rows[1].seeds == [0]
     assert contents(out / "runs") == before
     assert counted == []
-    again = sweep(a_sweep(seeds=2), out, jobs=1, overwrite=True)
+    again = sweep(a_sweep(seeds=2), out, Running(jobs=1, overwrite=True))
     assert counted == [name]
     assert again.rows[1].test_score == swept[1].rows[1].test_score

@@ -12,6 +12,7 @@ import subspan.sweeps.worker as module
 from subspan import files
 from subspan.errors import SubspanError
 from subspan.sweeps.result import Failure, Published, SweepRecord
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep, total_runs
 from subspan.training.records import CompleteRun
 from subspan.training.schema import to_json
@@ -62,7 +63,7 @@ def test_the_rate_is_chosen_on_validation_by_the_first_seed(tmp_path, monkeypatc
 
     runs = made_up(monkeypatch, validation, test=lambda run: 0.2 if validation(run) == 0.9 else 0.8)
     config = a_sweep(seeds=3, lrs=(0.1, 0.3), baseline_lrs=(0.01, 0.02, 0.03))
-    result = sweep(config, tmp_path, jobs=1)
+    result = sweep(config, tmp_path, Running(jobs=1))
     assert [row.lr for row in [result.baseline, *result.rows]] == [0.02, 0.1, 0.3]
     assert result.rows[0].tried_lrs == {"0.1": 0.9, "0.3": 0.6}
     assert result.rows[0].test_score == [0.2, 0.8, 0.8]
@@ -92,7 +93,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch
         states.append(sweep_of(tmp_path))
 
     config = a_sweep(seeds=2, lrs=(0.1, 0.3), dims=("10", "20", "40"))
-    result = sweep(config, tmp_path, jobs=1, on_run=on_run)
+    result = sweep(config, tmp_path, Running(jobs=1, on_run=on_run))
     assert result.status == "complete"
     assert result.failed == [
         Failure("hash-dim20-lr0.1-seed0", "ZeroDivisionError: a bug"),
@@ -112,7 +113,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch
 
 def test_all_runs_fail(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: SubspanError("no"))
-    result = sweep(a_sweep(seeds=2), tmp_path, jobs=1)
+    result = sweep(a_sweep(seeds=2), tmp_path, Running(jobs=1))
     assert (result.rows, result.baseline, result.d_int) == ([], None, {})
     assert len(result.failed) == 3
 
@@ -120,7 +121,7 @@ def test_all_runs_fail(tmp_path, monkeypatch):
 def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: KeyboardInterrupt() if run.method == "full" else 0.5)
     with pytest.raises(KeyboardInterrupt):
-        sweep(a_sweep(), tmp_path, jobs=1)
+        sweep(a_sweep(), tmp_path, Running(jobs=1))
     found = sweep_of(tmp_path)
     assert found["status"] == "interrupted"
     assert [row["dim"] for row in found["rows"]] == [10, 40]
@@ -138,7 +139,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         monkeypatch.setattr(files.os, "fsync", no_space)
 
     with pytest.raises(OSError, match="No space left"):
-        sweep(a_sweep(), tmp_path, jobs=1, on_run=on_run)
+        sweep(a_sweep(), tmp_path, Running(jobs=1, on_run=on_run))
     assert sweep_of(tmp_path) == done[0]
     assert set(os.listdir(tmp_path)) == {"sweep.json", "runs"}
 
@@ -147,14 +148,14 @@ def test_the_threshold(tmp_path, monkeypatch):
     """Is that of the intrinsic dimension, interpolated on log d."""
     accuracy = {"full": 1.0, "10": 0.4, "40": 0.8}
     made_up(monkeypatch, lambda run: 0.5, test=lambda run: accuracy[run.options.get("dim", "full")])
-    found = sweep(a_sweep(threshold=0.6), tmp_path, jobs=1).d_int["hash"]
+    found = sweep(a_sweep(threshold=0.6), tmp_path, Running(jobs=1)).d_int["hash"]
     assert (found.threshold, found.target) == (0.6, 0.6)
     assert found.value == pytest.approx(20)
 
 
 def test_no_baseline(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5)
-    result = sweep(a_sweep(baseline=None), tmp_path, jobs=1)
+    result = sweep(a_sweep(baseline=None), tmp_path, Running(jobs=1))
     assert result.baseline is None
     assert result.d_int == {}
     assert [row.dim for row in result.rows] == [10, 40]
@@ -162,20 +163,22 @@ def test_no_baseline(tmp_path, monkeypatch):
 
 def test_a_baseline_that_gets_nothing_right(tmp_path, monkeypatch):
     made_up(monkeypatch, lambda run: 0.5, test=lambda run: 0.0)
-    assert sweep(a_sweep(), tmp_path, jobs=1).d_int == {}
+    assert sweep(a_sweep(), tmp_path, Running(jobs=1)).d_int == {}
 
 
 def test_the_baseline_among_the_methods(tmp_path, monkeypatch):
     """It is run once; and what has no axis has one point, and no intrinsic dimension."""
     runs = made_up(monkeypatch, lambda run: 0.5)
-    result = sweep(a_sweep(methods=("full", "hash")), tmp_path / "a", jobs=1)
+    result = sweep(a_sweep(methods=("full", "hash")), tmp_path / "a", Running(jobs=1))
     assert sorted(runs.runs) == [
         "full-lr0.01-seed0",
         "hash-dim10-lr0.3-seed0",
         "hash-dim40-lr0.3-seed0",
     ]
     assert (result.baseline.method, list(result.d_int)) == ("full", ["hash"])
-    result = sweep(a_sweep(methods=("full", "hash"), baseline=None), tmp_path / "b", jobs=1)
+    result = sweep(
+        a_sweep(methods=("full", "hash"), baseline=None), tmp_path / "b", Running(jobs=1)
+    )
     assert [(row.method, row.label) for row in result.rows] == [
         ("full", "full"),
         ("hash", "10"),
@@ -187,14 +190,14 @@ def test_sums(tmp_path, monkeypatch):
     """Points have the compartments' dimensions; d of the curve counts all that is trained."""
     runs = made_up(monkeypatch, lambda run: 0.5)
     config = a_sweep(dims=("6+2", "20+10"), options={"compartments": "layer"})
-    result = sweep(config, tmp_path, jobs=1)
+    result = sweep(config, tmp_path, Running(jobs=1))
     assert [(row.dim, row.label) for row in result.rows] == [(8, "6+2"), (30, "20+10")]
     assert set(runs.runs) >= {"hash-dim6+2-lr0.3-seed0", "hash-dim20+10-lr0.3-seed0"}
 
 
 def test_the_methods_own_rates(tmp_path, monkeypatch):
     runs = made_up(monkeypatch, lambda run: 0.5)
-    sweep(a_sweep(lrs=(), baseline_lrs=(), dims=("100",)), tmp_path, jobs=1)
+    sweep(a_sweep(lrs=(), baseline_lrs=(), dims=("100",)), tmp_path, Running(jobs=1))
     assert sorted(runs.runs) == [
         *(f"full-lr{lr}-seed0" for lr in ("0.0003", "0.001", "0.003")),
         *(f"hash-dim100-lr{lr}-seed0" for lr in ("0.1", "0.3", "0.9")),
@@ -212,7 +215,7 @@ def test_options_go_to_the_methods_that_have_them(tmp_path, monkeypatch):
     config = a_sweep(
         methods=("hash", "sparse"), dims=("10",), options={"s": 4.0, "exclude": "fc1.bias"}
     )
-    sweep(config, tmp_path, jobs=1)
+    sweep(config, tmp_path, Running(jobs=1))
     assert seen == {
         "full": {},
         "hash": {"dim": "10", "exclude": "fc1.bias"},
@@ -263,7 +266,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(settings, mess
 @pytest.mark.parametrize("jobs", [0, -2])
 def test_jobs(jobs, tmp_path):
     with pytest.raises(SubspanError, match=f"jobs must be at least 1, or -1 .* got {jobs}"):
-        sweep(a_sweep(), tmp_path / "sweep", jobs=jobs)
+        sweep(a_sweep(), tmp_path / "sweep", Running(jobs=jobs))
     assert not (tmp_path / "sweep").exists()
 
 
@@ -283,7 +286,7 @@ def test_a_job_for_every_core_but_one_for_a_gpu(device, jobs, workers, tmp_path,
     monkeypatch.setattr(joblib, "Parallel", in_this_process)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 7)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    sweep(a_sweep(device=device), tmp_path, jobs=jobs)
+    sweep(a_sweep(device=device), tmp_path, Running(jobs=jobs))
     assert seen == [workers] * (workers > 1)  # a single one at a time runs in this process
 
 
@@ -292,13 +295,13 @@ def test_folders_of_other_things(tmp_path, trained, monkeypatch):
     out = copied(trained, tmp_path / "run")
     before = contents(out)
     with pytest.raises(SubspanError, match=r"has a record\.json of something else"):
-        sweep(a_sweep(), out, jobs=1)
+        sweep(a_sweep(), out, Running(jobs=1))
     assert contents(out) == before
     # A run's folder that belongs to something else fails alone.
     runs = tmp_path / "sweep" / "runs"
     runs.mkdir(parents=True)
     copied(trained, runs / "hash-dim10-lr0.3-seed0")
-    result = sweep(a_sweep(), tmp_path / "sweep", jobs=1)
+    result = sweep(a_sweep(), tmp_path / "sweep", Running(jobs=1))
     (failure,) = result.failed
     assert failure.run == "hash-dim10-lr0.3-seed0"
     assert "belongs to another configuration" in failure.error
@@ -311,9 +314,8 @@ def test_what_is_published_is_in_the_file_from_the_beginning_on(tmp_path, monkey
     result = sweep(
         a_sweep(),
         tmp_path,
-        jobs=1,
+        Running(jobs=1, on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"][0]["dims"])),
         published=[curve],
-        on_run=lambda *_: seen.append(sweep_of(tmp_path)["published"][0]["dims"]),
     )
     assert result.published == [curve]
     assert seen == [[5]] * 3

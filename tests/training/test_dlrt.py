@@ -11,6 +11,7 @@ import torch
 from subspan import SubspanError, checkpoint, report
 from subspan.layers import LowRank
 from subspan.report import pictures, read
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training import nets
 from subspan.training.evaluate import rebuild
@@ -62,7 +63,7 @@ def test_a_sweep_over_tolerances(tmp_path):
         batch_size=64,
         seeds=2,
     )
-    result = sweep(config, tmp_path, jobs=1)
+    result = sweep(config, tmp_path, Running(jobs=1))
     assert not result.failed
     assert [row.label for row in result.rows] == ["0.01", "0.3", "0.7"]
     numbers = [row.dim for row in result.rows]
@@ -168,7 +169,7 @@ def test_two_processes_are_one(tmp_path):
             processes=processes,
             batch_size=128,
         )
-        result = sweep(config, tmp_path / str(processes), jobs=1)
+        result = sweep(config, tmp_path / str(processes), Running(jobs=1))
         assert not result.failed, result.failed
         [folder] = (tmp_path / str(processes) / "runs").iterdir()
         results[processes] = record_of(folder)

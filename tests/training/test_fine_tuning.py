@@ -17,6 +17,7 @@ from subspan import checkpoint
 from subspan.commands.parsing import read
 from subspan.counts import count
 from subspan.errors import SubspanError
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Run, Sweep, Training
 from subspan.training.evaluate import evaluate_checkpoint, rebuild
@@ -264,7 +265,7 @@ def test_a_sweep_compares_at_equal_counts(tmp_path):
         lrs={"head": (0.01, 0.001), "lora": (0.01,)},
         options={"train_fully": "classifier", "head_lr": 0.01},
     )
-    found = sweep(config, tmp_path, jobs=1)
+    found = sweep(config, tmp_path, Running(jobs=1))
     assert not found.failed
     assert {(row.method, row.label): row.dim for row in found.rows} == {
         ("head", "head"): 0,

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from subspan import SubspanError, checkpoint
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training import state
 from subspan.training.config import Run
@@ -114,7 +115,7 @@ def test_one_process_on_the_joint_batch(launcher, processes, tmp_path, alone):
 @pytest.mark.slow
 def test_a_sweep_of_runs_in_two_processes_logs_each(tmp_path):
     config = a_sweep(dims=("5",), baseline=None, processes=2)
-    result = sweep(config, tmp_path, jobs=1, log=["tensorboard"])
+    result = sweep(config, tmp_path, Running(jobs=1, log=("tensorboard",)))
     assert not result.failed, result.failed
     [out] = (tmp_path / "runs").iterdir()
     assert record_of(out)["processes"] == 2

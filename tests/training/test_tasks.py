@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from subspan.errors import SubspanError
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training import data, tasks
 from subspan.training.config import Run, Training
@@ -191,7 +192,7 @@ def test_the_lowest_is_best(own, monkeypatch):
         epochs=3,
         seeds=2,
     )
-    result = sweep(config, Path("sweep"), jobs=1)
+    result = sweep(config, Path("sweep"), Running(jobs=1))
     assert result.score.name == "error"
     assert result.baseline.lr == result.rows[0].lr == 0.1
     mean = sum(result.baseline.test_score) / 2

@@ -15,6 +15,7 @@ import torch
 
 from subspan import checkpoint
 from subspan.errors import SubspanError
+from subspan.sweeps.running import Running
 from subspan.training import pretrained, tasks
 from subspan.training.config import Run, Training
 from subspan.training.data import texts
@@ -231,7 +232,7 @@ def test_a_sweep(made, tmp_path):
     result = sweep(
         a_sweep(**fields, lrs=(1.0,), dims=("5", "20"), task_options={"max_length": 6}),
         tmp_path / "sweep",
-        jobs=1,
+        Running(jobs=1),
     )
     assert [row.dim for row in result.rows] == [5, 20]
     assert result.config["max_length"] == 6

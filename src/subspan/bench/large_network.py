@@ -28,7 +28,7 @@ from subspan.bench.part import Measurement
 from subspan.bench.resident import Beyond, resident
 from subspan.bench.settings import Bench
 from subspan.bench.subprocess import SteppedProcess
-from subspan.bench.timing import ROUNDS, spread
+from subspan.bench.timing import ROUNDS, rounds_in, spread
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 
@@ -231,7 +231,7 @@ def _take_turns(
         for variant in variants:
             workers[variant] = stack.enter_context(start(variant))
             turn(variant)
-        least, most = ROUNDS
+        least = ROUNDS[0]
         shuffle, rounds, made = random.Random(0).shuffle, least, 0
         while workers and made < rounds:
             order = list(workers)
@@ -241,5 +241,5 @@ def _take_turns(
             made += 1
             if made == least:
                 a_round = sum(times[variant][-1] for variant in workers)
-                rounds = max(least, min(most, int(seconds * len(workers) / max(a_round, 1e-9))))
+                rounds = rounds_in(seconds * len(workers), a_round)
     return rows

@@ -49,17 +49,21 @@ def interleaved(
     lasts = {name: max(once(function), 1e-6) for name, function in candidates.items()}
     calls = {name: max(CALLS, round(TURN / last)) for name, last in lasts.items()}
     a_round = sum(calls[name] * lasts[name] for name in candidates)
-    least, most = ROUNDS
-    rounds = max(least, min(most, int(seconds * len(candidates) / max(a_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
     shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    for _ in range(rounds_in(seconds * len(candidates), a_round)):
         shuffle(order)
         for name in order:
             turn = [once(candidates[name]) for _ in range(calls[name])]
             times[name] += turn[len(turn) // 4 :]
     return {name: spread(measured) for name, measured in times.items()}
+
+
+def rounds_in(seconds: float, a_round: float) -> int:
+    """Return how many rounds of so many seconds fill a time, within :data:`ROUNDS`."""
+    least, most = ROUNDS
+    return max(least, min(most, int(seconds / max(a_round, 1e-9))))
 
 
 def spread(seconds: list[float]) -> Quartiles:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from subspan import report
-from subspan.commands.parsing import Arguments, Parser, parse, read_fields
+from subspan.commands.parsing import Arguments, Parser, parse, read_fields, take
 from subspan.commands.recipe import open_recipe
 from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.sweep import show_runs, show_sweep
 from subspan.commands.task_options import add_training, list_tasks, read_training
-from subspan.sweeps import backends
 from subspan.sweeps.growth import METHOD, Growth, GrowthPlan
 from subspan.sweeps.plan import carry_out
-from subspan.training import trackers
 from subspan.training.methods import method
 
 HIDDEN = ("dim", "stages", "until", "bits")  # what this command says itself, and what has no use
@@ -49,18 +48,14 @@ def main(argv: Arguments) -> None:
     parser.add_fields(Growth, without=("training", "options"))
     own = [o for o in method(METHOD).options if o.name not in HIDDEN]
     for option in own:
-        parser.add_argument(
-            f"--{option.name}", type=option.type | None, default=None, help=option.help
-        )
+        parser.add_option(option)
     add_running(parser, "runs/intrinsic")
     given = parse(parser, argv)
 
-    options = {o.name: given[o.name] for o in own if given.get(o.name) is not None}
+    options = take(given, [option.name for option in own])
     config = read_fields(Growth, given, training=read_training(given), options=options)
-    backends.check(given.backend, given.ray_address, given.jobs)
-    running = read_running(given)
-    trackers.check(running["log"])
-    plan, out = GrowthPlan(config), Path(given.out)
+    running, out = read_running(given), Path(given.out)
+    plan = GrowthPlan(config)
     with show_runs(plan.total) as on_run:
-        result = carry_out(plan, out, on_run=on_run, **running)
+        result = carry_out(plan, out, replace(running, on_run=on_run))
     show_sweep(result, report.write(out))

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from subspan.commands.parsing import Arguments, Parser, load_file, load_text
+from subspan.commands.parsing import Arguments, Parser, load_file, load_text, take
 from subspan.commands.words import given_values
 from subspan.training import config
 from subspan.training.methods import Method, method, methods
@@ -69,12 +69,7 @@ def add_method_options(
         theirs = used and not ours and name not in parser.kinds
         if theirs and given.get(name) not in (None, "null"):
             used[0].check([name])
-        parser.add_argument(
-            f"--{name}",
-            type=option.type | None,
-            default=None,
-            help=_explain(name, ours, len(used)) or SUPPRESS,
-        )
+        parser.add_option(option, _explain(name, ours, len(used)) or SUPPRESS)
 
 
 def _explain(name: str, owners: Sequence[Method], of: int) -> str:
@@ -92,7 +87,7 @@ def _explain(name: str, owners: Sequence[Method], of: int) -> str:
 def read_method_options(given: Namespace) -> dict[str, Any]:
     """Return the methods' options that were given."""
     names = {option.name for each in methods().values() for option in each.options}
-    return {name: given[name] for name in sorted(names) if given.get(name) is not None}
+    return take(given, sorted(names))
 
 
 def list_methods(command: str, flag: str) -> str:

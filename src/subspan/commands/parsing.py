@@ -27,6 +27,7 @@ from subspan.commands import output
 from subspan.commands.words import given_values
 from subspan.errors import SubspanError, unknown
 from subspan.training import config
+from subspan.training.config import Option
 from subspan.training.options_file import Loader, check_file, check_value
 
 Arguments = Sequence[str]
@@ -100,6 +101,11 @@ class Parser(ArgumentParser):
             kind = kind if default is not None else kind | None
             text = " ".join((said[field.name] or "").split())
             self.add_argument(f"--{field.name}", type=kind, default=default, help=text.rstrip("."))
+
+    def add_option(self, option: Option, text: str | None = None) -> None:
+        """Add an option of a method or of a task, with other words for its help perhaps."""
+        kind, text = option.type | None, option.help if text is None else text
+        self.add_argument(f"--{option.name}", type=kind, default=None, help=text)
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, though nobody may read it to its end."""
@@ -186,6 +192,11 @@ def _whole(name: str, value: float) -> int:
     if not float(value).is_integer():
         raise SubspanError(f"{name} must be an integer, got {value}")
     return int(value)
+
+
+def take(given: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of these names that were given."""
+    return {name: given[name] for name in names if given.get(name) is not None}
 
 
 # ---- parsing -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from subspan.errors import SubspanError
 from subspan.experiments import ALL, Benchmark, Experiment, experiment, experiments, reproduce
 from subspan.experiments.everything import reproduce_all
 from subspan.files import readable
+from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import total_runs
 from subspan.training.config import split
 
@@ -62,11 +64,12 @@ def main(argv: Arguments) -> None:
         for e in experiments().values():
             console.say(f"{e.name}\n    {e.title}\n    {e.source}")
         return
+    running = read_running(given)
     other = f"-{Path(given.data).name}" if given.data else ""
     if given.name != ALL:
         chosen = experiment(given.name)
         out = given.out or f"runs/{readable(chosen.name)}{other}-{given.budget}"
-        _reproduced(chosen, Path(out), given)
+        _reproduced(chosen, Path(out), given, running)
         return
     if given.data is not None:
         raise SubspanError("all experiments have data of their own: leave --data out")
@@ -75,7 +78,7 @@ def main(argv: Arguments) -> None:
 
     def one(name: str, folder: Path) -> None:
         console.say(f"\n{name}: {experiments()[name].title}")
-        _reproduced(experiment(name), folder, given)
+        _reproduced(experiment(name), folder, given, running)
 
     out = Path(given.out or f"runs/{ALL}-{given.budget}")
     page, missing = reproduce_all(out, one)
@@ -86,25 +89,27 @@ def main(argv: Arguments) -> None:
     console.say(f"\npage of all: {page}")
 
 
-def _reproduced(chosen: Experiment | Benchmark, out: Path, given: Namespace) -> None:
+def _reproduced(
+    chosen: Experiment | Benchmark, out: Path, given: Namespace, running: Running
+) -> None:
     """Run one experiment and show what came of it."""
     how: dict[str, Any] = {
         "budget": given.budget,
         "data": given.data,
         "only": () if given.only is None else split(given.only, "only"),
-    } | read_running(given)
+    }
     if isinstance(chosen, Benchmark):
         with show_progress(bench_total(chosen.bench(given.budget))) as done:
-            [record] = reproduce(chosen, out, done=done, **how).values()
+            [record] = reproduce(chosen, out, running, done=done, **how).values()
         show_bench(record, [out / "bench.json", out / "bench.png"])
         console.say(f"published: {chosen.source}")
         return
     # Where all are run, those whose runs are timed go one at a time.
     if chosen.timed and given.name == ALL:
-        how["jobs"] = 1
+        running = replace(running, jobs=1)
     parts = chosen.parts(given.budget, how["only"])
-    with show_runs(sum(map(total_runs, parts.values()))) as progress:
-        results = reproduce(chosen, out, on_run=progress, say=console.say, **how)
+    with show_runs(sum(map(total_runs, parts.values()))) as on_run:
+        results = reproduce(chosen, out, replace(running, on_run=on_run), **how)
     for part, result in results.items():
         if part:
             console.say(f"\n{part}")

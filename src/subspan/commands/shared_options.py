@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 from jsonargparse import Namespace
 
-from subspan.commands.parsing import Parser
+from subspan.commands import console
+from subspan.commands.parsing import Parser, read_fields
+from subspan.sweeps.running import Running
 from subspan.training import config
 
 
@@ -59,32 +59,12 @@ def trackers_given(given: Namespace) -> tuple[str, ...]:
 
 def add_running(parser: Parser, out: str | None) -> None:
     """Add how runs are spread over processes and machines, ``--log``, and :func:`add_out`."""
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=-1,
-        help="runs at a time; -1: one per core, or one where they take the GPU of this machine; "
-        "of a Ray cluster, one per core, or per GPU where it has any",
-    )
-    parser.add_argument(
-        "--backend",
-        type=Literal["loky", "ray"],
-        default="loky",
-        help="loky: processes of this machine; ray: those of a Ray cluster (pip install "
-        "'subspan[ray]'). All its machines must see --out, and the data, under the same path. The "
-        "same command given on several machines that share --out divides the runs without Ray",
-    )
-    parser.add_argument(
-        "--ray_address",
-        type=str | None,
-        default=None,
-        help="host:port of a cluster's head; null starts Ray on this machine alone",
-    )
+    parser.add_fields(Running, without=("overwrite", "log", "on_run", "say"))
     add_log(parser)
     add_out(parser, out)
 
 
-def read_running(given: Namespace) -> dict[str, Any]:
-    """Return what :func:`add_running` added, but for ``--out``."""
-    names = ("jobs", "overwrite", "backend", "ray_address")
-    return {name: given[name] for name in names} | {"log": trackers_given(given)}
+def read_running(given: Namespace) -> Running:
+    """Return what :func:`add_running` added, but for ``--out``; the terminal shows what happens."""
+    running: Running = read_fields(Running, given, log=trackers_given(given), say=console.say)
+    return running

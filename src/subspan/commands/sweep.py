@@ -64,15 +64,9 @@ def main(argv: Arguments) -> None:
         parts["" if given.nets is None else readable(str(net))] = part
     if len(parts) < len(nets):
         raise SubspanError(f"nets names one network twice: {', '.join(map(str, nets))}")
-    out = Path(given.out)
+    running, out = read_running(given), Path(given.out)
     with show_runs(sum(map(total_runs, parts.values()))) as on_run:
-        results = sweep_parts(
-            parts,
-            out,
-            on_run=on_run,
-            say=console.say,
-            **read_running(given),
-        )
+        results = sweep_parts(parts, out, replace(running, on_run=on_run))
     for name, result in results.items():
         if name:
             console.say(f"\n{name}")

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from subspan.commands.method_options import options_in
-from subspan.commands.parsing import Arguments, Parser, read_fields
+from subspan.commands.parsing import Arguments, Parser, read_fields, take
 from subspan.commands.recipe import add_recipe
 from subspan.training.config import Training
 from subspan.training.tasks import kind, kinds, option_names
@@ -40,15 +40,12 @@ def add_task_options(parser: Parser, task: str | None, *, note: str = "") -> Non
         for option in each.options:
             shared = option.name in parser.kinds and option.name not in others  # between tasks
             if not shared and (option.lasting or not note):
-                shown = note or (option.help if each is used else SUPPRESS)
-                parser.add_argument(
-                    f"--{option.name}", type=option.type | None, default=None, help=shown
-                )
+                parser.add_option(option, note or (option.help if each is used else SUPPRESS))
 
 
 def read_task_options(given: Namespace) -> dict[str, Any]:
     """Return the tasks' options that were given, in the order in which tasks name them."""
-    return {name: given[name] for name in option_names() if given.get(name) is not None}
+    return take(given, option_names())
 
 
 def read_training(given: Namespace) -> Training:

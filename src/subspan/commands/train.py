@@ -24,8 +24,9 @@ from subspan.commands.shared_options import add_log, add_out, trackers_given
 from subspan.commands.task_options import add_training, list_tasks, read_training
 from subspan.errors import Stopped, SubspanError
 from subspan.training.config import Run
+from subspan.training.folder import RunFolder
 from subspan.training.methods import method
-from subspan.training.prepare import complete
+from subspan.training.prepare import complete_options
 from subspan.training.records import CompleteRun, Epoch, RunRecord, changes, differences
 from subspan.training.score import ACCURACY, Score
 from subspan.training.train import train
@@ -58,7 +59,7 @@ def main(argv: Arguments) -> None:
         log = log or trackers
     else:
         how, training = method(given.method), read_training(given)
-        options = complete(read_method_options(given), how, training)
+        options = complete_options(read_method_options(given), how, training)
         rates = how.tried_rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
         seed = read("seed", int, given.seed)
@@ -156,5 +157,6 @@ def show_result(record: CompleteRun, out: Path, *, complete_before: bool) -> Non
     )
     for note in record.notes:
         console.say(f"note: {note}")
-    compact = f" and {out / 'model.subspan'}" if (out / "model.subspan").exists() else ""
-    console.say(f"model:  {out / 'model.safetensors'}{compact}\nrecord: {out / 'record.json'}")
+    files = RunFolder(out, writes=False)
+    compact = f" and {files.compact}" if files.compact.exists() else ""
+    console.say(f"model:  {files.model}{compact}\nrecord: {out / RunRecord.FILE}")

@@ -23,9 +23,8 @@ from subspan.experiments.experiment import Experiment as Experiment
 from subspan.experiments.experiment import Published as Published
 from subspan.experiments.load import load
 from subspan.experiments.many import sweep_parts
-from subspan.sweeps import backends
-from subspan.sweeps.job import Outcome
 from subspan.sweeps.result import Provenance
+from subspan.sweeps.running import Running
 from subspan.training import own
 
 FOLDER = Path(__file__).parent / "published"
@@ -81,18 +80,12 @@ def experiment(name: str) -> Experiment | Benchmark:
 def reproduce(
     which: str | Experiment | Benchmark,
     out: Path,
+    running: Running | None = None,
     *,
     budget: Budget = "quick",
     data: str | None = None,
-    jobs: int = -1,
-    overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None,
-    done: Callable[[str], None] = lambda what: None,
-    backend: str = "loky",
-    ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None,
-    log: Sequence[str] = (),
     only: Sequence[str] = (),
+    done: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Run an experiment and write its report, published and measured side by side.
 
@@ -102,18 +95,12 @@ def reproduce(
         which: an experiment, or the name or the file of one, as of :func:`experiment`. What a
             user's file names, data that begins with ./ and modules, is looked for beside it first.
         out: output folder.
+        running: how the runs are carried out; by default one per core, in silence.
         budget: "quick" or "full".
         data: in place of the published data set, another of as large images; then no published
             numbers stand beside ours.
-        jobs: as of :func:`subspan.sweeps.sweep.sweep`.
-        overwrite: replace what another configuration left there.
-        on_run: called after each run, with how many are left.
-        done: called after each measurement of a benchmark.
-        backend: as of :func:`subspan.sweeps.sweep.sweep`.
-        ray_address: likewise.
-        say: likewise.
-        log: likewise.
         only: parts to run now, by name; the others are left for another call.
+        done: called after each measurement of a benchmark.
 
     Returns:
         What ``sweep.json`` says of each part, by its name; a single part has none, nor has a
@@ -124,24 +111,25 @@ def reproduce(
             for times.
     """
     chosen = experiment(which) if isinstance(which, str) else which
-    name = chosen.name
-    backends.check(backend, ray_address, jobs)
-    if backend != "loky" and (isinstance(chosen, Benchmark) or chosen.timed):
+    name, running = chosen.name, running or Running()
+    if running.backend != "loky" and (isinstance(chosen, Benchmark) or chosen.timed):
         raise SubspanError(
-            f"{name} measures times: on this machine alone, not with --backend {backend}"
+            f"{name} measures times: on this machine alone, not with --backend {running.backend}"
         )
     if isinstance(chosen, Benchmark):
         if data is not None:
             raise SubspanError(f"{name} is a benchmark, it has no data to replace by {data!r}")
         if only:
             raise SubspanError(f"{name} is a benchmark, it has no parts: leave out --only")
-        if log:
+        if running.log:
             raise SubspanError(f"{name} is a benchmark, it has no runs to log: leave out --log")
-        record = bench(chosen.bench(budget), out, overwrite=overwrite, done=done)
+        record = bench(chosen.bench(budget), out, overwrite=running.overwrite, done=done)
         picture.write(record, out)
         return {"": record}
-    if chosen.timed and jobs > 1:
-        raise SubspanError(f"{name} times its runs: one at a time, not --jobs {jobs}")
+    if chosen.timed:
+        if running.jobs > 1:
+            raise SubspanError(f"{name} times its runs: one at a time, not --jobs {running.jobs}")
+        running = replace(running, jobs=1)
     parts, title = chosen.parts(budget, only), chosen.title
     if data is not None:
         title += f"; here with {data}"
@@ -162,16 +150,10 @@ def reproduce(
         results = sweep_parts(
             parts,
             out,
-            jobs=1 if chosen.timed else jobs,
-            backend=backend,
-            ray_address=ray_address,
-            on_run=on_run,
+            running,
             experiment=about,
             published={} if data else chosen.published,
             places=chosen.places,
-            overwrite=overwrite,
-            say=say,
-            log=log,
         )
     if len(parts) > 1:
         report.write_summary(out, results, title)

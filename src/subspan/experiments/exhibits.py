@@ -92,9 +92,9 @@ def _exhibit(place: Path) -> Exhibit | None:
     try:
         if (place / BENCH).is_file():
             return _of_bench(place)
-        if (place / "sweep.json").is_file():
+        if (place / SweepRecord.FILE).is_file():
             return _of_sweeps(place, {"": place})
-        if parts := {path.parent.name: path.parent for path in place.glob("*/sweep.json")}:
+        if parts := {path.parent.name: path.parent for path in place.glob(f"*/{SweepRecord.FILE}")}:
             return _of_sweeps(place, dict(sorted(parts.items())))
     except SubspanError:
         raise

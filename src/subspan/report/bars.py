@@ -72,9 +72,13 @@ def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
     axes, *others = figure.subplots(1, 1 + sent, sharey=True, squeeze=False)[0]
     figure.suptitle(textwrap.fill(title, 70), fontsize=7.5)
     score = lines[0][1].score if lines else ACCURACY
-    points = [[score.scale * a for a in _published(sweep, row)] for _, sweep, row in lines]
+    published = [
+        # Sources of one paper share a baseline.
+        list(dict.fromkeys(score.scale * found for *_, found in sweep.published_for(row)))
+        for _, sweep, row in lines
+    ]
     scores = [[score.scale * a for a in row.test_score] for row in rows]
-    _panel(axes, colours, scores, points, bars=False)
+    _panel(axes, colours, scores, published, bars=False)
     for right in others:
         _panel(right, colours, [row.bytes_sent for row in rows])
         _logarithmic(right)
@@ -90,20 +94,9 @@ def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
     axes.set_yticks(range(len(lines)), labels)
     axes.set_ylim(len(lines) - 0.5, -0.5)  # from above, each row with room for its points
     axes.set_xlabel(
-        f"test {score.name}{score.unit}" + ("; diamonds: published" if any(points) else "")
+        f"test {score.name}{score.unit}" + ("; diamonds: published" if any(published) else "")
     )
     return figure
-
-
-def _published(sweep: SweepRecord, row: PointRecord) -> list[float]:
-    """The published accuracies that a row is to be compared with."""
-    if row is sweep.baseline:
-        found = [source.baseline for source in sweep.published if source.baseline is not None]
-    else:
-        found = [
-            a for source in sweep.published for at, a in source.points if at == source.place(row)
-        ]
-    return list(dict.fromkeys(found))  # sources of one paper share a baseline
 
 
 def _colour(row: PointRecord, sweep: SweepRecord) -> str:

@@ -24,6 +24,7 @@ class Curve:
         interval: its ends; None where open.
         target: the score that defines it; NaN if not known.
         published: whether it comes from the literature.
+        joined: whether a line through the points says anything: not of networks of several shapes.
     """
 
     label: str
@@ -34,7 +35,6 @@ class Curve:
     target: float
     published: bool
     joined: bool = True
-    """Whether a line through the points says anything: not of networks of several shapes."""
 
     @property
     def mean(self) -> list[float]:

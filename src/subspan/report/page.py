@@ -307,13 +307,12 @@ def _history(run: RunRecord) -> Section:
     return Section(
         "History",
         [
-            *(
-                "epoch",
-                "training loss",
-                "validation loss",
-                f"validation {run.score.name}{_unit(run.score)}",
-            ),
-            *("learning rate", "seconds"),
+            "epoch",
+            "training loss",
+            "validation loss",
+            f"validation {run.score.name}{_unit(run.score)}",
+            "learning rate",
+            "seconds",
         ],
         [
             [

@@ -115,16 +115,10 @@ def _at(row: PointRecord) -> str:
 
 def _beside(row: PointRecord, sweep: SweepRecord, one: bool) -> Iterator[str]:
     """Yield the published scores that a row is to be compared with."""
-    for source in sweep.published:
-        if row is sweep.baseline:
-            if source.baseline is not None:
-                yield shown([source.baseline], sweep.score)
-            continue
-        for place, (at, accuracy) in enumerate(source.points):
-            if at == source.place(row):
-                dim = source.dims[place] if source.dims else row.dim
-                there = f" at {dim:,}" if dim != row.dim else ""
-                yield _published(accuracy, source, sweep.score, one, there)
+    for source, dim, score in sweep.published_for(row):
+        there = "" if dim in (None, row.dim) else f" at {dim:,}"
+        # Sources of one paper share a baseline, which stands there once, without any of them.
+        yield _published(score, source, sweep.score, one or row is sweep.baseline, there)
 
 
 def _published(value: float, source: Published, score: Score, one: bool, at: str = "") -> str:

@@ -8,59 +8,37 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Literal, get_args
 
 import joblib
 
-from subspan.errors import SubspanError, unknown
 from subspan.sweeps import cluster
 from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.running import Running
 from subspan.sweeps.worker import Worker
 from subspan.training.config import Training
 from subspan.training.devices import on_cpu
 from subspan.training.stop import Stop
 
-Name = Literal["loky", "ray"]
 Backend = Callable[[Worker, Sequence[Job], Stop], Iterator[Outcome]]
 """Yields the outcomes of runs as they end. A run whose process was killed has "died"; runs that no
 process had begun by then may be missing."""
 
 
-def check(name: str, address: str | None, jobs: int) -> None:
-    """Refuse what no backend can do.
-
-    Raises:
-        SubspanError: for an unknown name, an address without Ray, or a number of jobs that is none.
-    """
-    if name not in get_args(Name):
-        raise unknown("backend", name, get_args(Name))
-    if address is not None and name != "ray":
-        raise SubspanError(
-            f"--ray-address {address} is for --backend ray, got --backend {name}: give ray, or "
-            "leave the address out"
-        )
-    if jobs != -1 and jobs < 1:
-        raise SubspanError(f"jobs must be at least 1, or -1 for one per core, got {jobs}")
-
-
 @contextlib.contextmanager
-def open_backend(
-    name: str, address: str | None, jobs: int, training: Training, runs: int
-) -> Iterator[Backend]:
-    """Make a backend ready for runs.
+def open_backend(running: Running, training: Training, runs: int) -> Iterator[Backend]:
+    """Make a backend ready for runs; a cluster that it starts lasts as long as this.
 
     Args:
-        name: loky, processes of this machine; ray, those of a cluster.
-        address: of the cluster; None starts one on this machine for as long as this lasts.
-        jobs: runs at a time, or -1.
+        running: which backend, and how many runs at a time.
         training: of the runs.
         runs: how many there are in all.
 
     Raises:
         SubspanError: if Ray is not installed or does not answer, or has too few processors.
     """
-    if name == "ray":
-        with cluster.join(address, jobs):
+    jobs = running.jobs
+    if running.backend == "ray":
+        with cluster.join(running.ray_address, jobs):
             many, options = cluster.reserve(training, jobs)
             yield partial(cluster.run_on_ray, many=many, options=options)
         return

@@ -1,9 +1,9 @@
-"""The intrinsic dimension from one training a seed, in which d grows (:mod:`...methods.hash`).
+"""The intrinsic dimension from one training a seed, in which d grows stage by stage.
 
-A stage ends with a test score, so that a run is the whole curve of its seed, up to the stage after
-the one that has reached the target. The target is a share of what all weights reach, which is
-trained first: by the validation part when runs are to end, by the test set when the intrinsic
-dimension is read off.
+The training is that of :mod:`subspan.training.methods.hash`. A stage ends with a test score, so
+that a run is the whole curve of its seed, up to the stage after the one that has reached the
+target. The target is a share of what all weights reach, which is trained first: by the validation
+part when runs are to end, by the test set when the intrinsic dimension is read off.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training.config import Run, Training, check_rates
 from subspan.training.methods import method
-from subspan.training.prepare import complete, prepare, rehearse
+from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
@@ -91,7 +91,7 @@ class GrowthPlan(RunPlan):
 
     def __init__(self, config: Growth) -> None:
         how = method(METHOD)
-        options = complete(config.options, how, config.training)
+        options = complete_options(config.options, how, config.training)
         if isinstance(options.get("compartments"), Mapping):
             raise SubspanError(
                 "compartments with dimensions of their own cannot grow: give them without, as "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import FULL, Job, Outcome
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.sweeps.runner import run_jobs
+from subspan.sweeps.running import Running
 from subspan.sweeps.worker import Worker
 from subspan.training import own
 from subspan.training.config import Training
@@ -103,31 +104,13 @@ class RunPlan(ABC):
         )
 
 
-def carry_out(
-    plan: RunPlan,
-    out: Path,
-    *,
-    jobs: int = -1,
-    overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None,
-    backend: str = "loky",
-    ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None,
-    log: Sequence[str] = (),
-) -> SweepRecord:
+def carry_out(plan: RunPlan, out: Path, running: Running) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
     Args:
         plan: the runs.
         out: output folder; runs are in ``out/runs``.
-        jobs: runs at a time; -1 for one per core, or one in all where they take a GPU.
-        overwrite: replace what another configuration left there.
-        on_run: called with each final outcome and the number of runs still to do.
-        backend: "loky" for processes of this machine, "ray" for those of a Ray cluster, all of
-            which must see ``out`` under this path.
-        ray_address: of a cluster; None starts one on this machine.
-        say: told in a sentence what else happens: a process died, another sweep is waited for.
-        log: trackers that are told every epoch of every run.
+        running: how they are carried out.
 
     Returns:
         What ``sweep.json`` says.
@@ -138,10 +121,10 @@ def carry_out(
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
-    first = plan.result("running")
+    first, overwrite, say = plan.result("running"), running.overwrite, running.say
     SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
     folder = SweepFolder(out.absolute())
-    worker = Worker(folder, overwrite, plan.processes, tuple(log), own.remembered())
+    worker = Worker(folder, overwrite, plan.processes, running.log, own.remembered())
 
     def on_signal() -> None:
         folder.ask_to_stop()
@@ -150,18 +133,17 @@ def carry_out(
     total = left = plan.total
     try:
         with (
-            backends.open_backend(backend, ray_address, jobs, plan.training, total) as opened,
+            backends.open_backend(running, plan.training, total) as backend,
             folder.join(first, overwrite=overwrite, shown=out),
             Stop(on_signal) as stop,
         ):
             try:
                 for todo in plan.stages():
-                    for outcome in run_jobs(todo, worker, opened, stop, say):
+                    for outcome in run_jobs(todo, worker, backend, stop, say):
                         left -= 1
                         plan.take(outcome)
                         folder.write(plan.result("running"))
-                        if on_run:
-                            on_run(outcome, left)
+                        running.on_run(outcome, left)
             except BaseException:
                 with contextlib.suppress(OSError):
                     folder.write(plan.result("interrupted"))

@@ -15,9 +15,16 @@ from subspan.training.records import CompleteRun
 
 @dataclass
 class Point:
-    """One method at one value of its axis, and the runs that are done there.
+    """One method at one value of its axis, or a smaller network; and the runs that are done there.
 
-    Or a smaller network, all of whose weights are trained.
+    Attributes:
+        training: of each run.
+        method: its name; "full" of a smaller network, all of whose weights are trained.
+        label: the axis and its value, as in dim100; empty where nothing is varied.
+        options: of the method at this value.
+        lrs: the learning rates to choose from.
+        small: the name of the smaller network; else empty.
+        done: records of the runs by learning rate and seed.
     """
 
     training: Training

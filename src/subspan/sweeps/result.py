@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,6 +254,21 @@ class SweepRecord(Record):
     def points(self) -> list[PointRecord]:
         """The baseline, if there is one, and all rows."""
         return [*([self.baseline] if self.baseline else []), *self.rows]
+
+    def published_for(self, point: PointRecord) -> Iterator[tuple[Published, int | None, float]]:
+        """Yield what a point is to be compared with: the source, its d if that is known, its score.
+
+        Args:
+            point: one of :attr:`points`.
+        """
+        for source in self.published:
+            if point is not self.baseline:
+                dims = source.dims or [None] * len(source.accuracy)
+                for (at, accuracy), dim in zip(source.points, dims, strict=True):
+                    if at == source.place(point):
+                        yield source, dim, accuracy
+            elif source.baseline is not None:
+                yield source, None, source.baseline
 
     @property
     def methods(self) -> list[str]:

@@ -6,28 +6,34 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subspan.errors import SubspanError
-from subspan.sweeps import backends
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
-from subspan.sweeps.job import Job, Outcome
+from subspan.sweeps.job import Job
 from subspan.sweeps.plan import RunPlan, carry_out
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, Provenance, Published, SweepRecord
-from subspan.training import trackers
+from subspan.sweeps.running import Running
 from subspan.training.config import Sweep
 from subspan.training.methods import method
-from subspan.training.prepare import complete, rehearse
+from subspan.training.prepare import complete_options, rehearse
 from subspan.training.records import CompleteRun
 from subspan.training.score import Score
 
 
 @dataclass
 class Grid(RunPlan):
-    """The runs of a sweep: those of the first seed at all rates, then the others at the best."""
+    """The runs of a sweep: those of the first seed at all rates, then the others at the best.
+
+    Args:
+        config: what to run.
+        experiment: the published one that this repeats, for the record.
+        published: curves to hold it against, likewise.
+        failed: why a run failed, by its name.
+    """
 
     config: Sweep
     experiment: Provenance | None = None
@@ -36,7 +42,9 @@ class Grid(RunPlan):
 
     def __post_init__(self) -> None:
         self.training, self.processes = self.config.training, self.config.processes
-        self.total, self.points = total_runs(self.config), _points(self.config)
+        self.points = _points(self.config)
+        later = len(self.points) * (self.config.seeds - 1)
+        self.total = sum(len(point.lrs) for point in self.points) + later
         self._point_of: dict[str, Point] = {}
 
     def stages(self) -> Iterator[list[Job]]:
@@ -78,16 +86,10 @@ class Grid(RunPlan):
 def sweep(
     config: Sweep,
     out: Path,
+    running: Running | None = None,
     *,
-    jobs: int = -1,
-    overwrite: bool = False,
-    on_run: Callable[[Outcome, int], None] | None = None,
     experiment: Provenance | None = None,
     published: Sequence[Published] = (),
-    backend: str = "loky",
-    ray_address: str | None = None,
-    say: Callable[[str], None] = lambda what: None,
-    log: Sequence[str] = (),
 ) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
@@ -96,15 +98,9 @@ def sweep(
     Args:
         config: what to run.
         out: output folder; runs are in ``out/runs``.
-        jobs: as of :func:`~subspan.sweeps.plan.carry_out`, as are the others below.
-        overwrite: as there.
-        on_run: as there.
+        running: how the runs are carried out; by default one per core, in silence.
         experiment: the published one that this repeats, for ``sweep.json``.
         published: curves to hold it against, likewise.
-        backend: as there.
-        ray_address: as there.
-        say: as there.
-        log: as there.
 
     Returns:
         What ``sweep.json`` says.
@@ -116,28 +112,17 @@ def sweep(
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
-    check(config, jobs=jobs, backend=backend, ray_address=ray_address, log=log)
-    return carry_out(
-        Grid(config, experiment, published),
-        out,
-        jobs=jobs,
-        overwrite=overwrite,
-        on_run=on_run,
-        backend=backend,
-        ray_address=ray_address,
-        say=say,
-        log=log,
-    )
+    check(config)
+    return carry_out(Grid(config, experiment, published), out, running or Running())
 
 
 def total_runs(config: Sweep) -> int:
     """Count the runs of a sweep if none fails."""
-    points = _points(config)
-    return sum(len(point.lrs) for point in points) + len(points) * (config.seeds - 1)
+    return Grid(config).total
 
 
 def _points(config: Sweep) -> list[Point]:
-    """List the baseline first, then every method at every value of its axis."""
+    """List the baseline, then every method at every value of its axis, then smaller networks."""
     points = []
     names = [config.baseline] if config.baseline else []
     for name in [*names, *(m for m in config.methods if m != config.baseline)]:
@@ -145,7 +130,7 @@ def _points(config: Sweep) -> list[Point]:
         own = {option.name for option in how.options}
         options = {key: value for key, value in config.options.items() if key in own}
         for value in [""] if how.axis is None else config.dims_of(name):
-            there = complete(options, how, config.training) | how.at(value)
+            there = complete_options(options, how, config.training) | how.at(value)
             lrs = config.lrs_of(name) or how.tried_rates(there)
             if config.processes > 1:  # as the command line of each of them will read it
                 there = {k: int(v) if str(v).isdecimal() else v for k, v in there.items()}
@@ -156,20 +141,12 @@ def _points(config: Sweep) -> list[Point]:
     return points
 
 
-def check(
-    config: Sweep,
-    *,
-    jobs: int = -1,
-    backend: str = "loky",
-    ray_address: str | None = None,
-    log: Sequence[str] = (),
-) -> None:
+def check(config: Sweep) -> None:
     """Refuse all that can be refused before anything runs.
 
-    Args, and what is raised: as of :func:`sweep`.
+    Raises:
+        SubspanError: for a configuration that cannot be run.
     """
-    backends.check(backend, ray_address, jobs)
-    trackers.check(log)
     points = _points(config)
     if config.baseline and (axis := method(config.baseline).axis):
         raise SubspanError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
 
@@ -27,6 +27,39 @@ class Option:
     type: Any
     help: str
     lasting: bool = True
+
+
+class HasOptions(Protocol):
+    """A method, or a task."""
+
+    name: str
+    options: tuple[Option, ...]
+
+
+def check_options(
+    kind: str, owner: HasOptions, given: Iterable[str], every: Iterable[HasOptions]
+) -> None:
+    """Refuse an option that a method or a task does not have, and say which others have it.
+
+    Args:
+        kind: "method" or "task".
+        owner: the one that is to have the options.
+        given: their names.
+        every: all methods, or all tasks.
+
+    Raises:
+        SubspanError: for the first option that it does not have.
+    """
+    known = [option.name for option in owner.options]
+    for name in given:
+        if name in known:
+            continue
+        others = [each.name for each in every if name in (o.name for o in each.options)]
+        whose = f" (it is one of {', '.join(others)})" if others else ""
+        if known:
+            raise SubspanError(f"{unknown(f'option of {owner.name}', name, known)}{whose}")
+        flag = f"--{name.replace('_', '-')}"
+        raise SubspanError(f"{kind} {owner.name!r} has no options, got {flag}{whose}")
 
 
 @dataclass(frozen=True)

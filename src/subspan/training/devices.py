@@ -19,15 +19,22 @@ def on_cpu(training: Training) -> bool:
 
 
 def accelerator(training: Training, **more: Any) -> Accelerator:
-    """Make the accelerator of a run: its devices, processes, precision and trackers."""
+    """Make the accelerator of a run, with its devices, processes and precision.
+
+    Args:
+        training: says which device and which precision.
+        more: arguments of ``Accelerator``, such as the trackers.
+    """
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     distributed.meet_again("gloo" if on_cpu(training) else None)
-    # Processes of torchrun find each other on CPUs only if it is told that there is nothing else.
-    precision = training.mixed_precision
-    # DDP would send them with every call of the network. A step may be several calls, with tensors
-    # of the first still wanted for its gradient, and not as many in every process.
+    # DDP would send buffers with every call of the network. A step may be several calls, with
+    # tensors of the first still wanted for its gradient, and not as many in every process.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
-        cpu=on_cpu(training), mixed_precision=precision, kwargs_handlers=[ddp], **more
+        # Without this processes of torchrun would not find each other where there are only CPUs.
+        cpu=on_cpu(training),
+        mixed_precision=training.mixed_precision,
+        kwargs_handlers=[ddp],
+        **more,
     )

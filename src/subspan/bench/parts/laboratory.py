@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from subspan.bench.part import Measurement, Quantity
 from subspan.bench.settings import Bench
 from subspan.bench.step import StepPart
-from subspan.bench.timing import ROUNDS, Quartiles
+from subspan.bench.timing import Quartiles, rounds_in
 from subspan.training import data, devices, nets
 from subspan.training.config import Run, Training
 from subspan.training.data.images import statistics
@@ -113,8 +113,7 @@ def _interleaved(
     clock, steps = Clock(device), 0
     for _ in bare(model(), images, batch_size, orders(1)):
         pass
-    least, most = ROUNDS
-    epochs = 1 + max(least, min(most, int(settings.seconds / clock.lap())))
+    epochs = 1 + rounds_in(settings.seconds, clock.lap())
     other = bare(model(), images, batch_size, orders(epochs))
     turns: list[tuple[float, float]] = []
     ends: list[int] = []

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
-from subspan.files import readable
 from subspan.training.data import cache, parts, sources, tables
 from subspan.training.data.order import VALIDATION, hold_out
+from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.data.texts import TEXT_COLUMNS
 from subspan.training.pretrained import Tokenizer
 
@@ -28,7 +25,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True, eq=False)
-class TextBlocks:
+class TextBlocks(Tensors):
     """Consecutive pieces of a text.
 
     Attributes:
@@ -46,31 +43,20 @@ class TextBlocks:
 
 
 @dataclass(frozen=True, eq=False)
-class RawBlocks:
-    """The content of a source, before a validation part is drawn from its training part.
+class RawBlocks(Raw):
+    """The content of a source of text.
 
     Attributes:
         train: the whole training part.
         test: the test part.
-        notes: sentences that a reader of the results should know.
     """
 
     train: TextBlocks
     test: TextBlocks
-    notes: tuple[str, ...] = ()
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors, and the rest as JSON values, for the cache."""
-        return {"train": self.train.tokens, "test": self.test.tokens}, {"notes": self.notes}
-
-    @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
-        """Return the content that :meth:`pack` took apart."""
-        return cls(TextBlocks(tensors["train"]), TextBlocks(tensors["test"]), tuple(told["notes"]))
 
 
 @dataclass(frozen=True, eq=False)
-class BlockData:
+class BlockData(Tensors):
     """A text in blocks, ready to train on.
 
     Attributes:
@@ -86,14 +72,6 @@ class BlockData:
     validation: TextBlocks
     test: TextBlocks
     notes: tuple[str, ...]
-
-    def to(self, device: torch.device | str) -> BlockData:
-        """Return the blocks on another device."""
-        moved: dict[str, Any] = {
-            part: TextBlocks(getattr(self, part).tokens.to(device))
-            for part in ("train", "validation", "test")
-        }
-        return replace(self, **moved)
 
 
 def load(
@@ -121,35 +99,30 @@ def load(
     Raises:
         SubspanError: there is no such text, or it has too few tokens.
     """
+
+    def read(path: str, *, revision: str | None = None) -> RawBlocks:
+        texts, left_out = _read_set(path, revision, text_column)
+        raw = _cut(name, texts, tokenizer=tokenizer, block=block)
+        return replace(raw, notes=(*raw.notes, *left_out))
+
+    def read_file() -> RawBlocks:
+        return _cut(name, {"train": [_read_text(file)]}, tokenizer=tokenizer, block=block)
+
     file = Path(name).expanduser()
-    folder = None if file.is_file() else sources.local_folder(name)
-    place: list[Any] = [name]
+    place: list[Any]
+    read_it: Callable[[], RawBlocks]
     if file.is_file():
         stat = file.stat()
-        place = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-    elif folder:
-        place = sources.contents(folder)
-    known = [FORMAT, *place, text_column, tokenizer.digest, tokenizer.rules, block]
-    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
-    cut = partial(_cut, name, tokenizer=tokenizer, block=block)
-
-    def build() -> RawBlocks:
-        from rich.console import Console
-
-        with Console(stderr=True).status(f"reading {name}"):
-            if file.is_file():
-                return cut({"train": [_read_file(file)]})
-            revision = None if folder else sources.newest_revision(name, name)
-            texts, left_out = _read_set(str(folder or name), revision, text_column)
-            raw, told = cut(texts), () if folder else (f"{name} at revision {revision}",)
-            return replace(raw, notes=(*told, *raw.notes, *left_out))
-
-    raw = cache.fetch(f"{readable(Path(place[0]).name)}-{digest}", RawBlocks, build)
+        place, read_it = [str(file.resolve()), stat.st_size, stat.st_mtime_ns], read_file
+    else:
+        place, read_it = sources.find(name, name, read)
+    identity = [*place, text_column, tokenizer.digest, tokenizer.rules, block]
+    raw = cache.fetch_set(name, FORMAT, identity, RawBlocks, read_it)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     return BlockData(name, train, held_out, raw.test, raw.notes)
 
 
-def _read_file(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -192,7 +165,7 @@ def _cut(name: str, texts: dict[str, list[str]], *, tokenizer: Tokenizer, block:
             f"{name} must have text for two blocks of {block} tokens to train on and one for the "
             f"test, got {len(blocks)} and {len(held)}: give more text, or a smaller --block"
         )
-    return RawBlocks(blocks, held, notes)
+    return RawBlocks(blocks, held, notes=notes)
 
 
 def _blocks(texts: Iterable[str], tokenizer: Tokenizer, block: int) -> TextBlocks:

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
-from subspan.files import write_atomically
+from subspan.files import readable, write_atomically
+from subspan.training.data.tensors import Raw
 
-
-class Cached(Protocol):
-    """The content of a set, that comes apart into tensors and JSON values."""
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Take it apart."""
-
-    @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
-        """Put it together again; raise KeyError or TypeError if something is missing."""
-
-
-Content = TypeVar("Content", bound=Cached)
+Content = TypeVar("Content", bound=Raw)
 
 
 def folder() -> Path:
@@ -55,3 +44,35 @@ def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Conten
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(tensors, {"subspan": json.dumps(told)}))
     return content
+
+
+def fetch_set(
+    name: str,
+    version: int,
+    identity: Sequence[Any],
+    kind: type[Content],
+    read: Callable[[], Content],
+) -> Content:
+    """Return the content of a set; where it is not stored, it is read, and the terminal says so.
+
+    Args:
+        name: of the set, as the user gave it.
+        version: of what reading makes of a source.
+        identity: everything else that the content depends on, as JSON; first, where the source is.
+        kind: of the content.
+        read: reads the source.
+    """
+
+    def build() -> Content:
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"reading {name}"):
+            return read()
+
+    key = f"{readable(Path(identity[0]).name)}-{digest(json.dumps([version, *identity]))}"
+    return fetch(key, kind, build)
+
+
+def digest(text: str) -> str:
+    """Return 16 hexadecimal digits that tell a text from others."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -84,7 +84,12 @@ def read(
     [depth] = looks["depth"]
     notes += left_out + _notes_of_levels(arrays, train_split, depth)
     return RawData(
-        train_split, test_split, len(known), notes, () if numbers else known, depth=depth
+        train=train_split,
+        test=test_split,
+        classes=len(known),
+        names=() if numbers else known,
+        depth=depth,
+        notes=notes,
     )
 
 

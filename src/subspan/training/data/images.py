@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from subspan.training.data.tensors import Raw, Tensors
+
 PIECE = 2**20  # levels that are in memory as float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(Tensors):
     """Some labelled images.
 
     Attributes:
@@ -31,20 +32,15 @@ class Split:
         """Return the samples at ``index`` (int64, on the split's device), in that order."""
         return Split(self.images.index_select(0, index), self.labels.index_select(0, index))
 
-    def to(self, device: torch.device | str) -> Split:
-        """Return the split on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 @dataclass(frozen=True, eq=False)
-class RawData:
-    """The content of a source, before a validation part is drawn from its training part.
+class RawData(Raw):
+    """The content of a source of images.
 
     Attributes:
         train: the whole training part.
         test: the test part.
         classes: number of classes.
-        notes: sentences that a reader of the results should know.
         names: of the classes, in order; empty where classes are only numbered.
         depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
@@ -52,35 +48,12 @@ class RawData:
     train: Split
     test: Split
     classes: int
-    notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     depth: str = "8 bits"
 
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors, and the rest as JSON values, for the cache."""
-        told = {name: getattr(self, name) for name in ("classes", "notes", "names", "depth")}
-        return {
-            "train.images": self.train.images,
-            "train.labels": self.train.labels,
-            "test.images": self.test.images,
-            "test.labels": self.test.labels,
-        }, told
-
-    @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
-        """Return the content that :meth:`pack` took apart."""
-        return cls(
-            train=Split(tensors["train.images"], tensors["train.labels"]),
-            test=Split(tensors["test.images"], tensors["test.labels"]),
-            classes=told["classes"],
-            notes=tuple(told["notes"]),
-            names=tuple(told["names"]),
-            depth=told["depth"],
-        )
-
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class ImageData(Tensors):
     """An image classification set, ready to train on.
 
     Choices (learning rate, best epoch, early stopping) look at ``validation``; ``test`` is for
@@ -123,17 +96,6 @@ class ImageData:
         """
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return (images.float() / 255 - mean) / std
-
-    def to(self, device: torch.device | str) -> ImageData:
-        """Return the set on another device."""
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-            mean=self.mean.to(device),
-            std=self.std.to(device),
-        )
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 
 from subspan.errors import SubspanError, unknown
-from subspan.files import readable
 from subspan.training.data import cache, decode, pixels
+from subspan.training.data.cache import Content
 from subspan.training.data.images import ImageData, RawData, Split, statistics
 from subspan.training.data.order import TEST, VALIDATION, hold_out
 
@@ -71,16 +69,7 @@ def load(
     """
     size = None if resize is None else decode.parse_size(resize)
     identity, read = _find(name, image_column, label_column, size)
-    digest = hashlib.blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=8).hexdigest()
-    title = readable(Path(identity[0]).name)
-
-    def read_with_status() -> RawData:
-        from rich.console import Console
-
-        with Console(stderr=True).status(f"reading {name}"):
-            return read()
-
-    raw = cache.fetch(f"{title}-{digest}", RawData, read_with_status)
+    raw = cache.fetch_set(name, FORMAT, identity, RawData, read)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     mean, std = statistics(train.images)
     channels, height, width = train.images.shape[1:]
@@ -105,20 +94,33 @@ def _find(
     """Find a set: JSON that identifies its content, and the function that reads it."""
     if not name:
         raise unknown("data set", name, names())
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     resized = [] if size is None else [size]
-    folder = local_folder(name)
-    if folder:
-        read = partial(decode.read, str(folder), size=size, **columns)
-        return [*contents(folder), columns, *resized], read
-    if name == "digits":
+    if name == "digits" and local_folder(name) is None:
         for column, asked in columns.items():
             if asked is not None:
                 raise SubspanError(f"digits has no columns, got {column} {asked!r}: leave it out")
         return [name, *resized], partial(_read_digits, size)
-    hub_name = HUB.get(name, name)
-    read = partial(_read_hub, name, hub_name, size=size, **columns)
-    return [hub_name, columns, *resized], read
+    place, read = find(name, HUB.get(name, name), partial(decode.read, size=size, **columns))
+    return [*place, columns, *resized], read
+
+
+def find(
+    name: str, hub_name: str, read: Callable[..., Content]
+) -> tuple[list[Any], Callable[[], Content]]:
+    """Find a folder, or else a set on the Hub.
+
+    Args:
+        name: of the set, as the user gave it.
+        hub_name: of the set on the Hub.
+        read: reads a path; a set on the Hub at its ``revision``.
+
+    Returns:
+        JSON that identifies the content, and the function that reads it.
+    """
+    if folder := local_folder(name):
+        return contents(folder), partial(read, str(folder))
+    return [hub_name], partial(_read_newest, name, hub_name, read)
 
 
 def local_folder(name: str) -> Path | None:
@@ -170,14 +172,14 @@ def _read_digits(size: pixels.Size | None) -> RawData:
     return RawData(train, test, classes=10)
 
 
-def _read_hub(name: str, hub_name: str, **decoding: Any) -> RawData:
+def _read_newest(name: str, hub_name: str, read: Callable[..., Content]) -> Content:
     """Read the newest revision of a set on the Hub, and note which it is."""
-    revision = newest_revision(name, hub_name)
-    raw = decode.read(hub_name, revision=revision, **decoding)
+    revision = _newest_revision(name, hub_name)
+    raw = read(hub_name, revision=revision)
     return replace(raw, notes=(f"{hub_name} at revision {revision}", *raw.notes))
 
 
-def newest_revision(name: str, hub_name: str) -> str:
+def _newest_revision(name: str, hub_name: str) -> str:
     """Return the commit of a set on the Hub.
 
     Raises:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
-from subspan.files import readable
 from subspan.training.data import cache, parts, sources, tables
 from subspan.training.data.order import TEST, VALIDATION, hold_out
+from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.pretrained import Tokenizer
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review")
@@ -43,7 +41,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class Texts(Tensors):
     """Some labelled texts, one after the other.
 
     Attributes:
@@ -89,10 +87,6 @@ class Texts:
             yield order[start : start + size]
             start += size
 
-    def to(self, device: torch.device | str) -> Texts:
-        """Return the texts on another device."""
-        return Texts(self.tokens.to(device), self.ends.to(device), self.labels.to(device))
-
     def digest(self) -> str:
         """Return 8 hexadecimal digits that tell these texts and labels from others."""
         sums = hashlib.blake2b(digest_size=4)
@@ -102,42 +96,22 @@ class Texts:
 
 
 @dataclass(frozen=True, eq=False)
-class RawTexts:
-    """The content of a source, before a validation part is drawn from its training part.
+class RawTexts(Raw):
+    """The content of a source of labelled texts.
 
     Attributes:
         train: the whole training part.
         test: the test part.
         names: of the classes, in order.
-        notes: sentences that a reader of the results should know.
     """
 
     train: Texts
     test: Texts
     names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors, and the rest as JSON values, for the cache."""
-        tensors = {
-            f"{part}.{name}": tensor
-            for part, texts in (("train", self.train), ("test", self.test))
-            for name, tensor in vars(texts).items()
-        }
-        return tensors, {"names": self.names, "notes": self.notes}
-
-    @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], told: dict[str, Any]) -> Self:
-        """Return the content that :meth:`pack` took apart."""
-        train, test = (
-            Texts(*(tensors[f"{part}.{name}"] for name in ("tokens", "ends", "labels")))
-            for part in ("train", "test")
-        )
-        return cls(train, test, tuple(told["names"]), tuple(told["notes"]))
 
 
 @dataclass(frozen=True, eq=False)
-class TextData:
+class TextData(Tensors):
     """A set of labelled texts, ready to train on.
 
     Attributes:
@@ -157,11 +131,6 @@ class TextData:
     names: tuple[str, ...]
     notes: tuple[str, ...]
     digest: str
-
-    def to(self, device: torch.device | str) -> TextData:
-        """Return the set on another device."""
-        moved = {part: getattr(self, part).to(device) for part in ("train", "validation", "test")}
-        return replace(self, **moved)
 
 
 def load(
@@ -191,31 +160,18 @@ def load(
     """
     length = tokenizer.length if max_length is None else max_length
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    folder = sources.local_folder(name)
-    place = sources.contents(folder) if folder else [name]
-    known = [FORMAT, *place, columns, tokenizer.digest, tokenizer.rules, length]
-    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
-    read: Callable[..., RawTexts] = partial(_read, tokenizer=tokenizer, length=length, **columns)
-
-    def build() -> RawTexts:
-        from rich.console import Console
-
-        with Console(stderr=True).status(f"reading {name}"):
-            if folder:
-                return read(str(folder), None)
-            revision = sources.newest_revision(name, name)
-            raw = read(name, revision)
-            return replace(raw, notes=(f"{name} at revision {revision}", *raw.notes))
-
-    raw = cache.fetch(f"{readable(Path(place[0]).name)}-{digest}", RawTexts, build)
+    read = partial(_read, tokenizer=tokenizer, length=length, **columns)
+    place, read_it = sources.find(name, name, read)
+    identity = [*place, columns, tokenizer.digest, tokenizer.rules, length]
+    raw = cache.fetch_set(name, FORMAT, identity, RawTexts, read_it)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
     return TextData(name, train, held_out, raw.test, raw.names, raw.notes, raw.train.digest())
 
 
 def _read(
     path: str,
-    revision: str | None,
     *,
+    revision: str | None = None,
     tokenizer: Tokenizer,
     length: int | None,
     text_column: str | None,
@@ -259,4 +215,4 @@ def _read(
     notes += left_out
     if cut:
         notes += (f"{cut:,} of {total:,} texts are longer than {length} tokens, and cut there",)
-    return RawTexts(train_part, test_part, names, notes)
+    return RawTexts(train_part, test_part, names, notes=notes)

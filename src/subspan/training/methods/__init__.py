@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from subspan.counts import count
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.registry import Registry, import_files
 from subspan.training.config import Option as Option
-from subspan.training.config import Run, check_rates
+from subspan.training.config import Run, check_options, check_rates
 from subspan.training.own import load_remembered
 from subspan.training.records import Epoch
 from subspan.training.score import Score
@@ -235,19 +235,7 @@ class Method(ABC):
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""
-        known = [option.name for option in self.options]
-        for name in options:
-            if name not in known:
-                owners = [
-                    other.name
-                    for other in methods().values()
-                    if any(option.name == name for option in other.options)
-                ]
-                whose = f" (it is one of {', '.join(owners)})" if owners else ""
-                if not known:
-                    message = f"method {self.name!r} has no options, got --{name}{whose}"
-                    raise SubspanError(message)
-                raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
+        check_options("method", self, options, methods().values())
 
     def at(self, value: str) -> dict[str, Any]:
         """Return the options of a point of a sweep, from a text of ``--dims``."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from subspan import distributed
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers import LowRank, factorize
@@ -99,11 +99,10 @@ class LowRankTraining(Method):
         self, model: nn.Module, run: Run, *rest: Any, steps: int, **more: Any
     ) -> Optimizer:
         """Make DLRT around the base."""
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         training = run.training
         return self._make(
             model, run.lr, steps, training.optimizer, training.weight_decay, run.options,
-            workers="shared" if many else None,
+            workers="shared" if distributed.world() > 1 else None,
         )  # fmt: skip
 
     def step(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from subspan import distributed
 from subspan.errors import SubspanError
 from subspan.optim import RandomBases
 from subspan.optim.journal import Journal
@@ -71,7 +72,7 @@ class Bases(Method):
         self, model: nn.Module, run: Run, out: Path, extra: Mapping[str, Any], **more: Any
     ) -> Optimizer:
         """Make `RandomBases`; --optimizer is for methods that have a choice."""
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        many = distributed.world() > 1
         own: dict[str, Any] = {}
         if many:
             own["workers"] = run.options.get("workers", "shared")

@@ -12,16 +12,17 @@ import copy
 import functools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.registry import Registry, import_files
 from subspan.training import own, state
-from subspan.training.config import IMAGES, Option, Training
+from subspan.training.config import IMAGES, Option, Training, check_options
 from subspan.training.score import ACCURACY, Score
 
 Part = Literal["validation", "test"]
@@ -123,18 +124,26 @@ class Task(ABC):
         Raises:
             SubspanError: if the loss of two samples is no number that has a gradient.
         """
-        state = net.training
-        net.eval()  # so that nothing that it holds changes
         try:
-            loss = self.loss(net, self.batch(torch.arange(min(2, self.size()))))
+            with in_eval(net):
+                loss = self.loss(net, self.batch(torch.arange(min(2, self.size()))))
         except Exception as error:  # of a user's own task it may be any
             raise SubspanError(f"the task's loss of two samples cannot be had: {error}") from error
-        finally:
-            net.train(state)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise SubspanError(
                 f"the task's loss must be a tensor of one number with a gradient, got {_what(loss)}"
             )
+
+
+@contextmanager
+def in_eval(net: nn.Module) -> Iterator[None]:
+    """Keep a network in eval mode for a while, so that calls change nothing that it holds."""
+    mode = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(mode)
 
 
 def _what(value: Any) -> str:
@@ -181,16 +190,7 @@ class TaskKind(ABC):
         Raises:
             SubspanError: for the first of them.
         """
-        known = [option.name for option in self.options]
-        for name in options:
-            if name not in known:
-                owners = [k.name for k in kinds().values() if name in (o.name for o in k.options)]
-                whose = f" (it is one of {', '.join(owners)})" if owners else ""
-                if not known:
-                    raise SubspanError(
-                        f"task {self.name!r} has no options, got --{name.replace('_', '-')}{whose}"
-                    )
-                raise SubspanError(f"{unknown(f'option of {self.name}', name, known)}{whose}")
+        check_options("task", self, options, kinds().values())
 
 
 def register(kind: TaskKind) -> None:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from subspan.training.config import Option
 from subspan.training.tasks import Part, Task
+
+LABEL_COLUMN = Option(
+    "label_column", str | None, "the column of the labels; null finds it likewise"
+)
 
 
 class ClassTask(Task):

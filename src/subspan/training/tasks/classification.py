@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +15,10 @@ from subspan.errors import SubspanError
 from subspan.training import data, nets, state
 from subspan.training.config import IMAGES, Option, Training
 from subspan.training.data.augment import Change, changes
+from subspan.training.data.cache import digest
 from subspan.training.data.decode import parse_size
-from subspan.training.tasks import TaskKind, register
-from subspan.training.tasks.classes import ClassTask
+from subspan.training.tasks import TaskKind, in_eval, register
+from subspan.training.tasks.classes import LABEL_COLUMN, ClassTask
 
 BATCH = 1000  # images that are evaluated at a time
 
@@ -66,8 +66,7 @@ class Classification(ClassTask):
         """Return the network's input, so that it can be built and fed without the data."""
         images = self.images
         # A digest: of a thousand classes the names would be larger than the coordinates.
-        text = json.dumps(images.names).encode()
-        names = {"names": hashlib.blake2b(text, digest_size=8).hexdigest()} if images.names else {}
+        names = {"names": digest(json.dumps(images.names))} if images.names else {}
         told = names if images.depth == "8 bits" else {**names, "depth": images.depth}
         return told | {
             "image_shape": list(images.image_shape),
@@ -118,16 +117,13 @@ class Classification(ClassTask):
     def check(self, net: nn.Module) -> None:
         """Send one image through the network: a wrong shape becomes a sentence, no traceback."""
         images = self.images
-        state = net.training
-        net.eval()
         try:
-            out = net(images.normalize(images.train.images[:1]))
+            with in_eval(net):
+                out = net(images.normalize(images.train.images[:1]))
         except Exception as error:  # of a user's own network it may be any
             raise SubspanError(
                 f"the network does not take images of shape {images.image_shape}: {error}"
             ) from error
-        finally:
-            net.train(state)
         if not isinstance(out, Tensor) or tuple(out.shape) != (1, images.classes):
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise SubspanError(
@@ -145,7 +141,7 @@ class _Images(TaskKind):
             str | None,
             "the column of the images; null finds it by the columns' types and usual names",
         ),
-        Option("label_column", str | None, "the column of the labels; null finds it likewise"),
+        LABEL_COLUMN,
         Option(
             "resize",
             int | str | None,

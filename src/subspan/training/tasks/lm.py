@@ -15,8 +15,8 @@ from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import blocks
 from subspan.training.score import Score
-from subspan.training.tasks import Part, Task, TaskKind, register
-from subspan.training.tasks.text import limit, require
+from subspan.training.tasks import Part, Task, TaskKind, in_eval, register
+from subspan.training.tasks.text import TEXT_COLUMN, limit, require
 
 BLOCK = 128  # tokens of a block, where none are asked for and the network takes as many
 LOGITS = 2**24  # numbers that the network may give at a time in evaluation
@@ -110,18 +110,15 @@ class LanguageModelling(Task):
         block = train[row : row + 1].long()
         other = block.clone()
         other[:, -1] = (block[:, -1] + 1) % (block.max() + 1)
-        state = net.training
-        net.eval()
         try:
-            scores, others = (net(input_ids=one).logits for one in (block, other))
+            with in_eval(net):
+                scores, others = (net(input_ids=one).logits for one in (block, other))
         except Exception as error:  # of Transformers' many networks it may be any
             raise SubspanError(
                 f"{self.net} does not take a block of {train.shape[1]} tokens up to number "
                 f"{int(train.max())}: {error}: give a smaller --block, or the tokenizer of the "
                 "network"
             ) from error
-        finally:
-            net.train(state)
         if scores.shape[:2] != (1, train.shape[1]):
             raise SubspanError(
                 f"{self.net} must give scores for each token of a block, got {tuple(scores.shape)}"
@@ -143,11 +140,7 @@ class _LanguageModel(TaskKind):
 
     head = ""
     options = (
-        Option(
-            "text_column",
-            str | None,
-            "the column of the texts; null finds it by the columns' types and usual names",
-        ),
+        TEXT_COLUMN,
         Option(
             "block",
             int | None,

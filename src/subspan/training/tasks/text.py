@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,11 +14,17 @@ from subspan.errors import SubspanError
 from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import texts
-from subspan.training.tasks import TaskKind, register
-from subspan.training.tasks.classes import ClassTask
+from subspan.training.data.cache import digest
+from subspan.training.tasks import TaskKind, in_eval, register
+from subspan.training.tasks.classes import LABEL_COLUMN, ClassTask
 
 TOKENS = 8192  # of texts that are evaluated at a time
 GROUPS = 4  # of like length that a batch is divided into
+TEXT_COLUMN = Option(
+    "text_column",
+    str | None,
+    "the column of the texts; null finds it by the columns' types and usual names",
+)
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -80,10 +85,9 @@ class TextClassification(ClassTask):
 
     def describe(self) -> dict[str, Any]:
         """Return what the network and its tokens depend on beside the base, and which texts."""
-        names = json.dumps(self.data.names).encode()
         return {
             "classes": len(self.data.names),
-            "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
+            "names": digest(json.dumps(self.data.names)),
             "pad": self.tokenizer.pad,
             "tokenizer": self.tokenizer.digest,
             "samples": self.data.digest,
@@ -124,17 +128,14 @@ class TextClassification(ClassTask):
         """Send the longest text through the network."""
         train = self.data.train
         longest = train.lengths.argmax()[None]
-        state = net.training
-        net.eval()
         try:
-            scores = _scores(net, train.batch(longest, self.tokenizer.pad))
+            with in_eval(net):
+                scores = _scores(net, train.batch(longest, self.tokenizer.pad))
         except Exception as error:  # of Transformers' many networks it may be any
             raise SubspanError(
                 f"{self.net} does not take a text of {int(train.lengths.max())} tokens: {error}: "
                 "give fewer as --max-length"
             ) from error
-        finally:
-            net.train(state)
         if tuple(scores.shape) != (1, len(self.data.names)):
             raise SubspanError(
                 f"{self.net} must give one score per class, shape (1, {len(self.data.names)}), "
@@ -184,12 +185,8 @@ class _Text(TaskKind):
     head = "head"
 
     options = (
-        Option(
-            "text_column",
-            str | None,
-            "the column of the texts; null finds it by the columns' types and usual names",
-        ),
-        Option("label_column", str | None, "the column of the labels; null finds it likewise"),
+        TEXT_COLUMN,
+        LABEL_COLUMN,
         Option(
             "max_length",
             int | None,
