@@ -771,6 +771,14 @@ def test_bases_that_something_else_has_moved(integrator, adapts):
     assert torch.equal(dense(net), before)
 
 
+def test_a_network_that_is_converted_goes_on():
+    net = mlp(dtype=torch.float32)
+    optimizer = DLRT(net, 0.1, tolerance=0.0)
+    run(net, optimizer, 2)
+    net.double()
+    run(net, optimizer, 2)
+
+
 def test_a_step_after_another_optimizer_is_that_of_the_weight():
     """Whatever bases it came with: W − h P(G)."""
     net = mlp(rank=3)

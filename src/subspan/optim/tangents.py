@@ -158,7 +158,10 @@ class Watch:
         return scales, changed
 
     def _skew(self, at: Mapping[str, USV]) -> list[str]:
-        """Return the names of layers whose bases are not orthonormal: AᵀA z is not z."""
+        """Return the names of layers whose bases are not orthonormal: AᵀA z is not z.
+
+        Those of a network that was converted to more digits have as many as they had.
+        """
         errors: list[Tensor] = []
         for factors in at.values():
             z = _vector(factors.rank).to(factors.S)
@@ -166,7 +169,8 @@ class Watch:
             errors.append(torch.stack(both).max() / torch.linalg.vector_norm(z))
         found = torch.stack([error.to(errors[0]) for error in errors]).tolist() if errors else []
         pairs = zip(at, found, strict=True)
-        return [name for name, error in pairs if error > tolerance(self._layers[name].U)]
+        least = TOLERANCE[torch.float32]
+        return [n for n, error in pairs if error > max(tolerance(self._layers[n].U), least)]
 
     def _under_ddp(self, changed: str | None) -> bool:
         """Return whether DDP averages the gradients; look again if that would explain a change."""
