@@ -51,14 +51,12 @@ def writes_first(function: Any) -> bool:
 
 
 def changes_each_entry(function: Any, args: Any) -> bool:
-    """Return whether a function changes entries of its first argument each in a way of its own.
+    """Return whether one that writes changes entries of its first argument each in its own way.
 
     What adds to all of them, multiplies them by a number or writes over them does the same to a sum
     of tensors if it is done to both; a bound, a mask or a power does not.
     """
     name = getattr(function, "__name__", "").removeprefix("_foreach_")
-    if not (writes_first(function) and name != "__set__"):
-        return False
     if name == "__setitem__":
         return any(isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1]))
     name = name.removeprefix("__i").strip("_")

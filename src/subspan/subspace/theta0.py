@@ -25,6 +25,7 @@ from subspan.subspace.functions import (
     property_of,
     sets_flag,
     share_memory,
+    writes_first,
 )
 
 if TYPE_CHECKING:
@@ -56,21 +57,32 @@ def refuse_use(tensor: str, name: str, base: str = "θ₀") -> SubspanError:
 
 
 def _check_change(function: Any, args: Sequence[Any]) -> None:
-    """Refuse to change entries of θ₀ each in a way of its own, which is not to change the weight.
+    """Refuse changes in place by which a weight would not become what is meant.
+
+    Entries of θ₀ must not be changed each in a way of its own, and another network's parameter must
+    not be given what is θ₀ only, as a target network's that follows this one.
 
     Raises:
         SubspanError: naming the tensor and the function.
     """
+    if not writes_first(function):
+        return
+    name = getattr(function, "__name__", "")
     if changes_each_entry(function, args):
         for written in tree_leaves(args[:1]):
             if isinstance(written, Theta0 | Data):
-                name = getattr(function, "__name__", "")
                 raise SubspanError(
                     f"{written.home[1]} among parameters() is θ₀, and {name} of it is not that of "
                     "the weight θ₀ + P w: bound, mask or round weights by a parametrization that "
                     "is registered before the network is wrapped, or where the forward pass reads "
                     "them"
                 )
+    lists = [each for each in args if isinstance(each, list | tuple)]  # of a foreach function
+    for first, *others in zip(*lists, strict=False) if name.startswith("_foreach_") else [args]:
+        if isinstance(first, nn.Parameter) and not isinstance(first, Base):
+            for given in tree_leaves(others):
+                if isinstance(given, Theta0 | Data):
+                    raise refuse_use(given.home[1], name)
 
 
 class Data(Tensor):

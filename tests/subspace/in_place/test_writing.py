@@ -254,6 +254,34 @@ def test_bounds_and_masks_of_the_base_are_refused(change):
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "follow",
+    [
+        lambda target, p: target.copy_(p),
+        lambda target, p: target.copy_(p.data),
+        lambda target, p: target.mul_(0.9).add_(p, alpha=0.1),
+        lambda target, p: target.lerp_(p, 0.1),
+        lambda target, p: torch._foreach_lerp_([target], [p], 0.1),
+    ],
+)
+def test_the_base_is_not_copied_to_another_networks_parameter(follow):
+    """A target network that is an ordinary one would follow θ₀."""
+    model, merged, _ = pair()
+    base, target = model.body.get_parameter("head.weight"), merged.head.weight
+    with (
+        torch.no_grad(),
+        pytest.raises(SubspanError, match=r"weight among parameters\(\) is θ₀.*re"),
+    ):
+        follow(target, base)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.coordinates["global"].mul_(2)
+        for mine, p in zip(other.body.parameters(), model.body.parameters(), strict=True):
+            follow(mine, p)
+        torch._foreach_copy_(list(other.body.parameters()), list(model.body.parameters()))
+    torch.testing.assert_close(other.merge().head.weight, model.merge().head.weight)
+
+
 def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
     model, merged, x = pair()
     with torch.no_grad():
