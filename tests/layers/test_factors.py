@@ -162,6 +162,20 @@ def test_states_of_former_versions_and_other_types_still_load():
     assert server[0].rank == 2
 
 
+@pytest.mark.parametrize("make", [torch.clone, lambda values: values.as_subclass(torch.Tensor)])
+def test_a_factor_that_somebody_has_put_in_place_has_its_witness(make):
+    network = net()
+    network[0].U = nn.Parameter(make(network[0].U.detach()))
+    assert "0.witness" in network.state_dict()
+    assert type(network[0].U) is Factor
+
+
+def test_factors_that_a_conversion_has_made_anew_are_factors(monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    network = net().double()
+    assert all(type(p) is Factor for p in (network[0].U, network[0].S, network[0].V))
+
+
 # ---- all else ------------------------------------------------------------------------------------
 
 OPTIMIZERS = {

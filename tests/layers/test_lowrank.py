@@ -212,6 +212,15 @@ def test_tangents_move_with_their_layer():
     assert tangents.of_l.shape == (7, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_trace_of_a_watched_layer_is_one_of_its_factors():
+    layer, x = copy.deepcopy(CASES[0][0]), CASES[0][1]
+    tangents = watch(layer)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x))
+    assert tangents is layer.tangents
+
+
 # PyTorch's own forward mode scripts a few functions when it is first used.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_transforms_of_functions_see_an_ordinary_layer():

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import SGD, Adam
 
-from subspan import SubspanError
+from subspan import SubspaceModel, SubspanError
 from subspan.layers import LowRank, factorize, merge
 from subspan.optim import DLRT
 from tests.nets import batch, build
@@ -745,6 +747,93 @@ def test_complex_parameters_beside_the_factors(base):
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(SubspanError, match=message):
         DLRT(mlp(), **settings)
+
+
+@pytest.mark.parametrize(("integrator", "adapts"), [(i, a) for i in ROBUST for a in (False, True)])
+def test_bases_that_something_else_has_moved(integrator, adapts):
+    """A new optimizer makes them orthonormal and leaves the weights; one that is there refuses."""
+    if adapts is (integrator == "kls"):
+        return
+    net = mlp()
+    settings = options(integrator) | ({"tolerance": 0.0, "max_rank": 3} if adapts else {})
+    optimizer = DLRT(net, 0.0, **settings)
+    run(net, DLRT(net, 0.1, integrator="vanilla"), 3)
+    optimizer = DLRT(net, 0.0, **settings)
+    for p in (net[0].U, net[0].V):
+        torch.testing.assert_close(p.detach().T @ p.detach(), torch.eye(3, dtype=p.dtype))
+    before = dense(net)
+    run(net, optimizer, 1)
+    torch.testing.assert_close(dense(net), before)
+    run(net, SGD(net.parameters(), 0.5), 1)
+    before = dense(net)
+    with pytest.raises(SubspanError, match=r"bases of layer '0' are not orthonormal.*make a new"):
+        run(net, optimizer, 1)
+    assert torch.equal(dense(net), before)
+
+
+def test_a_network_that_is_converted_goes_on():
+    net = mlp(dtype=torch.float32)
+    optimizer = DLRT(net, 0.1, tolerance=0.0)
+    run(net, optimizer, 2)
+    net.double()
+    run(net, optimizer, 2)
+
+
+def test_a_step_after_another_optimizer_is_that_of_the_weight():
+    """Whatever bases it came with: W − h P(G)."""
+    net = mlp(rank=3)
+    run(net, Adam(net.parameters(), 0.05), 5)
+    W = net[0].weight.detach().clone().requires_grad_()
+    loss = cross_entropy(net[2](net[1](X @ W.T + net[0].bias)), Y)
+    (G,) = torch.autograd.grad(loss, W)
+    U, _, Vh = torch.linalg.svd(W.detach(), full_matrices=False)
+    left, right = U[:, :3] @ U[:, :3].T, Vh[:3].T @ Vh[:3]
+    projected = left @ G + G @ right - left @ G @ right
+    run(net, DLRT(net, 1e-4), 1)
+    torch.testing.assert_close(net[0].weight, W - 1e-4 * projected, rtol=0, atol=1e-6 * 1e-2)
+
+
+def test_factors_that_are_computed_are_refused():
+    ways = [
+        lambda net: SubspaceModel(net, 5),
+        lambda net: prune.l1_unstructured(net[0], "U", amount=0.5),
+        lambda net: register_parametrization(net[0], "S", nn.Identity()),
+    ]
+    for change in ways:
+        net = mlp()
+        change(net)
+        with pytest.raises(SubspanError, match=r"factors of layer '0' are computed \(from"):
+            DLRT(net)
+
+
+def test_factors_that_were_exchanged_are_refused():
+    net = mlp()
+    optimizer = DLRT(net, 0.1)
+    run(net, optimizer, 1)
+    net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    before = dense(net)
+    with pytest.raises(SubspanError, match="layer '0' has other factors than the optimizer was"):
+        run(net, optimizer, 1)
+    assert torch.equal(dense(net), before)
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_what_is_unfrozen_later_is_not_left_out_in_silence(integrator):
+    net = mlp()
+    net[0].requires_grad_(False)
+    optimizer = DLRT(net, 0.1, **options(integrator))
+    run(net, optimizer, 1)
+    net[0].requires_grad_(True)
+    before = dense(net)
+    with pytest.raises(SubspanError, match=r"0\.U was frozen when the optimizer was made and has"):
+        run(net, optimizer, 1)
+    assert torch.equal(dense(net), before)
+    for factor in "USV":
+        getattr(net[0], factor).requires_grad_(False)
+    optimizer.add_param_group({"params": net[0].bias})
+    before = net[0].bias.detach().clone()
+    run(net, optimizer, 1)
+    assert not torch.equal(net[0].bias, before)
 
 
 def test_networks_without_factors():

@@ -552,6 +552,30 @@ def test_frozen_and_unused_parameters():
     assert not torch.equal(unused, torch.ones_like(unused))
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("estimator", ["gradient", "evolution"])
+def test_what_is_unfrozen_later_is_refused_and_not_left_out(estimator, named):
+    net = mlp()
+    net[0].bias.requires_grad_(False)
+    optimizer = RandomBases(net if named else net.parameters(), 6, estimator=estimator)
+
+    def closure():
+        loss = loss_of(net)
+        if not optimizer.needs_closure:
+            loss.backward()
+        return loss
+
+    net[0].bias.requires_grad_(True)
+    before = flat(net)
+    name = r"0\.bias" if named else "parameter 1 of group 0"
+    with pytest.raises(SubspanError, match=f"{name} was frozen when the optimizer was made and"):
+        optimizer.step(closure)
+    assert torch.equal(flat(net), before)
+    net[0].bias.requires_grad_(False)
+    optimizer.step(closure)
+    assert not torch.equal(flat(net), before)
+
+
 @JVP
 @pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
 def test_frozen_tensors_take_no_part_however_they_are_given(estimator, tmp_path):

@@ -105,8 +105,11 @@ class Factor(Value, nn.Parameter):
 
 
 def adopt(factor: str, parameter: nn.Parameter) -> None:
-    """Make an ordinary parameter that of a layer; it stays the same object."""
-    if type(parameter) is nn.Parameter:
+    """Make an ordinary parameter, or one made of a factor's values, that of a layer.
+
+    It stays the same object.
+    """
+    if type(parameter) in (nn.Parameter, Value):
         _tagged(parameter, Factor, (factor, object()))
 
 

@@ -51,7 +51,8 @@ class DLRT(BaseOptimizer):
       frozen one. Where there is a target for the whole network, its rank falls with the others.
 
     Args:
-        net: with factored layers. Its other parameters that require a gradient are trained, too.
+        net: with factored layers. Its other parameters that require a gradient are trained, too;
+            what is unfrozen later needs a new optimizer, or a group of its own if it is no factor.
         lr: η.
         tolerance: τ in [0, 1): where ranks may change, singular values are left out as long as
             their norm is at most τ times that of all, layer by layer.
@@ -144,6 +145,7 @@ class DLRT(BaseOptimizer):
         )
         self.integrator = integrator
         self._tensors = dict(named)
+        self._left_out = [(n, p) for n, p in net.named_parameters() if not p.requires_grad]
         self._gradients = self._watch()
 
     def _watch(self) -> Gradients:
@@ -186,7 +188,7 @@ class DLRT(BaseOptimizer):
             )
         self._gradients.check()
         refuse_other_shapes(self.state.items(), "make a new optimizer")
-        before = read(self._layers, copy=self.needs_closure)  # two evaluations change the layers
+        before = read(self._layers, self.param_groups[0]["params"], copy=self.needs_closure)
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
         loss = None

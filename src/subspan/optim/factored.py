@@ -17,14 +17,21 @@ def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
     """Return the factored layers of a network that are not frozen, by name.
 
     Raises:
-        SubspanError: if there are none, if one is frozen in part, or has no such rank, or if two
-            share a factor.
+        SubspanError: if there are none, if one is frozen in part, has no such rank, or factors that
+            something else computes, or if two share a factor.
     """
     factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
     if not factored:
         raise SubspanError(
             "the network has no factored layer: call subspan.layers.factorize(net, …) first"
         )
+    for name, layer in factored.items():
+        if any(layer._parameters.get(factor) is not getattr(layer, factor) for factor in "USV"):
+            raise SubspanError(
+                f"factors of layer {name!r} are computed (from coordinates of a subspace, by "
+                "pruning or by a parametrization), and no step of DLRT can move them: train what "
+                "they are computed from with another optimizer, or take that away first"
+            )
     layers = {n: m for n, m in factored.items() if is_trained(n, m)}
     if not layers:
         raise SubspanError("every factored layer of the network is frozen: unfreeze some")
@@ -57,17 +64,30 @@ def is_trained(name: str, layer: LowRank) -> bool:
     return all(trained)
 
 
-def read(layers: Mapping[str, LowRank], copy: bool) -> dict[str, USV]:
+def read(layers: Mapping[str, LowRank], factors: Iterable[Tensor], copy: bool) -> dict[str, USV]:
     """Return the factors of the layers that are not frozen, precise enough for orthonormal bases.
 
+    Args:
+        layers: by name.
+        factors: those that the optimizer was given.
+        copy: whether they are copied in any case, because evaluations are to change the layers.
+
     Raises:
-        SubspanError: if a layer is frozen in part.
+        SubspanError: if a layer is frozen in part, or has other factors by now.
     """
+    given = set(map(id, factors))
+    for name, layer in layers.items():
+        if not given.issuperset(map(id, parameters(layer))):
+            raise SubspanError(
+                f"layer {name!r} has other factors than the optimizer was given, since they were "
+                "exchanged (by load_state_dict(assign=True), say): make a new optimizer"
+            )
     with plain():
-        return {n: _read(layer, copy) for n, layer in layers.items() if is_trained(n, layer)}
+        return {n: wide_factors(layer, copy) for n, layer in layers.items() if is_trained(n, layer)}
 
 
-def _read(layer: LowRank, copy: bool) -> USV:
+def wide_factors(layer: LowRank, copy: bool) -> USV:
+    """Return the factors of a layer as :func:`read` does."""
     return USV(*(p.detach().to(wide(layer.S), copy=copy) for p in parameters(layer)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError, unknown
+from subspan.optim.parameters import refuse_unfrozen
 from subspan.optim.workers import WorkerMode, Workers
 from subspan.precision import as_now, full_precision
 
@@ -74,6 +75,7 @@ class BaseOptimizer(Optimizer):
         self.nonfinite, self.needs_closure = nonfinite, needs_closure
         self._workers = Workers(workers, check_every) if workers else None
         self._tensors: dict[str, Tensor] = {}
+        self._left_out: list[tuple[str, Tensor]] = []  # what is frozen, with names
         super().__init__(params, {**defaults, "steps": 0, "skipped": 0})
 
     @property
@@ -98,9 +100,10 @@ class BaseOptimizer(Optimizer):
 
         Raises:
             SubspanError: if the closure or all gradients are missing, if numbers are not finite
-                (see ``nonfinite``), or if workers do not fit together or are lost. The weights
-                are then those of before.
+                (see ``nonfinite``), if what was frozen when the optimizer was made is so no more,
+                or if workers do not fit together or are lost. The weights are then those of before.
         """
+        refuse_unfrozen(self._left_out, self.param_groups)
         every = (p.device for group in self.param_groups for p in group["params"])
         device = next(every, torch.device("cpu"))
         closure = as_now(closure, device)

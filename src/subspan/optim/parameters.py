@@ -62,13 +62,19 @@ def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:
     return {key: row for key, row in rows.items() if key not in shared}
 
 
-def leave_frozen(group: dict[str, Any], number: int) -> None:
+def leave_frozen(group: dict[str, Any], number: int) -> list[tuple[str, Tensor]]:
     """Keep in a group only the tensors that require a gradient, and their names.
+
+    Returns:
+        The others, with what errors call them.
 
     Raises:
         SubspanError: if none does.
     """
     trained = [tensor.requires_grad for tensor in group["params"]]
+    name = "{}" if "param_names" in group else f"parameter {{}} of group {number}"
+    named = named_tensors([group])[0].items()
+    frozen = [(name.format(own), tensor) for own, tensor in named if not tensor.requires_grad]
     if not any(trained):
         raise SubspanError(
             f"there is nothing to train in group {number} of the parameters: no tensor in it "
@@ -76,6 +82,29 @@ def leave_frozen(group: dict[str, Any], number: int) -> None:
         )
     for key in {"params", "param_names"} & set(group):
         group[key] = list(compress(group[key], trained))
+    return frozen
+
+
+def refuse_unfrozen(
+    left_out: Sequence[tuple[str, Tensor]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a step that would leave out what is to be trained by now.
+
+    Args:
+        left_out: what was frozen when the optimizer was made, with names.
+        groups: of the optimizer.
+
+    Raises:
+        SubspanError: if some of it requires a gradient and is in no group.
+    """
+    unfrozen = [(name, tensor) for name, tensor in left_out if tensor.requires_grad]
+    given = {id(p) for group in groups for p in group["params"]} if unfrozen else set()
+    for name, tensor in unfrozen:
+        if id(tensor) not in given:
+            raise SubspanError(
+                f"{name} was frozen when the optimizer was made and has been unfrozen since, but "
+                "no step would move it: make a new optimizer, or freeze it again"
+            )
 
 
 def refuse_computed(params: Sequence[Any]) -> None:

@@ -52,7 +52,7 @@ class RandomBases(BaseOptimizer):
     - *A parameter without a gradient* is one whose gradient is zero: what moves it are the basis
       and the momentum that it shares with others of its compartment, and its decay.
     - *A frozen parameter*, one that does not require a gradient, takes no part: it has no
-      coordinates and never moves.
+      coordinates and never moves. Once it is unfrozen, the next step is refused.
     - *Padding rows* of embeddings in a module stay where they are, as with every optimizer.
     - *Momentum* μ sums coordinates, u ← μ u + c, and coordinates mean something in their own basis
       only: the sum begins anew at each redraw. With ``redraw_every=1`` there is nothing to sum,
@@ -334,7 +334,7 @@ class RandomBases(BaseOptimizer):
             refuse_computed(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        leave_frozen(group, len(self.param_groups) - 1)
+        self._left_out += leave_frozen(group, len(self.param_groups) - 1)
         if group.get("momentum") and self.redraw_every == 1:
             raise SubspanError(
                 "momentum needs a basis that stays: coordinates of different bases cannot be "

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.errors import SubspanError
+from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.layers.watched import Tangents
+from subspan.linalg import orthonormalize
+from subspan.optim.factored import wide_factors
 from subspan.optim.integrators import USV
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative: what rounding may do
@@ -41,12 +44,21 @@ CHANGED = (
 class Watch:
     """Tangents of all layers that an optimizer trains.
 
+    Steps along them are those of orthonormal bases, which other optimizers and conversions do not
+    keep: layers get such bases here, and the same weights with them.
+
     Args:
         layers: by name.
     """
 
     def __init__(self, layers: Mapping[str, LowRank]) -> None:
         self._layers = layers
+        with plain(), torch.no_grad():
+            factors = {name: wide_factors(layer, copy=False) for name, layer in layers.items()}
+            for name in self._skew(factors):
+                at = factors[name]
+                (U, of_u), (V, of_v) = orthonormalize(at.U), orthonormalize(at.V)
+                layers[name].set_factors(U, of_u @ at.S @ of_v.T, V)
         self._tangents = {name: Tangents(layer) for name, layer in layers.items()}
         self._ddp: bool | None = None  # not known yet
 
@@ -93,8 +105,15 @@ class Watch:
             alone: whether this process's gradients concern no other process.
 
         Raises:
-            SubspanError: for gradients that have been changed otherwise.
+            SubspanError: for gradients that have been changed otherwise, and for bases that are not
+                orthonormal any more.
         """
+        for name in self._skew(at):
+            raise SubspanError(
+                f"the bases of layer {name!r} are not orthonormal, as a step needs them, since "
+                "something else than DLRT has moved or set U or V: make a new DLRT of the network, "
+                "which gives the layer such bases and leaves its weight as it is"
+            )
         left = {name: self._left(name, gradient) for name, gradient in gradients.items()}
         scales, changed = self._compare(gradients, left, at)
         if not alone and self._under_ddp(changed):
@@ -137,6 +156,21 @@ class Watch:
             if error > tolerance(self._layers[name].U):
                 changed = changed or name
         return scales, changed
+
+    def _skew(self, at: Mapping[str, USV]) -> list[str]:
+        """Return the names of layers whose bases are not orthonormal: AᵀA z is not z.
+
+        Those of a network that was converted to more digits have as many as they had.
+        """
+        errors: list[Tensor] = []
+        for factors in at.values():
+            z = _vector(factors.rank).to(factors.S)
+            both = [torch.linalg.vector_norm(A.T @ (A @ z) - z) for A in (factors.U, factors.V)]
+            errors.append(torch.stack(both).max() / torch.linalg.vector_norm(z))
+        found = torch.stack([error.to(errors[0]) for error in errors]).tolist() if errors else []
+        pairs = zip(at, found, strict=True)
+        least = TOLERANCE[torch.float32]
+        return [n for n, error in pairs if error > max(tolerance(self._layers[n].U), least)]
 
     def _under_ddp(self, changed: str | None) -> bool:
         """Return whether DDP averages the gradients; look again if that would explain a change."""

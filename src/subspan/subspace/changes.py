@@ -76,11 +76,23 @@ class Changes:
         """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
 
         ``wishes`` holds what was set of frozen θ₀: a loop over all parameters sets the flag of
-        coordinates, too, so that only afterwards it is known whether all of them were frozen.
+        coordinates, too, so that only afterwards it is known whether all of them were frozen. A
+        loop that unfreezes all has unfrozen what is to stay at θ₀, too, and training would move it.
 
         Raises:
-            SubspanError: if a tensor is to stay whose coordinates are trained.
+            SubspanError: if a tensor is to stay whose coordinates are trained, or one is not that
+                was left out when the network was wrapped.
         """
+        if any(self.wishes.values()):
+            for name in self.weights.requires_grad:
+                left_out = name not in self.weights.homes and name not in self.weights.fully
+                p = self.weights.find(name) if left_out else None
+                if p is not None and p.requires_grad:
+                    raise SubspanError(
+                        f"requires_grad of {name}, which stays at θ₀, was set to True with those "
+                        "of others: set the flags of the SubspaceModel's parameters(), or name it "
+                        "in train_fully= when the network is wrapped"
+                    )
         for name, part in zip(
             self.weights.coordinate_names, self.weights.compartments, strict=True
         ):

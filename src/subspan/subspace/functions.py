@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _IN_PLACE = (
     {"__idiv__"}
@@ -18,6 +20,10 @@ _IN_PLACE = (
 _MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_memory _to_copy"
 _COPYING = "detach clone new __deepcopy__ view_as expand_as reshape_as"
 _HARMLESS = frozenset(f"{_MOVING} {_COPYING}".split())
+_BOUNDING = "clamp clamp_min clamp_max clip minimum maximum renorm threshold hardtanh relu"
+_MASKING = "masked_fill masked_scatter index_fill"
+_ROUNDING = "round floor ceil trunc fix sign sgn abs absolute pow"
+_EACH = frozenset(f"{_BOUNDING} {_MASKING} {_ROUNDING}".split())
 
 
 def property_of(function: Any) -> str:
@@ -42,6 +48,21 @@ def writes_first(function: Any) -> bool:
         return property_of(function) == "data"
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "__setitem__" or name in _IN_PLACE
+
+
+def changes_each_entry(function: Any, args: Any) -> bool:
+    """Return whether one that writes changes entries of its first argument each in its own way.
+
+    What adds to all of them, multiplies them by a number or writes over them does the same to a sum
+    of tensors if it is done to both; a bound, a mask or a power does not.
+    """
+    name = getattr(function, "__name__", "").removeprefix("_foreach_")
+    if name == "__setitem__":
+        return any(isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1]))
+    name = name.removeprefix("__i").strip("_")
+    if name in ("mul", "multiply", "div", "divide", "truediv"):
+        return any(isinstance(t, Tensor) and t.dim() > 0 for t in tree_leaves(args[1:]))
+    return name in _EACH
 
 
 def is_harmless(name: str) -> bool:

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
 from subspan.subspace.callers import asked_by_a_graph
-from subspan.subspace.functions import is_harmless, property_of, sets_flag, share_memory
+from subspan.subspace.functions import (
+    changes_each_entry,
+    is_harmless,
+    property_of,
+    sets_flag,
+    share_memory,
+    writes_first,
+)
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -49,6 +56,66 @@ def refuse_use(tensor: str, name: str, base: str = "θ₀") -> SubspanError:
     )
 
 
+def _check_change(function: Any, args: Sequence[Any]) -> None:
+    """Refuse changes in place by which a weight would not become what is meant.
+
+    Entries of θ₀ must not be changed each in a way of its own, and another network's parameter must
+    not be given what is θ₀ only, as a target network's that follows this one.
+
+    Raises:
+        SubspanError: naming the tensor and the function.
+    """
+    if not writes_first(function):
+        return
+    name = getattr(function, "__name__", "")
+    if changes_each_entry(function, args):
+        for written in tree_leaves(args[:1]):
+            if isinstance(written, Theta0 | Data):
+                raise SubspanError(
+                    f"{written.home[1]} among parameters() is θ₀, and {name} of it is not that of "
+                    "the weight θ₀ + P w: bound, mask or round weights by a parametrization that "
+                    "is registered before the network is wrapped, or where the forward pass reads "
+                    "them"
+                )
+    lists = [each for each in args if isinstance(each, list | tuple)]  # of a foreach function
+    for first, *others in zip(*lists, strict=False) if name.startswith("_foreach_") else [args]:
+        if isinstance(first, nn.Parameter) and not isinstance(first, Base):
+            for given in tree_leaves(others):
+                if isinstance(given, Theta0 | Data):
+                    raise refuse_use(given.home[1], name)
+
+
+class Data(Tensor):
+    """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses."""
+
+    home: Home
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        _check_change(func, args)
+        with _plain():
+            return func(*args, **(kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _plain():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _plain():
+            return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+
+def _guard_data(data: Tensor, of: Theta0) -> Tensor:
+    """Make the data of θ₀ a :class:`Data`; numbers that another library has packed stay."""
+    if type(data) is not Tensor or not data.is_floating_point() or torch.compiler.is_compiling():
+        return data
+    guarded = data.as_subclass(Data)
+    guarded.home = of.home
+    return guarded
+
+
 class Theta0(Tensor):
     """A view of θ₀: whoever computes with it wants the weight, and gets a refusal.
 
@@ -72,10 +139,11 @@ class Theta0(Tensor):
         flag = name in ("requires_grad_", "__set__") and sets_flag(func)
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
+        _check_change(func, args)
         with _plain():
             out = func(*args, **kwargs)
             if name == "__get__" and property_of(func) not in _VIEWS:
-                return out
+                return _guard_data(out, args[0]) if property_of(func) == "data" else out
             if name == "__iter__":
                 out = list(out)
             elif name in ("detach", "__set__") or is_harmless(name):

@@ -227,6 +227,91 @@ def test_another_base_is_noticed_by_name(what, change, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.data.clamp_(-0.01, 0.01),
+        lambda p: p.clamp_(max=0.01),
+        lambda p: p.detach_().renorm_(2, 0, 1.0),
+        lambda p: p.mul_(torch.rand_like(p) > 0.5),
+        lambda p: p.data.__imul__(torch.ones_like(p.data)),
+        lambda p: p.data.__setitem__(p.data.abs() < 0.1, 0),
+        lambda p: p.masked_fill_(p.data > 0, 0),
+        lambda p: p.data.round_(decimals=2),
+        lambda p: torch._foreach_clamp_max_([p], 0.01),
+        lambda p: torch._foreach_mul_([p.data], [torch.zeros_like(p.data)]),
+    ],
+)
+def test_bounds_and_masks_of_the_base_are_refused(change):
+    """They are not those of the weight: a critic's weights were not clipped, nor pruned ones 0."""
+    model, _, x = pair()
+    before = model(x).detach()
+    with (
+        torch.no_grad(),
+        pytest.raises(SubspanError, match=r"weight among parameters\(\) is θ₀.*a"),
+    ):
+        change(model.body.get_parameter("head.weight"))
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "follow",
+    [
+        lambda target, p: target.copy_(p),
+        lambda target, p: target.copy_(p.data),
+        lambda target, p: target.mul_(0.9).add_(p, alpha=0.1),
+        lambda target, p: target.lerp_(p, 0.1),
+        lambda target, p: torch._foreach_lerp_([target], [p], 0.1),
+    ],
+)
+def test_the_base_is_not_copied_to_another_networks_parameter(follow):
+    """A target network that is an ordinary one would follow θ₀."""
+    model, merged, _ = pair()
+    base, target = model.body.get_parameter("head.weight"), merged.head.weight
+    with (
+        torch.no_grad(),
+        pytest.raises(SubspanError, match=r"weight among parameters\(\) is θ₀.*re"),
+    ):
+        follow(target, base)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.coordinates["global"].mul_(2)
+        for mine, p in zip(other.body.parameters(), model.body.parameters(), strict=True):
+            follow(mine, p)
+        torch._foreach_copy_(list(other.body.parameters()), list(model.body.parameters()))
+    torch.testing.assert_close(other.merge().head.weight, model.merge().head.weight)
+
+
+def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
+    model, merged, x = pair()
+    with torch.no_grad():
+        for net in (model.body, merged):
+            for p in net.parameters():
+                p.data.mul_(0.5).div_(2)
+                p *= torch.tensor(3.0)
+                torch._foreach_mul_([p], 1 / 3)
+                p.data.copy_(p.data * 2)
+    torch.testing.assert_close(model(x), merged(x))
+    data = model.body.get_parameter("head.weight").data
+    assert type(pickle.loads(pickle.dumps(data))) is type(copy.deepcopy(data)) is torch.Tensor
+
+
+def test_a_loop_that_unfreezes_all_does_not_train_what_stays():
+    model, _, x = pair(exclude="head")
+    net = model.body
+    for flag in (False, True):
+        for p in net.parameters():
+            p.requires_grad_(flag)
+    with pytest.raises(SubspanError, match=r"requires_grad of head\.\w+, which stays at θ₀, was s"):
+        model(x)
+    net.head.requires_grad_(False)
+    model(x)
+    for flag in (False, True):
+        model.requires_grad_(flag)
+    model(x)
+    assert not net.head.weight.requires_grad
+
+
 def test_a_frozen_weight_that_is_trained_besides_is_noticed(tmp_path):
     model, _, x = pair(exclude="head")
     model.body.head.requires_grad_(True)

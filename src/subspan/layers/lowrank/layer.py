@@ -136,11 +136,14 @@ class LowRank(Compressed, type_name="lowrank"):
     def _watched(self) -> Tangents | None:
         """Return the tangents, where a pass through the layer that begins now is to have them.
 
-        A layer that is frozen has none. Transforms of functions (``torch.func``, forward mode) are
-        about the three factors alone, and a function of our own would be in their way.
+        A layer that is frozen has none, and a trace has no place for them. Transforms of functions
+        (``torch.func``, forward mode) are about the three factors alone, and a function of our own
+        would be in their way.
         """
         tangents = self.tangents
         if tangents is None or not tangents.awake or not torch.is_grad_enabled():
+            return None
+        if torch._C._is_tracing():
             return None
         if not (self.U.requires_grad and self.S.requires_grad and self.V.requires_grad):
             return None
@@ -208,6 +211,7 @@ class LowRank(Compressed, type_name="lowrank"):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """Add the witness, by which loading knows factors that have been averaged."""
+        self._adopt()  # what was put in the place of a factor
         super()._save_to_state_dict(destination, prefix, keep_vars)
         parameters = [self._parameters.get(name) for name in "USV"]
         if all(isinstance(p, factors.Factor) and not p.is_meta for p in parameters):
