@@ -274,7 +274,7 @@ def test_the_command_of_a_growing_d_is_another(cli, monkeypatch, name, epochs):
     assert cli(*words[1:]).err.endswith("error: asked\n")
     assert [differences(record.config, one) for one in asked] == [{}]
     [exhibit] = [one for one in exhibits.exhibits(ROOT / "results") if one.folder.name == name]
-    assert exhibit.effort == f"3 seeds, {epochs} epochs for all weights, 4 at each d."
+    assert exhibit.effort == f"3 seeds, {epochs} epochs for all weights, 4 epochs at each d."
 
 
 # ---- a benchmark ---------------------------------------------------------------------------------

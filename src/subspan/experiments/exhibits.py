@@ -173,16 +173,22 @@ def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     """Say how much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
     lengths = [
-        f"{count} {unit}{'s' * (count != '1')}"
+        _counted(count, unit)
         for unit, numbers in _lengths(sweeps).items()
         if (count := _range(numbers))
     ]
     words = f"Budget {budget}: " if budget else ""
-    words += f"{seeds or 'no'} seed{'s' * (seeds != '1')}, {' and '.join(lengths)}"
+    words += f"{_counted(seeds or 'no', 'seed')}, {' and '.join(lengths)}"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
-    stages = {f"{n} at each d" for sweep in sweeps if (n := sweep.config.get("stage_epochs"))}
-    return f"{words}{''.join(f' for all weights, {n}' for n in sorted(stages))}."
+    stages = _range(n for sweep in sweeps if (n := sweep.config.get("stage_epochs")))
+    if stages:
+        words += f" for all weights, {_counted(stages, 'epoch')} at each d"
+    return f"{words}."
+
+
+def _counted(count: str, unit: str) -> str:
+    return f"{count} {unit}{'s' * (count != '1')}"
 
 
 def _lengths(sweeps: Iterable[SweepRecord]) -> dict[str, list[int]]:
