@@ -74,11 +74,10 @@ def write_together(files: Mapping[Path, bytes]) -> int:
     for path in files:
         _refuse_what_renaming_would_take(path)
     with contextlib.ExitStack() as stack:
-        targets = {_behind_links(path): data for path, data in files.items()}
-        new = {path: stack.enter_context(_beside(path, data)) for path, data in targets.items()}
+        new = {path: stack.enter_context(_beside(path, data)) for path, data in files.items()}
         for path, name in new.items():
             with _named(path):
-                os.replace(name, path)
+                os.replace(name, _behind_links(path))
     return sum(map(len, files.values()))
 
 
@@ -110,14 +109,15 @@ def _named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _beside(path: Path, data: bytes) -> Iterator[str]:
     """Write a temporary file, which is gone if anything fails inside of the ``with``."""
-    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = _behind_links(path)
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with _named(path):
         file = name.open("xb")
     with file:
         try:
             with _named(path):
-                if path.exists():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                if target.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

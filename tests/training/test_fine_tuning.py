@@ -23,7 +23,7 @@ from subspan.training.config import Run, Sweep, Training
 from subspan.training.evaluate import evaluate_checkpoint, rebuild
 from subspan.training.export import export
 from subspan.training.methods import HEAD_LR, method
-from subspan.training.prepare import complete
+from subspan.training.prepare import complete_options
 from subspan.training.schedule import schedule
 from subspan.training.train import train
 from tests.runs import a_run, train_up_to
@@ -181,10 +181,10 @@ def test_a_rate_of_the_head_that_is_none(tmp_path):
 def test_the_head_of_texts_is_trained_fully_by_default():
     """Unless the options say otherwise; networks for images have none that is new."""
     texts = Training(task="text", net="minilm", data="mpqa")
-    assert complete({"dim": 5}, method("hash"), texts) == {"train_fully": "head", "dim": 5}
-    assert complete({"train_fully": []}, method("hash"), texts) == {"train_fully": []}
-    assert complete({}, method("rbd"), texts) == {}
-    assert complete({}, method("hash"), Training()) == {}
+    assert complete_options({"dim": 5}, method("hash"), texts) == {"train_fully": "head", "dim": 5}
+    assert complete_options({"train_fully": []}, method("hash"), texts) == {"train_fully": []}
+    assert complete_options({}, method("rbd"), texts) == {}
+    assert complete_options({}, method("hash"), Training()) == {}
 
 
 @needs_peft

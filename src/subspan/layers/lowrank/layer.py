@@ -143,11 +143,11 @@ class LowRank(Compressed, type_name="lowrank"):
         tangents = self.tangents
         if tangents is None or not tangents.awake or not torch.is_grad_enabled():
             return None
-        if torch._C._is_tracing():
-            return None
         if not (self.U.requires_grad and self.S.requires_grad and self.V.requires_grad):
             return None
-        return tangents if torch.compiler.is_compiling() or not transformed() else None
+        if torch.compiler.is_compiling():
+            return tangents
+        return None if transformed() or torch._C._is_tracing() else tangents
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
