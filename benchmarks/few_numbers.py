@@ -13,7 +13,6 @@ the constant rate have the rate that was chosen for the base. Trainings that are
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import statistics
@@ -180,6 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder of the record")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows with this in their name")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -192,18 +192,19 @@ def main() -> None:
             parser.error(f"{file} is of other epochs: give another --out")
     record |= {"versions": machine.versions(), "device": machine.device_name(torch.device("cpu"))}
     scores = record["scores"]
-    jobs = [(name, seed) for seed in range(given.seeds) for name in CHANGES]
+    rows = [name for name in CHANGES if given.only in name]
+    jobs = [(name, seed) for seed in range(given.seeds) for name in rows]
     jobs = [(name, seed) for name, seed in jobs if str(seed) not in scores.get(name, {})]
     if any(name.startswith("distilled") for name, _ in jobs):  # before there are several processes
         teach(Training(net=GOLF, data="mnist"), given.out, given.epochs)
-    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool, contextlib.closing(pool):
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         work = partial(run, epochs=given.epochs, folder=given.out)
         for name, seed, found in pool.imap_unordered(work, jobs):
             scores.setdefault(name, {})[str(seed)] = found
             write_atomically(file, json.dumps(record, indent=1, ensure_ascii=False).encode())
             print(f"{name}, seed {seed}: {found}", flush=True)
     print("\n| change | validation, % | coordinates averaged |\n| --- | --- | --- |")
-    for name in CHANGES:
+    for name in rows:
         columns = []
         for which in ("last", "averaged"):
             values = [100 * s[which] for s in scores[name].values() if which in s]
