@@ -103,6 +103,7 @@ def mine(in_tmp_path, monkeypatch):
     parts()
     monkeypatch.setattr(module, "_registry", copy.copy(module._registry))
     monkeypatch.setenv("SUBSPAN_IMPORT", "")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     yield in_tmp_path
     sys.modules.pop("mine", None)
 

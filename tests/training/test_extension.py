@@ -135,6 +135,7 @@ def test_a_file_whose_projection_is_not_imported(tmp_path):
 def test_a_package_that_fails(tmp_path, monkeypatch, capsys):
     (tmp_path / "failing").mkdir()
     (tmp_path / "failing" / "__init__.py").write_text("raise ValueError('no licence')\n")
+    monkeypatch.setenv("SUBSPAN_IMPORT", "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert main(["train", "--import", "failing.method", *DIGITS, "--out", "out"]) == 2
