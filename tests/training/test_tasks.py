@@ -284,7 +284,7 @@ def test_a_faulty_task(own, wrong, message):
 
 
 def test_an_evaluation_leaves_no_trace(own, monkeypatch):
-    """As many end in training mode, or without gradients, or seed what they draw."""
+    """Whether it ends in training mode, switches gradients off, or seeds a generator."""
     task = tasks.load(Training(task=f"{own}:line"), 0)
     net = task.network()
 

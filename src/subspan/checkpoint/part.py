@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.parameters import changed_buffers, digest_buffers, digest_tensors
 
 ATTRIBUTE = "_subspan_base"
 
@@ -49,7 +49,7 @@ def hold_base(net: nn.Module, weights: int) -> None:
         weights,
         tuple(name for name in parameters if name not in frozen),
         digest_tensors({**frozen, **dict(net.named_buffers())}),
-        {name: digest_tensors({name: buffer}) for name, buffer in saved_buffers(net).items()},
+        digest_buffers(net),
     )
 
 
@@ -61,12 +61,8 @@ def base_of(net: nn.Module) -> HeldBase | None:
 
 def trained_tensors(net: nn.Module, base: HeldBase) -> dict[str, Tensor]:
     """Return what is trained, and the buffers that training changed."""
-    changed = {
-        name: buffer
-        for name, buffer in saved_buffers(net).items()
-        if digest_tensors({name: buffer}) != base.buffers.get(name)
-    }
-    return {**{name: net.get_parameter(name) for name in base.trained}, **changed}
+    trained = {name: net.get_parameter(name) for name in base.trained}
+    return trained | changed_buffers(net, base.buffers)
 
 
 def check_part(path: object, net: nn.Module, header: Mapping[str, Any]) -> None:

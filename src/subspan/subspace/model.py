@@ -29,7 +29,7 @@ from subspan.subspace.attach import attach, detach
 from subspan.subspace.compartments import Compartment, Patterns, Rules
 from subspan.subspace.handle import Handle, with_signature
 from subspan.subspace.links import FINGERPRINT, LINK
-from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.parameters import changed_buffers
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.summary import Summary, TensorSummary
 from subspan.subspace.targets import HEAD_RATE, default_rate
@@ -281,11 +281,7 @@ class SubspaceModel(Handle):
 
     def changed_buffers(self) -> dict[str, Tensor]:
         """Return the network's saved buffers that are not what they were when it was wrapped."""
-        buffers = saved_buffers(self.body)
-        was = self.subspace.base_buffers
-        return {
-            name: b for name, b in buffers.items() if digest_tensors({name: b}) != was.get(name)
-        }
+        return changed_buffers(self.body, self.subspace.base_buffers)
 
     def summary(self) -> Summary:
         """Tensor by tensor: weights, compartment, coordinates. Print it, or read its rows."""

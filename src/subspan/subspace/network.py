@@ -25,7 +25,7 @@ from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
 from subspan.subspace.links import FINGERPRINT, PREFIX, Link, locate, missing
-from subspan.subspace.parameters import Slot, digest_tensors, saved_buffers
+from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
 from subspan.subspace.theta0 import Base
@@ -76,9 +76,7 @@ class Network:
         self.wrapped: list[nn.Module] = []  # modules whose class was changed
         self.packing: list[nn.Module] = []  # those that bitsandbytes must not pack anew meanwhile
         self.init_seed: int | None = None
-        self.base_buffers = {
-            name: digest_tensors({name: b}) for name, b in saved_buffers(root).items()
-        }
+        self.base_buffers = digest_buffers(root)
         sizes = [len(piece) for part in compartments for piece in part.pieces]
         self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
         self.buffer_names = frozenset(self.base_buffers)

@@ -250,6 +250,17 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def digest_buffers(net: nn.Module) -> dict[str, str]:
+    """Return a digest of each of a network's saved buffers, by name."""
+    return {name: digest_tensors({name: buffer}) for name, buffer in saved_buffers(net).items()}
+
+
+def changed_buffers(net: nn.Module, before: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the saved buffers of a network that have other digests than before, and new ones."""
+    now, buffers = digest_buffers(net), saved_buffers(net)
+    return {name: buffers[name] for name in now if now[name] != before.get(name)}
+
+
 def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
     """Digest names, dtypes, shapes and bytes: 128 bits of SHA-256, as 32 hexadecimal digits."""
     sha = hashlib.sha256()

@@ -12,7 +12,7 @@ from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.parameters import digest_tensors, saved_buffers
+from subspan.subspace.parameters import digest_buffers
 from subspan.training import state, tasks
 from subspan.training.config import Training
 from subspan.training.methods import method
@@ -52,8 +52,8 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
 
 def _digests(net: nn.Module) -> dict[str, str]:
     """Return a digest of every buffer of real numbers, by name; a counter may count calls."""
-    buffers = saved_buffers(net).items()
-    return {name: digest_tensors({name: b}) for name, b in buffers if b.is_floating_point()}
+    digests = digest_buffers(net).items()
+    return {name: digest for name, digest in digests if net.get_buffer(name).is_floating_point()}
 
 
 def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:

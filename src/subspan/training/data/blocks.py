@@ -17,7 +17,7 @@ from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.data.texts import TEXT_COLUMNS
 from subspan.training.pretrained import Tokenizer
 
-FORMAT = 1  # of the cached tokens: a change of what tokenising gives must change it
+FORMAT = 2  # of the cached tokens: a change of what tokenising gives must change it
 EXPECTED = (
     "a text file, or a folder of text, parquet, CSV or JSON files with a column of texts, or "
     "another layout that datasets.load_dataset knows"

@@ -18,7 +18,7 @@ from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.pretrained import Tokenizer
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review")
-FORMAT = 2  # of the cached tokens: a change of what tokenising gives must change it
+FORMAT = 3  # of the cached tokens: a change of what tokenising gives must change it
 EXPECTED = (
     "a folder of parquet, CSV or JSON files with a column of texts and one of labels, or another "
     "layout that datasets.load_dataset knows"
