@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,23 +116,6 @@ def refuse_sharded(net: nn.Module) -> None:
                     "whole tensors: wrap the network first, SubspaceModel(net, …), and then call "
                     "fully_shard on its layers and on it"
                 )
-
-
-def refuse_tensor_parallel(frame: FrameType) -> None:
-    """Refuse to spread a wrapped layer over processes as ``parallelize_module`` does.
-
-    Args:
-        frame: of the code that asks for the layer's parameters.
-
-    Raises:
-        SubspanError: if it is code of tensor parallelism.
-    """
-    if str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.tensor."):
-        raise SubspanError(
-            "tensor parallelism spreads single layers, whose weights are computed from coordinates "
-            "of the whole network here: call fully_shard on the layers and on the network, or "
-            "parallelize the network of merge()"
-        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -24,22 +24,23 @@ from torch.fx import _symbolic_trace as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from subspan.distributed import given_to_ddp
 from subspan.errors import SubspanError
 from subspan.subspace.callers import (
     asked_by_ddp,
     asked_by_export,
     asked_by_fsdp,
     asked_by_own_property,
+    asked_by_tensor_parallel,
     asked_by_trace,
     averages_models,
     converts_batchnorm,
     copies_weights,
     empties_for_fsdp,
+    given_to_ddp,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
-from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_tensor_parallel
+from subspan.subspace.dtensors import home_of, is_shard, mark
 from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
@@ -109,7 +110,12 @@ class WrappedModule(ModuleStates):
             if asked_by_export(frame):
                 raise refuse_part("exported")
             if (link := vars(self).get(LINK)) is not None:
-                refuse_tensor_parallel(frame)
+                if asked_by_tensor_parallel(frame):
+                    raise SubspanError(
+                        "tensor parallelism spreads single layers, whose weights are computed from "
+                        "coordinates of the whole network here: call fully_shard on the layers and "
+                        "on the network, or parallelize the network of merge()"
+                    )
                 if asked_by_ddp(frame):
                     self._refuse_ddp(link, given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
