@@ -139,13 +139,7 @@ def _read_set(
     for part, rows in found.items():
         with tables.readable(path, "text", EXPECTED):
             values = [row[column] for row in rows.select_columns([column])]
-        for number, value in enumerate(values, start=1):
-            if not isinstance(value, str):
-                raise SubspanError(
-                    f"{path} must have a text in the column {column!r} of every row, got "
-                    f"{type(value).__name__} in row {number} of {part}: name the right column with "
-                    "--text-column, or leave that row out"
-                )
+        tables.check_texts(path, part, column, values)
         texts[part] = values
     return texts, left_out
 

@@ -195,13 +195,7 @@ def _read(
             ]
         if not rows:
             raise SubspanError(f"the part {part!r} of {path} must have texts, got none: add some")
-        for number, (text, _) in enumerate(rows, start=1):
-            if not isinstance(text, str):
-                raise SubspanError(
-                    f"{path} must have a text in the column {texts!r} of every row, got "
-                    f"{type(text).__name__} in row {number} of {part}: name the right column with "
-                    "--text-column, or leave that row out"
-                )
+        tables.check_texts(path, part, texts, (text for text, _ in rows))
         ids, longer = tokenizer.encode([text for text, _ in rows], length)
         cut += longer
         total += len(ids)
