@@ -17,6 +17,7 @@ from subspan.adapters.layers import computes_product
 from subspan.errors import SubspanError
 from subspan.linalg import svd
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_aliases
 from subspan.subspace.structure import is_conv1d
 
 RANK = 8  # where none is given, as in PEFT
@@ -57,9 +58,7 @@ def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str])
     rank = check_rank(RANK if rank is None else rank)
     weights, net = model.subspace, model.body
     modules = dict(net.named_modules())
-    paths: dict[str, list[str]] = {}
-    for slot in weights.slots:
-        paths.setdefault(slot.tensor, []).append(slot.path)
+    paths = find_aliases(weights.slots)
     factors, squares, unsayable = {}, dict[str, tuple[float, float]](), []
     for name in weights.trained():
         layer, _, attribute = name.rpartition(".")
