@@ -41,7 +41,7 @@ from subspan.subspace.callers import (
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark
-from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
+from subspan.subspace.links import LINK, PREFIX, Link, find_link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
@@ -63,19 +63,19 @@ class WrappedModule(ModuleStates):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled, and its trained parameters for θ₀."""
         super().__setstate__(state)  # type: ignore[misc]
-        link: Link | None = vars(self).get(LINK)
-        for attribute, tensor in ({} if link is None else link.tensors).items():
-            parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
-            if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
-                freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
+        if (link := find_link(self)) is not None:
+            for attribute, tensor in link.tensors.items():
+                parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
+                if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
+                    freeze(parameter, link.weights, tensor)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if (link := vars(self).get(LINK)) is not None:
+        if (link := find_link(self)) is not None:
             refuse_whole(link.weights, "copied or pickled")
         return self._subspan_rebuild, self._subspan_class, self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if (link := vars(self).get(LINK)) is not None:
+        if (link := find_link(self)) is not None:
             refuse_whole(link.weights, "copied or pickled")
         for leaf in tree_leaves(vars(self)):
             if not isinstance(leaf, Tensor) or id(leaf) in memo:
@@ -109,7 +109,7 @@ class WrappedModule(ModuleStates):
             fsdp = asked_by_fsdp(frame)
             if asked_by_export(frame):
                 raise refuse_part("exported")
-            if (link := vars(self).get(LINK)) is not None:
+            if (link := find_link(self)) is not None:
                 if asked_by_tensor_parallel(frame):
                     raise SubspanError(
                         "tensor parallelism spreads single layers, whose weights are computed from "
@@ -138,7 +138,7 @@ class WrappedModule(ModuleStates):
         return self._lent(super().named_buffers(*args, **kwargs))  # type: ignore[misc]
 
     def _lent(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        link: Link | None = vars(self).get(LINK)
+        link = find_link(self)
         if torch.compiler.is_compiling() or link is None or link.weights.root is self:
             return named
         variant = link.weights.variant()
@@ -168,7 +168,7 @@ class WrappedModule(ModuleStates):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""
-        link: Link | None = vars(self).get(LINK)
+        link = find_link(self)
         if link is not None and param is not None and param is self._parameters.get(name):  # type: ignore[attr-defined]
             return  # tied once more
         if link is not None:
@@ -186,7 +186,7 @@ class WrappedModule(ModuleStates):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a computed weight cannot be tied to another one."""
-        link: Link | None = vars(self).get(LINK)
+        link = find_link(self)
         stored = link is not None and name in self._parameters  # type: ignore[attr-defined]
         if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
             Shards.put(self, name, value)  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ class WrappedModule(ModuleStates):
         )
 
     def __delattr__(self, name: str) -> None:
-        link: Link | None = vars(self).get(LINK)
+        link = find_link(self)
         if link is not None and name in link.tensors and name in self._parameters:  # type: ignore[attr-defined]
             raise SubspanError(
                 f"{link.tensors[name]} is computed from coordinates and cannot be deleted or "

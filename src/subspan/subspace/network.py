@@ -24,7 +24,7 @@ from subspan.subspace.blocks import (
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
-from subspan.subspace.links import FINGERPRINT, PREFIX, Link, locate, missing
+from subspan.subspace.links import FINGERPRINT, PREFIX, Link, digits_of, locate, missing
 from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
@@ -131,6 +131,11 @@ class Network:
         return "homes" in vars(self) and "_parameters" in vars(self.root)
 
     # ---- what is trained ---------------------------------------------------------------------
+
+    @property
+    def factors(self) -> set[str]:
+        """The names of all LoRA factors."""
+        return {name for adapter in self.adapters.values() for name in adapter.factors}
 
     def lists(self, name: str, p: nn.Parameter) -> bool:
         """Return whether a parameter is listed as one that is trained directly.
@@ -365,11 +370,11 @@ class Network:
             )
 
     @torch.no_grad()
-    def take_fingerprint(self, base: str) -> None:
-        """Take θ₀'s digest from a file that has all buffers, which are then stored again."""
-        self.fingerprint, self.base_buffers = base + self.fingerprint[32:], {}
+    def take_fingerprint(self, base: str = "", layout: str = "") -> None:
+        """Take another digest of θ₀, or of what coordinates mean, into the network's buffer."""
+        self.fingerprint = (base or self.fingerprint[:32]) + (layout or self.fingerprint[32:])
         number = self.root.get_buffer(FINGERPRINT)
-        number.copy_(number.new_tensor(list(bytes.fromhex(self.fingerprint))))
+        number.copy_(number.new_tensor(digits_of(self.fingerprint)))
 
     def for_ddp(self, prefix: str) -> list[str]:
         """Names that DDP must not send with every batch; the next call then compares ranks.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
+from subspan.subspace.links import FINGERPRINT
 from subspan.subspace.memory import refuse_shared
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
 from subspan.subspace.quantised_layers import refuse_foreign
@@ -246,7 +247,7 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None
         and name not in module._non_persistent_buffers_set
-        and name != "subspan_fingerprint"  # which is ours
+        and name != FINGERPRINT  # which is ours
     }
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
+from subspan.subspace.links import link_of
 from subspan.subspace.quantised import QuantisedTensor, is_class, read_quantised
 from subspan.subspace.structure import lies_in
 
@@ -108,7 +109,7 @@ class Multiplied:
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by θ, which is formed in the precision that the layer computes in."""
-        link, dtype = vars(self)["_subspan"], _precision(self, x)
+        link, dtype = link_of(self), _precision(self, x)
         weight = link.weights.read(link.tensors["weight"], dtype)
         bias: Tensor | None = self.bias  # type: ignore[attr-defined]
         bias = bias if bias is None else bias.to(dtype)

@@ -20,6 +20,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import forming
 from subspan.subspace.blocks import entries_inside
 from subspan.subspace.dtensors import mark
+from subspan.subspace.links import PREFIX, digits_of, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.theta0 import OWN, Base
 
@@ -61,7 +62,7 @@ class Shards:
         Raises:
             SubspanError: if the processes are not those that share the rest of the network.
         """
-        link = vars(module)["_subspan"]
+        link = link_of(module)
         tensor, weights = link.tensors.get(attribute), link.weights
         before = module._parameters[attribute]
         if tensor is not None and type(before) is Base:
@@ -144,7 +145,7 @@ class Shards:
         return spread_theta
 
     def _w(self, coordinates: str) -> Tensor:
-        return self.weights.network()._parameters["subspan_" + coordinates]  # type: ignore[return-value]
+        return self.weights.network()._parameters[PREFIX + coordinates]  # type: ignore[return-value]
 
     # ---- coordinates -------------------------------------------------------------------------
 
@@ -203,8 +204,8 @@ class Shards:
         Raises:
             SubspanError: in every process, if one has other initial weights or coordinates.
         """
-        fingerprint = list(bytes.fromhex(self.weights.fingerprint))
-        digits = torch.tensor(fingerprint, dtype=torch.float64, device="cpu")
+        own = digits_of(self.weights.fingerprint)
+        digits = torch.tensor(own, dtype=torch.float64, device="cpu")
         half = len(digits) // 2
         what = None
         if self._differs([digits[:half]]):

@@ -239,7 +239,7 @@ class Weights(Network):
         """Form the trained weights of an ordinary network: θ, or W + s B A of factors."""
         thetas = self.all()
         merged = {weight: self._product(weight, thetas.__getitem__) for weight in self.adapters}
-        factors = {name for adapter in self.adapters.values() for name in adapter.factors}
+        factors = self.factors
         return {name: theta for name, theta in thetas.items() if name not in factors} | merged
 
     def _product(self, weight: str, read: Callable[[str], Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import ADAPTER
 from subspan.subspace.at_base import is_at_base
-from subspan.subspace.classes import make_class
-from subspan.subspace.links import LINK, Link, link_of
+from subspan.subspace.attach import link_module
+from subspan.subspace.links import find_link, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.variant import BESIDE, BesideDescriptor, split_by_row
 from subspan.subspace.weights import Weights
@@ -59,13 +59,8 @@ class Places:
         if vars(module).get(BESIDE) == names:
             return  # of other Variants of the same model
         try:
-            if LINK not in vars(module):
-                module.__class__ = make_class(type(module), (), False)
-                module.__dict__[LINK] = Link(self.weights, {}, list(module._parameters))
-                self.weights.wrapped.append(module)
-                if isinstance(module, nn.RNNBase):
-                    module.__dict__.pop("_flat_weights", None)
-                    module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
+            if find_link(module) is None:
+                link_module(module, self.weights, {})
             module.__class__ = _make_reading(type(module), tuple(names))  # type: ignore[arg-type]
         except Exception as error:
             raise SubspanError(
@@ -77,12 +72,11 @@ class Places:
     @property
     def by_row(self) -> bool:
         """Whether a batch of several variants can be one: all that they have is linear layers'."""
-        factors = {name for a in self.weights.adapters.values() for name in a.factors}
         plain = all(
             isinstance(module, LinearByRow) and ADAPTER not in vars(module)
             for module in self._modules.values()
         )
-        return plain and self.weights.blocks_of.keys() <= factors
+        return plain and self.weights.blocks_of.keys() <= self.weights.factors
 
     def check(self) -> None:
         """Refuse variants of a network that would not read them, or would change them.
