@@ -89,11 +89,7 @@ def refuse_unfrozen(
 
 
 def refuse_computed(params: Sequence[Any]) -> None:
-    """Refuse weights that are computed when they are read, alone or in pairs with a name.
-
-    Raises:
-        SubspanError: if there is one.
-    """
+    """Refuse weights that are computed when they are read, alone or in pairs with a name."""
     for given in params:
         tensor = given[-1] if isinstance(given, tuple) and given else given
         if isinstance(tensor, Computed):

@@ -103,11 +103,7 @@ def home_of(parameter: Any) -> tuple[Weights, str] | None:
 
 
 def refuse_sharded(net: nn.Module) -> None:
-    """Refuse a network that is spread over processes already.
-
-    Raises:
-        SubspanError: naming a parameter, and the order that is right.
-    """
+    """Refuse a network that is spread over processes already."""
     for prefix, module in net.named_modules():
         for name, p in module._parameters.items():
             if is_shard(p):

@@ -176,11 +176,7 @@ def _scales(projection: Projection, like: Tensor) -> Tensor:
 
 
 def _refuse_hooks(w: nn.Parameter) -> None:
-    """Refuse to replace coordinates whose hooks would be lost.
-
-    Raises:
-        SubspanError: if they have some.
-    """
+    """Refuse to replace coordinates whose hooks would be lost."""
     if w._backward_hooks or w._post_accumulate_grad_hooks:
         raise SubspanError(
             "the coordinates have hooks on their gradient, which those that grow() puts into their "

@@ -72,11 +72,7 @@ def refuse_foreign(what: str) -> SubspanError:
 
 
 def refuse_converted(net: nn.Module, path: str, weight: QuantisedTensor) -> None:
-    """Refuse a weight of torchao in a layer that was converted: the weight has stayed as it was.
-
-    Raises:
-        SubspanError: naming the layer, and both dtypes.
-    """
+    """Refuse a weight of torchao in a layer that was converted: the weight has stayed as it was."""
     bias = net.get_submodule(path.rpartition(".")[0])._parameters.get("bias")
     others = {
         p.dtype

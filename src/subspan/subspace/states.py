@@ -34,9 +34,6 @@ def refuse_rounding(
         values: by name.
         dtypes: those of their places, by name; names without one are not looked at.
         where: the values are, for errors.
-
-    Raises:
-        SubspanError: naming the first of them, and what to do.
     """
     for name, value in values.items():
         dtype, numbers = dtypes.get(name, value.dtype), local(value)

@@ -61,9 +61,6 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
 
     Entries of θ₀ must not be changed each in a way of its own, and another network's parameter must
     not be given what is θ₀ only, as a target network's that follows this one.
-
-    Raises:
-        SubspanError: naming the tensor and the function.
     """
     if not writes_first(function):
         return

@@ -155,11 +155,7 @@ class Shelf:
         return self._keep(source, tensors.get(COORDINATES, torch.empty(0)), beside)
 
     def _check(self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Refuse the variant of another recipe or base.
-
-        Raises:
-            SubspanError: naming what differs.
-        """
+        """Refuse the variant of another recipe or base."""
         if header["kind"] != "subspace":
             raise SubspanError(
                 f"{source} is a whole network ({header['kind']}), and a variant is coordinates of "
