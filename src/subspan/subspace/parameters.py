@@ -285,6 +285,14 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
+def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return the tensor of :func:`bytes_of`, in memory of its own."""
+    flat = torch.empty(0, dtype=dtype, device="cpu")
+    if data:
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    return flat.reshape(shape)
+
+
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
     """Return the dense tensors that a sparse one is made of."""
     if tensor.layout == torch.sparse_coo:
