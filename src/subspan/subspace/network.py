@@ -175,11 +175,14 @@ class Network:
         parameters = self.network()._parameters
         return {name.removeprefix(PREFIX): parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
 
+    def own_coordinate(self, key: str) -> nn.Parameter:
+        """Return the network's own w of a compartment."""
+        return self.network()._parameters[PREFIX + key]  # type: ignore[return-value]
+
     def coordinate(self, key: str) -> Tensor:
         """Return w of a compartment: the network's own, or that of the variant in use."""
-        name = PREFIX + key
-        own = self.network()._parameters[name]
-        return replaced(self, name, own) if self.key else own  # type: ignore[arg-type,return-value]
+        own = self.own_coordinate(key)
+        return replaced(self, PREFIX + key, own) if self.key else own
 
     def state(self) -> tuple[Any, ...]:
         """Describe θ₀ as it is now: θ that is kept is right as long as this is the same."""

@@ -20,7 +20,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import forming
 from subspan.subspace.blocks import entries_inside
 from subspan.subspace.dtensors import mark
-from subspan.subspace.links import PREFIX, digits_of, link_of
+from subspan.subspace.links import digits_of, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.theta0 import OWN, Base
 
@@ -123,9 +123,11 @@ class Shards:
                 kept=(entries_inside(weights.kept.get(tensor, range(0)), inside),),
             )
             rows = shard.reshape(-1)[start - begin : stop - begin]
-            parts.extend(forming.form_theta(self._w(cut.coordinates), weights.step, [cut], [rows]))
+            w = weights.own_coordinate(cut.coordinates)
+            parts.extend(forming.form_theta(w, weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
-            parts = [self._w(weights.blocks_of[tensor][0].coordinates)[:0].to(shard)]
+            w = weights.own_coordinate(weights.blocks_of[tensor][0].coordinates)
+            parts = [w[:0].to(shard)]
         theta = torch.cat(parts).view(shard.shape)
         spread = [n for n, p in enumerate(base.placements) if p.is_shard()]
         shards = 1
@@ -143,9 +145,6 @@ class Shards:
         )
         mark(spread_theta, weights, tensor, theta=True)
         return spread_theta
-
-    def _w(self, coordinates: str) -> Tensor:
-        return self.weights.network()._parameters[PREFIX + coordinates]  # type: ignore[return-value]
 
     # ---- coordinates -------------------------------------------------------------------------
 

@@ -297,10 +297,8 @@ class Weights(Network):
         a graph is wanted that was not; and inside a transform that began after the call.
         """
         group = self._groups[n]
-        w = self.network()._parameters[PREFIX + group[0].coordinates]
-        assert w is not None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        state = (*_state(w), *modes)
+        w = self.own_coordinate(group[0].coordinates)
+        state = _state(w)
         if (thetas := outer.get(n, state)) is not None:
             return thetas
         outer.drop(n)
@@ -314,13 +312,11 @@ class Weights(Network):
         """Return θ of a tensor of a large network, which lives as long as its reader needs it."""
         parts = []
         for block in self.blocks_of[tensor]:
-            w = self.network()._parameters[PREFIX + block.coordinates]
-            assert w is not None
+            w = self.own_coordinate(block.coordinates)
             with _plain():
                 parts.append((w, self.step, block, self._base(block.pieces[0])))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         dtype = dtype or self._autocast(tensor, parts[0][-1])
-        state = (*(x for w, *_ in parts for x in _state(w)), dtype, *modes)
+        state = (*(x for w, *_ in parts for x in _state(w)), dtype)
         if (kept := outer.get(tensor, state)) is not None:
             return kept[0]
         size = sum(len(block.pieces[0]) for block in self.blocks_of[tensor])
@@ -384,9 +380,10 @@ class Weights(Network):
 
 
 def _state(w: Tensor) -> tuple[Any, ...]:
-    """Describe coordinates as they are now; only the address tells of ``w.data = …``."""
+    """Describe coordinates and modes as they are now; only the address tells of ``w.data = …``."""
     address = w.data_ptr() if type(w) is nn.Parameter else 0
-    return id(w), version_of(w), w.requires_grad, address
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return id(w), version_of(w), w.requires_grad, address, *modes
 
 
 def _to_onnx() -> bool:
