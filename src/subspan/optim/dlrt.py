@@ -146,12 +146,12 @@ class DLRT(BaseOptimizer):
         self.integrator = integrator
         self._tensors = dict(named)
         self._left_out = [(n, p) for n, p in net.named_parameters() if not p.requires_grad]
-        self._gradients = self._watch()
+        self._begin()
 
-    def _watch(self) -> Gradients:
+    def _begin(self) -> None:
         """Have autograd leave tangents from now on, if the integrator needs them."""
-        watch = Watch(self._layers) if INTEGRATORS[self.integrator].tangents else None
-        return Gradients(self._layers, watch, self._workers)
+        self._watch = Watch(self._layers if INTEGRATORS[self.integrator].tangents else {})
+        self._gradients = Gradients(self._layers, self._watch, self._workers)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, and the tangents.
@@ -161,7 +161,7 @@ class DLRT(BaseOptimizer):
         """
         with plain():
             super().zero_grad(set_to_none)
-        self._gradients.clear()
+        self._watch.clear()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -186,7 +186,7 @@ class DLRT(BaseOptimizer):
                 "ranks cannot change under DDP, nor without a word between processes: give "
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
-        self._gradients.check()
+        self._watch.check()
         refuse_other_shapes(self.state.items(), "make a new optimizer")
         before = read(self._layers, self.param_groups[0]["params"], copy=self.needs_closure)
         # No function changes a tensor of the state in place: these are the tensors of before.
@@ -204,12 +204,12 @@ class DLRT(BaseOptimizer):
             if isinstance(error, NonFiniteError):
                 error.loss = loss
                 if self.nonfinite == "skip":
-                    self._gradients.clear()
+                    self._watch.clear()
             raise
         with plain():
             write(self._layers, after)
             self._move_others()
-        self._gradients.clear()
+        self._watch.clear()
         return loss
 
     def _missing_closure(self) -> str:
@@ -289,7 +289,7 @@ class DLRT(BaseOptimizer):
         write(self._layers, at)
         for p in (*(layer.S for layer in self._layers.values()), *self._others):
             p.grad = None  # whether the closure clears it or not
-        with self._gradients.of_cores():
+        with self._watch.asleep():
             self._evaluate(closure)
         gradients = self._gradients.collect(at, self._others, self.steps, core=True)
         if missing := at.keys() - gradients.keys():
@@ -362,12 +362,13 @@ class DLRT(BaseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but tangents."""
-        return {name: v for name, v in super().__getstate__().items() if name != "_gradients"}
+        made = ("_watch", "_gradients")
+        return {name: v for name, v in super().__getstate__().items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the layers that have been copied with it."""
         super().__setstate__(state)
-        self._gradients = self._watch()
+        self._begin()
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a state of other ranks than the network has, whose own state comes first."""
