@@ -60,7 +60,7 @@ def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str])
     modules = dict(net.named_modules())
     paths = find_aliases(weights.slots)
     factors, squares, unsayable = {}, dict[str, tuple[float, float]](), []
-    for name in weights.trained():
+    for name in weights.homes:
         layer, _, attribute = name.rpartition(".")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             continue

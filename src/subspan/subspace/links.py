@@ -17,6 +17,11 @@ PREFIX = "subspan_"  # of our names among a network's parameters and buffers
 FINGERPRINT = PREFIX + "fingerprint"
 
 
+def is_ours(path: str) -> bool:
+    """Return whether the parameter or buffer of a path is one of this library's."""
+    return path.rpartition(".")[2].startswith(PREFIX)
+
+
 class Link:
     """Connects a module to its network's subspace.
 

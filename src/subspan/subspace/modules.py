@@ -41,7 +41,7 @@ from subspan.subspace.callers import (
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark
-from subspan.subspace.links import LINK, PREFIX, Link, find_link, link_of, trained_keys
+from subspan.subspace.links import LINK, PREFIX, Link, find_link, is_ours, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
@@ -303,7 +303,7 @@ class WrappedNetwork(WrappedModule):
             return
         if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
             # Python's sort is stable.
-            stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
+            stored = sorted(stored, key=lambda pair: is_ours(pair[0]))
         yield from stored
 
     def named_modules(self, memo: set[Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +344,3 @@ class WrappedNetwork(WrappedModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
         return link_of(self).weights.for_ddp("")
-
-
-def _is_ours(name: str) -> bool:
-    return name.rpartition(".")[2].startswith(PREFIX)

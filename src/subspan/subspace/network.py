@@ -201,10 +201,6 @@ class Network:
         assert base is not None
         return base
 
-    def trained(self) -> list[str]:
-        """Names of the tensors that are trained in the subspace."""
-        return list(self.homes)
-
     def find(self, name: str) -> nn.Parameter | None:
         """Return the parameter of a name; None if its module has lost it."""
         module, attribute = self.locations[name]

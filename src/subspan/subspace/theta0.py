@@ -233,12 +233,9 @@ class Wrapped(Packed):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(
-            *tree_map_only(cls, _as_it_was, args), **tree_map_only(cls, _as_it_was, kwargs or {})
+            *tree_map_only(cls, cls.as_it_was, args),
+            **tree_map_only(cls, cls.as_it_was, kwargs or {}),
         )
-
-
-def _as_it_was(base: Packed) -> Any:
-    return base.as_it_was()
 
 
 @functools.cache
