@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from subspan import distributed
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
 from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, wide, write
@@ -27,6 +26,7 @@ from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, ev
 from subspan.optim.parameters import named_pairs
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
+from subspan.subspace.functions import ordinary_tensors
 
 
 class DLRT(BaseOptimizer):
@@ -159,7 +159,7 @@ class DLRT(BaseOptimizer):
         Args:
             set_to_none: whether gradients become None, or zeros.
         """
-        with plain():
+        with ordinary_tensors():
             super().zero_grad(set_to_none)
         self._watch.clear()
 
@@ -206,7 +206,7 @@ class DLRT(BaseOptimizer):
                 if self.nonfinite == "skip":
                     self._watch.clear()
             raise
-        with plain():
+        with ordinary_tensors():
             write(self._layers, after)
             self._move_others()
         self._watch.clear()

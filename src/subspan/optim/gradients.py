@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim.factored import all_finite, dense, parameters, tensors
 from subspan.optim.integrators import USV
 from subspan.optim.optimizer import NonFiniteError
 from subspan.optim.tangents import CHANGED, Watch
 from subspan.optim.workers import Workers
+from subspan.subspace.functions import ordinary_tensors
 
 
 class Gradients:
@@ -51,7 +51,7 @@ class Gradients:
                 are not known; with workers, in all of them.
         """
         refusal = None
-        with plain():
+        with ordinary_tensors():
             try:
                 gradients = self._of_this_process(at, core)
             except SubspanError as error:

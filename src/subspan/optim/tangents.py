@@ -22,12 +22,12 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.layers.watched import Tangents
 from subspan.linalg import orthonormalize
 from subspan.optim.factored import wide_factors
 from subspan.optim.integrators import USV
+from subspan.subspace.functions import ordinary_tensors
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative: what rounding may do
 COARSE = 0.05  # of 16-bit gradients, and where float32 products are rounded like those
@@ -53,7 +53,7 @@ class Watch:
 
     def __init__(self, layers: Mapping[str, LowRank]) -> None:
         self.layers = layers
-        with plain(), torch.no_grad():
+        with ordinary_tensors(), torch.no_grad():
             factors = {name: wide_factors(layer, copy=False) for name, layer in layers.items()}
             for name in self._skew(factors):
                 at = factors[name]

@@ -11,6 +11,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.adapted import remove_factors
 from subspan.subspace.changes import outgrow, watch_optimizers
 from subspan.subspace.classes import make_class
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT, LINK, Link, digits_of
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import (
@@ -24,8 +25,6 @@ from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.theta0 import Base, freeze, thaw
 from subspan.subspace.variant import BESIDE, refuse_in_use
 from subspan.subspace.weights import Weights
-
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 def attach(weights: Weights) -> None:
@@ -118,7 +117,7 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
             if values is not None and tensor in weights.packed:
                 _make_dense(weights, tensor, values[tensor])
                 continue
-            with _plain():
+            with ordinary_tensors():
                 if values is not None and tensor in values:
                     parameter.data = values[tensor].detach()
                 thaw(parameter)

@@ -18,6 +18,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.computed import refuse_change
 from subspan.subspace.functions import (
     is_harmless,
+    ordinary_tensors,
     property_of,
     sets_flag,
     share_memory,
@@ -55,7 +56,7 @@ def _guarded_dtensor() -> type[Tensor]:
                     return take_wish((weights, tensor), name, args, kwargs)
                 if theta and writes_first(func):
                     raise refuse_change(tensor, func, instead="")
-            with torch._C.DisableTorchFunctionSubclass():
+            with ordinary_tensors():
                 out = func(*args, **kwargs)
                 views = name == "detach" or property_of(func) == "data"
                 if views and is_shard(out) and share_memory(local(out), local(first)):
@@ -69,7 +70,7 @@ def _guarded_dtensor() -> type[Tensor]:
             return out
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            with torch._C.DisableTorchFunctionSubclass():
+            with ordinary_tensors():
                 return self.detach().__reduce_ex__(protocol)
 
     Guarded.__name__ = Guarded.__qualname__ = "DTensor"  # which is how everybody knows one

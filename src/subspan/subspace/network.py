@@ -24,6 +24,7 @@ from subspan.subspace.blocks import (
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT, PREFIX, Link, digits_of, locate, missing
 from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
@@ -31,7 +32,6 @@ from subspan.subspace.sharded import Shards
 from subspan.subspace.theta0 import Base
 from subspan.subspace.variant import replaced
 
-_plain = torch._C.DisableTorchFunctionSubclass
 _ORDINARY = (Tensor, nn.Parameter)
 
 
@@ -186,7 +186,7 @@ class Network:
 
     def state(self) -> tuple[Any, ...]:
         """Describe θ₀ as it is now: θ that is kept is right as long as this is the same."""
-        with _plain():
+        with ordinary_tensors():
             bases = [self.base_of(tensor) for tensor in self.homes]
             places = [base.data_ptr() if type(base) is Base else 0 for base in bases]
             return tuple(
@@ -261,7 +261,7 @@ class Network:
         """Return W of a layer with factors, or what a functional call has put there for its θ."""
         base = self.base_of(tensor)
         if type(base) is Base:
-            with _plain():
+            with ordinary_tensors():
                 return base.detach(), False
         return base, self._given(tensor) is not None
 
@@ -360,7 +360,7 @@ class Network:
         if self.shards is not None and self.shards.digest is not None:
             return self.shards.digest
         names = [name for name in self.requires_grad if name not in self.fully]
-        with _plain():
+        with ordinary_tensors():
             return digest_tensors(
                 {
                     name: self.held(name) if name in self.packed else whole(self.stored(name))
