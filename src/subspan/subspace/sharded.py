@@ -8,6 +8,7 @@ module's call a weight is the shard of θ that belongs to the shard of θ₀, fo
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -129,22 +130,15 @@ class Shards:
             w = weights.own_coordinate(weights.blocks_of[tensor][0].coordinates)
             parts = [w[:0].to(shard)]
         theta = torch.cat(parts).view(shard.shape)
-        spread = [n for n, p in enumerate(base.placements) if p.is_shard()]
-        shards = 1
-        for n in spread:
-            shards *= base.device_mesh.size(n)
+        mesh = base.device_mesh
+        shards = math.prod(mesh.size(n) for n, p in enumerate(base.placements) if p.is_shard())
         if theta.requires_grad:  # each process has its rows' part of the gradient, not the mean
             theta.register_hook(lambda grad: grad * shards)
-        spread_theta = DTensor.from_local(
-            theta,
-            base.device_mesh,
-            base.placements,
-            run_check=False,
-            shape=base.shape,
-            stride=base.stride(),
+        spread = DTensor.from_local(
+            theta, mesh, base.placements, run_check=False, shape=base.shape, stride=base.stride()
         )
-        mark(spread_theta, weights, tensor, theta=True)
-        return spread_theta
+        mark(spread, weights, tensor, theta=True)
+        return spread
 
     # ---- coordinates -------------------------------------------------------------------------
 

@@ -33,26 +33,20 @@ class Places:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self._modules: dict[str, nn.Module] = {}
         root = weights.network()
+        buffers = saved_buffers(root)
         fully = {id(weights.stored(name)): name for name in weights.fully}
         names: dict[str, dict[str, str]] = {}
         for path, module in root.named_modules():
             prefix = f"{path}." if path else ""
-            for attribute, p in module._parameters.items():
-                if id(p) in fully:
-                    names.setdefault(path, {})[attribute] = fully[id(p)]
-            for attribute in module._buffers:
-                if prefix + attribute in self._buffers:
-                    names.setdefault(path, {})[attribute] = prefix + attribute
+            inside = {a: fully[id(p)] for a, p in module._parameters.items() if id(p) in fully}
+            inside |= {a: prefix + a for a in module._buffers if prefix + a in buffers}
+            if inside:
+                names[path] = inside
+        self._modules = {path: root.get_submodule(path) for path in names}
         for path, inside in names.items():
-            self._modules[path] = root.get_submodule(path)
             self._describe(self._modules[path], path, inside)
         weights.key = weights.key or next(_keys)
-
-    @functools.cached_property
-    def _buffers(self) -> frozenset[str]:
-        return frozenset(saved_buffers(self.weights.root))
 
     def _describe(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
         """Let reads of these attributes look for a variant first."""
