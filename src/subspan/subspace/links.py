@@ -12,6 +12,10 @@ from subspan.errors import SubspanError
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
+    Behaviour = nn.Module
+else:
+    Behaviour = object  # a base of what made classes have before the module's own class
+
 LINK = "_subspan"  # in a module's __dict__: its Link
 PREFIX = "subspan_"  # of our names among a network's parameters and buffers
 FINGERPRINT = PREFIX + "fingerprint"

@@ -13,7 +13,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.adapted import ADAPTER
 from subspan.subspace.at_base import is_at_base
 from subspan.subspace.attach import link_module
-from subspan.subspace.links import find_link, link_of
+from subspan.subspace.links import Behaviour, find_link, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.variant import BESIDE, BesideDescriptor, split_by_row
 from subspan.subspace.weights import Weights
@@ -108,15 +108,16 @@ def _make_reading(made: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
     return cls
 
 
-class LinearByRow:
+class LinearByRow(Behaviour):
     """The behaviour of a linear layer of which each row of a batch may have another."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply all rows by one weight, or each by its own."""
-        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        weight: Any = self.weight
+        bias: Any = self.bias
         by_row = weight.dim() > 2 or (bias is not None and bias.dim() > 1)
         if torch.compiler.is_compiling() or not by_row:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         rows = split_by_row(link_of(self).weights, x, min(vars(self)[BESIDE].values()))
         out = rows @ weight.mT
         if bias is not None:
