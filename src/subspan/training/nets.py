@@ -198,6 +198,12 @@ def _with_widths(chosen: Widths) -> _Entry:
     return _Entry(build, 28 if chosen.crop else smallest)
 
 
+def _classifying(layers: dict[str, nn.Module], features: int, classes: int) -> nn.Sequential:
+    """Add an average over the image, and a linear classifier of it."""
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers | head, fc1=nn.Linear(features, classes)))
+
+
 def _separable(
     shape: Shape, classes: int, stem: int, stack: Sequence[int], norm: bool
 ) -> nn.Sequential:
@@ -216,10 +222,7 @@ def _separable(
         layers[f"conv{i}_relu"] = nn.LeakyReLU(0.1)
         if norm:
             layers[f"conv{i}_norm"] = nn.GroupNorm(1, after, affine=False)
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(stack[-1], classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, stack[-1], classes)
 
 
 def _spectral(shape: Shape, classes: int) -> nn.Module:
@@ -305,10 +308,7 @@ def _resnet(shape: Shape, classes: int, blocks: int) -> nn.Module:
             stride = 2 if stage > 1 and block == 1 else 1
             layers[f"stage{stage}_block{block}"] = _ResidualBlock(channels, out, stride)
             channels = out
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(channels, classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, channels, classes)
 
 
 # Channels of 3x3 convolutions; a list ends where the image is halved.
@@ -332,10 +332,7 @@ def _vgg(shape: Shape, classes: int, depth: int) -> nn.Module:
             layers[f"relu{stage}_{i}"] = nn.ReLU()
             channels = out
         layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)  # of images of any size
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(channels, classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, channels, classes)
 
 
 _FORMS = (
