@@ -317,9 +317,8 @@ class DLRT(BaseOptimizer):
             ) from None
         group = self.param_groups[0]
         if group["begun_with"] is None:
-            group["begun_with"] = sum(
-                layer.rank * sum(layer.shape) for layer in self._layers.values()
-            )
+            numbers = (layer.rank * sum(layer.shape) for layer in self._layers.values())
+            group["begun_with"] = sum(numbers)
         shapes = {name: self._layers[name].shape for name in wide}
         values = {name: core.S for name, core in cores.items()}
         ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
