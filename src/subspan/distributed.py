@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -82,20 +81,6 @@ def has_share(optimizer: Optimizer) -> bool:
         and getattr(item, "optim", None) is optimizer
         for item in gc.get_objects()
     )
-
-
-def given_to_ddp(start: FrameType) -> list[Tensor]:
-    """Return all parameters of the module that ``DistributedDataParallel`` is being made around.
-
-    Args:
-        start: a frame of DDP, as it goes from module to module.
-    """
-    frame: FrameType | None = start
-    while frame is not None:
-        if "_module_parameters" in getattr(frame.f_locals.get("self"), "__dict__", ()):
-            return list(frame.f_locals["self"]._module_parameters)
-        frame = frame.f_back
-    return []
 
 
 def anywhere(true: bool, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from subspan.errors import SubspanError
 from subspan.philox import Source
 from subspan.subspace import init
 from subspan.subspace.adapted import ADAPTER, FACTORS, Adapter, remove_factors
-from subspan.subspace.compartments import Patterns
+from subspan.subspace.compartments import Patterns, listed
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.quantised_layers import multiplies_itself
 
@@ -91,7 +91,7 @@ def lora(
         remove_factors(network)
         raise
     model.init_seed = init_seed
-    made = {"rank": rank, "alpha": alpha, "targets": _listed(targets), "exclude": _listed(exclude)}
+    made = {"rank": rank, "alpha": alpha, "targets": listed(targets), "exclude": listed(exclude)}
     model.subspace.lora = {name: value for name, value in made.items() if value is not None}
     return model
 
@@ -126,10 +126,6 @@ def _scaling(rank: int, alpha: Any) -> float:
     if not number or not 0 < alpha < math.inf:
         raise SubspanError(f"alpha must be a positive number, got {alpha!r}")
     return float(alpha / rank)
-
-
-def _listed(patterns: Patterns) -> str | list[str] | None:
-    return patterns if isinstance(patterns, str | None) else list(patterns)
 
 
 @torch.no_grad()

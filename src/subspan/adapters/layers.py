@@ -52,11 +52,7 @@ def choose_layers(
 
 
 def refuse_peft(net: nn.Module) -> None:
-    """Refuse a network that has layers of PEFT's.
-
-    Raises:
-        SubspanError: naming the first.
-    """
+    """Refuse a network that has layers of PEFT's."""
     for name, module in net.named_modules():
         if is_class(type(module), "peft", "BaseTunerLayer"):
             raise SubspanError(
@@ -91,11 +87,7 @@ def weight_of(layer: nn.Module) -> tuple[tuple[int, int], bool, Tensor]:
 def _check_layer(
     name: str, layer: nn.Module, rank: int, tied: dict[str, list[str]], paths: Iterable[str]
 ) -> None:
-    """Refuse a layer that LoRA cannot be beside, or that PEFT would not see.
-
-    Raises:
-        SubspanError: naming it, with the remedy.
-    """
+    """Refuse a layer that LoRA cannot be beside, or that PEFT would not see."""
     kind = type(layer).__name__
     if not name:
         raise SubspanError(

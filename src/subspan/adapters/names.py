@@ -158,11 +158,7 @@ def name_targets(
 
 
 def _refuse_taken(net: nn.Module, layers: Collection[str]) -> None:
-    """Refuse layers that PEFT takes for something else.
-
-    Raises:
-        SubspanError: naming the first.
-    """
+    """Refuse layers that PEFT takes for something else."""
     kind: str = getattr(getattr(net, "config", None), "model_type", "")
     library = sys.modules.get("transformers.conversion_mapping")  # where PEFT looks, too
     like = getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, kind)

@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import computes_product
 from subspan.errors import SubspanError
 from subspan.linalg import svd
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.model import SubspaceModel
+from subspan.subspace.parameters import find_aliases
 from subspan.subspace.structure import is_conv1d
 
 RANK = 8  # where none is given, as in PEFT
-
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,13 @@ def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str])
     rank = check_rank(RANK if rank is None else rank)
     weights, net = model.subspace, model.body
     modules = dict(net.named_modules())
-    paths: dict[str, list[str]] = {}
-    for slot in weights.slots:
-        paths.setdefault(slot.tensor, []).append(slot.path)
+    paths = find_aliases(weights.slots)
     factors, squares, unsayable = {}, dict[str, tuple[float, float]](), []
-    for name in weights.trained():
+    for name in weights.homes:
         layer, _, attribute = name.rpartition(".")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             continue
-        with _plain():
+        with ordinary_tensors():
             base = weights.resting(name)
         change = weights.form(name).detach().double() - base.double()
         if not change.any():

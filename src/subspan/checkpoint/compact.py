@@ -23,7 +23,7 @@ from subspan import coding
 from subspan.coding.packing import ABSENT, varint
 from subspan.coding.steps import bfloat16, from_levels, pattern_of
 from subspan.errors import SubspanError
-from subspan.subspace.parameters import bytes_of
+from subspan.subspace.parameters import bytes_of, tensor_of
 
 MAGIC = b"\xd3SB"
 VERSION = 1  # of the container and its coder
@@ -171,11 +171,8 @@ def read_compact(data: bytes, path: object) -> CompactFile:
         for name, dtype, shape in names:
             if not isinstance(name, str):
                 raise ValueError(f"{name!r} is no name of a tensor")
-            meta = torch.empty(shape, dtype=_EXACT[dtype], device="meta")
-            flat = torch.empty(0, dtype=meta.dtype, device="cpu")
-            if raw := bytearray(reader.take(meta.nbytes)):
-                flat = torch.frombuffer(raw, dtype=meta.dtype)
-            tensors[name] = flat.reshape(shape)
+            size = torch.empty(shape, dtype=_EXACT[dtype], device="meta").nbytes
+            tensors[name] = tensor_of(reader.take(size), _EXACT[dtype], shape)
         begin_coded = reader.place
         number, (pattern,) = reader.varint(), struct.unpack("<H", reader.take(2))
         step = bfloat16(pattern & 0x7FFF)

@@ -72,25 +72,45 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
         raise SubspanError(
             f"{path} is of a network of {header['weights']:,} weights, this one has {weights:,}"
         )
-    if header["kind"] != "subspace":
-        try:
-            _refuse_rounding(network, types, tensors)
-            inside = [(module, dict(module._modules)) for module in network.modules()]
-            network = rebuild_layers(network, types)
-        except SubspanError as error:
-            raise SubspanError(f"{path} does not fit this network: {error}") from None
-        try:
-            restore(network, tensors)
-        except BaseException:
-            for module, parts in inside:
-                module._modules.update(parts)
-            raise
-        return network
-    if network is net and seed is not None:
+    if header["kind"] == "subspace":
+        return _load_model(path, network, header, tensors, draw=network is net)
+    return _load_network(path, network, types, tensors)
+
+
+def _load_network(
+    path: str | os.PathLike[str], network: nn.Module, types: Types, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """Give a network the compressed layers and all tensors of a file."""
+    try:
+        _refuse_rounding(network, types, tensors)
+        before = [(module, dict(module._modules)) for module in network.modules()]
+        network = rebuild_layers(network, types)
+    except SubspanError as error:
+        raise SubspanError(f"{path} does not fit this network: {error}") from None
+    try:
+        restore(network, tensors)
+    except BaseException:
+        for module, parts in before:
+            module._modules.update(parts)
+        raise
+    return network
+
+
+def _load_model(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    draw: bool,
+) -> SubspaceModel:
+    """Put a network into the subspace of a file, at its coordinates.
+
+    With ``draw`` its initial weights are drawn first, if the file has a seed of them.
+    """
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    if draw and (seed := header["init_seed"]) is not None:
         before = [(p, p.detach().clone()) for p in network.parameters()]
         init.initialize(network, seed)
-    else:
-        before = []
     try:
         model = _wrap(path, network, header, tensors)
         if COORDINATES in tensors and tensors[COORDINATES].dtype == torch.float64:
@@ -229,6 +249,7 @@ def _take_buffers(
             f"buffer is not ({left[0]} or another): give the network as it was before training"
         )
     weights.take_fingerprint(header["fingerprint"])
+    weights.base_buffers = {}  # so that all of them are stored again
 
 
 def check_base(

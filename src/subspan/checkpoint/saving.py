@@ -131,11 +131,7 @@ def contents(
 
 
 def _check_only_tensors(model: nn.Module) -> None:
-    """Refuse state that is no parameter and no buffer, which no file here could hold.
-
-    Raises:
-        SubspanError: naming a module that has some.
-    """
+    """Refuse state that is no parameter and no buffer, which no file here could hold."""
     for name, module in model.named_modules():
         overridden = type(module).get_extra_state is not nn.Module.get_extra_state
         if overridden and module.get_extra_state() is not None:

@@ -179,11 +179,7 @@ def _configure(config: Any, changes: Mapping[str, Any]) -> None:
 
 
 def _explain(path: Path, header: Mapping[str, Any], drawn: set[str]) -> None:
-    """Say why a base that was fetched is another one, if some of it was drawn at random.
-
-    Raises:
-        SubspanError: if so.
-    """
+    """Say why a base that was fetched is another one, if some of it was drawn at random."""
     if drawn:
         raise SubspanError(
             f"{path} was trained around weights that {say_base(header['base'])} does not have "

@@ -96,11 +96,7 @@ def push_to_hub(
 
 
 def _check(model: SubspaceModel, header: Mapping[str, Any], data: bytes, token: str | None) -> None:
-    """Refuse what nobody could load as the card will say.
-
-    Raises:
-        SubspanError: saying why.
-    """
+    """Refuse what nobody could load as the card will say."""
     base = header.get("base")
     if base is None:
         if model.init_seed is None and class_in_transformers(model.body) is not None:

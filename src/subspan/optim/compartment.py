@@ -17,7 +17,7 @@ from torch import Tensor
 from subspan.families import Projection
 from subspan.families.registry import from_recipe
 from subspan.families.updates import add_, gather
-from subspan.subspace.blocks import Block, group_into_blocks
+from subspan.subspace.blocks import Block, entries_inside, group_into_blocks
 from subspan.subspace.compartments import Compartment, Piece
 
 
@@ -30,15 +30,14 @@ class CompartmentWeights:
         projections: one for each basis of a step.
         tensors: by name; they are changed in place.
         begin: the place of the first coordinate among those of all compartments.
-        kept: entries start … stop−1 of some tensors that never move. They have rows of P that are
-            not used.
+        kept: entries of some tensors that never move. They have rows of P that are not used.
     """
 
     compartment: Compartment
     projections: tuple[Projection, ...]
     tensors: Mapping[str, Tensor]
     begin: int
-    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kept: Mapping[str, range] = field(default_factory=dict)
 
     @staticmethod
     def from_description(
@@ -52,12 +51,12 @@ class CompartmentWeights:
             projections,
             {piece.tensor: tensors[piece.tensor] for piece in pieces},
             described["begin"],
-            {name: (start, stop) for name, (start, stop) in described.get("kept", {}).items()},
+            {name: range(*entries) for name, entries in described.get("kept", {}).items()},
         )
 
     def described(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON."""
-        kept = {name: list(entries) for name, entries in self.kept.items()}
+        kept = {name: [entries.start, entries.stop] for name, entries in self.kept.items()}
         return {
             "name": self.compartment.name,
             "begin": self.begin,
@@ -183,8 +182,8 @@ class CompartmentWeights:
 
     def _kept(self, piece: Piece) -> slice:
         """Return which entries of a piece are kept."""
-        start, stop = self.kept.get(piece.tensor, (0, 0))
-        return slice(max(start - piece.start, 0), max(min(stop, piece.stop) - piece.start, 0))
+        inside = entries_inside(self.kept.get(piece.tensor, range(0)), piece)
+        return slice(inside.start, inside.stop)
 
 
 class Flat:

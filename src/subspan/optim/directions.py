@@ -49,7 +49,7 @@ class Directions:
         bases: int,
         redraw_every: int | None,
         options: Mapping[str, Any],
-        kept: Mapping[str, tuple[int, int]],
+        kept: Mapping[str, range],
     ) -> Directions:
         """Draw the bases of some weights.
 
@@ -63,7 +63,7 @@ class Directions:
             bases: as above.
             redraw_every: as above.
             options: of the family.
-            kept: entries start … stop−1 of some tensors that never move.
+            kept: entries of some tensors that never move.
         """
         total = sum(len(compartments) for _, compartments in groups)
         weights: list[CompartmentWeights] = []

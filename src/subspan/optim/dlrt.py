@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from subspan import distributed
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim import integrators
 from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, wide, write
@@ -27,6 +26,7 @@ from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, ev
 from subspan.optim.parameters import named_pairs
 from subspan.optim.ranks import RankRule
 from subspan.optim.tangents import Watch
+from subspan.subspace.functions import ordinary_tensors
 
 
 class DLRT(BaseOptimizer):
@@ -146,12 +146,12 @@ class DLRT(BaseOptimizer):
         self.integrator = integrator
         self._tensors = dict(named)
         self._left_out = [(n, p) for n, p in net.named_parameters() if not p.requires_grad]
-        self._gradients = self._watch()
+        self._begin()
 
-    def _watch(self) -> Gradients:
+    def _begin(self) -> None:
         """Have autograd leave tangents from now on, if the integrator needs them."""
-        watch = Watch(self._layers) if INTEGRATORS[self.integrator].tangents else None
-        return Gradients(self._layers, watch, self._workers)
+        self._watch = Watch(self._layers if INTEGRATORS[self.integrator].tangents else {})
+        self._gradients = Gradients(self._layers, self._watch, self._workers)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, and the tangents.
@@ -159,9 +159,9 @@ class DLRT(BaseOptimizer):
         Args:
             set_to_none: whether gradients become None, or zeros.
         """
-        with plain():
+        with ordinary_tensors():
             super().zero_grad(set_to_none)
-        self._gradients.clear()
+        self._watch.clear()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -186,7 +186,7 @@ class DLRT(BaseOptimizer):
                 "ranks cannot change under DDP, nor without a word between processes: give "
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
-        self._gradients.check()
+        self._watch.check()
         refuse_other_shapes(self.state.items(), "make a new optimizer")
         before = read(self._layers, self.param_groups[0]["params"], copy=self.needs_closure)
         # No function changes a tensor of the state in place: these are the tensors of before.
@@ -204,12 +204,12 @@ class DLRT(BaseOptimizer):
             if isinstance(error, NonFiniteError):
                 error.loss = loss
                 if self.nonfinite == "skip":
-                    self._gradients.clear()
+                    self._watch.clear()
             raise
-        with plain():
+        with ordinary_tensors():
             write(self._layers, after)
             self._move_others()
-        self._gradients.clear()
+        self._watch.clear()
         return loss
 
     def _missing_closure(self) -> str:
@@ -289,7 +289,7 @@ class DLRT(BaseOptimizer):
         write(self._layers, at)
         for p in (*(layer.S for layer in self._layers.values()), *self._others):
             p.grad = None  # whether the closure clears it or not
-        with self._gradients.of_cores():
+        with self._watch.asleep():
             self._evaluate(closure)
         gradients = self._gradients.collect(at, self._others, self.steps, core=True)
         if missing := at.keys() - gradients.keys():
@@ -317,9 +317,8 @@ class DLRT(BaseOptimizer):
             ) from None
         group = self.param_groups[0]
         if group["begun_with"] is None:
-            group["begun_with"] = sum(
-                layer.rank * sum(layer.shape) for layer in self._layers.values()
-            )
+            numbers = (layer.rank * sum(layer.shape) for layer in self._layers.values())
+            group["begun_with"] = sum(numbers)
         shapes = {name: self._layers[name].shape for name in wide}
         values = {name: core.S for name, core in cores.items()}
         ranks = self.rule.ranks(self.steps, values, shapes, group["begun_with"])
@@ -362,12 +361,13 @@ class DLRT(BaseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but tangents."""
-        return {name: v for name, v in super().__getstate__().items() if name != "_gradients"}
+        made = ("_watch", "_gradients")
+        return {name: v for name, v in super().__getstate__().items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the layers that have been copied with it."""
         super().__setstate__(state)
-        self._gradients = self._watch()
+        self._begin()
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a state of other ranks than the network has, whose own state comes first."""

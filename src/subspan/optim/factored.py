@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim.integrators import USV
+from subspan.subspace.functions import ordinary_tensors
 
 
 def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
@@ -82,7 +82,7 @@ def read(layers: Mapping[str, LowRank], factors: Iterable[Tensor], copy: bool) -
                 f"layer {name!r} has other factors than the optimizer was given, since they were "
                 "exchanged (by load_state_dict(assign=True), say): make a new optimizer"
             )
-    with plain():
+    with ordinary_tensors():
         return {n: wide_factors(layer, copy) for n, layer in layers.items() if is_trained(n, layer)}
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.optim.factored import all_finite, dense, parameters, tensors
 from subspan.optim.integrators import USV
 from subspan.optim.optimizer import NonFiniteError
 from subspan.optim.tangents import CHANGED, Watch
 from subspan.optim.workers import Workers
+from subspan.subspace.functions import ordinary_tensors
 
 
 class Gradients:
@@ -24,28 +22,14 @@ class Gradients:
 
     Args:
         layers: by name.
-        watch: their tangents; None where gradients of U and V are wanted.
+        watch: their tangents; of no layers where gradients of U and V are wanted.
         workers: processes that average their gradients; None for this one alone, or DDP.
     """
 
     def __init__(
-        self, layers: Mapping[str, LowRank], watch: Watch | None, workers: Workers | None
+        self, layers: Mapping[str, LowRank], watch: Watch, workers: Workers | None
     ) -> None:
         self._layers, self._watch, self._workers = layers, watch, workers
-
-    def clear(self) -> None:
-        """Forget all tangents."""
-        if self._watch:
-            self._watch.clear()
-
-    def check(self) -> None:
-        """Refuse layers that another optimizer watches now, see :meth:`Watch.check`."""
-        if self._watch:
-            self._watch.check()
-
-    def of_cores(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for evaluations of which only the gradients of S are wanted."""
-        return self._watch.asleep() if self._watch else contextlib.nullcontext()
 
     def collect(
         self, at: Mapping[str, USV], others: Sequence[Tensor], step: int, core: bool = False
@@ -59,36 +43,32 @@ class Gradients:
             core: whether only the gradients of S are wanted.
 
         Returns:
-            ∂K, ∂S and ∂L by layer, without a watch ∂U, ∂S and ∂V; with ``core`` ∂S in all places.
+            ∂K, ∂S and ∂L by layer, without tangents ∂U, ∂S and ∂V; with ``core`` ∂S in all places.
 
         Raises:
             NonFiniteError: if a number of them is not finite.
             SubspanError: if there are none at all, or if they have been changed so that tangents
                 are not known; with workers, in all of them.
         """
-        with plain():
-            return self._collect(at, others, step, core)
-
-    def _collect(
-        self, at: Mapping[str, USV], others: Sequence[Tensor], step: int, core: bool
-    ) -> dict[str, USV]:
         refusal = None
-        try:
-            gradients = self._of_this_process(at, core)
-        except SubspanError as error:
-            if self._workers is None:
-                raise
-            gradients, refusal = {}, error  # the others wait for this process
-        if self._workers:
-            gradients = self._average(self._workers, gradients, at, others, step, core, refusal)
-        grads = [dense(p.grad) for p in others if p.grad is not None]
-        if not gradients and not grads:
-            raise SubspanError(
-                "no parameter has a gradient: call loss.backward() before step(), or in its closure"
-            )
-        grads += [t for slope in gradients.values() for t in tensors(slope, core)]
-        if not all(all_finite([g] for g in grads if g.numel())):
-            raise NonFiniteError(f"a gradient of step {step} is not finite")
+        with ordinary_tensors():
+            try:
+                gradients = self._of_this_process(at, core)
+            except SubspanError as error:
+                if self._workers is None:
+                    raise
+                gradients, refusal = {}, error  # the others wait for this process
+            if self._workers:
+                gradients = self._average(self._workers, gradients, at, others, step, core, refusal)
+            grads = [dense(p.grad) for p in others if p.grad is not None]
+            grads += [t for slope in gradients.values() for t in tensors(slope, core)]
+            if not grads:
+                raise SubspanError(
+                    "no parameter has a gradient: call loss.backward() before step(), or in its "
+                    "closure"
+                )
+            if not all(all_finite([g] for g in grads if g.numel())):
+                raise NonFiniteError(f"a gradient of step {step} is not finite")
         return gradients
 
     def _of_this_process(self, at: Mapping[str, USV], core: bool) -> dict[str, USV]:
@@ -103,7 +83,7 @@ class Gradients:
                 gradients[name] = USV(*given)
             elif given:
                 raise SubspanError(CHANGED.format(f"layer {name!r}"))
-        if core or self._watch is None:
+        if core or not self._watch.layers:
             return gradients
         return self._watch.tangents(gradients, at, alone=self._workers is not None)
 

@@ -64,9 +64,6 @@ def refuse_other_shapes(moments: Iterable[tuple[Tensor, Mapping[str, Any]]], rem
     Args:
         moments: of each parameter.
         remedy: what to do about it.
-
-    Raises:
-        SubspanError: if there are some.
     """
     for p, values in moments:
         for value in values.values():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspan.errors import SubspanError
 from subspan.layers.factors import Factor
@@ -41,25 +41,6 @@ def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
             "optimizer when all that is to be trained requires a gradient"
         )
     return pairs
-
-
-def padding_rows(net: nn.Module) -> dict[int, tuple[int, int]]:
-    """Return entries start … stop−1 of padding rows, by the id of the embedding's table.
-
-    Their gradient is zero and an ordinary optimizer never moves them, unless another layer shares
-    the table.
-    """
-    rows: dict[int, tuple[int, int]] = {}
-    shared: set[int] = set()
-    for module in net.modules():
-        for tensor in module._parameters.values():
-            row = getattr(module, "padding_idx", None)
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and row is not None:
-                length = module.embedding_dim
-                rows[id(tensor)] = row * length, (row + 1) * length
-            else:
-                shared.add(id(tensor))
-    return {key: row for key, row in rows.items() if key not in shared}
 
 
 def leave_frozen(group: dict[str, Any], number: int) -> list[tuple[str, Tensor]]:
@@ -108,11 +89,7 @@ def refuse_unfrozen(
 
 
 def refuse_computed(params: Sequence[Any]) -> None:
-    """Refuse weights that are computed when they are read, alone or in pairs with a name.
-
-    Raises:
-        SubspanError: if there is one.
-    """
+    """Refuse weights that are computed when they are read, alone or in pairs with a name."""
     for given in params:
         tensor = given[-1] if isinstance(given, tuple) and given else given
         if isinstance(tensor, Computed):

@@ -32,13 +32,12 @@ from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is
 from subspan.optim.parameters import (
     leave_frozen,
     named_tensors,
-    padding_rows,
     refuse_computed,
     refuse_immovable,
 )
 from subspan.optim.workers import WorkerMode
 from subspan.subspace.compartments import Rules
-from subspan.subspace.parameters import find_slots
+from subspan.subspace.parameters import find_padding, find_slots
 
 
 class RandomBases(BaseOptimizer):
@@ -133,10 +132,9 @@ class RandomBases(BaseOptimizer):
             )
         if not 0 < sigma < math.inf:
             raise SubspanError(f"sigma must be a positive number, got {sigma}")
-        padding: dict[int, tuple[int, int]] = {}
+        kept: dict[str, range] = {}
         if isinstance(params, nn.Module):
-            find_slots(params)  # refuses parameters without values
-            padding = padding_rows(params)
+            kept = find_padding(params, find_slots(params))
             params = params.named_parameters()
         defaults = {
             "lr": lr,
@@ -172,7 +170,6 @@ class RandomBases(BaseOptimizer):
         ]
         self._tensors = {name: tensor for group in named for name, tensor in group.items()}
         self._shapes = [tensor.shape for tensor in self._tensors.values()]
-        kept = {n: padding[id(t)] for n, t in self._tensors.items() if id(t) in padding}
         self.directions = Directions.draw(
             divided, distribution, seed, bases, redraw_every, options, kept
         )

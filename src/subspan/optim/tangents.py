@@ -22,12 +22,12 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.errors import SubspanError
-from subspan.layers.factors import plain
 from subspan.layers.lowrank import LowRank
 from subspan.layers.watched import Tangents
 from subspan.linalg import orthonormalize
 from subspan.optim.factored import wide_factors
 from subspan.optim.integrators import USV
+from subspan.subspace.functions import ordinary_tensors
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative: what rounding may do
 COARSE = 0.05  # of 16-bit gradients, and where float32 products are rounded like those
@@ -48,12 +48,12 @@ class Watch:
     keep: layers get such bases here, and the same weights with them.
 
     Args:
-        layers: by name.
+        layers: by name; none for an integrator that takes the gradients of U, S and V.
     """
 
     def __init__(self, layers: Mapping[str, LowRank]) -> None:
-        self._layers = layers
-        with plain(), torch.no_grad():
+        self.layers = layers
+        with ordinary_tensors(), torch.no_grad():
             factors = {name: wide_factors(layer, copy=False) for name, layer in layers.items()}
             for name in self._skew(factors):
                 at = factors[name]
@@ -74,7 +74,7 @@ class Watch:
             SubspanError: naming the layer.
         """
         for name, tangents in self._tangents.items():
-            if self._layers[name].tangents is not tangents:
+            if self.layers[name].tangents is not tangents:
                 raise SubspanError(
                     f"another DLRT has been made for layer {name!r} since this one: go on with "
                     "that one, or make a new one"
@@ -117,7 +117,7 @@ class Watch:
         left = {name: self._left(name, gradient) for name, gradient in gradients.items()}
         scales, changed = self._compare(gradients, left, at)
         if not alone and self._under_ddp(changed):
-            device = next(iter(self._layers.values())).S.device
+            device = next(iter(self.layers.values())).S.device
             if distributed.anywhere(changed is not None, device):
                 # Of all layers: processes may have used different ones.
                 mine = [self._left(name, factors) for name, factors in at.items()]
@@ -153,7 +153,7 @@ class Watch:
         scales, changed = {}, None
         for name, (scale, error) in zip(gradients, compare(layers).tolist(), strict=True):
             scales[name] = scale
-            if error > tolerance(self._layers[name].U):
+            if error > tolerance(self.layers[name].U):
                 changed = changed or name
         return scales, changed
 
@@ -170,14 +170,14 @@ class Watch:
         found = torch.stack([error.to(errors[0]) for error in errors]).tolist() if errors else []
         pairs = zip(at, found, strict=True)
         least = TOLERANCE[torch.float32]
-        return [n for n, error in pairs if error > max(tolerance(self._layers[n].U), least)]
+        return [n for n, error in pairs if error > max(tolerance(self.layers[n].U), least)]
 
     def _under_ddp(self, changed: str | None) -> bool:
         """Return whether DDP averages the gradients; look again if that would explain a change."""
         if distributed.world() == 1:
             return False
         if self._ddp is None or (changed and not self._ddp):
-            self._ddp = bool(distributed.find_ddp(*(layer.U for layer in self._layers.values())))
+            self._ddp = bool(distributed.find_ddp(*(layer.U for layer in self.layers.values())))
         return self._ddp
 
 

@@ -60,13 +60,9 @@ class Workers:
         Raises:
             SubspanError: if a worker is lost; the error names it.
         """
-
-        def communicate() -> Tensor:
-            if self.mode == "shared":
-                return self._mean(vector).unsqueeze(0)
-            return self._gather(vector)
-
-        return self._together(communicate, step)
+        if self.mode == "shared":
+            return self._together(lambda: self._mean(vector).unsqueeze(0), step)
+        return self._together(lambda: self._gather(vector), step)
 
     # ---- agreement -------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from subspan.precision import full_precision
-from subspan.subspace.links import LINK, PREFIX
+from subspan.subspace.links import LINK, PREFIX, Behaviour
 from subspan.subspace.variant import split_by_row
 
 ADAPTER = "_subspan_adapter"  # in a module's __dict__: its Adapter
@@ -104,7 +104,7 @@ def remove_factors(net: nn.Module) -> None:
                 module._parameters.pop(name, None)
 
 
-class Adapted:
+class Adapted(Behaviour):
     """The behaviour of a layer with factors."""
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ class Adapted:
         link, adapter, given = vars(self)[LINK], vars(self)[ADAPTER], False
         if "weight" in link.tensors:
             weight, given = link.weights.base_or_given(link.tensors["weight"])
-            result = _multiply(x, weight, self.bias, adapter.transposed)  # type: ignore[attr-defined]
+            result = _multiply(x, weight, self.bias, adapter.transposed)
         else:  # a quantised one, which stays as its library has made it
-            result = super().forward(x)  # type: ignore[misc]
+            result = super().forward(x)
         if given:  # by a functional call, in place of W + s B A
             return result
         a, b = (getattr(self, name) for name in FACTORS)

@@ -11,7 +11,8 @@ from subspan.errors import SubspanError
 from subspan.subspace.adapted import remove_factors
 from subspan.subspace.changes import outgrow, watch_optimizers
 from subspan.subspace.classes import make_class
-from subspan.subspace.links import FINGERPRINT, LINK, Link
+from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.links import FINGERPRINT, LINK, Link, digits_of
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import (
     keep_packing,
@@ -24,8 +25,6 @@ from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.theta0 import Base, freeze, thaw
 from subspan.subspace.variant import BESIDE, refuse_in_use
 from subspan.subspace.weights import Weights
-
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 def attach(weights: Weights) -> None:
@@ -52,21 +51,14 @@ def _attach(weights: Weights) -> None:
     ]
     weights.wrapped = []
     for module in above:
-        names = tuple(inside.get(module, ()))
         try:
-            module.__class__ = make_class(type(module), names, module is root)
+            link_module(module, weights, inside.get(module, {}))
         except Exception as error:  # a class may refuse to be derived from in its own words
             name = next(n for n, m in root.named_modules() if m is module)
             raise SubspanError(
                 f"module {name or 'the network'} is a {type(module).__name__}, whose weights "
                 f"cannot be computed in place ({error}): exclude it"
             ) from None
-        weights.wrapped.append(module)
-    for module in above:
-        module.__dict__[LINK] = Link(weights, inside.get(module, {}), list(module._parameters))
-        if isinstance(module, nn.RNNBase):
-            module.__dict__.pop("_flat_weights", None)
-            module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
     for name in weights.requires_grad:
         weights.stored(name).requires_grad_(name in weights.fully)
     for tensor, (module, attribute) in weights.homes.items():
@@ -77,8 +69,8 @@ def _attach(weights: Weights) -> None:
         for name, part in zip(weights.coordinate_names, weights.compartments, strict=True):
             w = torch.zeros(part.dim, device=like.device, dtype=dtype)
             nn.Module.register_parameter(root, name, nn.Parameter(w))
-        digits = list(bytes.fromhex(weights.fingerprint))
         # Small integers as floats: the mean of equal ones is the same again.
+        digits = digits_of(weights.fingerprint)
         number = torch.tensor(digits, dtype=torch.float32, device=like.device)
         nn.Module.register_buffer(root, FINGERPRINT, number)
     if root._buffers[FINGERPRINT].device != like.device:  # type: ignore[union-attr]
@@ -92,6 +84,16 @@ def _attach(weights: Weights) -> None:
     weights.note()
     weights.changes.remember(name for name in weights.requires_grad if name not in weights.fully)
     watch_optimizers()
+
+
+def link_module(module: nn.Module, weights: Weights, tensors: dict[str, str]) -> None:
+    """Give a module its class and its link; ``tensors`` are those of its attributes."""
+    module.__class__ = make_class(type(module), tuple(tensors), module is weights.root)
+    weights.wrapped.append(module)
+    module.__dict__[LINK] = Link(weights, tensors, list(module._parameters))
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)
+        module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
 
 
 def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -115,7 +117,7 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
             if values is not None and tensor in weights.packed:
                 _make_dense(weights, tensor, values[tensor])
                 continue
-            with _plain():
+            with ordinary_tensors():
                 if values is not None and tensor in values:
                     parameter.data = values[tensor].detach()
                 thaw(parameter)

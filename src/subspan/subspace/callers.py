@@ -10,27 +10,39 @@ network comes to none of them.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 
-_LISTING = ("named_modules", "_named_members", "named_parameters")
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame, and those that it was called from."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
+def _beyond(start: FrameType, *functions: str) -> FrameType | None:
+    """Return the first frame of another function than these."""
+    return next((f for f in _callers(start) if f.f_code.co_name not in functions), None)
 
 
-def _runs(frame: FrameType, package: str, function: str) -> bool:
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def _runs(frame: FrameType | None, package: str, function: str) -> bool:
     """Return whether a frame is of a package's function, and not of a person's by the same name."""
-    return frame.f_code.co_name == function and _module(frame).partition(".")[0] == package
+    named = frame is not None and frame.f_code.co_name == function
+    return named and _module(frame).partition(".")[0] == package
 
 
 # ---- by the module of the code -------------------------------------------------------------------
@@ -51,6 +63,20 @@ def asked_by_ddp(frame: FrameType) -> bool:
     return _module(frame) == "torch.nn.parallel.distributed"
 
 
+def given_to_ddp(start: FrameType) -> list[Tensor]:
+    """Return all parameters of the module that DistributedDataParallel is being made around."""
+    for frame in _callers(start):
+        held = getattr(frame.f_locals.get("self"), "__dict__", {})
+        if "_module_parameters" in held:
+            return list(held["_module_parameters"])
+    return []
+
+
+def asked_by_tensor_parallel(frame: FrameType) -> bool:
+    """Return whether ``parallelize_module`` asks, to spread a layer over processes."""
+    return _module(frame).startswith("torch.distributed.tensor.")
+
+
 def asked_by_export(frame: FrameType) -> bool:
     """Return whether ``torch.export`` asks."""
     return _module(frame).startswith(("torch.export", "torch._export"))
@@ -63,11 +89,9 @@ def asked_by_checkpoint(frame: FrameType) -> bool:
 
 def averages_models(start: FrameType) -> bool:
     """Return whether PyTorch's AveragedModel pairs the parameters of a model and of its copy."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name in _LISTING:
-        frame = frame.f_back
+    frame = _beyond(start, "named_modules", "_named_members", "named_parameters")
     asked = frame is not None and frame.f_code.co_name == "parameters"
-    return asked and _module(frame.f_back) == "torch.optim.swa_utils"  # type: ignore[union-attr,arg-type]
+    return asked and _module(frame.f_back) == "torch.optim.swa_utils"  # type: ignore[union-attr]
 
 
 def asked_by_another_package(frame: FrameType, net: nn.Module) -> bool:
@@ -78,13 +102,11 @@ def asked_by_another_package(frame: FrameType, net: nn.Module) -> bool:
 
 def asked_by_a_graph(start: FrameType) -> bool:
     """Return whether a compiled or exported graph asks, which has θ₀ + P w from others."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
-        frame = frame.f_back
-    if frame is None:
-        return False
-    file, module = frame.f_code.co_filename, _module(frame)
-    return "eval_with_key" in file or "torchinductor" in file or module.startswith("torch.")
+    for frame in _callers(start):
+        if (file := frame.f_code.co_filename) != torch._ops.__file__:
+            compiled = "eval_with_key" in file or "torchinductor" in file
+            return compiled or _module(frame).startswith("torch.")
+    return False
 
 
 # ---- by the name of the function -----------------------------------------------------------------
@@ -92,9 +114,8 @@ def asked_by_a_graph(start: FrameType) -> bool:
 
 def asked_by_validation(frame: FrameType) -> bool:
     """Return whether transformers looks for quantised weights that cannot be trained."""
-    while frame.f_code.co_name == "__getattr__" and frame.f_back is not None:  # of a handle
-        frame = frame.f_back
-    return _runs(frame, "transformers", "validate_quantization_for_training")
+    asking = _beyond(frame, "__getattr__")  # of a handle
+    return _runs(asking, "transformers", "validate_quantization_for_training")
 
 
 def saved_by_trainer(frame: FrameType) -> bool:
@@ -104,32 +125,29 @@ def saved_by_trainer(frame: FrameType) -> bool:
 
 def saved_as_adapters(start: FrameType) -> bool:
     """Return whether transformers' Trainer saves a network of PEFT's, which saves its adapters."""
-    names, frame = set(), start.f_back
-    while frame is not None and not saved_by_trainer(frame):
-        names.add(frame.f_code.co_name)
-        frame = frame.f_back
-    return frame is not None and "get_peft_model_state_dict" in names
+    adapters = False
+    for frame in _callers(start.f_back):
+        if saved_by_trainer(frame):
+            return adapters
+        adapters |= frame.f_code.co_name == "get_peft_model_state_dict"
+    return False
 
 
 def find_checkpoint(start: FrameType) -> str | None:
     """Find the folder of the checkpoint that transformers' Trainer loads, if it does."""
-    frame: FrameType | None = start
-    while frame is not None and _module(frame) != "transformers.trainer":
-        frame = frame.f_back
-    name = "" if frame is None else frame.f_code.co_name
-    if name == "_load_from_checkpoint":
-        return frame.f_locals["resume_from_checkpoint"]  # type: ignore[union-attr]
-    if name == "_load_best_model":
-        return frame.f_locals["self"].state.best_model_checkpoint  # type: ignore[union-attr]
+    for frame in _callers(start):
+        if _module(frame) == "transformers.trainer":
+            if frame.f_code.co_name == "_load_from_checkpoint":
+                return frame.f_locals["resume_from_checkpoint"]
+            if frame.f_code.co_name == "_load_best_model":
+                return frame.f_locals["self"].state.best_model_checkpoint
+            break
     return None
 
 
 def empties_for_fsdp(start: FrameType) -> bool:
     """Return whether accelerate moves a network to the meta device, to fill its shards anew."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name in ("_apply", "to"):
-        frame = frame.f_back
-    return frame is not None and _runs(frame, "accelerate", "fsdp2_prepare_model")
+    return _runs(_beyond(start, "_apply", "to"), "accelerate", "fsdp2_prepare_model")
 
 
 def sorts_by_decay(frame: FrameType) -> bool:
@@ -139,12 +157,8 @@ def sorts_by_decay(frame: FrameType) -> bool:
 
 def copies_weights(start: FrameType) -> bool:
     """Return whether TRL copies weights to a reference model or to vLLM."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name == "parameters":
-        frame = frame.f_back
-    return frame is not None and (
-        _runs(frame, "trl", "_sync_target_model") or _module(frame).startswith("trl.generation.")
-    )
+    frame = _beyond(start, "parameters")
+    return _runs(frame, "trl", "_sync_target_model") or _module(frame).startswith("trl.generation.")
 
 
 def converts_batchnorm(frame: FrameType) -> bool:
@@ -171,18 +185,14 @@ def registers_parameter(frame: FrameType) -> bool:
 
 def find_traced(start: FrameType) -> nn.Module | None:
     """Find the module that ``torch.jit.trace`` runs."""
-    frame: FrameType | None = start
-    while frame is not None and not _runs(frame, "torch", "trace_module"):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["mod"]
+    tracing = (f.f_locals["mod"] for f in _callers(start) if _runs(f, "torch", "trace_module"))
+    return next(tracing, None)
 
 
 def asked_by_trace(start: FrameType) -> bool:
     """Return whether TorchScript prepares a module to trace it, and not to script it."""
-    frame = start
-    while frame.f_back is not None and not frame.f_code.co_name.startswith(("trace", "script")):
-        frame = frame.f_back
-    return frame.f_code.co_name.startswith("trace")
+    names = (frame.f_code.co_name for frame in _callers(start))
+    return next((n for n in names if n.startswith(("trace", "script"))), "").startswith("trace")
 
 
 def runs_twice(start: FrameType) -> bool:
@@ -190,8 +200,7 @@ def runs_twice(start: FrameType) -> bool:
 
     So do reentrant checkpoints: first without a graph, then with one.
     """
-    frame: FrameType | None = start
-    while frame is not None:
+    for frame in _callers(start):
         code = frame.f_code
         if code.co_name in ("forward", "backward") and code.co_argcount:
             context = frame.f_locals.get(code.co_varnames[0])
@@ -199,7 +208,6 @@ def runs_twice(start: FrameType) -> bool:
                 code.co_name == "backward" or context.next_functions  # type: ignore[attr-defined]
             ):  # which are there if a backward pass is to come
                 return True
-        frame = frame.f_back
     return False
 
 
@@ -214,17 +222,12 @@ def asked_by_own_forward(frame: FrameType, cls: type) -> bool:
 def asked_by_own_method(start: FrameType, net: Any) -> bool:
     """Return whether a method of the network, ``save_pretrained`` say, is running."""
     codes = _own_code(net, properties=False)
-    frame: FrameType | None = start
-    while frame is not None and not _runs_on(frame, net, codes):
-        frame = frame.f_back
-    return frame is not None
+    return any(_runs_on(frame, net, codes) for frame in _callers(start))
 
 
 def asked_by_own_property(start: FrameType, net: Any) -> bool:
     """Return whether a property of the network asks for its parameters."""
-    frame: FrameType | None = start
-    while frame is not None and frame.f_code.co_name in ("parameters", "<genexpr>", "<listcomp>"):
-        frame = frame.f_back
+    frame = _beyond(start, "parameters", "<genexpr>", "<listcomp>")
     return frame is not None and _runs_on(frame, net, _own_code(net, properties=True))
 
 

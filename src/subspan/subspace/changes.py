@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from subspan.distributed import find_ddp, has_share
 from subspan.errors import SubspanError
 from subspan.subspace.dtensors import home_of, is_shard, local
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import missing
 from subspan.subspace.parameters import bytes_of, digest_tensors, saved_buffers
 from subspan.subspace.quantised import read_quantised
@@ -130,7 +131,7 @@ class Changes:
         if (packed := read_quantised(module, attribute)) is not None:
             number = int(digest_tensors({tensor: packed}), 16)
             return packed.dtype, Sketch.exact(packed.shape, number)
-        with torch._C.DisableTorchFunctionSubclass():
+        with ordinary_tensors():
             if base.layout != torch.strided:
                 return base.dtype, Sketch.exact(base.shape, int(digest_tensors({tensor: base}), 16))
             kind = (base.dtype, local(base).shape) if is_shard(base) else base.dtype

@@ -107,20 +107,18 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
     """Make the class of a module whose parameters of these names are computed."""
     key = (cls, names, root)
     if key not in _made:
-        bases = (WrappedNetwork if root else WrappedModule, cls)
-        if issubclass(cls, nn.RNNBase):
-            bases = (Recurrent, *bases)  # type: ignore[assignment]
-        if issubclass(cls, nn.ParameterList):
-            bases = (Listed, *bases)  # type: ignore[assignment]
-        if FACTORS[0] in names:
-            bases = (bases[0], Adapted, *bases[1:])  # type: ignore[assignment]
-        if "weight" in names and multiplies_itself(cls):
-            bases = (bases[0], Multiplied, *bases[1:])  # type: ignore[assignment]
-        if "weight" in names and looks_up(cls):
-            bases = (bases[0], LookedUp, *bases[1:])  # type: ignore[assignment]
-        if issubclass(cls, ParametrizationList):
-            bases = (Parametrized, *bases)  # type: ignore[assignment]
-        bases = (*_first_in_memory(cls), *bases)  # type: ignore[assignment]
+        weight = "weight" in names
+        behaviours: dict[type, bool] = {
+            Parametrized: issubclass(cls, ParametrizationList),
+            Listed: issubclass(cls, nn.ParameterList),
+            Recurrent: issubclass(cls, nn.RNNBase),
+            WrappedNetwork if root else WrappedModule: True,
+            LookedUp: weight and looks_up(cls),
+            Multiplied: weight and multiplies_itself(cls),
+            Adapted: FACTORS[0] in names,
+        }
+        own = (behaviour for behaviour, has in behaviours.items() if has)
+        bases = (*_first_in_memory(cls), *own, cls)
         body: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
         body |= {"_subspan_class": key, "_subspan_rebuild": staticmethod(rebuild)}
         body |= {"__module__": cls.__module__, "__doc__": cls.__doc__}

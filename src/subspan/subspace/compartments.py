@@ -55,6 +55,11 @@ class Compartment:
         return sum(map(len, self.pieces))
 
 
+def listed(patterns: Patterns) -> str | list[str] | None:
+    """Return patterns as JSON."""
+    return patterns if isinstance(patterns, str | None) else list(patterns)
+
+
 def matches(pattern: str, name: str) -> bool:
     r"""Return whether a pattern selects a parameter, by the rules of PEFT on parameter names.
 

@@ -16,9 +16,13 @@ from subspan.subspace.callers import (
     registers_parameter,
     switches_adapters,
 )
-from subspan.subspace.functions import property_of, sets, share_memory, writes_first
-
-_plain = torch._C.DisableTorchFunctionSubclass
+from subspan.subspace.functions import (
+    ordinary_tensors,
+    property_of,
+    sets,
+    share_memory,
+    writes_first,
+)
 
 
 def refuse_change(
@@ -76,7 +80,7 @@ class Computed(Tensor):
             for tensor in tree_leaves((args, kwargs)):
                 if type(tensor) is Computed:
                     tensor._check_time()
-        with _plain():
+        with ordinary_tensors():
             if func is torch.autograd.grad:
                 return _take_gradients(func, args, kwargs)
             out = func(*args, **kwargs)
@@ -97,7 +101,7 @@ class Computed(Tensor):
 
     def _may_set_flag(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Return whether requires_grad may be set: on a detached copy, or as it is already."""
-        with _plain():
+        with ordinary_tensors():
             flag = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
             detached = self.is_leaf and not self._is_theta and not self._lender
             return detached or bool(flag) == self.requires_grad
@@ -155,13 +159,13 @@ class Computed(Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        with _plain():
+        with ordinary_tensors():
             twin = self.detach().clone().as_subclass(Tensor)
         memo[id(self)] = twin
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _plain():
+        with ordinary_tensors():
             return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
 
 
@@ -201,7 +205,7 @@ def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
     """
     if torch._C._functorch.maybe_current_level() is not None:
         return tensor
-    with _plain():
+    with ordinary_tensors():
         lent: Any = tensor.detach().as_subclass(Computed)
     lent.weight_name, lent._lender = name, lender
     return lent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.computed import refuse_change
 from subspan.subspace.functions import (
     is_harmless,
+    ordinary_tensors,
     property_of,
     sets_flag,
     share_memory,
@@ -56,7 +56,7 @@ def _guarded_dtensor() -> type[Tensor]:
                     return take_wish((weights, tensor), name, args, kwargs)
                 if theta and writes_first(func):
                     raise refuse_change(tensor, func, instead="")
-            with torch._C.DisableTorchFunctionSubclass():
+            with ordinary_tensors():
                 out = func(*args, **kwargs)
                 views = name == "detach" or property_of(func) == "data"
                 if views and is_shard(out) and share_memory(local(out), local(first)):
@@ -70,7 +70,7 @@ def _guarded_dtensor() -> type[Tensor]:
             return out
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            with torch._C.DisableTorchFunctionSubclass():
+            with ordinary_tensors():
                 return self.detach().__reduce_ex__(protocol)
 
     Guarded.__name__ = Guarded.__qualname__ = "DTensor"  # which is how everybody knows one
@@ -104,11 +104,7 @@ def home_of(parameter: Any) -> tuple[Weights, str] | None:
 
 
 def refuse_sharded(net: nn.Module) -> None:
-    """Refuse a network that is spread over processes already.
-
-    Raises:
-        SubspanError: naming a parameter, and the order that is right.
-    """
+    """Refuse a network that is spread over processes already."""
     for prefix, module in net.named_modules():
         for name, p in module._parameters.items():
             if is_shard(p):
@@ -117,23 +113,6 @@ def refuse_sharded(net: nn.Module) -> None:
                     "whole tensors: wrap the network first, SubspaceModel(net, …), and then call "
                     "fully_shard on its layers and on it"
                 )
-
-
-def refuse_tensor_parallel(frame: FrameType) -> None:
-    """Refuse to spread a wrapped layer over processes as ``parallelize_module`` does.
-
-    Args:
-        frame: of the code that asks for the layer's parameters.
-
-    Raises:
-        SubspanError: if it is code of tensor parallelism.
-    """
-    if str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.tensor."):
-        raise SubspanError(
-            "tensor parallelism spreads single layers, whose weights are computed from coordinates "
-            "of the whole network here: call fully_shard on the layers and on the network, or "
-            "parallelize the network of merge()"
-        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,14 +16,13 @@ from subspan import kernels
 from subspan.families.operator import composed, product
 from subspan.families.registry import from_recipe
 from subspan.subspace.blocks import Block
-from subspan.subspace.links import link_of
+from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.links import Behaviour, link_of
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
 SAVING = 4  # a row alone takes up to so many times as long as in a run: tiles are made whole
-
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 def looks_up(cls: type) -> bool:
@@ -31,7 +30,7 @@ def looks_up(cls: type) -> bool:
     return issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward
 
 
-class LookedUp:
+class LookedUp(Behaviour):
     """The behaviour of an embedding whose table is computed."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
@@ -40,7 +39,7 @@ class LookedUp:
         if not torch.compiler.is_compiling():
             link = link_of(self)
             rows = look_up(link.weights, link.tensors["weight"], self, input)
-        return super().forward(input) if rows is None else rows  # type: ignore[misc]
+        return super().forward(input) if rows is None else rows
 
 
 def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor | None:
@@ -53,7 +52,7 @@ def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor |
     kernel = _find_kernel(block, w)
     if kernel is None or base.dim() != 2 or not base.is_cpu:
         return None
-    with _plain():
+    with ordinary_tensors():
         words, places = torch.unique(ids, return_inverse=True)
         if not 0 < SAVING * len(words) <= len(base):
             return None

@@ -25,6 +25,7 @@ from subspan.families.operator import transformed
 from subspan.subspace import forming
 from subspan.subspace.at_base import is_at_base
 from subspan.subspace.blocks import Block
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.quantised import QuantisedTensor, dense
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class Formula:
         dtype: torch.dtype,
     ) -> Formula:
         """Return a formula of the tensors as they are now, whatever gets other data later."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with ordinary_tensors():
             own = tuple(
                 (w.detach(), step, block, base.detach() if isinstance(base, Tensor) else base)
                 for w, step, block, base in parts
@@ -286,7 +287,7 @@ class Formula:
                 f"the coordinates of {self.name}, or its initial weights, were modified by an "
                 "inplace operation between forward and backward: its gradient cannot be computed"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with ordinary_tensors():
             for *_, base in self.parts:
                 if isinstance(base, Tensor) and freed(base):
                     raise RuntimeError(

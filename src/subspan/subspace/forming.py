@@ -18,6 +18,7 @@ from subspan.families.operator import captured, composed, product, transformed
 from subspan.families.registry import from_recipe
 from subspan.families.updates import add, gather
 from subspan.subspace.blocks import Block
+from subspan.subspace.functions import ordinary_tensors
 
 
 def form_theta(
@@ -140,7 +141,7 @@ class _Theta(torch.autograd.Function):
         *bases: Tensor,
     ) -> Any:
         ctx.blocks, ctx.step, ctx.w = blocks, step, w.detach()
-        with torch._C.DisableTorchFunctionSubclass():
+        with ordinary_tensors():
             return tuple(form_values(ctx.w, step, blocks, bases, dtype))
 
     @staticmethod

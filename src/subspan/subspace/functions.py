@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+ordinary_tensors = torch._C.DisableTorchFunctionSubclass  # a context: no __torch_function__ runs
+
 _IN_PLACE = (
     {"__idiv__"}
     | {  # __iadd__, say, beside __add__

@@ -30,7 +30,6 @@ from subspan.families.hash import Hash
 from subspan.subspace.blocks import digest_layout
 from subspan.subspace.changes import outgrow
 from subspan.subspace.compartments import check_dim
-from subspan.subspace.links import FINGERPRINT
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.variant import refuse_in_use
@@ -91,11 +90,8 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
     )
     recipe = weights.recipe
     _describe(recipe, dims)
-    weights.fingerprint = weights.fingerprint[:32] + digest_layout(
-        weights.compartments, recipe["projection"], recipe["seed"], weights.meaning
-    )
-    number = weights.root.get_buffer(FINGERPRINT)
-    number.copy_(number.new_tensor(list(bytes.fromhex(weights.fingerprint))))
+    meaning = recipe["projection"], recipe["seed"], weights.meaning
+    weights.take_fingerprint(layout=digest_layout(weights.compartments, *meaning))
     for name, old, now, state in zip(weights.coordinate_names, own, new, states, strict=True):
         assert old is not None
         weights.root._parameters[name] = now
@@ -180,11 +176,7 @@ def _scales(projection: Projection, like: Tensor) -> Tensor:
 
 
 def _refuse_hooks(w: nn.Parameter) -> None:
-    """Refuse to replace coordinates whose hooks would be lost.
-
-    Raises:
-        SubspanError: if they have some.
-    """
+    """Refuse to replace coordinates whose hooks would be lost."""
     if w._backward_hooks or w._post_accumulate_grad_hooks:
         raise SubspanError(
             "the coordinates have hooks on their gradient, which those that grow() puts into their "

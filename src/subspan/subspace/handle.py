@@ -97,7 +97,7 @@ class Handle(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze or unfreeze all that is trained."""
-        for tensor in self.subspace.trained():
+        for tensor in self.subspace.homes:
             self.subspace.changes.wishes[tensor] = requires_grad
         return super().requires_grad_(requires_grad)
 

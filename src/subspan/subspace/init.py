@@ -46,16 +46,13 @@ def initialize(net: nn.Module, seed: int, only: Collection[str] | None = None) -
         only: names of the parameters to draw; None draws all. What a tensor gets is the same.
     """
     source = Source(seed, DOMAIN)
-    # A tied tensor takes the rule of the first module that holds it.
-    owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
-    for position, slot in enumerate(owners):
-        if only is not None and slot.path not in only:
+    for position, (path, module, attribute) in enumerate(_owners(net)):
+        if only is not None and path not in only:
             continue
-        module, attribute = slot.find(net)
         tensor = module.get_parameter(attribute)
         if (packed := read_quantised(module, attribute)) is not None:
             raise SubspanError(
-                f"{slot.path} is quantised ({packed.kind}), and initial weights cannot be drawn "
+                f"{path} is quantised ({packed.kind}), and initial weights cannot be drawn "
                 "into it: give the network with its own weights"
             )
         bound = _bound(module, attribute, tensor)
@@ -86,11 +83,9 @@ def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def left_as_made(net: nn.Module) -> dict[str, Tensor]:
     """Return by name all that :func:`initialize` does not draw, plain attributes included."""
-    owners = [slot for slot in find_slots(net) if slot.path == slot.tensor]
-    found = {slot.path: slot.find(net) for slot in owners}
     made = {
         path: module.get_parameter(attribute)
-        for path, (module, attribute) in found.items()
+        for path, module, attribute in _owners(net)
         if _bound(module, attribute, module.get_parameter(attribute)) is None
     }
     plain = {
@@ -100,6 +95,11 @@ def left_as_made(net: nn.Module) -> dict[str, Tensor]:
         if isinstance(value, Tensor)
     }
     return {**made, **dict(net.named_buffers()), **plain}
+
+
+def _owners(net: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """List parameters with module and attribute: a tied one has those that hold it first."""
+    return [(s.path, *s.find(net)) for s in find_slots(net) if s.path == s.tensor]
 
 
 def _uniform(source: Source, position: int, like: Tensor) -> Tensor:

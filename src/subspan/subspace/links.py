@@ -12,9 +12,18 @@ from subspan.errors import SubspanError
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
+    Behaviour = nn.Module
+else:
+    Behaviour = object  # a base of what made classes have before the module's own class
+
 LINK = "_subspan"  # in a module's __dict__: its Link
 PREFIX = "subspan_"  # of our names among a network's parameters and buffers
 FINGERPRINT = PREFIX + "fingerprint"
+
+
+def is_ours(path: str) -> bool:
+    """Return whether the parameter or buffer of a path is one of this library's."""
+    return path.rpartition(".")[2].startswith(PREFIX)
 
 
 class Link:
@@ -30,19 +39,29 @@ class Link:
         self.weights, self.tensors, self.order = weights, tensors, order
 
 
+def find_link(module: Any) -> Link | None:
+    """Return the link of a module, or None if it is in no subspace."""
+    link: Link | None = vars(module).get(LINK)
+    return link
+
+
 def link_of(module: Any) -> Link:
     """Return the link of a module in a subspace.
 
     Raises:
         SubspanError: if it is a copy that lost it.
     """
-    link: Link | None = vars(module).get(LINK)
-    if link is None:
+    if (link := find_link(module)) is None:
         raise SubspanError(
             f"this {type(module).__name__} was copied by a method of its own and is not in the "
             "subspace of the original: copy the network of unwrap() or merge(), or state_dict()"
         )
     return link
+
+
+def digits_of(fingerprint: str) -> list[int]:
+    """Return the bytes of a fingerprint, which a network's buffer holds."""
+    return list(bytes.fromhex(fingerprint))
 
 
 def missing(name: str) -> SubspanError:
@@ -56,9 +75,9 @@ def missing(name: str) -> SubspanError:
 def trained_keys(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, Link]]:
     """Yield the trained tensors of a module and its parts: name, key in its state, and link."""
     for path, part in module.named_modules(remove_duplicate=False):
-        link: Link | None = vars(part).get(LINK)
-        for attribute, tensor in ({} if link is None else link.tensors).items():
-            yield tensor, prefix + (f"{path}.{attribute}" if path else attribute), link  # type: ignore[misc]
+        if (link := find_link(part)) is not None:
+            for attribute, tensor in link.tensors.items():
+                yield tensor, prefix + (f"{path}.{attribute}" if path else attribute), link
 
 
 def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -59,9 +59,6 @@ def refuse_shared(
         parameters: by name, each once; without those that are quantised.
         chosen: names of those that are trained in the subspace, and leave their memory at θ₀.
         fully: names of those that are trained directly, in their memory.
-
-    Raises:
-        SubspanError: naming both, and what to do.
     """
     memory: dict[int, list[Place]] = {}
     for name, tensor in itertools.chain(parameters.items(), _others(net, parameters.values())):

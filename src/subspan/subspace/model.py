@@ -28,7 +28,7 @@ from subspan.subspace.at_base import at_base
 from subspan.subspace.attach import attach, detach
 from subspan.subspace.compartments import Compartment, Patterns, Rules
 from subspan.subspace.handle import Handle, with_signature
-from subspan.subspace.links import FINGERPRINT, LINK
+from subspan.subspace.links import FINGERPRINT, find_link
 from subspan.subspace.parameters import changed_buffers
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.summary import Summary, TensorSummary
@@ -114,7 +114,7 @@ class SubspaceModel(Handle):
         """Return a handle of a network that is in a subspace; None of any other network."""
         if isinstance(net, SubspaceModel):
             return net
-        link = vars(net).get(LINK)
+        link = find_link(net)
         if link is None or link.weights.root is not net:
             return None
         model = cls.__new__(cls)
@@ -193,12 +193,12 @@ class SubspaceModel(Handle):
 
     def weights(self) -> dict[str, Tensor]:
         """Return θ of every tensor that is not trained fully, by name, differentiable in w."""
-        thetas, adapters = self.subspace.dense(), self.subspace.adapters.values()
-        factors = {name for adapter in adapters for name in adapter.factors}
+        weights, thetas = self.subspace, self.subspace.dense()
+        rest = {*weights.fully, *weights.factors}
         return {
-            name: thetas[name] if name in thetas else self.subspace.resting(name)
-            for name in self.subspace.requires_grad
-            if name not in self.subspace.fully and name not in factors
+            name: thetas[name] if name in thetas else weights.resting(name)
+            for name in weights.requires_grad
+            if name not in rest
         }
 
     @torch.inference_mode(False)  # what is made in it could not be trained

@@ -12,7 +12,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.callers import asked_by_own_method, saved_as_adapters
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
-from subspan.subspace.links import FINGERPRINT, link_of, trained_keys
+from subspan.subspace.links import FINGERPRINT, Behaviour, link_of, trained_keys
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.quantised_layers import belongs_to
 from subspan.subspace.sharded import refuse_whole
@@ -32,13 +32,13 @@ def keeping_coordinates() -> Iterator[None]:
         del _saving.coordinates
 
 
-class ModuleStates:
+class ModuleStates(Behaviour):
     """The states of a module that has a trained parameter, or a part with one."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return θ to a part and to the network's own methods; else the coordinates."""
         if hasattr(_saving, "thetas"):  # a module around this one is being saved
-            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+            return super().state_dict(*args, **kwargs)
         weights = link_of(self).weights
         refuse_in_use(weights, "saved")
         whole = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
@@ -55,7 +55,7 @@ class ModuleStates:
             refuse_whole(weights, "saved with all its weights")
         _saving.thetas = None if whole else {}
         try:
-            state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+            state = super().state_dict(*args, **kwargs)
         finally:
             del _saving.thetas
         if whole:
@@ -69,7 +69,7 @@ class ModuleStates:
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         link = link_of(self)
         thetas = _saving.thetas
         for attribute, tensor in link.tensors.items():
@@ -99,14 +99,14 @@ class ModuleStates:
         if link.weights.root is self:
             assign = local_metadata.get("assign_to_params_buffers", False)
             before_loading(link.weights, state_dict, prefix, assign)
-        for tensor, key, _ in trained_keys(self, prefix):  # type: ignore[arg-type]
+        for tensor, key, _ in trained_keys(self, prefix):
             if key in state_dict:  # of a part below, too: nothing is loaded yet
                 raise SubspanError(
                     f"{tensor} is computed from coordinates, and a part alone cannot be loaded: "
                     "load a state of the whole network, or load before the network is wrapped"
                 )
         before = set(missing_keys)
-        super()._load_from_state_dict(  # type: ignore[misc]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         computed = {prefix + attribute for attribute in link.tensors}

@@ -24,23 +24,24 @@ from torch.fx import _symbolic_trace as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from subspan.distributed import given_to_ddp
 from subspan.errors import SubspanError
 from subspan.subspace.callers import (
     asked_by_ddp,
     asked_by_export,
     asked_by_fsdp,
     asked_by_own_property,
+    asked_by_tensor_parallel,
     asked_by_trace,
     averages_models,
     converts_batchnorm,
     copies_weights,
     empties_for_fsdp,
+    given_to_ddp,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
-from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_tensor_parallel
-from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
+from subspan.subspace.dtensors import home_of, is_shard, mark
+from subspan.subspace.links import LINK, PREFIX, Link, find_link, is_ours, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
@@ -61,20 +62,20 @@ class WrappedModule(ModuleStates):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled, and its trained parameters for θ₀."""
-        super().__setstate__(state)  # type: ignore[misc]
-        link: Link | None = vars(self).get(LINK)
-        for attribute, tensor in ({} if link is None else link.tensors).items():
-            parameter = self._parameters.get(attribute)  # type: ignore[attr-defined]
-            if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
-                freeze(parameter, link.weights, tensor)  # type: ignore[union-attr]
+        super().__setstate__(state)
+        if (link := find_link(self)) is not None:
+            for attribute, tensor in link.tensors.items():
+                parameter = self._parameters.get(attribute)
+                if isinstance(parameter, nn.Parameter) and not isinstance(parameter, Base):
+                    freeze(parameter, link.weights, tensor)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if (link := vars(self).get(LINK)) is not None:
+        if (link := find_link(self)) is not None:
             refuse_whole(link.weights, "copied or pickled")
         return self._subspan_rebuild, self._subspan_class, self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if (link := vars(self).get(LINK)) is not None:
+        if (link := find_link(self)) is not None:
             refuse_whole(link.weights, "copied or pickled")
         for leaf in tree_leaves(vars(self)):
             if not isinstance(leaf, Tensor) or id(leaf) in memo:
@@ -100,7 +101,7 @@ class WrappedModule(ModuleStates):
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Yield a part's parameters at θ; of one module alone, as FSDP asks, the stored ones."""
         fsdp = False
         if not torch.compiler.is_compiling():
@@ -108,11 +109,16 @@ class WrappedModule(ModuleStates):
             fsdp = asked_by_fsdp(frame)
             if asked_by_export(frame):
                 raise refuse_part("exported")
-            if (link := vars(self).get(LINK)) is not None:
-                refuse_tensor_parallel(frame)
+            if (link := find_link(self)) is not None:
+                if asked_by_tensor_parallel(frame):
+                    raise SubspanError(
+                        "tensor parallelism spreads single layers, whose weights are computed from "
+                        "coordinates of the whole network here: call fully_shard on the layers and "
+                        "on the network, or parallelize the network of merge()"
+                    )
                 if asked_by_ddp(frame):
                     self._refuse_ddp(link, given_to_ddp(frame))
-        stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        stored = super().named_parameters(prefix, recurse, remove_duplicate)
         for name, p in self._lent(stored):
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
@@ -129,10 +135,10 @@ class WrappedModule(ModuleStates):
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield a part's buffers, which may be those of a variant."""
-        return self._lent(super().named_buffers(*args, **kwargs))  # type: ignore[misc]
+        return self._lent(super().named_buffers(*args, **kwargs))
 
     def _lent(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        link: Link | None = vars(self).get(LINK)
+        link = find_link(self)
         if torch.compiler.is_compiling() or link is None or link.weights.root is self:
             return named
         variant = link.weights.variant()
@@ -142,33 +148,33 @@ class WrappedModule(ModuleStates):
         """Yield the parts, which nobody may put into layers of another kind."""
         compiled = torch.compiler.is_compiling()
         if not compiled and converts_batchnorm(sys._getframe(1)):
-            for tensor, key, _ in trained_keys(self):  # type: ignore[arg-type]
-                if isinstance(self.get_submodule(key.rpartition(".")[0]), _BatchNorm):  # type: ignore[attr-defined]
+            for tensor, key, _ in trained_keys(self):
+                if isinstance(self.get_submodule(key.rpartition(".")[0]), _BatchNorm):
                     raise SubspanError(
                         f"{tensor} is computed from coordinates and cannot become that of a "
                         "SyncBatchNorm: convert layers before the network is wrapped"
                     )
-        return super().named_children()  # type: ignore[misc]
+        return super().named_children()
 
     def get_parameter(self, target: str) -> Any:
         """Return the parameter of a path, which of a trained one is frozen θ₀."""
         path, _, attribute = target.rpartition(".")
-        module = self.get_submodule(path)  # type: ignore[attr-defined]
+        module = self.get_submodule(path)
         own = module._parameters.get(attribute)
         if home_of(own) is not None:
             return own
         lent = None if own is None else getattr(module, attribute)  # that of a variant
-        return lent if type(lent) is Computed else super().get_parameter(target)  # type: ignore[misc]
+        return lent if type(lent) is Computed else super().get_parameter(target)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight that is computed cannot become something else."""
-        link: Link | None = vars(self).get(LINK)
-        if link is not None and param is not None and param is self._parameters.get(name):  # type: ignore[attr-defined]
+        link = find_link(self)
+        if link is not None and param is not None and param is self._parameters.get(name):
             return  # tied once more
         if link is not None:
-            lost = [attr for attr in link.tensors if attr not in self._parameters]  # type: ignore[attr-defined]
+            lost = [attr for attr in link.tensors if attr not in self._parameters]
             if lost:  # taken out by the caller a moment ago
-                link.weights.put_back(self, link)  # type: ignore[arg-type]
+                link.weights.put_back(self, link)
             if lost or name in link.tensors or type(param) is Computed:
                 tensor = link.tensors.get(lost[0] if lost else name, name)
                 raise SubspanError(
@@ -176,14 +182,14 @@ class WrappedModule(ModuleStates):
                     "from another tensor: do this before the network is wrapped, or on the network "
                     "of merge() or unwrap()"
                 )
-        super().register_parameter(name, param)  # type: ignore[misc]
+        super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a computed weight cannot be tied to another one."""
-        link: Link | None = vars(self).get(LINK)
-        stored = link is not None and name in self._parameters  # type: ignore[attr-defined]
+        link = find_link(self)
+        stored = link is not None and name in self._parameters
         if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
-            Shards.put(self, name, value)  # type: ignore[arg-type]
+            Shards.put(self, name, value)
             return
         if type(value) is Computed and link is not None and name in link.tensors:
             raise SubspanError(
@@ -202,8 +208,8 @@ class WrappedModule(ModuleStates):
         )
 
     def __delattr__(self, name: str) -> None:
-        link: Link | None = vars(self).get(LINK)
-        if link is not None and name in link.tensors and name in self._parameters:  # type: ignore[attr-defined]
+        link = find_link(self)
+        if link is not None and name in link.tensors and name in self._parameters:
             raise SubspanError(
                 f"{link.tensors[name]} is computed from coordinates and cannot be deleted or "
                 "computed from another tensor: do this before the network is wrapped, or on the "
@@ -228,11 +234,11 @@ class WrappedModule(ModuleStates):
         changes, tensors = link.weights.changes, set(link.tensors.values())
         before = changes.changed(tensors)
         for attribute in link.tensors:
-            if isinstance(packed := self._parameters[attribute], Packed):  # type: ignore[attr-defined]
+            if isinstance(packed := self._parameters[attribute], Packed):
                 thaw(packed)  # for the library, which may make another object
-        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        out = super()._apply(fn, recurse)
         for attribute, tensor in link.tensors.items():
-            parameter = self._parameters[attribute]  # type: ignore[attr-defined]
+            parameter = self._parameters[attribute]
             if is_shard(parameter):
                 mark(parameter, link.weights, tensor)
             elif not isinstance(parameter, Base):  # PyTorch has made another object
@@ -275,11 +281,11 @@ class WrappedNetwork(WrappedModule):
                 "weights of a network in a subspace would be constants of the graph that torch.fx "
                 "traces: trace the merge() of the SubspaceModel"
             )
-        return weights.call(super().__call__, args, kwargs)  # type: ignore[misc]
+        return weights.call(super().__call__, args, kwargs)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Frozen parameters at θ₀, and the coordinates.
 
         A property of the network (``dtype`` in transformers) that looks at its first parameter
@@ -287,7 +293,7 @@ class WrappedNetwork(WrappedModule):
         """
         weights = link_of(self).weights
         weights.note()
-        stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)
         if not torch.compiler.is_compiling() and copies_weights(sys._getframe(1)):
             yield from weights.copied()
             return
@@ -297,7 +303,8 @@ class WrappedNetwork(WrappedModule):
             return
         if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
             # Python's sort is stable.
-            stored = sorted(stored, key=lambda pair: _is_ours(pair[0]))
+            yield from sorted(stored, key=lambda pair: is_ours(pair[0]))
+            return
         yield from stored
 
     def named_modules(self, memo: set[Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -307,7 +314,7 @@ class WrappedNetwork(WrappedModule):
         them; θ₀ is the same in a copy, and packed numbers have no mean.
         """
         if torch.compiler.is_compiling() or not averages_models(sys._getframe(1)):
-            return super().named_modules(memo, *args, **kwargs)  # type: ignore[misc]
+            return super().named_modules(memo, *args, **kwargs)
         memo = set() if memo is None else memo
         if self in memo:
             return iter(())
@@ -322,7 +329,7 @@ class WrappedNetwork(WrappedModule):
         So they have it around a network that was converted before: a step of an optimizer is
         smaller than what 16 bits tell apart.
         """
-        own: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
+        own: dict[str, Any] = self._parameters
         names = link_of(self).weights.coordinate_names
         before = {name: own[name].data for name in names}
         grads = {name: g.data for name in names if (g := own[name].grad) is not None}
@@ -338,7 +345,3 @@ class WrappedNetwork(WrappedModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """θ₀ stays where it is: DDP, which asks here, must not send it with every batch."""
         return link_of(self).weights.for_ddp("")
-
-
-def _is_ours(name: str) -> bool:
-    return name.rpartition(".")[2].startswith(PREFIX)

@@ -24,14 +24,14 @@ from subspan.subspace.blocks import (
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
-from subspan.subspace.links import FINGERPRINT, PREFIX, Link, locate, missing
+from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.links import FINGERPRINT, PREFIX, Link, digits_of, locate, missing
 from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
 from subspan.subspace.theta0 import Base
 from subspan.subspace.variant import replaced
 
-_plain = torch._C.DisableTorchFunctionSubclass
 _ORDINARY = (Tensor, nn.Parameter)
 
 
@@ -132,6 +132,11 @@ class Network:
 
     # ---- what is trained ---------------------------------------------------------------------
 
+    @property
+    def factors(self) -> set[str]:
+        """The names of all LoRA factors."""
+        return {name for adapter in self.adapters.values() for name in adapter.factors}
+
     def lists(self, name: str, p: nn.Parameter) -> bool:
         """Return whether a parameter is listed as one that is trained directly.
 
@@ -170,15 +175,18 @@ class Network:
         parameters = self.network()._parameters
         return {name.removeprefix(PREFIX): parameters[name] for name in self.coordinate_names}  # type: ignore[misc]
 
+    def own_coordinate(self, key: str) -> nn.Parameter:
+        """Return the network's own w of a compartment."""
+        return self.network()._parameters[PREFIX + key]  # type: ignore[return-value]
+
     def coordinate(self, key: str) -> Tensor:
         """Return w of a compartment: the network's own, or that of the variant in use."""
-        name = PREFIX + key
-        own = self.network()._parameters[name]
-        return replaced(self, name, own) if self.key else own  # type: ignore[arg-type,return-value]
+        own = self.own_coordinate(key)
+        return replaced(self, PREFIX + key, own) if self.key else own
 
     def state(self) -> tuple[Any, ...]:
         """Describe θ₀ as it is now: θ that is kept is right as long as this is the same."""
-        with _plain():
+        with ordinary_tensors():
             bases = [self.base_of(tensor) for tensor in self.homes]
             places = [base.data_ptr() if type(base) is Base else 0 for base in bases]
             return tuple(
@@ -192,10 +200,6 @@ class Network:
         base = module._parameters[attribute]
         assert base is not None
         return base
-
-    def trained(self) -> list[str]:
-        """Names of the tensors that are trained in the subspace."""
-        return list(self.homes)
 
     def find(self, name: str) -> nn.Parameter | None:
         """Return the parameter of a name; None if its module has lost it."""
@@ -257,7 +261,7 @@ class Network:
         """Return W of a layer with factors, or what a functional call has put there for its θ."""
         base = self.base_of(tensor)
         if type(base) is Base:
-            with _plain():
+            with ordinary_tensors():
                 return base.detach(), False
         return base, self._given(tensor) is not None
 
@@ -356,7 +360,7 @@ class Network:
         if self.shards is not None and self.shards.digest is not None:
             return self.shards.digest
         names = [name for name in self.requires_grad if name not in self.fully]
-        with _plain():
+        with ordinary_tensors():
             return digest_tensors(
                 {
                     name: self.held(name) if name in self.packed else whole(self.stored(name))
@@ -365,11 +369,11 @@ class Network:
             )
 
     @torch.no_grad()
-    def take_fingerprint(self, base: str) -> None:
-        """Take θ₀'s digest from a file that has all buffers, which are then stored again."""
-        self.fingerprint, self.base_buffers = base + self.fingerprint[32:], {}
+    def take_fingerprint(self, base: str = "", layout: str = "") -> None:
+        """Take another digest of θ₀, or of what coordinates mean, into the network's buffer."""
+        self.fingerprint = (base or self.fingerprint[:32]) + (layout or self.fingerprint[32:])
         number = self.root.get_buffer(FINGERPRINT)
-        number.copy_(number.new_tensor(list(bytes.fromhex(self.fingerprint))))
+        number.copy_(number.new_tensor(digits_of(self.fingerprint)))
 
     def for_ddp(self, prefix: str) -> list[str]:
         """Names that DDP must not send with every batch; the next call then compares ranks.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
+from subspan.subspace.links import FINGERPRINT
 from subspan.subspace.memory import refuse_shared
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
 from subspan.subspace.quantised_layers import refuse_foreign
@@ -246,7 +247,7 @@ def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None
         and name not in module._non_persistent_buffers_set
-        and name != "subspan_fingerprint"  # which is ours
+        and name != FINGERPRINT  # which is ours
     }
 
 
@@ -282,6 +283,14 @@ def bytes_of(tensor: Tensor) -> Tensor:
     """Return the bytes of a dense tensor in the order of its entries, on the CPU."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
     return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return the tensor of :func:`bytes_of`, in memory of its own."""
+    flat = torch.empty(0, dtype=dtype, device="cpu")
+    if data:
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    return flat.reshape(shape)
 
 
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_plain = torch._C.DisableTorchFunctionSubclass
+from subspan.subspace.functions import ordinary_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class QuantisedTensor:
 
     def dense(self) -> Tensor:
         """Dequantise: an ordinary tensor that nobody else has."""
-        with _plain(), torch.no_grad():
+        with ordinary_tensors(), torch.no_grad():
             weight = self.make()
         return weight if self.entries is None else weight.reshape(-1)[self.entries]
 
@@ -139,7 +139,7 @@ def _four_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
     state = getattr(like, "quant_state", None) or module.quant_state
     if state is None:
         return _not_yet(parameter, f"bitsandbytes-{getattr(parameter, 'quant_type', '4bit')}")
-    with _plain():
+    with ordinary_tensors():
         packed = parameter.detach()
     parts = {"packed": packed, "absmax": state.absmax, "code": state.code}
     text = f"blocks of {state.blocksize}"
@@ -164,7 +164,7 @@ def _four_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
 
 def _eight_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
     """A weight of ``bitsandbytes.nn.Linear8bitLt``, whose scales move from it to its module."""
-    with _plain():
+    with ordinary_tensors():
         numbers = parameter.detach()
     scales = getattr(like, "SCB", None)
     scales = module.state.SCB if scales is None else scales
@@ -187,7 +187,7 @@ def _eight_bits(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
 
 def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor:
     """Return a weight that will be quantised one day."""
-    with _plain():
+    with ordinary_tensors():
         data = parameter.detach()
     refusal = refusal or (
         "is not quantised yet, which bitsandbytes does when the network is moved: net.to('cpu'), "
@@ -201,7 +201,7 @@ def _not_yet(parameter: Tensor, kind: str, refusal: str = "") -> QuantisedTensor
 def _torchao(parameter: Any, module: Any, like: Any) -> QuantisedTensor:
     """Return a parameter of torchao: a subclass that is made of tensors."""
     cls = _own_class(like)
-    with _plain():
+    with ordinary_tensors():
         parts = dict(_inner(parameter))
     refusal = ""
     if not hasattr(cls, "dequantize") or not parts:

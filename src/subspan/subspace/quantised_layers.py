@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
+from subspan.subspace.links import Behaviour, link_of
 from subspan.subspace.quantised import QuantisedTensor, is_class, read_quantised
 from subspan.subspace.structure import lies_in
 
@@ -71,11 +72,7 @@ def refuse_foreign(what: str) -> SubspanError:
 
 
 def refuse_converted(net: nn.Module, path: str, weight: QuantisedTensor) -> None:
-    """Refuse a weight of torchao in a layer that was converted: the weight has stayed as it was.
-
-    Raises:
-        SubspanError: naming the layer, and both dtypes.
-    """
+    """Refuse a weight of torchao in a layer that was converted: the weight has stayed as it was."""
     bias = net.get_submodule(path.rpartition(".")[0])._parameters.get("bias")
     others = {
         p.dtype
@@ -103,22 +100,22 @@ def multiplies_itself(cls: type) -> bool:
     )
 
 
-class Multiplied:
+class Multiplied(Behaviour):
     """The behaviour of such a module while its weight is computed: that of an ordinary layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by θ, which is formed in the precision that the layer computes in."""
-        link, dtype = vars(self)["_subspan"], _precision(self, x)
+        link, dtype = link_of(self), _precision(self, x)
         weight = link.weights.read(link.tensors["weight"], dtype)
-        bias: Tensor | None = self.bias  # type: ignore[attr-defined]
+        bias: Any = self.bias
         bias = bias if bias is None else bias.to(dtype)
         return functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        nn.Module._save_to_state_dict(self, *args)  # type: ignore[arg-type]
+        nn.Module._save_to_state_dict(self, *args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args)  # type: ignore[arg-type]
+        nn.Module._load_from_state_dict(self, *args)
 
 
 def _precision(module: Any, x: Tensor) -> torch.dtype:

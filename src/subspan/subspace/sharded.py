@@ -8,6 +8,7 @@ module's call a weight is the shard of θ that belongs to the shard of θ₀, fo
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import forming
 from subspan.subspace.blocks import entries_inside
 from subspan.subspace.dtensors import mark
+from subspan.subspace.links import digits_of, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.theta0 import OWN, Base
 
@@ -61,7 +63,7 @@ class Shards:
         Raises:
             SubspanError: if the processes are not those that share the rest of the network.
         """
-        link = vars(module)["_subspan"]
+        link = link_of(module)
         tensor, weights = link.tensors.get(attribute), link.weights
         before = module._parameters[attribute]
         if tensor is not None and type(before) is Base:
@@ -122,29 +124,21 @@ class Shards:
                 kept=(entries_inside(weights.kept.get(tensor, range(0)), inside),),
             )
             rows = shard.reshape(-1)[start - begin : stop - begin]
-            parts.extend(forming.form_theta(self._w(cut.coordinates), weights.step, [cut], [rows]))
+            w = weights.own_coordinate(cut.coordinates)
+            parts.extend(forming.form_theta(w, weights.step, [cut], [rows]))
         if not parts:  # of a process without rows, which takes part in the average all the same
-            parts = [self._w(weights.blocks_of[tensor][0].coordinates)[:0].to(shard)]
+            w = weights.own_coordinate(weights.blocks_of[tensor][0].coordinates)
+            parts = [w[:0].to(shard)]
         theta = torch.cat(parts).view(shard.shape)
-        spread = [n for n, p in enumerate(base.placements) if p.is_shard()]
-        shards = 1
-        for n in spread:
-            shards *= base.device_mesh.size(n)
+        mesh = base.device_mesh
+        shards = math.prod(mesh.size(n) for n, p in enumerate(base.placements) if p.is_shard())
         if theta.requires_grad:  # each process has its rows' part of the gradient, not the mean
             theta.register_hook(lambda grad: grad * shards)
-        spread_theta = DTensor.from_local(
-            theta,
-            base.device_mesh,
-            base.placements,
-            run_check=False,
-            shape=base.shape,
-            stride=base.stride(),
+        spread = DTensor.from_local(
+            theta, mesh, base.placements, run_check=False, shape=base.shape, stride=base.stride()
         )
-        mark(spread_theta, weights, tensor, theta=True)
-        return spread_theta
-
-    def _w(self, coordinates: str) -> Tensor:
-        return self.weights.network()._parameters["subspan_" + coordinates]  # type: ignore[return-value]
+        mark(spread, weights, tensor, theta=True)
+        return spread
 
     # ---- coordinates -------------------------------------------------------------------------
 
@@ -203,8 +197,8 @@ class Shards:
         Raises:
             SubspanError: in every process, if one has other initial weights or coordinates.
         """
-        fingerprint = list(bytes.fromhex(self.weights.fingerprint))
-        digits = torch.tensor(fingerprint, dtype=torch.float64, device="cpu")
+        own = digits_of(self.weights.fingerprint)
+        digits = torch.tensor(own, dtype=torch.float64, device="cpu")
         half = len(digits) // 2
         what = None
         if self._differs([digits[:half]]):

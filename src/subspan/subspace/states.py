@@ -14,6 +14,7 @@ from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
 from subspan.subspace.dtensors import local
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT, trained_keys
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.resuming import find_beside
@@ -34,9 +35,6 @@ def refuse_rounding(
         values: by name.
         dtypes: those of their places, by name; names without one are not looked at.
         where: the values are, for errors.
-
-    Raises:
-        SubspanError: naming the first of them, and what to do.
     """
     for name, value in values.items():
         dtype, numbers = dtypes.get(name, value.dtype), local(value)
@@ -181,7 +179,7 @@ def _coordinates_of(
     ):
         pieces, moved, size, eps = [], [], 0.0, 0.0
         for piece in part.pieces:
-            with torch._C.DisableTorchFunctionSubclass():
+            with ordinary_tensors():
                 base = weights.resting(piece.tensor)
             value = values[piece.tensor].to(base.device, base.dtype)
             delta = (value.double() - base.double()).reshape(-1)[piece.start : piece.stop]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from subspan.subspace.compartments import Compartment
-from subspan.subspace.links import PREFIX
+from subspan.subspace.links import is_ours
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Summary:
     @property
     def weights(self) -> int:
         """All weights of the network, tied ones once, frozen ones too; LoRA factors are none."""
-        ours = [row for row in self.rows if row.tensor.rpartition(".")[2].startswith(PREFIX)]
-        return sum(row.weights for row in self.rows) - sum(row.weights for row in ours)
+        return sum(row.weights for row in self.rows if not is_ours(row.tensor))
 
     @property
     def trainable(self) -> int:

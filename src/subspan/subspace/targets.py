@@ -52,7 +52,6 @@ _LACKS = {
     "mlp": "no block with an attention and other linear layers",
     "norms-and-biases": "no parameter of one dimension outside of its head",
     "all-linear": "no linear layer before its output",
-    "head": "no head",
 }
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -152,16 +151,12 @@ class Presets:
             return matching
         found = self.tensors(preset)
         if not found:
+            lack = _LACKS.get(preset, f"no head of its own{self._head[1]}")
             raise SubspanError(
-                f"{type(self._net).__name__} has {self._why_not(preset)}, which {preset!r} in "
-                f"{option} asks for: {self.describe()}; patterns choose parameters by their names"
+                f"{type(self._net).__name__} has {lack}, which {preset!r} in {option} asks for: "
+                f"{self.describe()}; patterns choose parameters by their names"
             )
         return found
-
-    def _why_not(self, preset: str) -> str:
-        if preset != "head":
-            return _LACKS[preset]
-        return f"no head of its own{self._head[1]}"
 
     def describe(self) -> str:
         """Say which presets the network has, and how many numbers they choose."""

@@ -22,6 +22,7 @@ from subspan.subspace.callers import asked_by_a_graph
 from subspan.subspace.functions import (
     changes_each_entry,
     is_harmless,
+    ordinary_tensors,
     property_of,
     sets_flag,
     share_memory,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     Home = tuple[Weights, str]  # the network, and the name of the tensor whose θ₀ it is
 
-_plain = torch._C.DisableTorchFunctionSubclass
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real"})
 
 
@@ -61,9 +61,6 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
 
     Entries of θ₀ must not be changed each in a way of its own, and another network's parameter must
     not be given what is θ₀ only, as a target network's that follows this one.
-
-    Raises:
-        SubspanError: naming the tensor and the function.
     """
     if not writes_first(function):
         return
@@ -95,15 +92,15 @@ class Data(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         _check_change(func, args)
-        with _plain():
+        with ordinary_tensors():
             return func(*args, **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _plain():
+        with ordinary_tensors():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with _plain():
+        with ordinary_tensors():
             return copy.deepcopy(self.as_subclass(Tensor), memo)
 
 
@@ -133,14 +130,14 @@ class Theta0(Tensor):
         if isinstance(func, torch._ops.OpOverload):
             # A person's program may be compiled, too, and has no frames then.
             if not torch.compiler.is_dynamo_compiling() and asked_by_a_graph(sys._getframe(1)):
-                with _plain():
+                with ordinary_tensors():
                     return func(*args, **kwargs)
             name = name.partition(".")[0]  # of its overload
         flag = name in ("requires_grad_", "__set__") and sets_flag(func)
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
         _check_change(func, args)
-        with _plain():
+        with ordinary_tensors():
             out = func(*args, **kwargs)
             if name == "__get__" and property_of(func) not in _VIEWS:
                 return _guard_data(out, args[0]) if property_of(func) == "data" else out
@@ -177,14 +174,14 @@ class Base(Theta0, nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         if id(self) not in memo:
-            with _plain():
+            with ordinary_tensors():
                 twin = type(self)(self.data.clone(memory_format=torch.preserve_format), False)
             memo[id(self)] = twin
             vars(twin).update(copy.deepcopy(vars(self), memo))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _plain():
+        with ordinary_tensors():
             plain = nn.Parameter(self.data, False)
             vars(plain).update({k: v for k, v in vars(self).items() if k not in OWN})
             return plain.__reduce_ex__(protocol)
@@ -206,7 +203,7 @@ class Packed(Base):
 
     def as_it_was(self) -> Any:
         """Return the same tensor as an object of the library's."""
-        with _plain():
+        with ordinary_tensors():
             if is_traceable_wrapper_subclass(self):
                 names, rest = self.__tensor_flatten__()
                 inside = {name: getattr(self, name) for name in names}
@@ -236,12 +233,9 @@ class Wrapped(Packed):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(
-            *tree_map_only(cls, _as_it_was, args), **tree_map_only(cls, _as_it_was, kwargs or {})
+            *tree_map_only(cls, cls.as_it_was, args),
+            **tree_map_only(cls, cls.as_it_was, kwargs or {}),
         )
-
-
-def _as_it_was(base: Packed) -> Any:
-    return base.as_it_was()
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import home_of, is_shard
 from subspan.subspace.formed import Formula, Outermost, version_of
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT, PREFIX
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
@@ -33,7 +34,6 @@ from subspan.subspace.theta0 import OWN, Base
 from subspan.subspace.variant import NotByRowError, Variant, find_variant, refuse_in_use
 
 _now = threading.local()  # .calls: of every network that is being called in this thread
-_plain = torch._C.DisableTorchFunctionSubclass
 _level = torch._C._functorch.maybe_current_level
 
 
@@ -222,7 +222,7 @@ class Weights(Network):
             Tensors whose first dimension is that of ``coordinates``; without a graph.
         """
         thetas = {}
-        with _plain():
+        with ordinary_tensors():
             for tensor in self.blocks_of:
                 base = quantised.dense(self.held(tensor)).detach()
                 shape = (len(coordinates), *base.shape)
@@ -239,7 +239,7 @@ class Weights(Network):
         """Form the trained weights of an ordinary network: θ, or W + s B A of factors."""
         thetas = self.all()
         merged = {weight: self._product(weight, thetas.__getitem__) for weight in self.adapters}
-        factors = {name for adapter in self.adapters.values() for name in adapter.factors}
+        factors = self.factors
         return {name: theta for name, theta in thetas.items() if name not in factors} | merged
 
     def _product(self, weight: str, read: Callable[[str], Tensor]) -> Tensor:
@@ -252,7 +252,7 @@ class Weights(Network):
             )
         if (variant := self.variant()) is not None and variant.rows:
             raise NotByRowError(True)  # a weight for each row is none
-        with _plain():
+        with ordinary_tensors():
             base = quantised.dense(self.held(weight))
             # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
             base = base if base.requires_grad else base.detach()
@@ -268,7 +268,7 @@ class Weights(Network):
     def _rest(self, tensor: str, dtype: torch.dtype | None) -> Tensor:
         """Return θ₀ of one tensor, which has no gradient unless it was given with one."""
         refuse_running_again("at_base()")
-        with _plain():
+        with ordinary_tensors():
             base = quantised.dense(self.held(tensor))
             base = base if base.requires_grad else base.detach()
             if tensor in self._renormed:
@@ -284,7 +284,7 @@ class Weights(Network):
     def _theta(self, group: Sequence[Block], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         """Form θ of blocks with the same coordinates."""
         w = self.coordinate(group[0].coordinates)
-        with _plain():
+        with ordinary_tensors():
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
             ]
@@ -297,10 +297,8 @@ class Weights(Network):
         a graph is wanted that was not; and inside a transform that began after the call.
         """
         group = self._groups[n]
-        w = self.network()._parameters[PREFIX + group[0].coordinates]
-        assert w is not None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        state = (*_state(w), *modes)
+        w = self.own_coordinate(group[0].coordinates)
+        state = _state(w)
         if (thetas := outer.get(n, state)) is not None:
             return thetas
         outer.drop(n)
@@ -314,13 +312,11 @@ class Weights(Network):
         """Return θ of a tensor of a large network, which lives as long as its reader needs it."""
         parts = []
         for block in self.blocks_of[tensor]:
-            w = self.network()._parameters[PREFIX + block.coordinates]
-            assert w is not None
-            with _plain():
+            w = self.own_coordinate(block.coordinates)
+            with ordinary_tensors():
                 parts.append((w, self.step, block, self._base(block.pieces[0])))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         dtype = dtype or self._autocast(tensor, parts[0][-1])
-        state = (*(x for w, *_ in parts for x in _state(w)), dtype, *modes)
+        state = (*(x for w, *_ in parts for x in _state(w)), dtype)
         if (kept := outer.get(tensor, state)) is not None:
             return kept[0]
         size = sum(len(block.pieces[0]) for block in self.blocks_of[tensor])
@@ -373,7 +369,7 @@ class Weights(Network):
         from torch._subclasses.fake_tensor import unset_fake_temporarily
         from torch.utils._python_dispatch import _disable_current_modes
 
-        with _disable_current_modes(), unset_fake_temporarily(), _plain():
+        with _disable_current_modes(), unset_fake_temporarily(), ordinary_tensors():
             parts: list[Tensor] = []
             for block in self.blocks_of[tensor]:
                 (piece,) = block.pieces
@@ -384,9 +380,10 @@ class Weights(Network):
 
 
 def _state(w: Tensor) -> tuple[Any, ...]:
-    """Describe coordinates as they are now; only the address tells of ``w.data = …``."""
+    """Describe coordinates and modes as they are now; only the address tells of ``w.data = …``."""
     address = w.data_ptr() if type(w) is nn.Parameter else 0
-    return id(w), version_of(w), w.requires_grad, address
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return id(w), version_of(w), w.requires_grad, address, *modes
 
 
 def _to_onnx() -> bool:

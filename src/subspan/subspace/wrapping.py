@@ -11,7 +11,7 @@ from subspan import families
 from subspan.errors import SubspanError, unknown
 from subspan.subspace.adapted import find_adapters
 from subspan.subspace.blocks import digest_layout
-from subspan.subspace.compartments import Patterns, Rules, partition, select
+from subspan.subspace.compartments import Patterns, Rules, listed, partition, select
 from subspan.subspace.dtensors import refuse_sharded
 from subspan.subspace.handle import Handle
 from subspan.subspace.links import LINK
@@ -57,7 +57,7 @@ def prepare(
         raise unknown("padding", padding, ("keep", "train"))
     check_ordinary(net)
     refuse_sharded(net)
-    targets, exclude, train_fully = _as_list(targets), _as_list(exclude), _as_list(train_fully)
+    targets, exclude, train_fully = listed(targets), listed(exclude), listed(train_fully)
     places = find_slots(net)
     names = find_aliases(places)
     tensors = {name: net.get_parameter(name) for name in names}
@@ -146,7 +146,3 @@ def check_ordinary(net: Any) -> None:
 def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
     """Rules as JSON that keeps their order: the first that matches counts."""
     return [list(rule) for rule in (rules.items() if isinstance(rules, Mapping) else rules)]
-
-
-def _as_list(patterns: Patterns) -> str | list[str] | None:
-    return patterns if isinstance(patterns, str | None) else list(patterns)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -176,11 +176,6 @@ def _feedforward(
     return nn.Sequential(layers)
 
 
-def _linear(shape: Shape, classes: int) -> nn.Module:
-    """Return a linear classifier: 7,850 weights at 28x28x1."""
-    return _feedforward(shape, classes)
-
-
 def _with_widths(chosen: Widths) -> _Entry:
     """Return a perceptron, 159,010 weights with 200 units at 28x28x1; or a LeNet-5 (LeCun 1998).
 
@@ -203,19 +198,10 @@ def _with_widths(chosen: Widths) -> _Entry:
     return _Entry(build, 28 if chosen.crop else smallest)
 
 
-def _lenet_valid(shape: Shape, classes: int) -> nn.Module:
-    """LeNet-5 without padding (Li 2018): 44,426 weights at 28x28x1, 62,006 at 32x32x3."""
-    return _feedforward(shape, classes, (_Conv(6, 5), _Conv(16, 5)), (120, 84))
-
-
-def _lenet5_caffe(shape: Shape, classes: int) -> nn.Module:
-    """LeNet-5 of Caffe (Schotthöfer 2022): 431,080 weights at 28x28x1, 430,500 without biases."""
-    return _feedforward(shape, classes, (_Conv(20, 5), _Conv(50, 5)), (500,))
-
-
-def _lenet_tf(shape: Shape, classes: int) -> nn.Module:
-    """LeNet of the TensorFlow tutorial (Wu 2018): 3,274,634 weights at 28x28x1."""
-    return _feedforward(shape, classes, (_Conv(32, 5, 2), _Conv(64, 5, 2)), (1024,))
+def _classifying(layers: dict[str, nn.Module], features: int, classes: int) -> nn.Sequential:
+    """Add an average over the image, and a linear classifier of it."""
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers | head, fc1=nn.Linear(features, classes)))
 
 
 def _separable(
@@ -236,10 +222,7 @@ def _separable(
         layers[f"conv{i}_relu"] = nn.LeakyReLU(0.1)
         if norm:
             layers[f"conv{i}_norm"] = nn.GroupNorm(1, after, affine=False)
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(stack[-1], classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, stack[-1], classes)
 
 
 def _spectral(shape: Shape, classes: int) -> nn.Module:
@@ -265,25 +248,15 @@ def _spectral(shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def _keras(net: nn.Module) -> nn.Module:
-    """Return the network with initial weights as Keras draws them: Glorot's, biases 0."""
+def _keras(shape: Shape, classes: int, **layers: Any) -> nn.Module:
+    """Return a network with initial weights as Keras draws them: Glorot's, biases 0."""
+    net = _feedforward(shape, classes, **layers)
     for name, parameter in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
             nn.init.xavier_uniform_(parameter)
     return net
-
-
-def _gressmann_fc(shape: Shape, classes: int) -> nn.Module:
-    """FC of Gressmann 2020: 101,770 weights at 28x28x1, 394,634 at 32x32x3."""
-    return _keras(_feedforward(shape, classes, dense=(128,)))
-
-
-def _gressmann_cnn(shape: Shape, classes: int) -> nn.Module:
-    """CNN of Gressmann 2020: 93,322 weights at 28x28x1, 122,570 at 32x32x3."""
-    convs = (_Conv(32, 3), _Conv(64, 3), _Conv(64, 3, pool=False))
-    return _keras(_feedforward(shape, classes, convs, (64,)))
 
 
 class _Crop(nn.Module):
@@ -335,10 +308,7 @@ def _resnet(shape: Shape, classes: int, blocks: int) -> nn.Module:
             stride = 2 if stage > 1 and block == 1 else 1
             layers[f"stage{stage}_block{block}"] = _ResidualBlock(channels, out, stride)
             channels = out
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(channels, classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, channels, classes)
 
 
 # Channels of 3x3 convolutions; a list ends where the image is halved.
@@ -362,10 +332,7 @@ def _vgg(shape: Shape, classes: int, depth: int) -> nn.Module:
             layers[f"relu{stage}_{i}"] = nn.ReLU()
             channels = out
         layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)  # of images of any size
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc1"] = nn.Linear(channels, classes)
-    return nn.Sequential(layers)
+    return _classifying(layers, channels, classes)
 
 
 _FORMS = (
@@ -375,14 +342,18 @@ _FORMS = (
     "separable-ln-CHANNELS-CHANNELS",
 )
 _WITH_WIDTHS = ("mlp", "lenet", "minut-mlp", "minut-lenet")
-_NETS: dict[str, _Entry] = {
-    "linear": _Entry(_linear, 1),
-    "lenet-valid": _Entry(_lenet_valid, 16),
-    "lenet5-caffe": _Entry(_lenet5_caffe, 16),
-    "lenet-tf": _Entry(_lenet_tf, 4),
+_VALID = partial(_feedforward, convs=(_Conv(6, 5), _Conv(16, 5)), dense=(120, 84))
+_CAFFE = partial(_feedforward, convs=(_Conv(20, 5), _Conv(50, 5)), dense=(500,))
+_TF = partial(_feedforward, convs=(_Conv(32, 5, 2), _Conv(64, 5, 2)), dense=(1024,))
+_CNN = partial(_keras, convs=(_Conv(32, 3), _Conv(64, 3), _Conv(64, 3, pool=False)), dense=(64,))
+_NETS: dict[str, _Entry] = {  # with weights at 28x28x1, and perhaps at 32x32x3
+    "linear": _Entry(_feedforward, 1),  # 7,850
+    "lenet-valid": _Entry(_VALID, 16),  # LeNet-5 without padding (Li 2018): 44,426, 62,006
+    "lenet5-caffe": _Entry(_CAFFE, 16),  # (Schotthöfer 2022): 431,080, 430,500 without biases
+    "lenet-tf": _Entry(_TF, 4),  # of TensorFlow's tutorial (Wu 2018): 3,274,634
     "spectral": _Entry(_spectral, 10),
-    "gressmann-fc": _Entry(_gressmann_fc, 1),
-    "gressmann-cnn": _Entry(_gressmann_cnn, 18),
+    "gressmann-fc": _Entry(partial(_keras, dense=(128,)), 1),  # (Gressmann 2020): 101,770, 394,634
+    "gressmann-cnn": _Entry(_CNN, 18),  # (Gressmann 2020): 93,322, 122,570
     "resnet8": _Entry(partial(_resnet, blocks=1), 1),
     "resnet20": _Entry(partial(_resnet, blocks=3), 1),
     "vgg11": _Entry(partial(_vgg, depth=11), 1),

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
-from subspan.subspace.parameters import digest_tensors, find_slots
+from subspan.subspace.parameters import bytes_of, digest_tensors, find_slots
 from subspan.training import data, nets, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
@@ -53,8 +53,7 @@ class Prepared:
         found = zlib.crc32(json.dumps(self.task.describe(), sort_keys=True).encode())
         for tensor in self.task.samples():
             if tensor.layout is torch.strided:
-                values = tensor.detach().cpu().reshape(-1).contiguous()
-                found = zlib.crc32(values.view(torch.uint8).numpy().data, found)
+                found = zlib.crc32(bytes_of(tensor).numpy().data, found)
         return found
 
     @property

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.subspace.adapted import ADAPTER
 from subspan.subspace.at_base import is_at_base
-from subspan.subspace.classes import make_class
-from subspan.subspace.links import LINK, Link, link_of
+from subspan.subspace.attach import link_module
+from subspan.subspace.links import Behaviour, find_link, link_of
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.variant import BESIDE, BesideDescriptor, split_by_row
 from subspan.subspace.weights import Weights
@@ -33,39 +33,28 @@ class Places:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self._modules: dict[str, nn.Module] = {}
         root = weights.network()
+        buffers = saved_buffers(root)
         fully = {id(weights.stored(name)): name for name in weights.fully}
         names: dict[str, dict[str, str]] = {}
         for path, module in root.named_modules():
             prefix = f"{path}." if path else ""
-            for attribute, p in module._parameters.items():
-                if id(p) in fully:
-                    names.setdefault(path, {})[attribute] = fully[id(p)]
-            for attribute in module._buffers:
-                if prefix + attribute in self._buffers:
-                    names.setdefault(path, {})[attribute] = prefix + attribute
+            inside = {a: fully[id(p)] for a, p in module._parameters.items() if id(p) in fully}
+            inside |= {a: prefix + a for a in module._buffers if prefix + a in buffers}
+            if inside:
+                names[path] = inside
+        self._modules = {path: root.get_submodule(path) for path in names}
         for path, inside in names.items():
-            self._modules[path] = root.get_submodule(path)
             self._describe(self._modules[path], path, inside)
         weights.key = weights.key or next(_keys)
-
-    @functools.cached_property
-    def _buffers(self) -> frozenset[str]:
-        return frozenset(saved_buffers(self.weights.root))
 
     def _describe(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
         """Let reads of these attributes look for a variant first."""
         if vars(module).get(BESIDE) == names:
             return  # of other Variants of the same model
         try:
-            if LINK not in vars(module):
-                module.__class__ = make_class(type(module), (), False)
-                module.__dict__[LINK] = Link(self.weights, {}, list(module._parameters))
-                self.weights.wrapped.append(module)
-                if isinstance(module, nn.RNNBase):
-                    module.__dict__.pop("_flat_weights", None)
-                    module.__dict__["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
+            if find_link(module) is None:
+                link_module(module, self.weights, {})
             module.__class__ = _make_reading(type(module), tuple(names))  # type: ignore[arg-type]
         except Exception as error:
             raise SubspanError(
@@ -77,12 +66,11 @@ class Places:
     @property
     def by_row(self) -> bool:
         """Whether a batch of several variants can be one: all that they have is linear layers'."""
-        factors = {name for a in self.weights.adapters.values() for name in a.factors}
         plain = all(
             isinstance(module, LinearByRow) and ADAPTER not in vars(module)
             for module in self._modules.values()
         )
-        return plain and self.weights.blocks_of.keys() <= factors
+        return plain and self.weights.blocks_of.keys() <= self.weights.factors
 
     def check(self) -> None:
         """Refuse variants of a network that would not read them, or would change them.
@@ -120,15 +108,16 @@ def _make_reading(made: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
     return cls
 
 
-class LinearByRow:
+class LinearByRow(Behaviour):
     """The behaviour of a linear layer of which each row of a batch may have another."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply all rows by one weight, or each by its own."""
-        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        weight: Any = self.weight
+        bias: Any = self.bias
         by_row = weight.dim() > 2 or (bias is not None and bias.dim() > 1)
         if torch.compiler.is_compiling() or not by_row:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         rows = split_by_row(link_of(self).weights, x, min(vars(self)[BESIDE].values()))
         out = rows @ weight.mT
         if bias is not None:

@@ -19,7 +19,7 @@ from subspan.checkpoint.file import COORDINATES
 from subspan.errors import SubspanError
 from subspan.subspace.links import locate
 from subspan.subspace.model import SubspaceModel
-from subspan.subspace.parameters import bytes_of, digest_tensors, saved_buffers
+from subspan.subspace.parameters import bytes_of, digest_tensors, saved_buffers, tensor_of
 from subspan.subspace.states import refuse_rounding
 from subspan.subspace.variant import Variant
 
@@ -155,11 +155,7 @@ class Shelf:
         return self._keep(source, tensors.get(COORDINATES, torch.empty(0)), beside)
 
     def _check(self, source: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Refuse the variant of another recipe or base.
-
-        Raises:
-            SubspanError: naming what differs.
-        """
+        """Refuse the variant of another recipe or base."""
         if header["kind"] != "subspace":
             raise SubspanError(
                 f"{source} is a whole network ({header['kind']}), and a variant is coordinates of "
@@ -197,10 +193,7 @@ def from_bytes(data: bytes, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found, start = {}, 0
     with torch.inference_mode(False):
         for name, tensor in like.items():
-            stop = start + tensor.numel() * tensor.element_size()
-            flat = torch.empty(0, dtype=tensor.dtype, device="cpu")
-            if start < stop:
-                flat = torch.frombuffer(bytearray(data[start:stop]), dtype=tensor.dtype)
-            found[name] = flat.view(tensor.shape)
+            stop = start + tensor.nbytes
+            found[name] = tensor_of(data[start:stop], tensor.dtype, tensor.shape)
             start = stop
     return found

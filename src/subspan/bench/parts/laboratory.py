@@ -53,7 +53,14 @@ def random_images(device: torch.device) -> data.ImageData:
     train = split(IMAGES)
     mean, std = statistics(train.images)
     return data.ImageData(
-        "noise", 10, (1, 28, 28), train, split(HELD_OUT), split(HELD_OUT), mean, std
+        train,
+        split(HELD_OUT),
+        classes=10,
+        name="noise",
+        image_shape=(1, 28, 28),
+        validation=split(HELD_OUT),
+        mean=mean,
+        std=std,
     ).to(device)
 
 

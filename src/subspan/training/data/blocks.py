@@ -55,23 +55,17 @@ class RawBlocks(Raw):
     test: TextBlocks
 
 
-@dataclass(frozen=True, eq=False)
-class BlockData(Tensors):
-    """A text in blocks, ready to train on.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlockData(RawBlocks):
+    """A text in blocks, ready to train on: its training part is without validation.
 
     Attributes:
         name: what it was loaded by.
-        train: the training part.
         validation: the part of the training part that was drawn for choices.
-        test: the test part.
-        notes: sentences that a reader of the results should know.
     """
 
     name: str
-    train: TextBlocks
     validation: TextBlocks
-    test: TextBlocks
-    notes: tuple[str, ...]
 
 
 def load(
@@ -119,7 +113,7 @@ def load(
     identity = [*place, text_column, tokenizer.digest, tokenizer.rules, block]
     raw = cache.fetch_set(name, FORMAT, identity, RawBlocks, read_it)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
-    return BlockData(name, train, held_out, raw.test, raw.notes)
+    return BlockData(**vars(raw) | {"train": train}, name=name, validation=held_out)
 
 
 def _read_text(file: Path) -> str:
@@ -139,13 +133,7 @@ def _read_set(
     for part, rows in found.items():
         with tables.readable(path, "text", EXPECTED):
             values = [row[column] for row in rows.select_columns([column])]
-        for number, value in enumerate(values, start=1):
-            if not isinstance(value, str):
-                raise SubspanError(
-                    f"{path} must have a text in the column {column!r} of every row, got "
-                    f"{type(value).__name__} in row {number} of {part}: name the right column with "
-                    "--text-column, or leave that row out"
-                )
+        tables.check_texts(path, part, column, values)
         texts[part] = values
     return texts, left_out
 

@@ -52,38 +52,26 @@ class RawData(Raw):
     depth: str = "8 bits"
 
 
-@dataclass(frozen=True, eq=False)
-class ImageData(Tensors):
-    """An image classification set, ready to train on.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageData(RawData):
+    """An image classification set, ready to train on: its training part is without validation.
 
     Choices (learning rate, best epoch, early stopping) look at ``validation``; ``test`` is for
     the final evaluation alone.
 
     Attributes:
         name: what it was loaded by.
-        classes: number of classes.
         image_shape: channels, height and width of every image.
-        train: the training part.
         validation: the part of the set's training part that was drawn for choices.
-        test: the test part.
         mean: float32 (C,), of the training part's levels, divided by 255.
         std: float32 (C,), of the same.
-        notes: sentences that a reader of the results should know.
-        names: of the classes, in order; empty where classes are only numbered.
-        depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
     """
 
     name: str
-    classes: int
     image_shape: tuple[int, int, int]
-    train: Split
     validation: Split
-    test: Split
     mean: Tensor
     std: Tensor
-    notes: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    depth: str = "8 bits"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring pixels to mean 0 and standard deviation 1, channel by channel.

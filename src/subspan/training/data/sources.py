@@ -74,17 +74,12 @@ def load(
     mean, std = statistics(train.images)
     channels, height, width = train.images.shape[1:]
     return ImageData(
+        **vars(raw) | {"train": train},
         name=name,
-        classes=raw.classes,
         image_shape=(channels, height, width),
-        train=train,
         validation=held_out,
-        test=raw.test,
         mean=mean,
         std=std,
-        notes=raw.notes,
-        names=raw.names,
-        depth=raw.depth,
     ).to(device)
 
 

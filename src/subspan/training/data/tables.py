@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -114,6 +114,21 @@ def column(
         f"or one called {' or '.join(usual)}, found {', '.join(features)}: name the right one "
         f"with --{role}-column{remedy}"
     )
+
+
+def check_texts(path: str, part: str, column: str, values: Iterable[Any]) -> None:
+    """Refuse a column of texts with a row that has none.
+
+    Raises:
+        SubspanError: naming the row.
+    """
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise SubspanError(
+                f"{path} must have a text in the column {column!r} of every row, got "
+                f"{type(value).__name__} in row {number} of {part}: name the right column with "
+                "--text-column, or leave that row out"
+            )
 
 
 def kind(feature: Any) -> str:

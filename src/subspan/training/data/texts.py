@@ -110,26 +110,18 @@ class RawTexts(Raw):
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class TextData(Tensors):
-    """A set of labelled texts, ready to train on.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextData(RawTexts):
+    """A set of labelled texts, ready to train on: its training part is without validation.
 
     Attributes:
         name: what it was loaded by.
-        train: the training part.
         validation: the part of the set's training part that was drawn for choices.
-        test: the test part.
-        names: of the classes, in order.
-        notes: sentences that a reader of the results should know.
         digest: of training and validation part, whichever share of them is for choices.
     """
 
     name: str
-    train: Texts
     validation: Texts
-    test: Texts
-    names: tuple[str, ...]
-    notes: tuple[str, ...]
     digest: str
 
 
@@ -165,7 +157,8 @@ def load(
     identity = [*place, columns, tokenizer.digest, tokenizer.rules, length]
     raw = cache.fetch_set(name, FORMAT, identity, RawTexts, read_it)
     train, held_out = hold_out(raw.train, validation, seed=seed, stream=VALIDATION)
-    return TextData(name, train, held_out, raw.test, raw.names, raw.notes, raw.train.digest())
+    own = vars(raw) | {"train": train}
+    return TextData(**own, name=name, validation=held_out, digest=raw.train.digest())
 
 
 def _read(
@@ -195,13 +188,7 @@ def _read(
             ]
         if not rows:
             raise SubspanError(f"the part {part!r} of {path} must have texts, got none: add some")
-        for number, (text, _) in enumerate(rows, start=1):
-            if not isinstance(text, str):
-                raise SubspanError(
-                    f"{path} must have a text in the column {texts!r} of every row, got "
-                    f"{type(text).__name__} in row {number} of {part}: name the right column with "
-                    "--text-column, or leave that row out"
-                )
+        tables.check_texts(path, part, texts, (text for text, _ in rows))
         ids, longer = tokenizer.encode([text for text, _ in rows], length)
         cut += longer
         total += len(ids)

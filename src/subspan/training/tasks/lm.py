@@ -15,43 +15,29 @@ from subspan.training import pretrained
 from subspan.training.config import Option, Training
 from subspan.training.data import blocks
 from subspan.training.score import Score
-from subspan.training.tasks import Part, Task, TaskKind, in_eval, register
-from subspan.training.tasks.text import TEXT_COLUMN, limit, require
+from subspan.training.tasks import Part, TaskKind, in_eval, register
+from subspan.training.tasks.text import TEXT_COLUMN, TaskOfTransformers, limit, require
 
 BLOCK = 128  # tokens of a block, where none are asked for and the network takes as many
 LOGITS = 2**24  # numbers that the network may give at a time in evaluation
 ROUNDING = 1e-5  # of the largest score: how much one may change by a token after it
 
 
-class LanguageModelling(Task):
-    """Blocks of a text, and a decoder that tells each token from those before it.
+class LanguageModelling(TaskOfTransformers):
+    """Blocks of a text, and a decoder that tells each token from those before it."""
 
-    Args:
-        data: the blocks.
-        net: the network's name or folder.
-        tokenizer: of the network.
-        seed: of the weights that the network's file lacks.
-    """
+    data: blocks.BlockData
 
-    def __init__(
-        self, data: blocks.BlockData, net: str, tokenizer: pretrained.Tokenizer, seed: int
-    ) -> None:
-        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
-        self.notes = data.notes
-        # A network that knows nothing takes every token for equally likely.
-        self.score = Score(
-            "perplexity", higher_is_better=False, zero=float(tokenizer.size), percent=False
+    @property
+    def score(self) -> Score:  # type: ignore[override]
+        """Perplexity, whose zero is that of a network that takes all tokens for equally likely."""
+        return Score(
+            "perplexity", higher_is_better=False, zero=float(self.tokenizer.size), percent=False
         )
 
-    def network(self) -> nn.Module:
-        """Load the network."""
-        net, notes = _build(self.net, self.seed)
-        self.notes = (*self.data.notes, *notes)
-        return net
-
-    def size(self) -> int:
-        """Return the number of training blocks."""
-        return len(self.data.train)
+    def build(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Load the decoder."""
+        return _build(self.net, self.seed)
 
     def batch(self, index: Tensor) -> Tensor:
         """Select blocks, int64 (n, block)."""
@@ -76,15 +62,6 @@ class LanguageModelling(Task):
         """Return what the tokens depend on beside the text."""
         return {"block": self.data.train.tokens.shape[1], "tokenizer": self.tokenizer.digest}
 
-    def as_trained(self, extra: Mapping[str, Any], path: str) -> LanguageModelling:
-        """Refuse a tokenizer that makes other tokens: perplexities would not compare."""
-        if self.tokenizer.digest != extra["tokenizer"]:
-            raise SubspanError(
-                f"the tokenizer of {self.net} is another than in the training of {path}: bring "
-                "back the one of that training"
-            )
-        return self
-
     def samples(self) -> Iterable[Tensor]:
         """Return the training part's tokens."""
         return (self.data.train.tokens,)
@@ -92,12 +69,6 @@ class LanguageModelling(Task):
     def sizes(self) -> dict[str, int]:
         """Return the number of test tokens."""
         return {"tokens": self.data.test.tokens.numel()}
-
-    def to(self, device: torch.device) -> LanguageModelling:
-        """Return the blocks on another device."""
-        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.seed)
-        moved.notes = self.notes
-        return moved
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:

@@ -1,10 +1,12 @@
-"""Classification of texts: a network of Transformers, cross entropy, and accuracy."""
+"""Texts and networks of Transformers: their classification, by cross entropy and accuracy."""
 
 from __future__ import annotations
 
+import copy
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from subspan.errors import SubspanError
 from subspan.training import pretrained
 from subspan.training.config import Option, Training
-from subspan.training.data import texts
+from subspan.training.data import blocks, texts
 from subspan.training.data.cache import digest
-from subspan.training.tasks import TaskKind, in_eval, register
+from subspan.training.tasks import Task, TaskKind, in_eval, register
 from subspan.training.tasks.classes import LABEL_COLUMN, ClassTask
 
 TOKENS = 8192  # of texts that are evaluated at a time
@@ -25,6 +27,52 @@ TEXT_COLUMN = Option(
     str | None,
     "the column of the texts; null finds it by the columns' types and usual names",
 )
+
+
+class TaskOfTransformers(Task):
+    """Texts, and a network of Transformers.
+
+    Args:
+        data: the texts.
+        net: the network's name or folder.
+        tokenizer: of the network.
+        seed: of the weights that the network's file lacks, as of a head.
+    """
+
+    data: texts.TextData | blocks.BlockData
+
+    def __init__(self, data: Any, net: str, tokenizer: pretrained.Tokenizer, seed: int) -> None:
+        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
+        self.notes = data.notes
+
+    @abstractmethod
+    def build(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Load the network, and notes on what of it is drawn."""
+
+    def network(self) -> nn.Module:
+        """Load the network."""
+        net, notes = self.build()
+        self.notes = (*self.data.notes, *notes)
+        return net
+
+    def size(self) -> int:
+        """Return the number of training texts, or of their blocks."""
+        return len(self.data.train)
+
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> Self:
+        """Refuse a tokenizer that makes other tokens: results would not compare."""
+        if self.tokenizer.digest != extra["tokenizer"]:
+            raise SubspanError(
+                f"the tokenizer of {self.net} is another than in the training of {path}: bring "
+                "back the one of that training"
+            )
+        return self
+
+    def to(self, device: torch.device) -> Self:
+        """Return the texts on another device."""
+        moved = copy.copy(self)
+        moved.data = self.data.to(device)
+        return moved
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -39,31 +87,14 @@ def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple
     )
 
 
-class TextClassification(ClassTask):
-    """Texts of some classes, and a network of Transformers.
+class TextClassification(TaskOfTransformers, ClassTask):
+    """Texts of some classes."""
 
-    Args:
-        data: the texts.
-        net: the network's name or folder.
-        tokenizer: of the network.
-        seed: of the weights that the network's file lacks, as of its head.
-    """
+    data: texts.TextData
 
-    def __init__(
-        self, data: texts.TextData, net: str, tokenizer: pretrained.Tokenizer, seed: int
-    ) -> None:
-        self.data, self.net, self.tokenizer, self.seed = data, net, tokenizer, seed
-        self.notes = data.notes
-
-    def network(self) -> nn.Module:
-        """Load the network."""
-        net, notes = build(self.net, len(self.data.names), self.tokenizer.pad, self.seed)
-        self.notes = (*self.data.notes, *notes)
-        return net
-
-    def size(self) -> int:
-        """Return the number of training texts."""
-        return len(self.data.train)
+    def build(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Load the network with a head for the classes."""
+        return build(self.net, len(self.data.names), self.tokenizer.pad, self.seed)
 
     def batch(self, index: Tensor) -> list[texts.Batch]:
         """Select texts, in groups of like length: one group would be half padding."""
@@ -93,21 +124,15 @@ class TextClassification(ClassTask):
             "samples": self.data.digest,
         }
 
-    def as_trained(self, extra: Mapping[str, Any], path: str) -> TextClassification:
+    def as_trained(self, extra: Mapping[str, Any], path: str) -> Self:
         """Refuse texts of other classes, or a tokenizer that makes other tokens of them."""
-        own = self.describe()
-        if own["names"] != extra["names"]:
+        if self.describe()["names"] != extra["names"]:
             raise SubspanError(
                 f"{self.data.name} has other classes ({', '.join(self.data.names[:5])}) than the "
                 f"texts that {path} was trained on, and they are numbered in the order of their "
                 "names: name them alike"
             )
-        if own["tokenizer"] != extra["tokenizer"]:
-            raise SubspanError(
-                f"the tokenizer of {self.net} is another than in the training of {path}: bring "
-                "back the one of that training"
-            )
-        return self
+        return super().as_trained(extra, path)
 
     def samples(self) -> Iterable[Tensor]:
         """Return the training part's texts and labels."""
@@ -116,12 +141,6 @@ class TextClassification(ClassTask):
     def sizes(self) -> dict[str, int]:
         """Return the number of test texts."""
         return {"texts": len(self.data.test)}
-
-    def to(self, device: torch.device) -> TextClassification:
-        """Return the texts on another device."""
-        moved = type(self)(self.data.to(device), self.net, self.tokenizer, self.seed)
-        moved.notes = self.notes
-        return moved
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
