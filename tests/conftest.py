@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def pytest_collection_finish() -> None:
 
 # Libraries of C++ complain at the end of what was left, if these stay where they are.
 atexit.register(gc.unfreeze)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled():
+    """Begin each file with nothing compiled: PyTorch compiles a function eight times, no more."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture
