@@ -279,9 +279,12 @@ def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a dense tensor in the order of its entries, on the CPU."""
+    """Return the bytes of a dense tensor in the order of its entries, on the CPU.
+
+    They are a storage of their own: PyTorch resizes none of which it has made an array of NumPy's.
+    """
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return plain.contiguous().reshape(-1).view(torch.uint8)
+    return torch.from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
