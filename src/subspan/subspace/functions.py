@@ -21,7 +21,7 @@ _MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_me
 _COPYING = "detach clone new __deepcopy__ view_as expand_as reshape_as"
 _HARMLESS = frozenset(f"{_MOVING} {_COPYING}".split())
 _BOUNDING = "clamp clamp_min clamp_max clip minimum maximum renorm threshold hardtanh relu"
-_MASKING = "masked_fill masked_scatter index_fill"
+_MASKING = "masked_fill masked_scatter index_fill where"
 _ROUNDING = "round floor ceil trunc fix sign sgn abs absolute pow"
 _EACH = frozenset(f"{_BOUNDING} {_MASKING} {_ROUNDING}".split())
 

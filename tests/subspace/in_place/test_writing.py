@@ -240,6 +240,11 @@ def test_another_base_is_noticed_by_name(what, change, tmp_path):
         lambda p: p.data.round_(decimals=2),
         lambda p: torch._foreach_clamp_max_([p], 0.01),
         lambda p: torch._foreach_mul_([p.data], [torch.zeros_like(p.data)]),
+        lambda p: p.detach().clamp_(-0.01, 0.01),
+        lambda p: setattr(p, "data", p.data.clamp(-0.01, 0.01)),
+        lambda p: setattr(p, "data", torch.where(p.data > 0, p.data, 0)),
+        lambda p: p.data.copy_(p.data.sign() * 0.01),
+        lambda p: p.copy_((p.detach() > 0).float() * p.detach()),
     ],
 )
 def test_bounds_and_masks_of_the_base_are_refused(change):
@@ -285,6 +290,9 @@ def test_the_base_is_not_copied_to_another_networks_parameter(follow):
 def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
     model, merged, x = pair()
     with torch.no_grad():
+        for p in model.body.parameters():  # what is made of it and not written back
+            p.data.abs().mul_(p.data.abs()).clamp_(0, 1)
+            torch.zeros_like(p).copy_(p.data.clamp(0, 1))
         for net in (model.body, merged):
             for p in net.parameters():
                 p.data.mul_(0.5).div_(2)
