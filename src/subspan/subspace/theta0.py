@@ -161,6 +161,11 @@ class Theta0(Tensor):
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
         _check_change(func, args)
+        if name == "__set__" and property_of(func) in ("grad", "_grad") and args[1] is not None:
+            raise SubspanError(
+                f"{args[0].home[1]} among parameters() is θ₀, which a step would move by this "
+                "gradient, beside its coordinates: set gradients of parameters that require one"
+            )
         with _plain():
             out = func(*args, **kwargs)
             if name == "__get__" and property_of(func) not in _VIEWS:

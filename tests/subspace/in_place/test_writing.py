@@ -370,6 +370,20 @@ def test_a_gradient_of_before_moves_and_clips_nothing():
     model.state_dict()  # θ₀ is what it was
 
 
+def test_a_gradient_of_the_base_is_refused():
+    """Surgery on gradients, a server's gradients: a step would move θ₀ beside its coordinates."""
+    model, _, _ = pair()
+    for p in model.body.parameters():
+        p.grad = None
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    base = model.body.get_parameter("head.weight")
+    for name in ("grad", "_grad"):
+        with pytest.raises(SubspanError, match=r"head\.weight among parameters\(\) is.*gradient"):
+            setattr(base, name, torch.zeros_like(base))
+    assert base.grad is None
+
+
 def test_an_optimizer_of_parts_is_refused():
     model, _, _ = pair()
     parts = [{"params": model.body.body.parameters()}, {"params": model.body.head.parameters()}]
