@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
@@ -284,7 +285,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
     They are a storage of their own: PyTorch resizes none of which it has made an array of NumPy's.
     """
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return torch.from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
+    return from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
