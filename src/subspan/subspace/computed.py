@@ -16,7 +16,7 @@ from subspan.subspace.callers import (
     registers_parameter,
     switches_adapters,
 )
-from subspan.subspace.functions import property_of, sets, share_memory, writes_first
+from subspan.subspace.functions import property_of, sets, share_memory, written_by
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -46,10 +46,8 @@ class Computed(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = [kwargs.get("out")]
-        if writes_first(func):
-            written.append(args[0] if args else kwargs.get("tensor"))
-        target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
+        written = tree_leaves(written_by(func, args, kwargs))
+        target = next((t for t in written if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and name != "requires_grad_":
             raise target._refuse_change(func)

@@ -50,6 +50,14 @@ def writes_first(function: Any) -> bool:
     return in_place or name == "__setitem__" or name in _IN_PLACE
 
 
+def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return what a function writes to, tensors or lists of them, and perhaps None."""
+    written = [kwargs.get("out")]
+    if writes_first(function):
+        written.append(args[0] if args else kwargs.get("tensor"))
+    return written
+
+
 def changes_each_entry(function: Any, args: Any) -> bool:
     """Return whether one that writes changes entries of its first argument each in its own way.
 
