@@ -55,8 +55,10 @@ class Computed(Tensor):
             if switches_adapters(sys._getframe(1)):
                 return target  # a disabled adapter has no gradient anyway
             raise target._refuse_flag()
-        if sets(func, "requires_grad") and not args[0]._may_set_flag(args, {}):
-            raise args[0]._refuse_flag()
+        if sets(func, "requires_grad"):
+            if not args[0]._may_set_flag(args, {}):
+                raise args[0]._refuse_flag()
+            func = Tensor.requires_grad_  # the property is refused in a graph, even if it stays
         of_gradients = name in _OF_GRADIENTS or (name != "name" and property_of(func) == "grad")
         if of_gradients and args[0]._is_theta:
             raise SubspanError(

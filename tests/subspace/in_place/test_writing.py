@@ -140,6 +140,14 @@ def test_a_part_that_is_frozen_by_name_is_refused_at_the_next_call():
     model(x).sum().backward()
 
 
+def test_a_part_that_is_trained_may_be_unfrozen():
+    model, _, x = pair()
+    for p in model.body.head.parameters():
+        p.requires_grad = True
+        p.requires_grad_()
+    model(x).sum().backward()
+
+
 def test_attributes_of_the_network_are_written_through_the_handle():
     model, merged, x = pair()
     model.flag = True
