@@ -284,8 +284,9 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
     They are a storage of their own: PyTorch resizes none of which it has made an array of NumPy's.
     """
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        return from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
