@@ -48,7 +48,7 @@ class Weight(Tensor):
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        self.__class__ = nn.Parameter  # another module's own, from now on
+        self.__class__ = nn.Parameter  # type: ignore[assignment]  # of another module, from now on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with plain():
