@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
@@ -153,6 +153,18 @@ class Computed(Tensor):
             f"{self.weight_name} is trained through coordinates that it may share with others, and "
             "cannot be frozen alone: give exclude= when the network is wrapped"
         )
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether it is a parameter to PyTorch, whose ``nn.Parameter(theta)`` sets this."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """Become one of another module, with memory of its own."""
+        vars(self).clear()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        self.data = self.data.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with _plain():

@@ -91,6 +91,23 @@ def test_an_array_that_is_a_copy_may_be_written_to():
         copied[...] = 0
 
 
+def test_a_parameter_that_is_made_of_a_weight_is_ones_own():
+    model, _, x = pair()
+    before = model(x)
+    head, other = model.body.head, nn.Linear(16, 2)
+    other.weight = nn.Parameter(head.weight.data[:2])
+    for p in (*head.parameters(), *other.parameters()):
+        own = p if p.shape[0] == 2 else nn.Parameter(p)
+        assert type(own) is nn.Parameter
+        assert own.is_leaf
+        assert own.requires_grad
+        own.grad = torch.ones_like(own)
+        SGD([own], lr=0.1).step()
+    assert torch.equal(model(x), before)
+    with pytest.raises(SubspanError, match=r"head\.weight is computed .* cannot be replaced"):
+        head.weight = nn.Parameter(head.weight[:2])
+
+
 def test_memory_of_a_weight_is_not_given_to_another_library():
     weight = pair()[0].body.head.weight.detach()
     for take in (torch.from_dlpack, np.from_dlpack):
