@@ -338,6 +338,18 @@ def a_state_is_all_that_a_fresh_layer_needs(case: Case) -> None:
 
 
 @law
+def a_state_of_the_ordinary_layer_is_refused(case: Case) -> None:
+    """With ``strict=False`` PyTorch would leave it out without a word."""
+    if case.into is None:
+        return
+    net = case.net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(SubspanError, match=r"weight of this state_dict is that of an ordinary"):
+        net.load_state_dict(case.host().state_dict(), strict=False)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+@law
 def a_file_holds_what_is_counted(case: Case) -> None:
     """A file has as many numbers as ``count`` says, and they are the same bits when loaded."""
     net, x = case.net(torch.float32), case.x(torch.float32)

@@ -147,6 +147,12 @@ SPARSE = [
 ]
 
 
+def test_what_was_digested_can_be_resized():  # as observers of quantisation do with their buffers
+    for tensor in (torch.empty(0), torch.ones(3)):
+        digest_tensors({"t": tensor})
+        assert tensor.resize_(5).shape == (5,)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("make", SPARSE)
 def test_sparse_tensors_have_digests_of_what_is_stored(make):

@@ -160,6 +160,21 @@ class Compressed(nn.Module, ABC):
         """Take a recipe, with any values; the parameters stay the same objects."""
         raise NotImplementedError
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
+    ) -> None:
+        """Take a state of this layer.
+
+        Raises:
+            SubspanError: for one of the ordinary layer, which ``strict=False`` would leave out.
+        """
+        if prefix + "weight" in state_dict and "weight" not in self._parameters:
+            raise SubspanError(
+                f"{prefix}weight of this state_dict is that of an ordinary layer, and the layer "
+                f"there is a {type(self).__name__}: load it before the layer is put there"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+
 
 Device: TypeAlias = torch.device | str | None
 Counterpart: TypeAlias = nn.Linear | nn.Conv2d | Compressed

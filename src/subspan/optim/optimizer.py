@@ -172,8 +172,10 @@ class BaseOptimizer(Optimizer):
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse the state of an optimizer that has other settings in its groups."""
-        for group in state_dict["param_groups"]:  # older states do not count void steps
-            for name in sorted(self.defaults.keys() - group.keys() - {"skipped"}):
+        # Older states do not count void steps; PyTorch adds a default when it loads or copies.
+        settings = self.defaults.keys() - {"skipped", "differentiable"}
+        for group in state_dict["param_groups"]:
+            for name in sorted(settings - group.keys()):
                 raise SubspanError(
                     f"this state is that of another optimizer, for it has no {name}: load it into "
                     "one that is made as that was"

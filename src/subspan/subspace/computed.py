@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
@@ -21,7 +21,7 @@ from subspan.subspace.functions import (
     property_of,
     sets,
     share_memory,
-    writes_first,
+    written_by,
 )
 
 
@@ -50,10 +50,8 @@ class Computed(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = [kwargs.get("out")]
-        if writes_first(func):
-            written.append(args[0] if args else kwargs.get("tensor"))
-        target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
+        written = tree_leaves(written_by(func, args, kwargs))
+        target = next((t for t in written if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and name != "requires_grad_":
             raise target._refuse_change(func)
@@ -61,8 +59,10 @@ class Computed(Tensor):
             if switches_adapters(sys._getframe(1)):
                 return target  # a disabled adapter has no gradient anyway
             raise target._refuse_flag()
-        if sets(func, "requires_grad") and not args[0]._may_set_flag(args, {}):
-            raise args[0]._refuse_flag()
+        if sets(func, "requires_grad"):
+            if not args[0]._may_set_flag(args, {}):
+                raise args[0]._refuse_flag()
+            func = Tensor.requires_grad_  # the property is refused in a graph, even if it stays
         of_gradients = name in _OF_GRADIENTS or (name != "name" and property_of(func) == "grad")
         if of_gradients and args[0]._is_theta:
             raise SubspanError(
@@ -157,6 +157,18 @@ class Computed(Tensor):
             f"{self.weight_name} is trained through coordinates that it may share with others, and "
             "cannot be frozen alone: give exclude= when the network is wrapped"
         )
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether it is a parameter to PyTorch, whose ``nn.Parameter(theta)`` sets this."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """Become one of another module, with memory of its own."""
+        vars(self).clear()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        self.data = self.data.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with ordinary_tensors():

@@ -23,7 +23,7 @@ _MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_me
 _COPYING = "detach clone new __deepcopy__ view_as expand_as reshape_as"
 _HARMLESS = frozenset(f"{_MOVING} {_COPYING}".split())
 _BOUNDING = "clamp clamp_min clamp_max clip minimum maximum renorm threshold hardtanh relu"
-_MASKING = "masked_fill masked_scatter index_fill"
+_MASKING = "masked_fill masked_scatter index_fill where"
 _ROUNDING = "round floor ceil trunc fix sign sgn abs absolute pow"
 _EACH = frozenset(f"{_BOUNDING} {_MASKING} {_ROUNDING}".split())
 
@@ -50,6 +50,14 @@ def writes_first(function: Any) -> bool:
         return property_of(function) == "data"
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "__setitem__" or name in _IN_PLACE
+
+
+def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return what a function writes to, tensors or lists of them, and perhaps None."""
+    written = [kwargs.get("out")]
+    if writes_first(function):
+        written.append(args[0] if args else kwargs.get("tensor"))
+    return written
 
 
 def changes_each_entry(function: Any, args: Any) -> bool:

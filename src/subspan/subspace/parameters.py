@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
@@ -280,9 +281,13 @@ def digest_tensors(tensors: Mapping[str, Tensor | QuantisedTensor]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a dense tensor in the order of its entries, on the CPU."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return plain.contiguous().reshape(-1).view(torch.uint8)
+    """Return the bytes of a dense tensor in the order of its entries, on the CPU.
+
+    They are a storage of their own: PyTorch resizes none of which it has made an array of NumPy's.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        return from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
 
 
 def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

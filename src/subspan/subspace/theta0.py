@@ -59,17 +59,20 @@ def refuse_use(tensor: str, name: str, base: str = "θ₀") -> SubspanError:
 def _check_change(function: Any, args: Sequence[Any]) -> None:
     """Refuse changes in place by which a weight would not become what is meant.
 
-    Entries of θ₀ must not be changed each in a way of its own, and another network's parameter must
-    not be given what is θ₀ only, as a target network's that follows this one.
+    Entries of θ₀ must not be changed each in a way of its own, in place or by writing over them
+    what a function has made of them, and another network's parameter must not be given what is θ₀
+    only, as a target network's that follows this one.
     """
     if not writes_first(function):
         return
     name = getattr(function, "__name__", "")
-    if changes_each_entry(function, args):
+    each = name if changes_each_entry(function, args) else ""
+    each = each or next((t.made_by for t in tree_leaves(args[1:]) if isinstance(t, Data)), "")
+    if each:
         for written in tree_leaves(args[:1]):
-            if isinstance(written, Theta0 | Data):
+            if isinstance(written, Theta0 | Data) and not getattr(written, "made_by", ""):
                 raise SubspanError(
-                    f"{written.home[1]} among parameters() is θ₀, and {name} of it is not that of "
+                    f"{written.home[1]} among parameters() is θ₀, and {each} of it is not that of "
                     "the weight θ₀ + P w: bound, mask or round weights by a parametrization that "
                     "is registered before the network is wrapped, or where the forward pass reads "
                     "them"
@@ -83,17 +86,24 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
 
 
 class Data(Tensor):
-    """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses."""
+    """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses.
+
+    Attributes:
+        home: whose θ₀ it is.
+        made_by: the function that has made it of the data, by changing each entry in its own way.
+    """
 
     home: Home
+    made_by = ""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         _check_change(func, args)
+        kwargs = kwargs or {}
         with ordinary_tensors():
-            return func(*args, **(kwargs or {}))
+            return _note_maker(func(*args, **kwargs), func, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with ordinary_tensors():
@@ -102,6 +112,17 @@ class Data(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with ordinary_tensors():
             return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+
+def _note_maker(out: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Note of what was made of the data of θ₀ that each entry was changed in its own way."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Data)]
+    name = getattr(function, "__name__", "") if changes_each_entry(function, args) else ""
+    name = name or next((t.made_by for t in given if t.made_by), "")
+    if name and type(out) is Tensor and out.is_floating_point() and out.shape == given[0].shape:
+        out = out.as_subclass(Data)
+        out.home, out.made_by = given[0].home, name
+    return out
 
 
 def _guard_data(data: Tensor, of: Theta0) -> Tensor:
@@ -137,13 +158,20 @@ class Theta0(Tensor):
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
         _check_change(func, args)
+        if name == "__set__" and property_of(func) in ("grad", "_grad") and args[1] is not None:
+            raise SubspanError(
+                f"{args[0].home[1]} among parameters() is θ₀, which a step would move by this "
+                "gradient, beside its coordinates: set gradients of parameters that require one"
+            )
         with ordinary_tensors():
             out = func(*args, **kwargs)
             if name == "__get__" and property_of(func) not in _VIEWS:
                 return _guard_data(out, args[0]) if property_of(func) == "data" else out
+            if name == "detach":
+                return _guard_data(out, args[0])
             if name == "__iter__":
                 out = list(out)
-            elif name in ("detach", "__set__") or is_harmless(name):
+            elif name == "__set__" or is_harmless(name):
                 return out
             bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
             out = tree_map_only(Tensor, lambda t: _guard_view(t, bases, name), out)

@@ -91,6 +91,23 @@ def test_an_array_that_is_a_copy_may_be_written_to():
         copied[...] = 0
 
 
+def test_a_parameter_that_is_made_of_a_weight_is_ones_own():
+    model, _, x = pair()
+    before = model(x)
+    head, other = model.body.head, nn.Linear(16, 2)
+    other.weight = nn.Parameter(head.weight.data[:2])
+    for p in (*head.parameters(), *other.parameters()):
+        own = p if p.shape[0] == 2 else nn.Parameter(p)
+        assert type(own) is nn.Parameter
+        assert own.is_leaf
+        assert own.requires_grad
+        own.grad = torch.ones_like(own)
+        SGD([own], lr=0.1).step()
+    assert torch.equal(model(x), before)
+    with pytest.raises(SubspanError, match=r"head\.weight is computed .* cannot be replaced"):
+        head.weight = nn.Parameter(head.weight[:2])
+
+
 def test_memory_of_a_weight_is_not_given_to_another_library():
     weight = pair()[0].body.head.weight.detach()
     for take in (torch.from_dlpack, np.from_dlpack):
@@ -137,6 +154,14 @@ def test_a_part_that_is_frozen_by_name_is_refused_at_the_next_call():
     for name, p in model.body.named_parameters():
         if name.startswith("body"):
             p.requires_grad_(True)
+    model(x).sum().backward()
+
+
+def test_a_part_that_is_trained_may_be_unfrozen():
+    model, _, x = pair()
+    for p in model.body.head.parameters():
+        p.requires_grad = True
+        p.requires_grad_()
     model(x).sum().backward()
 
 
@@ -240,6 +265,11 @@ def test_another_base_is_noticed_by_name(what, change, tmp_path):
         lambda p: p.data.round_(decimals=2),
         lambda p: torch._foreach_clamp_max_([p], 0.01),
         lambda p: torch._foreach_mul_([p.data], [torch.zeros_like(p.data)]),
+        lambda p: p.detach().clamp_(-0.01, 0.01),
+        lambda p: setattr(p, "data", p.data.clamp(-0.01, 0.01)),
+        lambda p: setattr(p, "data", torch.where(p.data > 0, p.data, 0)),
+        lambda p: p.data.copy_(p.data.sign() * 0.01),
+        lambda p: p.copy_((p.detach() > 0).float() * p.detach()),
     ],
 )
 def test_bounds_and_masks_of_the_base_are_refused(change):
@@ -285,6 +315,9 @@ def test_the_base_is_not_copied_to_another_networks_parameter(follow):
 def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
     model, merged, x = pair()
     with torch.no_grad():
+        for p in model.body.parameters():  # what is made of it and not written back
+            p.data.abs().mul_(p.data.abs()).clamp_(0, 1)
+            torch.zeros_like(p).copy_(p.data.clamp(0, 1))
         for net in (model.body, merged):
             for p in net.parameters():
                 p.data.mul_(0.5).div_(2)
@@ -360,6 +393,20 @@ def test_a_gradient_of_before_moves_and_clips_nothing():
     Adam(net.parameters()).step()
     assert not torch.equal(net.head.bias.grad, bias)
     model.state_dict()  # θ₀ is what it was
+
+
+def test_a_gradient_of_the_base_is_refused():
+    """Surgery on gradients, a server's gradients: a step would move θ₀ beside its coordinates."""
+    model, _, _ = pair()
+    for p in model.body.parameters():
+        p.grad = None
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    base = model.body.get_parameter("head.weight")
+    for name in ("grad", "_grad"):
+        with pytest.raises(SubspanError, match=r"head\.weight among parameters\(\) is.*gradient"):
+            setattr(base, name, torch.zeros_like(base))
+    assert base.grad is None
 
 
 def test_an_optimizer_of_parts_is_refused():

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from subspan.layers.computed import guard
 from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
 from subspan.layers.plain import Convolution, fill
@@ -65,7 +66,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
     @property
     def weight(self) -> Tensor:
         """(out, in, k, k)."""
-        return self._matrix().view(-1, self.in_channels, *self.kernel_size)
+        return guard(self._matrix().view(-1, self.in_channels, *self.kernel_size))
 
     def dense(self) -> nn.Conv2d:
         """``nn.Conv2d`` with this kernel."""

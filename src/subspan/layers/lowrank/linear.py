@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from subspan.layers.computed import guard
 from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
 from subspan.layers.plain import linear
@@ -45,7 +46,7 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
     @property
     def weight(self) -> Tensor:
         """(n, m)."""
-        return self._matrix()
+        return guard(self._matrix())
 
     def dense(self) -> nn.Linear:
         """``nn.Linear`` with this weight."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from subspan.errors import SubspanError
+from subspan.layers.computed import guard
 from subspan.layers.plain import Convolution, autocast_type
 from subspan.layers.product_of_sums.layer import ProductOfSums
 from subspan.layers.product_of_sums.order import Plan, example_size, plan_product
@@ -130,7 +131,7 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
     @property
     def weight(self) -> Tensor:
         """(out, in, k, k)."""
-        return self._kernel(self.matrix)
+        return guard(self._kernel(self.matrix))
 
     def dense(self) -> nn.Conv2d:
         """``nn.Conv2d`` with this kernel."""

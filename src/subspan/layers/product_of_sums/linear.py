@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.layers.computed import guard
 from subspan.layers.plain import autocast_type, linear
 from subspan.layers.product_of_sums.layer import ProductOfSums
 from subspan.layers.product_of_sums.order import Plan, example_size, plan_product
@@ -74,7 +75,7 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
     @property
     def weight(self) -> Tensor:
         """(n, m)."""
-        return self.matrix
+        return guard(self.matrix)
 
     def dense(self) -> nn.Linear:
         """``nn.Linear`` with this weight."""

@@ -1,0 +1,72 @@
+"""Weights of compressed layers: whoever reads one may compute with it, and not write to it."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from subspan import SubspanError
+from subspan.layers import factorize, product_of_sums
+
+
+def layers():
+    """A linear layer and a convolution of either type."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Conv2d(2, 3, 3))
+    yield from factorize(copy.deepcopy(net), rank=2)
+    yield from product_of_sums(net, {".*": [{"kind": "free"}]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: nn.init.normal_(w),
+        lambda w: nn.init.constant_(w.data, 1.0),
+        lambda w: w.renorm_(2, 0, 1.0),
+        lambda w: w.data.clamp_(-0.1, 0.1),
+        lambda w: w[0].zero_(),
+        lambda w: w.__setitem__(0, 0),
+        lambda w: setattr(w, "data", torch.zeros_like(w)),
+        lambda w: torch._foreach_mul_([w.detach()], 0.5),
+        lambda w: torch.add(w.detach(), 1, out=w.detach()),
+        lambda w: w.register_hook(lambda gradient: 0 * gradient),
+    ],
+)
+def test_a_change_of_a_weight_would_be_lost(change):
+    for layer in layers():
+        before = layer.weight.detach().clone()
+        with pytest.raises(SubspanError, match="computed when it is read, and what"):
+            change(layer.weight)
+        assert torch.equal(layer.weight, before)
+
+
+def test_a_weight_is_read_as_any_tensor():
+    for layer in layers():
+        copied = layer.weight.detach().clone()
+        assert type(copied) is type(layer.weight * 2) is torch.Tensor
+        assert type(copy.deepcopy(layer.weight.detach())) is torch.Tensor
+        assert type(pickle.loads(pickle.dumps(layer.weight.detach()))) is torch.Tensor
+        file = io.BytesIO()
+        torch.save({"weight": layer.weight.detach()}, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=True)["weight"], copied)
+        weight = layer.weight
+        (gradient,) = torch.autograd.grad(weight.square().sum(), weight)
+        torch.testing.assert_close(gradient, 2 * copied)
+        leaf = layer.weight.detach().requires_grad_()
+        leaf.sum().backward()
+        assert type(layer.dense().weight) is nn.Parameter
+
+
+def test_a_parameter_that_is_made_of_a_weight_is_ones_own():
+    for layer in layers():
+        for given in (layer.weight, layer.weight.data[:2]):
+            parameter = nn.Parameter(given)
+            torch.optim.SGD([parameter], lr=0.1).zero_grad()
+            assert type(parameter) is nn.Parameter
+            assert parameter.requires_grad
+            assert parameter.is_leaf
+            assert torch.equal(parameter.data.zero_(), torch.zeros_like(given))
