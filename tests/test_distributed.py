@@ -165,6 +165,15 @@ def spread(rank, world):
     return said_by(lambda: parallelize_module(model.body, mesh, plan))
 
 
+def sent(rank, world):
+    """A computed weight, from the first process to the others."""
+    weight = double_mlp().body[0].weight.detach()
+    room = weight if rank == 0 else torch.zeros_like(weight)
+    for source in ({"src": 0}, {"group_src": 0}):
+        dist.broadcast(room, **source)
+    return torch.equal(room, weight), said_by(lambda: dist.broadcast(weight, 1 - min(rank, 1)))
+
+
 def shared(rank, world):
     """Each process has the optimizer's memory of its share of the parameters, frozen ones too."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of TorchScript
@@ -206,6 +215,7 @@ SCENARIOS = {
     "parts": parts,
     "inside": inside,
     "spread": spread,
+    "sent": sent,
     "shared": shared,
     "left alone": left_alone,  # last: ranks end inside
 }
@@ -317,6 +327,13 @@ def test_what_ddp_has_made_is_refused(ranks):
 def test_tensor_parallelism_is_refused(ranks):
     for rank in ranks:
         assert rank["spread"].startswith("tensor parallelism spreads single layers")
+
+
+def test_a_computed_weight_may_be_sent_and_not_received(ranks):
+    for rank in ranks:
+        equal, said = rank["sent"]
+        assert equal
+        assert "a change of it (broadcast) would be lost" in said
 
 
 def test_an_optimizer_may_be_shared_among_processes(ranks):

@@ -16,7 +16,7 @@ from subspan.subspace.callers import (
     registers_parameter,
     switches_adapters,
 )
-from subspan.subspace.functions import property_of, sets, share_memory, writes_first
+from subspan.subspace.functions import property_of, receives, sets, share_memory, writes_first
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -47,7 +47,7 @@ class Computed(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         written = [kwargs.get("out")]
-        if writes_first(func):
+        if writes_first(func) or receives(func, kwargs):
             written.append(args[0] if args else kwargs.get("tensor"))
         target = next((t for t in tree_leaves(written) if type(t) is Computed), None)
         name = getattr(func, "__name__", "")

@@ -50,6 +50,19 @@ def writes_first(function: Any) -> bool:
     return in_place or name == "__setitem__" or name in _IN_PLACE
 
 
+def receives(function: Any, kwargs: Any) -> bool:
+    """Return whether a collective of torch.distributed writes to its first argument here."""
+    if getattr(function, "__module__", "") != "torch.distributed.distributed_c10d":
+        return False
+    name, group = function.__name__, kwargs.get("group")
+    if name != "broadcast":
+        return name not in ("send", "isend", "gather")
+    if (source := kwargs.get("group_src")) is None:
+        source, group = kwargs.get("src"), None
+    ready = torch.distributed.is_initialized()
+    return not ready or bool(torch.distributed.get_rank(group) != source)
+
+
 def changes_each_entry(function: Any, args: Any) -> bool:
     """Return whether one that writes changes entries of its first argument each in its own way.
 
