@@ -41,6 +41,15 @@ def asked_by_fsdp(frame: FrameType) -> bool:
     return "._fully_shard" in _module(frame)
 
 
+def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
+    """Find what FSDP1 leaves alone, if it lists what it is to make one parameter of."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_code.co_name in (*_LISTING, "parameters"):
+        frame = frame.f_back
+    asked = frame is not None and _runs(frame, "torch", "_get_orig_params")
+    return frame.f_locals["ignored_params"] if asked else None  # type: ignore[union-attr]
+
+
 def resolves_super(frame: FrameType) -> bool:
     """Return whether a compiler looks for a class among the bases of another, for ``super()``."""
     return _module(frame) == "torch._dynamo.variables.misc"

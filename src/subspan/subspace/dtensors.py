@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.subspace.callers import find_left_by_fsdp1
 from subspan.subspace.computed import refuse_change
 from subspan.subspace.functions import (
     is_harmless,
@@ -24,6 +25,7 @@ from subspan.subspace.functions import (
     share_memory,
     writes_first,
 )
+from subspan.subspace.links import link_of
 from subspan.subspace.theta0 import Base, refuse_use, take_wish
 
 if TYPE_CHECKING:
@@ -133,6 +135,25 @@ def refuse_tensor_parallel(frame: FrameType) -> None:
             "tensor parallelism spreads single layers, whose weights are computed from coordinates "
             "of the whole network here: call fully_shard on the layers and on the network, or "
             "parallelize the network of merge()"
+        )
+
+
+def refuse_flattening(module: nn.Module, frame: FrameType) -> None:
+    """Refuse FSDP1, which makes one parameter of many.
+
+    Args:
+        module: a network in a subspace, or a part of it.
+        frame: of the code that asks for its parameters.
+
+    Raises:
+        SubspanError: if it is that of FSDP1, and does not leave the coordinates alone.
+    """
+    left = find_left_by_fsdp1(frame)
+    if left is not None and not left.issuperset(link_of(module).weights.coordinates().values()):
+        raise SubspanError(
+            "FullyShardedDataParallel (FSDP1) makes one parameter of many, and weights that are "
+            "computed from coordinates cannot be among them: call fully_shard (FSDP2) on the "
+            "layers and on the network; accelerate has it as fsdp_version=2"
         )
 
 

@@ -39,7 +39,13 @@ from subspan.subspace.callers import (
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
-from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_tensor_parallel
+from subspan.subspace.dtensors import (
+    home_of,
+    is_shard,
+    mark,
+    refuse_flattening,
+    refuse_tensor_parallel,
+)
 from subspan.subspace.links import LINK, PREFIX, Link, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
@@ -110,6 +116,7 @@ class WrappedModule(ModuleStates):
                 raise refuse_part("exported")
             if (link := vars(self).get(LINK)) is not None:
                 refuse_tensor_parallel(frame)
+                refuse_flattening(self, frame)  # type: ignore[arg-type]
                 if asked_by_ddp(frame):
                     self._refuse_ddp(link, given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
@@ -306,6 +313,8 @@ class WrappedNetwork(WrappedModule):
         It pairs parameters by their order, whether a handle, a network or what is around it has
         them; θ₀ is the same in a copy, and packed numbers have no mean.
         """
+        if not torch.compiler.is_compiling():
+            refuse_flattening(self, sys._getframe(1))  # type: ignore[arg-type]
         if torch.compiler.is_compiling() or not averages_models(sys._getframe(1)):
             return super().named_modules(memo, *args, **kwargs)  # type: ignore[misc]
         memo = set() if memo is None else memo
