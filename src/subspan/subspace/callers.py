@@ -70,6 +70,16 @@ def asked_by_checkpoint(frame: FrameType) -> bool:
     return _module(frame) == "torch.distributed.checkpoint.state_dict"
 
 
+def pairs_with_state(start: FrameType) -> bool:
+    """Return whether ``torch.distributed.checkpoint`` pairs parameters with the keys of a state."""
+    frame: FrameType | None = start
+    while frame is not None and asked_by_checkpoint(frame):
+        if frame.f_code.co_name in ("_get_model_state_dict", "_load_model_state_dict"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def averages_models(start: FrameType) -> bool:
     """Return whether PyTorch's AveragedModel pairs the parameters of a model and of its copy."""
     frame: FrameType | None = start

@@ -36,6 +36,7 @@ from subspan.subspace.callers import (
     converts_batchnorm,
     copies_weights,
     empties_for_fsdp,
+    pairs_with_state,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
@@ -108,9 +109,10 @@ class WrappedModule(ModuleStates):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield a part's parameters at θ; of one module alone, as FSDP asks, the stored ones."""
-        fsdp = False
+        fsdp = paired = False
         if not torch.compiler.is_compiling():
             frame = sys._getframe(1)
+            paired = pairs_with_state(frame)
             fsdp = asked_by_fsdp(frame)
             if asked_by_export(frame):
                 raise refuse_part("exported")
@@ -121,6 +123,8 @@ class WrappedModule(ModuleStates):
                     self._refuse_ddp(link, given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for name, p in self._lent(stored):
+            if paired and home_of(p) is not None:
+                continue  # states go without θ₀
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
@@ -301,6 +305,10 @@ class WrappedNetwork(WrappedModule):
         if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
             # Coordinates are whole in every process, and no business of FSDP's.
             yield from (pair for pair in stored if not pair[0].startswith(PREFIX))
+            return
+        if not torch.compiler.is_compiling() and pairs_with_state(sys._getframe(1)):
+            own = weights.coordinate_names  # states go without θ₀ and what nobody trains
+            yield from (pair for pair in stored if pair[0] in own or weights.lists(*pair))
             return
         if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
             # Python's sort is stable.
