@@ -1,6 +1,7 @@
 """Plain DistributedDataParallel: d numbers on the wire, the same model on every rank."""
 
 import copy
+import functools
 import time
 
 import pytest
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import _module_wrap_policy
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -165,6 +168,37 @@ def spread(rank, world):
     return said_by(lambda: parallelize_module(model.body, mesh, plan))
 
 
+def flattened(rank, world):
+    """FSDP1 around a network, its handle, parts of it and what holds it; and beside it."""
+    model = double_mlp()
+    whole, part = model.body, model.body[0]
+    cpu, parts = {"device_id": torch.device("cpu")}, {nn.Linear}
+    by_layer = functools.partial(_module_wrap_policy, module_classes=parts)
+    said = [
+        said_by(functools.partial(FullyShardedDataParallel, given, **options, **cpu))
+        for given, options in (
+            (model, {}),
+            (whole, {"use_orig_params": True}),
+            (part, {}),
+            (nn.Sequential(model), {}),
+            (whole, {"auto_wrap_policy": by_layer}),
+        )
+    ]
+    beside = nn.ModuleDict({"ours": model, "theirs": nn.Linear(8, 8).double()})
+    FullyShardedDataParallel(beside, ignored_modules=[model], **cpu)
+    x = rows(joint_batch(), rank, world)
+    return said, train(DistributedDataParallel(model), x)["parameters"]
+
+
+def sent(rank, world):
+    """A computed weight, from the first process to the others."""
+    weight = double_mlp().body[0].weight.detach()
+    room = weight if rank == 0 else torch.zeros_like(weight)
+    for source in ({"src": 0}, {"group_src": 0}):
+        dist.broadcast(room, **source)
+    return torch.equal(room, weight), said_by(lambda: dist.broadcast(weight, 1 - min(rank, 1)))
+
+
 def shared(rank, world):
     """Each process has the optimizer's memory of its share of the parameters, frozen ones too."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of TorchScript
@@ -206,6 +240,8 @@ SCENARIOS = {
     "parts": parts,
     "inside": inside,
     "spread": spread,
+    "flattened": flattened,
+    "sent": sent,
     "shared": shared,
     "left alone": left_alone,  # last: ranks end inside
 }
@@ -317,6 +353,21 @@ def test_what_ddp_has_made_is_refused(ranks):
 def test_tensor_parallelism_is_refused(ranks):
     for rank in ranks:
         assert rank["spread"].startswith("tensor parallelism spreads single layers")
+
+
+def test_fsdp1_is_refused_and_changes_nothing(ranks):
+    alone = train(double_mlp(), joint_batch())["parameters"]
+    for rank in ranks:
+        said, trained = rank["flattened"]
+        assert all(" (FSDP1) makes one parameter of many" in one for one in said)
+        torch.testing.assert_close(trained, alone)
+
+
+def test_a_computed_weight_may_be_sent_and_not_received(ranks):
+    for rank in ranks:
+        equal, said = rank["sent"]
+        assert equal
+        assert "a change of it (broadcast) would be lost" in said
 
 
 def test_an_optimizer_may_be_shared_among_processes(ranks):

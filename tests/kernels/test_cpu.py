@@ -312,6 +312,31 @@ def test_products_in_a_forked_process(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+TOGETHER = """
+import threading, numba, torch, subspan
+numba.config.THREADING_LAYER = "{layer}"
+p, w, g = subspan.projection("hash", out_dim=50_000, in_dim=10), torch.ones(10), torch.ones(50_000)
+want, found = (p.matvec(w), p.rmatvec(g)), []
+def work():
+    for _ in range(100):
+        found.append(torch.equal(p.matvec(w), want[0]) and torch.equal(p.rmatvec(g), want[1]))
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(numba.threading_layer(), len(found), all(found))
+"""
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "default"])
+def test_products_in_several_threads_at_once(layer: str, tmp_path: Path) -> None:
+    """Numba once ended the process where its own threads were all there is."""
+    name, *rest = python_code(TOGETHER.format(layer=layer), tmp_path).stdout.split()
+    assert rest == ["400", "True"]
+    assert layer in ("default", name)
+
+
 # ---- compiled code between processes -------------------------------------------------------------
 
 FIRST = """

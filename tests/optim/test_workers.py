@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from contextlib import nullcontext
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from subspan import SubspanError
-from subspan.optim import RandomBases, replay
+from subspan import SubspanError, projection
+from subspan.layers import factorize
+from subspan.optim import DLRT, RandomBases, replay
 from tests.optim.test_random_bases import X, dense, flat, gradient, loss_of, mlp, run
 from tests.ranks import go_through
 
@@ -55,6 +58,28 @@ def refused(rank, world, *, odd=None, **options):
     loss_of(net).backward()
     try:
         optimizer.step()
+    except SubspanError as error:
+        return str(error)
+    return None
+
+
+def sharded(rank, world):
+    """Parameters that FSDP2 has spread over processes, whose memory no kernel can be given."""
+    net = fully_shard(mlp(torch.float32))
+    low = fully_shard(factorize(mlp(torch.float32), rank=2))
+    p, w = projection("hash", out_dim=16, in_dim=4), torch.zeros(4)
+    tries = (
+        lambda: RandomBases(net, 12),
+        lambda: DLRT(low, 0.1),
+        lambda: p.addmv_(net[0].bias.detach(), w),
+        lambda: p.addrmv_(w, net[0].bias.detach()),
+    )
+    return [said_by(act) for act in tries]
+
+
+def said_by(act):
+    try:
+        act()
     except SubspanError as error:
         return str(error)
     return None
@@ -180,6 +205,7 @@ SCENARIOS = {
     "other net": lambda *ranks: refused(*ranks, odd="net"),
     "other weights": lambda *ranks: refused(*ranks, odd="weights"),
     "other settings": lambda *ranks: refused(*ranks, odd={"nonfinite": "error"}),
+    "sharded": sharded,
     "diverged": diverged,
     "void": void,
     "bytes": bytes_sent,
@@ -256,6 +282,15 @@ def test_what_differs_is_an_error_on_every_rank_that_names_the_rank(ranks, scena
             assert rank[scenario] is None
         else:
             assert rank[scenario].startswith(f"rank {odd} differs from rank 0 in {what}: ")
+
+
+def test_parameters_that_are_spread_over_processes_are_refused(ranks):
+    """They once ended Python: their address is 0."""
+    for rank in ranks:
+        *made, theta, g = rank["sharded"]
+        assert all(re.match(r"a parameter of shape \[.*\] is spread over", said) for said in made)
+        assert theta.startswith("theta is a DTensor, which has no memory of its own: give")
+        assert g.startswith("g is a DTensor, which has no memory of its own: give")
 
 
 def test_a_rank_that_diverges_is_named(ranks):

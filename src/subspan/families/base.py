@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan import kernels
 from subspan.errors import SubspanError
@@ -215,6 +216,11 @@ class Projection(ABC):
         if w.dtype not in (torch.float32, torch.float64):
             raise SubspanError(f"w must be float32 or float64 in an update, got {w.dtype}")
         for vector, of in ((w, "w"), (x, name)):
+            if is_traceable_wrapper_subclass(vector):
+                raise SubspanError(
+                    f"{of} is a {type(vector).__name__}, which has no memory of its own: give the "
+                    "ordinary tensors that it is made of, each with its rows"
+                )
             if not vector.is_contiguous():
                 raise SubspanError(f"{of} must be contiguous in an update: use .contiguous()")
         if w.device != x.device:

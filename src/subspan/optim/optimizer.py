@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from subspan.errors import SubspanError, unknown
-from subspan.optim.parameters import refuse_unfrozen
+from subspan.optim.parameters import refuse_unfrozen, refuse_untouchable
 from subspan.optim.workers import WorkerMode, Workers
 from subspan.precision import as_now, full_precision
 
@@ -159,6 +159,10 @@ class BaseOptimizer(Optimizer):
             if param_group.get(name):
                 raise SubspanError(f"{type(self).__name__} has no {name}: leave it out")
         check_group(self.defaults | param_group)
+        given = param_group["params"]
+        if not isinstance(given, set):  # which torch refuses
+            given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+            refuse_untouchable(given)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

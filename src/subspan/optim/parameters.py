@@ -11,6 +11,7 @@ from torch import Tensor
 from subspan.errors import SubspanError
 from subspan.layers.factors import Factor
 from subspan.subspace.computed import Computed
+from subspan.subspace.dtensors import is_shard
 
 
 def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
@@ -88,10 +89,16 @@ def refuse_unfrozen(
             )
 
 
-def refuse_computed(params: Sequence[Any]) -> None:
-    """Refuse weights that are computed when they are read, alone or in pairs with a name."""
+def refuse_untouchable(params: Sequence[Any]) -> None:
+    """Refuse tensors that no step can move, alone or in pairs with a name."""
     for given in params:
         tensor = given[-1] if isinstance(given, tuple) and given else given
+        if is_shard(tensor):
+            raise SubspanError(
+                f"a parameter of shape {list(tensor.shape)} is spread over processes, and a step "
+                "needs it whole: give DistributedDataParallel or workers= the whole network, or "
+                "train it with fully_shard in a SubspaceModel"
+            )
         if isinstance(tensor, Computed):
             raise SubspanError(
                 f"{tensor.weight_name} is computed from coordinates: give the coordinates, which "

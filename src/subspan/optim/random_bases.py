@@ -32,7 +32,6 @@ from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is
 from subspan.optim.parameters import (
     leave_frozen,
     named_tensors,
-    refuse_computed,
     refuse_immovable,
 )
 from subspan.optim.workers import WorkerMode
@@ -325,10 +324,6 @@ class RandomBases(BaseOptimizer):
                 "parameters cannot be added later: the bases are drawn for all of them together; "
                 "make a new optimizer"
             )
-        given = param_group["params"]
-        if not isinstance(given, Tensor | set):  # of which torch takes one and refuses the other
-            param_group["params"] = given = list(given)
-            refuse_computed(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._left_out += leave_frozen(group, len(self.param_groups) - 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import takewhile
 from types import CodeType, FrameType
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.autograd.function import FunctionCtx
 _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
+
+_LISTING = ("named_modules", "_named_members", "named_parameters")
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
@@ -51,6 +54,13 @@ def _runs(frame: FrameType | None, package: str, function: str) -> bool:
 def asked_by_fsdp(frame: FrameType) -> bool:
     """Return whether code of ``fully_shard`` asks."""
     return "._fully_shard" in _module(frame)
+
+
+def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
+    """Find what FSDP1 leaves alone, if it lists what it is to make one parameter of."""
+    frame = _beyond(start, *_LISTING, "parameters")
+    asked = frame is not None and _runs(frame, "torch", "_get_orig_params")
+    return frame.f_locals["ignored_params"] if asked else None  # type: ignore[union-attr]
 
 
 def resolves_super(frame: FrameType) -> bool:
@@ -87,9 +97,17 @@ def asked_by_checkpoint(frame: FrameType) -> bool:
     return _module(frame) == "torch.distributed.checkpoint.state_dict"
 
 
+def pairs_with_state(start: FrameType) -> bool:
+    """Return whether ``torch.distributed.checkpoint`` pairs parameters with the keys of a state."""
+    return any(
+        frame.f_code.co_name in ("_get_model_state_dict", "_load_model_state_dict")
+        for frame in takewhile(asked_by_checkpoint, _callers(start))
+    )
+
+
 def averages_models(start: FrameType) -> bool:
     """Return whether PyTorch's AveragedModel pairs the parameters of a model and of its copy."""
-    frame = _beyond(start, "named_modules", "_named_members", "named_parameters")
+    frame = _beyond(start, *_LISTING)
     asked = frame is not None and frame.f_code.co_name == "parameters"
     return asked and _module(frame.f_back) == "torch.optim.swa_utils"  # type: ignore[union-attr]
 

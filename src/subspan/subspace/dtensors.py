@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.subspace.callers import find_left_by_fsdp1
 from subspan.subspace.computed import refuse_change
 from subspan.subspace.functions import (
     is_harmless,
@@ -24,6 +26,7 @@ from subspan.subspace.functions import (
     share_memory,
     writes_first,
 )
+from subspan.subspace.links import link_of
 from subspan.subspace.theta0 import Base, refuse_use, take_wish
 
 if TYPE_CHECKING:
@@ -113,6 +116,22 @@ def refuse_sharded(net: nn.Module) -> None:
                     "whole tensors: wrap the network first, SubspaceModel(net, …), and then call "
                     "fully_shard on its layers and on it"
                 )
+
+
+def refuse_flattening(module: nn.Module, frame: FrameType) -> None:
+    """Refuse FSDP1, which makes one parameter of many, unless it leaves the coordinates alone.
+
+    Args:
+        module: a network in a subspace, or a part of it.
+        frame: of the code that asks for its parameters.
+    """
+    left = find_left_by_fsdp1(frame)
+    if left is not None and not left.issuperset(link_of(module).weights.coordinates().values()):
+        raise SubspanError(
+            "FullyShardedDataParallel (FSDP1) makes one parameter of many, and weights that are "
+            "computed from coordinates cannot be among them: call fully_shard (FSDP2) on the "
+            "layers and on the network; accelerate has it as fsdp_version=2"
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -55,9 +55,22 @@ def writes_first(function: Any) -> bool:
 def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
     """Return what a function writes to, tensors or lists of them, and perhaps None."""
     written = [kwargs.get("out")]
-    if writes_first(function):
+    if writes_first(function) or receives(function, kwargs):
         written.append(args[0] if args else kwargs.get("tensor"))
     return written
+
+
+def receives(function: Any, kwargs: Any) -> bool:
+    """Return whether a collective of torch.distributed writes to its first argument here."""
+    if getattr(function, "__module__", "") != "torch.distributed.distributed_c10d":
+        return False
+    name, group = function.__name__, kwargs.get("group")
+    if name != "broadcast":
+        return name not in ("send", "isend", "gather")
+    if (source := kwargs.get("group_src")) is None:
+        source, group = kwargs.get("src"), None
+    ready = torch.distributed.is_initialized()
+    return not ready or bool(torch.distributed.get_rank(group) != source)
 
 
 def changes_each_entry(function: Any, args: Any) -> bool:

@@ -37,10 +37,11 @@ from subspan.subspace.callers import (
     copies_weights,
     empties_for_fsdp,
     given_to_ddp,
+    pairs_with_state,
 )
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
-from subspan.subspace.dtensors import home_of, is_shard, mark
+from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_flattening
 from subspan.subspace.links import LINK, PREFIX, Link, find_link, is_ours, link_of, trained_keys
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
@@ -103,9 +104,10 @@ class WrappedModule(ModuleStates):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """Yield a part's parameters at θ; of one module alone, as FSDP asks, the stored ones."""
-        fsdp = False
+        fsdp = paired = False
         if not torch.compiler.is_compiling():
             frame = sys._getframe(1)
+            paired = pairs_with_state(frame)
             fsdp = asked_by_fsdp(frame)
             if asked_by_export(frame):
                 raise refuse_part("exported")
@@ -116,10 +118,13 @@ class WrappedModule(ModuleStates):
                         "coordinates of the whole network here: call fully_shard on the layers and "
                         "on the network, or parallelize the network of merge()"
                     )
+                refuse_flattening(self, frame)
                 if asked_by_ddp(frame):
                     self._refuse_ddp(link, given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)
         for name, p in self._lent(stored):
+            if paired and home_of(p) is not None:
+                continue  # states go without θ₀
             home = home_of(p) if recurse and not fsdp else None
             if home is not None:
                 weights, tensor = home
@@ -301,6 +306,10 @@ class WrappedNetwork(WrappedModule):
             # Coordinates are whole in every process, and no business of FSDP's.
             yield from (pair for pair in stored if not pair[0].startswith(PREFIX))
             return
+        if not torch.compiler.is_compiling() and pairs_with_state(sys._getframe(1)):
+            own = weights.coordinate_names  # states go without θ₀ and what nobody trains
+            yield from (pair for pair in stored if pair[0] in own or weights.lists(*pair))
+            return
         if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
             # Python's sort is stable.
             yield from sorted(stored, key=lambda pair: is_ours(pair[0]))
@@ -313,6 +322,8 @@ class WrappedNetwork(WrappedModule):
         It pairs parameters by their order, whether a handle, a network or what is around it has
         them; θ₀ is the same in a copy, and packed numbers have no mean.
         """
+        if not torch.compiler.is_compiling():
+            refuse_flattening(self, sys._getframe(1))
         if torch.compiler.is_compiling() or not averages_models(sys._getframe(1)):
             return super().named_modules(memo, *args, **kwargs)
         memo = set() if memo is None else memo

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -47,9 +48,11 @@ def test_the_handle_and_the_network_are_compiled_in_place(first):
 
 
 @pytest.mark.parametrize("way", ["handle", "network"])
-def test_distributed_checkpoints_of_a_model_and_its_optimizer(way):
+@pytest.mark.parametrize("option", ["", "full_state_dict", "ignore_frozen_params"])
+def test_distributed_checkpoints_of_a_model_and_its_optimizer(way, option):
     torch.manual_seed(0)
-    model, x = scatter(SubspaceModel(Net(), 20, train_fully="head.bias")), torch.randn(5, 8)
+    options = {"train_fully": "head.bias", "exclude": "body.0.bias"}
+    model, x = scatter(SubspaceModel(Net(), 20, **options)), torch.randn(5, 8)
     net = model if way == "handle" else model.body
     optimizer = Adam(net.parameters(), lr=0.1)
 
@@ -60,13 +63,16 @@ def test_distributed_checkpoints_of_a_model_and_its_optimizer(way):
         return model(x)
 
     step()
-    kept = copy.deepcopy(get_state_dict(net, optimizer))
+    options = StateDictOptions(**{option: True} if option else {})
+    kept = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+    given = copy.deepcopy(kept)
     want = step(), step()
-    set_state_dict(net, optimizer, model_state_dict=kept[0], optim_state_dict=kept[1])
+    states = {"model_state_dict": given[0], "optim_state_dict": given[1]}
+    set_state_dict(net, optimizer, **states, options=options)
     assert torch.equal(step(), want[0])
     assert torch.equal(step(), want[1])
     scatter(model)
-    set_model_state_dict(net, kept[0])
+    set_model_state_dict(net, dict(kept[0]), options=options)
     own = get_model_state_dict(net)
     assert all(torch.equal(value, own[name]) for name, value in kept[0].items())
 

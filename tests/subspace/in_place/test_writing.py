@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -31,6 +32,8 @@ WRITES = {
     "reset_parameters": lambda net: net.head.reset_parameters(),
     "out": lambda net: torch.add(torch.ones(4), 1, out=net.head.bias.detach()),
     "foreach": lambda net: torch._foreach_mul_([net.head.weight.detach()], 2.0),
+    "all_reduce": lambda net: dist.all_reduce(net.head.weight.data),
+    "broadcast": lambda net: dist.broadcast(net.head.weight.detach(), 1),
     "a parameter": lambda net: setattr(net.head, "weight", nn.Parameter(torch.ones(4, 16))),
     "none": lambda net: net.head.register_parameter("bias", None),
     "delete": lambda net: delattr(net.head, "weight"),
