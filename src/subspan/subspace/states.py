@@ -14,7 +14,7 @@ from subspan.errors import SubspanError
 from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
 from subspan.subspace.dtensors import local
-from subspan.subspace.links import FINGERPRINT, trained_keys
+from subspan.subspace.links import FINGERPRINT, PREFIX, trained_keys
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.resuming import find_beside
 from subspan.subspace.sharded import refuse_whole
@@ -55,6 +55,16 @@ def refuse_rounding(
         )
 
 
+def _take_off_handle(state: dict[str, Any], prefix: str) -> None:
+    """Give the keys of a handle's state, if it is one, the names that a network has for them."""
+    names = {"coordinates.": PREFIX, "fingerprint": FINGERPRINT, "body.": ""}
+    inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    found = {key: start for key in inside for start in names if key.startswith(start)}
+    if {"coordinates.", "fingerprint"} <= {*found.values()}:
+        for key, start in found.items():
+            state[prefix + names[start] + key.removeprefix(start)] = state.pop(prefix + key)
+
+
 @torch.no_grad()
 def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign: bool) -> None:
     """Check a state that is to be loaded, and turn one of all weights into coordinates.
@@ -72,6 +82,7 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
         SubspanError: if it is another model's, its weights lie outside of the subspace, or its
             numbers would be rounded.
     """
+    _take_off_handle(state, prefix)
     fingerprint = state.get(prefix + FINGERPRINT)
     if fingerprint is not None and (different := weights.difference(fingerprint)):
         raise SubspanError(

@@ -54,6 +54,21 @@ def test_states_of_the_network_are_small_and_load_back():
         other.load_state_dict({})
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_of_the_handle_loads_into_the_network(strict):
+    model, _, x = pair(train_fully="head", compartments="tensor")
+    for prefix in ("", "0."):
+        torch.manual_seed(0)
+        other = SubspaceModel(Net(), 20, train_fully="head", compartments="tensor").body
+        net = nn.Sequential(other) if prefix else other
+        state = {prefix + key: value for key, value in model.state_dict().items()}
+        assert net.load_state_dict(state, strict) == nn.Module().load_state_dict({})
+        assert torch.equal(net(x), model(x))
+    torch.manual_seed(1)
+    with pytest.raises(SubspanError, match="initial weights"):
+        SubspaceModel(Net(), 20, train_fully="head").body.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_of_all_weights_is_loaded_as_coordinates(assign):
     for name, family in itertools.product(NETS, ("hash", "rademacher", "kronecker")):
