@@ -78,6 +78,18 @@ def test_a_saved_state_goes_on_exactly(through, tmp_path):
 
 
 @both
+@pytest.mark.parametrize("size", ["1GB", 50])
+def test_a_saved_model_loads_by_accelerate(size, through, tmp_path):
+    model = scatter(SubspaceModel(build("mlp"), 12, train_fully="head"))
+    other = SubspaceModel(build("mlp"), 12, train_fully="head")
+    saved, loaded = (m if through == "handle" else m.body for m in (model, other))
+    accelerate.Accelerator(cpu=True).save_model(saved, tmp_path, max_shard_size=size)
+    accelerate.load_checkpoint_in_model(loaded, str(tmp_path))
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), model(x))
+
+
+@both
 def test_mixed_precision(through):
     loop = Loop(through, mixed_precision="bf16", gradient_accumulation_steps=2).epoch()
     assert loop.coordinates.abs().min() > 0

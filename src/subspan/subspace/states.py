@@ -89,11 +89,14 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
             f"{different} of the model that this state_dict comes from differ from this "
             "model's: build it from the same initial weights and with the same options"
         )
-    given = {
-        path: tensor
-        for tensor, path, link in trained_keys(weights.root)
-        if link.weights is weights and prefix + path in state
-    }
+    given = {}
+    for tensor, path, link in trained_keys(weights.root):
+        if link.weights is not weights or (value := state.get(prefix + path)) is None:
+            continue
+        if value is weights.find(tensor):  # θ₀ itself, as torch.distributed.checkpoint adds it
+            del state[prefix + path]
+        else:
+            given[path] = tensor
     own: dict[str, Tensor | None] = {**weights.root._parameters, **saved_buffers(weights.root)}
     own |= {name: weights.find(name) for name in weights.fully}
     dtypes = {} if assign else {prefix + n: t.dtype for n, t in own.items() if t is not None}
@@ -105,7 +108,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
         if len(names) == len(weights.coordinate_names):  # parameters that nobody trains stay
             state |= {prefix + n: p for n, p in weights.at_rest() if prefix + n not in state}
         return
-    if weights.adapters:
+    names = [n for n in names if state[prefix + n] is not weights.root._parameters[n]]
+    if weights.adapters or len(names) == len(weights.coordinate_names):
         _check_products(weights, state, prefix, given)
         return
     if names or set(given.values()) != set(weights.homes):
@@ -123,7 +127,7 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
 def _check_products(
     weights: Weights, state: dict[str, Any], prefix: str, given: Mapping[str, str]
 ) -> None:
-    """Take the weights out of a state that has the coordinates of their LoRA factors, too.
+    """Take the weights out of a state that has their coordinates, too.
 
     Args:
         weights: of the network.
