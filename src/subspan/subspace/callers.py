@@ -97,6 +97,22 @@ def asked_by_validation(frame: FrameType) -> bool:
     return _runs(frame, "transformers", "validate_quantization_for_training")
 
 
+def saved_around(start: FrameType) -> bool:
+    """Return whether a network writes itself as ``from_pretrained`` will read it.
+
+    PEFT's do not: they write their adapters.
+    """
+    frame: FrameType | None = start
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "save_pretrained" and not _module(frame).startswith("peft."):
+            return code.co_argcount > 0 and isinstance(
+                frame.f_locals[code.co_varnames[0]], nn.Module
+            )
+        frame = frame.f_back
+    return False
+
+
 def saved_by_trainer(frame: FrameType) -> bool:
     """Return whether transformers' Trainer saves a network."""
     return _module(frame) == "transformers.trainer" and frame.f_code.co_name == "_save"
