@@ -89,6 +89,22 @@ def test_a_saved_model_loads_by_accelerate(size, through, tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+def test_copies_of_a_network_with_hooks_run_on_their_own_weights():
+    net, x = build("mlp"), torch.randn(3, 8)
+    accelerate.dispatch_model(net, {"": "cpu"}, force_hooks=True)
+    inside = net.forward
+    net.forward = lambda *args: inside(*args)
+    model = scatter(SubspaceModel(net, 12))
+    want = model(x)
+    for twin in (copy.deepcopy(model), model.merge(), copy.deepcopy(model.body)):
+        torch.testing.assert_close(twin(x), want)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.data.zero_()
+        assert not torch.allclose(twin(x), want)
+    assert torch.equal(model(x), want)
+
+
 @both
 def test_mixed_precision(through):
     loop = Loop(through, mixed_precision="bf16", gradient_accumulation_steps=2).epoch()
