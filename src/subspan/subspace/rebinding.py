@@ -58,8 +58,10 @@ def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
         )
         twin.__kwdefaults__ = value.__kwdefaults__
     elif isinstance(value, partial):
-        own = 1 + len(value.args)
-        twin = partial(*held[:own], **dict(zip(value.keywords, held[own:], strict=True)))
+        function, *given = held
+        own = len(value.args)
+        named = dict(zip(value.keywords, given[own:], strict=True))
+        twin = partial(function, *given[:own], **named)
     else:
         twin = object.__new__(type(value))
     vars(twin).update(inside)
