@@ -162,6 +162,25 @@ def test_a_text_that_somebody_wrote_stays(hub):
     assert hub_client.ModelCard(card).data.tags == ["subspan", "own"]
 
 
+def test_metadata_of_a_card_are_as_they_were_given_or_refused(hub):
+    model = variant("org/base")
+    given = {"tags": "mine", "base_model": "org/other"}
+    scores = {"a|b\nc": 1.0}
+    model.push_to_hub("user/small", card=given, scores=scores, token=TOKEN)
+    repository = hub.repositories["user/small"]
+    card = hub_client.ModelCard(repository.commits[-1][1]["README.md"].decode())
+    assert card.data.tags == ["subspan", "mine"]
+    assert card.data.base_model == "org/other"
+    assert "| a\\|b c | 1.0 |" in card.text
+    model.push_to_hub("user/small", extra={"scores": [1, 2]}, token=TOKEN)
+    for broken in ("---\na: [b\n---\ntext", "---\n- a\n---\ntext"):
+        repository.commit({"README.md": broken.encode()})
+        before = len(repository.commits)
+        with pytest.raises(SubspanError, match=r"from the README\.md of user/small \(.*: mend"):
+            model.push_to_hub("user/small", token=TOKEN)
+        assert len(repository.commits) == before
+
+
 def test_the_networks_own_method_publishes_all_weights(hub):
     model = variant("org/base")
     model.body.push_to_hub("user/whole", token=TOKEN)

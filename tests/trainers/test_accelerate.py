@@ -78,6 +78,34 @@ def test_a_saved_state_goes_on_exactly(through, tmp_path):
 
 
 @both
+@pytest.mark.parametrize("size", ["1GB", 50])
+def test_a_saved_model_loads_by_accelerate(size, through, tmp_path):
+    model = scatter(SubspaceModel(build("mlp"), 12, train_fully="head"))
+    other = SubspaceModel(build("mlp"), 12, train_fully="head")
+    saved, loaded = (m if through == "handle" else m.body for m in (model, other))
+    accelerate.Accelerator(cpu=True).save_model(saved, tmp_path, max_shard_size=size)
+    accelerate.load_checkpoint_in_model(loaded, str(tmp_path))
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), model(x))
+
+
+def test_copies_of_a_network_with_hooks_run_on_their_own_weights():
+    net, x = build("mlp"), torch.randn(3, 8)
+    accelerate.dispatch_model(net, {"": "cpu"}, force_hooks=True)
+    inside = net.forward
+    net.forward = lambda *args: inside(*args)
+    model = scatter(SubspaceModel(net, 12))
+    want = model(x)
+    for twin in (copy.deepcopy(model), model.merge(), copy.deepcopy(model.body)):
+        torch.testing.assert_close(twin(x), want)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.data.zero_()
+        assert not torch.allclose(twin(x), want)
+    assert torch.equal(model(x), want)
+
+
+@both
 def test_mixed_precision(through):
     loop = Loop(through, mixed_precision="bf16", gradient_accumulation_steps=2).epoch()
     assert loop.coordinates.abs().min() > 0

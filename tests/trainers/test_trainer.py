@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import subspan
 from subspan import SubspaceModel
 from tests.nets import scatter
 from tests.pretrained import bert, gpt2, llama, t5, transformers
@@ -132,6 +133,27 @@ def test_an_interrupted_training_goes_on_exactly(through, wrap, tmp_path):
     assert loaded.state_dict().keys() == want.keys()
     assert all(torch.equal(value, want[key]) for key, value in loaded.state_dict().items())
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("wrap", [SubspaceModel, subspan.lora])
+def test_a_part_in_a_subspace_is_saved_and_goes_on_with_the_network_around_it(wrap, tmp_path):
+    def training(out, **given):
+        net = llama(tie_word_embeddings=False)
+        model = wrap(net.model, 20)
+        net.lm_head.requires_grad_(False)
+        return model, transformers.Trainer(net, arguments(out, **given), train_dataset=TEXT)
+
+    whole, first = training(tmp_path / "whole", save_strategy="steps", save_steps=2)
+    first.train()
+    again, second = training(tmp_path / "again")
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(trained(again), trained(whole))
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "whole" / "checkpoint-4", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    logits = first.model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(loaded.eval()(input_ids=IDS).logits, logits)
 
 
 @pytest.mark.parametrize("change", ["other coordinates", "half a file", "no file"])

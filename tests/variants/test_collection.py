@@ -1,5 +1,6 @@
 """Which variants there are: added, replaced, removed, read from a folder; and what is refused."""
 
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -76,6 +77,13 @@ def test_a_file_that_is_replaced_is_read_again(model, tmp_path):
     assert torch.equal(variants(x, names="a"), first)
     expected = save(model, file, 2)
     assert torch.equal(variants(x, names="a"), expected)
+    state = file.stat()
+    save(model, tmp_path / "other", 3)
+    file.write_bytes((tmp_path / "other").read_bytes())
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # as cp -p and rsync --inplace do
+    expected = variants(x, names="a")
+    variants.add("other", tmp_path / "other")
+    assert torch.equal(variants(x, names="other"), expected)
     file.unlink()
     assert torch.equal(variants(x, names="a"), expected)
 

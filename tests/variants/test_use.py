@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import pickle
 import threading
 
 import pytest
@@ -169,6 +170,9 @@ def test_what_inference_mode_forms_serves_outside_of_it(model):
         ("saved", lambda model, path: model.state_dict()),
         ("saved", lambda model, path: model.body.conv.state_dict()),
         ("merged", lambda model, path: model.merge()),
+        ("copied or pickled", lambda model, path: copy.deepcopy(model)),
+        ("copied or pickled", lambda model, path: copy.deepcopy(model.body.head)),
+        ("copied or pickled", lambda model, path: pickle.dumps(model.body)),
         ("unwrapped", lambda model, path: model.unwrap()),
         ("traced", lambda model, path: torch.jit.trace(model, (batch("cnn"),))),
         ("traced", lambda model, path: torch.jit.trace(model.body.head, (torch.ones(2, 144),))),

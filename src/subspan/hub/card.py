@@ -12,7 +12,8 @@ from torch import Tensor
 
 from subspan.checkpoint.base import say_base
 from subspan.checkpoint.file import COORDINATES
-from subspan.hub.client import need
+from subspan.errors import SubspanError
+from subspan.hub.client import first_line, need
 
 MARK = "<!-- subspan writes this page at each upload; without this line it keeps the text. -->"
 
@@ -35,18 +36,31 @@ def make_card(
         metadata: of the user's: license, datasets, language … (fields of huggingface_hub's
             ``ModelCardData``).
         existing: the card that is there, whose metadata stay, and whose text does without the mark.
+
+    Raises:
+        SubspanError: for metadata that are none.
     """
     hub = need("huggingface_hub")
     text, before = _text(repo, header, tensors, size), {}
-    if existing is not None:
-        card = hub.ModelCard(existing, ignore_metadata_errors=True)
-        before, text = card.data.to_dict(), text if MARK in existing else card.text.lstrip("\n")
-    tags = ["subspan", *(before.get("tags") or []), *metadata.get("tags", [])]
-    data = before | {"library_name": "subspan"} | dict(metadata)
-    if "repo" in header.get("base", {}):
-        data |= {"base_model": header["base"]["repo"], "base_model_relation": "adapter"}
-    data["tags"] = list(dict.fromkeys(tags))
-    return f"---\n{hub.ModelCardData(**data).to_yaml()}\n---\n\n{text}"
+    try:
+        if existing is not None:
+            card = hub.ModelCard(existing, ignore_metadata_errors=True)
+            before, text = card.data.to_dict(), text if MARK in existing else card.text.lstrip("\n")
+        data = before | {"library_name": "subspan"}
+        if "repo" in header.get("base", {}):
+            data |= {"base_model": header["base"]["repo"], "base_model_relation": "adapter"}
+        tags = ["subspan", *_listed(before.get("tags")), *_listed(metadata.get("tags"))]
+        data |= dict(metadata) | {"tags": list(dict.fromkeys(tags))}
+        return f"---\n{hub.ModelCardData(**data).to_yaml()}\n---\n\n{text}"
+    except Exception as error:  # of YAML, and of huggingface_hub's own checks
+        raise SubspanError(
+            f"the metadata of the card cannot be written, from card= and from the README.md of "
+            f"{repo} ({first_line(error)}): mend what is wrong there"
+        ) from error
+
+
+def _listed(tags: str | list[str] | None) -> list[str]:
+    return [tags] if isinstance(tags, str) else list(tags or [])
 
 
 def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], size: int) -> str:
@@ -73,7 +87,7 @@ def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], s
         "LoRA": ", ".join(f"{key} {value}" for key, value in header.get("lora", {}).items()),
         "file": f"{size:,} bytes",
     }
-    scores = header["extra"].get("scores", {})
+    scores = header["extra"].get("scores")
     sentence = (
         f"{name} with {kind} θ = θ₀ + P w. θ₀ are {start}, P is a random matrix that is made from "
         f"a seed, and w are the {d:,} numbers of this repository."
@@ -85,12 +99,18 @@ def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], s
         "net = model.merge()  # an ordinary network with these weights",
     ]
     code = "\n".join(["```python", *lines, "```"])
-    tables = _table("what", "", facts), _table("score", "value", scores)
+    tables = [_table("what", "", facts)]
+    tables += [_table("score", "value", scores)] if isinstance(scores, dict) else []
     parts = [MARK, f"# {repo.rpartition('/')[2]}", sentence, code, *tables]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
     """Write a table of two columns; "" without rows."""
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value != ""]
+    cells = [(_cell(name), _cell(value)) for name, value in rows.items() if value != ""]
+    lines = [f"| {name} | {value} |" for name, value in cells]
     return "\n".join([f"| {left} | {right} |", "| --- | --- |", *lines]) if lines else ""
+
+
+def _cell(content: Any) -> str:
+    return " ".join(str(content).split()).replace("|", "\\|")

@@ -70,7 +70,7 @@ def _say(error: BaseException, repo: str, revision: str | None) -> str:
     if among("RevisionNotFoundError"):
         return f"{repo} has no revision {revision or 'main'} on the Hub"
     if among("RemoteEntryNotFoundError"):
-        return f"{repo} does not have the files that are wanted of it: {_first_line(error)}"
+        return f"{repo} does not have the files that are wanted of it: {first_line(error)}"
     if among("HFValidationError"):
         return f"{repo!r} cannot be the name of a repository: give USER/NAME"
     if among("LocalTokenNotFoundError") or 401 in status:
@@ -88,8 +88,9 @@ def _say(error: BaseException, repo: str, revision: str | None) -> str:
             f"the Hub cannot be reached for {repo}, and the cache does not have what is needed: "
             "connect, or give files of this machine"
         )
-    return f"{repo} cannot be used: {_first_line(error)}"
+    return f"{repo} cannot be used: {first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

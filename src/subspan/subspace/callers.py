@@ -136,6 +136,19 @@ def asked_by_validation(frame: FrameType) -> bool:
     return _runs(asking, "transformers", "validate_quantization_for_training")
 
 
+def saved_around(start: FrameType) -> bool:
+    """Return whether a network writes itself as ``from_pretrained`` will read it.
+
+    PEFT's do not: they write their adapters.
+    """
+    for frame in _callers(start):
+        code = frame.f_code
+        if code.co_name == "save_pretrained" and not _module(frame).startswith("peft."):
+            first = frame.f_locals[code.co_varnames[0]] if code.co_argcount else None
+            return isinstance(first, nn.Module)
+    return False
+
+
 def saved_by_trainer(frame: FrameType) -> bool:
     """Return whether transformers' Trainer saves a network."""
     return _module(frame) == "transformers.trainer" and frame.f_code.co_name == "_save"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_own_method, saved_as_adapters
+from subspan.subspace.callers import asked_by_own_method, saved_around, saved_as_adapters
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, Behaviour, link_of, trained_keys
@@ -36,13 +36,19 @@ class ModuleStates(Behaviour):
     """The states of a module that has a trained parameter, or a part with one."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return θ to a part and to the network's own methods; else the coordinates."""
+        """Return θ to a part and to the network's own methods; else the coordinates.
+
+        A network around this one that writes itself gets both: people load θ, and trainers go on
+        from the coordinates.
+        """
         if hasattr(_saving, "thetas"):  # a module around this one is being saved
             return super().state_dict(*args, **kwargs)
         weights = link_of(self).weights
         refuse_in_use(weights, "saved")
-        whole = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
-        if whole:
+        others = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
+        around = others and saved_around(sys._getframe(1))
+        whole = others and not around
+        if others:
             weights.changes.check_base()
             trained = any(w.requires_grad for w in weights.coordinates().values())
             if trained and saved_as_adapters(sys._getframe(1)):
@@ -51,11 +57,17 @@ class ModuleStates(Behaviour):
                     "beside them: put adapters into the network before it is wrapped, with "
                     'train_fully=".*lora_.*", and give Trainer the SubspaceModel'
                 )
-        elif weights.root is self:
+        if weights.root is self and not whole:
             refuse_whole(weights, "saved with all its weights")
+        if around and weights.packed:
+            raise SubspanError(
+                "save_pretrained of a network around this one would write its weights dense, and "
+                "not quantised: put the merge() of the SubspaceModel in its place before"
+            )
         _saving.thetas = None if whole else {}
         try:
-            state = super().state_dict(*args, **kwargs)
+            with keeping_coordinates() if around else nullcontext():
+                state = super().state_dict(*args, **kwargs)
         finally:
             del _saving.thetas
         if whole:

@@ -47,6 +47,7 @@ from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
+from subspan.subspace.variant import refuse_in_use
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -71,13 +72,17 @@ class WrappedModule(ModuleStates):
                     freeze(parameter, link.weights, tensor)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if (link := find_link(self)) is not None:
-            refuse_whole(link.weights, "copied or pickled")
+        self._check_copied()
         return self._subspan_rebuild, self._subspan_class, self.__getstate__()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def _check_copied(self) -> None:
+        """Refuse copies of shards, and of the network itself where it is a variant."""
         if (link := find_link(self)) is not None:
-            refuse_whole(link.weights, "copied or pickled")
+            for refuse in (refuse_whole, refuse_in_use):
+                refuse(link.weights, "copied or pickled")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self._check_copied()
         for leaf in tree_leaves(vars(self)):
             if not isinstance(leaf, Tensor) or id(leaf) in memo:
                 continue

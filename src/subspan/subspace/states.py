@@ -15,7 +15,7 @@ from subspan.families import Projection
 from subspan.linalg import conjugate_gradients
 from subspan.subspace.dtensors import local
 from subspan.subspace.functions import ordinary_tensors
-from subspan.subspace.links import FINGERPRINT, trained_keys
+from subspan.subspace.links import FINGERPRINT, PREFIX, trained_keys
 from subspan.subspace.parameters import saved_buffers
 from subspan.subspace.resuming import find_beside
 from subspan.subspace.sharded import refuse_whole
@@ -53,6 +53,16 @@ def refuse_rounding(
         )
 
 
+def _take_off_handle(state: dict[str, Any], prefix: str) -> None:
+    """Give the keys of a handle's state, if it is one, the names that a network has for them."""
+    names = {"coordinates.": PREFIX, "fingerprint": FINGERPRINT, "body.": ""}
+    inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    found = {key: start for key in inside for start in names if key.startswith(start)}
+    if {"coordinates.", "fingerprint"} <= {*found.values()}:
+        for key, start in found.items():
+            state[prefix + names[start] + key.removeprefix(start)] = state.pop(prefix + key)
+
+
 @torch.no_grad()
 def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign: bool) -> None:
     """Check a state that is to be loaded, and turn one of all weights into coordinates.
@@ -70,17 +80,21 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
         SubspanError: if it is another model's, its weights lie outside of the subspace, or its
             numbers would be rounded.
     """
+    _take_off_handle(state, prefix)
     fingerprint = state.get(prefix + FINGERPRINT)
     if fingerprint is not None and (different := weights.difference(fingerprint)):
         raise SubspanError(
             f"{different} of the model that this state_dict comes from differ from this "
             "model's: build it from the same initial weights and with the same options"
         )
-    given = {
-        path: tensor
-        for tensor, path, link in trained_keys(weights.root)
-        if link.weights is weights and prefix + path in state
-    }
+    given = {}
+    for tensor, path, link in trained_keys(weights.root):
+        if link.weights is not weights or (value := state.get(prefix + path)) is None:
+            continue
+        if value is weights.find(tensor):  # θ₀ itself, as torch.distributed.checkpoint adds it
+            del state[prefix + path]
+        else:
+            given[path] = tensor
     own: dict[str, Tensor | None] = {**weights.root._parameters, **saved_buffers(weights.root)}
     own |= {name: weights.find(name) for name in weights.fully}
     dtypes = {} if assign else {prefix + n: t.dtype for n, t in own.items() if t is not None}
@@ -92,7 +106,8 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
         if len(names) == len(weights.coordinate_names):  # parameters that nobody trains stay
             state |= {prefix + n: p for n, p in weights.at_rest() if prefix + n not in state}
         return
-    if weights.adapters:
+    names = [n for n in names if state[prefix + n] is not weights.root._parameters[n]]
+    if weights.adapters or len(names) == len(weights.coordinate_names):
         _check_products(weights, state, prefix, given)
         return
     if names or set(given.values()) != set(weights.homes):
@@ -110,7 +125,7 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
 def _check_products(
     weights: Weights, state: dict[str, Any], prefix: str, given: Mapping[str, str]
 ) -> None:
-    """Take the weights out of a state that has the coordinates of their LoRA factors, too.
+    """Take the weights out of a state that has their coordinates, too.
 
     Args:
         weights: of the network.

@@ -13,7 +13,7 @@ from subspan.errors import SubspanError
 from subspan.variants.stored import Source, StoredVariant
 
 ENDS = (".safetensors", ".subspan")  # the latter of compact files
-Stamp = tuple[int, int, int] | None  # of a file: when it was written, its size, which one it is
+Stamp = tuple[int, ...] | None  # of a file: when it was written and changed, its size, which it is
 
 
 class Library:
@@ -136,7 +136,7 @@ def _stamp(path: Path) -> Stamp:
         state = path.stat()
     except OSError:
         return None
-    return state.st_mtime_ns, state.st_size, state.st_ino
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino
 
 
 def _find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:

@@ -54,6 +54,47 @@ def test_states_of_the_network_are_small_and_load_back():
         other.load_state_dict({})
 
 
+def test_a_network_around_it_saves_all_weights_and_the_coordinates(tmp_path):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.last = Net(), nn.Linear(4, 2)
+
+        save_pretrained = Net.save_pretrained
+
+    around = Around()
+    model = scatter(SubspaceModel(around.net, 20))
+    assert len(around.state_dict()) == 4
+    around.save_pretrained(tmp_path / "net.pt")
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    missing, unexpected = Around().load_state_dict(state, strict=False)
+    assert missing == []
+    assert unexpected == ["net.subspan_global", "net.subspan_fingerprint"]
+    again = Around()
+    other = SubspaceModel(again.net, 20)
+    again.load_state_dict(state)
+    assert torch.equal(other.coordinates["global"], model.coordinates["global"])
+    state["net.head.weight"] = state["net.head.weight"] + 0.1
+    with pytest.raises(SubspanError, match=r"head\.weight .* is not the weight that its coord"):
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_of_the_handle_loads_into_the_network(strict):
+    model, _, x = pair(train_fully="head", compartments="tensor")
+    for prefix in ("", "0."):
+        torch.manual_seed(0)
+        other = SubspaceModel(Net(), 20, train_fully="head", compartments="tensor").body
+        net = nn.Sequential(other) if prefix else other
+        state = {prefix + key: value for key, value in model.state_dict().items()}
+        assert net.load_state_dict(state, strict) == nn.Module().load_state_dict({})
+        assert torch.equal(net(x), model(x))
+    torch.manual_seed(1)
+    with pytest.raises(SubspanError, match="initial weights"):
+        SubspaceModel(Net(), 20, train_fully="head").body.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_of_all_weights_is_loaded_as_coordinates(assign):
     for name, family in itertools.product(NETS, ("hash", "rademacher", "kronecker")):

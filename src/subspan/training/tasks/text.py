@@ -144,16 +144,20 @@ class TextClassification(TaskOfTransformers, ClassTask):
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:
-        """Send the longest text through the network."""
-        train = self.data.train
-        longest = train.lengths.argmax()[None]
+        """Send the longest text through the network, with the last token of all, at its end."""
+        train, pad = self.data.train, self.tokenizer.pad
+        parts = [part for part in (train, self.data.validation, self.data.test) if len(part)]
+        most = max(pad, *(int(part.tokens.max()) for part in parts))
+        longest = train.batch(train.lengths.argmax()[None], pad)
+        longest.tokens[0, -1] = most
         try:
             with in_eval(net):
-                scores = _scores(net, train.batch(longest, self.tokenizer.pad))
+                scores = _scores(net, longest)
         except Exception as error:  # of Transformers' many networks it may be any
             raise SubspanError(
-                f"{self.net} does not take a text of {int(train.lengths.max())} tokens: {error}: "
-                "give fewer as --max-length"
+                f"{self.net} does not take a text of {int(train.lengths.max())} tokens up to "
+                f"number {most}: {error}: give fewer as --max-length, or the tokenizer of the "
+                "network"
             ) from error
         if tuple(scores.shape) != (1, len(self.data.names)):
             raise SubspanError(
