@@ -22,6 +22,7 @@ from subspan.sweeps.job import Job
 from subspan.sweeps.plan import RunPlan
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, SweepRecord
+from subspan.training import state
 from subspan.training.config import Run, Training, check_rates
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
@@ -99,7 +100,7 @@ class GrowthPlan(RunPlan):
             )
         if not config.dims and "compartments" in options:
             raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
-        dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
+        dims = config.dims or _doubled(_run(config, {"dim": 1} | options, 1.0, 0, 1))
         self.options = options | {"stages": list(dims)}
         rates = how.tried_rates(self.options)
         self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
@@ -180,8 +181,10 @@ def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: 
     return Run(training, METHOD, options, lr, seed)
 
 
-def _doubled(model: Any) -> tuple[str, ...]:
-    """Return 25, 50, 100, … up to the weights of a model."""
+@state.aside()
+def _doubled(run: Run) -> tuple[str, ...]:
+    """Return 25, 50, 100, … up to the weights that a run trains."""
+    model = prepare(run).model
     assert isinstance(model, SubspaceModel)
     most = sum(part.weights for part in model.compartments)
     count = int(math.log2(max(most / FIRST, 0.5))) + 1

@@ -176,9 +176,10 @@ class Loop:
                 progress.best_score, progress.best_epoch = row.val_score, epoch
                 self.folder.save(self.model, self.folder.best, self.extra())
             self.write("running")
-            if self.report:
-                self.report(row)
-            self.log.epoch(row)
+            with state.aside():
+                if self.report:
+                    self.report(row)
+                self.log.epoch(row)
             patience = self.training.patience
             waited = patience and ready and epoch - progress.best_epoch >= patience
             if waited or (last and epoch < self.epochs):
