@@ -124,3 +124,11 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.folder() == tmp_path / ".cache" / "subspan"
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch, in_tmp_path):
+    for name in ("SUBSPAN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no user is known
+    assert len(data.load("digits").train) == 1318
+    assert list(in_tmp_path.iterdir()) == []

@@ -13,17 +13,22 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from subspan.files import readable, write_atomically
+from subspan.files import expanded, readable, write_atomically
 from subspan.training.data.tensors import Raw
 
 Content = TypeVar("Content", bound=Raw)
 
 
 def folder() -> Path:
-    """``$SUBSPAN_CACHE``, or ``subspan`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
+    """``$SUBSPAN_CACHE``, or ``subspan`` in the user's cache folder (``$XDG_CACHE_HOME``).
+
+    A user without a home, as in a container, has none that could be written.
+    """
     if chosen := os.environ.get("SUBSPAN_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspan"
+        return expanded(chosen)
+    home = expanded("~")
+    usual = home / ".cache" if home.is_absolute() else Path(os.devnull)
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "subspan"
 
 
 def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Content:
