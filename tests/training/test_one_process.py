@@ -54,6 +54,16 @@ def test_a_report_may_draw_seed_and_train(tmp_path):
     assert [row.train_loss for row in plain.history] == [row.train_loss for row in told.history]
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_training_has_gradients_wherever_it_is_called(without, tmp_path):
+    with without():
+        train(a_run(dim=5, steps=3), tmp_path / "a")
+        assert not torch.is_grad_enabled()
+    train(a_run(dim=5, steps=3), tmp_path / "b")
+    models = [tmp_path / name / "model.safetensors" for name in "ab"]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
 def test_trainings_of_threads_take_turns(tmp_path):
     """Each would draw numbers that the other's batches wanted."""
     with ThreadPoolExecutor(2) as pool:

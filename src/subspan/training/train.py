@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from subspan.errors import SubspanError
 from subspan.training import state, trackers
 from subspan.training.config import Run
@@ -82,7 +84,7 @@ def train(
     trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found
-    with state.aside(), accelerate_aside():
+    with state.aside(), accelerate_aside(), torch.inference_mode(False):  # with gradients
         ready = prepare(run)
         devices = accelerator(run.training, log_with=list(log) or None, project_dir=out)
         with lock_folder(out) if devices.is_main_process else contextlib.nullcontext():
