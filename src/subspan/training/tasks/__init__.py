@@ -198,12 +198,16 @@ def register(kind: TaskKind) -> None:
     _registry.add(kind.name, kind)
 
 
-@functools.cache
 def kinds() -> dict[str, TaskKind]:
-    """Return all tasks that have a name, by it."""
+    """Return all tasks that have a name so far, by it."""
+    _import_all()
+    return dict(_registry)
+
+
+@functools.cache
+def _import_all() -> None:
     own.load_remembered()
     import_files(sys.modules[__name__])
-    return dict(_registry)
 
 
 def option_names() -> list[str]:
