@@ -399,7 +399,7 @@ def test_trainer_of_transformers(tmp_path):
     data = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]
     model = SubspaceModel(bert(), 4)
     growing = GrowingDimension(model, [4, 8, 16, 32], baseline=1.0, threshold=0.5)
-    scores = iter([0.1, 0.6, 0.7, 0.8])
+    scores = iter([0.05, 0.1, 0.6, 0.7, 0.8])  # the first before any step
     trainer = transformers.Trainer(
         model.body,
         transformers.TrainingArguments(
@@ -412,6 +412,7 @@ def test_trainer_of_transformers(tmp_path):
             learning_rate=0.1,
             lr_scheduler_type="constant",
             eval_strategy="epoch",
+            eval_on_start=True,
             save_strategy="no",
         ),
         train_dataset=data,
@@ -426,5 +427,10 @@ def test_trainer_of_transformers(tmp_path):
     assert w.abs().sum() > 0
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (4 / 16) ** 0.5)
     assert 4 < growing.found().value < 8
+    trainer.compute_metrics = lambda _: {"accuracy": 0.9}
+    trainer.evaluate()  # once more, or of other data
+    assert growing.scores[16] == 0.7
     with pytest.raises(SubspanError, match="give no 'eval_f1'"):
-        growing.callback("eval_f1").on_evaluate(None, None, None, metrics={"eval_loss": 1.0})
+        growing.callback("eval_f1").on_evaluate(
+            None, trainer.state, None, metrics={"eval_loss": 1.0}
+        )
