@@ -16,6 +16,7 @@ from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.sweeps.growing_dimension import GrowingDimension
 from subspan.sweeps.growth import Growth, GrowthPlan
 from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.result import PointRecord
 from subspan.training.config import Run, Training
 from subspan.training.score import Score
 from subspan.training.train import train
@@ -229,6 +230,29 @@ def test_a_run_that_was_stopped_goes_on_in_the_middle_of_a_stage(tmp_path):
     assert [row.test_score for row in done.history] == [row.test_score for row in whole.history]
     files = [tmp_path / name / "model.safetensors" for name in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_seeds_that_end_before_the_mean_has_reached_the_target_are_named():
+    """It is not that the target was out of reach, as a curve that goes on to its end would say."""
+    plan = GrowthPlan(Growth(Training(net=NET)))
+    first = {50: [0.7, 0.3], 100: [0.85, 0.5], 200: [0.86, 0.6]}
+    baseline = point(610, [0.9, 0.9])
+    rows = [*(point(d, scores) for d, scores in first.items()), point(400, [0.84], seeds=[1])]
+    found = plan._find(rows, baseline)["hash"]
+    assert found.value is None
+    assert "no mean of all seeds, for the runs of seeds 0 had reached the target" in found.note
+    for last in ([0.86, 0.7], [0.86, 0.9]):  # no seed has ended before; and reached
+        found = plan._find([*rows[:3], point(400, last)], baseline)["hash"]
+        assert (found.value is None, "no mean" in found.note) == (last[1] < 0.75, False)
+
+
+def point(dim, scores, **other):
+    counts = dict.fromkeys(("trainable_parameters", "stored_parameters"), dim)
+    fixed = {"method": "hash", "label": str(dim), "lr": 0.1, "weights": 610}
+    seeds = {"seeds": list(range(len(scores)))}
+    return PointRecord(
+        dim=dim, test_score=scores, checkpoint_bytes=None, **fixed, **counts, **seeds | other
+    )
 
 
 def test_paired_intervals_draw_whole_curves():

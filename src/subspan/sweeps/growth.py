@@ -171,8 +171,18 @@ class GrowthPlan(RunPlan):
             score=self.score,
             paired=True,
         )
-        how = f"one run a seed, d growing with {self.config.stage_epochs} epochs each"
-        return {METHOD: replace(found, note="; ".join(filter(None, (found.note, how))))}
+        ended = [str(seed) for seed in rows[0].seeds if seed not in rows[-1].seeds]
+        unknown = found.value is None and ended
+        notes = (
+            found.note,
+            f"beyond that d there is no mean of all seeds, for the runs of seeds {', '.join(ended)}"
+            " had reached the target in validation, and ended: subspan sweep has every seed at "
+            "every d"
+            if unknown
+            else "",
+            f"one run a seed, d growing with {self.config.stage_epochs} epochs each",
+        )
+        return {METHOD: replace(found, note="; ".join(filter(None, notes)))}
 
 
 def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:
