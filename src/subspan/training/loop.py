@@ -120,7 +120,7 @@ class Loop:
             "device": machine.device_name(device),
             "versions": machine.versions(),
             "notes": notes,
-            "samples": self.digest,
+            "digest": self.digest,
         }
         self.record = self.checked(RunRecord, begun | self.counts())
 
@@ -349,7 +349,7 @@ class Loop:
             notes=self.record.notes,
             processes=self.accelerator.num_processes,
             size=self.task.size(),
-            digest=self.digest,
+            samples=self.digest,
             seconds_total=time.perf_counter() - self.started,
         )
         state.write(self.folder.state, now)

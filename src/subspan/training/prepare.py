@@ -49,7 +49,7 @@ class Prepared:
 
     @functools.cached_property
     def digest(self) -> int:
-        """A checksum of the task's samples and of what it says of itself."""
+        """A checksum of the samples of all parts, and of what the task says of itself."""
         found = zlib.crc32(json.dumps(self.task.describe(), sort_keys=True).encode())
         for tensor in self.task.samples():
             if tensor.layout is torch.strided:

@@ -85,7 +85,7 @@ class TrainState:
         notes: of the record; None likewise.
         processes: how many trained.
         size: training samples; None likewise.
-        digest: of them (:class:`subspan.training.prepare.Prepared`); None likewise.
+        samples: a checksum of them (:class:`subspan.training.prepare.Prepared`); None likewise.
         seconds_total: of all parts of the training.
     """
 
@@ -101,7 +101,7 @@ class TrainState:
     notes: list[str] | None = None
     processes: int = 1
     size: int | None = None
-    digest: int | None = None
+    samples: int | None = None
     seconds_total: float
 
     def state_dict(self) -> dict[str, Any]:

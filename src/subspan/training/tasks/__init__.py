@@ -103,7 +103,10 @@ class Task(ABC):
         return self
 
     def samples(self) -> Iterable[Tensor]:
-        """Return what a training that goes on knows its samples by; by default, its tensors."""
+        """Return what a training that goes on knows its samples by, those of all parts.
+
+        By default they are the task's tensors.
+        """
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def sizes(self) -> dict[str, int]:
