@@ -208,6 +208,11 @@ def test_another_projection_has_no_stages(cli, in_tmp_path):
     assert "hash" in said.err
 
 
+def test_dims_are_no_text():
+    with pytest.raises(SubspanError, match="dims must be a tuple of texts, got '24'"):
+        Growth(Training(net=NET), dims="24")  # it would grow from 2 to 4
+
+
 def test_dims_double_by_default():
     plan = GrowthPlan(Growth(Training(net=NET)))
     assert plan.dims == ("25", "50", "100", "200", "400")  # of 610 weights

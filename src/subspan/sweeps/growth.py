@@ -23,7 +23,7 @@ from subspan.sweeps.plan import RunPlan
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training import state
-from subspan.training.config import Run, Training, check_rates
+from subspan.training.config import Run, Training, check_different, check_rates
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
@@ -67,6 +67,7 @@ class Growth:
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
         check_rates("baseline_lrs", self.baseline_lrs)
+        check_different("dims", self.dims)
         if len(self.dims) == 1:
             raise SubspanError(
                 f"d cannot grow from {self.dims[0]} alone: give several dims, as 25,50,100"
