@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
+    output.begin()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
     finally:

@@ -20,6 +20,11 @@ def readable(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
+def expanded(name: str) -> Path:
+    """Return a path with the home folder for ~; where there is none it stays, as in a shell."""
+    return Path(os.path.expanduser(name))
+
+
 def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:
     """Refuse a path that no file can be written to, before the work that would fill it.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from subspan.cli import main
 from subspan.commands import console, doctor
 from subspan.commands.doctor import Check
 from subspan.commands.sweep import show_runs, show_sweep
@@ -18,6 +22,7 @@ from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import Job, Outcome
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.training.records import CompleteRun, Epoch
+from subspan.training.schema import to_json
 from subspan.training.score import Score
 from tests.runs import a_run
 
@@ -165,3 +170,19 @@ def test_progress_on_a_terminal(monkeypatch):
     progress_of_everything()
     assert "[x] on digits, hash, lr 0.3: 100 steps" in file.getvalue()
     assert "100/100" in file.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_encoding_lacks(encoding, monkeypatch, in_tmp_path):
+    """In a container with LC_ALL=C a sweep ended in an error at the ± of its table."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    folder = Path(os.fsdecode(b"folder-\xff"))
+    folder.mkdir()
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--method", "hash", "--help"])
+    (folder / "record.json").write_text(json.dumps(to_json(RECORD)))
+    assert main(["report", str(folder)]) == 0
+    text = written.getvalue().decode(encoding)
+    assert r"folder-\udcff" in text
+    assert ("wandb, trackio, …" in text) == (encoding == "utf-8")

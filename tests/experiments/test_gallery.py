@@ -185,6 +185,23 @@ def test_parts_stand_in_the_experiments_order_and_those_left_out_are_named(tmp_p
     assert [path.name for path in shown(tmp_path / "runs").pictures] == ["summary.png"]
 
 
+def test_sweeps_that_have_only_their_folder_in_common_are_not_one(tmp_path):
+    """Their scores had one unit, and no command could have made them together."""
+    for name, change in (("a", {}), ("b", {"data": "fashion_mnist"})):
+        raw = a_sweep()
+        place(tmp_path / "mine" / name, raw | {"config": raw["config"] | change})
+    one, other = exhibits.exhibits(tmp_path)
+    assert (one.title, other.title) == (
+        "lenet on mnist, D = 61,706",
+        "lenet on fashion_mnist, D = 61,706",
+    )
+    assert "--data fashion_mnist" in other.command
+    raw = a_sweep()  # another network alone is a comparison, as --nets makes one
+    place(tmp_path / "nets" / "a", raw)
+    place(tmp_path / "nets" / "b", raw | {"config": raw["config"] | {"net": "mlp"}})
+    assert [e.title for e in exhibits.exhibits(tmp_path)][2:] == ["lenet, mlp at equal d"]
+
+
 def test_other_data_and_the_budget_are_in_the_command(tmp_path):
     raw = a_sweep(["hash"]) | an_experiment(name="li-mnist-lenet", budget="full")
     raw["config"]["data"] = "my digits"

@@ -42,7 +42,9 @@ def tree(tmp_path: Path) -> Path:
     )
     place(tmp_path / "a/part/runs/hash", one_run(7, 0.99), "record.json")  # is in its sweep
     place(tmp_path / "b/seed0", one_run(0, 0.97, checkpoint_bytes=250), "record.json")
-    place(tmp_path / "b/seed1", one_run(1, 0.98), "record.json")
+    later = one_run(1, 0.98)
+    later["config"]["option"] = None  # which a later version has
+    place(tmp_path / "b/seed1", later, "record.json")
     place(tmp_path / "b/seed1 (copy)", one_run(1, 0.98), "record.json")  # no third seed
     place(tmp_path / "b/failed", one_run(2, 0.99, status="running"), "record.json")
     other = a_sweep() | {"status": "running"}

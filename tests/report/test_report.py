@@ -333,6 +333,8 @@ def test_at_a_single_d_methods_are_compared_by_bars(tmp_path):
     files = write(tmp_path)
     assert "What each method reaches" in files[2].read_text()
     assert "d = 300" in " ".join(svg_texts(files[1].read_bytes()))
+    raw["rows"][1]["test_score"] = [0.0]
+    assert len(bars.figure(read_sweep(tmp_path, raw)).axes[0].patches) == 3  # not as if unknown
     raw["rows"].pop()  # one method: a curve of one point
     assert not bars.suits(read_sweep(tmp_path, raw))
 

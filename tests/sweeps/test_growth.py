@@ -16,6 +16,7 @@ from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.sweeps.growing_dimension import GrowingDimension
 from subspan.sweeps.growth import Growth, GrowthPlan
 from subspan.sweeps.intrinsic import intrinsic_dimension
+from subspan.sweeps.result import PointRecord
 from subspan.training.config import Run, Training
 from subspan.training.score import Score
 from subspan.training.train import train
@@ -207,6 +208,11 @@ def test_another_projection_has_no_stages(cli, in_tmp_path):
     assert "hash" in said.err
 
 
+def test_dims_are_no_text():
+    with pytest.raises(SubspanError, match="dims must be a tuple of texts, got '24'"):
+        Growth(Training(net=NET), dims="24")  # it would grow from 2 to 4
+
+
 def test_dims_double_by_default():
     plan = GrowthPlan(Growth(Training(net=NET)))
     assert plan.dims == ("25", "50", "100", "200", "400")  # of 610 weights
@@ -229,6 +235,29 @@ def test_a_run_that_was_stopped_goes_on_in_the_middle_of_a_stage(tmp_path):
     assert [row.test_score for row in done.history] == [row.test_score for row in whole.history]
     files = [tmp_path / name / "model.safetensors" for name in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_seeds_that_end_before_the_mean_has_reached_the_target_are_named():
+    """It is not that the target was out of reach, as a curve that goes on to its end would say."""
+    plan = GrowthPlan(Growth(Training(net=NET)))
+    first = {50: [0.7, 0.3], 100: [0.85, 0.5], 200: [0.86, 0.6]}
+    baseline = point(610, [0.9, 0.9])
+    rows = [*(point(d, scores) for d, scores in first.items()), point(400, [0.84], seeds=[1])]
+    found = plan._find(rows, baseline)["hash"]
+    assert found.value is None
+    assert "no mean of all seeds, for the runs of seeds 0 had reached the target" in found.note
+    for last in ([0.86, 0.7], [0.86, 0.9]):  # no seed has ended before; and reached
+        found = plan._find([*rows[:3], point(400, last)], baseline)["hash"]
+        assert (found.value is None, "no mean" in found.note) == (last[1] < 0.75, False)
+
+
+def point(dim, scores, **other):
+    counts = dict.fromkeys(("trainable_parameters", "stored_parameters"), dim)
+    fixed = {"method": "hash", "label": str(dim), "lr": 0.1, "weights": 610}
+    seeds = {"seeds": list(range(len(scores)))}
+    return PointRecord(
+        dim=dim, test_score=scores, checkpoint_bytes=None, **fixed, **counts, **seeds | other
+    )
 
 
 def test_paired_intervals_draw_whole_curves():
@@ -399,7 +428,7 @@ def test_trainer_of_transformers(tmp_path):
     data = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]
     model = SubspaceModel(bert(), 4)
     growing = GrowingDimension(model, [4, 8, 16, 32], baseline=1.0, threshold=0.5)
-    scores = iter([0.1, 0.6, 0.7, 0.8])
+    scores = iter([0.05, 0.1, 0.6, 0.7, 0.8])  # the first before any step
     trainer = transformers.Trainer(
         model.body,
         transformers.TrainingArguments(
@@ -412,6 +441,7 @@ def test_trainer_of_transformers(tmp_path):
             learning_rate=0.1,
             lr_scheduler_type="constant",
             eval_strategy="epoch",
+            eval_on_start=True,
             save_strategy="no",
         ),
         train_dataset=data,
@@ -426,5 +456,10 @@ def test_trainer_of_transformers(tmp_path):
     assert w.abs().sum() > 0
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (4 / 16) ** 0.5)
     assert 4 < growing.found().value < 8
+    trainer.compute_metrics = lambda _: {"accuracy": 0.9}
+    trainer.evaluate()  # once more, or of other data
+    assert growing.scores[16] == 0.7
     with pytest.raises(SubspanError, match="give no 'eval_f1'"):
-        growing.callback("eval_f1").on_evaluate(None, None, None, metrics={"eval_loss": 1.0})
+        growing.callback("eval_f1").on_evaluate(
+            None, trainer.state, None, metrics={"eval_loss": 1.0}
+        )

@@ -117,13 +117,13 @@ def test_what_is_not_complete_is_repeated(swept, tmp_path, counted):
 def test_runs_on_other_samples_are_not_mixed(swept, tmp_path, counted):
     out = copied(swept[0], tmp_path / "sweep")
     records = {path.parent.name: path for path in out.glob("runs/*/record.json")}
-    samples = {name: json.loads(path.read_text())["samples"] for name, path in records.items()}
+    samples = {name: json.loads(path.read_text())["digest"] for name, path in records.items()}
     for seed in (0, 1):  # each of which has a validation part of its own
         assert len({value for name, value in samples.items() if name.endswith(str(seed))}) == 1
     assert len(set(samples.values())) == 2
     shutil.rmtree(records.pop("hash-dim10-lr0.3-seed1").parent)
     for name, path in records.items():
-        edited(path, samples=samples[name] + 1)
+        edited(path, digest=samples[name] + 1)
     with pytest.raises(SubspanError, match="was trained on other samples than runs before it"):
         sweep(a_sweep(seeds=2), out, Running(jobs=1))
     assert counted == ["hash-dim10-lr0.3-seed1"]

@@ -196,9 +196,7 @@ def last_layers(monkeypatch):
     monkeypatch.setattr(registry, "_registry", copy.copy(registry._registry))
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(code, str(GUIDE), "exec"), {"__name__": "subspan.training.methods.last_layer"})
-    methods.cache_clear()
-    yield "last-layers"
-    methods.cache_clear()
+    return "last-layers"
 
 
 def test_the_guide_to_adding_a_method(last_layers, tmp_path, cli, in_tmp_path):
@@ -229,9 +227,7 @@ def odd(monkeypatch):
         def rates(self, options):
             return (0.01,)
 
-    methods.cache_clear()
-    yield Odd("odd", "")
-    methods.cache_clear()
+    return Odd("odd", "")
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,14 @@ def test_other_threads_cannot_take_signals():
     thread.start()
     thread.join()
     assert seen == [before, False]
+
+
+def test_handlers_that_are_not_python_s_stay(monkeypatch):
+    """A program that has Python inside of it has set them, and Python could not give them back."""
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        stop = Stop()
+        stop.__enter__()
+    assert signal.getsignal(signal.SIGTERM) == before
+    stop.__exit__()

@@ -422,17 +422,13 @@ def test_a_task_of_the_users_has_a_name_and_options(own, cli, monkeypatch):
 
     monkeypatch.setattr(tasks, "_registry", copy.copy(tasks._registry))
     tasks.register(Lines("lines", "points on a line"))
-    tasks.kinds.cache_clear()
-    try:
-        assert "how many points" in cli("train", "--task", "lines", "--help").out
-        words = ("--task", "lines", "--epochs", 1, "--samples", 80)
-        said = cli("train", *words, "--dim", 12, "--out", "run")
-        assert (said.code, said.err) == (0, "")
-        found = evaluate_checkpoint("run/model.safetensors")
-        assert found["test_error"] == record_of(Path("run"))["test_score"]
-        said = cli("train", "--task", "lines", "--resize", 8, "--dim", 12, "--out", "other")
-        assert (said.code, "it is one of images" in said.err) == (2, True)
-        said = cli("train", "--resume", "--samples", 90, "--out", "run")
-        assert (said.code, "samples 80 → 90" in said.err) == (2, True)
-    finally:
-        tasks.kinds.cache_clear()
+    assert "how many points" in cli("train", "--task", "lines", "--help").out
+    words = ("--task", "lines", "--epochs", 1, "--samples", 80)
+    said = cli("train", *words, "--dim", 12, "--out", "run")
+    assert (said.code, said.err) == (0, "")
+    found = evaluate_checkpoint("run/model.safetensors")
+    assert found["test_error"] == record_of(Path("run"))["test_score"]
+    said = cli("train", "--task", "lines", "--resize", 8, "--dim", 12, "--out", "other")
+    assert (said.code, "it is one of images" in said.err) == (2, True)
+    said = cli("train", "--resume", "--samples", 90, "--out", "run")
+    assert (said.code, "samples 80 → 90" in said.err) == (2, True)

@@ -42,7 +42,7 @@ KEYS = {
         "processes",
         "device",
     ),
-    *("versions", "notes", "samples", "error", "log"),
+    *("versions", "notes", "digest", "error", "log"),
 }
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+
+
+def begin() -> None:
+    """Let letters that the output's encoding lacks be written by their numbers, as errors are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def write(text: str) -> None:

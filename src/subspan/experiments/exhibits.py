@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from subspan.report.families import FAMILIES, OTHERS, Family, family_of
 from subspan.sweeps.growth import Growth
 from subspan.sweeps.result import Provenance, SweepRecord
 from subspan.training.config import Sweep, Training
-from subspan.training.records import plain, read_json
+from subspan.training.records import differences, plain, read_json
 from subspan.training.tasks import option_names
 
 
@@ -59,7 +59,8 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
     """Return the experiments of a folder, in the order of its folders' names.
 
     A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
-    whose folders have a ``sweep.json`` each is an experiment of several parts.
+    whose folders have a ``sweep.json`` each is an experiment of several parts, or a comparison of
+    networks; if these are neither, each is for itself.
 
     Args:
         folder: with the experiments' folders.
@@ -73,8 +74,7 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
     found = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            if (exhibit := _exhibit(place)) is not None:
-                found.append(exhibit)
+            found += _exhibits(place)
         except SubspanError as error:
             if damaged is None:
                 raise
@@ -87,33 +87,44 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
     return found
 
 
-def _exhibit(place: Path) -> Exhibit | None:
-    """Make the exhibit of a folder, or None if it holds no experiment."""
+def _exhibits(place: Path) -> list[Exhibit]:
+    """Make the exhibits of a folder, none if it holds no experiment."""
     try:
         if (place / BENCH).is_file():
-            return _of_bench(place)
+            return [_of_bench(place)]
         if (place / SweepRecord.FILE).is_file():
-            return _of_sweeps(place, {"": place})
-        if parts := {path.parent.name: path.parent for path in place.glob(f"*/{SweepRecord.FILE}")}:
-            return _of_sweeps(place, dict(sorted(parts.items())))
+            return [_of_sweeps(place, {"": place})]
+        parts = {path.parent.name: path.parent for path in place.glob(f"*/{SweepRecord.FILE}")}
+        if parts and _are_one([_sweep(path) for path in parts.values()]):
+            return [_of_sweeps(place, dict(sorted(parts.items())))]
+        return [_of_sweeps(path, {"": path}) for _, path in sorted(parts.items())]
     except SubspanError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SubspanError(
             f"a record in {place} is damaged ({error!r}): run the command that wrote it again"
         ) from error
-    return None
 
 
 # ---- sweeps --------------------------------------------------------------------------------------
 
 
+def _sweep(place: Path) -> SweepRecord:
+    found = read(place)
+    assert isinstance(found, SweepRecord)  # read prefers sweep.json, and it is there
+    return found
+
+
+def _are_one(sweeps: Sequence[SweepRecord]) -> bool:
+    """Return whether sweeps are parts of one experiment, or compare networks under one command."""
+    if sweeps[0].experiment:
+        return len({sweep.experiment and sweep.experiment.name for sweep in sweeps}) == 1
+    configs = [sweep.config | dict.fromkeys(("net", "small")) for sweep in sweeps]
+    return not any(differences(configs[0], config) for config in configs)
+
+
 def _of_sweeps(folder: Path, places: Mapping[str, Path]) -> Exhibit:
-    sweeps = {}
-    for part, place in places.items():
-        sweep = read(place)
-        assert isinstance(sweep, SweepRecord)  # read prefers sweep.json, and it is there
-        sweeps[part] = sweep
+    sweeps = {part: _sweep(place) for part, place in places.items()}
     first = next(iter(sweeps.values()))
     told = first.experiment or Provenance("", "", "", "", "")
     name, budget = told.name, told.budget

@@ -119,7 +119,7 @@ def _panel(
         known = published[place] if published else []
         for value in known:
             axes.plot(value, place, "D", color=_PUBLISHED, markersize=3)
-        if not seeds or min(seeds) <= 0:
+        if not seeds:
             continue
         if bars:
             axes.barh(place, mean(seeds), 0.7, color=colour)
@@ -147,7 +147,7 @@ def _panel(
 def _logarithmic(axes: Axes) -> None:
     """Make the axis logarithmic where bars are too unlike for one from zero."""
     widths = [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)]
-    if widths and max(widths) >= 20 * min(widths):
+    if widths and 0 < 20 * min(widths) <= max(widths):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(10, numticks=4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show_number(x)))

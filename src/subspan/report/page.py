@@ -126,7 +126,7 @@ def _answer(sweep: SweepRecord) -> list[str]:
     goal = f"{100 * sweep.threshold:g} % of the {sweep.score.name} of {sweep.baseline.label}"
     reached = {m: found.value for m, found in sweep.d_int.items() if found.value is not None}
     if not reached:
-        return [f"No method reaches {goal}."]
+        return [f"No curve of means over seeds reaches {goal}."]
     best = min(reached, key=lambda method: reached[method])
     return [
         f"{best} reaches {goal} at d {d_int_bound(sweep.d_int[best])}"

@@ -111,8 +111,9 @@ def _points_in(folder: Path) -> Iterator[tuple[str, MeasuredPoint]]:
         if inside.isdisjoint(place.parents):
             run = RunRecord.read(place)
             if run is not None and _counts(run):
-                config = json.dumps(run.config | {"seed": None}, sort_keys=True)
-                seed: int = run.config["seed"]
+                given = {k: v for k, v in run.config.items() if v is not None}  # or missing
+                seed: int = given.pop("seed")
+                config = json.dumps(given, sort_keys=True)
                 alike[place.parent, config].setdefault(seed, (place, run))  # a copy is no more
     for members in alike.values():
         runs = [run for _, run in members.values()]

@@ -137,6 +137,9 @@ class GrowingDimension:
     def callback(self, metric: str = "eval_accuracy") -> Any:
         """Return a callback for ``Trainer`` of transformers, which records every evaluation.
 
+        One without a step since the one before, as at the start or of a test set at the end, is no
+        score of another d, and not recorded.
+
         Training ends when the curve does. ``lr_scheduler_type="constant"`` lets every d have the
         rate that suits it.
 
@@ -155,8 +158,12 @@ class GrowingDimension:
         growing = self
 
         class OnEvaluate(TrainerCallback):
+            step = 0  # with which the last evaluation came
+
             def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-                metrics = given["metrics"]
+                if state.global_step == self.step:
+                    return
+                self.step, metrics = state.global_step, given["metrics"]
                 if metric not in metrics:
                     known = ", ".join(metrics)
                     raise SubspanError(f"evaluations give no {metric!r}, but {known}")

@@ -22,7 +22,8 @@ from subspan.sweeps.job import Job
 from subspan.sweeps.plan import RunPlan
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, SweepRecord
-from subspan.training.config import Run, Training, check_rates
+from subspan.training import state
+from subspan.training.config import Run, Training, check_different, check_rates
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
@@ -66,6 +67,7 @@ class Growth:
         if not 0 < self.threshold <= 1:
             raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
         check_rates("baseline_lrs", self.baseline_lrs)
+        check_different("dims", self.dims)
         if len(self.dims) == 1:
             raise SubspanError(
                 f"d cannot grow from {self.dims[0]} alone: give several dims, as 25,50,100"
@@ -99,7 +101,7 @@ class GrowthPlan(RunPlan):
             )
         if not config.dims and "compartments" in options:
             raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
-        dims = config.dims or _doubled(prepare(_run(config, {"dim": 1} | options, 1.0, 0, 1)).model)
+        dims = config.dims or _doubled(_run(config, {"dim": 1} | options, 1.0, 0, 1))
         self.options = options | {"stages": list(dims)}
         rates = how.tried_rates(self.options)
         self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
@@ -170,8 +172,18 @@ class GrowthPlan(RunPlan):
             score=self.score,
             paired=True,
         )
-        how = f"one run a seed, d growing with {self.config.stage_epochs} epochs each"
-        return {METHOD: replace(found, note="; ".join(filter(None, (found.note, how))))}
+        ended = [str(seed) for seed in rows[0].seeds if seed not in rows[-1].seeds]
+        unknown = found.value is None and ended
+        notes = (
+            found.note,
+            f"beyond that d there is no mean of all seeds, for the runs of seeds {', '.join(ended)}"
+            " had reached the target in validation, and ended: subspan sweep has every seed at "
+            "every d"
+            if unknown
+            else "",
+            f"one run a seed, d growing with {self.config.stage_epochs} epochs each",
+        )
+        return {METHOD: replace(found, note="; ".join(filter(None, notes)))}
 
 
 def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:
@@ -180,8 +192,10 @@ def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: 
     return Run(training, METHOD, options, lr, seed)
 
 
-def _doubled(model: Any) -> tuple[str, ...]:
-    """Return 25, 50, 100, … up to the weights of a model."""
+@state.aside()
+def _doubled(run: Run) -> tuple[str, ...]:
+    """Return 25, 50, 100, … up to the weights that a run trains."""
+    model = prepare(run).model
     assert isinstance(model, SubspaceModel)
     most = sum(part.weights for part in model.compartments)
     count = int(math.log2(max(most / FIRST, 0.5))) + 1

@@ -67,9 +67,9 @@ class RunPlan(ABC):
             self.failed[outcome.job.name] = outcome.error
             return
         for other in self.records():
-            known = None not in (other.samples, record.samples)  # older records do not say
+            known = None not in (other.digest, record.digest)  # older records do not say
             alike = all(other.config[key] == record.config[key] for key in ("net", "seed"))
-            if known and alike and other.samples != record.samples:
+            if known and alike and other.digest != record.digest:
                 raise SubspanError(
                     f"{outcome.job.name} was trained on other samples than runs before it, as if "
                     "the data had changed: remove the folders of the runs on data that are no "

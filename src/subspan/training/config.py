@@ -255,7 +255,7 @@ class Sweep:
             check_rates(name, lrs)
         listed = [("methods", self.methods), ("small", self.small)]
         for name, values in [*listed, *self._lists("dims", self.dims)]:
-            _check_different(name, values)
+            check_different(name, values)
         for name in ("seeds", "processes"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -318,10 +318,13 @@ def check_rates(name: str, lrs: Sequence[float]) -> None:
     """Refuse learning rates that are not positive, or of which two have one folder."""
     for lr in lrs:
         _check_rate(name, lr)
-    _check_different(name, [f"{lr:g}" for lr in lrs])
+    check_different(name, [f"{lr:g}" for lr in lrs])
 
 
-def _check_different(name: str, values: Sequence[str]) -> None:
+def check_different(name: str, values: Sequence[str]) -> None:
+    """Refuse values of which two are the same, and a text, whose letters would be the values."""
+    if isinstance(values, str):
+        raise SubspanError(f"{name} must be a tuple of texts, got {values!r}: give ({values!r},)")
     if len(set(values)) < len(values):
         raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
 

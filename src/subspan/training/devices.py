@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from subspan import distributed
@@ -16,6 +18,23 @@ from subspan.training.config import Training
 def on_cpu(training: Training) -> bool:
     """Return whether a run takes the processor: it was told to, or there is nothing else."""
     return training.device == "cpu" or not torch.accelerator.is_available()
+
+
+@contextmanager
+def accelerate_aside() -> Iterator[None]:
+    """Let accelerate know afterwards what it knew before.
+
+    It has one state for a process: an accelerator of the caller's would go on with the precision of
+    a run, and would not accumulate its gradients any more.
+    """
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, known in zip(states, before, strict=True):
+            state.clear()
+            state.update(known)
 
 
 def accelerator(training: Training, **more: Any) -> Accelerator:

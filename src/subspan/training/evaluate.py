@@ -29,12 +29,11 @@ def evaluate(model: nn.Module, task: Task, part: Part) -> tuple[float, float]:
         SubspanError: if what the task returns is no loss and score, or its evaluation trains.
     """
     net = model.eval().merge() if isinstance(model, SubspaceModel) else model.eval()
-    before, drawn = _digests(net), state.generators()
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
-        found = task.evaluate(net, part)
+    before = _digests(net)
     # An evaluation may end in training mode, without gradients, or seed a generator.
+    with state.aside(), torch.set_grad_enabled(torch.is_grad_enabled()):
+        found = task.evaluate(net, part)
     model.eval()
-    state.set_generators(drawn)
     now = _digests(net)
     if changed := next((name for name in before if now.get(name) != before[name]), None):
         raise SubspanError(
@@ -67,6 +66,7 @@ def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     return known | read | own | task.describe()
 
 
+@state.aside()
 def rebuild(
     path: str | os.PathLike[str], net: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:

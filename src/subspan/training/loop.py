@@ -120,7 +120,7 @@ class Loop:
             "device": machine.device_name(device),
             "versions": machine.versions(),
             "notes": notes,
-            "samples": self.digest,
+            "digest": self.digest,
         }
         self.record = self.checked(RunRecord, begun | self.counts())
 
@@ -176,9 +176,10 @@ class Loop:
                 progress.best_score, progress.best_epoch = row.val_score, epoch
                 self.folder.save(self.model, self.folder.best, self.extra())
             self.write("running")
-            if self.report:
-                self.report(row)
-            self.log.epoch(row)
+            with state.aside():
+                if self.report:
+                    self.report(row)
+                self.log.epoch(row)
             patience = self.training.patience
             waited = patience and ready and epoch - progress.best_epoch >= patience
             if waited or (last and epoch < self.epochs):
@@ -348,7 +349,7 @@ class Loop:
             notes=self.record.notes,
             processes=self.accelerator.num_processes,
             size=self.task.size(),
-            digest=self.digest,
+            samples=self.digest,
             seconds_total=time.perf_counter() - self.started,
         )
         state.write(self.folder.state, now)

@@ -21,7 +21,7 @@ from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.subspace import init
 from subspan.subspace.parameters import bytes_of, digest_tensors, find_slots
-from subspan.training import data, nets, tasks
+from subspan.training import data, nets, state, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
 from subspan.training.methods import Method, method
@@ -49,7 +49,7 @@ class Prepared:
 
     @functools.cached_property
     def digest(self) -> int:
-        """A checksum of the task's samples and of what it says of itself."""
+        """A checksum of the samples of all parts, and of what the task says of itself."""
         found = zlib.crc32(json.dumps(self.task.describe(), sort_keys=True).encode())
         for tensor in self.task.samples():
             if tensor.layout is torch.strided:
@@ -172,6 +172,7 @@ def _digest(net: nn.Module) -> str:
     return digest_tensors({name: held[name] for name in held if type(held[name]) in plain})
 
 
+@state.aside()
 def rehearse(run: Run, processes: int = 1) -> Prepared:
     """Prepare a run that is to begin later, and refuse all that would end it before its first step.
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from subspan.errors import SubspanError
+from subspan.files import expanded
 from subspan.subspace import init
 from subspan.training import state
 from subspan.training.data.cache import digest
@@ -115,7 +116,7 @@ def locate(name: str) -> str:
                 f"{project}"
             )
         return str(Path(found.submodule_search_locations[0]) / folder)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return str(path)
     if name[:1] in "./~" or name.count("/") > 1:  # no name on the Hub looks like this

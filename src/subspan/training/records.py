@@ -156,7 +156,8 @@ class RunRecord(Record):
         device: in words.
         versions: of what the result may depend on.
         notes: what readers should know of the data and of processes, in sentences.
-        samples: a checksum of them (:class:`subspan.training.prepare.Prepared`).
+        samples: in records of earlier versions, a checksum of the training part.
+        digest: a checksum of the samples (:class:`subspan.training.prepare.Prepared`).
         error: why the run failed.
     """
 
@@ -184,6 +185,7 @@ class RunRecord(Record):
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     samples: int | None = field(default=None, metadata=OPTIONAL)
+    digest: int | None = field(default=None, metadata=OPTIONAL)
     error: str | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim.journal import Journal
 from subspan.subspace import init
-from subspan.training import tasks
+from subspan.training import state, tasks
 from subspan.training.export import write_weights
 
 
@@ -57,6 +57,7 @@ def replay(
     return made, write_atomically(out, safetensors.torch.save(tensors))
 
 
+@state.aside()
 def _drawn(path: str | os.PathLike[str]) -> nn.Module:
     """Return the network that a run of the laboratory began with."""
     extra = Journal(path).header["extra"]

@@ -50,10 +50,9 @@ def check_beginning(
             f"{folder.path} was begun with {before.size:,} training samples, now there are "
             f"{size:,}: {remedy}"
         )
-    if before.digest is not None and before.digest != ready.digest:
+    if before.samples is not None and before.samples != ready.digest:
         raise SubspanError(
-            f"{folder.path} was begun with other training samples, or other labels of them: "
-            f"{remedy}"
+            f"{folder.path} was begun with other samples, or other labels of them: {remedy}"
         )
     if before.header["kind"] == "part":
         checkpoint.check_part(folder.path, model, before.header)

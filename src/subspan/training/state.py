@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from subspan.training.schema import from_json, to_json
 
 FILE = "state.pt"
 FORMAT = 2
+_drawing = threading.RLock()
 
 
 @dataclass
@@ -82,7 +85,7 @@ class TrainState:
         notes: of the record; None likewise.
         processes: how many trained.
         size: training samples; None likewise.
-        digest: of them (:class:`subspan.training.prepare.Prepared`); None likewise.
+        samples: a checksum of them (:class:`subspan.training.prepare.Prepared`); None likewise.
         seconds_total: of all parts of the training.
     """
 
@@ -98,7 +101,7 @@ class TrainState:
     notes: list[str] | None = None
     processes: int = 1
     size: int | None = None
-    digest: int | None = None
+    samples: int | None = None
     seconds_total: float
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,10 +168,24 @@ def generators() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
     }
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Leave all generators as they were found, whatever is drawn or seeded meanwhile.
+
+    A process has one set of them: another thread that is to seed them waits until this ends.
+    """
+    with _drawing:
+        before = generators()
+        try:
+            yield
+        finally:
+            set_generators(before)
 
 
 def seed_generators(seed: int) -> None:

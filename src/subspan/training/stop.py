@@ -41,7 +41,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         in_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        # What is no handler of Python's (None) could not be given back.
+        ours = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None]
+        numbers = ours if in_main else ()
         self._handlers.append([(n, signal.signal(n, self._receive)) for n in numbers])
         return self
 

@@ -9,10 +9,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from subspan.errors import SubspanError
-from subspan.training import trackers
+from subspan.training import state, trackers
 from subspan.training.config import Run
-from subspan.training.devices import accelerator
+from subspan.training.devices import accelerate_aside, accelerator
 from subspan.training.folder import RunFolder
 from subspan.training.locks import lock_folder
 from subspan.training.loop import Loop, Report
@@ -56,12 +58,15 @@ def train(
     same bits as one that was not. SIGINT and SIGTERM save the state after the step that is under
     way; a second one does not wait. A run that is complete in this folder is not repeated.
 
+    The caller's generators, and accelerate's state, are afterwards as they were. In one process
+    there is one training at a time: one of another thread waits for its end.
+
     Args:
         run: what to do.
         out: output folder; made if it is not there.
         overwrite: replace what another configuration left there.
         report: called with each epoch's row of the history.
-        on_step: called after each step.
+        on_step: called after each step; it must not draw from generators that the training has.
         on_start: called before the first step with the number of steps, and how many of them were
             made before, and the task's score.
         stop: the request to stop of a larger program; by default signals are taken here.
@@ -79,16 +84,17 @@ def train(
     trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found
-    ready = prepare(run)
-    devices = accelerator(run.training, log_with=list(log) or None, project_dir=out)
-    with lock_folder(out) if devices.is_main_process else contextlib.nullcontext():
-        if found := completed(run, out, overwrite=overwrite):  # meanwhile, by another process
-            return found
-        begun = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
-        before = find_state(run.as_dict(), out) if begun else None
-        loop = Loop(ready, devices, out, before, report, on_step, stop)
-        loop.open()
-        return _finish(loop, on_start)
+    with state.aside(), accelerate_aside(), torch.inference_mode(False):  # with gradients
+        ready = prepare(run)
+        devices = accelerator(run.training, log_with=list(log) or None, project_dir=out)
+        with lock_folder(out) if devices.is_main_process else contextlib.nullcontext():
+            if found := completed(run, out, overwrite=overwrite):  # meanwhile, by another process
+                return found
+            begun = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
+            before = find_state(run.as_dict(), out) if begun else None
+            loop = Loop(ready, devices, out, before, report, on_step, stop)
+            loop.open()
+            return _finish(loop, on_start)
 
 
 def _finish(loop: Loop, on_start: Callable[[int, int, Score], None] | None) -> CompleteRun:

@@ -4,6 +4,8 @@ import os
 import sys
 import threading
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -124,3 +126,27 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.folder() == tmp_path / ".cache" / "subspan"
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch, in_tmp_path):
+    for name in ("SUBSPAN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no user is known
+    assert len(data.load("digits").train) == 1318
+    assert list(in_tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", [str, lambda path: {"bytes": None, "path": str(path)}])
+def test_images_beside_their_set_are_read_each_time(named, tmp_path, cache_folder):
+    """A change of theirs changes nothing in the folder of the set."""
+    pictures, folder = tmp_path / "pictures", tmp_path / "set"
+    files = [pictures / f"{i}.png" for i in range(8)]
+    for place in (pictures, folder):
+        place.mkdir()
+    table = pa.table({"image": list(map(named, files)), "label": [0, 1] * 4})
+    pq.write_table(table, folder / "train.parquet")
+    for level in (10, 200):
+        for file in files:
+            file.write_bytes(encoded(level))
+        assert set(data.load(str(folder)).train.images.unique().tolist()) == {level}
+    assert not cache_folder.exists()

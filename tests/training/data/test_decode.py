@@ -5,6 +5,7 @@ import torch
 
 from subspan.errors import SubspanError
 from subspan.training import data
+from subspan.training.data import decode, tables
 from tests.training.data.makers import as_structs, encoded, image_folder, parquet_folder
 
 
@@ -326,3 +327,9 @@ def test_parts_of_the_hub_may_have_capitals(tmp_path):
     pets = data.load(str(tmp_path / "pets"), validation=0)
     assert (len(pets.train), len(pets.test)) == (24, 24)
     assert pets.notes == ("no test part: the part 'VAL' serves as it",)
+
+
+def test_a_format_without_types_has_no_images():
+    """Such as CSV: its reader was asked for a type that it has not."""
+    assert not decode._may_hold_images(None)
+    assert tables.kind(None) == "no type"

@@ -146,6 +146,7 @@ def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
         ("someone/pets", "no folder 'someone/pets' .*no network.*check the name and the network"),
         ("./pets", "there is no data folder ./pets"),
         ("a/b/c", "there is no data folder a/b/c"),
+        ("~nobody-of-this-name/pets", "there is no data folder ~nobody-of-this-name/pets"),
         ("", "unknown data set ''"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
+from subspan.files import expanded
 from subspan.training.data import cache, parts, sources, tables
 from subspan.training.data.order import VALIDATION, hold_out
 from subspan.training.data.tensors import Raw, Tensors
@@ -102,7 +103,7 @@ def load(
     def read_file() -> RawBlocks:
         return _cut(name, {"train": [_read_text(file)]}, tokenizer=tokenizer, block=block)
 
-    file = Path(name).expanduser()
+    file = expanded(name)
     place: list[Any]
     read_it: Callable[[], RawBlocks]
     if file.is_file():

@@ -13,17 +13,22 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from subspan.files import readable, write_atomically
+from subspan.files import expanded, readable, write_atomically
 from subspan.training.data.tensors import Raw
 
 Content = TypeVar("Content", bound=Raw)
 
 
 def folder() -> Path:
-    """``$SUBSPAN_CACHE``, or ``subspan`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
+    """``$SUBSPAN_CACHE``, or ``subspan`` in the user's cache folder (``$XDG_CACHE_HOME``).
+
+    A user without a home, as in a container, has none that could be written.
+    """
     if chosen := os.environ.get("SUBSPAN_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspan"
+        return expanded(chosen)
+    home = expanded("~")
+    usual = home / ".cache" if home.is_absolute() else Path(os.devnull)
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "subspan"
 
 
 def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Content:
@@ -35,10 +40,14 @@ def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Conten
     path = folder() / f"{key}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["subspan"])
+            told = {"outside": False} | json.loads(
+                file.metadata()["subspan"]
+            )  # or it were not here
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return kind.unpack(tensors, told)
     content = build()
+    if content.outside:
+        return content
     with contextlib.suppress(OSError):
         tensors, told = content.pack()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,15 +91,16 @@ def read(
         names=() if numbers else known,
         depth=depth,
         notes=notes,
+        outside=revision is None and "outside" in looks,
     )
 
 
 def _may_hold_images(feature: Any) -> bool:
-    """Images, encoded files or paths of them; None is a column that does not say what it is."""
+    """Images, encoded files or paths of them; a format without types, as CSV, has none."""
     if isinstance(feature, dict):
         return bool({"bytes", "path"} & feature.keys())
     encoded = ("string", "large_string", "binary", "large_binary")
-    return feature is None or tables.kind(feature) in ("Image", *encoded)
+    return tables.kind(feature) in ("Image", *encoded)
 
 
 def parse_size(resize: int | str) -> Size:
@@ -115,7 +117,8 @@ def parse_size(resize: int | str) -> Size:
     return int(found[1]), int(found[2] or found[1])
 
 
-_Looks = dict[str, dict[str, str]]  # "size" or "depth": each that was seen, and in which file
+# "size" or "depth": each that was seen, and in which file; "outside": files that are not the set's.
+_Looks = dict[str, dict[str, str]]
 
 
 def _decode(
@@ -156,6 +159,8 @@ def _decode(
                     f"brightness in each: found {one} ({first}) and {other} ({second}): save them "
                     "alike"
                 )
+            if encoded["bytes"] is None and _is_outside(path, encoded["path"]):
+                looks.setdefault("outside", {})[name] = part
             arrays.append(array)
             values.append(value)
     if not arrays:
@@ -174,6 +179,11 @@ def _content(encoded: dict[str, Any]) -> bytes:
         return Path(path).read_bytes()
     with xopen(path, "rb") as file:
         return file.read()
+
+
+def _is_outside(folder: str, file: str) -> bool:
+    """Return whether a file is none of a folder's; those of the Hub have a revision."""
+    return "://" not in file and Path(folder) not in Path(os.path.abspath(file)).parents
 
 
 def _stack(parts: list[list[np.ndarray]]) -> list[Tensor]:

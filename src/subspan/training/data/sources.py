@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from subspan.errors import SubspanError, unknown
+from subspan.files import expanded
 from subspan.training.data import cache, decode, pixels
 from subspan.training.data.cache import Content
 from subspan.training.data.images import ImageData, RawData, Split, statistics
@@ -121,12 +122,12 @@ def find(
 def local_folder(name: str) -> Path | None:
     """Return the folder that a name stands for, if it is one."""
     if data := os.environ.get("SUBSPAN_DATA"):
-        folder = Path(data).expanduser() / name
+        folder = expanded(data) / name
         if re.fullmatch(r"\w[\w.-]*", name) and folder.is_dir():
             return folder.resolve()
     if name in names():
         return None
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder.resolve()
     if name[0] in "./~" or name.count("/") > 1:  # no name on the Hub looks like this

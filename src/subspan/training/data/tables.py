@@ -133,7 +133,7 @@ def check_texts(path: str, part: str, column: str, values: Iterable[Any]) -> Non
 
 def kind(feature: Any) -> str:
     """Name the type of a column: Image, ClassLabel, string, int64 and so on."""
-    name = type(feature).__name__
+    name = "no type" if feature is None else type(feature).__name__
     return str(feature.dtype) if name == "Value" else name
 
 

@@ -58,6 +58,9 @@ class Raw(Tensors):
 
     Attributes:
         notes: sentences that a reader of the results should know.
+        outside: whether some of it lies beside its source, where a change would not be noticed, so
+            that it is read each time.
     """
 
     notes: tuple[str, ...] = ()
+    outside: bool = False

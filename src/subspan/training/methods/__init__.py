@@ -242,12 +242,16 @@ class Method(ABC):
         return {} if self.axis is None else {self.axis: value}
 
 
-@functools.cache
 def methods() -> dict[str, Method]:
-    """Return all methods by name; those of the user's modules, too."""
+    """Return all methods by name; those of the user's modules, and of a notebook so far, too."""
+    _import_all()
+    return dict(_registry)
+
+
+@functools.cache
+def _import_all() -> None:
     load_remembered()
     import_files(sys.modules[__name__])
-    return dict(_registry)
 
 
 def method(name: str) -> Method:

@@ -103,7 +103,10 @@ class Task(ABC):
         return self
 
     def samples(self) -> Iterable[Tensor]:
-        """Return what a training that goes on knows its samples by; by default, its tensors."""
+        """Return what a training that goes on knows its samples by, those of all parts.
+
+        By default they are the task's tensors.
+        """
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def sizes(self) -> dict[str, int]:
@@ -198,12 +201,16 @@ def register(kind: TaskKind) -> None:
     _registry.add(kind.name, kind)
 
 
-@functools.cache
 def kinds() -> dict[str, TaskKind]:
-    """Return all tasks that have a name, by it."""
+    """Return all tasks that have a name so far, by it."""
+    _import_all()
+    return dict(_registry)
+
+
+@functools.cache
+def _import_all() -> None:
     own.load_remembered()
     import_files(sys.modules[__name__])
-    return dict(_registry)
 
 
 def option_names() -> list[str]:

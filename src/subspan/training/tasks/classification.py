@@ -102,8 +102,8 @@ class Classification(ClassTask):
         return type(self)(replace(images, mean=mean, std=std), self.net, self.changes)
 
     def samples(self) -> Iterable[Tensor]:
-        """Return the training part's images and labels."""
-        return self.images.train.images, self.images.train.labels
+        """Return the images and labels of all parts."""
+        return self.images.pack()[0].values()
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test images."""

@@ -63,8 +63,8 @@ class LanguageModelling(TaskOfTransformers):
         return {"block": self.data.train.tokens.shape[1], "tokenizer": self.tokenizer.digest}
 
     def samples(self) -> Iterable[Tensor]:
-        """Return the training part's tokens."""
-        return (self.data.train.tokens,)
+        """Return the tokens of all parts."""
+        return self.data.pack()[0].values()
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test tokens."""

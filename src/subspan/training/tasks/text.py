@@ -135,8 +135,8 @@ class TextClassification(TaskOfTransformers, ClassTask):
         return super().as_trained(extra, path)
 
     def samples(self) -> Iterable[Tensor]:
-        """Return the training part's texts and labels."""
-        return self.data.train.tokens, self.data.train.ends, self.data.train.labels
+        """Return the texts and labels of all parts."""
+        return self.data.pack()[0].values()
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test texts."""
