@@ -118,7 +118,7 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path):
     [
         (["--dims", "5,12"], "d cannot grow from 5 to 12: subspaces are nested if each d is a"),
         (["--dims", "20,10"], "d cannot grow from 20 to 10"),
-        (["--dims", "5,5,10"], "d cannot grow from 5 to 5: "),
+        (["--dims", "5,5,10"], "dims names one value twice: 5, 5, 10"),
         (["--dims", "5,10", "--bits", "3"], "unknown argument of subspan intrinsic '--bits'"),
         (["--dims", "5,10", "--head-lr", "-1", "--train-fully", "fc2"], "head_lr must be a"),
         (["--dims", "5,10", "--baseline-lrs", ".01,-1"], "baseline_lrs must be a positive"),
