@@ -39,15 +39,14 @@ QUICK = {
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only moves when it is told to, and the calls that were made."""
-    state = SimpleNamespace(now=0.0, calls=[])
+    state = SimpleNamespace(now=0.0, calls=[], in_turn=0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: state.now)
 
     def takes(name, *seconds):
         def function():
-            turn = [n for n, last in reversed(list(enumerate(state.calls))) if last != name]
-            in_turn = len(state.calls) - (turn[0] + 1 if turn else 0)
+            state.in_turn = state.in_turn + 1 if state.calls[-1:] == [name] else 0
             state.calls.append(name)
-            state.now += seconds[min(in_turn, len(seconds) - 1)]
+            state.now += seconds[min(state.in_turn, len(seconds) - 1)]
 
         return function
 
@@ -83,7 +82,7 @@ def test_rounds_follow_the_time_to_spend(clock):
 
 def test_bandwidth_counts_reading_and_writing(monkeypatch):
     monkeypatch.setattr(timing, "interleaved", lambda *_: {"copy": {"median": 0.5}})
-    assert copy_bandwidth(CPU, 1.0) == 2 * 256 * 2**20 / 0.5
+    assert copy_bandwidth(CPU, 1.0) == 2 * timing.COPIED / 0.5
 
 
 # ---- candidates ----------------------------------------------------------------------------------

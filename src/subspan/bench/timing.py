@@ -18,6 +18,7 @@ import torch
 ROUNDS = (5, 1000)  # at least, at most
 CALLS = 4  # in a turn, or as many as fill
 TURN = 0.02  # seconds
+COPIED = 256 * 2**20  # bytes, which fit into no cache
 
 Quartiles = dict[str, float]  # median, low, high (quartiles) in seconds; calls
 
@@ -73,8 +74,8 @@ def spread(seconds: list[float]) -> Quartiles:
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
-    """Bytes per second that this machine reads and writes in a plain copy of 256 MiB."""
-    source = torch.ones(1 << 26, device=device)
+    """Bytes per second that this machine reads and writes in a plain copy of :data:`COPIED`."""
+    source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     timing = interleaved({"copy": lambda: target.copy_(source)}, seconds, device)["copy"]
-    return 2 * source.numel() * source.element_size() / timing["median"]
+    return 2 * COPIED / timing["median"]
