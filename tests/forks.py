@@ -82,6 +82,7 @@ def _run(
     module = words[0] == "-m"
     sys.argv = words[module:]
     if module:
+        sys.path.insert(0, str(where))
         sys.modules.pop(words[1], None)  # runpy warns of what is imported already
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:

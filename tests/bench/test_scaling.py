@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,22 @@ import torch
 from benchmarks import scaling
 
 import subspan
+from tests.forks import Ended, python
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.scaling", "--out", str(out), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run(out: Path, *words: str) -> Ended:
+    return python(["-m", "benchmarks.scaling", "--out", str(out), *words], ROOT, {}, out.parent)
 
 
 @pytest.mark.slow
 def test_points_a_picture_and_nothing_twice(tmp_path):
     words = ["--families", "hash,rademacher", "--most-weights", "1e5", "--seconds", "0.01"]
-    said = run(tmp_path, *words)
+    out = tmp_path / "out"
+    said = run(out, *words)
     assert said.returncode == 0, said.stderr
-    record = json.loads((tmp_path / "scaling.json").read_text())
+    record = json.loads((out / "scaling.json").read_text())
     sizes = [(p["family"], p["out_dim"], p["in_dim"]) for p in record["points"]]
     assert sizes == [
         (f, 10**5, d) for f in ("hash", "rademacher") for d in (10**2, 10**3, 10**4, 10**5)
@@ -34,10 +33,10 @@ def test_points_a_picture_and_nothing_twice(tmp_path):
     assert all(p["seconds"] > 0 for p in record["points"])
     slow = record["points"][-1]
     assert slow["rows"] < slow["out_dim"]  # 10^10 signs are not counted out in 0.01 s
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    again = run(tmp_path, *words)
+    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    again = run(out, *words)
     assert "hash          D=" not in again.stdout
-    assert json.loads((tmp_path / "scaling.json").read_text()) == record
+    assert json.loads((out / "scaling.json").read_text()) == record
 
 
 def test_exponents_are_those_of_the_law():

@@ -1,7 +1,6 @@
 """A module of the user's adds to the command line: ``--import module``."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from subspan.cli import main
 from subspan.errors import SubspanError
 from subspan.layers.atoms import Sum, atoms
 from subspan.training import own
+from tests.forks import Ended, python
 
 MINE = """
 from dataclasses import dataclass
@@ -37,13 +37,9 @@ TWICE = "from subspan.families.hash import Hash\nclass Again(Hash, family='hash'
 DIGITS = ("--net", "mlp", "--data", "digits", "--epochs", "1")
 
 
-def subspan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def subspan(folder: Path, *arguments: str) -> Ended:
     """A command that a person gives in a folder of their own."""
-    environment = {k: v for k, v in os.environ.items() if k != "SUBSPAN_IMPORT"}
-    command = [sys.executable, "-m", "subspan.cli", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return python(["-m", "subspan.cli", *arguments], folder, {"SUBSPAN_IMPORT": ""}, folder)
 
 
 def test_the_options_of_a_projection_of_the_users_are_flags(tmp_path):
@@ -57,7 +53,9 @@ def test_it_trains_in_the_workers_of_a_sweep(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     how = ("--import", "mine", *DIGITS, "--methods", "scaled,hash", "--dims", "10", "--gain", "3")
     how += ("--jobs", "2", "--baseline", "null", "--lrs", "0.1", "--out", "curve")
-    done = subspan(tmp_path, "sweep", *how)
+    # joblib's workers would outlive a fork.
+    command = [sys.executable, "-m", "subspan.cli", "sweep", *how]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "curve" / "sweep.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"scaled", "hash"}
