@@ -352,6 +352,21 @@ def test_a_state_of_another_rank_is_taken_over():
         LowRankLinear(6, 7, 2).load_state_dict(a.state_dict())
 
 
+def test_a_state_without_the_factors_of_another_rank_is_refused():
+    a, b = LowRankLinear(6, 5, 4), LowRankLinear(6, 5, 2)
+    now, state = b.state_dict(), a.state_dict()
+    fitting = {name: t for name, t in state.items() if t.shape == now[name].shape}
+    less = {name: t for name, t in state.items() if name != "U"}
+    for part, layer in ((fitting, b), (less, LowRankLinear(6, 5, 4))):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(SubspanError, match=r"lacks some of U, S and V.*load it whole"):
+            layer.load_state_dict(part, strict=False)
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    a.load_state_dict(less, strict=False)  # its own factors are those that are left out
+    b.load_state_dict({"bias": a.bias}, strict=False)
+    assert torch.equal(b.bias, a.bias)
+
+
 def test_a_new_layer_has_the_scale_of_pytorchs():
     torch.manual_seed(0)
     layer, dense = LowRankLinear(300, 200, 17), nn.Linear(300, 200)

@@ -130,19 +130,26 @@ def check(name: str, factors: Sequence[Tensor], saved: Tensor) -> None:
     Raises:
         SubspanError: if they do not belong together.
     """
-    if any(t.is_meta or not t.is_floating_point() for t in (*factors, saved)):
+    if belong(factors, saved):
         return
-    expected = witness(*factors)
-    if expected.shape == saved.shape:
-        kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, saved)]
-        size = torch.maximum(expected.norm(), saved.norm().to(expected))
-        # What is not finite is no average, and not for us to judge.
-        if not bool((expected - saved.to(expected)).norm() > max(kinds) * size):
-            return
     raise SubspanError(
         REFUSED.format(f"U, S and V of {name} do not belong together: factors")
         + f"; or leave {name}.witness out of the state, if this is what it shall be"
     )
+
+
+def belong(factors: Sequence[Tensor], saved: Tensor) -> bool:
+    """Return whether U, S and V have a witness, as far as numbers that are finite can tell."""
+    if any(t.is_meta or not t.is_floating_point() for t in (*factors, saved)):
+        return True
+    U, S, V = factors
+    if (*U.shape[1:], *V.shape[1:]) != S.shape or U.shape[:1] != saved.shape:
+        return False
+    expected = witness(*factors)
+    kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, saved)]
+    size = torch.maximum(expected.norm(), saved.norm().to(expected))
+    # What is not finite is no average, and not for us to judge.
+    return not bool((expected - saved.to(expected)).norm() > max(kinds) * size)
 
 
 def _tagged(tensor: Tensor, cls: type[Value], of: tuple[str, object]) -> Tensor:

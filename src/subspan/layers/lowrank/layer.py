@@ -224,10 +224,21 @@ class LowRank(Compressed, type_name="lowrank"):
         """Take the rank of the file, too.
 
         Raises:
-            SubspanError: if somebody has averaged the factors one by one.
+            SubspanError: if somebody has averaged the factors one by one, or left some out that
+                are not those of this layer.
         """
         tensors = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
         saved = state_dict.pop(prefix + "witness", None)  # older states have none
+        if len(tensors) < 3 and saved is not None:
+            own = ((prefix + name, self._parameters.get(name)) for name in "USV")
+            both = [state_dict.get(key, p).to(p.device) for key, p in own if p is not None]
+            if len(both) == 3 and not factors.belong(both, saved):
+                raise SubspanError(
+                    f"this state_dict lacks some of {prefix}U, {prefix}S and {prefix}V, perhaps "
+                    "because their shapes differ, and those of the layer are others: load it "
+                    "whole, for a layer takes the rank of a state, or leave out these three and "
+                    f"{prefix}witness"
+                )
         if len(tensors) == 3 and all(t.dim() == 2 for t in tensors):
             U, S, V = tensors
             (n, m), r = self.shape, S.shape[0]
