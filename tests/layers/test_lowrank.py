@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import SubspanError
@@ -350,6 +351,13 @@ def test_a_state_of_another_rank_is_taken_over():
     assert torch.equal(a.weight, b.weight)
     with pytest.raises(RuntimeError, match="size mismatch for U"):
         LowRankLinear(6, 7, 2).load_state_dict(a.state_dict())
+
+
+def test_a_state_goes_through_the_functions_of_distributed_checkpoints():
+    a, b = (nn.Sequential(LowRankLinear(6, 5, 3), LowRankConv2d(2, 3, 3, 2)) for _ in "ab")
+    set_model_state_dict(b, get_model_state_dict(a))
+    for one, other in zip(a, b, strict=True):
+        assert torch.equal(one.weight, other.weight)
 
 
 def test_a_state_without_the_factors_of_another_rank_is_refused():

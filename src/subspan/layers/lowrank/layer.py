@@ -213,10 +213,18 @@ class LowRank(Compressed, type_name="lowrank"):
         """Add the witness, by which loading knows factors that have been averaged."""
         self._adopt()  # what was put in the place of a factor
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        parameters = [self._parameters.get(name) for name in "USV"]
-        if all(isinstance(p, factors.Factor) and not p.is_meta for p in parameters):
-            with plain():
-                destination[prefix + "witness"] = factors.witness(*parameters)  # type: ignore[arg-type]
+        if (witness := self.witness) is not None:
+            destination[prefix + "witness"] = witness
+
+    @property
+    def witness(self) -> Tensor | None:
+        """What a state has beside the factors; None where something else computes them."""
+        U, S, V = (self._parameters.get(name) for name in "USV")
+        for p in (U, S, V):
+            if not isinstance(p, factors.Factor) or p.is_meta:
+                return None
+        with plain():
+            return factors.witness(U, S, V)  # type: ignore[arg-type]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
