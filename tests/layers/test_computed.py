@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from subspan import SubspanError
 from subspan.layers import factorize, product_of_sums
@@ -33,6 +34,12 @@ def layers():
         lambda w: torch._foreach_mul_([w.detach()], 0.5),
         lambda w: torch.add(w.detach(), 1, out=w.detach()),
         lambda w: w.register_hook(lambda gradient: 0 * gradient),
+        lambda w: w.set_(torch.zeros(3)),
+        lambda w: w.requires_grad_(False),
+        lambda w: setattr(w, "requires_grad", False),
+        lambda w: setattr(w, "grad", torch.zeros_like(w)),
+        lambda w: setattr(w, "grad_sample", torch.zeros(1)),
+        lambda w: torch.from_dlpack(w.detach()),
     ],
 )
 def test_a_change_of_a_weight_would_be_lost(change):
@@ -41,6 +48,41 @@ def test_a_change_of_a_weight_would_be_lost(change):
         with pytest.raises(SubspanError, match="computed when it is read, and what"):
             change(layer.weight)
         assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        lambda m, w: setattr(m, "weight", nn.Parameter(w)),
+        lambda m, w: setattr(m, "weight", w),
+        lambda m, w: prune.l1_unstructured(m, "weight", 0.5),
+        lambda m, w: torch.func.functional_call(m, {"weight": w}, torch.zeros(m.shape)),
+    ],
+)
+def test_another_weight_in_the_place_of_a_computed_one_is_refused(exchange):
+    for layer in layers():
+        state, given = layer.state_dict(), torch.zeros_like(layer.weight)
+        with pytest.raises(SubspanError, match="is computed from its parameters and cannot be"):
+            exchange(layer, given)
+        assert layer.state_dict().keys() == state.keys()
+
+
+def test_flags_of_a_weight_may_be_set_to_what_they_are():
+    for layer in layers():
+        assert layer.requires_grad_(False).weight.requires_grad_(False).requires_grad is False
+        layer.weight.requires_grad = False
+        with pytest.raises(SubspanError, match=r"set on it \(requires_grad\) would be lost"):
+            layer.weight.requires_grad = True
+        kept = layer.weight.detach().requires_grad_()
+        kept.square().sum().backward()
+        kept.grad = None
+
+
+def test_arrays_of_a_weight_are_to_be_read():
+    for layer in layers():
+        with pytest.raises(ValueError, match="read-only"):
+            layer.weight.detach().numpy()[:] = 0
+        layer.weight.detach().clone().numpy()[:] = 0
 
 
 def test_a_weight_is_read_as_any_tensor():

@@ -140,6 +140,33 @@ def test_means_are_refused_where_they_are_formed():
             mean(factors)
 
 
+def test_means_of_vectors_of_parameters_are_refused_where_they_are_formed():
+    networks = [net(), other()]
+    for flat in (torch.Tensor.flatten, torch.ravel, lambda p: p.data.view(-1)):
+        for vectors in (
+            [nn.utils.parameters_to_vector(network.parameters()) for network in networks],
+            [torch.cat([flat(p) for p in network.parameters()]).cpu() for network in networks],
+            [flat(network[0].V) for network in networks],
+        ):
+            for mean in FEDERATED.values():
+                with REFUSED:
+                    mean(vectors)
+
+
+def test_vectors_of_parameters_move_as_any_tensor():
+    network = net()
+    vector = nn.utils.parameters_to_vector(network.parameters())
+    far = nn.utils.parameters_to_vector(other().parameters())
+    distance = (vector - far).square().sum()
+    distance.backward()
+    direction = torch.cat([p.grad.flatten() for p in network.parameters()])
+    nn.utils.vector_to_parameters(vector.detach() - 0.1 * direction, network.parameters())
+    moved = nn.utils.parameters_to_vector(network.parameters())
+    torch.testing.assert_close((moved - vector).norm(), 0.2 * distance.sqrt())
+    columns = torch.cat([network[0].U, network[0].U], dim=1)
+    assert type(columns + columns) is torch.Tensor
+
+
 def test_the_mean_of_equal_factors_is_theirs():
     state = net().state_dict()
     file = io.BytesIO()

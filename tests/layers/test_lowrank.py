@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import SubspanError
@@ -350,6 +351,28 @@ def test_a_state_of_another_rank_is_taken_over():
     assert torch.equal(a.weight, b.weight)
     with pytest.raises(RuntimeError, match="size mismatch for U"):
         LowRankLinear(6, 7, 2).load_state_dict(a.state_dict())
+
+
+def test_a_state_goes_through_the_functions_of_distributed_checkpoints():
+    a, b = (nn.Sequential(LowRankLinear(6, 5, 3), LowRankConv2d(2, 3, 3, 2)) for _ in "ab")
+    set_model_state_dict(b, get_model_state_dict(a))
+    for one, other in zip(a, b, strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+def test_a_state_without_the_factors_of_another_rank_is_refused():
+    a, b = LowRankLinear(6, 5, 4), LowRankLinear(6, 5, 2)
+    now, state = b.state_dict(), a.state_dict()
+    fitting = {name: t for name, t in state.items() if t.shape == now[name].shape}
+    less = {name: t for name, t in state.items() if name != "U"}
+    for part, layer in ((fitting, b), (less, LowRankLinear(6, 5, 4))):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(SubspanError, match=r"lacks some of U, S and V.*load it whole"):
+            layer.load_state_dict(part, strict=False)
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    a.load_state_dict(less, strict=False)  # its own factors are those that are left out
+    b.load_state_dict({"bias": a.bias}, strict=False)
+    assert torch.equal(b.bias, a.bias)
 
 
 def test_a_new_layer_has_the_scale_of_pytorchs():

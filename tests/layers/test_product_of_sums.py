@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
 
@@ -207,12 +208,34 @@ def test_what_is_stored_is_what_is_trained():
     x = torch.randn(2, 64)
     assert torch.equal(other(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-    different = ProductOfSumsLinear(64, 64, layer.factors, 3, seed=1)
-    different.load_state_dict(layer.state_dict())
-    assert not torch.equal(different(x), layer(x))
-    moved = ProductOfSumsLinear(64, 64, layer.factors, 3, stream=1)
-    moved.load_state_dict(layer.state_dict())
-    assert not torch.equal(moved(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"stream": 1}, {"init": "glorot"}, {"f": "exp"}, {"kind": "rademacher"}],
+)
+def test_a_state_of_other_fixed_matrices_is_refused(other):
+    def made(kind="gaussian", f="identity", **options):
+        factor = {"kind": kind, "p": 7, "f": f}
+        return nn.Sequential(ProductOfSumsLinear(16, 16, [factor], **options))
+
+    net, different = made(), made(**other)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    state, before = torch.load(file, weights_only=True), different[0].weight.clone()
+    with pytest.raises(SubspanError, match=r"is of 0 with other fixed matrices.*make the layer as"):
+        different.load_state_dict(state)
+    assert torch.equal(different[0].weight, before)
+    same = made()
+    same.load_state_dict(state)
+    assert torch.equal(same[0].weight, net[0].weight)
+
+
+def test_a_state_of_matrices_that_no_seed_makes_loads_whatever_the_seed():
+    layers = [ProductOfSumsLinear(6, 4, [{"kind": "free"}], seed=seed) for seed in (0, 1)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(layers[1].weight, layers[0].weight)
 
 
 def cube(a):

@@ -5,8 +5,9 @@ of their factors is another matrix. Programs that average parameters (moving ave
 weight averaging, federated learning) know nothing of that. Two things tell them:
 
 - The parameters U, S and V, and what is detached, cloned or scaled from them, are tensors that know
-  which layer they are from. Sums, interpolations and stacks of the same factor of two layers, or of
-  a layer and an older copy of it, are refused. Everything else is as with ordinary tensors.
+  which layer they are from, and so are vectors of all parameters. Sums, interpolations and stacks
+  of the same factor of two layers, or of a layer and an older copy of it, are refused. Everything
+  else is as with ordinary tensors.
 - A layer's state has a witness, W z for a fixed vector z. Whatever averages the numbers of files
   averages it, too, and then it is that of the mean of W. Loading compares.
 """
@@ -31,7 +32,9 @@ _DIFFERENCES = {"sub", "rsub"}
 _COPIES = {"detach", "data", "clone", "contiguous", "to", "cpu", "cuda"}
 _CASTS = {"float", "double", "half", "bfloat16"}
 _MULTIPLES = {"mul", "rmul", "div", "truediv", "true_divide", "neg"}
-KEPT = SUMS | _DIFFERENCES | _COPIES | _CASTS | _MULTIPLES  # their results know the layer, too
+_FLAT = {"view", "reshape", "flatten", "ravel"}
+# Their results know the layer, too.
+KEPT = SUMS | _DIFFERENCES | _COPIES | _CASTS | _MULTIPLES | _FLAT | {"cat"}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the witness; 16 bits: 3 %
 REFUSED = (
     "{} cannot be averaged one by one, for the product of such averages is not the average of the "
@@ -71,9 +74,12 @@ class Value(Tensor):
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             factors = [t for t in tensors if isinstance(t, Value)]
             alone = all(isinstance(t, Value) or not t.dim() for t in tensors)
-            if factors and alone and out.shape == factors[0].shape:
+            flat = name in _FLAT and out.dim() == 1
+            if name == "cat" and factors and out.dim() == 1:  # all parameters as one vector
+                out = _tagged(out, Value, ("U, S and V", object()))
+            elif factors and alone and (flat or out.shape == factors[0].shape):
                 factor, same = factors[0].of
-                live = name in ("detach", "data")
+                live = name in ("detach", "data") or flat
                 out = _tagged(out, Value, (factor, same if live else object()))
         return out
 
@@ -130,19 +136,26 @@ def check(name: str, factors: Sequence[Tensor], saved: Tensor) -> None:
     Raises:
         SubspanError: if they do not belong together.
     """
-    if any(t.is_meta or not t.is_floating_point() for t in (*factors, saved)):
+    if belong(factors, saved):
         return
-    expected = witness(*factors)
-    if expected.shape == saved.shape:
-        kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, saved)]
-        size = torch.maximum(expected.norm(), saved.norm().to(expected))
-        # What is not finite is no average, and not for us to judge.
-        if not bool((expected - saved.to(expected)).norm() > max(kinds) * size):
-            return
     raise SubspanError(
         REFUSED.format(f"U, S and V of {name} do not belong together: factors")
         + f"; or leave {name}.witness out of the state, if this is what it shall be"
     )
+
+
+def belong(factors: Sequence[Tensor], saved: Tensor) -> bool:
+    """Return whether U, S and V have a witness, as far as numbers that are finite can tell."""
+    if any(t.is_meta or not t.is_floating_point() for t in (*factors, saved)):
+        return True
+    U, S, V = factors
+    if (*U.shape[1:], *V.shape[1:]) != S.shape or U.shape[:1] != saved.shape:
+        return False
+    expected = witness(*factors)
+    kinds = [TOLERANCE.get(t.dtype, 0.03) for t in (*factors, saved)]
+    size = torch.maximum(expected.norm(), saved.norm().to(expected))
+    # What is not finite is no average, and not for us to judge.
+    return not bool((expected - saved.to(expected)).norm() > max(kinds) * size)
 
 
 def _tagged(tensor: Tensor, cls: type[Value], of: tuple[str, object]) -> Tensor:

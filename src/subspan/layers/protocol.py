@@ -160,6 +160,24 @@ class Compressed(nn.Module, ABC):
         """Take a recipe, with any values; the parameters stay the same objects."""
         raise NotImplementedError
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but no weight in the place of the one that is computed."""
+        self._refuse_weight(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, but none in the place of the weight, as pruning does."""
+        self._refuse_weight(name.removesuffix("_orig"))
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self, name: str) -> None:
+        if name == "weight" and isinstance(getattr(type(self), name, None), property):
+            raise SubspanError(
+                f"the weight of a {type(self).__name__} is computed from its parameters and cannot "
+                "be exchanged, shared, masked or pruned: do that to an ordinary layer, which "
+                "layers.merge() puts there"
+            )
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:

@@ -213,10 +213,18 @@ class LowRank(Compressed, type_name="lowrank"):
         """Add the witness, by which loading knows factors that have been averaged."""
         self._adopt()  # what was put in the place of a factor
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        parameters = [self._parameters.get(name) for name in "USV"]
-        if all(isinstance(p, factors.Factor) and not p.is_meta for p in parameters):
-            with plain():
-                destination[prefix + "witness"] = factors.witness(*parameters)  # type: ignore[arg-type]
+        if (witness := self.witness) is not None:
+            destination[prefix + "witness"] = witness
+
+    @property
+    def witness(self) -> Tensor | None:
+        """What a state has beside the factors; None where something else computes them."""
+        U, S, V = (self._parameters.get(name) for name in "USV")
+        for p in (U, S, V):
+            if not isinstance(p, factors.Factor) or p.is_meta:
+                return None
+        with plain():
+            return factors.witness(U, S, V)  # type: ignore[arg-type]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -224,10 +232,21 @@ class LowRank(Compressed, type_name="lowrank"):
         """Take the rank of the file, too.
 
         Raises:
-            SubspanError: if somebody has averaged the factors one by one.
+            SubspanError: if somebody has averaged the factors one by one, or left some out that
+                are not those of this layer.
         """
         tensors = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
         saved = state_dict.pop(prefix + "witness", None)  # older states have none
+        if len(tensors) < 3 and saved is not None:
+            own = ((prefix + name, self._parameters.get(name)) for name in "USV")
+            both = [state_dict.get(key, p).to(p.device) for key, p in own if p is not None]
+            if len(both) == 3 and not factors.belong(both, saved):
+                raise SubspanError(
+                    f"this state_dict lacks some of {prefix}U, {prefix}S and {prefix}V, perhaps "
+                    "because their shapes differ, and those of the layer are others: load it "
+                    "whole, for a layer takes the rank of a state, or leave out these three and "
+                    f"{prefix}witness"
+                )
         if len(tensors) == 3 and all(t.dim() == 2 for t in tensors):
             U, S, V = tensors
             (n, m), r = self.shape, S.shape[0]
