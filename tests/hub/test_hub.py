@@ -264,6 +264,15 @@ def test_dtypes_come_back(hub, tmp_path):
         assert torch.equal(p, loaded.body.state_dict()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_that_was_converted_comes_back_as_it_was_loaded(hub, dtype):
+    model = scatter(SubspaceModel(classifier("org/base"), 40, train_fully=HEAD)).to(dtype)
+    model.push_to_hub("user/small", token=TOKEN)
+    loaded = subspan.load("user/small")
+    assert {p.dtype for p in loaded.body.parameters()} == {torch.float32}
+    assert_same(loaded.to(dtype), model)
+
+
 def test_a_network_with_replaced_parts_names_no_base(hub, tmp_path):
     net = classifier("org/base")
     net.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()

@@ -121,10 +121,15 @@ def _locate(name: str, revision: str | None) -> tuple[dict[str, Any], Path] | No
 
 
 def _dtype(model: SubspaceModel) -> str:
-    """Return the dtype in which the network was loaded: that of its first weights with a dtype."""
+    """Return the dtype in which the network was loaded: that of its first weights with a dtype.
+
+    It is the one in which they were wrapped, whatever the network has been converted to since.
+    """
     weights = model.subspace
-    rest = [weights.stored(name) for name in weights.requires_grad if name not in weights.fully]
-    found = next((p.dtype for p in rest if p.is_floating_point()), rest[0].dtype)
+    rest = [name for name in weights.requires_grad if name not in weights.fully]
+    float_ones = (name for name in rest if weights.stored(name).is_floating_point())
+    name = next(float_ones, None)
+    found = weights.stored(rest[0]).dtype if name is None else weights.changes.dtype_before(name)
     return str(found).removeprefix("torch.")
 
 

@@ -56,9 +56,9 @@ def load(
     header, tensors = checkpoint.read(file)
     network, drawn = _fetch(str(path), header, token)
     parameters = dict(network.named_parameters())
-    for name, tensor in tensors.items():  # what is trained fully keeps the file's dtype
+    for name, tensor in tensors.items():  # what is trained fully is not rounded
         if (p := parameters.get(name.removeprefix("body."))) is not None and (
-            tensor.is_floating_point()
+            tensor.is_floating_point() and tensor.element_size() >= p.element_size()
         ):
             p.data = p.data.to(tensor.dtype)
     try:
