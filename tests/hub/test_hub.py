@@ -264,13 +264,19 @@ def test_dtypes_come_back(hub, tmp_path):
         assert torch.equal(p, loaded.body.state_dict()[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_network_that_was_converted_comes_back_as_it_was_loaded(hub, dtype):
-    model = scatter(SubspaceModel(classifier("org/base"), 40, train_fully=HEAD)).to(dtype)
-    model.push_to_hub("user/small", token=TOKEN)
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_that_was_converted_comes_back_as_it_is(hub, before, after):
+    model = SubspaceModel(classifier("org/base", dtype=before), 40, train_fully=HEAD).to(after)
+    if after == torch.float16:
+        model.classifier.float()
+    scatter(model).push_to_hub("user/small", token=TOKEN)
     loaded = subspan.load("user/small")
-    assert {p.dtype for p in loaded.body.parameters()} == {torch.float32}
-    assert_same(loaded.to(dtype), model)
+    for name, p in model.body.named_parameters():
+        twin = loaded.body.get_parameter(name)
+        assert twin.dtype == p.dtype
+        assert torch.equal(twin.data, p.data)
+    assert_same(*(m.merge().to(after) for m in (loaded, model)))
 
 
 def test_a_network_with_replaced_parts_names_no_base(hub, tmp_path):
