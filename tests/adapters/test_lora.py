@@ -61,6 +61,14 @@ def test_factors_at_zero_coordinates_are_those_of_the_format():
         assert a.flatten().tolist() == list(map(float, wanted))
 
 
+def test_patterns_may_be_any_iterable():
+    options = {"targets": ["up", "down"], "exclude": ["down"], "train_fully": ["head"]}
+    want = subspan.lora(block(), 10, rank=2, **options)
+    model = subspan.lora(block(), 10, rank=2, **{n: (p for p in o) for n, o in options.items()})
+    assert model.fully_trained().keys() == want.fully_trained().keys()
+    assert (model.recipe, model.subspace.lora) == (want.recipe, want.subspace.lora)
+
+
 def test_layers_keep_class_names_and_hooks():
     net = block()
     seen = []

@@ -264,6 +264,21 @@ def test_dtypes_come_back(hub, tmp_path):
         assert torch.equal(p, loaded.body.state_dict()[name])
 
 
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_that_was_converted_comes_back_as_it_is(hub, before, after):
+    model = SubspaceModel(classifier("org/base", dtype=before), 40, train_fully=HEAD).to(after)
+    if after == torch.float16:
+        model.classifier.float()
+    scatter(model).push_to_hub("user/small", token=TOKEN)
+    loaded = subspan.load("user/small")
+    for name, p in model.body.named_parameters():
+        twin = loaded.body.get_parameter(name)
+        assert twin.dtype == p.dtype
+        assert torch.equal(twin.data, p.data)
+    assert_same(*(m.merge().to(after) for m in (loaded, model)))
+
+
 def test_a_network_with_replaced_parts_names_no_base(hub, tmp_path):
     net = classifier("org/base")
     net.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
@@ -319,12 +334,20 @@ def test_a_base_of_another_revision_is_refused_by_both_names(hub, bases, tmp_pat
     second = hub.add("org/base", files(bases / "two"))
     net = classifier("org/base")
     before = {name: p.clone() for name, p in net.named_parameters()}
-    match = f"from org/base at revision {hub.first}, and this is org/base at revision {second}"
+    here, there = (f"org/base at revision {commit} in float32" for commit in (second, hub.first))
+    match = f"trained from {there}, and this is {here}"
     with pytest.raises(SubspanError, match=match):
         subspan.load(tmp_path / "m.safetensors", net)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     assert SubspaceModel.of(net) is None
     assert subspan.load(tmp_path / "m.safetensors")  # which has its own revision
+
+
+def test_a_base_in_another_dtype_is_refused_by_both(hub, tmp_path):
+    subspan.save(variant("org/base"), tmp_path / "m.safetensors")
+    net = classifier("org/base", dtype=torch.bfloat16)
+    with pytest.raises(SubspanError, match=r"in float32, and this is .* in bfloat16\): give"):
+        subspan.load(tmp_path / "m.safetensors", net)
 
 
 def test_weights_drawn_at_random_are_refused_by_name(hub, bases, tmp_path):

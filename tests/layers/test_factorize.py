@@ -98,6 +98,7 @@ def test_what_is_chosen():
     assert net.a is net.b
     assert not any(p.requires_grad for p in net.frozen.parameters())
     assert set(ranks(factorize(Net(), rank=2, targets=["a"]))) == {"a"}
+    assert set(ranks(factorize(Net(), rank=2, targets=iter(["a"])))) == {"a"}
     assert set(ranks(factorize(Net(), rank=2, exclude="a"))) == {"conv", "frozen"}
     assert set(ranks(factorize(Net(), rank=2, exclude="b"))) == {"conv", "frozen"}
     with pytest.raises(

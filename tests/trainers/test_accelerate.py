@@ -89,6 +89,27 @@ def test_a_saved_model_loads_by_accelerate(size, through, tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+@both
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda net, folder: accelerate.cpu_offload(net, torch.device("cpu")),
+        lambda net, folder: accelerate.disk_offload(net, folder, torch.device("cpu")),
+        lambda net, folder: accelerate.dispatch_model(net, {"": "disk"}, offload_dir=folder),
+        lambda net, folder: accelerate.load_checkpoint_in_model(net, folder, {"": "cpu"}),
+    ],
+)
+def test_a_network_is_not_offloaded_or_loaded_tensor_by_tensor(take, through, tmp_path):
+    model = scatter(SubspaceModel(build("mlp"), 12))
+    net = model if through == "handle" else model.body
+    accelerate.Accelerator(cpu=True).save_model(net, tmp_path)
+    x = torch.randn(3, 8)
+    before = scatter(model, 0.1)(x)
+    with pytest.raises(SubspanError, match=r"of accelerate would take weights tensor by tensor"):
+        take(net, str(tmp_path))
+    assert torch.equal(model(x), before)
+
+
 def test_copies_of_a_network_with_hooks_run_on_their_own_weights():
     net, x = build("mlp"), torch.randn(3, 8)
     accelerate.dispatch_model(net, {"": "cpu"}, force_hooks=True)

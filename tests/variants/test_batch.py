@@ -120,6 +120,48 @@ def test_results_without_rows_are_refused(many, answer, words):
         variants(torch.ones(3, 3), names=["a", "b", "b"])
 
 
+@pytest.fixture
+def adapted():
+    net = Many()
+    variants = Variants(subspan.lora(net, 4, rank=2, targets=["fc"]).eval())
+    variants.add("a", vector(1, 4))
+    variants.add("b", vector(2, 4))
+    return net, variants
+
+
+@pytest.mark.parametrize("names", ["ab", "abba", "aabb"])
+@pytest.mark.parametrize("which", ["many", "adapted"])
+def test_tables_of_all_rows_by_all_rows_are_refused(which, names, request):
+    net, variants = request.getfixturevalue(which)
+    net.answer = lambda y: Result(y, y @ y.T)
+    for _ in range(2):
+        with pytest.raises(SubspanError, match=r"^loss has shapes \[\(., .\), \(., .\)\] for"):
+            variants(torch.randn(len(names), 3), names=list(names))
+
+
+@pytest.mark.parametrize(
+    ("which", "names", "counts"), [("many", "abba", [2, 2]), ("adapted", "ab", [2])]
+)
+def test_as_many_classes_as_rows_are_no_table(which, names, counts, request):
+    net, variants = request.getfixturevalue(which)
+    x, runs = torch.randn(len(names), 3), []
+    want = row_by_row(variants, x, names)
+    variants(torch.randn(3, 3), names=["a", "b", "b"])
+    net.register_forward_hook(lambda net, args, out: runs.append(len(args[0])))
+    for more in ([3], []):  # a run with a row more finds that out, once
+        del runs[:]
+        torch.testing.assert_close(variants(x, names=list(names)), want)
+        assert runs == counts + more
+
+
+@pytest.mark.parametrize("answer", [lambda y: y.mean(), lambda y: Result(y, y.mean())])
+def test_a_loss_by_row_is_refused(adapted, answer):
+    net, variants = adapted
+    net.answer = answer
+    with pytest.raises(SubspanError, match=r"has shapes \[\(\)\] for batches of \[3\] rows"):
+        variants(torch.ones(3, 3), names=["a", None, None])
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [

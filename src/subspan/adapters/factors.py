@@ -72,6 +72,7 @@ def lora(
     """
     check_rank(rank)
     scaling = _scaling(rank, alpha)
+    targets, exclude, train_fully = listed(targets), listed(exclude), listed(train_fully)
     network: Any = net if init_seed is None else init.build(net, init_seed)
     layers = choose_layers(network, targets, exclude, train_fully, rank)
     draws = Source(seed, DOMAIN)
@@ -91,7 +92,7 @@ def lora(
         remove_factors(network)
         raise
     model.init_seed = init_seed
-    made = {"rank": rank, "alpha": alpha, "targets": listed(targets), "exclude": listed(exclude)}
+    made = {"rank": rank, "alpha": alpha, "targets": targets, "exclude": exclude}
     model.subspace.lora = {name: value for name, value in made.items() if value is not None}
     return model
 

@@ -35,9 +35,10 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
 
     Returns:
         The header's field ``base``: ``repo`` and ``revision`` (a commit), or ``folder``; ``class``;
-        ``dtype``; ``config``, where the network's configuration differs from the base's; and
-        ``late``, the names in it of what was set after the network was made. None if nothing can be
-        named for sure: a network with replaced parts is not what the base would give.
+        ``dtype``; ``converted``, the dtype that it has now, if that is another; ``config``, where
+        the network's configuration differs from the base's; and ``late``, the names in it of what
+        was set after the network was made. None if nothing can be named for sure: a network with
+        replaced parts is not what the base would give.
 
     Raises:
         SubspanError: if a name that was given cannot be the base.
@@ -80,7 +81,7 @@ def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] |
                 "load the network"
             )
         return None
-    fields |= {"class": f"transformers.{cls.__name__}", "dtype": _dtype(model), "config": changes}
+    fields |= {"class": f"transformers.{cls.__name__}", "config": changes} | _dtypes(model)
     return fields | ({"late": late} if late else {})
 
 
@@ -120,12 +121,19 @@ def _locate(name: str, revision: str | None) -> tuple[dict[str, Any], Path] | No
     return {"repo": name, "revision": folder.name}, folder
 
 
-def _dtype(model: SubspaceModel) -> str:
-    """Return the dtype in which the network was loaded: that of its first weights with a dtype."""
+def _dtypes(model: SubspaceModel) -> dict[str, str]:
+    """Return the dtype in which the network was loaded: that of its first weights with a dtype.
+
+    It is the one in which they were wrapped; what they were converted to since stands beside it.
+    """
     weights = model.subspace
-    rest = [weights.stored(name) for name in weights.requires_grad if name not in weights.fully]
-    found = next((p.dtype for p in rest if p.is_floating_point()), rest[0].dtype)
-    return str(found).removeprefix("torch.")
+    rest = [name for name in weights.requires_grad if name not in weights.fully]
+    floats = [name for name in rest if weights.stored(name).is_floating_point()]
+    now = before = weights.stored((floats or rest)[0]).dtype
+    if floats:
+        before = weights.changes.dtype_before(floats[0])
+    found = {"dtype": before} | ({"converted": now} if now != before else {})
+    return {key: str(dtype).removeprefix("torch.") for key, dtype in found.items()}
 
 
 def _difference(config: Any, base: Any) -> dict[str, Any]:

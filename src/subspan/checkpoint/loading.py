@@ -268,7 +268,8 @@ def check_base(
             f"{_say_kinds(here)}: quantise it in the same way, or not at all, before it is loaded"
         )
     if not agree(model.base_fingerprint, header["fingerprint"]):
-        theirs, ours = say_base(header.get("base")), say_base(find_base(model))
+        bases = header.get("base"), find_base(model)
+        theirs, ours = (f"{say_base(b)} in {b.get('dtype')}" if b else "" for b in bases)
         named = f"; it was trained from {theirs}, and this is {ours}" if theirs and ours else ""
         raise SubspanError(
             f"{path} was trained from other initial weights (fingerprint {header['fingerprint']}, "

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from subspan import checkpoint
@@ -22,6 +23,7 @@ from subspan.errors import SubspanError
 from subspan.hub.client import asking, need
 
 FILE = "model.safetensors"  # of a repository
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -56,16 +58,20 @@ def load(
     header, tensors = checkpoint.read(file)
     network, drawn = _fetch(str(path), header, token)
     parameters = dict(network.named_parameters())
-    for name, tensor in tensors.items():  # what is trained fully keeps the file's dtype
-        if (p := parameters.get(name.removeprefix("body."))) is not None and (
-            tensor.is_floating_point()
-        ):
-            p.data = p.data.to(tensor.dtype)
+    found = ((parameters.get(name.removeprefix("body.")), t) for name, t in tensors.items())
+    fully = [(p, t) for p, t in found if p is not None and t.is_floating_point()]
+    for p, tensor in fully:  # what is trained fully keeps the file's dtype
+        p.data = p.data.to(tensor.dtype)
     try:
-        return checkpoint.load(file, network)
+        model = checkpoint.load(file, network)
     except SubspanError as error:
         _explain(file, header, drawn - {name.removeprefix("body.") for name in tensors})
         raise error from None
+    if dtype := header["base"].get("converted"):
+        model.to(getattr(torch, dtype))
+        for p, tensor in fully:
+            p.data = tensor.to(p.device, copy=True)
+    return model
 
 
 def locate(
@@ -141,7 +147,11 @@ def _read_base(path: str, base: Any) -> tuple[Any, str, str | None]:
     transformers = need("transformers")
     where = base.get("repo", base.get("folder")) if isinstance(base, dict) else None
     fields = {"class": str, "dtype": str, "config": dict}
-    if not isinstance(where, str) or not all(isinstance(base.get(f), t) for f, t in fields.items()):
+    if (
+        not isinstance(where, str)
+        or not all(isinstance(base.get(field), kind) for field, kind in fields.items())
+        or base.get("converted", _FLOATS[0]) not in _FLOATS
+    ):
         raise SubspanError(f"{path} is not what subspan saves: its base cannot be read")
     package, _, name = base["class"].rpartition(".")
     cls = getattr(transformers, name, None) if package == "transformers" else None

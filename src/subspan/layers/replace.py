@@ -11,7 +11,7 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
-from subspan.subspace.compartments import EXPLICIT, Patterns, matches, select
+from subspan.subspace.compartments import EXPLICIT, Patterns, listed, matches, select
 from subspan.subspace.targets import PRESETS, Presets
 
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
@@ -120,6 +120,7 @@ def select_layers(
         SubspanError: for a pattern that selects nothing, or a layer that cannot be replaced; for a
             hook that no other layer could have; and if no layer is left.
     """
+    targets, exclude = listed(targets), listed(exclude)
     paths: dict[int, list[str]] = {}
     for path, module in net.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)

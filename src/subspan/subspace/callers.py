@@ -181,6 +181,16 @@ def empties_for_fsdp(start: FrameType) -> bool:
     return _runs(_beyond(start, "_apply", "to"), "accelerate", "fsdp2_prepare_model")
 
 
+def goes_by_tensor(start: FrameType) -> str:
+    """Return the function of accelerate that offloads or loads tensor by tensor, or ""."""
+    frame = _beyond(start, "state_dict")
+    for name in ("cpu_offload", "disk_offload", "dispatch_model", "load_checkpoint_in_model"):
+        if frame is not None and _runs(frame, "accelerate", name):
+            whole = name.startswith("load") and frame.f_locals["device_map"] is None
+            return "" if whole else name
+    return ""
+
+
 def sorts_by_decay(frame: FrameType) -> bool:
     """Return whether transformers goes from module to module to find what weight decay is for."""
     return frame.f_code.co_name == "get_parameter_names"

@@ -155,6 +155,11 @@ class Changes:
             if sketch is not None:
                 self._sums.setdefault((tensor, sketch[0]), sketch[1])
 
+    def dtype_before(self, tensor: str) -> torch.dtype:
+        """Return the dtype that a tensor had when the network was wrapped."""
+        kinds = (kind for name, kind in self._sums if name == tensor)
+        return next(kinds, self.weights.stored(tensor).dtype)
+
     def changed(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors whose θ₀ has other values by now, by more than rounding."""
         changed = self.lost.intersection(tensors := list(tensors))

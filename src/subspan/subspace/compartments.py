@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from subspan.subspace.targets import Presets
 
 Rules = str | Mapping[str, int] | Sequence[tuple[str, int]]  # pairs: JSON would sort a mapping
-Patterns = str | Sequence[str] | None
+Patterns = str | Iterable[str] | None
 EXPLICIT = "preset:"  # before the name of a preset that shall not be taken for a pattern
 ALLOCATIONS = {"equal": lambda n: 1.0, "sqrt": math.sqrt, "size": float}
 
@@ -56,8 +56,21 @@ class Compartment:
 
 
 def listed(patterns: Patterns) -> str | list[str] | None:
-    """Return patterns as JSON."""
-    return patterns if isinstance(patterns, str | None) else list(patterns)
+    """Return patterns as JSON, which can be read more than once.
+
+    Raises:
+        SubspanError: for what is no text.
+    """
+    if isinstance(patterns, str | None):
+        return patterns
+    found = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise SubspanError(
+                f"a pattern is a text (the name of a parameter or a module, a preset, or a regular "
+                f"expression), got {type(pattern).__name__}"
+            )
+    return found
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -95,9 +108,9 @@ def select(
     Raises:
         SubspanError: for a pattern that matches nothing, or a preset that the network lacks.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    patterns = listed(patterns)
     chosen: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         matching = {t for t, names in aliases.items() if any(matches(pattern, n) for n in names)}
         if presets is not None:
             matching = presets.choose(pattern, matching, option)

@@ -67,7 +67,10 @@ def find_slots(net: nn.Module) -> list[Slot]:
                     "network without offloading, with a device_map of one device or none"
                 )
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
-                raise SubspanError(f"{path} has no values yet: run a batch, or load them, first")
+                raise SubspanError(
+                    f"{path} has no values yet: run a batch, or load them, first (an "
+                    "__init__ that from_pretrained runs has none: wrap what that returns)"
+                )
             slots.append(Slot(path, first_name.setdefault(id(tensor), path)))
     return slots
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subspan.errors import SubspanError
 
+Shape = tuple[int, ...]
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 
 
@@ -55,6 +56,58 @@ def take_rows(value: Any, index: Tensor) -> Any:
     return value
 
 
+def check_result(
+    result: Any, rows: int, run: Callable[[int], Any], known: set[tuple[str, Shape]]
+) -> None:
+    """Refuse a result in which a tensor has no row for each row of the batch.
+
+    A table of all rows by all rows (the similarities of CLIP) has as many, but the rows of a larger
+    batch are longer then: where a tensor may be one, such a batch is run, too.
+
+    Args:
+        result: of the network.
+        rows: of its batch.
+        run: runs the network on so many rows.
+        known: tensors of a result that have turned out to be no tables; it is added to.
+
+    Raises:
+        SubspanError: naming the tensor.
+    """
+    found = _shapes(result, "the result")
+    for where, shape in found:
+        if shape[:1] != (rows,):
+            raise _refuse_shapes(where, [shape], [rows])
+    if {(where, shape) for where, shape in found if rows in shape[1:]} <= known:
+        return
+    for (where, shape), (_, other) in zip(found, _shapes(run(rows + 1), ""), strict=True):
+        if shape[1:] != other[1:]:
+            raise _refuse_shapes(where, [shape, other], [rows, rows + 1])
+        known.add((where, shape))
+
+
+def _shapes(value: Any, where: str) -> list[tuple[str, Shape]]:
+    """List the shapes of all tensors of a result, with their places."""
+    if isinstance(value, Tensor):
+        return [(where, tuple(value.shape))]
+    items: dict[str, Any] = {}
+    if dataclasses.is_dataclass(value):
+        items = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    elif isinstance(value, Mapping):
+        items = {str(key): item for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        items = {f"{where}[{i}]": item for i, item in enumerate(value)}
+    return [each for name, item in items.items() for each in _shapes(item, name)]
+
+
+def _refuse_shapes(where: str, shapes: Sequence[Shape], counts: Sequence[int]) -> SubspanError:
+    """Make the refusal of a tensor that has not a row of one shape for each row of a batch."""
+    return SubspanError(
+        f"{where} has shapes {list(shapes)} for batches of {list(counts)} rows, and cannot be put "
+        "together: ask for results with a row for each row (no labels=, say, since a loss is one "
+        "number)"
+    )
+
+
 def join_rows(
     results: Sequence[Any], counts: Sequence[int], order: Tensor, where: str = "the result"
 ) -> Any:
@@ -76,11 +129,7 @@ def join_rows(
         shapes = {tuple(result.shape[1:]) for result in results}
         lengths = [len(result) if result.dim() else -1 for result in results]
         if lengths != list(counts) or len(shapes) > 1:
-            raise SubspanError(
-                f"{where} has shapes {[tuple(result.shape) for result in results]} for batches of "
-                f"{list(counts)} rows, and cannot be put together: ask for results with a row for "
-                "each row (no labels=, say, since a loss is one number)"
-            )
+            raise _refuse_shapes(where, [tuple(result.shape) for result in results], counts)
         return torch.cat(list(results)).index_select(0, order.to(first.device))
     if dataclasses.is_dataclass(first):
         names = [field.name for field in dataclasses.fields(first) if field.init]

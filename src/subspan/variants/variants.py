@@ -20,7 +20,7 @@ from subspan.subspace.variant import MixedVariant, NotByRowError, Variant, using
 from subspan.variants.library import Library
 from subspan.variants.places import Places
 from subspan.variants.recent import Key, Recent
-from subspan.variants.rows import check_rows, join_rows, take_rows
+from subspan.variants.rows import Shape, check_result, check_rows, join_rows, take_rows
 from subspan.variants.stored import Shelf, Source, StoredVariant
 
 Name = str | None  # of a variant; None is the base itself
@@ -77,6 +77,7 @@ class Variants:
         self._places = Places(found.subspace)
         self._by_row = self._places.by_row and inner is model
         self._proven: set[str] = set()
+        self._known: set[tuple[str, Shape]] = set()
 
     # ---- the collection ----------------------------------------------------------------------
 
@@ -204,16 +205,18 @@ class Variants:
         whole = self._ready(names, [found[name] for name in names])
         try:
             with using(whole):
-                return self.model(*args, **kwargs)
+                result = self.model(*args, **kwargs)
         except NotByRowError as reason:
             if reason.args[0]:
                 raise
-        rows = [row for row, name in enumerate(names) if name == names[0]]
-        members = [self._shelf.make(names[0], found[names[0]])] * len(rows)
-        some = MixedVariant(members, self._shelf.beside(), self._proven, proves=True)
-        self._run_rows(some, rows, args, kwargs)
-        with using(whole):
-            return self.model(*args, **kwargs)
+            rows = [row for row, name in enumerate(names) if name == names[0]]
+            members = [self._shelf.make(names[0], found[names[0]])] * len(rows)
+            some = MixedVariant(members, self._shelf.beside(), self._proven, proves=True)
+            self._run_rows(some, rows, args, kwargs)
+            with using(whole):
+                result = self.model(*args, **kwargs)
+        self._check(result, len(names), names[0], found, args, kwargs)
+        return result
 
     def _run_apart(
         self,
@@ -228,8 +231,29 @@ class Variants:
             self._run_rows(self._ready([name], [stored]), rows[name], args, kwargs)
             for name, stored in found.items()
         ]
+        counts = [len(its_rows) for its_rows in rows.values()]
         order = torch.tensor([row for its_rows in rows.values() for row in its_rows], device="cpu")
-        return join_rows(results, [len(its_rows) for its_rows in rows.values()], order.argsort())
+        joined = join_rows(results, counts, order.argsort())
+        if len({*counts}) == 1:  # so that tables of all rows by all rows have the same shapes
+            self._check(results[0], counts[0], names[0], found, args, kwargs)
+        return joined
+
+    def _check(
+        self,
+        result: Any,
+        rows: int,
+        name: Name,
+        found: dict[Name, StoredVariant | None],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Refuse a result that has not a row for each row; ``name`` is that of the first row."""
+
+        def run(many: int) -> Any:
+            variant = self._make([name], (found[name],)).follow(self._shelf.beside())
+            return self._run_rows(variant, [0] * many, args, kwargs)
+
+        check_result(result, rows, run, self._known)
 
     def _run_rows(
         self, variant: Variant, rows: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]

@@ -72,6 +72,17 @@ def test_what_was_saved_is_loaded_back_as_coordinates(name):
     assert torch.equal(tokens(other, x, "greedy"), tokens(model, x, "greedy"))
 
 
+def test_a_class_that_wraps_itself_is_refused_by_from_pretrained(tmp_path):
+    class Wrapped(transformers.GPT2LMHeadModel):
+        def __init__(self, config):
+            super().__init__(config)
+            SubspaceModel(self, 50)
+
+    gpt2().save_pretrained(tmp_path)
+    with pytest.raises(SubspanError, match="from_pretrained runs has none: wrap what that returns"):
+        Wrapped.from_pretrained(tmp_path)
+
+
 def test_the_dtype_is_the_networks_own():
     net = gpt2().to(torch.bfloat16)
     model = SubspaceModel(net, 50)
