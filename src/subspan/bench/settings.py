@@ -9,6 +9,7 @@ import torch
 from subspan.bench import candidates
 from subspan.bench.part import find_part
 from subspan.errors import SubspanError, unknown
+from subspan.training.schema import check_fields
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Bench:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("parts", "sizes", "nets", "ranks", "batches"):
             if not getattr(self, name):
                 raise SubspanError(f"{name} is empty: give at least one, or leave it out")

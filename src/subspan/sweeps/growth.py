@@ -27,6 +27,7 @@ from subspan.training.config import Run, Training, check_different, check_rates
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
+from subspan.training.schema import check_fields
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
 
@@ -61,6 +62,7 @@ class Growth:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("stage_epochs", "seeds"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
