@@ -104,7 +104,7 @@ class RunPlan(ABC):
         )
 
 
-def carry_out(plan: RunPlan, out: Path, running: Running) -> SweepRecord:
+def carry_out(plan: RunPlan, out: str | os.PathLike[str], running: Running) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
     Args:
@@ -121,6 +121,7 @@ def carry_out(plan: RunPlan, out: Path, running: Running) -> SweepRecord:
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
+    out = Path(out)
     first, overwrite, say = plan.result("running"), running.overwrite, running.say
     SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
     folder = SweepFolder(out.absolute())

@@ -6,9 +6,9 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
@@ -85,7 +85,7 @@ class Grid(RunPlan):
 
 def sweep(
     config: Sweep,
-    out: Path,
+    out: str | os.PathLike[str],
     running: Running | None = None,
     *,
     experiment: Provenance | None = None,
