@@ -56,6 +56,8 @@ class Grid(RunPlan):
         points, later = self.points, range(1, self.config.seeds)
         yield self._jobs([(point, lr, 0) for point in points for lr in point.lrs][::-1])
         best = [(point, lr) for point in points if (lr := point.best_lr()) is not None]
+        if best and later:
+            self.check_samples(best[0][0])
         yield self._jobs([(point, lr, seed) for point, lr in best for seed in later])
 
     def _jobs(self, runs: Iterable[tuple[Point, float, int]]) -> list[Job]:
