@@ -137,28 +137,29 @@ def check_fields(config: Any) -> None:
     """
     for name, kind in get_type_hints(type(config)).items():
         if get_origin(kind) is not Literal:
-            object.__setattr__(config, name, _fitting(kind, getattr(config, name), name))
+            object.__setattr__(config, name, fitting(kind, getattr(config, name), name))
 
 
-def _fitting(kind: Any, value: Any, name: str) -> Any:
+def fitting(kind: Any, value: Any, name: str) -> Any:
+    """Return a value in the form that an annotation has; see :func:`check_fields`."""
     value = value.tolist() if hasattr(value, "tolist") else value
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     text = isinstance(value, (str, os.PathLike))
     if kind is Any and isinstance(value, (list, tuple)):
-        return [_fitting(Any, inner, name) for inner in value]
+        return [fitting(Any, inner, name) for inner in value]
     for one in (dict[str, Any],) if kind is Any and isinstance(value, Mapping) else kinds:
         origin, args = get_origin(one) or one, get_args(one)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(_fitting(args[0], inner, name) for inner in value)
+            return tuple(fitting(args[0], inner, name) for inner in value)
         if origin in (dict, Mapping) and isinstance(value, Mapping):
             of = args[1]
-            return {key: _fitting(of, inner, f"{name} of {key}") for key, inner in value.items()}
-        if origin is int and number and float(value).is_integer():
+            return {key: fitting(of, inner, f"{name} of {key}") for key, inner in value.items()}
+        if origin is int and number and (isinstance(value, int) or value.is_integer()):
             return int(value)
         if origin is str and (number or text):
             return str(value)
-        if (origin is float and number) or (origin is NoneType and value is None):
+        if (origin is float and number) or (origin in (bool, NoneType) and type(value) is origin):
             return value
         if is_dataclass(origin) and isinstance(value, one):
             return value
