@@ -3,7 +3,9 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from subspan import SubspaceModel
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import (
     ALLOCATIONS,
@@ -61,6 +63,13 @@ def test_parts_of_words_and_outer_modules_are_no_match(pattern):
 def test_a_pattern_without_match_is_answered_by_near_names():
     with pytest.raises(SubspanError, match=r"did you mean .*fc.weight"):
         select(ALIASES, ["s", "fc.wieght"], "targets")
+
+
+@pytest.mark.parametrize("wrong", [3, 0.5, nn.Linear(2, 2), ["fc", 3], [nn.Linear(2, 2)]])
+def test_what_is_no_name_is_refused(wrong):
+    for name in ("targets", "exclude", "train_fully"):
+        with pytest.raises(SubspanError, match=r"named by texts, .* got (3|0\.5|Linear)"):
+            SubspaceModel(nn.Sequential(nn.Linear(4, 2)), 3, **{name: wrong})
 
 
 def test_a_broken_expression_is_refused():

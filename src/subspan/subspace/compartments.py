@@ -56,8 +56,17 @@ class Compartment:
 
 
 def listed(patterns: Patterns) -> str | list[str] | None:
-    """Return patterns as JSON."""
-    return patterns if isinstance(patterns, str | None) else list(patterns)
+    """Return patterns as JSON; refuse what is no text, such as a module."""
+    if isinstance(patterns, str | None):
+        return patterns
+    some = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    for one in some:
+        if not isinstance(one, str):
+            raise SubspanError(
+                "parameters and modules are named by texts, as in targets='fc1' or ['fc1', 'fc2'], "
+                f"got {one!r:.99}"
+            )
+    return some
 
 
 def matches(pattern: str, name: str) -> bool:
