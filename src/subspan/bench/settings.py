@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,8 @@ class Bench:
             if not 1 <= rank <= self.width:
                 raise SubspanError(f"ranks must be in [1, {self.width}], the width, got {rank}")
         for name in ("dim", "width", "batch_size", "large_dim", "seconds"):
-            if not getattr(self, name) > 0:
-                raise SubspanError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise SubspanError(f"{name} must be positive, and finite, got {value}")
         for batch in self.batches:
             if batch <= 0:
                 raise SubspanError(f"batches must be positive, got {batch}")
