@@ -121,7 +121,8 @@ class GrowthPlan(RunPlan):
         yield [self.baseline.job(lr, 0) for lr in self.baseline.lrs]
         if (lr := self.baseline.best_lr()) is None:
             return
-        self.check_samples(self.baseline)
+        if self.config.seeds > 1:
+            self.check_samples(self.baseline)
         yield [self.baseline.job(lr, seed) for seed in range(1, self.config.seeds)]
         whole = self.baseline.record()
         assert whole is not None  # one seed has succeeded
