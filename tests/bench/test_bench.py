@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from itertools import pairwise
 from types import SimpleNamespace
@@ -244,13 +245,14 @@ def test_a_measurement_that_fails_is_an_error():
         ({"sizes": ("10x-2",)}, "a size is D by d"),
         ({"nets": ("lenett",)}, "'lenett'.*lenet"),
         ({"nets": ("mlp-8",), "dim": 10**6}, "d=1000000 does not fit"),
-        ({"dim": 0}, "dim must be positive, got 0"),
+        ({"dim": 0}, "dim must be positive, and finite, got 0"),
         ({"seconds": -1.0}, "seconds must be positive"),
+        ({"seconds": math.inf}, "seconds must be positive, and finite, got inf"),
         ({"device": "gpu"}, "'gpu'"),
         ({"blocks": "24x1024"}, r"as in 24x1024x4096 .*got '24x1024'"),
         ({"blocks": "0x16x64"}, "got '0x16x64'"),
         ({"batches": (4, 0)}, "batches must be positive, got 0"),
-        ({"large_dim": 0}, "large_dim must be positive, got 0"),
+        ({"large_dim": 0}, "large_dim must be positive, and finite, got 0"),
         ({"parts": ("blocks",), "blocks": "1x4x8", "large_dim": 10**4}, "d=10000 does not fit"),
         ({"parts": ("transformer",), "decoder": 10**3}, "240,000 weights at least, got 1,000"),
         ({"parts": ("transformer",), "dtype": "float16"}, "float32, bfloat16, got 'float16'"),

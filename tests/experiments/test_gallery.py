@@ -166,6 +166,9 @@ def test_a_score_that_is_no_accuracy_has_its_own_unit(tmp_path):
     table = shown(tmp_path).table
     assert table.columns == ("method", "numbers trained", "measured, bits", "seeds")
     assert table.rows[1] == ("hash", "10", "3.5 ± 0.3536", "2")
+    raw["score"] |= {"name": "error", "percent": True}
+    place(tmp_path / "other" / "one", raw)
+    assert shown(tmp_path / "other").table.columns[2] == "measured, error (%)"
 
 
 def test_parts_stand_in_the_experiments_order_and_those_left_out_are_named(tmp_path):

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from subspan import SubspaceModel
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import (
     ALLOCATIONS,
@@ -64,17 +65,16 @@ def test_a_pattern_without_match_is_answered_by_near_names():
         select(ALIASES, ["s", "fc.wieght"], "targets")
 
 
+@pytest.mark.parametrize("pattern", [True, 0.5, b"s", nn.Linear(1, 1), [nn.Linear(1, 1)], ["s", 3]])
+def test_what_is_no_text_is_no_pattern(pattern):
+    for name in ("targets", "exclude", "train_fully"):
+        with pytest.raises(SubspanError, match=r"a pattern is a text .*, got (bool|float|int|Lin)"):
+            SubspaceModel(nn.Sequential(nn.Linear(4, 2)), 3, **{name: pattern})
+
+
 def test_a_broken_expression_is_refused():
     with pytest.raises(SubspanError, match=r"'con[(]v' is no regular expression"):
         select(ALIASES, "con(v", "targets")
-
-
-@pytest.mark.parametrize(
-    "pattern", [True, 3, b"s", nn.Linear(1, 1), [nn.Linear(1, 1)], ["s", None]]
-)
-def test_what_is_no_text_is_no_pattern(pattern):
-    with pytest.raises(SubspanError, match=r"a pattern is a text .*, got (bool|int|Linear|None)"):
-        select(ALIASES, pattern, "targets")
 
 
 # ---- rules ---------------------------------------------------------------------------------------

@@ -123,10 +123,22 @@ def test_runs_on_other_samples_are_not_mixed(swept, tmp_path, counted):
     assert len(set(samples.values())) == 2
     shutil.rmtree(records.pop("hash-dim10-lr0.3-seed1").parent)
     for name, path in records.items():
-        edited(path, digest=samples[name] + 1)
-    with pytest.raises(SubspanError, match="was trained on other samples than runs before it"):
+        edited(path, digest=samples[name] + name.endswith("1"))
+    with pytest.raises(SubspanError, match="was trained on other samples than runs before, as if"):
         sweep(a_sweep(seeds=2), out, Running(jobs=1))
     assert counted == ["hash-dim10-lr0.3-seed1"]
+
+
+def test_seeds_on_other_samples_than_the_first_are_not_begun(swept, tmp_path, counted):
+    out = copied(swept[0], tmp_path / "sweep")
+    for path in out.glob("runs/*/record.json"):
+        if path.parent.name.endswith("seed1"):
+            shutil.rmtree(path.parent)
+        else:
+            edited(path, digest=json.loads(path.read_text())["digest"] + 1)
+    with pytest.raises(SubspanError, match="samples are others now than those of runs before"):
+        sweep(a_sweep(seeds=2), out, Running(jobs=1))
+    assert counted == []
 
 
 def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):

@@ -2,8 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from subspan.errors import SubspanError
 from subspan.training.config import Run, Sweep, Training, floats, split
@@ -24,6 +27,13 @@ BAD_TRAINING = [
     ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8': did you mean"),
     ({"device": "gpu"}, "unknown device 'gpu'"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"epochs": 1.5}, "^epochs must be a whole number, got 1.5"),
+    ({"batch_size": True}, "^batch_size must be a whole number, got True"),
+    ({"patience": "2"}, "^patience must be a whole number or null, got '2'"),
+    ({"validation": None}, "^validation must be a number, got None"),
+    ({"task_options": None}, "^task_options must be a mapping, got None"),
+    ({"task_options": {"resize": object()}}, "^task_options of resize must be a number, got <obj"),
+    ({"net": ["mlp"]}, r"^net must be a text or null, got \['mlp'\]"),
 ]
 
 
@@ -54,11 +64,14 @@ def test_a_seed_is_not_negative():
         ({"dims": ()}, "dims is empty: give at least one"),
         ({"methods": ("hash", "full", "hash")}, "methods names one value twice: hash, full, hash"),
         ({"dims": ("10", "10")}, "dims names one value twice"),
-        ({"dims": "25"}, r"^dims must be a tuple of texts, got '25': give \('25',\)$"),
+        ({"dims": "25"}, r"^dims must be a tuple of texts or a mapping, got '25': give \('25',\)$"),
         ({"dims": {"hash": "25"}}, "^dims of hash must be a tuple of texts, got '25'"),
         ({"methods": "hash"}, "^methods must be a tuple of texts, got 'hash'"),
         ({"lrs": (0.1, 0.10000000001)}, "lrs names one value twice: 0.1, 0.1"),
         ({"lrs": {"hash": (0.1, 0.1)}}, "lrs of hash names one value twice: 0.1, 0.1"),
+        ({"lrs": 0.1}, r"^lrs must be a tuple of numbers or a mapping, got 0.1: give \(0.1,\)$"),
+        ({"lrs": ("0.1",)}, "^lrs must be a number, got '0.1'"),
+        ({"dims": {"hash": 25}}, r"^dims of hash must be a tuple of texts, got 25: give \(25,\)$"),
         ({"lrs": {"hash": (-0.1,)}}, "lrs of hash must be a positive number, got -0.1"),
         ({"lrs": {"hsah": (0.1,)}}, "unknown method of lrs 'hsah'.*hash"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
@@ -70,6 +83,18 @@ def test_a_seed_is_not_negative():
 def test_a_sweep_refuses(settings, message):
     with pytest.raises(SubspanError, match=message):
         Sweep(Training(), **settings)
+
+
+def test_what_is_right_in_another_form():
+    training = Training(epochs=np.int64(3), batch_size=64.0, data=Path("digits"))
+    assert training == Training(epochs=3, batch_size=64)
+    run = Run(
+        training, "hash", {"dim": np.int64(5), "x": [{"y": np.True_}]}, torch.tensor(0.5), seed=1e3
+    )
+    assert json.loads(json.dumps(run.as_dict())) == run.as_dict()
+    assert (run.options, run.lr, run.seed) == ({"dim": 5, "x": [{"y": True}]}, 0.5, 1000)
+    config = Sweep(training, methods=["hash"], dims=np.array([5, 10]), lrs={"hash": [0.1]})
+    assert (config.methods, config.dims, config.lrs) == (("hash",), ("5", "10"), {"hash": (0.1,)})
 
 
 def test_configurations_are_flat_json():

@@ -261,14 +261,36 @@ def test_what_a_method_says_of_an_epoch_stands_in_its_row(odd, tmp_path):
     [
         ("rates", (), "rates of the method odd are none"),
         ("rates", (0.1, math.nan), "rates of the method odd must be a positive number, got nan"),
+        ("rates", None, "rates of the method odd must return a tuple of numbers, got None"),
         ("wrap", None, "wrap of the method odd must return a Module, got None"),
+        ("optimizer", None, "optimizer of the method odd must return an Optimizer, got None"),
     ],
 )
 def test_what_a_method_gives_is_checked_first(
     member, given, message, command, odd, cli, in_tmp_path
 ):
-    setattr(odd, member, lambda *_: given)
+    setattr(odd, member, lambda *_, **__: given)
     said = cli(*command.split(), "odd", "--net", "mlp-8", "--out", "out")
     assert said.code == 2
     assert message in said.err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("member", "given", "message"),
+    [
+        ("stages", (), r"stages .* must return a tuple of epochs .* the last is 2, got \(\)"),
+        ("stages", (1,), r"the last is 2, got \(1,\)"),
+        ("stages", (0, 2), r"epochs that grow, .* got \(0, 2\)"),
+        ("stages", 2, "the last is 2, got 2"),
+        ("step", None, "step of the method odd must return the loss, .* got None"),
+        ("step", torch.ones(3), r"step of the method odd must return .* got tensor\(\[1"),
+        ("ready", False, "ready of the method odd must return true for the last epoch, got False"),
+        ("after_epoch", 3, "after_epoch of the method odd must return a Module, or None, got 3"),
+        ("counts", None, "counts of the method odd must return numbers by name, got None"),
+    ],
+)
+def test_what_a_method_returns_is_checked(member, given, message, odd, tmp_path):
+    setattr(odd, member, lambda *_, **__: given)
+    with pytest.raises(SubspanError, match=message):
+        train(a_run("odd", epochs=2), tmp_path)

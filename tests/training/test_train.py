@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from torch import nn
 
 import subspan.training.loop as loop
 import subspan.training.train as trainer
-from subspan import files, layers
+from subspan import files, layers, report
 from subspan.errors import SubspanError
+from subspan.experiments import gallery
+from subspan.sweeps.running import Running
+from subspan.sweeps.sweep import sweep
 from subspan.training import data
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.records import RunRecord
@@ -27,7 +31,7 @@ from subspan.training.schema import to_json
 from subspan.training.tasks import classification
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import completed, prepare, train
-from tests.runs import STEPS, WEIGHTS, a_run, contents, copied, record_of
+from tests.runs import STEPS, WEIGHTS, a_run, a_sweep, contents, copied, record_of
 
 KEYS = {
     *("format", "status", "config", "test_score", "val_score", "best_epoch"),
@@ -129,6 +133,16 @@ def test_the_same_run_twice_is_the_same(tmp_path):
     assert rows[0] == rows[1]
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert models[0] == models[1]
+
+
+def test_folders_are_paths_or_texts(tmp_path):
+    run, points = str(tmp_path / "run"), str(tmp_path / "sweep")
+    found = train(a_run(dim=5), run)
+    assert train(a_run(dim=5), run) == found == completed(a_run(dim=5), run) == report.read(run)
+    sweep(a_sweep(dims=("5",), baseline=None), points, Running(jobs=1))
+    for folder in (run, points):
+        assert report.write(folder)[0] == Path(folder) / "curve.png"
+    assert gallery.write(str(tmp_path), f"{tmp_path}/all.md").is_file()
 
 
 def test_another_seed_is_another_run(tmp_path):

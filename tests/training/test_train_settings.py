@@ -192,10 +192,10 @@ def drawn_otherwise(module):
     ("net", "message"),
     [
         ("wrong_scores", r"one score per class, shape \(batch, 10\), got \(1, 3\)"),
-        ("wrong_input", r"does not take images of shape \(1, 8, 8\): mat1 and mat2"),
-        ("wrong_kind", r"does not take images of shape \(1, 8, 8\): expected 2D or 3D input"),
+        ("wrong_input", r"does not take float32 images of shape \(1, 8, 8\): mat1 and mat2"),
+        ("wrong_kind", r"take float32 images of shape \(1, 8, 8\): expected 2D or 3D input"),
         ("no_net", "must return a torch.nn.Module, got int"),
-        ("Two", r"does not take images .* missing 1 required positional argument: 'y'"),
+        ("Two", r"does not take float32 images .* missing 1 required positional argument: 'y'"),
         ("Pair", r"shape \(batch, 10\), got tuple"),
         ("nope", "unknown function of own_net_of_a_test 'nope'"),
     ],

@@ -6,6 +6,7 @@ the ratios mean something where the times do not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ FILE = "bench.json"
 
 def bench(
     settings: Bench,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     done: Callable[[str], None] = lambda line: None,
@@ -44,7 +45,7 @@ def bench(
     Raises:
         SubspanError: for a folder of something else, or a measurement that fails.
     """
-    config = asdict(settings)
+    config, out = asdict(settings), Path(out)
     record = records.claim(out, FILE, config, overwrite=overwrite)
     if overwrite:
         record = None

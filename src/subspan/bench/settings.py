@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from subspan.bench import candidates
 from subspan.bench.part import find_part
 from subspan.errors import SubspanError, unknown
+from subspan.training.schema import check_fields
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Bench:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("parts", "sizes", "nets", "ranks", "batches"):
             if not getattr(self, name):
                 raise SubspanError(f"{name} is empty: give at least one, or leave it out")
@@ -63,8 +66,8 @@ class Bench:
             if not 1 <= rank <= self.width:
                 raise SubspanError(f"ranks must be in [1, {self.width}], the width, got {rank}")
         for name in ("dim", "width", "batch_size", "large_dim", "seconds"):
-            if not getattr(self, name) > 0:
-                raise SubspanError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise SubspanError(f"{name} must be positive, and finite, got {value}")
         for batch in self.batches:
             if batch <= 0:
                 raise SubspanError(f"batches must be positive, got {batch}")

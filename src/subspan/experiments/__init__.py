@@ -8,6 +8,7 @@ named on the command line (``docs/add-an-experiment.md``).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -79,7 +80,7 @@ def experiment(name: str) -> Experiment | Benchmark:
 
 def reproduce(
     which: str | Experiment | Benchmark,
-    out: Path,
+    out: str | os.PathLike[str],
     running: Running | None = None,
     *,
     budget: Budget = "quick",
@@ -111,7 +112,7 @@ def reproduce(
             for times.
     """
     chosen = experiment(which) if isinstance(which, str) else which
-    name, running = chosen.name, running or Running()
+    name, running, out = chosen.name, running or Running(), Path(out)
     if running.backend != "loky" and (isinstance(chosen, Benchmark) or chosen.timed):
         raise SubspanError(
             f"{name} measures times: on this machine alone, not with --backend {running.backend}"

@@ -20,7 +20,13 @@ from subspan.report.families import FAMILIES, OTHERS
 from subspan.report.page import cell, embedded, template
 
 
-def write(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = True) -> Path:
+def write(
+    folder: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    *,
+    lead: Sequence[str] = (),
+    strict: bool = True,
+) -> Path:
     """Write a page of all experiments in a folder.
 
     Args:
@@ -36,6 +42,7 @@ def write(folder: Path, file: Path, *, lead: Sequence[str] = (), strict: bool = 
         SubspanError: for a file that is neither, a folder without experiments, or a damaged
             record; nothing is written then.
     """
+    folder, file = Path(folder), Path(file)
     refuse_what_is_no_file(file)
     write_atomically(file, text(folder, file, lead=lead, strict=strict).encode())
     return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from subspan.sweeps.result import SweepRecord
 from subspan.training.records import RunRecord
 
 
-def read(folder: Path) -> SweepRecord | RunRecord:
+def read(folder: str | os.PathLike[str]) -> SweepRecord | RunRecord:
     """Read ``folder/sweep.json`` or, where there is none, ``folder/record.json``.
 
     Raises:
         SubspanError: neither is there; or the one found is damaged or of a later format.
     """
+    folder = Path(folder)
     found = SweepRecord.read(folder) or RunRecord.read(folder)
     if found is None:
         raise SubspanError(
@@ -26,7 +28,7 @@ def read(folder: Path) -> SweepRecord | RunRecord:
     return found
 
 
-def write(folder: Path) -> list[Path]:
+def write(folder: str | os.PathLike[str]) -> list[Path]:
     """Write ``curve.png``, ``curve.svg`` and ``report.html`` beside the record they show.
 
     A sweep (``sweep.json``) gives accuracy against d with the intrinsic dimensions marked, or at a
@@ -44,6 +46,7 @@ def write(folder: Path) -> list[Path]:
         SubspanError: neither record is in the folder, or the one found is damaged or of a later
             format; nothing is written then.
     """
+    folder = Path(folder)
     found = read(folder)
     from subspan.report import bars, page, pictures
 
@@ -94,7 +97,9 @@ def write_comparison(out: Path, parts: Mapping[str, SweepRecord]) -> list[Path]:
     return pictures.write(pictures.comparison_figure(parts), out, "comparison")
 
 
-def write_pareto(folders: Sequence[Path], data: Sequence[str], out: Path) -> list[Path]:
+def write_pareto(
+    folders: Sequence[str | os.PathLike[str]], data: Sequence[str], out: str | os.PathLike[str]
+) -> list[Path]:
     """Write ``pareto.png``, ``pareto.svg`` and ``pareto.md``: accuracy against numbers and bytes.
 
     Args:
@@ -113,9 +118,10 @@ def write_pareto(folders: Sequence[Path], data: Sequence[str], out: Path) -> lis
     from subspan.report.known import known_results
     from subspan.report.points import measured_points
 
+    out, where = Path(out), list(map(Path, folders))
     refuse_what_is_no_folder(out)
-    points, known = measured_points(folders, data), known_results()
-    figure, page = pareto.draw(points, known), pareto_page.text(folders, out, points, known)
+    points, known = measured_points(where, data), known_results()
+    figure, page = pareto.draw(points, known), pareto_page.text(where, out, points, known)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "pareto.md", page.encode())
     return [*pictures.write(figure, out, "pareto"), out / "pareto.md"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from subspan.report.curves import axis_name
 from subspan.report.page import NONE, mean, shown
 from subspan.sweeps.result import PointRecord, Published, SweepRecord
-from subspan.training.score import Score
+from subspan.training.score import ACCURACY, Score
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table
     sources = [source.label for sweep in parts.values() for source in sweep.published]
     one = len(set(sources)) == 1
     score = next(iter(parts.values())).score  # parts are judged alike
-    unit = ", %" if score.percent else f", {score.name}"
+    unit = ", %" if score == ACCURACY else f", {score.name}{score.unit}"
     columns = {
         "part": any(parts),
         "method": True,

@@ -27,6 +27,7 @@ from subspan.training.config import Run, Training, check_different, check_rates
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
+from subspan.training.schema import check_fields
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
 
@@ -61,6 +62,7 @@ class Growth:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("stage_epochs", "seeds"):
             if getattr(self, name) < 1:
                 raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -119,6 +121,8 @@ class GrowthPlan(RunPlan):
         yield [self.baseline.job(lr, 0) for lr in self.baseline.lrs]
         if (lr := self.baseline.best_lr()) is None:
             return
+        if self.config.seeds > 1:
+            self.check_samples(self.baseline)
         yield [self.baseline.job(lr, seed) for seed in range(1, self.config.seeds)]
         whole = self.baseline.record()
         assert whole is not None  # one seed has succeeded

@@ -14,6 +14,7 @@ from subspan.sweeps import backends
 from subspan.sweeps.folder import SweepFolder
 from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import FULL, Job, Outcome
+from subspan.sweeps.point import Point
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
 from subspan.sweeps.runner import run_jobs
 from subspan.sweeps.running import Running
@@ -21,6 +22,7 @@ from subspan.sweeps.worker import Worker
 from subspan.training import own
 from subspan.training.config import Training
 from subspan.training.machine import versions
+from subspan.training.prepare import rehearse
 from subspan.training.records import CompleteRun, plain
 from subspan.training.score import ACCURACY, Score
 from subspan.training.stop import Stop
@@ -70,12 +72,20 @@ class RunPlan(ABC):
             known = None not in (other.digest, record.digest)  # older records do not say
             alike = all(other.config[key] == record.config[key] for key in ("net", "seed"))
             if known and alike and other.digest != record.digest:
-                raise SubspanError(
-                    f"{outcome.job.name} was trained on other samples than runs before it, as if "
-                    "the data had changed: remove the folders of the runs on data that are no "
-                    "more, or give another --out"
-                )
+                raise _other_samples(f"{outcome.job.name} was trained on other samples than runs")
         self.keep(outcome.job, record)
+
+    def check_samples(self, point: Point) -> None:
+        """Refuse seeds on other samples than those of the first, which is done at a point.
+
+        Runs of two seeds cannot be compared: each has a validation part of its own.
+
+        Raises:
+            SubspanError: if the data are others now.
+        """
+        (lr, seed), record = next(iter(point.done.items()))
+        if record.digest not in (None, rehearse(point.job(lr, seed).run, self.processes).digest):
+            raise _other_samples("the samples are others now than those of runs")
 
     @property
     def score(self) -> Score:
@@ -104,7 +114,14 @@ class RunPlan(ABC):
         )
 
 
-def carry_out(plan: RunPlan, out: Path, running: Running) -> SweepRecord:
+def _other_samples(what: str) -> SubspanError:
+    return SubspanError(
+        f"{what} before, as if the data had changed: remove the folders of the runs on data "
+        "that are no more, or give another --out"
+    )
+
+
+def carry_out(plan: RunPlan, out: str | os.PathLike[str], running: Running) -> SweepRecord:
     """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
 
     Args:
@@ -121,6 +138,7 @@ def carry_out(plan: RunPlan, out: Path, running: Running) -> SweepRecord:
             second signal does not wait for that.
         OSError: if the disk is full, likewise.
     """
+    out = Path(out)
     first, overwrite, say = plan.result("running"), running.overwrite, running.say
     SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
     folder = SweepFolder(out.absolute())

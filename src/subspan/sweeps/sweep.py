@@ -6,9 +6,9 @@ other seeds run at that rate. The baseline is a point like the others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from subspan.errors import SubspanError
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
@@ -56,6 +56,8 @@ class Grid(RunPlan):
         points, later = self.points, range(1, self.config.seeds)
         yield self._jobs([(point, lr, 0) for point in points for lr in point.lrs][::-1])
         best = [(point, lr) for point in points if (lr := point.best_lr()) is not None]
+        if best and later:
+            self.check_samples(best[0][0])
         yield self._jobs([(point, lr, seed) for point, lr in best for seed in later])
 
     def _jobs(self, runs: Iterable[tuple[Point, float, int]]) -> list[Job]:
@@ -85,7 +87,7 @@ class Grid(RunPlan):
 
 def sweep(
     config: Sweep,
-    out: Path,
+    out: str | os.PathLike[str],
     running: Running | None = None,
     *,
     experiment: Provenance | None = None,

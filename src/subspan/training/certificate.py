@@ -29,6 +29,7 @@ from subspan.subspace.model import SubspaceModel
 from subspan.training import tasks
 from subspan.training.evaluate import rebuild
 from subspan.training.occam import log_prior, occam_bound, pac_bayes_bound
+from subspan.training.schema import fitting
 
 AROUND_A_BASE = ("subspace", "part")  # kinds of files that hold no θ₀
 STATISTICS = ("mean", "std")  # what classifiers know of the samples beside their weights
@@ -112,6 +113,9 @@ def certify(
             task has no mistakes to count, the network is no function of one sample, or weights
             outside of the file may have been made from the samples.
     """
+    delta, choices = fitting(float, delta, "delta"), fitting(int, choices, "choices")
+    data = fitting(str | None, data, "data")
+    base_is_prior = fitting(bool, base_is_prior, "base_is_prior")
     if not 0 < delta < 1:
         raise SubspanError(f"delta must be a probability in (0, 1), as 0.05, got {delta}")
     if choices < 1:

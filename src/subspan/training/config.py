@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from subspan.errors import SubspanError, unknown
+from subspan.training.schema import check_fields
 
 IMAGES = "images"  # the task where none is named; it is null in records
 Schedule = Literal["onecycle", "cosine", "constant"]
@@ -116,6 +117,7 @@ class Training:
     def __post_init__(self) -> None:
         if self.task == IMAGES:
             object.__setattr__(self, "task", None)
+        check_fields(self)
         if self.task is None:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
@@ -180,6 +182,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_rate("lr", self.lr)
         if self.seed < 0:
             raise SubspanError(f"seed must not be negative, got {self.seed}")
@@ -203,8 +206,6 @@ class Run:
         own = {f.name for f in fields(cls)} - {"training"}
         training = {key: value for key, value in content.items() if key not in own}
         try:
-            if not isinstance(content["options"], Mapping):
-                raise TypeError(f"options must be a mapping, got {content['options']!r}")
             return cls(Training.from_dict(training), **{key: content[key] for key in own})
         except (TypeError, KeyError) as error:
             raise SubspanError(f"this is not the configuration of a run: {error}") from None
@@ -246,6 +247,7 @@ class Sweep:
     small: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.methods:
             raise SubspanError("methods is empty: name at least one")
         if not self.dims:
@@ -322,9 +324,7 @@ def check_rates(name: str, lrs: Sequence[float]) -> None:
 
 
 def check_different(name: str, values: Sequence[str]) -> None:
-    """Refuse values of which two are the same, and a text, whose letters would be the values."""
-    if isinstance(values, str):
-        raise SubspanError(f"{name} must be a tuple of texts, got {values!r}: give ({values!r},)")
+    """Refuse values of which two are the same."""
     if len(set(values)) < len(values):
         raise SubspanError(f"{name} names one value twice: {', '.join(values)}")
 

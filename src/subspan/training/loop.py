@@ -127,7 +127,9 @@ class Loop:
     def counts(self) -> dict[str, Any]:
         """Return the method's counts, and that of the head."""
         head = sum(p.numel() for p in self.method.head(self.model, self.run.options))
-        return dict(self.method.counts(self.model)) | {"head_parameters": head}
+        if not isinstance(found := self.method.counts(self.model), Mapping):
+            raise self.method.wrong("counts", "numbers by name", found)
+        return dict(found) | {"head_parameters": head}
 
     def checked(self, kind: type[Checked], content: dict[str, Any]) -> Checked:
         """Return a part of the record, with what the method says of the run.
@@ -172,6 +174,8 @@ class Loop:
             last = self.method.finished(self.planned, progress.history, self.score)
             ready = self.method.ready(self.model, self.bare, self.planned, last)
             best = progress.best_score if progress.best_epoch else None
+            if last and not ready and best is None:
+                raise self.method.wrong("ready", "true for the last epoch", ready)
             if ready and (best is None or self.score.better(row.val_score, best)):
                 progress.best_score, progress.best_epoch = row.val_score, epoch
                 self.folder.save(self.model, self.folder.best, self.extra())
@@ -193,13 +197,15 @@ class Loop:
     @property
     def left(self) -> int:
         """The steps of a schedule that begins now: to the end of the stage."""
-        done, ends = self.progress.done, self.method.stages(self.planned)
-        return min(self.total, next(n * self.steps for n in ends if n * self.steps > done)) - done
+        done, ends = self.progress.done, (epoch * self.steps for epoch in self.ready.stages)
+        return min(self.total, next(end for end in ends if end > done)) - done
 
     def change(self) -> None:
         """Let the method change what is trained, between two epochs."""
         model = self.method.after_epoch(self.model, self.bare, self.planned, self.progress.history)
         if model is not None:
+            if not isinstance(model, nn.Module):
+                raise self.method.wrong("after_epoch", "a Module, or None", model)
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             # It would take what it has unwrapped for wrapped; a run that goes on wraps it anew.
             vars(model).pop("_is_accelerate_prepared", None)
@@ -254,7 +260,7 @@ class Loop:
             progress.sent.append(float(accelerator.reduce(own.to(accelerator.device), "mean")))
             distributed.share_buffers(self.model)
         said, ended = self.method.diagnose(self.model, self.bare), dict[str, Any]()
-        if epoch in (stages := self.method.stages(self.planned)) and len(stages) > 1:
+        if epoch in self.ready.stages and len(self.ready.stages) > 1:
             trained = self.counts()["trainable_parameters"]
             _, score = evaluate(self.model, self.task, "test")
             ended = {"test_score": score, "trainable_parameters": trained}
@@ -269,10 +275,8 @@ class Loop:
         }
         taken = row.keys() | {"test_score"}
         if not isinstance(said, Mapping) or said.keys() & taken:
-            raise SubspanError(
-                f"diagnose of the method {self.method.name} must return values by name, other than "
-                f"{', '.join(sorted(taken))}, got {said!r:.99}"
-            )
+            must = f"values by name, other than {', '.join(sorted(taken))}"
+            raise self.method.wrong("diagnose", must, said)
         return self.checked(Epoch, row | dict(said))
 
     def step(self, batch: Any, weight: float) -> Tensor:
@@ -288,6 +292,8 @@ class Loop:
                 return mean if weight == 1 else weight * mean
 
         value = self.method.step(self.optimizer, loss, self.backward)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise self.method.wrong("step", "the loss, a tensor of one number", value)
         self.schedule.step()
         return value
 

@@ -72,6 +72,16 @@ class Prepared:
         epochs = -(-self.total // self.steps)
         return replace(self.run, training=replace(self.run.training, epochs=epochs))
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The epochs with which the method's stages end."""
+        run, found = self.planned, self.method.stages(self.planned)
+        growing = isinstance(found, tuple) and list(found) == sorted({0, *found})[1:]
+        if not growing or found[-1:] != (run.training.epochs,):
+            must = f"a tuple of epochs that grow, of which the last is {run.training.epochs}"
+            raise self.method.wrong("stages", must, found)
+        return found
+
     def optimizer(
         self,
         model: nn.Module,
@@ -82,9 +92,12 @@ class Prepared:
         """Return the method's optimizer, of the model on its device."""
         checkpoint.contents(model)  # refuses here what could not be saved after an epoch
         said = {**extra, "init_seed": self.init_seed}
-        return self.method.optimizer(
+        found: object = self.method.optimizer(
             model, self.planned, out, said, steps=self.total, resume=resume
         )
+        if not isinstance(found, Optimizer):
+            raise self.method.wrong("optimizer", "an Optimizer", found)
+        return found
 
 
 def complete_options(options: Mapping[str, Any], how: Method, training: Training) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def prepare(run: Run) -> Prepared:
     task.check(net)
     model = how.wrap(net, run.seed, run.options)
     if not isinstance(model, nn.Module):
-        raise SubspanError(f"wrap of the method {how.name} must return a Module, got {model!r}")
+        raise how.wrong("wrap", "a Module", model)
     if not alike and "fingerprint" in checkpoint.contents(model)[0]:  # of what is not in the file
         raise SubspanError(
             "your function makes another network at every call, and numbers that are trained "

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON, and JSON as dataclasses that are checked against their annotations.
+"""Dataclasses as JSON, and values that are checked against the annotations of dataclasses.
 
 The dataclass that writes a file is the one that reads it. An annotation is a number, a text, a
 truth value, None, a list, a tuple of equal items, a dict with texts as keys, a dataclass, ``Any``,
@@ -11,12 +11,15 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from subspan.errors import SubspanError
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -31,6 +34,8 @@ _WORDS: dict[Any, str] = {
     int: "a whole number",
     list: "a list",
     str: "a text",
+    Mapping: "a mapping",
+    NoneType: "null",
 }
 _SPACE = re.compile(r"[\s,:]*")
 
@@ -118,6 +123,62 @@ def _checked(kind: type, value: Any, path: Path) -> Any:
     if kind is float and not math.isfinite(value):
         raise MisfitError(f"must be a finite number, got {value}", path)
     return value
+
+
+def check_fields(config: Any) -> None:
+    """Refuse fields of a configuration that are not what their annotations say.
+
+    What is right in another form gets the form of its field: 1e3 is an integer, a path or a number
+    a text, a list a tuple, and numbers of NumPy or PyTorch are Python's. Literals are not looked
+    at.
+
+    Raises:
+        SubspanError: for the first field that is something else.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is not Literal:
+            object.__setattr__(config, name, fitting(kind, getattr(config, name), name))
+
+
+def fitting(kind: Any, value: Any, name: str) -> Any:
+    """Return a value in the form that an annotation has; see :func:`check_fields`."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = isinstance(value, (str, os.PathLike))
+    if kind is Any and isinstance(value, (list, tuple)):
+        return [fitting(Any, inner, name) for inner in value]
+    for one in (dict[str, Any],) if kind is Any and isinstance(value, Mapping) else kinds:
+        origin, args = get_origin(one) or one, get_args(one)
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(fitting(args[0], inner, name) for inner in value)
+        if origin in (dict, Mapping) and isinstance(value, Mapping):
+            of = args[1]
+            return {key: fitting(of, inner, f"{name} of {key}") for key, inner in value.items()}
+        if origin is int and number and (isinstance(value, int) or value.is_integer()):
+            return int(value)
+        if origin is str and (number or text):
+            return str(value)
+        if (origin is float and number) or (origin in (bool, NoneType) and type(value) is origin):
+            return value
+        if is_dataclass(origin) and isinstance(value, one):
+            return value
+        if origin is Any:
+            try:
+                return _any(value, ())
+            except MisfitError as error:
+                raise SubspanError(f"{name} {error}") from None
+    hint = f": give ({value!r},)" if number or text else ""
+    hint = hint if any(get_origin(one) is tuple for one in kinds) else ""
+    words = " or ".join(map(_in_words, kinds))
+    raise SubspanError(f"{name} must be {words}, got {reprlib.repr(value)}{hint}")
+
+
+def _in_words(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin is tuple:
+        return f"a tuple of {_in_words(get_args(kind)[0]).partition(' ')[2]}s"
+    return _WORDS.get(origin) or f"a {origin.__name__}"
 
 
 def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:

@@ -6,6 +6,7 @@ Choices look at the validation part only; the test set is read once, at the end.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from subspan.training.score import Score
 from subspan.training.stop import Stop
 
 
-def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | None:
+def completed(
+    run: Run, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> CompleteRun | None:
     """Return the record of a run that is complete in a folder, if it is.
 
     Raises:
         SubspanError: if the folder holds something else (see :func:`train`).
     """
+    out = Path(out)
     found = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
     model = RunFolder(out, writes=False).model
     if model.exists() and not (out / RunRecord.FILE).exists() and not overwrite:
@@ -42,7 +46,7 @@ def completed(run: Run, out: Path, *, overwrite: bool = False) -> CompleteRun | 
 
 def train(
     run: Run,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     report: Report | None = None,
@@ -81,6 +85,7 @@ def train(
             good state kept.
         Stopped: after a signal, or when asked to stop.
     """
+    out = Path(out)
     trackers.check(log)
     if found := completed(run, out, overwrite=overwrite):
         return found

@@ -189,6 +189,13 @@ def test_a_training_part_of_one_label(label, tmp_path):
         data.load(str(folder))
 
 
+def test_labels_that_tell_samples_apart(tmp_path):
+    columns = {"image": as_structs([encoded(0)] * 8), "label": list(range(8))}
+    folder = parquet_folder(tmp_path / "birds", parts=["train"], **columns)
+    with pytest.raises(SubspanError, match=r"every sample of .* label of its own in .* 'label'"):
+        data.load(str(folder))
+
+
 @pytest.mark.parametrize("labels", [(0, 1, -1), ("Cat", "Dog", "cat")])
 def test_labels_that_nothing_was_trained_on(labels, tmp_path):
     """A set that keeps the labels of its test part to itself has -1 there."""

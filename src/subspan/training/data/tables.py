@@ -153,7 +153,7 @@ def encode(
 
     Raises:
         SubspanError: they are no classes, or the training part has not two of them, or none of one
-            that the test part has.
+            that the test part has; or no two samples have the same, and there is no test part.
     """
     names = getattr(feature, "names", None)
     every = [value for part in values for value in part]
@@ -179,6 +179,11 @@ def encode(
         raise SubspanError(
             f"the training part of {path} must have two labels at least, got "
             f"{called[trained.pop()]} in the column {column!r}: name another with --label-column"
+        )
+    if len(values) == 1 and len(trained) == len(every):
+        raise SubspanError(
+            f"every sample of {path} has a label of its own in the column {column!r}, as if that "
+            "told samples apart and not classes: name another with --label-column"
         )
     if new := sorted(set(values[-1]) - trained):
         raise SubspanError(

@@ -90,7 +90,10 @@ class Method(ABC):
         Raises:
             SubspanError: if there is none, one is not positive, or two are the same.
         """
-        rates = tuple(self.rates(options))
+        rates = self.rates(options)
+        if not isinstance(rates, (list, tuple)):
+            raise self.wrong("rates", "a tuple of numbers", rates)
+        rates = tuple(rates)
         check_rates(f"rates of the method {self.name}", rates)
         if not rates:
             raise SubspanError(
@@ -232,6 +235,10 @@ class Method(ABC):
     def merge(self, model: nn.Module) -> nn.Module:
         """Return the network as it was before :meth:`wrap`, with the weights that it has now."""
         return model
+
+    def wrong(self, what: str, must: str, got: object) -> SubspanError:
+        """Make the error for what a function of this method returns, and must not."""
+        return SubspanError(f"{what} of the method {self.name} must return {must}, got {got!r:.99}")
 
     def check(self, options: Iterable[str]) -> None:
         """Refuse options that this method does not have."""

@@ -122,7 +122,7 @@ class Classification(ClassTask):
                 out = net(images.normalize(images.train.images[:1]))
         except Exception as error:  # of a user's own network it may be any
             raise SubspanError(
-                f"the network does not take images of shape {images.image_shape}: {error}"
+                f"the network does not take float32 images of shape {images.image_shape}: {error}"
             ) from error
         if not isinstance(out, Tensor) or tuple(out.shape) != (1, images.classes):
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
