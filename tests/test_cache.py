@@ -91,6 +91,28 @@ def test_threads_share_it() -> None:
     assert cache.held == sum(t.numel() for item in cache._items.values() for t in item) <= 50
 
 
+def test_nobody_waits_for_the_cache() -> None:
+    """A handler of signals would wait for what it interrupts, and never end."""
+    cache, answers = Cache(budget=50), []
+
+    def ask() -> None:
+        answers.append(cache.get("of the handler", lambda: tensors(40)))
+
+    class Interrupted:
+        def __hash__(self) -> int:  # wherever the cache looks for it
+            handler = threading.Thread(target=ask, daemon=True)
+            handler.start()
+            handler.join(timeout=2)
+            assert answers
+            answers.clear()
+            return 1
+
+    key = Interrupted()
+    for _ in range(2):
+        assert cache.get(key, lambda: tensors(30))[0].numel() == 30
+    assert 0 < cache.held <= 50
+
+
 def test_memory_is_lent_again_once_nobody_has_it():
     rooms = Rooms(budget=100)
     first = rooms.take(40)

@@ -190,6 +190,22 @@ def flattened(rank, world):
     return said, train(DistributedDataParallel(model), x)["parameters"]
 
 
+def staged(rank, world):
+    """A pipeline of one stage: a part, a part inside of another module, and the network."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe  # imports much
+
+    alone = [dist.new_group([n]) for n in range(world)][rank]
+    model, x = double_mlp(), batch("mlp", torch.float64)
+    said = []
+    for part in (model.body[0], nn.Sequential(model.body[0], nn.Tanh()), model):
+        stage = PipelineStage(part, 0, 1, torch.device("cpu"), group=alone)
+        schedule = ScheduleGPipe(stage, 1, loss_fn=lambda out, _: out.sum())
+        said.append(said_by(functools.partial(schedule.step, x, target=x)))
+    (w,) = model.coordinates.values()
+    (wanted,) = torch.autograd.grad(model(x).sum(), w)
+    return said, w.grad - wanted
+
+
 def sent(rank, world):
     """A computed weight, from the first process to the others."""
     weight = double_mlp().body[0].weight.detach()
@@ -241,6 +257,7 @@ SCENARIOS = {
     "inside": inside,
     "spread": spread,
     "flattened": flattened,
+    "staged": staged,
     "sent": sent,
     "shared": shared,
     "left alone": left_alone,  # last: ranks end inside
@@ -361,6 +378,15 @@ def test_fsdp1_is_refused_and_changes_nothing(ranks):
         said, trained = rank["flattened"]
         assert all(" (FSDP1) makes one parameter of many" in one for one in said)
         torch.testing.assert_close(trained, alone)
+
+
+def test_a_part_is_no_stage_of_a_pipeline(ranks):
+    """Each process would train the coordinates of all parts by its own part's gradient."""
+    for rank in ranks:
+        (*parts, whole), difference = rank["staged"]
+        assert all("cannot be a stage of a pipeline" in said for said in parts)
+        assert whole is None
+        assert not difference.any()
 
 
 def test_a_computed_weight_may_be_sent_and_not_received(ranks):

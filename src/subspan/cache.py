@@ -31,18 +31,21 @@ class Cache:
 
     def get(self, key: Any, build: Callable[[], tuple[Kept, ...]]) -> tuple[Any, ...]:
         """Return the arrays under ``key``, built at the first call and after they were dropped."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)  # newest last
-                return self._items[key]
-        arrays = build()  # outside the lock: two threads may both build, to the same effect
-        with self._lock:
-            self._drop(key)
+        with suppress(KeyError):
+            self._items.move_to_end(key)  # newest last
+            return self._items[key]
+        arrays = build()  # two threads may both build, to the same effect
+        if not self._lock.acquire(blocking=False):  # a signal's handler would wait for itself
+            return arrays
+        try:
+            self.held -= self._bytes(self._items.pop(key, ()))
             if self._bytes(arrays) <= self.budget:
                 self._items[key] = arrays
                 self.held += self._bytes(arrays)
             while self.held > self.budget:
-                self._drop(next(iter(self._items)))
+                self.held -= self._bytes(self._items.popitem(last=False)[1])
+        finally:
+            self._lock.release()
         return arrays
 
     def clear(self) -> None:
@@ -50,9 +53,6 @@ class Cache:
         with self._lock:
             self._items.clear()
             self.held = 0
-
-    def _drop(self, key: Any) -> None:
-        self.held -= self._bytes(self._items.pop(key, ()))
 
     @staticmethod
     def _bytes(arrays: tuple[Kept, ...]) -> int:

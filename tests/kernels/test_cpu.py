@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -212,6 +213,15 @@ def test_a_missing_package_is_said_and_torch_computes(
     monkeypatch.delattr(kernels, module, raising=False)
     with pytest.warns(UserWarning, match=said + r" .*; products there run in plain torch$"):
         assert kernels.available.__wrapped__(device) == {}
+
+
+def test_where_numba_does_not_compile_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A debugger wants it so, or a measurement of which lines have run."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.delitem(sys.modules, "subspan.kernels.cpu")
+    monkeypatch.delattr(kernels, "cpu")
+    with pytest.warns(UserWarning, match=r"\(NUMBA_DISABLE_JIT is set\); products there run in"):
+        assert kernels.available.__wrapped__("cpu") == {}
 
 
 def test_a_device_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ network comes to none of them.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from itertools import takewhile
 from types import CodeType, FrameType
@@ -85,6 +86,12 @@ def given_to_ddp(start: FrameType) -> list[Tensor]:
 def asked_by_tensor_parallel(frame: FrameType) -> bool:
     """Return whether ``parallelize_module`` asks, to spread a layer over processes."""
     return _module(frame).startswith("torch.distributed.tensor.")
+
+
+def runs_in_pipeline(start: FrameType) -> bool:
+    """Return whether a stage of ``torch.distributed.pipelining`` runs."""
+    stage = "torch.distributed.pipelining.stage"
+    return stage in sys.modules and any(_module(frame) == stage for frame in _callers(start))
 
 
 def asked_by_export(frame: FrameType) -> bool:

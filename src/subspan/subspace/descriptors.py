@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import asked_by_validation, find_traced
+from subspan.subspace.callers import asked_by_validation, find_traced, runs_in_pipeline
 from subspan.subspace.links import Link, link_of
 
 
@@ -65,6 +65,16 @@ def refuse_part(done: str) -> SubspanError:
         f"a part of a network in a subspace cannot be {done} alone, since its coordinates are the "
         "network's: give the network, or the part in the merge() of the SubspaceModel"
     )
+
+
+def refuse_stage(frame: FrameType) -> None:
+    """Refuse a part as a stage of a pipeline, whose process has its part of the gradient alone."""
+    if runs_in_pipeline(frame):
+        raise SubspanError(
+            "a part of a network in a subspace cannot be a stage of a pipeline, since coordinates "
+            "are the network's and each process would have its own part of their gradient: wrap "
+            "the part of each stage by itself, or use DDP or fully_shard around the whole network"
+        )
 
 
 def _find_attribute(module: nn.Module, name: str) -> Any:

@@ -24,6 +24,7 @@ from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
 from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
+from subspan.subspace.descriptors import refuse_stage
 from subspan.subspace.dtensors import home_of, is_shard
 from subspan.subspace.formed import Formula, Outermost, version_of
 from subspan.subspace.functions import ordinary_tensors
@@ -144,6 +145,7 @@ class Weights(Network):
                 f"{tensor} would be a constant of the graph that torch.fx traces: trace the "
                 "merge() of the SubspaceModel"
             )
+        refuse_stage(sys._getframe(1))
         if self.changes.wishes:
             self.changes.check_flags()
         theta = self.form(tensor, dtype) if variant is None else variant.theta(tensor, dtype)

@@ -47,6 +47,9 @@ def _in_turn(product: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 KERNELS = {
     family: Kernel(*(product and _in_turn(product) for product in kernel))  # type: ignore[arg-type]
     for family, kernel in collect(sys.modules[__name__]).items()
