@@ -23,6 +23,9 @@ ORDINARY = "change the ordinary layer before, or that of layers.merge()"
 class Weight(Tensor):
     """A weight that was made a moment ago and belongs to nobody: a change of it would be lost.
 
+    A compiled function reads it from the layer, or takes a ``clone()`` of it: Dynamo cannot follow
+    what is refused here.
+
     Attributes:
         read: whether this is the weight as the layer gives it, and no view or detached tensor of
             it, which has flags, gradients and attributes of its own with any layer.
