@@ -1,4 +1,4 @@
-"""What a training shares with the rest of its process: generators, accelerate, other threads."""
+"""A training shares generators, accelerate and threads with the rest of its process."""
 
 from __future__ import annotations
 

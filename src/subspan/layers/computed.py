@@ -12,8 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
-from subspan.layers.factors import plain
-from subspan.subspace.functions import property_of, share_memory, written_by
+from subspan.subspace.functions import (
+    ordinary_tensors,
+    property_of,
+    read_only,
+    share_memory,
+    written_by,
+)
 
 _OF_GRADIENTS = ("register_hook", "register_post_accumulate_grad_hook")
 LOST = "the weight of a compressed layer is computed when it is read, and what {} would be lost: {}"
@@ -49,11 +54,10 @@ class Weight(Tensor):
             raise SubspanError(LOST.format(f"{name} does to it", ORDINARY))
         elif name == "__dlpack__" and not kwargs.get("copy"):
             raise SubspanError(LOST.format("other libraries write to it", "give it .clone()"))
-        with plain():
+        with ordinary_tensors():
             out = func(*args, **kwargs)
             if name in ("numpy", "__array__"):
-                shared = out.__array_interface__["data"][0] == args[0].data_ptr()
-                out.flags.writeable &= not shared
+                read_only(out, args[0])
             elif type(out) is Tensor and isinstance(first, Weight) and share_memory(out, first):
                 out = out.as_subclass(Weight)
         return out
@@ -86,11 +90,11 @@ class Weight(Tensor):
         self.__class__ = nn.Parameter  # type: ignore[assignment]  # of another module, from now on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with plain():
+        with ordinary_tensors():
             return copy.deepcopy(self.as_subclass(Tensor), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with plain():
+        with ordinary_tensors():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 

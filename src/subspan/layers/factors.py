@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-
-plain = torch._C.DisableTorchFunctionSubclass  # a context: factors are ordinary tensors inside
+from subspan.subspace.functions import ordinary_tensors
 
 # Names of functions of PyTorch. A difference is no average, but what is made of it may be one.
 SUMS = frozenset({"add", "iadd", "radd", "isub", "lerp", "stack"})
@@ -59,7 +58,7 @@ class Value(Tensor):
         kwargs, name = kwargs or {}, func.__name__
         if name == "__get__":
             if func.__self__ is not Tensor.data:  # the common ones: grad, shape, dtype, …
-                with plain():
+                with ordinary_tensors():
                     return func(*args)
             name = "data"
         each, name = name.startswith("_foreach_"), name.removeprefix("_foreach_")
@@ -68,7 +67,7 @@ class Value(Tensor):
             groups: Iterable[Any] = zip(*_lists(args, kwargs), strict=False) if each else [args]
             for tensors in groups:
                 _refuse(name, [t for t in tree_leaves((tensors, kwargs)) if isinstance(t, Value)])
-        with plain():
+        with ordinary_tensors():
             out = func(*args, **kwargs)
         if name in KEPT and type(out) is Tensor and out.is_floating_point():
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -86,7 +85,7 @@ class Value(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a copy; that of a parameter is an ordinary one, until a layer takes it."""
         if id(self) not in memo:
-            with plain():
+            with ordinary_tensors():
                 data = self.detach().clone(memory_format=torch.preserve_format)
                 memo[id(self)] = (
                     nn.Parameter(data, self.requires_grad)
@@ -97,7 +96,7 @@ class Value(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle an ordinary tensor: files hold nothing else."""
-        with plain():
+        with ordinary_tensors():
             data = self.detach()
             if isinstance(self, nn.Parameter):
                 return nn.Parameter(data, self.requires_grad).__reduce_ex__(protocol)

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
-from subspan.layers.factors import plain
 from subspan.precision import full_precision
+from subspan.subspace.functions import ordinary_tensors
 
 if TYPE_CHECKING:
     from subspan.layers.lowrank import LowRank
@@ -156,7 +156,7 @@ class Watched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all that ``forward`` was given."""
-        with plain(), full_precision(gy.device):
+        with ordinary_tensors(), full_precision(gy.device):
             return Watched.gradients(ctx, gy)
 
     @staticmethod

@@ -19,6 +19,7 @@ from subspan.subspace.callers import (
 from subspan.subspace.functions import (
     ordinary_tensors,
     property_of,
+    read_only,
     sets,
     share_memory,
     written_by,
@@ -85,8 +86,7 @@ class Computed(Tensor):
                 return _take_gradients(func, args, kwargs)
             out = func(*args, **kwargs)
             if name in ("numpy", "__array__"):
-                shared = out.__array_interface__["data"][0] == args[0].data_ptr()
-                out.flags.writeable &= not shared
+                read_only(out, args[0])
             elif args and type(args[0]) is Computed:
                 out = tree_map_only(Tensor, args[0]._guard_view, out)
         return out

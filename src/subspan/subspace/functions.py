@@ -95,6 +95,12 @@ def is_harmless(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def read_only(array: Any, tensor: Tensor) -> None:
+    """Let nobody write to an array of NumPy's that shares a tensor's memory."""
+    shared = array.__array_interface__["data"][0] == tensor.data_ptr()
+    array.flags.writeable &= not shared
+
+
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same storage."""
     try:

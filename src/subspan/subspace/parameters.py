@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
+from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT
 from subspan.subspace.memory import refuse_shared
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
@@ -288,7 +289,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
     They are a storage of their own: PyTorch resizes none of which it has made an array of NumPy's.
     """
-    with torch._C.DisableTorchFunctionSubclass():
+    with ordinary_tensors():
         plain = tensor.detach().cpu().resolve_conj().resolve_neg()
         return from_dlpack(plain.contiguous().reshape(-1).view(torch.uint8))
 

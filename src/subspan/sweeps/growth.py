@@ -176,17 +176,18 @@ class GrowthPlan(RunPlan):
             score=self.score,
             paired=True,
         )
-        ended = [str(seed) for seed in rows[0].seeds if seed not in rows[-1].seeds]
-        unknown = found.value is None and ended
-        notes = (
+        notes = [
             found.note,
-            f"beyond that d there is no mean of all seeds, for the runs of seeds {', '.join(ended)}"
-            " had reached the target in validation, and ended: subspan sweep has every seed at "
-            "every d"
-            if unknown
-            else "",
             f"one run a seed, d growing with {self.config.stage_epochs} epochs each",
-        )
+        ]
+        ended = [str(seed) for seed in rows[0].seeds if seed not in rows[-1].seeds]
+        if found.value is None and ended:
+            why = (
+                "beyond that d there is no mean of all seeds, for the runs of seeds "
+                f"{', '.join(ended)} had reached the target in validation, and ended: "
+                "subspan sweep has every seed at every d"
+            )
+            notes.insert(1, why)
         return {METHOD: replace(found, note="; ".join(filter(None, notes)))}
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan.layers.computed import guard
-from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
 from subspan.layers.plain import Convolution, fill
 from subspan.layers.watched import filters
 from subspan.precision import full_precision
+from subspan.subspace.functions import ordinary_tensors
 
 
 class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
@@ -74,7 +74,7 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
 
     def two_factors(self) -> nn.Sequential:
         """Vᵀ as r filters without a bias, then a 1×1 convolution."""
-        with plain(), full_precision(self.U.device):
+        with ordinary_tensors(), full_precision(self.U.device):
             K, first = self.U @ self.S, filters(self.V, self.kernel_size)
             last = nn.Conv2d(K.shape[1], K.shape[0], 1, bias=self.bias is not None, device="meta")
             return nn.Sequential(

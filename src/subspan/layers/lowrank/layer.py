@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.layers import factors
-from subspan.layers.factors import plain
 from subspan.layers.plain import autocast_type
 from subspan.layers.protocol import Compressed
 from subspan.layers.watched import Geometry, Tangents, Watched, down, out
 from subspan.precision import full_precision
+from subspan.subspace.functions import ordinary_tensors
 
 
 class LowRank(Compressed, type_name="lowrank"):
@@ -151,7 +151,7 @@ class LowRank(Compressed, type_name="lowrank"):
 
     def _matrix(self) -> Tensor:
         """W (n, m), expanded."""
-        with plain(), full_precision(self.U.device):
+        with ordinary_tensors(), full_precision(self.U.device):
             U, S, V = self.U, self.S, self.V
             W, watched = U @ S @ V.T, self._watched()
             return W if watched is None else W + watched.k.T @ V.T + U @ watched.l
@@ -166,7 +166,7 @@ class LowRank(Compressed, type_name="lowrank"):
             S: (r', r').
             V: (m, r').
         """
-        with plain():
+        with ordinary_tensors():
             for factor, new in ((self.U, U), (self.S, S), (self.V, V)):
                 if factor.shape == new.shape:
                     factor.data.copy_(new)
@@ -218,12 +218,12 @@ class LowRank(Compressed, type_name="lowrank"):
 
     @property
     def witness(self) -> Tensor | None:
-        """What a state has beside the factors; None where something else computes them."""
+        """W z (n,), which a state holds beside the factors; None where something computes them."""
         U, S, V = (self._parameters.get(name) for name in "USV")
         for p in (U, S, V):
             if not isinstance(p, factors.Factor) or p.is_meta:
                 return None
-        with plain():
+        with ordinary_tensors():
             return factors.witness(U, S, V)  # type: ignore[arg-type]
 
     def _load_from_state_dict(
@@ -251,7 +251,7 @@ class LowRank(Compressed, type_name="lowrank"):
             U, S, V = tensors
             (n, m), r = self.shape, S.shape[0]
             if (U.shape, S.shape, V.shape) == ((n, r), (r, r), (m, r)):
-                with plain():
+                with ordinary_tensors():
                     if saved is not None:
                         factors.check(prefix.removesuffix(".") or "the layer", tensors, saved)
                     self.set_factors(U.to(self.U), S.to(self.S), V.to(self.V))
@@ -260,7 +260,7 @@ class LowRank(Compressed, type_name="lowrank"):
 
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
         """Return the layer's output; in the type of autocast, where that is on."""
-        with plain():
+        with ordinary_tensors():
             return self._product(x, how)
 
     def _product(self, x: Tensor, how: Geometry | None) -> Tensor:

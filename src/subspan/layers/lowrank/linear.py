@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from subspan.layers.computed import guard
-from subspan.layers.factors import plain
 from subspan.layers.lowrank.layer import LowRank
 from subspan.layers.plain import linear
 from subspan.precision import full_precision
+from subspan.subspace.functions import ordinary_tensors
 
 
 class LowRankLinear(LowRank, replaces=nn.Linear):
@@ -54,7 +54,7 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
 
     def two_factors(self) -> nn.Sequential:
         """Return two linear layers, (r, m) without a bias, then (n, r)."""
-        with plain(), full_precision(self.U.device):
+        with ordinary_tensors(), full_precision(self.U.device):
             return nn.Sequential(linear(self.V.T, None), linear(self.U @ self.S, self.bias))
 
     def extra_repr(self) -> str:

@@ -139,7 +139,7 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What coefficients of this layer mean: a state has it beside them, in its metadata."""
+        """The fixed matrices that coefficients belong to, as the metadata of a state has them."""
         drawn = any(self._constants) or any(isinstance(s, Projected) for s in self.sums)
         return {
             "kinds": [s.kind for s in self.sums],

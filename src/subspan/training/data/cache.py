@@ -40,11 +40,9 @@ def fetch(key: str, kind: type[Content], build: Callable[[], Content]) -> Conten
     path = folder() / f"{key}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, framework="pt") as file:
-            told = {"outside": False} | json.loads(
-                file.metadata()["subspan"]
-            )  # or it were not here
+            told = json.loads(file.metadata()["subspan"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return kind.unpack(tensors, told)
+        return kind.unpack(tensors, {"outside": False} | told)  # earlier versions do not say
     content = build()
     if content.outside:
         return content
