@@ -146,9 +146,7 @@ def fitting(kind: Any, value: Any, name: str) -> Any:
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     text = isinstance(value, (str, os.PathLike))
-    if kind is Any and isinstance(value, (list, tuple)):
-        return [fitting(Any, inner, name) for inner in value]
-    for one in (dict[str, Any],) if kind is Any and isinstance(value, Mapping) else kinds:
+    for one in kinds:
         origin, args = get_origin(one) or one, get_args(one)
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(fitting(args[0], inner, name) for inner in value)
@@ -164,14 +162,24 @@ def fitting(kind: Any, value: Any, name: str) -> Any:
         if is_dataclass(origin) and isinstance(value, one):
             return value
         if origin is Any:
-            try:
-                return _any(value, ())
-            except MisfitError as error:
-                raise SubspanError(f"{name} {error}") from None
-    hint = f": give ({value!r},)" if number or text else ""
-    hint = hint if any(get_origin(one) is tuple for one in kinds) else ""
+            return _fitting_any(value, name)
+    listed = any(get_origin(one) is tuple for one in kinds)
+    hint = f": give ({value!r},)" if listed and (number or text) else ""
     words = " or ".join(map(_in_words, kinds))
     raise SubspanError(f"{name} must be {words}, got {reprlib.repr(value)}{hint}")
+
+
+def _fitting_any(value: Any, name: str) -> Any:
+    """Return a value that JSON can hold, whose numbers are Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return [_fitting_any(inner, name) for inner in value]
+    if isinstance(value, Mapping):
+        return {key: _fitting_any(inner, f"{name} of {key}") for key, inner in value.items()}
+    try:
+        return _any(value, ())
+    except MisfitError as error:
+        raise SubspanError(f"{name} {error}") from None
 
 
 def _in_words(kind: Any) -> str:
