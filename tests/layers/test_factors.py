@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from subspan import SubspanError
 from subspan.layers import LowRankConv2d, LowRankLinear, factorize
-from subspan.layers.factors import Factor, Value
+from subspan.layers.factors import Factor, Value, witness
 from tests.nets import build, scatter
 
 REFUSED = pytest.raises(SubspanError, match="cannot be averaged one by one")
@@ -287,3 +287,9 @@ def test_factored_networks_compile_and_export():
     )
     program = torch.export.export(network, (x,))
     torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_a_witness_is_the_weight_times_a_vector_that_is_always_the_same():
+    U, S, V = torch.randn(7, 3), torch.randn(3, 3), torch.randn(5, 3)
+    z = witness(*(torch.eye(5) for _ in range(3)))
+    torch.testing.assert_close(witness(U, S, V), U @ S @ V.T @ z)
