@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from subspan.errors import SubspanError, unknown
+from subspan.registry import import_files
 
 IMPORTS = "SUBSPAN_IMPORT"  # the environment's variable: modules, separated by commas
 
@@ -23,8 +25,7 @@ IMPORTS = "SUBSPAN_IMPORT"  # the environment's variable: modules, separated by 
 def load(name: str) -> None:
     """Import a module of the user's, for what it adds to the registries.
 
-    Raises:
-        SubspanError: if there is none, or it fails: with the file and the line.
+    If that fails the error names the file and the line.
     """
     if re.fullmatch(r"\w+(\.\w+)*", name) is None:
         raise SubspanError(f"--import needs a module as 'package.module', got {name!r}")
@@ -61,6 +62,13 @@ def load_remembered() -> None:
     """Import them."""
     for name in remembered():
         load(name)
+
+
+@functools.cache
+def import_all(package: str) -> None:
+    """Import these modules and every file of a package, which add to the package's registry."""
+    load_remembered()
+    import_files(sys.modules[package])
 
 
 @contextlib.contextmanager
@@ -100,16 +108,10 @@ def _module(name: str, what: str) -> ModuleType:
 
 
 def call(kind: str, name: str, offered: Mapping[str, Any], asked: Iterable[str] = ()) -> Any:
-    """Import ``package.module`` and call ``function`` with what it asks for by name.
+    """Import ``package.module`` and call ``function``, or a class, with what it asks for by name.
 
-    Args:
-        kind: what the function is to make, in errors.
-        name: ``package.module:function``; a class will do, too.
-        offered: arguments by name; the function gets those that it has.
-        asked: which of them a user gave, so that it must have them.
-
-    Raises:
-        SubspanError: if it cannot be found, or be called with these.
+    It gets those of the offered arguments that it has, and must have those that a user asked for.
+    The kind is what it is to make, in errors.
     """
     match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
     if match is None:

@@ -7,8 +7,6 @@ A file in this folder that makes an instance of :class:`Method` has added it
 
 from __future__ import annotations
 
-import functools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,10 +17,10 @@ from torch.optim import SGD, Adam, Optimizer
 
 from subspan.counts import count
 from subspan.errors import SubspanError
-from subspan.registry import Registry, import_files
+from subspan.registry import Registry
 from subspan.training.config import Option as Option
 from subspan.training.config import Run, check_options, check_rates
-from subspan.training.own import load_remembered
+from subspan.training.own import import_all
 from subspan.training.records import Epoch
 from subspan.training.score import Score
 
@@ -251,21 +249,11 @@ class Method(ABC):
 
 def methods() -> dict[str, Method]:
     """Return all methods by name; those of the user's modules, and of a notebook so far, too."""
-    _import_all()
+    import_all(__name__)
     return dict(_registry)
 
 
-@functools.cache
-def _import_all() -> None:
-    load_remembered()
-    import_files(sys.modules[__name__])
-
-
 def method(name: str) -> Method:
-    """Return the method of that name.
-
-    Raises:
-        SubspanError: if there is none, with the nearest names.
-    """
-    methods()  # imports them
+    """Return the method of that name; refuse one that there is not, with the nearest names."""
+    import_all(__name__)
     return _registry.find(name)

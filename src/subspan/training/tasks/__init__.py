@@ -9,20 +9,19 @@ package.module:function``, where the function returns one (``examples/language_m
 from __future__ import annotations
 
 import copy
-import functools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.registry import Registry, import_files
+from subspan.registry import Registry
 from subspan.training import own, state
 from subspan.training.config import IMAGES, Option, Training, check_options
+from subspan.training.data.tensors import Tensors
 from subspan.training.score import ACCURACY, Score
 
 Part = Literal["validation", "test"]
@@ -105,19 +104,23 @@ class Task(ABC):
     def samples(self) -> Iterable[Tensor]:
         """Return what a training that goes on knows its samples by, those of all parts.
 
-        By default they are the task's tensors.
+        By default they are the task's tensors, and those of its sets.
         """
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Tensors):
+                yield from value.pack()[0].values()
 
     def sizes(self) -> dict[str, int]:
         """Return what the test part holds, in people's words."""
         return {}
 
-    def to(self, device: torch.device) -> Task:
-        """Return a copy of the task whose tensor attributes are on another device."""
+    def to(self, device: torch.device) -> Self:
+        """Return a copy of the task whose tensors and sets are on another device."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Tensors)):
                 setattr(moved, name, value.to(device))
         return moved
 
@@ -188,11 +191,7 @@ class TaskKind(ABC):
         """
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that this task does not have, or that have no meaning.
-
-        Raises:
-            SubspanError: for the first of them.
-        """
+        """Refuse options that this task does not have, or that have no meaning."""
         check_options("task", self, options, kinds().values())
 
 
@@ -203,14 +202,8 @@ def register(kind: TaskKind) -> None:
 
 def kinds() -> dict[str, TaskKind]:
     """Return all tasks that have a name so far, by it."""
-    _import_all()
+    own.import_all(__name__)
     return dict(_registry)
-
-
-@functools.cache
-def _import_all() -> None:
-    own.load_remembered()
-    import_files(sys.modules[__name__])
 
 
 def option_names() -> list[str]:
@@ -219,14 +212,10 @@ def option_names() -> list[str]:
 
 
 def kind(name: str | None) -> TaskKind:
-    """Return the task of that name; without one, that of images.
-
-    Raises:
-        SubspanError: if there is none, with the nearest names.
-    """
+    """Return the task of that name, of images without one; refuse one that there is not."""
     if name is not None and ":" in name:
         return _Own(name, "a task of your own")
-    kinds()  # imports them
+    own.import_all(__name__)
     return _registry.find(IMAGES if name is None else name)
 
 
@@ -251,14 +240,9 @@ class _Own(TaskKind):
 
 
 def load(training: Training, seed: int) -> Task:
-    """Return the task of a run.
+    """Return the task of a run, which draws, as its validation part, from the seed.
 
-    Args:
-        training: what is trained on what.
-        seed: of what the task draws, as its validation part.
-
-    Raises:
-        SubspanError: if there is no such task, or it cannot be had.
+    Raises SubspanError if there is no such task, or it cannot be had.
     """
     how = kind(training.task)
     how.check(training.task_options)
@@ -272,12 +256,9 @@ def load(training: Training, seed: int) -> Task:
 
 
 def again(extra: Mapping[str, Any], data: str | None = None, **options: Any) -> Task:
-    """Return the task that a checkpoint was trained on.
+    """Return the task that a checkpoint was trained on, by what the file says of it.
 
-    Args:
-        extra: what the file says of it.
-        data: other data than those of the training; null are the same.
-        options: of the task, where they are not to be those of the training.
+    The data, and options of the task, may be others than those of the training.
     """
     how = kind(extra.get("task"))
     as_trained = {option.name: extra.get(option.name) for option in how.options}

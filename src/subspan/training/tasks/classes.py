@@ -24,9 +24,7 @@ class ClassTask(Task):
     def judge(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield scores, (n, classes), and labels, (n,), of all samples of a part, in batches.
 
-        Args:
-            net: in eval mode.
-            part: "train", "validation" or "test".
+        The network is in eval mode; the part is "train", "validation" or "test".
         """
 
     @torch.no_grad()

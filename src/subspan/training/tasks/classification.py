@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,9 @@ BATCH = 1000  # images that are evaluated at a time
 
 
 class Classification(ClassTask):
-    """Images of some classes, and a network by name.
+    """Images of some classes, and a network that :func:`subspan.training.nets.build` knows.
 
-    Args:
-        images: the data set.
-        net: as :func:`subspan.training.nets.build` takes it.
-        changes: what is done at random to a batch of training images, one after the other.
+    The changes are made at random to a batch of training images, one after the other.
     """
 
     def __init__(self, images: data.ImageData, net: str, changes: Sequence[Change] = ()) -> None:
@@ -101,17 +98,9 @@ class Classification(ClassTask):
         mean, std = torch.tensor(extra["mean"]), torch.tensor(extra["std"])
         return type(self)(replace(images, mean=mean, std=std), self.net, self.changes)
 
-    def samples(self) -> Iterable[Tensor]:
-        """Return the images and labels of all parts."""
-        return self.images.pack()[0].values()
-
     def sizes(self) -> dict[str, int]:
         """Return the number of test images."""
         return {"images": len(self.images.test)}
-
-    def to(self, device: torch.device) -> Classification:
-        """Return the set on another device."""
-        return type(self)(self.images.to(device), self.net, self.changes)
 
     @torch.no_grad()
     def check(self, net: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,10 +61,6 @@ class LanguageModelling(TaskOfTransformers):
     def describe(self) -> dict[str, Any]:
         """Return what the tokens depend on beside the text."""
         return {"block": self.data.train.tokens.shape[1], "tokenizer": self.tokenizer.digest}
-
-    def samples(self) -> Iterable[Tensor]:
-        """Return the tokens of all parts."""
-        return self.data.pack()[0].values()
 
     def sizes(self) -> dict[str, int]:
         """Return the number of test tokens."""

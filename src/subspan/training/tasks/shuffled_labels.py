@@ -37,9 +37,6 @@ def task(net: str = "mlp", data: str = "mnist", seed: int = 0) -> ShuffledLabels
     """Make the task of all images of a set ("mnist"), or of some ("mnist[:5000]").
 
     The seed draws the labels, and which images are taken.
-
-    Raises:
-        SubspanError: if there is no such set, or not so many images.
     """
     name, some, rest = data.partition("[:")
     images = sets.load(name, validation=0, seed=seed)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -30,13 +29,9 @@ TEXT_COLUMN = Option(
 
 
 class TaskOfTransformers(Task):
-    """Texts, and a network of Transformers.
+    """Texts, and a network of Transformers by its name or folder.
 
-    Args:
-        data: the texts.
-        net: the network's name or folder.
-        tokenizer: of the network.
-        seed: of the weights that the network's file lacks, as of a head.
+    The seed is of the weights that the network's file lacks, as of a head.
     """
 
     data: texts.TextData | blocks.BlockData
@@ -67,12 +62,6 @@ class TaskOfTransformers(Task):
                 "back the one of that training"
             )
         return self
-
-    def to(self, device: torch.device) -> Self:
-        """Return the texts on another device."""
-        moved = copy.copy(self)
-        moved.data = self.data.to(device)
-        return moved
 
 
 def build(net: str, classes: int, pad: int, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -134,10 +123,6 @@ class TextClassification(TaskOfTransformers, ClassTask):
             )
         return super().as_trained(extra, path)
 
-    def samples(self) -> Iterable[Tensor]:
-        """Return the texts and labels of all parts."""
-        return self.data.pack()[0].values()
-
     def sizes(self) -> dict[str, int]:
         """Return the number of test texts."""
         return {"texts": len(self.data.test)}
@@ -172,11 +157,7 @@ def _scores(net: nn.Module, batch: texts.Batch) -> Tensor:
 
 
 def require(training: Training, task: str) -> tuple[str, str]:
-    """Return the network and the data of a task that has no others by default.
-
-    Raises:
-        SubspanError: if one is missing.
-    """
+    """Return the network and the data of a task that has no others by default."""
     if not training.net or not training.data:
         missing = "--data" if training.net else "--net"
         what = {
@@ -190,11 +171,7 @@ def require(training: Training, task: str) -> tuple[str, str]:
 def limit(
     tokenizer: pretrained.Tokenizer, net: str, asked: int | None, option: str, least: int = 1
 ) -> int | None:
-    """Return how many tokens a network is to get.
-
-    Raises:
-        SubspanError: for more than it takes, or too few.
-    """
+    """Return how many tokens a network is to get; refuse more than it takes, and too few."""
     most = tokenizer.length
     if asked is not None and (asked < least or (most is not None and asked > most)):
         bound = f" and at most {most}, the positions of {net}" if most is not None else ""
@@ -232,10 +209,7 @@ class _Text(TaskKind):
         return TextClassification(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            return build(extra["net"], extra["classes"], extra["pad"], extra["seed"])[0]
-
-        return make
+        return lambda: build(extra["net"], extra["classes"], extra["pad"], extra["seed"])[0]
 
 
 register(_Text("text", "the classification of texts by a network of Transformers"))
