@@ -42,20 +42,13 @@ def check_options(
 ) -> None:
     """Refuse an option that a method or a task does not have, and say which others have it.
 
-    Args:
-        kind: "method" or "task".
-        owner: the one that is to have the options.
-        given: their names.
-        every: all methods, or all tasks.
-
-    Raises:
-        SubspanError: for the first option that it does not have.
+    The kind is "method" or "task", and every one of it may be the one that has the option.
     """
     known = [option.name for option in owner.options]
     for name in given:
         if name in known:
             continue
-        others = [each.name for each in every if name in (o.name for o in each.options)]
+        others = sorted(each.name for each in every if name in (o.name for o in each.options))
         whose = f" (it is one of {', '.join(others)})" if others else ""
         if known:
             raise SubspanError(f"{unknown(f'option of {owner.name}', name, known)}{whose}")
@@ -125,9 +118,7 @@ class Training:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
-        for name in ("epochs", "batch_size", "steps"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise SubspanError(f"{name} must be at least 1, got {count}")
+        check_counts(self, "epochs", "batch_size", "steps")
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")
         if not 0 < self.validation < 1:
@@ -258,11 +249,8 @@ class Sweep:
         listed = [("methods", self.methods), ("small", self.small)]
         for name, values in [*listed, *self._lists("dims", self.dims)]:
             check_different(name, values)
-        for name in ("seeds", "processes"):
-            if getattr(self, name) < 1:
-                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.threshold <= 1:
-            raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+        check_counts(self, "seeds", "processes")
+        check_threshold(self.threshold)
 
     def _lists(self, name: str, given: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """Return a list under its name; or those of the methods, each under a name of its own."""
@@ -289,12 +277,11 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``sweep.json``."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
-        for name, usual in (("processes", 1), ("small", ())):
+        own = listed_fields(self)
+        for name, usual in (("processes", 1), ("small", [])):
             if own[name] == usual:  # records of sweeps that knew no other stay the same
                 del own[name]
-        lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
-        return self.training.as_dict() | own | lists
+        return self.training.as_dict() | own
 
 
 def split(values: Any, name: str) -> tuple[str, ...]:
@@ -314,6 +301,25 @@ def floats(values: Any, name: str) -> tuple[float, ...]:
         return tuple(float(value) for value in split(values, name))
     except ValueError:
         raise SubspanError(f"{name} must be numbers separated by commas, got {values!r}") from None
+
+
+def listed_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a configuration beside its training, with lists for tuples."""
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "training"}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Refuse fields of a configuration that are below 1."""
+    for name in names:
+        if (count := getattr(config, name)) is not None and count < 1:
+            raise SubspanError(f"{name} must be at least 1, got {count}")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that is no share of the baseline."""
+    if not 0 < threshold <= 1:
+        raise SubspanError(f"threshold must be in (0, 1], got {threshold}")
 
 
 def check_rates(name: str, lrs: Sequence[float]) -> None:

@@ -1,4 +1,9 @@
-"""Adapters of Hugging Face's PEFT as methods, to hold ours against: what they all share."""
+"""Adapters of Hugging Face's PEFT as methods, to hold ours against.
+
+LoRA (Hu et al. 2022) is W + (α/r) B A, with A (r, n) drawn as usual and B (m, r) zero. Uni-LoRA
+(Li et al. 2025, arXiv:2506.00799) has all factors of LoRA from one vector. VeRA (Kopiczko et al.
+2024) is W + diag(b) B diag(d) A, with A and B random and shared.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +42,7 @@ class PEFTMethod(FineTuning):
         """Return PEFT's configuration, without the layers."""
 
     def adapt(
-        self,
-        net: nn.Module,
-        seed: int,
-        options: Mapping[str, Any],
-        head: list[nn.Parameter],
+        self, net: nn.Module, seed: int, options: Mapping[str, Any], head: list[nn.Parameter]
     ) -> None:
         """Put PEFT's layers in place; what they draw comes from the seed."""
         if importlib.util.find_spec("peft") is None:
@@ -75,11 +76,7 @@ class PEFTMethod(FineTuning):
 def find_layers(
     net: nn.Module, patterns: str | list[str] | None, head: list[nn.Parameter]
 ) -> list[str]:
-    """Return the names of the linear layers that get factors; never the head's.
-
-    Raises:
-        SubspanError: if there are none.
-    """
+    """Return the names of the linear layers that get factors, one at least; never the head's."""
     inside = {id(p) for p in head}
     found = [
         name
@@ -102,14 +99,77 @@ def usual_layers(net: nn.Module) -> str | list[str]:
 def parse_whole(
     method: str, name: str, options: Mapping[str, Any], usual: int | None = None
 ) -> int:
-    """Return an option that is a positive integer.
-
-    Raises:
-        SubspanError: if it is missing and nothing is usual, or is anything else.
-    """
+    """Return an option that is a positive integer; refuse anything else, and none at all."""
     value = options.get(name, usual)
     if value is None:
         raise SubspanError(f"method {method!r} needs --{name}")
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
         raise SubspanError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
+
+
+class LoRA(PEFTMethod):
+    """Two factors beside the weight of each layer."""
+
+    axis = "rank"
+    options = (
+        Option("rank", int, "r, the rank of the factors"),
+        Option("alpha", float, "α of the scale α/r of their product (r)"),
+        *PEFTMethod.options,
+    )
+
+    def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
+        """Return the configuration."""
+        rank = parse_whole(self.name, "rank", options)
+        return peft.LoraConfig(r=rank, lora_alpha=options.get("alpha", rank))
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return rates that were good for MiniLM at ranks from 1 to 8."""
+        return (1e-3, 3e-3, 1e-2)
+
+
+class UniLoRA(PEFTMethod):
+    """Every entry of every factor is an entry of one vector of d numbers, times a scale."""
+
+    axis = "dim"
+    options = (
+        Option("dim", int | str, "d, the length of the vector"),
+        Option("rank", int, "r, the rank of the factors (4)"),
+        *PEFTMethod.options,
+    )
+
+    def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
+        """Return the configuration."""
+        if not hasattr(peft, "UniLoraConfig"):
+            raise SubspanError(
+                f"PEFT {peft.__version__} has no Uni-LoRA: pip install --upgrade peft"
+            )
+        return peft.UniLoraConfig(
+            theta_d_length=parse_whole(self.name, "dim", options),
+            r=parse_whole(self.name, "rank", options, 4),
+            proj_seed=seed,
+        )
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return rates that were good for MiniLM at 1,000 numbers."""
+        return (1e-2, 3e-2, 1e-1)
+
+
+class VeRA(PEFTMethod):
+    """Two vectors for each layer: r numbers, and one for each output."""
+
+    axis = "rank"
+    options = (Option("rank", int, "r, the rank of the factors"), *PEFTMethod.options)
+
+    def config(self, peft: Any, seed: int, options: Mapping[str, Any]) -> Any:
+        """Return the configuration."""
+        return peft.VeraConfig(r=parse_whole(self.name, "rank", options), projection_prng_key=seed)
+
+    def rates(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return rates that were good for MiniLM at rank 256."""
+        return (3e-3, 1e-2, 3e-2)
+
+
+LoRA("lora", "W + (α/r) B A by PEFT (Hu 2022)")
+UniLoRA("unilora", "LoRA's factors from one vector of d numbers by PEFT (Li 2025)")
+VeRA("vera", "W + diag(b) B diag(d) A, A and B random, by PEFT (Kopiczko 2024)")

@@ -20,11 +20,7 @@ from subspan.training.methods.subspace import PATTERNS
 
 OPTIONS = (
     Option("tolerance", float, "τ in [0, 1): the share of ‖W‖ that truncation may leave out"),
-    Option(
-        "target_ratio",
-        float,
-        "in place of τ: the share of the layers' numbers to get rid of",
-    ),
+    Option("target_ratio", float, "in place of τ: the share of the layers' numbers to get rid of"),
     Option(
         "rank",
         int | str,

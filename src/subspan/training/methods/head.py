@@ -54,11 +54,7 @@ class FineTuning(Method):
         return net
 
     def adapt(
-        self,
-        net: nn.Module,
-        seed: int,
-        options: Mapping[str, Any],
-        head: list[nn.Parameter],
+        self, net: nn.Module, seed: int, options: Mapping[str, Any], head: list[nn.Parameter]
     ) -> None:
         """Put adapters into a frozen network; by default none.
 

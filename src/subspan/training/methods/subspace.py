@@ -147,11 +147,7 @@ def _said_of(argument: str, family: type) -> str:
 
 
 def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
-    """Parse the option ``dim``: 750 → 750, "600+250" → [600, 250]; None if rules give it.
-
-    Raises:
-        SubspanError: for anything that is no positive integer or sum of such.
-    """
+    """Parse the option ``dim``: 750 → 750, "600+250" → [600, 250]; None if rules give it."""
     if "dim" not in options:
         if isinstance(options.get("compartments"), Mapping):
             return None
