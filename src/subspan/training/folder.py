@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,26 @@ from subspan.training import state
 from subspan.training.records import RunRecord
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of a run, with the names of its files.
 
     Args:
         path: the folder.
         writes: whether this process is the one that writes; the others leave the folder alone.
+
+    Attributes:
+        state: from here the training goes on.
+        last: the checkpoint of the last epoch.
+        best: that of the best epoch, while the training goes on.
+        model: the checkpoint that is left in the end.
+        compact: the same model in few bytes, where a method has bits for its coordinates.
     """
 
-    path: Path
-    writes: bool
-
-    @property
-    def state(self) -> Path:
-        """From here the training goes on."""
-        return self.path / state.FILE
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint of the last epoch."""
-        return self.path / "last.safetensors"
-
-    @property
-    def model(self) -> Path:
-        """The checkpoint that is left in the end."""
-        return self.path / "model.safetensors"
-
-    @property
-    def compact(self) -> Path:
-        """The same model in few bytes, where a method has bits for its coordinates."""
-        return self.path / "model.subspan"
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint of the best epoch, while the training goes on."""
-        return self.path / "best.safetensors"
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.state = path / state.FILE
+        self.last, self.best = path / "last.safetensors", path / "best.safetensors"
+        self.model, self.compact = path / "model.safetensors", path / "model.subspan"
 
     @property
     def kept_best(self) -> Path:
@@ -75,20 +58,9 @@ class RunFolder:
             record.write(self.path)
 
     def save(
-        self,
-        model: nn.Module,
-        file: Path,
-        extra: Mapping[str, Any],
-        bits: float | None = None,
+        self, model: nn.Module, file: Path, extra: Mapping[str, Any], bits: float | None = None
     ) -> None:
-        """Write a checkpoint.
-
-        Args:
-            model: what it is of.
-            file: its path.
-            extra: what else it is to say.
-            bits: of a coordinate in a compact file.
-        """
+        """Write a checkpoint; with bits of a coordinate, a compact one."""
         if self.writes:
             checkpoint.save(model, file, extra=extra, bits=bits)
 
