@@ -60,14 +60,7 @@ CHANGES: dict[str, Change] = {change.__name__: change for change in (affine, cro
 
 
 def changes(names: str | list[str] | None) -> list[Change]:
-    """Return the changes of these names, in their order.
-
-    Args:
-        names: as "affine", "crop,flip" or a list; None for none.
-
-    Raises:
-        SubspanError: a name is unknown, or given twice.
-    """
+    """Return changes by names, as "affine" or "crop,flip"; refuse others, and repeated ones."""
     given = () if names is None else split(names, "augment")
     for name in given:
         if name not in CHANGES:

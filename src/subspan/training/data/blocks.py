@@ -15,7 +15,6 @@ from subspan.files import expanded
 from subspan.training.data import cache, parts, sources, tables
 from subspan.training.data.order import VALIDATION, hold_out
 from subspan.training.data.tensors import Raw, Tensors
-from subspan.training.data.texts import TEXT_COLUMNS
 from subspan.training.pretrained import Tokenizer
 
 FORMAT = 2  # of the cached tokens: a change of what tokenising gives must change it
@@ -45,12 +44,7 @@ class TextBlocks(Tensors):
 
 @dataclass(frozen=True, eq=False)
 class RawBlocks(Raw):
-    """The content of a source of text.
-
-    Attributes:
-        train: the whole training part.
-        test: the test part.
-    """
+    """The content of a source of text: its whole training part, and the test part."""
 
     train: TextBlocks
     test: TextBlocks
@@ -58,12 +52,7 @@ class RawBlocks(Raw):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockData(RawBlocks):
-    """A text in blocks, ready to train on: its training part is without validation.
-
-    Attributes:
-        name: what it was loaded by.
-        validation: the part of the training part that was drawn for choices.
-    """
+    """A text in blocks, ready to train on: ``validation`` is no part of ``train`` any more."""
 
     name: str
     validation: TextBlocks
@@ -78,18 +67,11 @@ def load(
     seed: int,
     text_column: str | None = None,
 ) -> BlockData:
-    """Load a text in blocks; names of sets, folders and caches are those of images.
+    """Load a text in blocks of so many tokens; the arguments are as of :func:`texts.load`.
 
-    A text without a test part gives its last sixth for one.
-
-    Args:
-        name: a file of UTF-8, or a set with a column of texts, which become one text, with the
-            token that ends a text between them.
-        tokenizer: of the network.
-        block: tokens in a block; what is left at the end of a part and fills none is left out.
-        validation: share of the training part that is held out for choices, in [0, 1).
-        seed: of the draw of that share.
-        text_column: where the texts are, if it cannot be told from the columns' types and names.
+    The name may be a file of UTF-8, too. Texts of a set become one, with the token that ends a text
+    between them. What is left at the end of a part and fills no block is left out. A text without a
+    test part gives its last sixth for one.
 
     Raises:
         SubspanError: there is no such text, or it has too few tokens.
@@ -129,7 +111,7 @@ def _read_set(
 ) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """Read the texts of each part; and notes, on files that are no part of the set."""
     found, features, left_out = tables.open_set(path, revision, "text", EXPECTED)
-    column = tables.column("text", path, features, TEXT_COLUMNS, text_column, "string")
+    column = tables.column("text", path, features, text_column)
     texts: dict[str, list[str]] = {}
     for part, rows in found.items():
         with tables.readable(path, "text", EXPECTED):

@@ -62,12 +62,8 @@ def fetch_set(
 ) -> Content:
     """Return the content of a set; where it is not stored, it is read, and the terminal says so.
 
-    Args:
-        name: of the set, as the user gave it.
-        version: of what reading makes of a source.
-        identity: everything else that the content depends on, as JSON; first, where the source is.
-        kind: of the content.
-        read: reads the source.
+    The content depends on the version of what reading makes of a source, and on its identity, JSON
+    whose first entry is where the source is.
     """
 
     def build() -> Content:

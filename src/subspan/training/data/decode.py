@@ -17,9 +17,7 @@ from subspan.training.data import parts, pixels, tables
 from subspan.training.data.images import RawData, Split
 from subspan.training.data.order import TEST, hold_out
 from subspan.training.data.pixels import Size
-from subspan.training.data.tables import LABEL_COLUMNS
 
-IMAGE_COLUMNS = ("image", "img")
 REMEDY = ", or of a folder of images make a sub-folder for each class, two at least"
 EXPECTED = (
     "a folder with one sub-folder of images per class, parquet files, or another layout that "
@@ -35,16 +33,10 @@ def read(
     label_column: str | None = None,
     size: Size | None = None,
 ) -> RawData:
-    """Read and decode an image classification set.
+    """Read and decode an image classification set, of a folder, or of the Hub at a revision.
 
-    It is streamed: ``datasets`` then leaves no copy of it in a cache of its own.
-
-    Args:
-        path: a local folder or a name on the Hub.
-        revision: the Hub's commit; None for a local folder.
-        image_column: where the images are; None finds it.
-        label_column: where the labels are; None finds it.
-        size: what every image is resized to; None leaves them as they are.
+    It is streamed: ``datasets`` then leaves no copy of it in a cache of its own. Columns that are
+    not named are found, and images without a size for all stay as they are.
 
     Raises:
         SubspanError: the set cannot be read, or is not one of equally large, labelled images.
@@ -52,10 +44,8 @@ def read(
     import datasets
 
     found, features, left_out = tables.open_set(path, revision, "images", EXPECTED)
-    images = tables.column("image", path, features, IMAGE_COLUMNS, image_column, "Image", REMEDY)
-    labels = tables.column(
-        "label", path, features, LABEL_COLUMNS, label_column, "ClassLabel", REMEDY
-    )
+    images = tables.column("image", path, features, image_column, REMEDY)
+    labels = tables.column("label", path, features, label_column, REMEDY)
     if not _may_hold_images(features[images]) or images == labels:
         columns = ", ".join(
             f"{name} ({tables.kind(feature)})" for name, feature in features.items()
@@ -104,11 +94,7 @@ def _may_hold_images(feature: Any) -> bool:
 
 
 def parse_size(resize: int | str) -> Size:
-    """Height and width, of "28x32", or of one number for both.
-
-    Raises:
-        SubspanError: for anything else.
-    """
+    """Height and width, of "28x32", or of one number for both; anything else is refused."""
     found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", str(resize))
     if found is None:
         raise SubspanError(

@@ -62,13 +62,7 @@ def hold_out(split: Chosen, fraction: float, *, seed: int, stream: int) -> tuple
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Count the batches in an epoch of ``size`` samples.
-
-    Raises:
-        SubspanError: ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise SubspanError(f"batch size must be at least 1, got {batch_size}")
+    """Count the batches in an epoch of ``size`` samples."""
     return -(-size // batch_size)
 
 
@@ -102,21 +96,9 @@ def batches(
         An iterator over the indices, int64 (n,) with n at least 1, and the weight: the share of the
         batch that this part is, times ``world``. It is 1 but for a last, smaller batch, and 0 for
         the sample of a rank to which none is left.
-
-    Raises:
-        SubspanError: at the call, not at the first batch: a size or rank out of its range.
     """
-    steps = steps_per_epoch(size, batch_size)
-    if batch_size % world:
-        raise SubspanError(
-            f"batch size must be a multiple of the number of processes, got {batch_size} for "
-            f"{world} processes: use {batch_size + -batch_size % world}"
-        )
-    if not 0 <= rank < world:
-        raise SubspanError(f"rank must be in [0, {world}), got {rank}")
     order = permutation(size, seed=seed, stream=BATCHES, epoch=epoch, device=device)
-    wholes = (order[step * batch_size :][:batch_size] for step in range(steps))
-    return (_part(whole, rank, world) for whole in wholes)
+    return (_part(whole, rank, world) for whole in order.split(batch_size))
 
 
 def _part(whole: Tensor, rank: int, world: int) -> tuple[Tensor, float]:

@@ -54,11 +54,7 @@ def say_left_out(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
     """Say which files are no part of a set, as a note: ``datasets`` passes over them in silence.
 
     It reads files of one format, that of most of them, and where names tell parts, those files
-    alone.
-
-    Args:
-        folder: of the set.
-        used: the files that are read, by their paths.
+    alone: the ``used`` ones.
     """
     own, left = {Path(file) for file in used}, []
     for file in sorted(folder.rglob("*")):

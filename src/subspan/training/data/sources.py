@@ -38,7 +38,6 @@ def load(
     *,
     validation: float = 1 / 12,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     image_column: str | None = None,
     label_column: str | None = None,
     resize: int | str | None = None,
@@ -58,7 +57,6 @@ def load(
         name: which set.
         validation: share of the set's training part that is held out for choices, in [0, 1).
         seed: of the draw of that share.
-        device: where the tensors go.
         image_column: where the images are, if it cannot be told from the columns' types and names.
         label_column: where the labels are, likewise.
         resize: what all images are resized to while they are decoded: 32, or "28x32", height x
@@ -81,7 +79,7 @@ def load(
         validation=held_out,
         mean=mean,
         std=std,
-    ).to(device)
+    )
 
 
 def _find(
@@ -104,15 +102,9 @@ def _find(
 def find(
     name: str, hub_name: str, read: Callable[..., Content]
 ) -> tuple[list[Any], Callable[[], Content]]:
-    """Find a folder, or else a set on the Hub.
+    """Find a folder, or else a set on the Hub: JSON that identifies its content, and its reader.
 
-    Args:
-        name: of the set, as the user gave it.
-        hub_name: of the set on the Hub.
-        read: reads a path; a set on the Hub at its ``revision``.
-
-    Returns:
-        JSON that identifies the content, and the function that reads it.
+    ``read`` gets a path, and of a set on the Hub its ``revision``.
     """
     if folder := local_folder(name):
         return contents(folder), partial(read, str(folder))
@@ -138,8 +130,7 @@ def local_folder(name: str) -> Path | None:
 def contents(folder: Path) -> list[Any]:
     """Return the folder's path, and the name, size and time of change of every file in it.
 
-    Raises:
-        SubspanError: something in it is a link to a folder, which ``datasets`` passes over.
+    Links to folders, which ``datasets`` passes over, are refused.
     """
     files = []
     for path in sorted(folder.rglob("[!.]*")):
@@ -176,11 +167,7 @@ def _read_newest(name: str, hub_name: str, read: Callable[..., Content]) -> Cont
 
 
 def _newest_revision(name: str, hub_name: str) -> str:
-    """Return the commit of a set on the Hub.
-
-    Raises:
-        SubspanError: there is no such set, or no network.
-    """
+    """Return the commit of a set on the Hub; refuse a name that it has not, or does not give."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

@@ -15,7 +15,12 @@ from torch import Tensor
 from subspan.errors import SubspanError, unknown
 from subspan.training.data import parts
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+# By what a column is: the names that it usually has, and its type, as :func:`kind` names it.
+COLUMNS = {
+    "image": (("image", "img"), "Image"),
+    "label": (("label", "labels", "fine_label"), "ClassLabel"),
+    "text": (("text", "sentence", "content", "review"), "string"),
+}
 
 
 def open_set(
@@ -23,18 +28,12 @@ def open_set(
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """Open a set, to be streamed: ``datasets`` then leaves no copy of it in a cache of its own.
 
-    Args:
-        path: a local folder or a name on the Hub.
-        revision: the Hub's commit; None for a local folder.
-        what: the samples, in a word.
-        expected: of :func:`readable`.
+    It is a folder, or a set on the Hub at a revision. For ``what`` and ``expected`` see
+    :func:`readable`.
 
     Returns:
         The parts by name; the features of the columns by name, None where a format has none; and
         notes, on files that are no part of the set.
-
-    Raises:
-        SubspanError: the set cannot be read.
     """
     import datasets
 
@@ -55,10 +54,7 @@ def open_set(
 def readable(path: str, what: str, expected: str) -> Iterator[None]:
     """Turn what ``datasets`` and its readers raise, which is of many types, into one sentence.
 
-    Args:
-        path: of the set.
-        what: the samples that it is to hold, in a word.
-        expected: the layouts that such a set can have.
+    It says what samples were to be read, in a word, and which layouts are expected.
     """
     try:
         yield
@@ -72,30 +68,14 @@ def readable(path: str, what: str, expected: str) -> Iterator[None]:
 
 
 def column(
-    role: str,
-    path: str,
-    features: dict[str, Any],
-    usual: Sequence[str],
-    asked: str | None,
-    wanted: str,
-    remedy: str = "",
+    role: str, path: str, features: dict[str, Any], asked: str | None, remedy: str = ""
 ) -> str:
     """Return the column asked for; else the only one of the type; else one by its usual name.
 
-    Where one column has the type and another the name, neither is plainly the one.
-
-    Args:
-        role: what the column is, in one word that is its option, too.
-        path: of the set.
-        features: of the columns that may be it, by name.
-        usual: names that such columns have.
-        asked: the name that the user gave, if any.
-        wanted: the type, as :func:`kind` names it.
-        remedy: what else a user can do than name the column.
-
-    Raises:
-        SubspanError: there is no such column, or there are several.
+    Where one column has the type and another the name, neither is plainly the one, and that is
+    refused: the user names it by the option of its role, one of :data:`COLUMNS`.
     """
+    usual, wanted = COLUMNS[role]
     if asked is not None:
         if asked not in features:
             raise unknown(f"{role} column of {path}", asked, features)
@@ -117,11 +97,7 @@ def column(
 
 
 def check_texts(path: str, part: str, column: str, values: Iterable[Any]) -> None:
-    """Refuse a column of texts with a row that has none.
-
-    Raises:
-        SubspanError: naming the row.
-    """
+    """Refuse a column of texts with a row that has none, by its number."""
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
             raise SubspanError(
@@ -143,13 +119,7 @@ def encode(
     """Each part's labels as int64 (N,), and the names of the classes.
 
     Where the column declares no names, the distinct values (integers or strings) are numbered in
-    order.
-
-    Args:
-        path: of the set.
-        column: the labels'.
-        feature: of that column.
-        values: of the training part, and of the test part if there is one.
+    order. The values are those of the training part, and of the test part if there is one.
 
     Raises:
         SubspanError: they are no classes, or the training part has not two of them, or none of one

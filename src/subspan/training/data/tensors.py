@@ -35,11 +35,7 @@ class Tensors:
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], rest: dict[str, Any]) -> Self:
-        """Return what :meth:`pack` took apart.
-
-        Raises:
-            KeyError: if something is missing.
-        """
+        """Return what :meth:`pack` took apart; raise KeyError if something is missing."""
         given: dict[str, Any] = {}
         for name, kind in get_type_hints(cls).items():
             if isinstance(kind, type) and issubclass(kind, Tensors):

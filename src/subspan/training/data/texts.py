@@ -17,7 +17,6 @@ from subspan.training.data.order import TEST, VALIDATION, hold_out
 from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.pretrained import Tokenizer
 
-TEXT_COLUMNS = ("text", "sentence", "content", "review")
 FORMAT = 3  # of the cached tokens: a change of what tokenising gives must change it
 EXPECTED = (
     "a folder of parquet, CSV or JSON files with a column of texts and one of labels, or another "
@@ -137,14 +136,8 @@ def load(
 ) -> TextData:
     """Load a set of labelled texts; names, folders and caches are those of images.
 
-    Args:
-        name: as of :func:`subspan.training.data.load`.
-        tokenizer: of the network.
-        validation: share of the set's training part that is held out for choices, in [0, 1).
-        seed: of the draw of that share.
-        text_column: where the texts are, if it cannot be told from the columns' types and names.
-        label_column: where the labels are, likewise.
-        max_length: tokens of a text that are kept; None are those that the network takes.
+    The other arguments are those of :func:`subspan.training.data.load`, and ``max_length``: tokens
+    of a text that are kept, by default as many as the network takes.
 
     Raises:
         SubspanError: there is no such set, it cannot be reached or read, it has no texts, or no
@@ -172,11 +165,9 @@ def _read(
 ) -> RawTexts:
     """Read and tokenise a set."""
     found, features, left_out = tables.open_set(path, revision, "texts", EXPECTED)
-    labels = tables.column(
-        "label", path, features, tables.LABEL_COLUMNS, label_column, "ClassLabel"
-    )
+    labels = tables.column("label", path, features, label_column)
     others = {name: feature for name, feature in features.items() if name != labels}
-    texts = tables.column("text", path, others, TEXT_COLUMNS, text_column, "string")
+    texts = tables.column("text", path, others, text_column)
     train, test, notes = parts.choose(path, list(found), "texts")
     split: list[Texts] = []
     values: list[list[Any]] = []
