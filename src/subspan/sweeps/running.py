@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError
 from subspan.sweeps.job import Outcome
 from subspan.training import trackers
-
-BackendName = Literal["loky", "ray"]
+from subspan.training.schema import check_fields
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Running:
     """
 
     jobs: int = -1
-    backend: BackendName = "loky"
+    backend: Literal["loky", "ray"] = "loky"
     ray_address: str | None = None
     overwrite: bool = False
     log: tuple[str, ...] = ()
@@ -45,8 +44,7 @@ class Running:
     say: Callable[[str], None] = lambda what: None
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(BackendName):
-            raise unknown("backend", self.backend, get_args(BackendName))
+        check_fields(self)
         if self.ray_address is not None and self.backend != "ray":
             raise SubspanError(
                 f"--ray-address {self.ray_address} is for --backend ray, got --backend "

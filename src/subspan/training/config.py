@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol
 
 from subspan.errors import SubspanError, unknown
 from subspan.training.schema import check_fields
@@ -115,9 +115,6 @@ class Training:
             for name, usual in (("net", "mlp"), ("data", "digits")):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise unknown(name, getattr(self, name), get_args(kind))
         check_counts(self, "epochs", "batch_size", "steps")
         if self.patience is not None and self.patience < 1:
             raise SubspanError(f"patience must be at least 1 epoch, or null, got {self.patience}")

@@ -14,12 +14,12 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, unknown
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -73,12 +73,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any, path: Path = ()) -> T:
-    """Make a dataclass from the JSON that :func:`to_json` made of one.
-
-    Args:
-        kind: the dataclass, or what else an annotation may be.
-        value: the JSON.
-        path: where it stands, for errors.
+    """Make a dataclass, or what else an annotation may be, from what :func:`to_json` made of one.
 
     Raises:
         MisfitError: if a value is missing, or has another type, or if the dataclass refuses it.
@@ -106,11 +101,12 @@ def _read(kind: Any, value: Any, path: Path) -> Any:
 
 
 def _any(value: Any, path: Path) -> Any:
-    """Return a value that JSON can hold."""
+    """Return a value that JSON can hold, whose numbers are Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [_any(inner, (*path, i)) for i, inner in enumerate(value)]
-    if isinstance(value, dict):
-        return {str(key): _any(inner, (*path, str(key))) for key, inner in value.items()}
+    if isinstance(value, Mapping):
+        return {key: _any(inner, (*path, str(key))) for key, inner in value.items()}
     if value is None or isinstance(value, (str, int)):
         return value
     return _checked(float, value, path)
@@ -129,21 +125,30 @@ def check_fields(config: Any) -> None:
     """Refuse fields of a configuration that are not what their annotations say.
 
     What is right in another form gets the form of its field: 1e3 is an integer, a path or a number
-    a text, a list a tuple, and numbers of NumPy or PyTorch are Python's. Literals are not looked
+    a text, a list a tuple, and numbers of NumPy or PyTorch are Python's. Functions are not looked
     at.
 
     Raises:
         SubspanError: for the first field that is something else.
     """
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is not Literal:
-            object.__setattr__(config, name, fitting(kind, getattr(config, name), name))
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise unknown(name, value, get_args(kind))
+        elif get_origin(kind) is not Callable:
+            object.__setattr__(config, name, fitting(kind, value, name))
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the one kind that an annotation is."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def fitting(kind: Any, value: Any, name: str) -> Any:
     """Return a value in the form that an annotation has; see :func:`check_fields`."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = alternatives(kind)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     text = isinstance(value, (str, os.PathLike))
     for one in kinds:
@@ -162,24 +167,15 @@ def fitting(kind: Any, value: Any, name: str) -> Any:
         if is_dataclass(origin) and isinstance(value, one):
             return value
         if origin is Any:
-            return _fitting_any(value, name)
+            try:
+                return _any(value, ())
+            except MisfitError as error:
+                keys = [key for key in error.path if isinstance(key, str)]
+                raise SubspanError(f"{' of '.join([name, *keys])} {error.message}") from None
     listed = any(get_origin(one) is tuple for one in kinds)
     hint = f": give ({value!r},)" if listed and (number or text) else ""
     words = " or ".join(map(_in_words, kinds))
     raise SubspanError(f"{name} must be {words}, got {reprlib.repr(value)}{hint}")
-
-
-def _fitting_any(value: Any, name: str) -> Any:
-    """Return a value that JSON can hold, whose numbers are Python's."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, (list, tuple)):
-        return [_fitting_any(inner, name) for inner in value]
-    if isinstance(value, Mapping):
-        return {key: _fitting_any(inner, f"{name} of {key}") for key, inner in value.items()}
-    try:
-        return _any(value, ())
-    except MisfitError as error:
-        raise SubspanError(f"{name} {error}") from None
 
 
 def _in_words(kind: Any) -> str:
@@ -216,12 +212,9 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def line_of(text: str, path: Path, renamed: Mapping[str, str]) -> int:
-    """Return the line on which a value begins, or on which what should hold it does.
+    """Return the line of valid JSON on which a value begins, or on which what should hold it does.
 
-    Args:
-        text: valid JSON.
-        path: of the value.
-        renamed: the names of keys in the path, by those that they have in the text.
+    Keys that the text has under other names are renamed to those in the path.
     """
     decode = json.JSONDecoder().raw_decode
     start = _after_space(text, 0)
