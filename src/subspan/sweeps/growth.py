@@ -8,22 +8,29 @@ part when runs are to end, by the test set when the intrinsic dimension is read 
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
-from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
+from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.job import Job
-from subspan.sweeps.plan import RunPlan
+from subspan.sweeps.plan import RunPlan, dimension_of
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training import state
-from subspan.training.config import Run, Training, check_different, check_rates
+from subspan.training.config import (
+    Run,
+    Training,
+    check_counts,
+    check_different,
+    check_rates,
+    check_threshold,
+    listed_fields,
+)
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
@@ -63,11 +70,8 @@ class Growth:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("stage_epochs", "seeds"):
-            if getattr(self, name) < 1:
-                raise SubspanError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.threshold <= 1:
-            raise SubspanError(f"threshold must be in (0, 1], got {self.threshold}")
+        check_counts(self, "stage_epochs", "seeds")
+        check_threshold(self.threshold)
         check_rates("baseline_lrs", self.baseline_lrs)
         check_different("dims", self.dims)
         if len(self.dims) == 1:
@@ -77,20 +81,14 @@ class Growth:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it stands in ``sweep.json``."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
-        lists = {name: list(value) for name, value in own.items() if isinstance(value, tuple)}
         named = {"methods": [METHOD], "baseline": BASELINE}
-        return self.training.as_dict() | named | own | lists
+        return self.training.as_dict() | named | listed_fields(self)
 
 
 class GrowthPlan(RunPlan):
     """The runs of all weights, and then one of growing d for every seed.
 
-    Args:
-        config: what to run.
-
-    Raises:
-        SubspanError: for what cannot be run; nothing is written then.
+    What cannot be run is refused; nothing is written then.
     """
 
     def __init__(self, config: Growth) -> None:
@@ -103,79 +101,61 @@ class GrowthPlan(RunPlan):
             )
         if not config.dims and "compartments" in options:
             raise SubspanError("compartments need dims: give those of all together, as 60,120,240")
-        dims = config.dims or _doubled(_run(config, {"dim": 1} | options, 1.0, 0, 1))
-        self.options = options | {"stages": list(dims)}
-        rates = how.tried_rates(self.options)
+        dims = config.dims or _doubled(Run(config.training, METHOD, {"dim": 1} | options, 1.0))
+        options |= {"stages": list(dims)}
+        rates = how.tried_rates(options)
         self.lr = rates[len(rates) // 2] if config.lr is None else config.lr
-        self.config, self.training, self.dims = config, config.training, dims
+        self.config, self.dims = config, dims
         lrs = config.baseline_lrs or method(BASELINE).tried_rates({})
         self.baseline = Point(config.training, BASELINE, "", {}, lrs)
-        self.total = len(lrs) + 2 * config.seeds - 1
-        self.grown: dict[int, CompleteRun] = {}
-        self.failed = {}
-        rehearse(self._job(0, None).run)
+        epochs = config.stage_epochs * len(dims)
+        staged = replace(config.training, epochs=epochs, steps=None, patience=None)
+        self.grown = Point(staged, METHOD, "growing", options, (self.lr,))
+        points, total = [self.baseline, self.grown], len(lrs) + 2 * config.seeds - 1
+        super().__init__(config.training, points, total)
+        rehearse(self.grown.job(self.lr, 0).run)
         rehearse(self.baseline.job(lrs[0], 0).run)
 
     def stages(self) -> Iterator[list[Job]]:
         """Yield all weights at all rates, then at the best one; then what is to be compared."""
-        yield [self.baseline.job(lr, 0) for lr in self.baseline.lrs]
-        if (lr := self.baseline.best_lr()) is None:
+        baseline, seeds = self.baseline, range(self.config.seeds)
+        yield self.jobs((baseline, lr, 0) for lr in baseline.lrs)
+        if (lr := baseline.best_lr()) is None:
             return
         if self.config.seeds > 1:
-            self.check_samples(self.baseline)
-        yield [self.baseline.job(lr, seed) for seed in range(1, self.config.seeds)]
-        whole = self.baseline.record()
+            self.check_samples(baseline)
+        yield self.jobs((baseline, lr, seed) for seed in seeds[1:])
+        whole = baseline.record()
         assert whole is not None  # one seed has succeeded
         until = self.score.share(statistics.fmean(whole.val_score), self.config.threshold)
-        yield [self._job(seed, until) for seed in range(self.config.seeds)]
-
-    def keep(self, job: Job, record: CompleteRun) -> None:
-        """Keep a run's record."""
-        if job.run.method == METHOD:
-            self.grown[job.run.seed] = record
-        else:
-            self.baseline.keep(job.run, record)
-
-    def records(self) -> Iterator[CompleteRun]:
-        """Yield the records of all runs that are complete."""
-        return itertools.chain(self.baseline.done.values(), self.grown.values())
+        self.grown.options["until"] = until
+        yield self.jobs((self.grown, self.lr, seed) for seed in seeds)
 
     def result(self, status: str) -> SweepRecord:
         """Make a record as that of a sweep: a point at every d, of the seeds that came to it."""
         rows, baseline = self._rows(), self.baseline.record()
-        d_int = self._find(rows, baseline) if rows and baseline else {}
+        d_int = self._find(rows, baseline)
         config = self.config.as_dict() | {"dims": list(self.dims), "lr": self.lr}
         return self.make_record(status, config, baseline, rows, d_int)
 
-    def _job(self, seed: int, until: float | None) -> Job:
-        options = self.options | ({} if until is None else {"until": until})
-        run = _run(self.config, options, self.lr, seed, len(self.dims))
-        return Job(f"{METHOD}-growing-lr{self.lr:g}-seed{seed}", run)
-
     def _rows(self) -> list[PointRecord]:
-        ended = {seed: _ends(run) for seed, run in sorted(self.grown.items())}
+        runs = {seed: run for (_, seed), run in sorted(self.grown.done.items())}
+        ended = {seed: _ends(run) for seed, run in runs.items()}
         rows = []
         for i, label in enumerate(self.dims):
             here = {seed: ends[i] for seed, ends in ended.items() if i < len(ends)}
             if here:
-                rows.append(_point(label, here, self.grown))
+                rows.append(_point(label, here, runs))
         return rows
 
     def _find(
-        self, rows: Sequence[PointRecord], baseline: PointRecord
+        self, rows: Sequence[PointRecord], baseline: PointRecord | None
     ) -> dict[str, IntrinsicDimension]:
-        seeds = len(rows[0].seeds)
-        shared = [row for row in rows if len(row.seeds) == seeds]
-        if not has_shares(baseline.test_score, self.score):
+        shared = [row for row in rows if len(row.seeds) == len(rows[0].seeds)]
+        threshold = self.config.threshold
+        found = dimension_of(shared, baseline, threshold, self.score, paired=True)
+        if found is None:
             return {}
-        found = intrinsic_dimension(
-            [row.dim for row in shared],
-            [row.test_score for row in shared],
-            baseline.test_score,
-            threshold=self.config.threshold,
-            score=self.score,
-            paired=True,
-        )
         notes = [
             found.note,
             f"one run a seed, d growing with {self.config.stage_epochs} epochs each",
@@ -189,12 +169,6 @@ class GrowthPlan(RunPlan):
             )
             notes.insert(1, why)
         return {METHOD: replace(found, note="; ".join(filter(None, notes)))}
-
-
-def _run(config: Growth, options: dict[str, Any], lr: float, seed: int, stages: int) -> Run:
-    epochs = config.stage_epochs * stages
-    training = replace(config.training, epochs=epochs, steps=None, patience=None)
-    return Run(training, METHOD, options, lr, seed)
 
 
 @state.aside()
@@ -216,31 +190,23 @@ def _ends(run: CompleteRun) -> list[Epoch]:
 
 def _point(label: str, ends: dict[int, Epoch], runs: dict[int, CompleteRun]) -> PointRecord:
     """Make the record of one d from the epochs that ended its stage, by seed."""
-    first = runs[next(iter(ends))]
-    end = next(iter(ends.values()))
-    scores = [row.test_score for row in ends.values() if row.test_score is not None]
-    trained = end.trainable_parameters or 0
-    begun = max((row.epoch for row in _ends(first) if row.epoch < end.epoch), default=0)
-    return PointRecord(
-        method=METHOD,
-        dim=trained - first.head_parameters,
-        label=label,
-        lr=float(f"{_rate(first, trained):.3g}"),
-        seeds=list(ends),
-        test_score=scores,
-        val_score=[row.val_score for row in ends.values()],
-        seconds_total=[
-            math.fsum(row.seconds for row in runs[seed].history[begun : end.epoch]) for seed in ends
-        ],
-        seconds_per_step=[runs[seed].seconds_per_step for seed in ends],
-        peak_memory_bytes=[runs[seed].peak_memory_bytes for seed in ends],
-        trainable_parameters=trained,
-        head_parameters=first.head_parameters,
-        stored_parameters=first.stored_parameters - first.trainable_parameters + trained,
-        weights=first.weights,
-        checkpoint_bytes=None,
-        mean_test_score=statistics.fmean(scores),
-    )
+    stages = []
+    for seed, end in ends.items():
+        run, trained = runs[seed], end.trainable_parameters or 0
+        assert end.test_score is not None  # it ended a stage
+        begun = max((row.epoch for row in _ends(run) if row.epoch < end.epoch), default=0)
+        stage = replace(
+            run,
+            test_score=end.test_score,
+            val_score=end.val_score,
+            trainable_parameters=trained,
+            stored_parameters=run.stored_parameters - run.trainable_parameters + trained,
+            seconds_total=math.fsum(row.seconds for row in run.history[begun : end.epoch]),
+        )
+        stages.append(stage)
+    lr = float(f"{_rate(stages[0], stages[0].trainable_parameters):.3g}")
+    found = PointRecord.from_runs(stages, label)
+    return replace(found, lr=lr, checkpoint_bytes=None, bytes_sent_per_step=[])
 
 
 def _rate(run: CompleteRun, trained: int) -> float:

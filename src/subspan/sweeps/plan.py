@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from subspan.errors import Stopped, SubspanError
 from subspan.sweeps import backends
 from subspan.sweeps.folder import SweepFolder
-from subspan.sweeps.intrinsic import IntrinsicDimension
+from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.sweeps.job import FULL, Job, Outcome
 from subspan.sweeps.point import Point
 from subspan.sweeps.result import Failure, PointRecord, SweepRecord
@@ -31,40 +31,39 @@ from subspan.training.stop import Stop
 class RunPlan(ABC):
     """Which runs there are, one stage after the other, and what is made of their records.
 
-    Attributes:
-        training: which devices the runs take.
-        total: how many runs there are if none fails.
-        failed: why a run failed, by its name.
-        processes: of each run.
+    Records of runs are kept at the points. The total is how many runs there are if none fails.
     """
 
-    training: Training
-    total: int
-    failed: dict[str, str]
-    processes: int = 1
+    def __init__(
+        self, training: Training, points: list[Point], total: int, processes: int = 1
+    ) -> None:
+        self.training, self.points = training, points
+        self.total, self.processes = total, processes
+        self.failed: dict[str, str] = {}  # why, by the names of runs
+        self._point_of: dict[str, Point] = {}
 
     @abstractmethod
     def stages(self) -> Iterator[list[Job]]:
         """Yield runs that may be done side by side, once all before them have ended."""
 
     @abstractmethod
-    def keep(self, job: Job, record: CompleteRun) -> None:
-        """Keep a run's record."""
-
-    @abstractmethod
-    def records(self) -> Iterator[CompleteRun]:
-        """Yield the records of all runs that are complete."""
-
-    @abstractmethod
     def result(self, status: str) -> SweepRecord:
         """Make the record of the runs that have ended by now."""
 
-    def take(self, outcome: Outcome) -> None:
-        """Keep a run's record, or why it failed.
+    def jobs(self, runs: Iterable[tuple[Point, float, int]]) -> list[Job]:
+        """Return the runs at some points, with these rates and seeds."""
+        jobs = []
+        for point, lr, seed in runs:
+            jobs.append(point.job(lr, seed))
+            self._point_of[jobs[-1].name] = point
+        return jobs
 
-        Raises:
-            SubspanError: if it was trained on other samples than another run with its seed.
-        """
+    def records(self) -> Iterator[CompleteRun]:
+        """Yield the records of all runs that are complete."""
+        return (record for point in self.points for record in point.done.values())
+
+    def take(self, outcome: Outcome) -> None:
+        """Keep a run's record, or why it failed; refuse samples that its seed had not before."""
         if (record := outcome.record) is None:
             self.failed[outcome.job.name] = outcome.error
             return
@@ -73,15 +72,13 @@ class RunPlan(ABC):
             alike = all(other.config[key] == record.config[key] for key in ("net", "seed"))
             if known and alike and other.digest != record.digest:
                 raise _other_samples(f"{outcome.job.name} was trained on other samples than runs")
-        self.keep(outcome.job, record)
+        run = outcome.job.run
+        self._point_of[outcome.job.name].done[run.lr, run.seed] = record
 
     def check_samples(self, point: Point) -> None:
         """Refuse seeds on other samples than those of the first, which is done at a point.
 
         Runs of two seeds cannot be compared: each has a validation part of its own.
-
-        Raises:
-            SubspanError: if the data are others now.
         """
         (lr, seed), record = next(iter(point.done.items()))
         if record.digest not in (None, rehearse(point.job(lr, seed).run, self.processes).digest):
@@ -114,6 +111,27 @@ class RunPlan(ABC):
         )
 
 
+def dimension_of(
+    rows: Sequence[PointRecord],
+    baseline: PointRecord | None,
+    threshold: float,
+    score: Score,
+    *,
+    paired: bool = False,
+) -> IntrinsicDimension | None:
+    """Return the intrinsic dimension of one method, where it has points and there is a baseline."""
+    if not rows or baseline is None or not has_shares(baseline.test_score, score):
+        return None
+    return intrinsic_dimension(
+        [row.dim for row in rows],
+        [row.test_score for row in rows],
+        baseline.test_score,
+        threshold=threshold,
+        score=score,
+        paired=paired,
+    )
+
+
 def _other_samples(what: str) -> SubspanError:
     return SubspanError(
         f"{what} before, as if the data had changed: remove the folders of the runs on data "
@@ -122,21 +140,9 @@ def _other_samples(what: str) -> SubspanError:
 
 
 def carry_out(plan: RunPlan, out: str | os.PathLike[str], running: Running) -> SweepRecord:
-    """Run everything that is not complete in ``out``; bring ``sweep.json`` up to date as runs end.
+    """Run everything that is not complete in ``out``, as :func:`subspan.sweeps.sweep.sweep` does.
 
-    Args:
-        plan: the runs.
-        out: output folder; runs are in ``out/runs``.
-        running: how they are carried out.
-
-    Returns:
-        What ``sweep.json`` says.
-
-    Raises:
-        SubspanError: if the folder is not free; nothing is written then.
-        Stopped: after SIGINT or SIGTERM, when the runs under way have saved where they are. A
-            second signal does not wait for that.
-        OSError: if the disk is full, likewise.
+    Runs are in ``out/runs``; ``sweep.json`` is brought up to date as they end, and returned.
     """
     out = Path(out)
     first, overwrite, say = plan.result("running"), running.overwrite, running.say

@@ -17,22 +17,15 @@ from subspan.training.records import CompleteRun
 class Point:
     """One method at one value of its axis, or a smaller network; and the runs that are done there.
 
-    Attributes:
-        training: of each run.
-        method: its name; "full" of a smaller network, all of whose weights are trained.
-        label: the axis and its value, as in dim100; empty where nothing is varied.
-        options: of the method at this value.
-        lrs: the learning rates to choose from.
-        small: the name of the smaller network; else empty.
-        done: records of the runs by learning rate and seed.
+    Records of the latter are kept by learning rate and seed.
     """
 
-    training: Training
-    method: str
-    label: str
-    options: dict[str, Any]
-    lrs: tuple[float, ...]
-    small: str = ""
+    training: Training  # of each run
+    method: str  # its name; "full" of a smaller network, all of whose weights are trained
+    label: str  # the axis and its value, as in dim100; empty where nothing is varied
+    options: dict[str, Any]  # of the method at this value
+    lrs: tuple[float, ...]  # the learning rates to choose from
+    small: str = ""  # the name of the smaller network; else empty
     done: dict[tuple[float, int], CompleteRun] = field(default_factory=dict)
 
     def job(self, lr: float, seed: int) -> Job:
@@ -41,10 +34,6 @@ class Point:
         net = f"{readable(self.small)}-" if self.small else ""
         name = f"{net}{self.method}{at}-lr{lr:g}-seed{seed}"
         return Job(name, Run(self.training, self.method, self.options, lr, seed))
-
-    def keep(self, run: Run, record: CompleteRun) -> None:
-        """Keep the record of one of the runs."""
-        self.done[run.lr, run.seed] = record
 
     def best_lr(self) -> float | None:
         """Choose the learning rate with the best validation score of seed 0, the first of equals.

@@ -7,45 +7,37 @@ other seeds run at that rate. The baseline is a point like the others.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from subspan.errors import SubspanError
-from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
 from subspan.sweeps.job import Job
-from subspan.sweeps.plan import RunPlan, carry_out
+from subspan.sweeps.plan import RunPlan, carry_out, dimension_of
 from subspan.sweeps.point import Point
-from subspan.sweeps.result import PointRecord, Provenance, Published, SweepRecord
+from subspan.sweeps.result import Provenance, Published, SweepRecord
 from subspan.sweeps.running import Running
 from subspan.training.config import Sweep
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, rehearse
-from subspan.training.records import CompleteRun
-from subspan.training.score import Score
 
 
-@dataclass
 class Grid(RunPlan):
     """The runs of a sweep: those of the first seed at all rates, then the others at the best.
 
-    Args:
-        config: what to run.
-        experiment: the published one that this repeats, for the record.
-        published: curves to hold it against, likewise.
-        failed: why a run failed, by its name.
+    The record names the published experiment that this repeats, and the curves to compare with.
     """
 
-    config: Sweep
-    experiment: Provenance | None = None
-    published: Sequence[Published] = ()
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.training, self.processes = self.config.training, self.config.processes
-        self.points = _points(self.config)
-        later = len(self.points) * (self.config.seeds - 1)
-        self.total = sum(len(point.lrs) for point in self.points) + later
-        self._point_of: dict[str, Point] = {}
+    def __init__(
+        self,
+        config: Sweep,
+        experiment: Provenance | None = None,
+        published: Sequence[Published] = (),
+    ) -> None:
+        points = _points(config)
+        later = len(points) * (config.seeds - 1)
+        total = sum(len(point.lrs) for point in points) + later
+        super().__init__(config.training, points, total, config.processes)
+        self.config, self.experiment, self.published = config, experiment, published
 
     def stages(self) -> Iterator[list[Job]]:
         """Yield the jobs of the first seed at all rates, then those of others at the best.
@@ -54,33 +46,23 @@ class Grid(RunPlan):
         end.
         """
         points, later = self.points, range(1, self.config.seeds)
-        yield self._jobs([(point, lr, 0) for point in points for lr in point.lrs][::-1])
+        yield self.jobs([(point, lr, 0) for point in points for lr in point.lrs][::-1])
         best = [(point, lr) for point in points if (lr := point.best_lr()) is not None]
         if best and later:
             self.check_samples(best[0][0])
-        yield self._jobs([(point, lr, seed) for point, lr in best for seed in later])
-
-    def _jobs(self, runs: Iterable[tuple[Point, float, int]]) -> list[Job]:
-        jobs = []
-        for point, lr, seed in runs:
-            jobs.append(point.job(lr, seed))
-            self._point_of[jobs[-1].name] = point
-        return jobs
-
-    def keep(self, job: Job, record: CompleteRun) -> None:
-        """Keep a run's record."""
-        self._point_of[job.name].keep(job.run, record)
-
-    def records(self) -> Iterator[CompleteRun]:
-        """Yield the records of all runs that are complete."""
-        return (record for point in self.points for record in point.done.values())
+        yield self.jobs([(point, lr, seed) for point, lr in best for seed in later])
 
     def result(self, status: str) -> SweepRecord:
         """Make the record of the runs that have ended by now."""
         config, rows = self.config, [row for point in self.points if (row := point.record())]
         baseline = next((r for r in rows if r.method == config.baseline and not r.small), None)
         rows = [row for row in rows if row is not baseline]
-        d_int = _intrinsic(config, rows, baseline, self.score)
+        d_int = {}
+        for name in config.methods:
+            how = method(name)
+            own = [row for row in rows if row.method == name and how.axis and not how.adapts]
+            if dimension := dimension_of(own, baseline, config.threshold, self.score):
+                d_int[name] = dimension
         found = self.make_record(status, config.as_dict(), baseline, rows, d_int)
         return replace(found, experiment=self.experiment, published=list(self.published))
 
@@ -144,11 +126,7 @@ def _points(config: Sweep) -> list[Point]:
 
 
 def check(config: Sweep) -> None:
-    """Refuse all that can be refused before anything runs.
-
-    Raises:
-        SubspanError: for a configuration that cannot be run.
-    """
+    """Refuse all that can be refused before anything runs."""
     points = _points(config)
     if config.baseline and (axis := method(config.baseline).axis):
         raise SubspanError(
@@ -172,24 +150,3 @@ def check(config: Sweep) -> None:
                 f"{at[1]} numbers trained: leave one out"
             )
         labels[at] = point.label
-
-
-def _intrinsic(
-    config: Sweep, rows: list[PointRecord], baseline: PointRecord | None, score: Score
-) -> dict[str, IntrinsicDimension]:
-    """Return the intrinsic dimension by method, where there is a curve and a baseline."""
-    if baseline is None or not has_shares(baseline.test_score, score):
-        return {}
-    found = {}
-    for name in config.methods:
-        how = method(name)
-        own = [row for row in rows if row.method == name and how.axis and not how.adapts]
-        if own:
-            found[name] = intrinsic_dimension(
-                [row.dim for row in own],
-                [row.test_score for row in own],
-                baseline.test_score,
-                threshold=config.threshold,
-                score=score,
-            )
-    return found
