@@ -26,16 +26,7 @@ process had begun by then may be missing."""
 
 @contextlib.contextmanager
 def open_backend(running: Running, training: Training, runs: int) -> Iterator[Backend]:
-    """Make a backend ready for runs; a cluster that it starts lasts as long as this.
-
-    Args:
-        running: which backend, and how many runs at a time.
-        training: of the runs.
-        runs: how many there are in all.
-
-    Raises:
-        SubspanError: if Ray is not installed or does not answer, or has too few processors.
-    """
+    """Make a backend ready for so many runs; a cluster that it starts lasts as long as this."""
     jobs = running.jobs
     if running.backend == "ray":
         with cluster.join(running.ray_address, jobs):

@@ -26,10 +26,8 @@ LOOK_EVERY = 1.0  # seconds between chances for a signal while Ray is waited for
 def join(address: str | None, jobs: int) -> Iterator[None]:
     """Join a Ray cluster, or start one of this machine alone and end it afterwards.
 
-    A cluster that is joined already stays so.
-
-    Raises:
-        SubspanError: if Ray is not installed, or does not answer.
+    A cluster that is joined already stays so. Where Ray is not installed, or does not answer, that
+    is said.
     """
     # Before the import: Ray must not start another cluster when one has ended, nor report to its
     # makers unless the user wants it.
@@ -79,10 +77,7 @@ def _knock(address: str) -> None:
 def reserve(training: Training, jobs: int) -> tuple[int, dict[str, Any]]:
     """Return how many runs the cluster takes at a time, and what Ray reserves for each.
 
-    Ray reserves a GPU or a CPU.
-
-    Raises:
-        SubspanError: if there are fewer than jobs.
+    Ray reserves a GPU or a CPU; a cluster with fewer of them than jobs is refused.
     """
     import ray
 

@@ -37,9 +37,7 @@ def _new_token() -> str:
 class SweepFolder:
     """The folder as all processes of one sweep see it, on whichever machine.
 
-    Args:
-        out: absolute path of the folder.
-        token: name of this sweep among those that share the folder.
+    Its path is absolute. The token names this sweep among those that share the folder.
     """
 
     out: Path
@@ -67,10 +65,8 @@ class SweepFolder:
     ) -> Iterator[None]:
         """Have a right to the folder, which other sweeps of the same configuration may have, too.
 
-        Args:
-            first: what ``sweep.json`` is to say from now on.
-            overwrite: whether what another configuration left there may be replaced.
-            shown: the folder as the user named it, for errors.
+        ``sweep.json`` says at first what it is given. What another configuration left there may be
+        replaced to overwrite it. Errors show the folder as the user named it.
 
         Raises:
             SubspanError: if the folder belongs to another configuration, or a sweep of another one

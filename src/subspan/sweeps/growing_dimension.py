@@ -18,6 +18,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.growing import grow, nest
 from subspan.subspace.model import SubspaceModel
 from subspan.sweeps.intrinsic import IntrinsicDimension, has_shares, intrinsic_dimension
+from subspan.training.config import check_threshold
 from subspan.training.score import ACCURACY, Score
 
 OF_GROUPS = ("base_lrs", "max_lrs", "min_lrs")  # rates in PyTorch's schedulers, one a group
@@ -58,8 +59,7 @@ class GrowingDimension:
         self.baseline, self.threshold, self.score = score.checked(baseline), threshold, score
         if not has_shares([self.baseline], score):
             raise SubspanError(f"baseline must be better than {score.zero:g}, got {self.baseline}")
-        if not 0 < threshold <= 1:
-            raise SubspanError(f"threshold must be in (0, 1], got {threshold}")
+        check_threshold(threshold)
         projections, names = found.projections, [part.name for part in found.compartments]
         if not self.dims or self.dims[0] != self.dim:
             raise SubspanError(f"dims must begin with the {self.dim} coordinates of the model")
@@ -73,10 +73,7 @@ class GrowingDimension:
         return sum(part.dim for part in self.model.compartments)
 
     def record(
-        self,
-        score: float,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
+        self, score: float, optimizer: Optimizer | None = None, scheduler: LRScheduler | None = None
     ) -> bool:
         """Keep the score at this d and go on to the next.
 
@@ -179,8 +176,7 @@ class GrowingDimension:
 def _parts(scheduler: Any) -> list[Any]:
     """Return a scheduler, without what accelerate puts around it, and those inside of it.
 
-    Raises:
-        SubspanError: for one that computes rates by code that is not PyTorch's.
+    One that computes rates by code that is not PyTorch's is refused.
     """
     if scheduler is None:
         return []

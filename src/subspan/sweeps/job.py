@@ -27,23 +27,17 @@ class Job:
 class Outcome:
     """The end of a run.
 
-    Args:
-        job: the run.
-        status: "done" with a record; "failed" with an error; "busy" if another process trains it;
-            "stopped" if it saved where it stands; "full" if the disk is; "died" if its process
-            was killed. Only the first two are final.
-        record: of a run that is done.
-        error: one sentence on what went wrong, with the exception's type unless it is ours.
-        traceback: where it went wrong, unless the input is to blame.
-        errno: number of the error of a full disk.
+    It is "done" with a record; "failed" with an error; "busy" if another process trains it;
+    "stopped" if it saved where it stands; "full" if the disk is; "died" if its process was killed.
+    Only the first two are final.
     """
 
     job: Job
     status: Literal["done", "failed", "busy", "stopped", "full", "died"]
     record: CompleteRun | None = None
-    error: str = ""
-    traceback: str = ""
-    errno: int = 0
+    error: str = ""  # one sentence on what went wrong, with the exception's type unless it is ours
+    traceback: str = ""  # where it went wrong, unless the input is to blame
+    errno: int = 0  # of a full disk
 
     @classmethod
     def of_error(cls, job: Job, error: Exception | Stopped) -> Outcome:

@@ -133,25 +133,15 @@ def _known(values: Any) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published curve: accuracies at numbers of coordinates.
+    """A published curve: accuracies at numbers of coordinates."""
 
-    Attributes:
-        label: the source.
-        dims: how many coordinates, one number for each accuracy; none where only labels are known.
-        accuracy: fractions.
-        baseline: what all weights reached there.
-        d_int: the intrinsic dimension that was published.
-        method: the one method that it is to be compared with; None for all.
-        labels: values of the method's axis by which points are compared, where dims are an outcome.
-    """
-
-    label: str
-    dims: tuple[int, ...] = ()
-    accuracy: tuple[float, ...]
-    baseline: float | None = None
-    d_int: float | None = None
-    method: str | None = None
-    labels: tuple[str, ...] = ()
+    label: str  # the source
+    dims: tuple[int, ...] = ()  # one for each accuracy; none where only labels are known
+    accuracy: tuple[float, ...]  # fractions
+    baseline: float | None = None  # what all weights reached there
+    d_int: float | None = None  # the intrinsic dimension that was published
+    method: str | None = None  # the one method that it is to be compared with; None for all
+    labels: tuple[str, ...] = ()  # values of the method's axis, where dims are an outcome
 
     def __post_init__(self) -> None:
         for name, points, other in (
@@ -185,25 +175,15 @@ class Published:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The published experiment that a sweep repeats.
+    """The published experiment that a sweep repeats."""
 
-    Attributes:
-        name: what people type.
-        budget: quick or full.
-        title: one line.
-        source: the paper.
-        differences: what is not as published, and why.
-        part: of an experiment that has several; else empty.
-        file: of an experiment of the user's own; empty for those of the package.
-    """
-
-    name: str
-    budget: str
-    title: str
-    source: str
-    differences: str
-    part: str = ""
-    file: str = field(default="", metadata=OPTIONAL)
+    name: str  # what people type
+    budget: str  # quick or full
+    title: str  # one line
+    source: str  # the paper
+    differences: str  # what is not as published, and why
+    part: str = ""  # of an experiment that has several
+    file: str = field(default="", metadata=OPTIONAL)  # of an experiment of the user's own
 
 
 @dataclass(frozen=True)

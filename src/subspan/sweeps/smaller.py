@@ -67,8 +67,7 @@ def smaller(
 def beside(sweep: Sweep) -> tuple[str, ...]:
     """Return networks that are smaller than a sweep's, of as many weights as its dims.
 
-    Raises:
-        SubspanError: for a task that is not image classification, or dims that are no numbers.
+    That needs a task of image classification, and dims that are numbers.
     """
     dims = dict.fromkeys(dim for name in sweep.methods for dim in sweep.dims_of(name))
     try:

@@ -19,21 +19,13 @@ from subspan.training.train import completed, train
 
 @dataclass(frozen=True)
 class Worker:
-    """Trains runs of a sweep; as a value it is sent to the processes that do.
-
-    Args:
-        folder: the folder of the sweep.
-        overwrite: whether what another configuration left in the folder of a run is replaced.
-        processes: how many train one run together.
-        log: trackers that are told every epoch.
-        imports: modules of the user's that every process imports (``--import``).
-    """
+    """Trains runs of a sweep; as a value it is sent to the processes that do."""
 
     folder: SweepFolder
-    overwrite: bool = False
-    processes: int = 1
-    log: tuple[str, ...] = ()
-    imports: tuple[str, ...] = ()
+    overwrite: bool = False  # what another configuration left in the folder of a run
+    processes: int = 1  # that train one run together
+    log: tuple[str, ...] = ()  # trackers that are told every epoch
+    imports: tuple[str, ...] = ()  # modules of the user's that every process imports (--import)
 
     def find(self, job: Job) -> Outcome | None:
         """Return the outcome of a run that is complete already, or cannot be run in its folder."""

@@ -15,25 +15,15 @@ from subspan.training.records import RunRecord
 
 
 class RunFolder:
-    """The folder of a run, with the names of its files.
-
-    Args:
-        path: the folder.
-        writes: whether this process is the one that writes; the others leave the folder alone.
-
-    Attributes:
-        state: from here the training goes on.
-        last: the checkpoint of the last epoch.
-        best: that of the best epoch, while the training goes on.
-        model: the checkpoint that is left in the end.
-        compact: the same model in few bytes, where a method has bits for its coordinates.
-    """
+    """The folder of a run, with the names of its files; a process that does not write leaves it."""
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
-        self.state = path / state.FILE
-        self.last, self.best = path / "last.safetensors", path / "best.safetensors"
-        self.model, self.compact = path / "model.safetensors", path / "model.subspan"
+        self.state = path / state.FILE  # from here the training goes on
+        self.last = path / "last.safetensors"  # the checkpoint of the last epoch
+        self.best = path / "best.safetensors"  # of the best epoch, while the training goes on
+        self.model = path / "model.safetensors"  # what is left in the end
+        self.compact = path / "model.subspan"  # the same in few bytes, where coordinates have bits
 
     @property
     def kept_best(self) -> Path:

@@ -39,19 +39,12 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths of a network with layers of any width: a LeNet if it has channels, else an MLP.
+    """The widths of a network with layers of any width: a LeNet if it has channels, else an MLP."""
 
-    Attributes:
-        crop: whether it sees the middle 28x28 pixels only, as in Minut 2023.
-        channels: of the two convolutions; none in a perceptron.
-        dense: units of the hidden dense layers.
-        kernel: height and width of the convolutions' kernels.
-    """
-
-    crop: bool
-    channels: tuple[int, ...]
-    dense: tuple[int, ...]
-    kernel: int = 5
+    crop: bool  # whether it sees the middle 28x28 pixels only, as in Minut 2023
+    channels: tuple[int, ...]  # of the two convolutions; none in a perceptron
+    dense: tuple[int, ...]  # units of the hidden dense layers
+    kernel: int = 5  # height and width of the convolutions' kernels
 
     @property
     def name(self) -> str:
@@ -111,7 +104,12 @@ def build(name: str, input_shape: Shape = (1, 28, 28), classes: int = 10) -> nn.
             f"at least one class, got input_shape={input_shape} and classes={classes}"
         )
     if ":" in name:
-        return _build_users_own(name, input_shape, classes)
+        net = own.call("net", name, {"input_shape": input_shape, "classes": classes})
+        if not isinstance(net, nn.Module):
+            raise SubspanError(
+                f"net {name!r} must return a torch.nn.Module, got {type(net).__name__}"
+            )
+        return net
     entry = _entry(name)
     _, height, width = input_shape
     if min(height, width) < entry.smallest:
@@ -359,10 +357,3 @@ _NETS: dict[str, _Entry] = {  # with weights at 28x28x1, and perhaps at 32x32x3
     "vgg11": _Entry(partial(_vgg, depth=11), 1),
     "vgg16": _Entry(partial(_vgg, depth=16), 1),
 }
-
-
-def _build_users_own(name: str, input_shape: Shape, classes: int) -> nn.Module:
-    net = own.call("net", name, {"input_shape": input_shape, "classes": classes})
-    if not isinstance(net, nn.Module):
-        raise SubspanError(f"net {name!r} must return a torch.nn.Module, got {type(net).__name__}")
-    return net

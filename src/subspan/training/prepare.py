@@ -30,22 +30,13 @@ from subspan.training.tasks import Task
 
 @dataclass
 class Prepared:
-    """Everything that a run needs, checked, with nothing written yet.
+    """Everything that a run needs, checked, with nothing written yet."""
 
-    Attributes:
-        run: what was asked for.
-        task: what is trained on.
-        method: by which.
-        model: the network as the method has wrapped it, before the first step.
-        init_seed: from which the library drew the initial weights; None if the network's own code
-            made them.
-    """
-
-    run: Run
-    task: Task
-    method: Method
-    model: nn.Module
-    init_seed: int | None
+    run: Run  # what was asked for
+    task: Task  # what is trained on
+    method: Method  # by which
+    model: nn.Module  # the network as the method has wrapped it, before the first step
+    init_seed: int | None  # of the initial weights that the library drew; None of the code's own
 
     @functools.cached_property
     def digest(self) -> int:
@@ -116,11 +107,7 @@ def complete_options(options: Mapping[str, Any], how: Method, training: Training
 
 
 def prepare(run: Run) -> Prepared:
-    """Load the task, build and wrap its network.
-
-    Raises:
-        SubspanError: for whatever cannot be run as asked.
-    """
+    """Load the task, build and wrap its network; refuse whatever cannot be run as asked."""
     how = method(run.method)
     how.check(run.options)
     training = run.training
@@ -187,11 +174,7 @@ def _digest(net: nn.Module) -> str:
 
 @state.aside()
 def rehearse(run: Run, processes: int = 1) -> Prepared:
-    """Prepare a run that is to begin later, and refuse all that would end it before its first step.
-
-    Raises:
-        SubspanError: as :func:`prepare`, and for what the method's optimizer refuses.
-    """
+    """Prepare a run that is to begin later; refuse what would end it before its first step."""
     check_batches(run.training, processes)
     ready = prepare(run)
     with tempfile.TemporaryDirectory() as folder:

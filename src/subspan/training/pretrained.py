@@ -31,11 +31,7 @@ WEIGHTS = ("*.safetensors", "*.bin")  # files of a folder that hold weights
 
 
 def transformers() -> Any:
-    """Import the library.
-
-    Raises:
-        SubspanError: if it is missing.
-    """
+    """Import the library, or say how to install it."""
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
@@ -49,26 +45,15 @@ def transformers() -> Any:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer of Transformers.
+    """A tokenizer of Transformers."""
 
-    Attributes:
-        inner: the tokenizer itself.
-        pad: the token that fills up a batch: its own, else that of the end of a text, else 0.
-        length: how many tokens its network takes, None if neither says so.
-        end: the token that ends a text, None if there is none.
-        size: how many tokens there are.
-        digest: of its vocabulary and of what it makes of some words: another one makes other
-            tokens.
-        rules: a digest of its file, which a version of Transformers may write in another way.
-    """
-
-    inner: Any
-    pad: int
-    length: int | None
-    end: int | None
-    size: int
-    digest: str
-    rules: str
+    inner: Any  # the tokenizer itself
+    pad: int  # the token that fills up a batch: its own, else that of the end of a text, else 0
+    length: int | None  # how many tokens its network takes, None if neither says so
+    end: int | None  # the token that ends a text, None if there is none
+    size: int  # how many tokens there are
+    digest: str  # of its vocabulary, and of what it makes of some words
+    rules: str  # a digest of its file, which a version of Transformers may write in another way
 
     def encode(self, texts: list[str], length: int | None) -> tuple[list[list[int]], int]:
         """Return each text's tokens, with those that mark its ends, at most ``length``.
@@ -102,11 +87,7 @@ class Tokenizer:
 
 
 def locate(name: str) -> str:
-    """Return the folder of a network, or its name on the Hub.
-
-    Raises:
-        SubspanError: if the package that ships it is missing, or there is no such folder.
-    """
+    """Return the folder of a network, or its name on the Hub; refuse a folder that is not there."""
     if name in SHIPPED and not Path(name).is_dir():
         package, folder, project = SHIPPED[name]
         found = importlib.util.find_spec(package)  # does not import it
@@ -125,11 +106,7 @@ def locate(name: str) -> str:
 
 
 def tokenizer(name: str) -> Tokenizer:
-    """Load the tokenizer of a network.
-
-    Raises:
-        SubspanError: if there is none.
-    """
+    """Load the tokenizer of a network; refuse a network without one."""
     lib, where = transformers(), locate(name)
     with _readable(name, "a tokenizer", "save the tokenizer beside the network"):
         inner = lib.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -153,17 +130,12 @@ def tokenizer(name: str) -> Tokenizer:
 
 
 def network(name: str, kind: str, seed: int, **config: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    """Load a network in float32.
+    """Load a network in float32, and notes for readers of the results: which weights are drawn.
 
-    Args:
-        name: its name, or its folder. A folder with a configuration and no weights gives a network
-            of random weights, by PyTorch's generator.
-        kind: the class of Transformers that loads it, as ``AutoModelForCausalLM``.
-        seed: of the weights that its file lacks.
-        config: settings in place of those of its configuration.
-
-    Returns:
-        The network, and notes for readers of the results: which weights are drawn.
+    A folder with a configuration and no weights gives a network of random weights, by PyTorch's
+    generator. The kind is the class of Transformers that loads it, as ``AutoModelForCausalLM``, the
+    seed is that of the weights that its file lacks, and settings of its configuration may be
+    others.
 
     Raises:
         SubspanError: if there is no such network, or it is not of this kind.

@@ -32,77 +32,44 @@ _drawing = threading.RLock()
 
 @dataclass
 class Within:
-    """The part of the current epoch that is done.
+    """The part of the current epoch that is done."""
 
-    Attributes:
-        total: the sum of the losses of its samples, a scalar on the run's device.
-        seen: how many samples.
-        seconds: that they took.
-        lr: the learning rate that it began with.
-    """
-
-    total: Tensor
-    seen: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
+    total: Tensor  # the sum of the losses of its samples, a scalar on the run's device
+    seen: int = 0  # how many samples
+    seconds: float = 0.0  # that they took
+    lr: float = 0.0  # the learning rate that it began with
 
 
 @dataclass
 class Progress:
-    """The part of a run that is done, and its measurements.
+    """The part of a run that is done, and its measurements."""
 
-    Attributes:
-        within: the epoch that is under way.
-        done: steps.
-        history: the epochs that are over.
-        best_score: on the validation part; NaN before the first epoch that may be the best.
-        best_epoch: its number, 0 before it.
-        sent: bytes per step and process, epoch by epoch, where there are several processes.
-    """
-
-    within: Within
-    done: int = 0
-    history: list[Epoch] = field(default_factory=list)
-    best_score: float = math.nan
-    best_epoch: int = 0
-    sent: list[float] = field(default_factory=list)
+    within: Within  # the epoch that is under way
+    done: int = 0  # steps
+    history: list[Epoch] = field(default_factory=list)  # the epochs that are over
+    best_score: float = math.nan  # NaN before the first epoch that may be the best
+    best_epoch: int = 0  # 0 before it
+    sent: list[float] = field(default_factory=list)  # bytes per step of several processes, by epoch
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything that the rest of a training depends on.
+    """Everything that the rest of a training depends on."""
 
-    Attributes:
-        config: of the run, as in its record.
-        header: of the model's checkpoint.
-        tensors: likewise.
-        optimizer: its state.
-        schedule: likewise.
-        scaler: of fp16, likewise; else None.
-        generators: of :func:`generators`.
-        progress: how far it is.
-        log: what trackers were told; None in files of versions that had none.
-        notes: of the record; None likewise.
-        processes: how many trained.
-        size: training samples; None likewise.
-        samples: a checksum of them (:class:`subspan.training.prepare.Prepared`); None likewise.
-        seconds_total: of all parts of the training.
-    """
-
-    config: dict[str, Any]
-    header: dict[str, Any]
-    tensors: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    schedule: dict[str, Any]
-    scaler: dict[str, Any] | None
-    generators: dict[str, Any]
-    progress: Progress
-    log: dict[str, Any] | None = None
-    notes: list[str] | None = None
-    processes: int = 1
-    size: int | None = None
-    samples: int | None = None
-    seconds_total: float
+    config: dict[str, Any]  # of the run, as in its record
+    header: dict[str, Any]  # of the model's checkpoint
+    tensors: dict[str, Tensor]  # likewise
+    optimizer: dict[str, Any]  # its state
+    schedule: dict[str, Any]  # likewise
+    scaler: dict[str, Any] | None  # of fp16, likewise; else None
+    generators: dict[str, Any]  # of :func:`generators`
+    progress: Progress  # how far it is
+    log: dict[str, Any] | None = None  # what trackers were told; None in older files
+    notes: list[str] | None = None  # of the record; None likewise
+    processes: int = 1  # how many trained
+    size: int | None = None  # training samples; None likewise
+    samples: int | None = None  # a checksum of them, ``Prepared.digest``; None likewise
+    seconds_total: float  # of all parts of the training
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of the file: one flat dict of plain values and tensors."""
@@ -136,11 +103,7 @@ def write(path: Path, state: TrainState) -> None:
 
 
 def read(path: Path) -> TrainState | None:
-    """Return a state, or None where there is none.
-
-    Raises:
-        SubspanError: if the file is damaged, or of another format.
-    """
+    """Return a state, or None where there is none; refuse a damaged file, and another format."""
     if not path.is_file():
         return None
     try:

@@ -26,13 +26,9 @@ EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class TextBlocks(Tensors):
-    """Consecutive pieces of a text.
+    """Consecutive pieces of a text."""
 
-    Attributes:
-        tokens: int32 (N, block).
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # int32 (N, block)
 
     def __len__(self) -> int:
         return len(self.tokens)

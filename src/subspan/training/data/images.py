@@ -15,15 +15,10 @@ PIECE = 2**20  # levels that are in memory as float64 at a time
 
 @dataclass(frozen=True, eq=False)
 class Split(Tensors):
-    """Some labelled images.
+    """Some labelled images."""
 
-    Attributes:
-        images: uint8 (N, C, H, W); float32 where the files have more levels than 256.
-        labels: int64 (N,), in [0, classes).
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 (N, C, H, W); float32 where the files have more levels than 256
+    labels: Tensor  # int64 (N,), in [0, classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,21 +30,13 @@ class Split(Tensors):
 
 @dataclass(frozen=True, eq=False)
 class RawData(Raw):
-    """The content of a source of images.
+    """The content of a source of images."""
 
-    Attributes:
-        train: the whole training part.
-        test: the test part.
-        classes: number of classes.
-        names: of the classes, in order; empty where classes are only numbered.
-        depth: what a level means, one of `subspan.training.data.pixels.DEPTHS`.
-    """
-
-    train: Split
-    test: Split
-    classes: int
-    names: tuple[str, ...] = ()
-    depth: str = "8 bits"
+    train: Split  # the whole training part
+    test: Split  # the test part
+    classes: int  # number of classes
+    names: tuple[str, ...] = ()  # of the classes, in order; empty where classes are only numbered
+    depth: str = "8 bits"  # what a level means, one of `subspan.training.data.pixels.DEPTHS`
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,20 +45,13 @@ class ImageData(RawData):
 
     Choices (learning rate, best epoch, early stopping) look at ``validation``; ``test`` is for
     the final evaluation alone.
-
-    Attributes:
-        name: what it was loaded by.
-        image_shape: channels, height and width of every image.
-        validation: the part of the set's training part that was drawn for choices.
-        mean: float32 (C,), of the training part's levels, divided by 255.
-        std: float32 (C,), of the same.
     """
 
-    name: str
-    image_shape: tuple[int, int, int]
-    validation: Split
-    mean: Tensor
-    std: Tensor
+    name: str  # what it was loaded by
+    image_shape: tuple[int, int, int]  # channels, height and width of every image
+    validation: Split  # the part of the set's training part that was drawn for choices
+    mean: Tensor  # float32 (C,), of the training part's levels, divided by 255
+    std: Tensor  # float32 (C,), of the same
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring pixels to mean 0 and standard deviation 1, channel by channel.

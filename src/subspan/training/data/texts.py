@@ -26,32 +26,20 @@ EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts of one length.
+    """Texts of one length."""
 
-    Attributes:
-        tokens: int64 (n, length), filled up with the tokenizer's padding.
-        mask: int64 (n, length), 1 where a text's own tokens are.
-        labels: int64 (n,).
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    labels: Tensor
+    tokens: Tensor  # int64 (n, length), filled up with the tokenizer's padding
+    mask: Tensor  # int64 (n, length), 1 where a text's own tokens are
+    labels: Tensor  # int64 (n,)
 
 
 @dataclass(frozen=True, eq=False)
 class Texts(Tensors):
-    """Some labelled texts, one after the other.
+    """Some labelled texts, one after the other."""
 
-    Attributes:
-        tokens: int32 (T,), of all texts.
-        ends: int64 (N,), where each text ends in them.
-        labels: int64 (N,), in [0, classes).
-    """
-
-    tokens: Tensor
-    ends: Tensor
-    labels: Tensor
+    tokens: Tensor  # int32 (T,), of all texts
+    ends: Tensor  # int64 (N,), where each text ends in them
+    labels: Tensor  # int64 (N,), in [0, classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,32 +84,20 @@ class Texts(Tensors):
 
 @dataclass(frozen=True, eq=False)
 class RawTexts(Raw):
-    """The content of a source of labelled texts.
+    """The content of a source of labelled texts."""
 
-    Attributes:
-        train: the whole training part.
-        test: the test part.
-        names: of the classes, in order.
-    """
-
-    train: Texts
-    test: Texts
-    names: tuple[str, ...]
+    train: Texts  # the whole training part
+    test: Texts  # the test part
+    names: tuple[str, ...]  # of the classes, in order
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextData(RawTexts):
-    """A set of labelled texts, ready to train on: its training part is without validation.
+    """A set of labelled texts, ready to train on: its training part is without validation."""
 
-    Attributes:
-        name: what it was loaded by.
-        validation: the part of the set's training part that was drawn for choices.
-        digest: of training and validation part, whichever share of them is for choices.
-    """
-
-    name: str
-    validation: Texts
-    digest: str
+    name: str  # what it was loaded by
+    validation: Texts  # the part of the set's training part that was drawn for choices
+    digest: str  # of training and validation part, whichever share of them is for choices
 
 
 def load(
