@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from subspan.commands.console import print_table, say
-from subspan.commands.parsing import Arguments, Parser, parse, read
+from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.training.certificate import Certificate, certify
@@ -28,7 +28,6 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--data",
         type=str | None,
-        default=None,
         help="where the data of its training are; null: where they were. The samples are their "
         "training part with the validation part, and never the test part",
     )
@@ -52,7 +51,7 @@ def main(argv: Arguments) -> None:
         help="say that weights which are not in the file (a pretrained base, or those of your own "
         "code) were made without these samples, so that they may count as known before",
     )
-    parser.add_argument("--out", type=str | None, default=None, help="a JSON file for the record")
+    parser.add_argument("--out", type=str | None, help="a JSON file for the record")
     given = parse(parser, argv)
     if given.out is not None:
         refuse_what_is_no_file(given.out)
@@ -62,7 +61,7 @@ def main(argv: Arguments) -> None:
         given.checkpoint,
         given.data,
         delta=given.delta,
-        choices=read("choices", int, given.choices),
+        choices=given.choices,
         base_is_prior=given.base_is_prior,
     )
     show(found)  # first, for the file may not be possible

@@ -13,9 +13,7 @@ def main(argv: Arguments) -> None:
     """Evaluate a checkpoint, rebuilt from its file, on the test set."""
     parser = Parser("eval", main.__doc__)
     add_checkpoint(parser)
-    parser.add_argument(
-        "--data", type=str | None, default=None, help="the data set; null: that of its training"
-    )
+    parser.add_argument("--data", type=str | None, help="the data set; null: that of its training")
     add_net(parser)
     add_task_options(
         parser, None, note="how the data are read, as of subspan train; null: as in its training"

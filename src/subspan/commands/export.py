@@ -24,9 +24,7 @@ def main(argv: Arguments) -> None:
         default="weights",
         help="weights, or peft: a LoRA that PEFT loads, of any subspace the nearest one",
     )
-    parser.add_argument(
-        "--rank", type=int | None, default=None, help="of the nearest LoRA, 8 if not given"
-    )
+    parser.add_argument("--rank", type=int | None, help="of the nearest LoRA, 8 if not given")
     add_net(parser)
     given = parse(parser, argv)
     if given.format == "peft":

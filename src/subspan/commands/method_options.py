@@ -17,11 +17,7 @@ from subspan.training.methods import Method, method, methods
 def options_in(argv: Arguments) -> dict[str, Any]:
     """Find the options that are given, by their names with underscores, before they are parsed.
 
-    Args:
-        argv: what was typed after the command's name.
-
-    Returns:
-        Values as texts, or, lists and what stands in a file, as YAML has them; the last of each.
+    Values are texts, or, lists and what stands in a file, as YAML has them; the last of each.
     """
     options: dict[str, Any] = {}
     for flag, value in given_values(argv):
@@ -38,17 +34,9 @@ def add_method_options(
 ) -> None:
     """Add the options of all methods; only those of the methods that are used show up.
 
-    The help shows none of them where no method is named. Files of an earlier version name the
-    options of all methods, as null.
-
-    Args:
-        parser: of the command.
-        argv: what was typed after the command's name.
-        flags: the options that name methods, and what they name by default.
-        without: options that the command does not have.
-
-    Raises:
-        SubspanError: for an unknown method, or an option of another method.
+    The flags are the options that name methods, and what they name by default. The help shows no
+    options of methods where none is named. Files of an earlier version name the options of all
+    methods, as null. An unknown method, and an option of another method, are refused.
     """
     given = options_in(argv)
     helps = bool({"-h", "--help"} & set(argv))

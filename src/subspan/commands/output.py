@@ -14,11 +14,7 @@ def begin() -> None:
 
 
 def write(text: str) -> None:
-    """Print a text.
-
-    Raises:
-        SystemExit: it cannot be written.
-    """
+    """Print a text, or raise SystemExit."""
     try:
         print(text)
     except OSError as error:
@@ -26,11 +22,7 @@ def write(text: str) -> None:
 
 
 def finish() -> None:
-    """Write what is left of the output.
-
-    Raises:
-        SystemExit: it cannot be written.
-    """
+    """Write what is left of the output, or raise SystemExit."""
     try:
         if sys.stdout is not None:  # there is none after >&-
             sys.stdout.flush()
@@ -41,8 +33,7 @@ def finish() -> None:
 def end(error: OSError) -> None:
     """Throw the output away from now on. Where nobody reads it any more, as head, that is all.
 
-    Raises:
-        SystemExit: there is another reason why it cannot be written.
+    If there is another reason why it cannot be written, raise SystemExit.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):

@@ -12,7 +12,6 @@ import math
 import operator
 import os
 import types
-import typing
 from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -29,6 +28,7 @@ from subspan.errors import SubspanError, unknown
 from subspan.training import config
 from subspan.training.config import Option
 from subspan.training.options_file import Loader, check_file, check_value
+from subspan.training.schema import alternatives
 
 Arguments = Sequence[str]
 # A list as people type it, 10,30,100, or as YAML has it, or one value.
@@ -84,10 +84,7 @@ class Parser(ArgumentParser):
     def add_fields(self, cls: type, *, without: Iterable[str] = (), **defaults: Any) -> None:
         """Add the fields of a dataclass as options, each with what the docstring says of it.
 
-        Args:
-            cls: the dataclass.
-            without: fields that are no options.
-            defaults: in place of those of the dataclass. None stands for what the command chooses.
+        A default of None, in place of that of the dataclass, stands for what the command chooses.
         """
         hints = get_type_hints(cls)
         said = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
@@ -139,21 +136,15 @@ def typed(hint: Any) -> Any:
         return dict[str, Any]
     if hint is int:
         return int | float  # 1e6 is whole; read_fields refuses what is not
-    if get_origin(hint) in (typing.Union, types.UnionType):
+    if len(kinds := alternatives(hint)) > 1:
         # A mapping first: it could be taken for a text.
-        some = sorted(map(typed, get_args(hint)), key=lambda kind: get_origin(kind) is not dict)
+        some = sorted(map(typed, kinds), key=lambda kind: get_origin(kind) is not dict)
         return functools.reduce(operator.or_, some)
     return hint
 
 
 def read_fields(cls: type, given: Namespace, **others: Any) -> Any:
-    """Make a dataclass of the arguments that have the names of its fields.
-
-    Args:
-        cls: the dataclass.
-        given: the arguments; lists in any of their forms.
-        others: fields that are no arguments.
-    """
+    """Make a dataclass of the arguments that have the names of its fields, and of others."""
     hints = get_type_hints(cls)
     values = {
         field.name: read(field.name, hints[field.name], given[field.name])
@@ -164,28 +155,20 @@ def read_fields(cls: type, given: Namespace, **others: Any) -> Any:
 
 
 def read(name: str, hint: Any, value: Any) -> Any:
-    """Convert a value to what a field has: a list to a tuple, 1e6 to an integer.
-
-    Raises:
-        SubspanError: for a value that cannot be converted.
-    """
-    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, Mapping):
-        inner = next((get_args(kind)[1] for kind in options if get_origin(kind) is Mapping), None)
-        return (
-            value
-            if inner is None
-            else {k: read(f"{name} of {k}", inner, v) for k, v in value.items()}
-        )
-    listed = next((option for option in options if get_origin(option) is tuple), None)
-    if listed is not None:
-        of = get_args(listed)[0]
+    """Convert a value to what a field has: a list to a tuple, 1e6 to an integer."""
+    kinds = alternatives(hint)
+    inner = {get_origin(kind): get_args(kind) for kind in kinds}
+    if isinstance(value, Mapping) and Mapping in inner:
+        of = inner[Mapping][1]
+        return {key: read(f"{name} of {key}", of, one) for key, one in value.items()}
+    if tuple in inner and not isinstance(value, Mapping):
+        of = inner[tuple][0]
         if value is None:
             return ()
         if of is str:
             return config.split(value, name)
         return tuple(_whole(name, n) if of is int else n for n in config.floats(value, name))
-    return _whole(name, value) if int in options and isinstance(value, float) else value
+    return _whole(name, value) if int in kinds and isinstance(value, float) else value
 
 
 def _whole(name: str, value: float) -> int:
@@ -203,15 +186,9 @@ def take(given: Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespace:
-    """Parse the arguments.
+    """Parse what was typed after the command's name; refuse what does not exist, or a wrong value.
 
-    Args:
-        parser: of the command.
-        argv: what was typed after the command's name.
-        defaults: whether what was not given has its default; otherwise it is left out.
-
-    Raises:
-        SubspanError: for an argument that does not exist, or has a wrong value.
+    Without defaults, what was not given is left out.
     """
     words = [dashed(word) for word in argv]
     known = set(parser.kinds) - {"config", "imports", "help", "print_config"}
@@ -320,8 +297,7 @@ def load_text(text: str) -> Any:
 
 def _describe(kind: Any) -> list[str]:
     """Name the values that a type has."""
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        some = get_args(kind)
+    if len(some := alternatives(kind)) > 1:
         if int in some and float in some and str not in some:
             some = tuple(one for one in some if one is not float)
         return [word for one in some for word in _describe(one)]

@@ -34,11 +34,7 @@ def add_recipe(parser: Parser) -> None:
 
 
 def open_recipe(argv: Arguments) -> list[str]:
-    """Put the options of a recipe in place of its name, before all others.
-
-    Raises:
-        SubspanError: the recipe is unknown, or a second one is given.
-    """
+    """Put the options of a recipe, one at most, in place of its name, before all others."""
     names, rest = take_option(argv, "--recipe")
     in_files = [load_file(file).get("recipe") for file in take_option(rest, "--config")[0]]
     names += [str(name) for name in in_files if name is not None]

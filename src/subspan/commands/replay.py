@@ -14,14 +14,11 @@ def main(argv: Arguments) -> None:
     """
     parser = Parser("replay", main.__doc__)
     parser.add_argument("journal", type=str, help="the file")
-    parser.add_argument(
-        "--step", type=int | None, default=None, help="how many steps to make; null: all"
-    )
+    parser.add_argument("--step", type=int | None, help="how many steps to make; null: all")
     parser.add_argument("--out", type=str, default="weights.safetensors", help="the file to write")
     parser.add_argument(
         "--base",
         type=str | None,
-        default=None,
         help="a safetensors file of the initial weights, for a journal of your own training",
     )
     given = parse(parser, argv)

@@ -33,7 +33,6 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        default=None,
         help="one of the experiments below; a YAML file of your own, FILE.yaml; all: those below "
         "one after the other, and one page of them all",
     )
@@ -48,13 +47,11 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--data",
         type=str | None,
-        default=None,
         help="a data set in place of the published one, as fashion_mnist in place of mnist",
     )
     parser.add_argument(
         "--only",
         type=LISTED,
-        default=None,
         help="parts of the experiment, separated by commas; the others are left for another time",
     )
     add_running(parser, None)

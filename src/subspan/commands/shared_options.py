@@ -22,7 +22,6 @@ def add_net(parser: Parser) -> None:
     parser.add_argument(
         "--net",
         type=str | None,
-        default=None,
         help="where the network is now that it was trained from; null: where it was",
     )
 
@@ -45,7 +44,6 @@ def add_log(parser: Parser) -> None:
         "--log",
         "--log_with",
         type=list[str] | str | None,
-        default=None,
         help="trackers that get every epoch, separated by commas, or a YAML list: tensorboard, "
         "wandb, trackio, …; those that can keep their files beside the record. (torchrun takes "
         "--log for an option of its own: under it, say --log-with)",

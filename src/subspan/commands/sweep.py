@@ -10,11 +10,7 @@ from pathlib import Path
 
 from subspan import report
 from subspan.commands import console
-from subspan.commands.method_options import (
-    add_method_options,
-    list_methods,
-    read_method_options,
-)
+from subspan.commands.method_options import add_method_options, list_methods, read_method_options
 from subspan.commands.parsing import LISTED, Arguments, Parser, parse, read_fields
 from subspan.commands.recipe import open_recipe
 from subspan.commands.shared_options import add_running, read_running
@@ -45,7 +41,6 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "--nets",
         type=LISTED,
-        default=None,
         help="networks to compare at equal d, in place of --net: each has a folder and its curves, "
         "and there is one picture of all",
     )
@@ -101,10 +96,7 @@ def show_runs(total: int) -> Iterator[Callable[[Outcome, int], None]]:
 def show_sweep(result: SweepRecord, files: Sequence[Path]) -> None:
     """Show the table of a sweep, intrinsic dimensions, failures, and where the picture is.
 
-    Scores are means over seeds ± their standard deviation.
-
-    Raises:
-        SubspanError: if no run succeeded.
+    Scores are means over seeds ± their standard deviation. If no run succeeded that is an error.
     """
     score = result.score
     head = any(point.head_parameters for point in result.points)

@@ -15,11 +15,7 @@ from subspan.training.tasks import kind, kinds, option_names
 
 
 def add_training(parser: Parser, argv: Arguments) -> None:
-    """Add recipes, the options of a training, and those of tasks: the help shows the named one's.
-
-    Raises:
-        SubspanError: for an unknown task.
-    """
+    """Add recipes, and the options of a training and of tasks; the help shows the named one's."""
     add_recipe(parser)
     parser.add_fields(Training, without=("task_options",))
     name = options_in(argv).get("task")
@@ -27,13 +23,10 @@ def add_training(parser: Parser, argv: Arguments) -> None:
 
 
 def add_task_options(parser: Parser, task: str | None, *, note: str = "") -> None:
-    """Add the options of all tasks.
+    """Add the options of all tasks; the help shows those of one.
 
-    Args:
-        parser: of the command.
-        task: the one whose options the help shows.
-        note: what the help says of each, in place of its own words, where a trained network is
-            read: options of training alone are left out then.
+    A note is what the help says of each, in place of its own words, where a trained network is
+    read: options of training alone are left out then.
     """
     used, others = kind(task), set(parser.kinds)
     for each in [used, *(other for other in kinds().values() if other is not used)]:
@@ -49,11 +42,7 @@ def read_task_options(given: Namespace) -> dict[str, Any]:
 
 
 def read_training(given: Namespace) -> Training:
-    """Return the training that was asked for.
-
-    Raises:
-        SubspanError: for an option of another task.
-    """
+    """Return the training that was asked for; refuse an option of another task."""
     training: Training = read_fields(Training, given, task_options=read_task_options(given))
     kind(training.task).check(training.task_options)
     return training

@@ -13,12 +13,8 @@ from rich.progress import Progress, TaskID
 
 from subspan import distributed
 from subspan.commands import console
-from subspan.commands.method_options import (
-    add_method_options,
-    list_methods,
-    read_method_options,
-)
-from subspan.commands.parsing import Arguments, Parser, parse, read
+from subspan.commands.method_options import add_method_options, list_methods, read_method_options
+from subspan.commands.parsing import Arguments, Parser, parse
 from subspan.commands.recipe import open_recipe
 from subspan.commands.shared_options import add_log, add_out, trackers_given
 from subspan.commands.task_options import add_training, list_tasks, read_training
@@ -62,8 +58,7 @@ def main(argv: Arguments) -> None:
         options = complete_options(read_method_options(given), how, training)
         rates = how.tried_rates(options)
         lr = rates[len(rates) // 2] if given.lr is None else given.lr
-        seed = read("seed", int, given.seed)
-        run = Run(training, given.method, options, lr, seed)
+        run = Run(training, given.method, options, lr, given.seed)
     with show_progress(run, resumed=given.resume) as progress:
         try:
             record = train(

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def take_option(words: Iterable[str], option: str) -> tuple[list[str], list[str]]:
-    """Divide words into the values of one option and all other words.
+    """Divide words into the values of one option, as "--import", and all other words.
 
-    Args:
-        words: as typed; a value follows its option, or stands behind an equals sign.
-        option: as "--import"; it may be given several times. One without a value has "".
+    A value follows its option, or stands behind an equals sign. The option may be given several
+    times; one without a value has "".
     """
     values, rest, left = [], [], iter(words)
     for word in left:

@@ -38,12 +38,7 @@ def accelerate_aside() -> Iterator[None]:
 
 
 def accelerator(training: Training, **more: Any) -> Accelerator:
-    """Make the accelerator of a run, with its devices, processes and precision.
-
-    Args:
-        training: says which device and which precision.
-        more: arguments of ``Accelerator``, such as the trackers.
-    """
+    """Make the accelerator of a run, with its devices, processes and precision."""
     # What accelerate knows of the run before this one would make it refuse other settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     distributed.meet_again("gloo" if on_cpu(training) else None)

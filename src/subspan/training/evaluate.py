@@ -72,9 +72,7 @@ def rebuild(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a checkpoint of the laboratory, and what the file says of it.
 
-    Args:
-        path: of the checkpoint.
-        net: the name of its network, where it is not that of the training any more.
+    ``net`` names its network, where it is not that of the training any more.
 
     Raises:
         SubspanError: if the file is unusable, or does not say which network it belongs to.
@@ -103,11 +101,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Test score of a checkpoint; the data are read and normalised as in its training.
 
-    Args:
-        path: a checkpoint of ``subspan train``.
-        name: the data set; by default the one it was trained on.
-        net: the name of its network, where it is not that of the training any more.
-        options: of the task, as ``resize``, where they are not to be those of the training.
+    The data set, the name of the network, and options of the task, as ``resize``, may be others
+    than in the training.
 
     Returns:
         ``data``, ``test_accuracy`` (or what else the task's score is called), ``test_loss``,

@@ -57,11 +57,7 @@ def export_peft(
     *,
     net: str | None = None,
 ) -> LoraExport:
-    """Write a checkpoint as a LoRA that PEFT loads, see :func:`subspan.export_lora`.
-
-    Raises:
-        SubspanError: if the checkpoint is unusable, is no subspace, or cannot be a LoRA.
-    """
+    """Write a checkpoint as a LoRA that PEFT loads, see :func:`subspan.export_lora`."""
     return export_lora(rebuild(path, net)[0], out, rank=rank)
 
 

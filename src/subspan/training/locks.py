@@ -22,12 +22,7 @@ class BusyError(SubspanError):
 
 @contextlib.contextmanager
 def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock on a file, whose folder exists; yield whether it was free.
-
-    Args:
-        path: the file, which is made.
-        wait: whether to wait until it is free.
-    """
+    """Hold the lock on a file, whose folder exists, or wait for it; yield whether it was free."""
     lock = FileLock(path)
     try:
         lock.acquire(blocking=wait)
@@ -50,10 +45,9 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Be the only process that trains in a folder. It is made, and removed if it stays empty.
+    """Be the only process that trains in a folder, or raise BusyError.
 
-    Raises:
-        BusyError: if another process trains there.
+    The folder is made, and removed if it stays empty.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,14 +43,8 @@ Checked = TypeVar("Checked", Epoch, RunRecord, CompleteRun)
 class Loop:
     """A run under way: what is trained, how far it is, and what is told of it.
 
-    Args:
-        ready: what is trained, and how.
-        accelerator: devices, processes and precision.
-        out: the run's folder.
-        before: where an earlier training of this run stands; None begins anew.
-        report: called with each epoch's row of the history.
-        on_step: called after each step.
-        stop: asked after each step whether to save and end; by default one for signals.
+    It goes on from ``before``, or begins anew. Each epoch's row of the history is reported,
+    ``on_step`` is called after each step, and ``stop`` is asked then whether to save and end.
 
     Raises:
         SubspanError: for a run that cannot begin, or go on, like this; nothing is written then.
@@ -132,11 +126,7 @@ class Loop:
         return dict(found) | {"head_parameters": head}
 
     def checked(self, kind: type[Checked], content: dict[str, Any]) -> Checked:
-        """Return a part of the record, with what the method says of the run.
-
-        Raises:
-            SubspanError: if a value is missing, or no number where there must be one.
-        """
+        """Return a part of the record with what the method says of the run, or refuse that."""
         try:
             return from_json(kind, content)
         except MisfitError as error:

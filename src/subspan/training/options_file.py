@@ -37,15 +37,10 @@ for _tag, _pattern, _first in (
 
 
 def check_file(name: str, known: Collection[str], command: str) -> None:
-    """Refuse a YAML file that is no mapping of options, each given once.
+    """Refuse a YAML file that is no mapping of options, each given once; name the line.
 
-    Args:
-        name: of the file; or YAML itself, which has a colon.
-        known: the options; they may be written with dashes for underscores.
-        command: whose options they are.
-
-    Raises:
-        SubspanError: the file cannot be used; it names the line where there is one.
+    The name may be YAML itself, which has a colon. The known options are those of the command, and
+    may be written with dashes for underscores.
     """
     if not name:
         raise SubspanError("--config is empty: give a YAML file")
@@ -72,11 +67,7 @@ def check_file(name: str, known: Collection[str], command: str) -> None:
 
 
 def check_value(option: str, text: str) -> None:
-    """Refuse a value of an option that is YAML with a key that is given twice.
-
-    Raises:
-        SubspanError: it is.
-    """
+    """Refuse a value of an option that is YAML with a key that is given twice."""
     try:
         node = yaml.compose(text, Loader)
     except yaml.YAMLError:
@@ -86,11 +77,7 @@ def check_value(option: str, text: str) -> None:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Read a file of UTF-8, called ``name`` in errors.
-
-    Raises:
-        SubspanError: it is not UTF-8; with the line.
-    """
+    """Read a file, called ``name`` in errors; refuse what is not UTF-8, with the line."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -99,11 +86,7 @@ def read_text(path: Path, name: str) -> str:
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """Parse YAML, called ``name`` in errors, to a tree with lines; None if there is nothing in it.
-
-    Raises:
-        SubspanError: it is no YAML; with the line.
-    """
+    """Parse YAML, called ``name`` in errors, to a tree with lines; None if it is empty."""
     try:
         return yaml.compose(text, Loader)
     except yaml.MarkedYAMLError as error:

@@ -85,15 +85,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The part of the last batch's gradient that lies in the next random basis.
+    """The part of the last batch's gradient that lies in the next random basis."""
 
-    Attributes:
-        cosine: between the gradient and its part in the basis.
-        share: of the gradient's norm that this part has.
-    """
-
-    cosine: float
-    share: float
+    cosine: float  # between the gradient and its part in the basis
+    share: float  # of the gradient's norm that this part has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +217,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a record, or None where there is none.
-
-    Raises:
-        SubspanError: if the file is no record, or one of a later format.
-    """
+    """Return a record, or None where there is none; refuse what is none, or of a later format."""
     if not path.is_file():
         return None
     try:
@@ -269,16 +260,10 @@ def _upgrade(content: Any) -> Any:
 def claim(
     folder: Path, file: str, config: Mapping[str, Any], *, overwrite: bool
 ) -> dict[str, Any] | None:
-    """Look whether an output folder is free for a configuration.
+    """Look whether an output folder, there or not, is free for a configuration.
 
-    Args:
-        folder: the output folder, there or not.
-        file: name of the record in it.
-        config: of what is about to run.
-        overwrite: whether a record of another configuration, or a damaged one, may be replaced.
-
-    Returns:
-        The record of the same configuration, if there is one.
+    Return the record (of this file name) of the same configuration, if there is one. One of
+    another, or a damaged one, may be replaced only to overwrite it.
 
     Raises:
         SubspanError: if the folder is a file, or belongs to another configuration.

@@ -18,11 +18,7 @@ from subspan.training.state import TrainState
 
 
 def find_state(config: Mapping[str, Any], folder: Path) -> TrainState | None:
-    """Read the state of an earlier training of this configuration, if there is one.
-
-    Raises:
-        SubspanError: if the file is damaged, or of another format.
-    """
+    """Read the state of an earlier training of this configuration, if there is one."""
     found = state.read(folder / state.FILE)
     # A file of another run is there if that one was just being replaced when all ended.
     same = found is not None and not records.differences(found.config, config)
@@ -34,15 +30,8 @@ def check_beginning(
 ) -> None:
     """Refuse to go on with other samples, from other initial weights, or without the best epoch.
 
-    Args:
-        before: where the training stands.
-        folder: of the run.
-        model: as it was before the first step.
-        ready: what is trained now.
-
-    Raises:
-        SubspanError: if there are others than those that the run was begun with, or the best
-            epoch's checkpoint cannot be read.
+    The model is as it was before the first step. What is missing or damaged of the best epoch's
+    checkpoint would be noticed at the end alone.
     """
     size, remedy = ready.task.size(), "bring the data back as they were, or give another --out"
     if before.size is not None and before.size != size:
@@ -63,17 +52,7 @@ def check_beginning(
 
 
 def check_processes(before: TrainState, folder: Path, now: int, *, must_agree: bool) -> list[str]:
-    """Return notes about processes that came or went.
-
-    Args:
-        before: where the training stands.
-        folder: of the run.
-        now: how many processes there are.
-        must_agree: whether other processes than before would make it another run.
-
-    Raises:
-        SubspanError: if they would, and there are others.
-    """
+    """Return notes about processes that came or went; if the number ``must_agree``, refuse that."""
     if before.processes == now:
         return []
     if must_agree:

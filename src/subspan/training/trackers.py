@@ -24,11 +24,7 @@ EXTRAS = ("tensorboard", "trackio", "wandb")  # of this package, by which pip in
 
 
 def check(names: Iterable[str]) -> None:
-    """Refuse trackers that cannot be used, before anything is written.
-
-    Raises:
-        SubspanError: for a name that accelerate does not know, or a package that is not there.
-    """
+    """Refuse trackers that accelerate does not know, or whose package is not there."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -43,11 +39,8 @@ class Log:
 
     Each is told every epoch once, whenever in the run it came in. Who is killed between telling an
     epoch and writing its state tells it again: TensorBoard drops the older row, wandb the newer.
-
-    Args:
-        accelerator: knows which trackers there are; its main process alone talks to them.
-        out: the run's folder, for files of those that let us choose where.
-        before: of :meth:`state`, if the run goes on.
+    The main process alone talks to them. Those that let us choose keep their files in the run's
+    folder. Where a run goes on, ``before`` is its :meth:`state`.
     """
 
     def __init__(
@@ -60,8 +53,7 @@ class Log:
     def begin(self, config: Mapping[str, Any], history: Sequence[Epoch]) -> None:
         """Start the trackers; those that missed epochs are told them now.
 
-        Raises:
-            SubspanError: if one does not start, for want of a login perhaps.
+        One that does not start, for want of a login perhaps, is refused.
         """
         names = [str(name) for name in self._accelerator.log_with]
         if not names:

@@ -29,11 +29,7 @@ from subspan.training.stop import Stop
 def completed(
     run: Run, out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> CompleteRun | None:
-    """Return the record of a run that is complete in a folder, if it is.
-
-    Raises:
-        SubspanError: if the folder holds something else (see :func:`train`).
-    """
+    """Return the record of a run that is complete in a folder, if it is, as :func:`train` does."""
     out = Path(out)
     found = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
     model = RunFolder(out, writes=False).model
