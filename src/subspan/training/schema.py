@@ -34,6 +34,7 @@ _WORDS: dict[Any, str] = {
     int: "a whole number",
     list: "a list",
     str: "a text",
+    tuple: "a list",
     Mapping: "a mapping",
     NoneType: "null",
 }
@@ -78,47 +79,8 @@ def from_json(kind: type[T], value: Any, path: Path = ()) -> T:
     Raises:
         MisfitError: if a value is missing, or has another type, or if the dataclass refuses it.
     """
-    found: T = _read(kind, value, path)
+    found: T = _fit(kind, value, path)
     return found
-
-
-def _read(kind: Any, value: Any, path: Path) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # something, or None
-        [kind] = [arg for arg in args if arg is not NoneType]
-        return None if value is None else _read(kind, value, path)
-    if kind is Any:
-        return _any(value, path)
-    if is_dataclass(kind):
-        return _dataclass(kind, _checked(dict, value, path), path)
-    if origin is dict:
-        content = _checked(dict, value, path)
-        return {key: _read(args[1], inner, (*path, key)) for key, inner in content.items()}
-    if origin in (list, tuple):
-        items = _checked(list, value, path)
-        return origin(_read(args[0], inner, (*path, i)) for i, inner in enumerate(items))
-    return _checked(kind, value, path)
-
-
-def _any(value: Any, path: Path) -> Any:
-    """Return a value that JSON can hold, whose numbers are Python's."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, (list, tuple)):
-        return [_any(inner, (*path, i)) for i, inner in enumerate(value)]
-    if isinstance(value, Mapping):
-        return {key: _any(inner, (*path, str(key))) for key, inner in value.items()}
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return _checked(float, value, path)
-
-
-def _checked(kind: type, value: Any, path: Path) -> Any:
-    right = isinstance(value, (int, float) if kind is float else kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise MisfitError(f"must be {_WORDS[kind]}, got {reprlib.repr(value)}", path)
-    if kind is float and not math.isfinite(value):
-        raise MisfitError(f"must be a finite number, got {value}", path)
-    return value
 
 
 def check_fields(config: Any) -> None:
@@ -140,49 +102,76 @@ def check_fields(config: Any) -> None:
             object.__setattr__(config, name, fitting(kind, value, name))
 
 
+def fitting(kind: Any, value: Any, name: str) -> Any:
+    """Return a value in the form that an annotation has; see :func:`check_fields`."""
+    try:
+        return _fit(kind, value, (name,), lenient=True)
+    except MisfitError as error:
+        keys = [key for key in error.path if isinstance(key, str)]
+        raise SubspanError(f"{' of '.join(keys)} {error.message}") from None
+
+
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the one kind that an annotation is."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def fitting(kind: Any, value: Any, name: str) -> Any:
-    """Return a value in the form that an annotation has; see :func:`check_fields`."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    kinds = alternatives(kind)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = isinstance(value, (str, os.PathLike))
+def _fit(kind: Any, value: Any, path: Path, *, lenient: bool = False) -> Any:
+    """Return a value as an annotation has it: from JSON, or leniently from another form of it."""
+    value = value.tolist() if lenient and hasattr(value, "tolist") else value
+    kinds, number = alternatives(kind), _is(float, value)
+    fit = functools.partial(_fit, lenient=lenient)
     for one in kinds:
         origin, args = get_origin(one) or one, get_args(one)
-        if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(fitting(args[0], inner, name) for inner in value)
-        if origin in (dict, Mapping) and isinstance(value, Mapping):
-            of = args[1]
-            return {key: fitting(of, inner, f"{name} of {key}") for key, inner in value.items()}
-        if origin is int and number and (isinstance(value, int) or value.is_integer()):
-            return int(value)
-        if origin is str and (number or text):
-            return str(value)
-        if (origin is float and number) or (origin in (bool, NoneType) and type(value) is origin):
-            return value
-        if is_dataclass(origin) and isinstance(value, one):
-            return value
         if origin is Any:
-            try:
-                return _any(value, ())
-            except MisfitError as error:
-                keys = [key for key in error.path if isinstance(key, str)]
-                raise SubspanError(f"{' of '.join([name, *keys])} {error.message}") from None
-    listed = any(get_origin(one) is tuple for one in kinds)
-    hint = f": give ({value!r},)" if listed and (number or text) else ""
-    words = " or ".join(map(_in_words, kinds))
-    raise SubspanError(f"{name} must be {words}, got {reprlib.repr(value)}{hint}")
+            return _any(value, path, lenient=lenient)
+        if origin in (list, tuple) and isinstance(value, (list, tuple)):
+            return origin(fit(args[0], inner, (*path, i)) for i, inner in enumerate(value))
+        if origin in (dict, Mapping) and isinstance(value, Mapping):
+            return {key: fit(args[1], inner, (*path, str(key))) for key, inner in value.items()}
+        if is_dataclass(origin) and isinstance(value, dict) and not lenient:
+            return _dataclass(one, value, path)
+        if lenient and origin is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if lenient and origin is str and (number or isinstance(value, os.PathLike)):
+            return str(value)
+        if _is(origin, value):
+            if isinstance(value, float) and not lenient and not math.isfinite(value):
+                raise MisfitError(f"must be a finite number, got {value}", path)
+            return value
+    words = " or ".join(_in_words(one, lenient=lenient) for one in kinds)
+    listed = lenient and any(get_origin(one) is tuple for one in kinds)
+    scalar = number or isinstance(value, (str, os.PathLike))
+    hint = f": give ({value!r},)" if listed and scalar else ""
+    raise MisfitError(f"must be {words}, got {reprlib.repr(value)}{hint}", path)
 
 
-def _in_words(kind: Any) -> str:
+def _any(value: Any, path: Path, *, lenient: bool) -> Any:
+    """Return a value that JSON can hold; leniently, one whose numbers are not Python's."""
+    value = value.tolist() if lenient and hasattr(value, "tolist") else value
+    any_ = functools.partial(_any, lenient=lenient)
+    if isinstance(value, (list, tuple)):
+        return [any_(inner, (*path, i)) for i, inner in enumerate(value)]
+    if isinstance(value, Mapping):
+        named = {key if lenient else str(key): inner for key, inner in value.items()}
+        return {key: any_(inner, (*path, str(key))) for key, inner in named.items()}
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return _fit(float, value, path)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Return whether a value is of a kind: integers are numbers, and truth values are neither."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: Any, *, lenient: bool) -> str:
     origin = get_origin(kind) or kind
-    if origin is tuple:
-        return f"a tuple of {_in_words(get_args(kind)[0]).partition(' ')[2]}s"
-    return _WORDS.get(origin) or f"a {origin.__name__}"
+    if origin is tuple and lenient:
+        return f"a tuple of {_in_words(get_args(kind)[0], lenient=True).partition(' ')[2]}s"
+    return _WORDS.get(origin) or (f"a {origin.__name__}" if lenient else "a mapping")
 
 
 def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:
@@ -193,11 +182,11 @@ def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:
             where_others_go = each.name
         elif each.name in content:
             here = (*path, each.name)
-            given[each.name] = _read(hints[each.name], rest.pop(each.name), here)
+            given[each.name] = _fit(hints[each.name], rest.pop(each.name), here)
         elif each.default is MISSING and each.default_factory is MISSING:
             raise MisfitError(f"lacks {each.name}" if path else f"{each.name} is missing", path)
     if where_others_go:
-        given[where_others_go] = _read(hints[where_others_go], rest, path)
+        given[where_others_go] = _fit(hints[where_others_go], rest, path)
     try:
         return kind(**given)
     except MisfitError as error:
