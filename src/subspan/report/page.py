@@ -6,18 +6,20 @@ import base64
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from subspan.report.curves import d_int_bound, d_int_name, number, point_of, title
+from subspan.sweeps.intrinsic import IntrinsicDimension
 from subspan.sweeps.result import PointRecord, Published, SweepRecord
 from subspan.training.records import RunRecord
 from subspan.training.score import Score
 
 NONE = "–"  # not recorded, not known, or not published
+Column = tuple[str, Callable[[Any], str]]  # its name, and how its cell of a row is written
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def of_sweep(sweep: SweepRecord, caption: str) -> Page:
     sections.append(_scores(rows, sweep.score, protocol))
     sections += [_side_by_side(source, sweep) for source in sweep.published]
     sections.append(_cost(rows))
-    sections += [_counts(rows, sweep.score)] if any(row.counts for row in rows) else []
+    sections += _counts(rows, sweep.score)
     if sweep.failed:
         sections.append(
             Section(
@@ -111,10 +113,8 @@ def of_run(run: RunRecord) -> Page:
     lead = [] if known is None else [f"Test {run.score.name}: {run.score.show(known)}"]
     lead += [*_unfinished(run), *([run.error] if run.error else [])]
     caption = "Losses and validation score by epoch. The test set is read once, at the end."
-    sections = [_scores([point], run.score), _cost([point])]
-    sections += [_counts([point], run.score)] if point.counts else []
-    sections.append(_history(run))
-    return Page(title(run), lead, caption, sections + _facts(run))
+    sections = [_scores([point], run.score), _cost([point]), *_counts([point], run.score)]
+    return Page(title(run), lead, caption, [*sections, _history(run), *_facts(run)])
 
 
 def _answer(sweep: SweepRecord) -> list[str]:
@@ -140,59 +140,51 @@ def _unfinished(found: SweepRecord | RunRecord) -> list[str]:
     return [f"Status: {found.status}. The page shows what there is so far."]
 
 
+def _section(heading: str, columns: Sequence[Column], things: Iterable[Any], *text: str) -> Section:
+    """Make a section whose table has a row for each thing."""
+    rows = [[write(thing) for _, write in columns] for thing in things]
+    return Section(heading, [name for name, _ in columns], rows, text=text)
+
+
 def _intrinsic(sweep: SweepRecord) -> Section:
-    rows, notes = [], []
-    for method, found in sweep.d_int.items():
+    score, name = sweep.score, d_int_name(sweep.threshold)
+
+    def interval(found: IntrinsicDimension) -> str:
         ends = [or_none(number, end) for end in (found.low, found.high)]
-        share = 100 * found.value / sweep.weights if found.value and sweep.weights else None
-        rows.append(
-            [
-                method,
-                d_int_bound(found).removeprefix("= "),
-                f"{ends[0]} to {ends[1]}" if set(ends) != {NONE} else NONE,
-                or_none("{:.2g}".format, share),
-                shown([found.target], sweep.score),
-            ]
-        )
-        if found.note:
-            notes.append(f"{method}: {found.note}.")
-    name = d_int_name(sweep.threshold)
+        return f"{ends[0]} to {ends[1]}" if set(ends) != {NONE} else NONE
+
+    def share(found: IntrinsicDimension) -> str:
+        if found.value and sweep.weights:
+            return f"{100 * found.value / sweep.weights:.2g}"
+        return NONE
+
     meaning = (
-        f"{name} is the least d at which the mean test {sweep.score.name} reaches "
+        f"{name} is the least d at which the mean test {score.name} reaches "
         f"{100 * sweep.threshold:g} "
         "% of what training all weights reaches, interpolated linearly in log d. The interval is "
         "a bootstrap over seeds, which is too narrow where there are fewer than about five."
     )
-    columns = [
-        "method",
-        name,
-        "interval",
-        "share of D, %",
-        f"{sweep.score.name} to reach{_unit(sweep.score)}",
+    columns: list[Column] = [
+        ("method", lambda item: item[0]),
+        (name, lambda item: d_int_bound(item[1]).removeprefix("= ")),
+        ("interval", lambda item: interval(item[1])),
+        ("share of D, %", lambda item: share(item[1])),
+        (f"{score.name} to reach{_unit(score)}", lambda item: shown([item[1].target], score)),
     ]
-    return Section("Intrinsic dimension", columns, rows, text=[meaning, *notes])
+    notes = [f"{method}: {found.note}." for method, found in sweep.d_int.items() if found.note]
+    return _section("Intrinsic dimension", columns, sweep.d_int.items(), meaning, *notes)
 
 
 def _scores(rows: Sequence[PointRecord], score: Score, *text: str) -> Section:
-    return Section(
-        score.name[:1].upper() + score.name[1:],
-        [
-            *("method", "d", f"test{_unit(score)}", f"validation{_unit(score)}"),
-            *("seeds", "learning rate"),
-        ],
-        [
-            [
-                row.method,
-                row.label or NONE,
-                shown(row.test_score, score),
-                shown(row.val_score, score),
-                str(len(row.test_score)),
-                f"{row.lr:g}",
-            ]
-            for row in rows
-        ],
-        text=text,
-    )
+    columns: list[Column] = [
+        ("method", lambda row: row.method),
+        ("d", lambda row: row.label or NONE),
+        (f"test{_unit(score)}", lambda row: shown(row.test_score, score)),
+        (f"validation{_unit(score)}", lambda row: shown(row.val_score, score)),
+        ("seeds", lambda row: str(len(row.test_score))),
+        ("learning rate", lambda row: f"{row.lr:g}"),
+    ]
+    return _section(score.name[:1].upper() + score.name[1:], columns, rows, *text)
 
 
 def _cost(rows: Sequence[PointRecord]) -> Section:
@@ -210,61 +202,46 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
             "count them."
         )
     sent = any(row.bytes_sent for row in rows)
-    return Section(
-        "Size and cost",
-        [
-            *("method", "d", "trained", *["head"] * head, "stored", "weights D", "file, bytes"),
-            *("ms per step", "seconds", "memory, MB", *["bytes sent per step"] * sent),
-        ],
-        [
-            [
-                row.method,
-                row.label or NONE,
-                *(
-                    or_none("{:,}".format, count)
-                    for count in (
-                        row.trainable_parameters,
-                        *[row.head_parameters] * head,
-                        row.stored_parameters,
-                        row.weights,
-                        row.checkpoint_bytes,
-                    )
-                ),
-                mean(row.seconds_per_step, 1e3),
-                mean(row.seconds_total),
-                mean(row.peak_memory_bytes, 1e-6),
-                *[mean(row.bytes_sent)] * sent,
-            ]
-            for row in rows
-        ],
-        text=[counts, costs],
-    )
+    columns: list[Column] = [
+        ("method", lambda row: row.method),
+        ("d", lambda row: row.label or NONE),
+        ("trained", lambda row: _count(row.trainable_parameters)),
+        *[("head", lambda row: _count(row.head_parameters))] * head,
+        ("stored", lambda row: _count(row.stored_parameters)),
+        ("weights D", lambda row: _count(row.weights)),
+        ("file, bytes", lambda row: _count(row.checkpoint_bytes)),
+        ("ms per step", lambda row: mean(row.seconds_per_step, 1e3)),
+        ("seconds", lambda row: mean(row.seconds_total)),
+        ("memory, MB", lambda row: mean(row.peak_memory_bytes, 1e-6)),
+        *[("bytes sent per step", lambda row: mean(row.bytes_sent))] * sent,
+    ]
+    return _section("Size and cost", columns, rows, counts, costs)
 
 
-def _counts(rows: Sequence[PointRecord], score: Score) -> Section:
+def _counts(points: Sequence[PointRecord], score: Score) -> list[Section]:
     """Make the section of factored networks: their ranks, and their counts in several ways."""
+    rows = [row for row in points if row.counts]
+    if not rows:
+        return []
     names = list(dict.fromkeys(name for row in rows for name in row.counts))
-    return Section(
-        "Ranks and counts",
-        ["method", "", f"test{_unit(score)}", "ranks", *names, "of D, %"],
-        [
-            [
-                row.method,
-                row.label or NONE,
-                shown(row.test_score, score),
-                "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks),
-                *(or_none("{:,}".format, row.counts.get(name)) for name in names),
-                _share(row, names[0]),
-            ]
-            for row in rows
-            if row.counts
-        ],
-        text=["Numbers, biases and dense layers included; ranks layer by layer, seed by seed."],
-    )
 
+    def ranks(row: PointRecord) -> str:
+        return "; ".join(", ".join(map(str, seed.values())) for seed in row.ranks)
 
-def _share(row: PointRecord, name: str) -> str:
-    return f"{100 * row.counts[name] / row.weights:.1f}" if name in row.counts else NONE
+    def share(row: PointRecord) -> str:
+        known = names[0] in row.counts
+        return f"{100 * row.counts[names[0]] / row.weights:.1f}" if known else NONE
+
+    columns: list[Column] = [
+        ("method", lambda row: row.method),
+        ("", lambda row: row.label or NONE),
+        (f"test{_unit(score)}", lambda row: shown(row.test_score, score)),
+        ("ranks", ranks),
+        *((name, lambda row, name=name: _count(row.counts.get(name))) for name in names),
+        ("of D, %", share),
+    ]
+    text = "Numbers, biases and dense layers included; ranks layer by layer, seed by seed."
+    return [_section("Ranks and counts", columns, rows, text)]
 
 
 def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
@@ -304,28 +281,18 @@ def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
 
 
 def _history(run: RunRecord) -> Section:
-    return Section(
-        "History",
-        [
-            "epoch",
-            "training loss",
-            "validation loss",
+    columns: list[Column] = [
+        ("epoch", lambda line: str(line.epoch)),
+        ("training loss", lambda line: f"{line.train_loss:.4g}"),
+        ("validation loss", lambda line: f"{line.val_loss:.4g}"),
+        (
             f"validation {run.score.name}{_unit(run.score)}",
-            "learning rate",
-            "seconds",
-        ],
-        [
-            [
-                str(epoch.epoch),
-                f"{epoch.train_loss:.4g}",
-                f"{epoch.val_loss:.4g}",
-                shown([epoch.val_score], run.score),
-                f"{epoch.learning_rate:.3g}",
-                f"{epoch.seconds:.1f}",
-            ]
-            for epoch in run.history
-        ],
-    )
+            lambda line: shown([line.val_score], run.score),
+        ),
+        ("learning rate", lambda line: f"{line.learning_rate:.3g}"),
+        ("seconds", lambda line: f"{line.seconds:.1f}"),
+    ]
+    return _section("History", columns, run.history)
 
 
 def _facts(found: SweepRecord | RunRecord) -> list[Section]:
@@ -354,6 +321,10 @@ def mean(values: Sequence[float], scale: float = 1) -> str:
 def or_none(write: Callable[[Any], str], value: float | None) -> str:
     """Write a number, or that there is none."""
     return NONE if value is None or math.isnan(value) else write(value)
+
+
+def _count(value: int | None) -> str:
+    return or_none("{:,}".format, value)
 
 
 def _plain(value: Any) -> str:

@@ -29,70 +29,60 @@ def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table
         parts: sweeps by the name of their part.
         timed: whether times and memory are a result, too.
     """
+    points = [row for sweep in parts.values() for row in sweep.points]
     sources = [source.label for sweep in parts.values() for source in sweep.published]
     one = len(set(sources)) == 1
     score = next(iter(parts.values())).score  # parts are judged alike
     unit = ", %" if score == ACCURACY else f", {score.name}{score.unit}"
-    columns = {
-        "part": any(parts),
-        "method": True,
-        "at": True,
-        "numbers trained": True,
-        "and of the head": any(
-            row.head_parameters for sweep in parts.values() for row in sweep.points
-        ),
-        f"measured{unit}": True,
-        "seeds": True,
-        (sources[0] if one else "published") + unit: bool(sources),
-        "ms per step": timed,
-        "memory, MB": timed,
-        "bytes sent per step": any(
-            row.bytes_sent for sweep in parts.values() for row in sweep.points
-        ),
-    }
     lines = [
-        (part, *cells)
+        {"part": part} | cells
         for part, sweep in parts.items()
         for cells in (*_measured(sweep, one), *_only_published(sweep, one))
     ]
-    kept = [
-        place
-        for place, (name, wanted) in enumerate(columns.items())
-        if wanted and (name != "at" or any(line[place] for line in lines))
-    ]
-    names = list(columns)
+    wanted = {
+        "part": any(parts),
+        "method": True,
+        "at": any(line["at"] for line in lines),
+        "numbers trained": True,
+        "and of the head": any(row.head_parameters for row in points),
+        "measured": True,
+        "seeds": True,
+        "published": bool(sources),
+        "ms per step": timed,
+        "memory, MB": timed,
+        "bytes sent per step": any(row.bytes_sent for row in points),
+    }
+    columns = [name for name in wanted if wanted[name]]
+    heads = {
+        "measured": f"measured{unit}",
+        "published": (sources[0] if one else "published") + unit,
+    }
     return Table(
-        tuple(names[place] for place in kept),
-        tuple(tuple(line[place] for place in kept) for line in lines),
-        words=sum(names[place] in ("part", "method", "at") for place in kept),
+        tuple(heads.get(name, name) for name in columns),
+        tuple(tuple(line.get(name, NONE) for name in columns) for line in lines),
+        words=sum(name in ("part", "method", "at") for name in columns),
     )
 
 
-def _measured(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
+def _measured(sweep: SweepRecord, one: bool) -> Iterator[dict[str, str]]:
     """Yield the cells of measured rows, without the part."""
     for row in sweep.points:
         own = row.trainable_parameters - row.head_parameters
-        numbers = own if row is sweep.baseline else row.dim
-        yield (
-            row.method,
-            _at(row),
-            f"{numbers:,}",
-            f"{row.head_parameters:,}",
-            shown(row.test_score, sweep.score),
-            str(len(row.test_score)),
-            "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
-            *(
-                mean(values, unit)
-                for values, unit in (
-                    (row.seconds_per_step, 1e3),
-                    (row.peak_memory_bytes, 1e-6),
-                    (row.bytes_sent, 1.0),
-                )
-            ),
-        )
+        yield {
+            "method": row.method,
+            "at": _at(row),
+            "numbers trained": f"{own if row is sweep.baseline else row.dim:,}",
+            "and of the head": f"{row.head_parameters:,}",
+            "measured": shown(row.test_score, sweep.score),
+            "seeds": str(len(row.test_score)),
+            "published": "; ".join(dict.fromkeys(_beside(row, sweep, one))) or NONE,
+            "ms per step": mean(row.seconds_per_step, 1e3),
+            "memory, MB": mean(row.peak_memory_bytes, 1e-6),
+            "bytes sent per step": mean(row.bytes_sent),
+        }
 
 
-def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
+def _only_published(sweep: SweepRecord, one: bool) -> Iterator[dict[str, str]]:
     """Yield the cells of published points that were not measured here."""
     for source in sweep.published:
         here = {source.place(row) for row in sweep.rows} - {None}
@@ -100,10 +90,12 @@ def _only_published(sweep: SweepRecord, one: bool) -> Iterator[tuple[str, ...]]:
             continue  # it belongs to another part
         for place, (at, accuracy) in enumerate(source.points):
             if at not in here:
-                numbers = f"{source.dims[place]:,}" if source.dims else NONE
-                label = source.labels[place] if source.labels else ""
-                cell = _published(accuracy, source, sweep.score, one)
-                yield source.method or "", label, numbers, NONE, NONE, NONE, cell, NONE, NONE, NONE
+                yield {
+                    "method": source.method or "",
+                    "at": source.labels[place] if source.labels else "",
+                    "numbers trained": f"{source.dims[place]:,}" if source.dims else NONE,
+                    "published": _published(accuracy, source, sweep.score, one),
+                }
 
 
 def _at(row: PointRecord) -> str:
