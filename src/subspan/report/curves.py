@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from subspan.sweeps.intrinsic import IntrinsicDimension
-from subspan.sweeps.result import PointRecord, Published, SweepRecord
+from subspan.sweeps.result import PointRecord, SweepRecord
 from subspan.training.config import title as what_on_what
 from subspan.training.methods import methods
 from subspan.training.records import RunRecord
+from subspan.training.score import Score
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Curve:
         scores: the seeds' scores at each of the dims, accuracies in %.
         d_int: the intrinsic dimension; None if not known.
         interval: its ends; None where open.
-        target: the score that defines it; NaN if not known.
+        target: the score that defines it; None if not known.
         published: whether it comes from the literature.
         joined: whether a line through the points says anything: not of networks of several shapes.
     """
@@ -30,10 +31,10 @@ class Curve:
     label: str
     dims: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...]
-    d_int: float | None
-    interval: tuple[float | None, float | None]
-    target: float
-    published: bool
+    d_int: float | None = None
+    interval: tuple[float | None, float | None] = (None, None)
+    target: float | None = None
+    published: bool = False
     joined: bool = True
 
     @property
@@ -44,45 +45,34 @@ class Curve:
 
 def measured_curves(sweep: SweepRecord) -> list[Curve]:
     """Return one curve for each method of the sweep that has a good run."""
-    curves, scale = [], sweep.score.scale
+    curves = []
     rows = [row for row in sweep.rows if not row.small and row.dim]
     for method in dict.fromkeys(row.method for row in rows):
-        points = sorted((row.dim, row.test_score) for row in rows if row.method == method)
-        found = sweep.d_int.get(method)
-        name = method
-        if found is not None:
-            name += f": {d_int_name(found.threshold)} {d_int_bound(found)}"
-        curves.append(
-            Curve(
-                label=name,
-                dims=tuple(dim for dim, _ in points),
-                scores=tuple(tuple(scale * a for a in seeds) for _, seeds in points),
-                d_int=found.value if found else None,
-                interval=(found.low, found.high) if found else (None, None),
-                target=scale * found.target if found else math.nan,
-                published=False,
+        curve = _through([row for row in rows if row.method == method], method, sweep.score)
+        if found := sweep.d_int.get(method):
+            curve = replace(
+                curve,
+                label=f"{method}: {d_int_name(found.threshold)} {d_int_bound(found)}",
+                d_int=found.value,
+                interval=(found.low, found.high),
+                target=sweep.score.scale * found.target,
             )
-        )
+        curves.append(curve)
     return curves
 
 
 def small_curves(sweep: SweepRecord) -> list[Curve]:
     """Return the curve of smaller networks, scores over their weights: one, or none."""
-    points = sorted((row.dim, row.test_score) for row in sweep.rows if row.small)
-    if not points:
-        return []
-    return [
-        Curve(
-            label="smaller networks, all weights",
-            dims=tuple(dim for dim, _ in points),
-            scores=tuple(tuple(sweep.score.scale * a for a in seeds) for _, seeds in points),
-            d_int=None,
-            interval=(None, None),
-            target=math.nan,
-            published=False,
-            joined=False,
-        )
-    ]
+    rows = [row for row in sweep.rows if row.small]
+    curve = _through(rows, "smaller networks, all weights", sweep.score)
+    return [replace(curve, joined=False)] if rows else []
+
+
+def _through(rows: Iterable[PointRecord], label: str, score: Score) -> Curve:
+    """Return the curve through the scores of rows."""
+    points = sorted((row.dim, row.test_score) for row in rows)
+    scores = tuple(tuple(score.scale * value for value in seeds) for _, seeds in points)
+    return Curve(label, tuple(dim for dim, _ in points), scores)
 
 
 def published_curves(sweep: SweepRecord) -> list[Curve]:
@@ -101,16 +91,11 @@ def published_curves(sweep: SweepRecord) -> list[Curve]:
                 dims=tuple(dim for dim, _ in points),
                 scores=tuple((100 * a,) for _, a in points),
                 d_int=source.d_int,
-                interval=(None, None),
-                target=_published_target(source, sweep.threshold),
+                target=source.baseline and 100 * sweep.threshold * source.baseline,
                 published=True,
             )
         )
     return curves
-
-
-def _published_target(source: Published, threshold: float) -> float:
-    return math.nan if source.baseline is None else 100 * threshold * source.baseline
 
 
 def d_int_name(threshold: float) -> str:

@@ -193,7 +193,7 @@ def _draw_head(axes: Axes, row: PointRecord, sweep: SweepRecord) -> Line2D:
 
 def _mark(axes: Axes, curve: Curve, line: Line2D) -> None:
     """Drop a line from a curve's crossing to the axis, under a bar as wide as its interval."""
-    if curve.d_int is None or math.isnan(curve.target):
+    if curve.d_int is None or curve.target is None:
         return
     axes.plot(
         [curve.d_int, curve.d_int],
