@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from subspan.bench import Bench
-from subspan.errors import SubspanError, unknown
+from subspan.errors import unknown
 from subspan.experiments.experiment import Benchmark, Budget, Experiment, Published
 from subspan.experiments.located import Located, read
 from subspan.sweeps.sweep import total_runs
 from subspan.training import nets
 from subspan.training.config import Sweep, Training
 from subspan.training.methods import Method, method
-from subspan.training.tasks import TaskKind, kind
+from subspan.training.tasks import kind
 
 SWEEP = ("title", "source", "differences", "published", "timed", "sweep", "parts", "budgets")
 BENCH = ("title", "source", "differences", "bench", "budgets")
@@ -103,22 +103,21 @@ def _sweep(values: Located, file: str) -> Sweep:
     """Return the sweep that a part's keys describe."""
     if not values:
         raise values.error("a sweep is empty: say what to train, such as net, data and dims")
-    chosen = [_method(values, "methods", name) for name in _names(values, "methods")]
-    chosen += [_method(values, "baseline", name) for name in _names(values, "baseline")]
+    chosen = [*_methods(values, "methods"), *_methods(values, "baseline")]
     options: dict[str, Any] = {}
     for how in chosen:
         for option in how.options:
             if option.name != how.axis:  # whose values are dims
                 options[option.name] = options.get(option.name, option.type) | option.type
-    task = _task(values)
+    name = values.fit("task", str) if values.get("task") is not None else None
+    with values.naming("task"):
+        task = kind(name)
     of_task = {option.name: option.type for option in task.options}
     values.check_keys("key of a sweep", {*_TRAINING, *_OF_SWEEP, *options, *of_task})
-    own = {key: values.fit(key, of_task[key]) for key in of_task if values.get(key) is not None}
+    own = _given(values, of_task)
     training = values.only(_TRAINING).make(Training, "training", task_options=own)
-    try:
+    with values.naming():
         task.check(own)
-    except SubspanError as error:
-        raise values.error(error) from None
     for key in ("net", "small") if training.task is None else ():
         for name in _names(values, key):
             if ":" not in name and not nets.is_builtin(name):
@@ -127,31 +126,26 @@ def _sweep(values: Located, file: str) -> Sweep:
         place = os.path.normpath(Path(file).parent / (training.data or ""))
         # With ./ in front, a folder that is not there is not taken for a name.
         training = replace(training, data=place if os.path.isabs(place) else f"./{place}")
-    given = {key: values.fit(key, options[key]) for key in options if values.get(key) is not None}
+    given = _given(values, options)
     sweep = values.only(_OF_SWEEP).make(Sweep, "a sweep", training=training, options=given)
-    try:
+    with values.naming():  # of a value that only a method knows to be wrong
         total_runs(sweep)
-    except SubspanError as error:  # of a value that only a method knows to be wrong
-        raise values.error(error) from None
     return sweep
 
 
+def _given(values: Located, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of those keys that are there, and not null."""
+    return {key: values.fit(key, kinds[key]) for key in kinds if values.get(key) is not None}
+
+
 def _names(values: Located, key: str) -> tuple[str, ...]:
-    return values.fit(key, tuple[str, ...]) if values.get(key) is not None else ()
+    return _given(values, {key: tuple[str, ...]}).get(key, ())
 
 
-def _task(values: Located) -> TaskKind:
-    try:
-        return kind(values.fit("task", str) if values.get("task") is not None else None)
-    except SubspanError as error:
-        raise values.error(error, "task") from None
-
-
-def _method(values: Located, key: str, name: str) -> Method:
-    try:
-        return method(name)
-    except SubspanError as error:
-        raise values.error(error, key) from None
+def _methods(values: Located, key: str) -> list[Method]:
+    names = _names(values, key)
+    with values.naming(key):
+        return [method(name) for name in names]
 
 
 def _published(content: Located, parts: Collection[str]) -> dict[str, tuple[Published, ...]]:
@@ -162,10 +156,8 @@ def _published(content: Located, parts: Collection[str]) -> dict[str, tuple[Publ
     curves = found if isinstance(found, Located) else dict.fromkeys(parts, found)
     if isinstance(found, Located):
         found.check_keys("part", parts)
-    for part in curves:
-        if not isinstance(curves[part], list) or not all(
-            isinstance(c, Located) for c in curves[part]
-        ):
+    for own in curves.values():
+        if not isinstance(own, list) or not all(isinstance(curve, Located) for curve in own):
             raise content.error(
                 "published must be a list of curves, or one of each part", "published"
             )
@@ -173,6 +165,5 @@ def _published(content: Located, parts: Collection[str]) -> dict[str, tuple[Publ
 
 
 def _curve(values: Located) -> Published:
-    for name in _names(values, "method"):
-        _method(values, "method", name)
+    _methods(values, "method")  # refuses an unknown one
     return values.make(Published, "a published curve")

@@ -5,7 +5,8 @@ Every error names the file and the line.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -48,6 +49,14 @@ class Located(dict[str, Any]):
     def error(self, message: object, key: str | None = None) -> SubspanError:
         """Return an error that names the place first."""
         return SubspanError(f"{self.place(key)}: {message}")
+
+    @contextmanager
+    def naming(self, key: str | None = None) -> Iterator[None]:
+        """Name the place of a key, or of the mapping, in an error of the block."""
+        try:
+            yield
+        except SubspanError as error:
+            raise self.error(error, key) from None
 
     def only(self, keys: Collection[str]) -> Located:
         """Return the items with these keys."""
@@ -115,12 +124,9 @@ class Located(dict[str, Any]):
             # Values are wrong by themselves, or with one that stands before them among the fields.
             for key in list(given)[len(more) :]:
                 more[key] = given[key]
-                try:
+                # An argument that is required may be still to come.
+                with suppress(TypeError), self.naming(key):
                     cls(**more)
-                except SubspanError as error:
-                    raise self.error(error, key) from None
-                except TypeError:  # an argument that is required is still to come
-                    continue
             raise
 
 
@@ -174,10 +180,8 @@ def _fit(value: Any, kind: Any) -> Any:
         return to_json(value)
     if origin in (Union, UnionType):
         for one in args:
-            try:
+            with suppress(TypeError):
                 return _fit(value, one)
-            except TypeError:
-                continue
     elif origin is Literal:
         if value in args:
             return value
