@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from subspan.bench import candidates
-from subspan.bench.part import Part, Quantity
+from subspan.bench.part import Measurement, Part, Quantity
 from subspan.bench.settings import Bench
+from subspan.bench.timing import interleaved
+from subspan.families import stored
 from subspan.training import nets
 
 SHAPE = (1, 28, 28)
@@ -36,6 +38,50 @@ class StepPart(Part):
     def count(self, settings: Bench) -> int:
         """Count the networks."""
         return len(settings.nets)
+
+
+def time_steps(
+    settings: Bench,
+    methods: Sequence[str],
+    prepare: Callable[[nn.Module, str], tuple[nn.Module, Optimizer]],
+    done: Callable[[str], None],
+) -> list[Measurement]:
+    """Time a training step of every network by every method, in turns.
+
+    Args:
+        settings: the networks, d, the batch and the device.
+        methods: their names; those of stored matrices that are too large here are skipped.
+        prepare: makes, of a network and a method, what is trained and its optimizer.
+        done: is called with the name of each network.
+
+    Returns:
+        Rows with ``net``, ``weights``, ``projection`` (the method), ``dim``, ``batch_size`` and the
+        timing ``step``.
+    """
+    rows, device, dim = [], settings.torch_device, settings.dim
+    for name in settings.nets:
+        weights = nets.weights(name, SHAPE)
+        x, y = random_batch(settings.batch_size, device)
+        timed, steps = {}, {}
+        for method in methods:
+            row: Measurement = {
+                "net": name,
+                "weights": weights,
+                "projection": method,
+                "dim": dim,
+                "batch_size": settings.batch_size,
+            }
+            rows.append(row)
+            if reason := candidates.too_large(method, weights, dim, device):
+                row["skipped"] = reason
+                continue
+            trained, optimizer = prepare(nets.build(name, SHAPE).to(device), method)
+            timed[method], steps[method] = row, training_step(trained, x, y, optimizer)
+        for method, timing in interleaved(steps, settings.seconds, device).items():
+            timed[method]["step"] = timing
+        stored.forget()
+        done(name)
+    return rows
 
 
 def random_batch(batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

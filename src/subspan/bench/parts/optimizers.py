@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.optim import SGD
+from torch import nn
+from torch.optim import SGD, Optimizer
 
 from subspan.bench.part import Measurement
 from subspan.bench.settings import Bench
-from subspan.bench.step import SHAPE, StepPart, random_batch, training_step
-from subspan.bench.timing import interleaved
+from subspan.bench.step import StepPart, time_steps
 from subspan.optim import RandomBases
-from subspan.training import nets
 from subspan.training.methods.subspace import STORED
 
 PLAIN = "sgd"
@@ -33,36 +32,17 @@ class Optimizers(StepPart):
         """Time a step of every network in every family of bases, and one of plain SGD.
 
         Stored matrices are left out: nothing of a basis that is redrawn can be stored.
-
-        Returns:
-            Rows as of the part ``steps``, with "sgd" for the plain step.
         """
-        rows: list[Measurement] = []
-        device, dim = settings.torch_device, settings.dim
-        for name in settings.nets:
-            x, y = random_batch(settings.batch_size, device)
-            steps = {}
-            for method in (PLAIN, *(m for m in settings.candidates if m not in STORED)):
-                net = nets.build(name, SHAPE).to(device)
-                optimizer = (
-                    SGD(net.parameters(), lr=1e-3)
-                    if method == PLAIN
-                    else RandomBases(net, dim, 1e-3, distribution=method)
-                )
-                steps[method] = training_step(net, x, y, optimizer)
-            rows += [
-                {
-                    "net": name,
-                    "weights": nets.weights(name, SHAPE),
-                    "projection": method,
-                    "dim": dim,
-                    "batch_size": settings.batch_size,
-                    "step": timing,
-                }
-                for method, timing in interleaved(steps, settings.seconds, device).items()
-            ]
-            done(f"steps in random bases of {name}")
-        return rows
+
+        def prepare(net: nn.Module, method: str) -> tuple[nn.Module, Optimizer]:
+            if method == PLAIN:
+                return net, SGD(net.parameters(), lr=1e-3)
+            return net, RandomBases(net, settings.dim, 1e-3, distribution=method)
+
+        methods = (PLAIN, *(method for method in settings.candidates if method not in STORED))
+        return time_steps(
+            settings, methods, prepare, lambda net: done(f"steps in random bases of {net}")
+        )
 
 
 Optimizers()
