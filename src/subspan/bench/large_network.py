@@ -208,24 +208,16 @@ def _take_turns(
     start: Callable[[str], SteppedProcess], variants: Sequence[str], seconds: float
 ) -> dict[str, Measurement]:
     """Let a worker for each variant make steps in an order that changes; skip those that fail."""
-    rows: dict[str, Measurement] = {}
-    times: dict[str, list[float]] = {}
-    first_losses: dict[str, float] = {}
+    steps_of: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     workers: dict[str, SteppedProcess] = {}
+    failed: dict[str, Measurement] = {}
 
     def turn(variant: str) -> None:
         try:
-            value = workers[variant].turn()
+            steps_of[variant].append(workers[variant].turn())
         except SubspanError as error:
-            rows[variant] = {"skipped": str(error)}
+            failed[variant] = {"skipped": str(error)}
             del workers[variant]
-            return
-        loss, took = value.pop("loss"), value.pop("seconds")
-        if variant in first_losses:
-            times.setdefault(variant, []).append(took)
-            value["step"] = spread(times[variant])
-        first_losses.setdefault(variant, loss)
-        rows[variant] = value | {"losses": [first_losses[variant], loss]}
 
     with ExitStack() as stack:
         for variant in variants:
@@ -240,6 +232,14 @@ def _take_turns(
                 turn(variant)
             made += 1
             if made == least:
-                a_round = sum(times[variant][-1] for variant in workers)
+                a_round = sum(steps_of[variant][-1]["seconds"] for variant in workers)
                 rounds = rounds_in(seconds * len(workers), a_round)
-    return rows
+    return {variant: _row(steps_of[variant]) for variant in workers} | failed
+
+
+def _row(steps: Sequence[dict[str, Any]]) -> Measurement:
+    """Sum up the steps of a variant; the first one's time does not count."""
+    first, last = steps[0], steps[-1]
+    facts = {key: last[key] for key in last if key not in ("seconds", "loss")}
+    times = spread([step["seconds"] for step in steps[1:]])
+    return facts | {"step": times, "losses": [first["loss"], last["loss"]]}
