@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from subspan import report
 from subspan.bench import bench, picture
 from subspan.errors import SubspanError, unknown
 from subspan.experiments.experiment import Benchmark as Benchmark
@@ -24,6 +23,7 @@ from subspan.experiments.experiment import Experiment as Experiment
 from subspan.experiments.experiment import Published as Published
 from subspan.experiments.load import load
 from subspan.experiments.many import sweep_parts
+from subspan.report import bars, pictures
 from subspan.sweeps.result import Provenance
 from subspan.sweeps.running import Running
 from subspan.training import own
@@ -157,5 +157,5 @@ def reproduce(
             places=chosen.places,
         )
     if len(parts) > 1:
-        report.write_summary(out, results, title)
+        pictures.write(bars.summary(results, title), out, "summary")
     return results

@@ -66,22 +66,6 @@ def write(folder: str | os.PathLike[str]) -> list[Path]:
     return list(files)
 
 
-def write_summary(out: Path, parts: Mapping[str, SweepRecord], title: str) -> list[Path]:
-    """Write ``summary.png`` and ``summary.svg``: what all parts of an experiment reached.
-
-    Args:
-        out: a folder.
-        parts: sweeps by name.
-        title: one line.
-
-    Returns:
-        The files written.
-    """
-    from subspan.report import bars, pictures
-
-    return pictures.write(bars.summary(parts, title), out, "summary")
-
-
 def write_comparison(out: Path, parts: Mapping[str, SweepRecord]) -> list[Path]:
     """Write ``comparison.png`` and ``comparison.svg``: the curves of several networks together.
 
