@@ -183,13 +183,13 @@ def _says_more(sweep: SweepRecord) -> bool:
 def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
     """Say how much was spent, and what that means for the numbers."""
     seeds = _range(len(row.test_score) for sweep in sweeps for row in sweep.rows)
-    lengths = [
-        _counted(count, unit)
-        for unit, numbers in _lengths(sweeps).items()
-        if (count := _range(numbers))
-    ]
+    lengths = {"epoch": list[int](), "step": list[int]()}  # how long each sweep trained
+    for sweep in sweeps:
+        unit = "step" if sweep.config.get("steps") else "epoch"
+        lengths[unit].append(int(sweep.config.get(f"{unit}s", 0)))
+    trained = [_counted(_range(numbers), unit) for unit, numbers in lengths.items() if numbers]
     words = f"Budget {budget}: " if budget else ""
-    words += f"{_counted(seeds or 'no', 'seed')}, {' and '.join(lengths)}"
+    words += f"{_counted(seeds or 'no', 'seed')}, {' and '.join(trained)}"
     if seeds == "1":
         words += ", so that no standard deviation is known and small differences mean nothing"
     stages = _range(n for sweep in sweeps if (n := sweep.config.get("stage_epochs")))
@@ -200,15 +200,6 @@ def _effort(sweeps: Iterable[SweepRecord], budget: str) -> str:
 
 def _counted(count: str, unit: str) -> str:
     return f"{count} {unit}{'s' * (count != '1')}"
-
-
-def _lengths(sweeps: Iterable[SweepRecord]) -> dict[str, list[int]]:
-    """Return how long the sweeps trained, some by epochs and some by steps."""
-    found: dict[str, list[int]] = {"epoch": [], "step": []}
-    for sweep in sweeps:
-        unit = "step" if sweep.config.get("steps") else "epoch"
-        found[unit].append(int(sweep.config.get(f"{unit}s", 0)))
-    return found
 
 
 def _range(values: Iterable[int]) -> str:
@@ -237,9 +228,8 @@ def _lacks(sweep: SweepRecord) -> list[str]:
     """Say what a sweep lacks: its end, or runs."""
     lacks = [] if sweep.status == "complete" else [f"Its status is {sweep.status!r}."]
     if sweep.failed:
-        number_of = f"{len(sweep.failed)} run{'s' * (len(sweep.failed) > 1)}"
-        first = sweep.failed[0]
-        lacks.append(f"{number_of} failed; {first.run}: {first.error}")
+        runs, first = _counted(str(len(sweep.failed)), "run"), sweep.failed[0]
+        lacks.append(f"{runs} failed; {first.run}: {first.error}")
     return lacks
 
 

@@ -156,16 +156,14 @@ class LowRankPart(Part):
         factored = [row for row in rows if row["rank"] != DENSE]
         ranks = [row["rank"] for row in factored]
         step, adaptive, inference, memory = self.quantities
-        for quantity, colour, label in (
-            (step, GREEN, "training step, ranks stay"),
-            (adaptive, ORANGE, "training step, ranks may change"),
-            (inference, BLUE, "inference"),
+        for quantity, colour, line, label in (
+            (step, GREEN, "o-", "training step, ranks stay"),
+            (adaptive, ORANGE, "o-", "training step, ranks may change"),
+            (inference, BLUE, "o-", "inference"),
+            (memory, "0.5", "s:", "peak training memory"),
         ):
             ratios = [self.ratio(row, rows, quantity) or math.nan for row in factored]
-            axes.plot(ranks, ratios, color=colour, marker="o", label=label)
-        ratios = [self.ratio(row, rows, memory) or math.nan for row in factored]
-        label = "peak training memory"
-        axes.plot(ranks, ratios, color="0.5", marker="s", linestyle=":", label=label)
+            axes.plot(ranks, ratios, line, color=colour, label=label)
         even = break_even(rows)
         if even is not None:
             known = even < max(ranks)
