@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from subspan.bench.subprocess import ALLOCATOR, SteppedProcess, run_in_process
 from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
 from subspan.cache import cache
 from subspan.errors import SubspanError
+from tests.bench import far
 from tests.runs import contents
 
 CPU = torch.device("cpu")
@@ -226,8 +226,8 @@ def test_peak_memory_is_of_what_a_step_needs():
 
 
 def test_a_measurement_that_fails_is_an_error():
-    with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: .*Error"):
-        run_in_process(memory.peak, "nobody", 100, 10, "cpu", memory_of="nobody")
+    with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: KeyError"):
+        run_in_process(far.failing, memory_of="nobody")
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -329,10 +329,7 @@ def test_networks_of_the_low_rank_benchmark(rank):
 
 
 def test_memory_of_low_rank_follows_the_rank():
-    dense, low = (
-        run_in_process(lowrank.peak, 1500, rank, 2, "cpu", memory_of="it")
-        for rank in (lowrank.DENSE, 4)
-    )
+    low, dense = run_in_process(far.peaks, 1500, (4, lowrank.DENSE), 2, memory_of="it")
     weights = 784 * 1500 + 4 * 1500**2
     assert dense > 0.95 * 2 * 4 * weights  # and their gradients
     assert low < dense / 4
@@ -621,19 +618,11 @@ def test_memory_of_blocks_is_what_training_them_takes(no_peft):
 
 
 def test_a_worker_hands_on_values_and_failures():
-    with SteppedProcess(counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
+    with SteppedProcess(far.counting, 2, allocator={"MALLOC_ARENA_MAX": "1"}) as worker:
         assert [worker.turn(), worker.turn()] == [[2, "1"], [1, "1"]]
         with pytest.raises(SubspanError, match=r"^no more numbers$"):
             worker.turn()
     assert worker.process.poll() is not None
-
-
-def counting(start):
-    """Runs in the other process."""
-    print("what libraries say is no value")
-    for number in range(start, 0, -1):
-        yield number, os.environ.get("MALLOC_ARENA_MAX")
-    raise SubspanError("no more numbers")
 
 
 def test_a_peak_is_seen_by_the_thread_and_by_the_kernel():
