@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
+
+from subspan.cli import main
 
 NET = '''
 import errno, os, signal, time
@@ -82,6 +85,17 @@ def start(folder: Path, *words: object) -> subprocess.Popen[str]:
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def here(folder: Path, *words: object) -> int:
+    """The same sweep in this process, for what needs no other one; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        try:
+            return main([*SWEEP, *map(str, words)])
+        finally:
+            sys.modules.pop("telling", None)  # which is in another folder for another test
 
 
 def begun(folder: Path) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ from subspan.sweeps import cluster
 from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training.config import Training
-from tests.processes import RUNS, begun, ended, start, telling, until
+from tests.processes import RUNS, begun, ended, here, start, telling, until
 from tests.runs import SWEEP, a_sweep, record_of, sweep_of
 
 
@@ -97,7 +97,7 @@ def test_the_same_as_without(tmp_path):
     assert "raylet" not in out
     assert sorted(kind for kind, _ in begun(tmp_path)) == ["full", "hash"]
     assert one.pid not in {pid for _, pid in begun(tmp_path)}
-    assert ended(start(tmp_path, "--jobs", 1, "--out", "other"))[0] == 0
+    assert here(tmp_path, "--jobs", 1, "--out", "other") == 0
     ours, theirs = sweep_of(tmp_path / "run"), sweep_of(tmp_path / "other")
     assert ours["status"] == "complete"
     for a, b in zip(

@@ -27,7 +27,7 @@ from subspan.sweeps.sweep import sweep
 from subspan.training import locks
 from subspan.training import train as trainer
 from subspan.training.config import Training
-from tests.processes import RUNS, begun, ended, start, telling, until
+from tests.processes import RUNS, begun, ended, here, start, telling, until
 from tests.runs import a_run, a_sweep, contents, record_of, sweep_of
 
 ROOT = Path(__file__).parents[2]
@@ -324,7 +324,7 @@ def test_a_signal_lets_runs_save(number, jobs, tmp_path):
         assert (run / "state.pt").exists()
     assert not (tmp_path / "run" / ".locks").exists()
     (tmp_path / "slow").unlink()
-    assert ended(start(tmp_path, "--jobs", 1))[0] == 0
+    assert here(tmp_path, "--jobs", 1) == 0
     whole(tmp_path / "run")
 
 
