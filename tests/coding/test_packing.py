@@ -28,6 +28,7 @@ def test_every_value_comes_back(value):
     assert reader.place == len(data)
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(TEXTS, JSON, max_size=4), st.dictionaries(TEXTS, JSON, max_size=4))
 def test_a_patch_makes_one_value_of_another(value, template):
     patch = difference(value, template)

@@ -58,8 +58,9 @@ def test_compiled_training_is_eager_training(name):
     same(name, "aot_eager")
 
 
-@pytest.mark.parametrize("projection", ["rademacher", "fastfood", "orthogonal", "stored"])
+@pytest.mark.parametrize("projection", ["orthogonal", "stored"])
 def test_every_kind_of_projection_compiles(projection):
+    """Those of which rows are made alone, as ``hash``, are above."""
     same("mlp", "aot_eager", projection=projection, compartments="uniform:3", train_fully="2.bias")
 
 
@@ -116,7 +117,7 @@ def test_a_forward_that_calls_its_base_class_compiles():
     "ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop"
 )
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("transform", ["grad", "hessian", "jvp", "vmap", "jacrev", "samples"])
+@pytest.mark.parametrize("transform", ["hessian", "jvp", "vmap", "samples"])
 def test_transforms_of_torch_func_compile(transform, backend):
     """Forward mode once had no tangent of P w, without a word."""
     torch.manual_seed(0)
@@ -127,11 +128,9 @@ def test_transforms_of_torch_func_compile(transform, backend):
         return functional_call(model, {"coordinates.global": w}, (x,)).square().sum()
 
     transforms = {
-        "grad": grad(run),
         "hessian": lambda w: jacrev(grad(run))(w),
         "jvp": lambda w: jvp(run, (w,), (torch.ones_like(w),))[1],
         "vmap": lambda w: vmap(run)(torch.stack([w, 2 * w])),
-        "jacrev": lambda w: jacrev(lambda w: torch.stack([run(w), 2 * run(w)]))(w),
         "samples": lambda w: vmap(grad(run), (None, 0))(w, x[:, None]),
     }
     compiled = torch.compile(transforms[transform], backend=backend)
