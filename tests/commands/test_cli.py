@@ -42,10 +42,12 @@ def test_help_imports_nothing_heavy(argv):
         assert max(map(len, said.stdout.splitlines())) <= 90
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], TRAIN])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"),
+    [(["--help"], ""), (["--help"], "1"), (["train", "--help"], "1"), (TRAIN, ""), (TRAIN, "1")],
+)
 def test_the_work_goes_on_where_nobody_reads(argv, unbuffered, tmp_path):
-    """As after ``| head -1``."""
+    """As after ``| head -1``; help that is kept in a buffer is written at the end."""
     reader, writer = os.pipe()
     os.close(reader)
     said = subprocess.run(
