@@ -140,7 +140,7 @@ def _unfinished(found: SweepRecord | RunRecord) -> list[str]:
     return [f"Status: {found.status}. The page shows what there is so far."]
 
 
-def _section(heading: str, columns: Sequence[Column], things: Iterable[Any], *text: str) -> Section:
+def section(heading: str, columns: Sequence[Column], things: Iterable[Any], *text: str) -> Section:
     """Make a section whose table has a row for each thing."""
     rows = [[write(thing) for _, write in columns] for thing in things]
     return Section(heading, [name for name, _ in columns], rows, text=text)
@@ -172,7 +172,7 @@ def _intrinsic(sweep: SweepRecord) -> Section:
         (f"{score.name} to reach{_unit(score)}", lambda item: shown([item[1].target], score)),
     ]
     notes = [f"{method}: {found.note}." for method, found in sweep.d_int.items() if found.note]
-    return _section("Intrinsic dimension", columns, sweep.d_int.items(), meaning, *notes)
+    return section("Intrinsic dimension", columns, sweep.d_int.items(), meaning, *notes)
 
 
 def _scores(rows: Sequence[PointRecord], score: Score, *text: str) -> Section:
@@ -184,7 +184,7 @@ def _scores(rows: Sequence[PointRecord], score: Score, *text: str) -> Section:
         ("seeds", lambda row: str(len(row.test_score))),
         ("learning rate", lambda row: f"{row.lr:g}"),
     ]
-    return _section(score.name[:1].upper() + score.name[1:], columns, rows, *text)
+    return section(score.name[:1].upper() + score.name[1:], columns, rows, *text)
 
 
 def _cost(rows: Sequence[PointRecord]) -> Section:
@@ -215,7 +215,7 @@ def _cost(rows: Sequence[PointRecord]) -> Section:
         ("memory, MB", lambda row: mean(row.peak_memory_bytes, 1e-6)),
         *[("bytes sent per step", lambda row: mean(row.bytes_sent))] * sent,
     ]
-    return _section("Size and cost", columns, rows, counts, costs)
+    return section("Size and cost", columns, rows, counts, costs)
 
 
 def _counts(points: Sequence[PointRecord], score: Score) -> list[Section]:
@@ -241,7 +241,7 @@ def _counts(points: Sequence[PointRecord], score: Score) -> list[Section]:
         ("of D, %", share),
     ]
     text = "Numbers, biases and dense layers included; ranks layer by layer, seed by seed."
-    return [_section("Ranks and counts", columns, rows, text)]
+    return [section("Ranks and counts", columns, rows, text)]
 
 
 def _side_by_side(source: Published, sweep: SweepRecord) -> Section:
@@ -292,7 +292,7 @@ def _history(run: RunRecord) -> Section:
         ("learning rate", lambda line: f"{line.learning_rate:.3g}"),
         ("seconds", lambda line: f"{line.seconds:.1f}"),
     ]
-    return _section("History", columns, run.history)
+    return section("History", columns, run.history)
 
 
 def _facts(found: SweepRecord | RunRecord) -> list[Section]:

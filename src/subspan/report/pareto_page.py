@@ -11,17 +11,10 @@ from urllib.parse import quote
 
 from subspan.report.curves import axis_name
 from subspan.report.known import KnownResult
-from subspan.report.page import cell, or_none, template
+from subspan.report.page import Column, Section, cell, or_none, section, template
 from subspan.report.pareto import CAPTION, TITLES
 from subspan.report.points import SIZES, MeasuredPoint, frontier
-from subspan.report.tables import Table
 from subspan.training.score import ACCURACY
-
-MEASURED = (
-    *("numbers", "bytes", "accuracy, %", "seeds"),
-    *("method", "network", "on the frontier of", "record"),
-)
-KNOWN = ("numbers", "bytes", "accuracy, %", "work", "what it is", "source", "figures")
 
 
 def text(
@@ -41,8 +34,8 @@ def text(
     sections = [
         {
             "title": TITLES.get(data, data),
-            "measured": Table(MEASURED, _measured(own, out), words=0),
-            "known": Table(KNOWN, _known(known.get(data, ())), words=0),
+            "measured": _measured(own, out),
+            "known": _known(known.get(data, ())),
         }
         for data, own in points.items()
     ]
@@ -64,21 +57,19 @@ def _command(folders: Sequence[Path], out: Path, data: Mapping[str, Any]) -> str
     return f"subspan pareto {' '.join(places)} --data {shlex.quote(','.join(data))} --out {there}"
 
 
-def _measured(points: Sequence[MeasuredPoint], out: Path) -> list[tuple[str, ...]]:
+def _measured(points: Sequence[MeasuredPoint], out: Path) -> Section:
     best = {size: frontier(points, size) for size in SIZES}
-    return [
-        (
-            f"{p.numbers:,}",
-            or_none("{:,}".format, p.bytes),
-            ACCURACY.summary([score / 100 for score in p.scores]),
-            str(len(p.scores)),
-            cell(_method(p)),
-            cell(p.net),
-            ", ".join(size for size in SIZES if p in best[size]),
-            _link(p.folder, out),
-        )
-        for p in points
+    columns: list[Column] = [
+        ("numbers", lambda p: f"{p.numbers:,}"),
+        ("bytes", lambda p: or_none("{:,}".format, p.bytes)),
+        ("accuracy, %", lambda p: ACCURACY.summary([score / 100 for score in p.scores])),
+        ("seeds", lambda p: str(len(p.scores))),
+        ("method", lambda p: cell(_method(p))),
+        ("network", lambda p: cell(p.net)),
+        ("on the frontier of", lambda p: ", ".join(size for size in SIZES if p in best[size])),
+        ("record", lambda p: _link(p.folder, out)),
     ]
+    return section("Measured here", columns, points)
 
 
 def _method(point: MeasuredPoint) -> str:
@@ -94,9 +85,9 @@ def _link(folder: Path, out: Path) -> str:
     return f"[{name}]({quote(path)})"
 
 
-def _known(works: Sequence[KnownResult]) -> list[tuple[str, ...]]:
-    rows = [(work, point) for work in works for point in work.points]
-    return [
+def _known(works: Sequence[KnownResult]) -> Section:
+    columns = ["numbers", "bytes", "accuracy, %", "work", "what it is", "source", "figures"]
+    rows = [
         (
             or_none("{:,.0f}".format, numbers),
             or_none("{:,.0f}".format, count),
@@ -106,5 +97,7 @@ def _known(works: Sequence[KnownResult]) -> list[tuple[str, ...]]:
             cell(work.source),
             "read at the source" if work.status == "read" else "quoted",
         )
-        for work, (accuracy, numbers, count) in rows
+        for work in works
+        for accuracy, numbers, count in work.points
     ]
+    return Section("Reached by others", columns, rows)
