@@ -47,22 +47,17 @@ def make(name: str, out_dim: int, in_dim: int) -> Projection:
     return projection(family, out_dim=out_dim, in_dim=in_dim, **arguments)
 
 
-def needed(name: str, out_dim: int, in_dim: int) -> int:
-    """Count the bytes that exist at the same time while a stored matrix is made; 0 for others."""
-    if name not in STORED:
-        return 0
-    if STORED[name]["layout"] == "dense":
-        return 5 * out_dim * in_dim
-    return 100 * out_dim * math.isqrt(in_dim)  # while coordinates are sorted
-
-
 def too_large(name: str, out_dim: int, in_dim: int, device: torch.device) -> str:
-    """Say why a candidate cannot be measured here; nothing if it can."""
+    """Say why a matrix cannot be stored here, by what exists while it is made; "" if it can."""
+    if name not in STORED:
+        return ""
+    dense = STORED[name]["layout"] == "dense"
+    # Of the others coordinates are sorted.
+    needed = 5 * out_dim * in_dim if dense else 100 * out_dim * math.isqrt(in_dim)
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
-    bytes_ = needed(name, out_dim, in_dim)
-    return f"needs {bytes_ / 1e9:.0f} of {free / 1e9:.0f} GB" if bytes_ > free else ""
+    return f"needs {needed / 1e9:.0f} of {free / 1e9:.0f} GB" if needed > free else ""
 
 
 def bytes_of(p: Projection, device: torch.device) -> int:

@@ -67,15 +67,7 @@ def write(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def write_comparison(out: Path, parts: Mapping[str, SweepRecord]) -> list[Path]:
-    """Write ``comparison.png`` and ``comparison.svg``: the curves of several networks together.
-
-    Args:
-        out: a folder.
-        parts: sweeps by the name of their network.
-
-    Returns:
-        The files written.
-    """
+    """Write ``comparison.png`` and ``comparison.svg``: the curves of networks, by their names."""
     from subspan.report import pictures
 
     return pictures.write(pictures.comparison_figure(parts), out, "comparison")

@@ -6,6 +6,7 @@ layers of 5,120 units, where low rank paid below 2.5 % of the width in training.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -85,17 +86,14 @@ def break_even(rows: Sequence[Measurement]) -> float | None:
         A rank, interpolated linearly; the greatest measured one if even that is faster, or None if
         none is.
     """
-    dense = next(row["step"]["median"] for row in rows if row["rank"] == DENSE)
-    before: tuple[float, float] | None = None
-    for row in sorted((r for r in rows if r["rank"] != DENSE), key=lambda r: r["rank"]):
-        rank, time = float(row["rank"]), row["step"]["median"]
-        if time > dense:
-            if before is None:
-                return None
-            last, faster = before
-            return last + (rank - last) * (dense - faster) / (time - faster)
-        before = rank, time
-    return None if before is None else before[0]
+    times = {float(row["rank"]): row["step"]["median"] for row in rows}
+    dense = times.pop(DENSE)
+    ranks = sorted(times)
+    faster = list(itertools.takewhile(lambda rank: times[rank] <= dense, ranks))
+    if len(faster) in (0, len(ranks)):
+        return faster[-1] if faster else None
+    last, rank = faster[-1], ranks[len(faster)]
+    return last + (rank - last) * (dense - times[last]) / (times[rank] - times[last])
 
 
 class LowRankPart(Part):
