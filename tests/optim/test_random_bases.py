@@ -884,6 +884,20 @@ def test_parameters_that_are_exchanged_are_refused_before_anything_moves():
     assert torch.equal(flat(other), flat(mlp()))
 
 
+@pytest.mark.parametrize(
+    "leave_out", [lambda groups: groups.pop(), lambda groups: groups[1]["params"].pop()]
+)
+def test_parameters_that_are_taken_out_are_refused_and_not_moved(leave_out):
+    net = mlp()
+    optimizer = RandomBases([{"params": layer.parameters()} for layer in (net[0], net[2])], 10)
+    run(net, optimizer, 1)
+    before = flat(net)
+    leave_out(optimizer.param_groups)
+    with pytest.raises(SubspanError, match="other parameters than bases were drawn for"):
+        run(net, optimizer, 1)
+    assert torch.equal(flat(net), before)
+
+
 def test_parameters_cannot_come_later():
     optimizer = RandomBases(mlp(), 10)
     with pytest.raises(SubspanError, match="parameters cannot be added later"):

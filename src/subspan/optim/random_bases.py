@@ -12,9 +12,7 @@ holds O(d) numbers. Those of ``hash`` learn as well as dense ones, and a step co
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,8 +230,8 @@ class RandomBases(BaseOptimizer):
 
     def _check_tensors(self) -> None:
         """Refuse tensors to which the rows of the bases do not belong any more."""
-        given = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        if not all(map(operator.is_, given, self._tensors.values())):
+        given = [id(p) for group in self.param_groups for p in group["params"]]
+        if given != [*map(id, self._tensors.values())]:
             raise SubspanError(
                 "the groups have other parameters than bases were drawn for: make a new optimizer"
             )
