@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -276,8 +277,13 @@ def watch_optimizers() -> None:
 
 
 def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing."""
+    """Refuse a step over frozen θ₀ without the coordinates that train it: it would do nothing.
+
+    Kernels of fused optimizers do not count as changes, by which θ of before is told: they do here.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(group.get("fused") for group in optimizer.param_groups):
+        increment_version([p for p in parameters if not p.is_inference()])
     if _known.get(optimizer) == len(parameters):
         return
     if why := next((getattr(p, _OUTGROWN) for p in parameters if hasattr(p, _OUTGROWN)), ""):

@@ -171,7 +171,7 @@ class Weights(Network):
 
         def now() -> Any:
             own = {} if self.root is None else self.root._parameters
-            return [(name, id(own[name]), version_of(own[name])) for name in names if name in own]  # type: ignore[arg-type]
+            return [_place(w) for name in names if (w := own.get(name)) is not None]
 
         return guard_theta(theta, tensor, now)
 
@@ -382,10 +382,14 @@ class Weights(Network):
 
 
 def _state(w: Tensor) -> tuple[Any, ...]:
-    """Describe coordinates and modes as they are now; only the address tells of ``w.data = …``."""
-    address = w.data_ptr() if type(w) is nn.Parameter else 0
+    """Describe coordinates and modes as they are now."""
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return id(w), version_of(w), w.requires_grad, address, *modes
+    return *_place(w), w.requires_grad, *modes
+
+
+def _place(w: Tensor) -> tuple[Any, ...]:
+    """Describe coordinates as they are now; only the address tells of ``w.data = …``."""
+    return id(w), version_of(w), w.data_ptr() if type(w) is nn.Parameter else 0
 
 
 def _to_onnx() -> bool:

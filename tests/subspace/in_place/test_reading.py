@@ -98,7 +98,7 @@ def test_the_gradient_is_the_same_by_every_way():
         torch.testing.assert_close(other, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["step", "load", "lora", "grow"])
+@pytest.mark.parametrize("what", ["step", "fused", "data", "load", "lora", "grow"])
 def test_a_weight_that_was_read_before_its_coordinates_changed_is_out_of_date(what):
     """A parameter would have followed: a penalty on what was read before a loop, say."""
     model, _, x = pair()
@@ -114,8 +114,11 @@ def test_a_weight_that_was_read_before_its_coordinates_changed_is_out_of_date(wh
         model.load_state_dict(twin.state_dict())
     elif what == "grow":
         subspan.grow(model, 40)
+    elif what == "data":
+        for w in model.parameters():
+            w.data = w.data + 1
     else:
-        optimizer = SGD(model.parameters(), lr=0.1)
+        optimizer = SGD(model.parameters(), lr=0.1, fused=what == "fused")
         model(x).square().sum().backward()
         optimizer.step()
     for view in views:
