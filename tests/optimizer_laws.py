@@ -319,6 +319,33 @@ def training_goes_on_bit_for_bit(case: Case) -> None:
 
 
 @law
+def hooks_of_others_change_a_state_that_is_loaded(case: Case) -> None:
+    net, optimizer = case.pair()
+    train(case, net, optimizer, 2)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["weight_decay"]  # as in a state that somebody has to bring up to date
+
+    def update(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        state = copy.deepcopy(state)
+        for group in state["param_groups"]:
+            group |= {"weight_decay": 0.0, "lr": 0.125}
+        for value in (v for values in state["state"].values() for v in values.values()):
+            if isinstance(value, Tensor):
+                value.fill_(0.25)
+        return state
+
+    optimizer = case.optimizer(net)
+    optimizer.register_load_state_dict_pre_hook(update)
+    for _ in range(2):
+        optimizer.load_state_dict(state)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+    moments = [v for of in optimizer.state.values() for v in of.values() if isinstance(v, Tensor)]
+    assert all(bool((v == 0.25).all()) for v in moments)
+    assert bool(moments) is any(state["state"].values())
+
+
+@law
 def copies_make_the_same_steps(case: Case) -> None:
     """Alone and with a scheduler, which covers the method ``step``; and leave each other alone."""
 

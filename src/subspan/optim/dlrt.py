@@ -374,9 +374,7 @@ class DLRT(BaseOptimizer):
         super()._check_state(state_dict)
         refuse_other_shapes(self._moments_in(state_dict), "load the network's state first")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another optimizer was, after the network's own state has been loaded."""
-        super().load_state_dict(state_dict)
+    def _take(self, state_dict: Mapping[str, Any]) -> None:
         for p, values in self._moments_in(state_dict):  # PyTorch has rounded them to p's type
             self.state[p].update({k: v.to(p.device, wide(p)) for k, v in values.items()})
 

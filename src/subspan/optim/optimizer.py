@@ -171,8 +171,20 @@ class BaseOptimizer(Optimizer):
         Raises:
             SubspanError: if that was one of another kind. Nothing is changed then.
         """
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
+        given = [state_dict]
+
+        def check(_: Any, state: dict[str, Any]) -> None:  # as the hooks of others have left it
+            self._check_state(state)
+            given[0] = state
+
+        with (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._take(given[0]), prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _take(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what PyTorch does not take of a state as it is."""
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse the state of an optimizer that has other settings in its groups."""

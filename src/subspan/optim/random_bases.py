@@ -333,13 +333,8 @@ class RandomBases(BaseOptimizer):
         for name, tensor in named_tensors([group])[0].items():
             refuse_immovable(name, tensor)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another optimizer of the same parameters and settings was.
-
-        Raises:
-            SubspanError: if the state belongs to other bases, or to another moment than the one
-                that the journal has led to.
-        """
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a state of other bases."""
         own = {_as_int(self.layout), _as_int(self.directions.layout(redraws=False))}
         for theirs in state_dict["param_groups"]:
             if theirs.get("layout") not in own:
@@ -347,7 +342,9 @@ class RandomBases(BaseOptimizer):
                     "this state belongs to other bases: the seed, distribution, dimensions, "
                     "compartments, redraw_every and parameters must be those it was saved with"
                 )
-        super().load_state_dict(state_dict)
+        super()._check_state(state_dict)
+
+    def _take(self, state_dict: Mapping[str, Any]) -> None:
         for group in self.param_groups:  # older states know nothing of redraws
             group["layout"] = _as_int(self.layout)
 

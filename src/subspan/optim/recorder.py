@@ -53,7 +53,7 @@ def attach(optimizer: RandomBases, path: Path, extra: Mapping[str, Any], writes:
 
     def check_state(trained: Any, state_dict: Mapping[str, Any]) -> None:
         for groups in zip(trained.param_groups, state_dict["param_groups"], strict=False):
-            ours, theirs = (group["steps"] - group["skipped"] for group in groups)
+            ours, theirs = (group.get("steps", 0) - group.get("skipped", 0) for group in groups)
             if ours != theirs:
                 raise SubspanError(
                     f"the state was saved after {theirs} steps, and {path} has {ours}: go on from "
