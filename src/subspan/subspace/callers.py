@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import takewhile
 from types import CodeType, FrameType
 from typing import Any
@@ -222,6 +222,18 @@ def adds_to_optimizer(frame: FrameType) -> bool:
 def switches_adapters(frame: FrameType) -> bool:
     """Return whether PEFT enables or disables an adapter, whose flags follow."""
     return _runs(frame, "peft", "_set_layer_requires_grad")
+
+
+def freezes_all(frame: FrameType) -> bool:
+    """Return whether PEFT freezes all parameters, to prepare a quantised network for adapters."""
+    return _runs(frame, "peft", "prepare_model_for_kbit_training")
+
+
+def quantises(frame: FrameType, kinds: Collection[type]) -> bool:
+    """Return whether ``torch.ao`` looks for layers of some of these classes, to quantise them."""
+    asked = _runs(frame, "torch", "_propagate_qconfig_helper")
+    wanted = frame.f_locals["qconfig_dict"] if asked else {}
+    return any(wanted.get(kind) is not None for kind in kinds)
 
 
 def registers_parameter(frame: FrameType) -> bool:

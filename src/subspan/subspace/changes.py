@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from subspan.distributed import find_ddp, has_share
 from subspan.errors import SubspanError
+from subspan.subspace.callers import freezes_all
 from subspan.subspace.dtensors import home_of, is_shard, local
 from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import missing
@@ -116,6 +118,21 @@ class Changes:
                 )
         if all(self.wishes.values()):
             self.wishes.clear()
+
+    def check_freezing(self, frame: FrameType) -> None:
+        """Refuse that PEFT freezes coordinates, which it takes for those of a base.
+
+        Raises:
+            SubspanError: if it is about to, and they are trained.
+        """
+        if torch.compiler.is_compiling() or not freezes_all(frame):
+            return
+        if any(w.requires_grad for w in self.weights.coordinates().values()):
+            raise SubspanError(
+                "prepare_model_for_kbit_training would freeze the coordinates, and nothing would "
+                "be trained: call it before the network is wrapped; or first "
+                "requires_grad_(False), if adapters alone are to be trained"
+            )
 
     @torch.no_grad()
     def _sketch(self, tensor: str) -> tuple[Any, Sketch] | None:

@@ -117,6 +117,18 @@ def test_a_new_head_of_pefts_is_trained_fully(net):
     assert not any(torch.equal(p, before[name]) for name, p in fully.items())
 
 
+@pytest.mark.parametrize("handle", [False, True])
+def test_a_network_that_is_wrapped_already_is_not_prepared_for_adapters(net, handle):
+    """It would freeze the coordinates, and with checkpoints nobody would notice."""
+    model = SubspaceModel(net, 12)
+    given = model if handle else net
+    with pytest.raises(SubspanError, match=r"would freeze the coordinates.*before the network"):
+        peft.prepare_model_for_kbit_training(given)
+    assert all(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    peft.prepare_model_for_kbit_training(given)
+
+
 # ---- PEFT on other layers of a network in a subspace ---------------------------------------------
 
 
