@@ -112,3 +112,20 @@ def test_a_parameter_that_is_made_of_a_weight_is_ones_own():
             assert parameter.requires_grad
             assert parameter.is_leaf
             assert torch.equal(parameter.data.zero_(), torch.zeros_like(given))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_torch_would_not_quantise_are_named():
+    ao = torch.ao.quantization
+    for layer in layers():
+        kind = next(k for k, own in layer.classes.items() if isinstance(layer, own))
+        net = nn.Sequential(layer, nn.LSTM(2, 2)).eval()
+        with pytest.raises(SubspanError, match=r"does not quantise a .*leave it as it is"):
+            ao.quantize_dynamic(net, {kind})
+        assert not hasattr(layer, "qconfig")
+        ao.quantize_dynamic(copy.deepcopy(net), {nn.LSTM})
+        net.qconfig = ao.default_qconfig
+        with pytest.raises(SubspanError, match="or set qconfig = None on this one"):
+            ao.prepare(net)
+        layer.qconfig = None
+        ao.prepare(net)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
@@ -19,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from subspan.errors import SubspanError
 from subspan.registry import Registry
+from subspan.subspace.callers import quantises
 
 _types: Registry[type[Compressed]] = Registry("type of layers")
 
@@ -161,8 +163,19 @@ class Compressed(nn.Module, ABC):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, but no weight in the place of the one that is computed."""
+        """Set an attribute, but no weight in the place of the one that is computed.
+
+        Nor a ``qconfig``, by which ``torch.ao`` would quantise an ordinary layer and leave this.
+        """
         self._refuse_weight(name)
+        if name == "qconfig" and not hasattr(self, name):
+            kinds = [kind for kind, own in self.classes.items() if isinstance(self, own)]
+            if value is not None or quantises(sys._getframe(1), kinds):
+                raise SubspanError(
+                    f"torch.ao does not quantise a {type(self).__name__} and would leave it as it "
+                    "is: give it the ordinary layers of layers.merge(), or set qconfig = None on "
+                    "this one"
+                )
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
