@@ -330,6 +330,33 @@ def test_each_thread_has_its_own_and_they_change_meanwhile(model):
     assert len(variants) == 5
 
 
+def test_a_handler_of_signals_may_replace_what_it_interrupts(model):
+    """It runs in the same thread, wherever that is."""
+    variants = Variants(model)
+    variants.add("a", vector(5))
+    ended = []
+
+    class Interrupted(str):
+        def __hash__(self):  # wherever a name is looked up
+            variants.replace("a", vector(6))
+            return super().__hash__()
+
+    def use():
+        with variants.use(Interrupted("a")):
+            ended.append(model.body.head.weight)
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert ended
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_variants_are_not_copied(model, copied):
+    with pytest.raises(SubspanError, match="cannot be copied or pickled"):
+        copied(Variants(model))
+
+
 def test_each_task_has_its_own(model):
     x = batch("cnn")
     variants = Variants(model)

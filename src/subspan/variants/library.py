@@ -39,7 +39,7 @@ class Library:
         self._added: dict[str, StoredVariant] = {}
         # From files, each with the state of its file; latest used last.
         self._read: OrderedDict[str, tuple[Stamp, StoredVariant]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come in between
 
     def names(self) -> list[str]:
         """Return all names."""

@@ -23,7 +23,7 @@ class Recent:
     def __init__(self, size: int) -> None:
         self.size = size
         self._kept: OrderedDict[Key, tuple[Any, Variant]] = OrderedDict()  # latest used last
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come in between
 
     def get(self, key: Key, state: Any, make: Callable[[], Variant]) -> Variant:
         """Return the variant of a key, made anew if the state is another or it was written to."""

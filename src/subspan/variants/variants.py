@@ -92,6 +92,13 @@ class Variants:
     def __contains__(self, name: object) -> bool:
         return name in self._library
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SubspanError(
+            "Variants cannot be copied or pickled, for they are those of one network and its "
+            "threads: make new ones around a copy of the model, or of the same folder in another "
+            "process"
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
