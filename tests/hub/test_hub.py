@@ -181,6 +181,12 @@ def test_metadata_of_a_card_are_as_they_were_given_or_refused(hub):
         assert len(repository.commits) == before
 
 
+@pytest.mark.parametrize("what", ["scores", "card", "extra"])
+def test_values_without_names_are_refused(hub, what):
+    with pytest.raises(SubspanError, match=f"{what} must have a name for each value"):
+        variant("org/base").push_to_hub("user/small", token=TOKEN, **{what: [0.5]})
+
+
 def test_the_networks_own_method_publishes_all_weights(hub):
     model = variant("org/base")
     model.body.push_to_hub("user/whole", token=TOKEN)

@@ -66,6 +66,9 @@ def push_to_hub(
             f"a {type(model).__name__} is in no subspace and has no coordinates to publish: wrap "
             "it by SubspaceModel, or use the network's own push_to_hub"
         )
+    for what, value in (("scores", scores), ("card", card), ("extra", extra)):
+        if not isinstance(value, Mapping | None):
+            raise SubspanError(f"{what} must have a name for each value, as a dict, got {value!r}")
     if "/" not in repo_id:
         raise SubspanError(f"{repo_id!r} does not say whose the repository is: give USER/NAME")
     hub = need("huggingface_hub")
