@@ -771,12 +771,18 @@ def test_bases_that_something_else_has_moved(integrator, adapts):
     assert torch.equal(dense(net), before)
 
 
-def test_a_network_that_is_converted_goes_on():
+@pytest.mark.parametrize("integrator", ["parallel", "kls"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"base": "adam"}])
+def test_a_network_that_is_converted_goes_on(integrator, options):
     net = mlp(dtype=torch.float32)
-    optimizer = DLRT(net, 0.1, tolerance=0.0)
+    adapts = {"tolerance": 0.0} if integrator == "parallel" else {}
+    optimizer = DLRT(net, 0.01, integrator=integrator, **options, **adapts)
+    twin, its = copy.deepcopy((net, optimizer))
     run(net, optimizer, 2)
+    run(twin, its, 4)
     net.double()
     run(net, optimizer, 2)
+    torch.testing.assert_close(dense(net), dense(twin).double(), rtol=0, atol=1e-5)
 
 
 def test_a_step_after_another_optimizer_is_that_of_the_weight():

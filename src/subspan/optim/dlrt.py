@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from subspan import distributed
 from subspan.errors import SubspanError
 from subspan.layers.lowrank import LowRank
-from subspan.optim import integrators
+from subspan.optim import integrators, moments
 from subspan.optim.factored import all_finite, dense, find_layers, parameters, read, wide, write
 from subspan.optim.gradients import Gradients
 from subspan.optim.integrators import INTEGRATORS, USV
-from subspan.optim.moments import BASES, refuse_other_shapes, settings_of, transport, turn_core
 from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, evaluate
 from subspan.optim.parameters import named_pairs
 from subspan.optim.ranks import RankRule
@@ -109,7 +108,7 @@ class DLRT(BaseOptimizer):
         nonfinite: Nonfinite = "error",
     ) -> None:
         steps = INTEGRATORS.find(integrator)
-        settings = settings_of(base, momentum=momentum, betas=betas, eps=eps)
+        settings = moments.settings_of(base, momentum=momentum, betas=betas, eps=eps)
         self.rule = RankRule(
             tolerance=tolerance,
             target_ratio=target_ratio,
@@ -129,7 +128,7 @@ class DLRT(BaseOptimizer):
         if steps.adaptive and not self.rule.adapts:
             raise SubspanError(f"integrator {integrator!r} needs a tolerance or a target_ratio")
         self._layers = find_layers(net, min_rank)
-        self._base = BASES[base]
+        self._base = moments.BASES[base]
         factors = {id(p) for layer in self._layers.values() for p in parameters(layer)}
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
         groups = [
@@ -187,7 +186,8 @@ class DLRT(BaseOptimizer):
                 "workers='shared' and do not wrap the network, or leave out tolerance"
             )
         self._watch.check()
-        refuse_other_shapes(self.state.items(), "make a new optimizer")
+        moments.refuse_other_shapes(self.state.items(), "make a new optimizer")
+        moments.widen(self.state)
         before = read(self._layers, self.param_groups[0]["params"], copy=self.needs_closure)
         # No function changes a tensor of the state in place: these are the tensors of before.
         state = {p: dict(values) for p, values in self.state.items()}
@@ -265,8 +265,8 @@ class DLRT(BaseOptimizer):
             for name, new in after.items():
                 layer = self._layers[name]
                 states = self.state[layer.U], self.state[layer.S], self.state[layer.V]
-                turn_core(states[1], middle[name], new)
-                transport(states, before[name], new)
+                moments.turn_core(states[1], middle[name], new)
+                moments.transport(states, before[name], new)
         return after
 
     def _slopes(self, layer: LowRank, gradient: USV) -> USV:
@@ -301,7 +301,7 @@ class DLRT(BaseOptimizer):
         slopes: dict[str, Tensor] = {}
         for name, new in at.items():
             state = self.state[self._layers[name].S]
-            turn_core(state, before[name], new)
+            moments.turn_core(state, before[name], new)
             slopes[name] = self._base(state, gradients[name].S, self.param_groups[0])
         return slopes
 
@@ -372,17 +372,16 @@ class DLRT(BaseOptimizer):
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a state of other ranks than the network has, whose own state comes first."""
         super()._check_state(state_dict)
-        refuse_other_shapes(self._moments_in(state_dict), "load the network's state first")
+        moments.refuse_other_shapes(self._moments_in(state_dict), "load the network's state first")
 
     def _take(self, state_dict: Mapping[str, Any]) -> None:
         for p, values in self._moments_in(state_dict):  # PyTorch has rounded them to p's type
-            self.state[p].update({k: v.to(p.device, wide(p)) for k, v in values.items()})
+            self.state[p].update(moments.as_wide(p, values))
 
     def _moments_in(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any]]:
-        """Yield the parameters and their tensors in a state."""
+        """Yield the parameters and what a state has of them."""
         places = [p for group in self.param_groups for p in group["params"]]
-        for index, values in state_dict["state"].items():
-            yield places[index], {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        yield from ((places[index], values) for index, values in state_dict["state"].items())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that are no factors, with or without names.

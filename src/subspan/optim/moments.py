@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError, unknown
+from subspan.optim.factored import wide
 from subspan.optim.integrators import USV
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
@@ -56,6 +57,19 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
 def _each(view: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with a view of each tensor."""
     return {key: view(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+
+
+def as_wide(p: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among a parameter's moments, in the type in which its step is computed."""
+    moments = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    return {key: value.to(p.device, wide(p)) for key, value in moments.items()}
+
+
+def widen(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Bring moments to the type that parameters have by now, which may have been converted."""
+    for p, values in state.items():
+        if FIRST in values and values[FIRST].dtype is not p.dtype:
+            values.update(as_wide(p, values))
 
 
 def refuse_other_shapes(moments: Iterable[tuple[Tensor, Mapping[str, Any]]], remedy: str) -> None:
