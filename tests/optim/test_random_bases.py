@@ -898,6 +898,19 @@ def test_parameters_that_are_taken_out_are_refused_and_not_moved(leave_out):
     assert torch.equal(flat(net), before)
 
 
+def test_settings_of_a_group_that_no_step_reads_are_refused():
+    net, other = mlp(), mlp()
+    optimizer = RandomBases(net, [5, 5], compartments="layer")
+    twin = RandomBases(other, (5, 5), compartments="layer")
+    twin.load_state_dict(optimizer.state_dict())
+    run(other, twin, 1)
+    before = flat(net)
+    optimizer.param_groups[0]["dim"][0] = 50
+    with pytest.raises(SubspanError, match="another value would be left unread"):
+        run(net, optimizer, 1)
+    assert torch.equal(flat(net), before)
+
+
 def test_parameters_cannot_come_later():
     optimizer = RandomBases(mlp(), 10)
     with pytest.raises(SubspanError, match="parameters cannot be added later"):

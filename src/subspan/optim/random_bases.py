@@ -12,6 +12,7 @@ holds O(d) numbers. Those of ``hash`` learn as well as dense ones, and a step co
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from subspan.optim.parameters import (
 from subspan.optim.workers import WorkerMode
 from subspan.subspace.compartments import Rules
 from subspan.subspace.parameters import find_padding, find_slots
+
+DRAWN_BY = ("dim", "compartments", "allocation")  # settings of a group that its bases follow from
 
 
 class RandomBases(BaseOptimizer):
@@ -174,6 +177,7 @@ class RandomBases(BaseOptimizer):
         self.layout = self.directions.layout()
         for group in self.param_groups:
             group["layout"] = _as_int(self.layout)
+        self._drawn_by = copy.deepcopy(self._drawn_by_groups())
         tensors = list(self._tensors.values())
         double = any(tensor.dtype == torch.float64 for tensor in tensors)
         dtype = torch.float64 if double else torch.float32
@@ -235,6 +239,11 @@ class RandomBases(BaseOptimizer):
             raise SubspanError(
                 "the groups have other parameters than bases were drawn for: make a new optimizer"
             )
+        if self._drawn_by != self._drawn_by_groups():
+            raise SubspanError(
+                f"{', '.join(DRAWN_BY)} of a group are those that its bases were drawn by, and "
+                "another value would be left unread: make a new optimizer"
+            )
         for (name, tensor), shape in zip(self._tensors.items(), self._shapes, strict=True):
             if tensor.shape != shape:
                 raise SubspanError(
@@ -246,6 +255,9 @@ class RandomBases(BaseOptimizer):
                     f"{name} has been frozen since, and shares bases with others that would move "
                     "it: make a new optimizer without it"
                 )
+
+    def _drawn_by_groups(self) -> list[list[Any]]:
+        return [[group[name] for name in DRAWN_BY] for group in self.param_groups]
 
     def _add_decay(self, number: int, redraw: Tensor) -> None:
         """Add λ Pᵀ θ of one group to the coordinates."""
@@ -347,6 +359,7 @@ class RandomBases(BaseOptimizer):
     def _take(self, state_dict: Mapping[str, Any]) -> None:
         for group in self.param_groups:  # older states know nothing of redraws
             group["layout"] = _as_int(self.layout)
+        self._drawn_by = copy.deepcopy(self._drawn_by_groups())  # the same in other words, perhaps
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes.
