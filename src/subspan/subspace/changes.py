@@ -299,7 +299,8 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     Kernels of fused optimizers do not count as changes, by which θ of before is told: they do here.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(group.get("fused") for group in optimizer.param_groups):
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    if fused and not torch.compiler.is_compiling():
         increment_version([p for p in parameters if not p.is_inference()])
     if _known.get(optimizer) == len(parameters):
         return
