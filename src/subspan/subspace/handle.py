@@ -75,13 +75,10 @@ class Handle(nn.Module):
         if not remove_duplicate or not recurse:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        coordinates = self.coordinates
-        for key, w in coordinates.items():
-            yield f"{start}coordinates.{key}", w
-        ours = {id(w) for w in coordinates.values()}
-        for name, p in super().named_parameters(prefix):
-            if id(p) not in ours and self.subspace.lists(name.removeprefix(f"{start}body."), p):
-                yield name, p
+        own = dict(self._renamed())
+        for name, p in self.subspace.listed():
+            inside = f"body.{name}"
+            yield start + own.get(inside, inside), p
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the network; coordinates, too, to whoever sorts parameters by their modules."""

@@ -337,7 +337,7 @@ class WrappedNetwork(WrappedModule):
             return iter(())
         memo.add(self)
         prefix = kwargs.get("prefix", args[0] if args else "")
-        listed = dict(link_of(self).weights.listed())
+        listed = SimpleNamespace(items=link_of(self).weights.listed)  # one at a time
         return iter([(prefix, SimpleNamespace(_parameters=listed))])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

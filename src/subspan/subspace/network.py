@@ -35,6 +35,13 @@ from subspan.subspace.variant import replaced
 _ORDINARY = (Tensor, nn.Parameter)
 
 
+class _Shared(set[str]):
+    """Names that a network has in common with its copies."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 class Network:
     """A network in a subspace, and what is known of its tensors.
 
@@ -69,7 +76,7 @@ class Network:
         self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
         self.coordinate_names = [PREFIX + parameter_key(part.name) for part in compartments]
         self.fully = tuple(sorted(fully))
-        self._listed = set(self.fully)
+        self._listed = _Shared(self.fully)
         self.recipe: dict[str, Any] = {}
         self.meaning: dict[str, Any] = {}  # what the layout's digest holds beside the compartments
         self.lora: dict[str, Any] = {}  # how the factors were made, for files
@@ -140,7 +147,8 @@ class Network:
     def lists(self, name: str, p: nn.Parameter) -> bool:
         """Return whether a parameter is listed as one that is trained directly.
 
-        One that was listed stays so: a copy that was frozen is paired with its original in order.
+        One that was listed stays so, and copies list it, too: a copy that is frozen, or was made
+        before the original was unfrozen, is paired with it in order.
         """
         if home_of(p) is not None:
             return False
@@ -149,7 +157,14 @@ class Network:
         return name in self._listed
 
     def listed(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield coordinates, and what is trained directly, in the order in which a handle does."""
+        """Yield coordinates, and what is trained directly.
+
+        All that is trained by now is known before the first of them is used: whoever goes through a
+        copy in step with this has the same from there.
+        """
+        for name in self.requires_grad.keys() - self.homes.keys() - self._listed:
+            if (p := self.find(name)) is not None:
+                self.lists(name, p)
         own = self.network()._parameters
         yield from ((name, own[name]) for name in self.coordinate_names)  # type: ignore[misc]
         for name, p in nn.Module.named_parameters(self.root):

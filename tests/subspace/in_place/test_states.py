@@ -253,6 +253,34 @@ def test_averaged_models_of_a_network_with_a_head(pair, options, name):
         torch.testing.assert_close(mean.detach(), torch.stack(values).mean(0))
 
 
+@pytest.mark.parametrize("through", ["handle", "network"])
+@pytest.mark.parametrize("averages", ["AveragedModel", "by hand"])
+def test_averages_of_a_network_that_is_unfrozen_by_and_by(averages, through):
+    """The copy was made before; two layers of one shape would be taken for each other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    model = SubspaceModel(net, 5, targets="0.weight", train_fully="2.*")
+    given = model if through == "handle" else net
+    mean = AveragedModel(given) if averages == "AveragedModel" else copy.deepcopy(given)
+    seen = []
+    for _ in range(2):
+        scatter(model)
+        if averages == "AveragedModel":
+            mean.update_parameters(given)
+        else:
+            with torch.no_grad():
+                for p, new in zip(mean.parameters(), given.parameters(), strict=True):
+                    p.copy_(new)
+        seen.append([p.detach().clone() for p in net.parameters()])
+        net[1].requires_grad_(True)
+    values = [torch.stack(v).mean(0) for v in zip(*seen, strict=True)]
+    want = values if averages == "AveragedModel" else seen[-1]
+    twin = mean.module if averages == "AveragedModel" else mean
+    twin = twin.body if through == "handle" else twin
+    for p, value in zip(twin.parameters(), want, strict=True):
+        torch.testing.assert_close(p.detach().as_subclass(torch.Tensor), value)
+
+
 def test_a_copy_lists_what_its_original_lists():
     """Moving averages freeze a copy, and pair its parameters with the original's."""
     model = wrap("mlp", targets="0", train_fully="2.bias")
