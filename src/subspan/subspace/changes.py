@@ -125,9 +125,8 @@ class Changes:
         Raises:
             SubspanError: if it is about to, and they are trained.
         """
-        if torch.compiler.is_compiling() or not freezes_all(frame):
-            return
-        if any(w.requires_grad for w in self.weights.coordinates().values()):
+        own = self.weights.coordinates().values
+        if freezes_all(frame) and any(w.requires_grad for w in own()):
             raise SubspanError(
                 "prepare_model_for_kbit_training would freeze the coordinates, and nothing would "
                 "be trained: call it before the network is wrapped; or first "

@@ -62,9 +62,10 @@ class Handle(nn.Module):
         With duplicates (for exporters, which look tensors up by their paths) all that there are.
         """
         self.subspace.note()
-        self.subspace.changes.check_freezing(sys._getframe(1))
         start = f"{prefix}." if prefix else ""
         compiled = torch.compiler.is_compiling()
+        if not compiled:
+            self.subspace.changes.check_freezing(sys._getframe(1))
         if not compiled and copies_weights(sys._getframe(1)):
             yield from self.subspace.copied()  # type: ignore[misc]
             return

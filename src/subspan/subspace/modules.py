@@ -303,7 +303,8 @@ class WrappedNetwork(WrappedModule):
         """
         weights = link_of(self).weights
         weights.note()
-        weights.changes.check_freezing(sys._getframe(1))
+        if not torch.compiler.is_compiling():
+            weights.changes.check_freezing(sys._getframe(1))
         stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)
         if not torch.compiler.is_compiling() and copies_weights(sys._getframe(1)):
             yield from weights.copied()
