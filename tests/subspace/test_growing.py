@@ -303,6 +303,11 @@ def test_what_is_not_nested_is_refused_and_nothing_changes():
     optimizer = torch.optim.Adadelta(model.parameters())
     step(model, optimizer)
     refused(model, 10, optimizer, match="Adadelta keeps 'acc_delta'")
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer)
+    (moments,) = optimizer.state.values()
+    moments["exp_avg"] = moments["exp_avg"].as_subclass(type("FewBits", (torch.Tensor,), {}))
+    refused(model, 10, optimizer, match="Adam keeps 'exp_avg'")
     with pytest.raises(SubspanError, match="only a SubspaceModel"):
         subspan.grow(make_net(), 10)
 

@@ -211,7 +211,8 @@ def _carry(
 def _state(optimizer: Optimizer, w: nn.Parameter) -> list[tuple[str, Any]]:
     state: Mapping[str, Any] = optimizer.state.get(w, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() and key not in MEANS + SQUARES:
+        plain = type(value) is Tensor  # and not of few bits, as torchao's optimizers have
+        if isinstance(value, Tensor) and value.dim() and not (plain and key in MEANS + SQUARES):
             raise SubspanError(
                 f"{type(optimizer).__name__} keeps {key!r} of every coordinate, and how that goes "
                 "on in a larger subspace is not known: use Adam, AdamW, SGD or RMSprop, or make a "
