@@ -22,6 +22,7 @@ from subspan.layers import (
 )
 from subspan.layers.handover import used_elsewhere
 from subspan.layers.rebuild import rebuild_layers
+from subspan.optim import RandomBases
 from tests.layer_laws import assert_untouched, everything, nothing
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -254,6 +255,36 @@ def test_a_factor_that_something_computes_is_not_merged():
     with pytest.raises(SubspanError, match=r"'1' cannot be merged, since something .* its a0"):
         merge(made)
     assert_untouched(made, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: factorize(net, rank=2),
+        lambda net: factorize(net, rank=2, targets="0"),
+        lambda net: product_of_sums(net, SUMS),
+        lambda net: merge(factorize(net, rank=2)),
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, lambda params: RandomBases(params, 5)])
+def test_an_optimizer_of_the_layers_of_before_is_refused(change, kind):
+    """It would go on with them, and nothing would be trained."""
+    network, other = net(), net()
+    optimizer, unchanged = kind(network.parameters()), kind(other.parameters())
+    network = change(network)
+    before = [p.detach().clone() for p in network.parameters()]
+    for each in (network, other):
+        each(X).square().sum().backward()
+    with pytest.raises(SubspanError, match="a layer that another one has taken the place of"):
+        optimizer.step()
+    assert all(map(torch.equal, before, network.parameters()))
+    unchanged.step()
+    if kind is torch.optim.Adam:
+        held = {id(p) for p in optimizer.param_groups[0]["params"]}
+        new = [p for p in network.parameters() if id(p) not in held]
+        optimizer.add_param_group({"params": new})
+        optimizer.step()
+        assert not any(map(torch.equal, before, network.parameters()))
 
 
 def test_a_layer_under_two_names_stays_one():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from subspan.distributed import find_ddp, has_share
 from subspan.errors import SubspanError
@@ -254,6 +255,7 @@ class Changes:
 _known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []
 _OUTGROWN = "_subspan_outgrown"
+_replaced = WeakIdKeyDictionary()  # by the parameters of a layer, that which has its place
 
 
 def outgrow(w: nn.Parameter, why: str) -> None:
@@ -269,6 +271,21 @@ def outgrow(w: nn.Parameter, why: str) -> None:
         w.register_hook(functools.partial(_refuse_gradient, why))
     for ddp in find_ddp(w):
         ddp.register_forward_pre_hook(functools.partial(_refuse_ddp, why))
+
+
+def replace(old: nn.Module, new: nn.Module) -> None:
+    """Note that a layer has another one's place; who goes on to train the other one is refused."""
+    for p in old.parameters():
+        _replaced[p] = new
+    for p in new.parameters():
+        _replaced.pop(p, None)
+    watch_optimizers()
+
+
+def _goes_on(p: nn.Parameter, given: set[int]) -> bool:
+    """Return whether an optimizer has parameters of what has the place of a parameter's layer."""
+    now = _replaced[p].parameters()
+    return any(id(q) in given or (q in _replaced and _goes_on(q, given)) for q in now)
 
 
 def _refuse_gradient(why: str, grad: Tensor) -> None:
@@ -309,6 +326,13 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         )
     given = {id(p) for p in parameters}
     for p in parameters:
+        unused = p.requires_grad and p.grad is None and p in _replaced
+        if unused and not _goes_on(p, given):
+            raise SubspanError(
+                "the optimizer has parameters of a layer that another one has taken the place of, "
+                "and none of that one, which no step would train: make it anew, of the network as "
+                "it is"
+            )
         if (home := home_of(p)) is not None:
             weights, tensor = home
             if weights.root is not None and not (
