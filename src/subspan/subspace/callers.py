@@ -10,8 +10,9 @@ network comes to none of them.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import takewhile
 from types import CodeType, FrameType
 from typing import Any
@@ -49,12 +50,46 @@ def _runs(frame: FrameType | None, package: str, function: str) -> bool:
     return named and _module(frame).partition(".")[0] == package
 
 
-# ---- by the module of the code -------------------------------------------------------------------
+def _code(module: str = "", function: str = "", beyond: str = "") -> Callable[[FrameType], bool]:
+    """Make a function that returns whether certain code asks.
+
+    Args:
+        module: a regular expression that the beginning of its module's name matches.
+        function: its name; "" for any.
+        beyond: names of functions in between, which may have passed the question on.
+    """
+    pattern, between = re.compile(module), beyond.split()
+
+    def asks(frame: FrameType) -> bool:
+        found = _beyond(frame, *between) if between else frame
+        if found is None or function not in ("", found.f_code.co_name):
+            return False
+        return pattern.match(_module(found)) is not None
+
+    return asks
 
 
-def asked_by_fsdp(frame: FrameType) -> bool:
-    """Return whether code of ``fully_shard`` asks."""
-    return "._fully_shard" in _module(frame)
+# ---- which code it is ----------------------------------------------------------------------------
+
+asked_by_fsdp = _code(r".*\._fully_shard")  # fully_shard's
+asked_by_ddp = _code(r"torch\.nn\.parallel\.distributed$")
+asked_by_tensor_parallel = _code(r"torch\.distributed\.tensor\.")  # which spreads a layer
+asked_by_export = _code(r"torch\._?export")
+asked_by_checkpoint = _code(r"torch\.distributed\.checkpoint\.state_dict$")
+resolves_super = _code(r"torch\._dynamo\.variables\.misc$")  # a compiler, for ``super()``
+adds_to_optimizer = _code(function="add_param_group")
+converts_batchnorm = _code(function="convert_sync_batchnorm")  # looks for layers to convert
+sorts_by_decay = _code(function="get_parameter_names")  # transformers, by modules
+saved_by_trainer = _code(r"transformers\.trainer$", "_save")
+asked_by_validation = _code(  # transformers looks for weights that it would not train, on a handle
+    r"transformers\b", "validate_quantization_for_training", beyond="__getattr__"
+)
+empties_for_fsdp = _code(  # accelerate, to fill shards anew
+    r"accelerate\b", "fsdp2_prepare_model", beyond="_apply to"
+)
+switches_adapters = _code(r"peft\b", "_set_layer_requires_grad")  # PEFT, whose flags follow
+freezes_all = _code(r"peft\b", "prepare_model_for_kbit_training")
+_propagates = _code(r"torch\b", "_propagate_qconfig_helper")
 
 
 def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
@@ -62,16 +97,6 @@ def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
     frame = _beyond(start, *_LISTING, "parameters")
     asked = frame is not None and _runs(frame, "torch", "_get_orig_params")
     return frame.f_locals["ignored_params"] if asked else None  # type: ignore[union-attr]
-
-
-def resolves_super(frame: FrameType) -> bool:
-    """Return whether a compiler looks for a class among the bases of another, for ``super()``."""
-    return _module(frame) == "torch._dynamo.variables.misc"
-
-
-def asked_by_ddp(frame: FrameType) -> bool:
-    """Return whether DistributedDataParallel asks."""
-    return _module(frame) == "torch.nn.parallel.distributed"
 
 
 def given_to_ddp(start: FrameType) -> list[Tensor]:
@@ -83,25 +108,10 @@ def given_to_ddp(start: FrameType) -> list[Tensor]:
     return []
 
 
-def asked_by_tensor_parallel(frame: FrameType) -> bool:
-    """Return whether ``parallelize_module`` asks, to spread a layer over processes."""
-    return _module(frame).startswith("torch.distributed.tensor.")
-
-
 def runs_in_pipeline(start: FrameType) -> bool:
     """Return whether a stage of ``torch.distributed.pipelining`` runs."""
     stage = "torch.distributed.pipelining.stage"
     return stage in sys.modules and any(_module(frame) == stage for frame in _callers(start))
-
-
-def asked_by_export(frame: FrameType) -> bool:
-    """Return whether ``torch.export`` asks."""
-    return _module(frame).startswith(("torch.export", "torch._export"))
-
-
-def asked_by_checkpoint(frame: FrameType) -> bool:
-    """Return whether parameters are listed for ``torch.distributed.checkpoint``."""
-    return _module(frame) == "torch.distributed.checkpoint.state_dict"
 
 
 def pairs_with_state(start: FrameType) -> bool:
@@ -134,15 +144,6 @@ def asked_by_a_graph(start: FrameType) -> bool:
     return False
 
 
-# ---- by the name of the function -----------------------------------------------------------------
-
-
-def asked_by_validation(frame: FrameType) -> bool:
-    """Return whether transformers looks for quantised weights that cannot be trained."""
-    asking = _beyond(frame, "__getattr__")  # of a handle
-    return _runs(asking, "transformers", "validate_quantization_for_training")
-
-
 def saved_around(start: FrameType) -> bool:
     """Return whether a network writes itself as ``from_pretrained`` will read it.
 
@@ -154,11 +155,6 @@ def saved_around(start: FrameType) -> bool:
             first = frame.f_locals[code.co_varnames[0]] if code.co_argcount else None
             return isinstance(first, nn.Module)
     return False
-
-
-def saved_by_trainer(frame: FrameType) -> bool:
-    """Return whether transformers' Trainer saves a network."""
-    return _module(frame) == "transformers.trainer" and frame.f_code.co_name == "_save"
 
 
 def saved_as_adapters(start: FrameType) -> bool:
@@ -183,11 +179,6 @@ def find_checkpoint(start: FrameType) -> str | None:
     return None
 
 
-def empties_for_fsdp(start: FrameType) -> bool:
-    """Return whether accelerate moves a network to the meta device, to fill its shards anew."""
-    return _runs(_beyond(start, "_apply", "to"), "accelerate", "fsdp2_prepare_model")
-
-
 def goes_by_tensor(start: FrameType) -> str:
     """Return the function of accelerate that offloads or loads tensor by tensor, or ""."""
     frame = _beyond(start, "state_dict")
@@ -198,41 +189,15 @@ def goes_by_tensor(start: FrameType) -> str:
     return ""
 
 
-def sorts_by_decay(frame: FrameType) -> bool:
-    """Return whether transformers goes from module to module to find what weight decay is for."""
-    return frame.f_code.co_name == "get_parameter_names"
-
-
 def copies_weights(start: FrameType) -> bool:
     """Return whether TRL copies weights to a reference model or to vLLM."""
     frame = _beyond(start, "parameters")
     return _runs(frame, "trl", "_sync_target_model") or _module(frame).startswith("trl.generation.")
 
 
-def converts_batchnorm(frame: FrameType) -> bool:
-    """Return whether SyncBatchNorm looks for layers to convert."""
-    return frame.f_code.co_name == "convert_sync_batchnorm"
-
-
-def adds_to_optimizer(frame: FrameType) -> bool:
-    """Return whether an optimizer takes a parameter."""
-    return frame.f_code.co_name == "add_param_group"
-
-
-def switches_adapters(frame: FrameType) -> bool:
-    """Return whether PEFT enables or disables an adapter, whose flags follow."""
-    return _runs(frame, "peft", "_set_layer_requires_grad")
-
-
-def freezes_all(frame: FrameType) -> bool:
-    """Return whether PEFT freezes all parameters, to prepare a quantised network for adapters."""
-    return _runs(frame, "peft", "prepare_model_for_kbit_training")
-
-
 def quantises(frame: FrameType, kinds: Collection[type]) -> bool:
     """Return whether ``torch.ao`` looks for layers of some of these classes, to quantise them."""
-    asked = _runs(frame, "torch", "_propagate_qconfig_helper")
-    wanted = frame.f_locals["qconfig_dict"] if asked else {}
+    wanted = frame.f_locals["qconfig_dict"] if _propagates(frame) else {}
     return any(wanted.get(kind) is not None for kind in kinds)
 
 
