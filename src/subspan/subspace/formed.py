@@ -10,10 +10,12 @@ gets the first θ as they are, up to as many weights as the largest tensor has.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,17 +204,18 @@ class Outermost:
             return
         self.formulas = {}
         around = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        pack_other, unpack_other = (None, None) if around is None else around
 
-        def pack(tensor: Tensor) -> Any:
+        def pack(tensor: Tensor) -> Callable[[], Tensor]:
             if (formula := self._formula(tensor)) and not self._spared(tensor, formula.name):
-                return _Saved(formula, (tensor.size(), tensor.stride(), tensor.storage_offset()))
-            if pack_other is not None:
-                return _Other(pack_other(tensor), unpack_other)
-            return tensor, version_of(tensor)
+                where = tensor.size(), tensor.stride(), tensor.storage_offset()
+                return partial(_view_again, formula, where)
+            if around is not None:
+                pack_other, unpack_other = around
+                return partial(unpack_other, pack_other(tensor))
+            return partial(_unwritten, tensor, version_of(tensor))
 
         try:
-            with saved_tensors_hooks(pack, _unpack):
+            with saved_tensors_hooks(pack, operator.call):
                 yield
         except RuntimeError as error:
             if "support saved tensor hooks" not in str(error):
@@ -261,12 +264,7 @@ class Formula:
     versions: tuple[Any, ...]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        parts: Sequence[Part],
-        dtype: torch.dtype,
-    ) -> Formula:
+    def of(cls, name: str, parts: Sequence[Part], dtype: torch.dtype) -> Formula:
         """Return a formula of the tensors as they are now, whatever gets other data later."""
         with ordinary_tensors():
             own = tuple(
@@ -311,28 +309,13 @@ def _versions(parts: Sequence[Part]) -> tuple[Any, ...]:
     return tuple(version_of(tensor) for w, _, _, base in parts for tensor in (w, base))
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """θ, or a view of it, in autograd's hands: how it was formed, and size, stride, offset."""
-
-    formula: Formula
-    where: tuple[Any, Any, Any]
+def _view_again(formula: Formula, where: tuple[Any, Any, Any]) -> Tensor:
+    """Form θ that autograd was not given; ``where`` are size, stride and offset of a view."""
+    return formula.again().as_strided(*where)
 
 
-@dataclass(frozen=True)
-class _Other:
-    """A tensor as hooks around the call have packed it, and how they unpack it."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor]
-
-
-def _unpack(saved: Any) -> Tensor:
-    if isinstance(saved, _Saved):
-        return saved.formula.again().as_strided(*saved.where)
-    if isinstance(saved, _Other):
-        return saved.unpack(saved.packed)
-    tensor, version = saved
+def _unwritten(tensor: Tensor, version: Any) -> Tensor:
+    """Return a tensor that autograd has saved, if it has the version that it had then."""
     if version_of(tensor) != version:  # PyTorch does not look where there are hooks
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
