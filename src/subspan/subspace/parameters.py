@@ -6,7 +6,6 @@ one tensor in several slots; a module that is reachable by two paths has each sl
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from subspan.errors import SubspanError
 from subspan.subspace.compartments import Patterns, select
 from subspan.subspace.functions import ordinary_tensors
-from subspan.subspace.links import FINGERPRINT
+from subspan.subspace.links import FINGERPRINT, locate
 from subspan.subspace.memory import refuse_shared
 from subspan.subspace.quantised import QuantisedTensor, read_quantised
 from subspan.subspace.quantised_layers import refuse_foreign
@@ -35,18 +34,9 @@ class Slot:
     path: str
     tensor: str
 
-    @functools.cached_property
-    def names(self) -> tuple[tuple[str, ...], str]:
-        """Names of the modules on the way, and of the attribute."""
-        *modules, attribute = self.path.split(".")
-        return tuple(modules), attribute
-
     def find(self, net: nn.Module) -> tuple[nn.Module, str]:
-        """Find the module and attribute; ``get_submodule`` would take a tenth of a small step."""
-        modules, attribute = self.names
-        for name in modules:
-            net = net._modules[name]  # type: ignore[assignment]
-        return net, attribute
+        """Find the module and the attribute."""
+        return locate(net, self.path)
 
 
 def find_slots(net: nn.Module) -> list[Slot]:
