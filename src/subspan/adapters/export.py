@@ -117,11 +117,7 @@ def export_lora(
 
 
 def _factors(model: SubspaceModel, rank: int | None) -> NearestLora:
-    """Return the factors of a model that has them.
-
-    Raises:
-        SubspanError: for another rank than theirs.
-    """
+    """Return the factors of a model that has them; refuse another rank than theirs."""
     weights = model.subspace
     own = weights.lora["rank"]
     if rank is not None and check_rank(rank) != own:

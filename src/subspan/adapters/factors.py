@@ -100,21 +100,13 @@ def lora(
 def rebuild_lora(
     net: nn.Module, recipe: Mapping[str, Any], made: Mapping[str, Any]
 ) -> SubspaceModel:
-    """Make the model of a file's recipe and of its field ``lora``.
-
-    Raises:
-        SubspanError: as :func:`lora`.
-    """
+    """Make the model of a file's recipe and of its field ``lora``."""
     ours = ("targets", "exclude")  # which name factors there, and layers here
     return lora(net, **{k: v for k, v in recipe.items() if k not in ours}, **made)
 
 
 def check_rank(rank: Any) -> int:
-    """Return a rank.
-
-    Raises:
-        SubspanError: if it is no integer from 1 on.
-    """
+    """Return a rank; refuse what is no integer from 1 on."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise SubspanError(f"rank must be an integer of at least 1, got {rank!r}")
     return rank

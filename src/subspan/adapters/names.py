@@ -124,13 +124,7 @@ def name_targets(
     """Name layers so that PEFT finds these and no others: by their last names if it can be.
 
     A list selects modules by their names or the end of them after a dot; a text is a regular
-    expression that matches the whole name.
-
-    Args:
-        net: the network.
-        layers: that have a LoRA.
-        saved: names of modules that are stored whole.
-        task: of :func:`find_task`.
+    expression that matches the whole name. ``saved`` are the modules that are stored whole.
 
     Raises:
         SubspanError: if PEFT would store a layer whole that has a LoRA, or a part of what it stores

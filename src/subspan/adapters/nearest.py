@@ -25,14 +25,9 @@ RANK = 8  # where none is given, as in PEFT
 
 @dataclass(frozen=True)
 class NearestLora:
-    """A LoRA, and how far it is from what it stands for.
+    """A LoRA, and how far it is from what it stands for: ‖Δ − s B A‖ / ‖Δ‖, by layer and of all.
 
-    Args:
-        factors: A (rank, m) and B (n, rank) by the name of the layer.
-        rank: of all layers.
-        alpha: the scale of B A is alpha / rank.
-        errors: ‖Δ − s B A‖ / ‖Δ‖ by the name of the layer.
-        error: of all layers together.
+    A (rank, m) and B (n, rank) stand by the name of the layer; s is alpha / rank.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -43,12 +38,7 @@ class NearestLora:
 
 
 def find_nearest(model: SubspaceModel, rank: int | None, saved: Collection[str]) -> NearestLora:
-    """Find the nearest LoRA of a model.
-
-    Args:
-        model: without LoRA factors.
-        rank: by default :data:`RANK`.
-        saved: modules that are stored as they are, beside the LoRA.
+    """Find the nearest LoRA of a model without factors; ``saved`` modules are stored beside it.
 
     Raises:
         SubspanError: naming what has moved and is no linear layer's weight.

@@ -98,15 +98,10 @@ class CompactFile:
 
 
 def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: float) -> bytes:
-    """Return the compact file of a header and its tensors.
+    """Return the compact file of a header and its tensors, of :func:`subspan.checkpoint.contents`.
 
     Coordinates that lie on a grid, since a quantiser had a hand in their training or they come from
     such a file, stay there if they take no more bits; all others are rounded here.
-
-    Args:
-        header: of :func:`subspan.checkpoint.contents`.
-        tensors: likewise.
-        bits: the most that the coded coordinates may take, per coordinate.
 
     Raises:
         SubspanError: for a model without coordinates, for bits that leave nothing of them, for a
@@ -146,11 +141,7 @@ def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: f
 
 
 def read_compact(data: bytes, path: object) -> CompactFile:
-    """Return the content of a compact file.
-
-    Args:
-        data: all of the file, which begins with :data:`MAGIC`.
-        path: of it, for errors.
+    """Return the content of a compact file, whose data begin with :data:`MAGIC`.
 
     Raises:
         SubspanError: if it is of a later version, cut short, longer than it was, or edited.

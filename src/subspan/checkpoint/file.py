@@ -84,10 +84,6 @@ def describe_layers(net: nn.Module) -> dict[str, Any]:
 def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
     """Return the compressed layers that a header describes, by their types.
 
-    Args:
-        header: of :func:`read`.
-        path: of the file, for errors.
-
     Raises:
         SubspanError: for a type that no imported module defines, and for layers without recipes.
     """

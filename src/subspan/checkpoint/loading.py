@@ -31,21 +31,7 @@ Net = nn.Module | Callable[[], nn.Module]
 
 @torch.inference_mode(False)  # what is made in it could not be trained
 def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
-    """Rebuild a saved model around a network.
-
-    Args:
-        path: of a file of :func:`save`.
-        net: the network with the initial weights that the model was trained from, or a function
-            that makes it. For a model of :meth:`SubspaceModel.from_seed` only its architecture
-            counts: its initial weights are drawn anew.
-
-    Returns:
-        The :class:`SubspaceModel` (or the ordinary network) as it was saved. ``net`` is taken over.
-
-    Raises:
-        SubspanError: if the file is not usable, or the network is another one; a network that was
-            given is then untouched.
-    """
+    """Rebuild a saved model around a network, as :func:`subspan.load` does where it gets one."""
     header, tensors = read(path)
     types, seed = layers_of(header, path), header.get("init_seed")
     if isinstance(net, nn.Module):
@@ -234,11 +220,7 @@ def _take_buffers(
     header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Accept a network whose buffers have changed (by training, before unwrap()) if all are here.
-
-    Raises:
-        SubspanError: if the file leaves some buffers to the network, and they may be others.
-    """
+    """Accept a network whose buffers changed (by training, before unwrap()) if all are here."""
     weights = model.subspace
     same = "parameters" in header and header["parameters"] == weights.parameters_digest()
     if not same or agree(model.base_fingerprint, header["fingerprint"]):
@@ -255,11 +237,7 @@ def _take_buffers(
 def check_base(
     path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any]
 ) -> None:
-    """Refuse coordinates around another base than theirs.
-
-    Raises:
-        SubspanError: if the header's θ₀ is not this model's, or another part of it is trained.
-    """
+    """Refuse coordinates around another θ₀ than theirs, or of another part of the network."""
     if (here := count_kinds(model.subspace.packed.values())) != (
         there := header.get("quantised", {})
     ):

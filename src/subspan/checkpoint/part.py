@@ -39,9 +39,7 @@ class HeldBase:
 def hold_base(net: nn.Module, weights: int) -> None:
     """Let a network know its base: a file of it has what requires a gradient now, and no more.
 
-    Args:
-        net: as it is before the first step.
-        weights: of the network before adapters were put into it.
+    ``weights`` are those of the network before adapters were put into it.
     """
     parameters = dict(net.named_parameters())
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
@@ -66,11 +64,7 @@ def trained_tensors(net: nn.Module, base: HeldBase) -> dict[str, Tensor]:
 
 
 def check_part(path: object, net: nn.Module, header: Mapping[str, Any]) -> None:
-    """Refuse what was trained in another network.
-
-    Raises:
-        SubspanError: if the network has another base than the file, or knows of none.
-    """
+    """Refuse what was trained in a network with another base than this one, or none."""
     base = base_of(net)
     if base is None:
         raise SubspanError(

@@ -11,11 +11,7 @@ from subspan.errors import SubspanError
 
 
 def need(library: str) -> Any:
-    """Import huggingface_hub or transformers.
-
-    Raises:
-        SubspanError: if it is not installed.
-    """
+    """Import huggingface_hub or transformers; refuse to go on where it is not installed."""
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -30,13 +26,7 @@ def need(library: str) -> Any:
 def asking(repo: str, revision: str | None = None, base_of: str = "") -> Iterator[None]:
     """Run calls of those libraries, of which any error is said in one sentence.
 
-    Args:
-        repo: the repository that is asked for.
-        revision: of it.
-        base_of: the file that names the repository as its base, if the user did not.
-
-    Raises:
-        SubspanError: for whatever they raise.
+    ``base_of`` is the file that names the repository as its base, if the user did not.
     """
     try:
         yield

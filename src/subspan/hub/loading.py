@@ -77,11 +77,7 @@ def load(
 def locate(
     path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """Return the file of a model, fetched from the Hub if it is the name of a repository.
-
-    Raises:
-        SubspanError: if there is none.
-    """
+    """Return the file of a model, fetched from the Hub if it is the name of a repository."""
     here = Path(path)
     if (here / FILE).is_file():
         here = here / FILE
@@ -99,11 +95,7 @@ def locate(
 
 
 def _fetch(path: str, header: Mapping[str, Any], token: str | None) -> tuple[nn.Module, set[str]]:
-    """Return the base that a header names, and which of its tensors were drawn at random.
-
-    Raises:
-        SubspanError: if it names none, one that only its user can make, or one that is not there.
-    """
+    """Return the base that a header names, and which of its tensors were drawn at random."""
     base = header.get("base")
     if base is None:
         drawn = header.get("init_seed") is not None
@@ -139,11 +131,7 @@ def _fetch(path: str, header: Mapping[str, Any], token: str | None) -> tuple[nn.
 
 
 def _read_base(path: str, base: Any) -> tuple[Any, str, str | None]:
-    """Return class, name and revision of a header's base.
-
-    Raises:
-        SubspanError: for what is no base, and for a class or a folder that is not there.
-    """
+    """Return class, name and revision of a header's base, which must be there."""
     transformers = need("transformers")
     where = base.get("repo", base.get("folder")) if isinstance(base, dict) else None
     fields = {"class": str, "dtype": str, "config": dict}

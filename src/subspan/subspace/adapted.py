@@ -76,11 +76,7 @@ class Adapter:
     def add_by_row(self, result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W x + s B (A x) where each row has its own factors, by batched products.
 
-        Args:
-            result: W x, (rows, …, n).
-            x: (rows, k, m).
-            a: (rows, rank, m).
-            b: (rows, n, rank).
+        ``result`` is W x, (rows, …, n); x is (rows, k, m), a (rows, rank, m) and b (rows, n, rank).
         """
         inner = torch.bmm(x.to(a.dtype), a.mT)
         if inner.dtype == b.dtype == result.dtype and not self.rounded:

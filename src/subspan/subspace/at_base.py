@@ -55,14 +55,9 @@ def at_base(weights: Network) -> Iterator[None]:
 def first_in_context(state: ContextVar[tuple[T, ...]], value: T, called: str) -> Iterator[None]:
     """Put a value before all others that this context has, until the ``with`` ends.
 
-    Args:
-        state: the values of each context.
-        value: that is put there.
-        called: what the ``with`` is to people, for the error.
-
     Raises:
         SubspanError: at the end, if others have begun and not ended, or this is another context: a
-            generator has stopped inside of the ``with``.
+            generator has stopped inside of the ``with``, which people know as ``called``.
     """
     state.set((value, *state.get()))
     try:
@@ -88,11 +83,7 @@ def _take_out(state: ContextVar[tuple[T, ...]], value: T) -> bool:
 
 
 def is_at_base(weights: Network) -> bool:
-    """Return whether a read gives θ₀ here and now.
-
-    Raises:
-        SubspanError: if a graph is compiled, exported or traced meanwhile.
-    """
+    """Return whether a read gives θ₀ here and now; no graph may be made meanwhile."""
     if not _open:
         return False
     if torch.compiler.is_compiling():
@@ -110,14 +101,7 @@ def is_at_base(weights: Network) -> bool:
 
 
 def refuse_running_again(inside: str) -> None:
-    """Refuse activation checkpoints, which would run a part again when weights are others.
-
-    Args:
-        inside: of what the part is run, for the error.
-
-    Raises:
-        SubspanError: where a graph is made inside of one, or its part is run again.
-    """
+    """Refuse activation checkpoints ``inside`` of what they would run a part again without."""
     if torch.is_grad_enabled():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         twice = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

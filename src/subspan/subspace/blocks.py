@@ -36,10 +36,7 @@ def group_into_blocks(
 ) -> tuple[Block, ...]:
     """Group rows of P: small tensors share a block; a family that is not local has one block.
 
-    Args:
-        compartments: of the weights.
-        projections: of the compartments.
-        kept: entries of flattened tensors that stay at θ₀, by the tensor's name.
+    ``kept`` has the entries of flattened tensors that stay at θ₀.
     """
     kept = kept or {}
     blocks = []

@@ -65,11 +65,7 @@ class Sketch:
 
 
 class Changes:
-    """Keeps what is known of a network since it was wrapped.
-
-    Args:
-        weights: of the network.
-    """
+    """Keeps what is known of a network since it was wrapped."""
 
     def __init__(self, weights: Network) -> None:
         self.weights = weights
@@ -78,15 +74,11 @@ class Changes:
         self.lost: set[str] = set()  # that were changed before they were spread over processes
 
     def check_flags(self) -> None:
-        """Refuse ``requires_grad = False`` of a tensor whose coordinates are trained.
+        """Refuse flags of tensors that say something else than those of their coordinates.
 
         ``wishes`` holds what was set of frozen θ₀: a loop over all parameters sets the flag of
         coordinates, too, so that only afterwards it is known whether all of them were frozen. A
         loop that unfreezes all has unfrozen what is to stay at θ₀, too, and training would move it.
-
-        Raises:
-            SubspanError: if a tensor is to stay whose coordinates are trained, or one is not that
-                was left out when the network was wrapped.
         """
         if any(self.wishes.values()):
             for name in self.weights.requires_grad:
@@ -136,10 +128,7 @@ class Changes:
 
     @torch.no_grad()
     def _sketch(self, tensor: str) -> tuple[Any, Sketch] | None:
-        """Return the sketch of θ₀, or of its shard here, and of what kind that is.
-
-        None where there is nothing to read.
-        """
+        """Return of what kind θ₀, or its shard here, is, and its sketch; None if it has none."""
         module, attribute = self.weights.locations[tensor]
         if attribute not in module._parameters:  # which of TorchScript's has no get()
             return None
@@ -189,11 +178,7 @@ class Changes:
         return changed
 
     def check_base(self) -> None:
-        """Refuse to speak of coordinates around another θ₀ than the one they were trained around.
-
-        Raises:
-            SubspanError: naming what has changed since the network was wrapped.
-        """
+        """Refuse to speak of coordinates around another θ₀ than that of their training."""
         root = self.weights.network()
         if changed := sorted(self.changed({tensor for tensor, _ in self._sums})):
             raise SubspanError(
@@ -218,12 +203,7 @@ class Changes:
                 )
 
     def check_complete(self) -> None:
-        """Refuse what a file of coordinates would not hold.
-
-        Raises:
-            SubspanError: naming a parameter that was added or taken out since the network was
-                wrapped.
-        """
+        """Refuse what a file of coordinates would not hold: what was added, or taken out."""
         refuse_in_use(self.weights, "saved")
         self.check_base()
         for name in saved_buffers(self.weights.root):
@@ -261,9 +241,7 @@ _replaced = WeakIdKeyDictionary()  # by the parameters of a layer, that which ha
 def outgrow(w: nn.Parameter, why: str) -> None:
     """Note that coordinates are the network's no more; whoever still uses them is refused.
 
-    Args:
-        w: the coordinates.
-        why: the end of a sentence that begins with "coordinates".
+    ``why`` is the end of a sentence that begins with "coordinates".
     """
     setattr(w, _OUTGROWN, why)
     _known.clear()

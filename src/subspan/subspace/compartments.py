@@ -56,11 +56,7 @@ class Compartment:
 
 
 def listed(patterns: Patterns) -> str | list[str] | None:
-    """Return patterns as JSON, which can be read more than once.
-
-    Raises:
-        SubspanError: for what is no text.
-    """
+    """Return patterns as JSON, which can be read more than once; refuse what is no text."""
     if isinstance(patterns, str | None):
         return patterns
     found = list(patterns) if isinstance(patterns, Iterable) else [patterns]

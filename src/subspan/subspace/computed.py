@@ -210,10 +210,7 @@ def _take_gradients(function: Any, args: Any, kwargs: Any) -> Any:
 def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
     """Make what a variant has beside θ a :class:`Computed`: whoever reads it must not write to it.
 
-    Args:
-        tensor: of the variant.
-        name: of the tensor.
-        lender: the variant's name, in quotes.
+    ``lender`` is the variant's name, in quotes.
     """
     if torch._C._functorch.maybe_current_level() is not None:
         return tensor
@@ -226,10 +223,7 @@ def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
 def guard_theta(theta: Tensor, name: str, now: Callable[[], Any] | None = None) -> Tensor:
     """Make θ a :class:`Computed`, in the same graph.
 
-    Args:
-        theta: the weight.
-        name: of it.
-        now: returns the same as long as θ is the weight of the network; None if it always is.
+    ``now`` returns the same as long as θ is the weight of the network; None if it always is.
     """
     theta = theta.as_subclass(Computed)
     theta.weight_name, theta._is_theta = name, True

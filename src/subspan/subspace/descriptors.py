@@ -44,11 +44,7 @@ class WeightDescriptor:
 
 
 def _check_trace(link: Link, frame: FrameType) -> None:
-    """Refuse to trace what would not have coordinates.
-
-    Raises:
-        SubspanError: for the ONNX exporter that traces, and for a part alone.
-    """
+    """Refuse the ONNX exporter that traces, and to trace a part, which has no coordinates."""
     if torch.onnx.is_in_onnx_export():
         raise SubspanError(
             "torch.onnx.export(dynamo=False) knows no operator of a network in a subspace: leave "

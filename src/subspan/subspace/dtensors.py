@@ -119,12 +119,7 @@ def refuse_sharded(net: nn.Module) -> None:
 
 
 def refuse_flattening(module: nn.Module, frame: FrameType) -> None:
-    """Refuse FSDP1, which makes one parameter of many, unless it leaves the coordinates alone.
-
-    Args:
-        module: a network in a subspace, or a part of it.
-        frame: of the code that asks for its parameters.
-    """
+    """Refuse FSDP1, which makes one parameter of many, unless it leaves the coordinates alone."""
     left = find_left_by_fsdp1(frame)
     if left is not None and not left.issuperset(link_of(module).weights.coordinates().values()):
         raise SubspanError(

@@ -61,11 +61,7 @@ class Formed:
     names: Sequence[str]
 
     def check_unwritten(self) -> None:
-        """Refuse a forward that writes to its own weights: computed ones would not keep it.
-
-        Raises:
-            SubspanError: if θ has been changed in place since it was formed.
-        """
+        """Refuse a forward that writes to its own weights: computed ones would not keep it."""
         every = zip(self.names, self.thetas, self.versions, self.sums, strict=True)
         for name, theta, version, was in every:
             unwritten = version_of(theta) == version
@@ -166,13 +162,8 @@ class Outermost:
     ) -> None:
         """Keep θ until the end of the call, or until there is no room.
 
-        Args:
-            key: of the group of blocks, or of the tensor.
-            coordinates: that θ was formed from; they live as long, so that the state may name them
-                by their identity.
-            state: what they were, and in which mode.
-            thetas: what was formed.
-            names: of the tensors.
+        The key is that of a group of blocks, or a tensor. ``coordinates`` live as long as θ, so
+        that the state, of what they were and in which mode, may name them by their identity.
         """
         versions = [version_of(theta) for theta in thetas]
         sums = [_sum(theta) if self.first else None for theta in thetas]
@@ -250,13 +241,7 @@ class Outermost:
 
 @dataclass(frozen=True)
 class Formula:
-    """Holds what θ of a tensor was formed from, to form it again.
-
-    Args:
-        name: of the tensor.
-        parts: for each block: coordinates, which redraw, the block, θ₀ as it is stored.
-        dtype: of θ.
-    """
+    """Holds what θ of a tensor was formed from, to form it again."""
 
     name: str
     parts: tuple[Part, ...]

@@ -110,10 +110,7 @@ def nest(
 ) -> tuple[Projection, ...]:
     """Return the projections of more coordinates whose subspaces contain those of fewer.
 
-    Args:
-        projections: of every compartment.
-        dim: coordinates of each from now on, or their sum.
-        names: of the compartments, for errors.
+    ``dim`` are the coordinates of each compartment from now on, or their sum.
 
     Raises:
         SubspanError: if they cannot be nested.

@@ -46,11 +46,7 @@ def find_link(module: Any) -> Link | None:
 
 
 def link_of(module: Any) -> Link:
-    """Return the link of a module in a subspace.
-
-    Raises:
-        SubspanError: if it is a copy that lost it.
-    """
+    """Return the link of a module in a subspace; refuse a copy that lost it."""
     if (link := find_link(module)) is None:
         raise SubspanError(
             f"this {type(module).__name__} was copied by a method of its own and is not in the "

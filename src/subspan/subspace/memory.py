@@ -54,11 +54,8 @@ def refuse_shared(
 ) -> None:
     """Refuse a trained parameter whose memory another tensor has, too.
 
-    Args:
-        net: the network.
-        parameters: by name, each once; without those that are quantised.
-        chosen: names of those that are trained in the subspace, and leave their memory at θ₀.
-        fully: names of those that are trained directly, in their memory.
+    ``parameters`` are without those that are quantised. The ``chosen`` are trained in the subspace
+    and leave their memory at θ₀; the others are trained ``fully``, in their memory.
     """
     memory: dict[int, list[Place]] = {}
     for name, tensor in itertools.chain(parameters.items(), _others(net, parameters.values())):

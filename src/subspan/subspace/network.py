@@ -224,11 +224,7 @@ class Network:
         return module._parameters[attribute]
 
     def stored(self, name: str) -> Tensor:
-        """Return the parameter of a name: θ₀ of a trained tensor.
-
-        Raises:
-            SubspanError: if its module has lost it.
-        """
+        """Return the parameter of a name, θ₀ of a trained tensor; refuse one that was taken out."""
         if (parameter := self.find(name)) is None:
             raise missing(name)
         return parameter
@@ -246,11 +242,7 @@ class Network:
         return quantised.dense(self.held(name)).detach()
 
     def network(self) -> nn.Module:
-        """Return the network.
-
-        Raises:
-            SubspanError: if it has been unwrapped.
-        """
+        """Return the network; refuse one that was unwrapped."""
         if self.root is None:
             raise SubspanError(
                 "this SubspaceModel was unwrapped, and its network is an ordinary one again: wrap "

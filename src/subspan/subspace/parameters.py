@@ -99,10 +99,8 @@ def select_trainable(
         targets: as for :class:`~subspan.subspace.SubspaceModel`.
         exclude: as there.
         fully: the names of those that are trained directly.
-        packed: of :func:`find_quantised`; these count as if they required a gradient, since none of
-            them can.
-        foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`: weights that cannot be
-            trained, some of which are no parameters.
+        packed: of :func:`find_quantised`, which count as if they required a gradient: none can.
+        foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`; some are no parameters.
         presets: of the network.
 
     Raises:
@@ -151,18 +149,7 @@ def check_trainable(
     fully: set[str],
     packed: Mapping[str, QuantisedTensor],
 ) -> None:
-    """Refuse tensors that cannot be trained as they are.
-
-    Args:
-        net: the network.
-        places: all of its slots.
-        chosen: names of tensors to train in the subspace.
-        fully: names of tensors to train directly.
-        packed: of :func:`find_quantised`.
-
-    Raises:
-        SubspanError: naming the tensor, why, and what to do.
-    """
+    """Refuse what cannot be trained as it is, in the subspace (``chosen``) or directly."""
     own: dict[str, nn.Parameter] = {}
     for slot in places:
         module, attribute = slot.find(net)

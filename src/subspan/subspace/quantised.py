@@ -95,11 +95,8 @@ def read_quantised(module: nn.Module, attribute: str) -> QuantisedTensor | None:
 def read_kind(kind: str, parameter: Any, module: Any, like: Any) -> QuantisedTensor:
     """Describe a weight whose kind is known, in a program that compilers can read.
 
-    Args:
-        kind: of :class:`QuantisedTensor`.
-        parameter: or what an exporter has put into its place.
-        module: that it belongs to.
-        like: the parameter itself, which has what else is needed.
+    ``parameter`` may be what an exporter has put into the place of the parameter itself, which is
+    ``like``, and has what else is needed.
     """
     if kind.startswith("torchao"):
         return _torchao(parameter, module, like)

@@ -140,8 +140,7 @@ _REPACKS = "support_avx512bf16_for_cpu"  # a flag of Linear4bit
 def keep_packing(net: nn.Module) -> list[nn.Module]:
     """Keep bitsandbytes from packing weights anew, and rounding them, in evaluation mode.
 
-    Returns:
-        The modules that would have done so, for :func:`let_pack`.
+    Returns the modules that would have done so, for :func:`let_pack`.
     """
     packing = [module for module in net.modules() if vars(module).get(_REPACKS)]
     for module in packing:

@@ -15,12 +15,7 @@ from torch import nn
 
 
 def rebind_forward(twin: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Let the ``forward`` that was put into a copied module run on copies.
-
-    Args:
-        twin: the copy.
-        memo: of :func:`copy.deepcopy`: copies by the identity of the original.
-    """
+    """Let the ``forward`` that was put into a copied module run on copies, which ``memo`` has."""
     forward = vars(twin).get("forward")
     if forward is not None:
         vars(twin)["forward"] = _rebound(forward, memo, {})

@@ -28,13 +28,9 @@ def keep_beside(coordinates: Mapping[str, Tensor], folder: Any) -> None:
 
 
 def find_beside(frame: FrameType) -> dict[str, Tensor]:
-    """Return the coordinates in the folder of the checkpoint that is being loaded.
+    """Return the coordinates in the folder of the checkpoint that is being loaded; {} without any.
 
-    Args:
-        frame: of the code that loads the network's state.
-
-    Returns:
-        {} if there are none; they may be other ones than those of the state.
+    They may be other ones than those of the state. The frame is of the code that loads the state.
     """
     folder = find_checkpoint(frame)
     file = None if folder is None else Path(folder) / FILE

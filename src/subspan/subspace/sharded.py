@@ -90,11 +90,7 @@ class Shards:
     # ---- θ of shards -------------------------------------------------------------------------
 
     def theta(self, tensor: str) -> Tensor:
-        """θ where θ₀ lies in shards, spread in the same way; every process forms its own.
-
-        Raises:
-            SubspanError: if a shard is no range of rows.
-        """
+        """θ where θ₀ lies in shards of rows, spread in the same way; each process forms its own."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as place
 
@@ -192,11 +188,7 @@ class Shards:
 
     @torch.no_grad()
     def check_ranks(self) -> None:
-        """Compare all processes before the first call: all must ask.
-
-        Raises:
-            SubspanError: in every process, if one has other initial weights or coordinates.
-        """
+        """Refuse, in all processes, a first call where one has other weights: all must ask."""
         own = digits_of(self.weights.fingerprint)
         digits = torch.tensor(own, dtype=torch.float64, device="cpu")
         half = len(digits) // 2
@@ -235,16 +227,7 @@ AROUND = (
 
 
 def refuse_whole(weights: Weights, what: str, instead: str = AROUND) -> None:
-    """Refuse what needs all of θ₀ in one process.
-
-    Args:
-        weights: of the network.
-        what: cannot be done.
-        instead: what can.
-
-    Raises:
-        SubspanError: if the network is sharded, with what to do.
-    """
+    """Refuse what needs all of θ₀ in one process: ``what`` cannot be done, and ``instead`` can."""
     if weights.shards is not None:
         raise SubspanError(
             f"a network whose weights are sharded over processes cannot be {what}: {instead}"

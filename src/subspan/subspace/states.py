@@ -27,14 +27,9 @@ if TYPE_CHECKING:
 def refuse_rounding(
     values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], where: str
 ) -> None:
-    """Refuse numbers that the dtype of their place would round.
+    """Refuse numbers that the dtype of their place would round; places without one are left out.
 
     Integers of other dtypes are taken as PyTorch takes them: the mean of counters, say.
-
-    Args:
-        values: by name.
-        dtypes: those of their places, by name; names without one are not looked at.
-        where: the values are, for errors.
     """
     for name, value in values.items():
         dtype, numbers = dtypes.get(name, value.dtype), local(value)
@@ -125,16 +120,9 @@ def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign:
 def _check_products(
     weights: Weights, state: dict[str, Any], prefix: str, given: Mapping[str, str]
 ) -> None:
-    """Take the weights out of a state that has their coordinates, too.
+    """Take the weights out of a state that has their coordinates, too, and refuse it without these.
 
-    Args:
-        weights: of the network.
-        state: changed in place.
-        prefix: of the network's keys.
-        given: tensors by their paths in the state.
-
-    Raises:
-        SubspanError: if it has no coordinates, or those of other weights.
+    ``given`` are tensors by their paths in the state.
     """
     names = weights.coordinate_names
     if any(prefix + name not in state for name in names):
@@ -164,15 +152,9 @@ def _check_products(
 def _coordinates_of(
     weights: Weights, values: Mapping[str, Tensor], beside: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Find w whose θ are these values, to within rounding.
+    """Find w whose θ are these values, to within rounding; refuse values that have none.
 
-    Args:
-        weights: of the network.
-        values: θ by tensor.
-        beside: coordinates by name, which are taken if they are such.
-
-    Raises:
-        SubspanError: if there is none.
+    Coordinates ``beside`` the values, by name, are taken if they are such.
     """
     coordinates = {}
     for tensor, value in values.items():
@@ -226,10 +208,7 @@ def _distance(projection: Projection, w: Tensor, delta: Tensor, mask: Tensor) ->
 def _least_squares(projection: Projection, delta: Tensor, mask: Tensor) -> Tensor:
     """W with M P w ≈ δ, (d,) float64; PᵀP is nearly 1, or 1 exactly, so that a few steps suffice.
 
-    Args:
-        projection: P.
-        delta: (D,) float64.
-        mask: (D,) the diagonal of M, 0 where weights stay at θ₀, else 1.
+    δ is (D,) float64, and the mask the diagonal of M, (D,), 0 where weights stay at θ₀, else 1.
     """
     return conjugate_gradients(
         lambda w: mask * projection.matvec(w),

@@ -74,11 +74,7 @@ class Choice:
 
 
 class Structure:
-    """The parts of a network that presets choose from.
-
-    Args:
-        net: the network.
-    """
+    """The parts of a network that presets choose from."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -244,11 +240,7 @@ class Structure:
         return [path for path, module in self.modules.items() if module is found]
 
     def _last(self) -> str:
-        """Return the path of the last layer.
-
-        Raises:
-            SubspanError: if that is not linear, or stands beside another.
-        """
+        """Return the path of the last layer, which must be linear and stand alone."""
         full = [path for path, module in self.modules.items() if _own(module)]
         last = full[-1] if full else ""
         if last not in self.linears:

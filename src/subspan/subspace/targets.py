@@ -126,12 +126,7 @@ class Presets:
     # ---- among patterns ----------------------------------------------------------------------
 
     def choose(self, pattern: str, matching: set[str], option: str) -> set[str]:
-        """Return the tensors that a pattern means.
-
-        Args:
-            pattern: any pattern.
-            matching: the tensors that it matches by their names.
-            option: the argument's name, for the error.
+        """Return the tensors that a pattern means, which matches some by their names.
 
         Raises:
             SubspanError: if it names a preset that the network lacks, or might mean two things.

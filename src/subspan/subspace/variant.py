@@ -102,11 +102,7 @@ class Variant:
             yield key, self.lend(names[id(own)], own) if id(own) in names else own
 
     def check_unwritten(self) -> None:
-        """Refuse a forward that writes to what a variant has.
-
-        Raises:
-            SubspanError: if a tensor of it has been changed in place; θ is then formed anew.
-        """
+        """Refuse a forward that has written to what a variant has; θ is then formed anew."""
         formed = list(self._formed.items())
         written = [name for (name, _), (theta, was) in formed if version_of(theta) != was]
         written += [n for n, t in self.beside.items() if version_of(t) != self._versions[n]]
@@ -198,8 +194,7 @@ def using(variant: Variant) -> Iterator[None]:
 def find_variant(weights: Network) -> Variant | None:
     """Return the variant that a network has in this context; None where it is itself.
 
-    Raises:
-        SubspanError: inside of an activation checkpoint or a trace.
+    An activation checkpoint and a trace are refused.
     """
     if is_at_base(weights):
         return None
@@ -213,11 +208,7 @@ def find_variant(weights: Network) -> Variant | None:
 
 
 def refuse_in_use(weights: Network, done: str) -> None:
-    """Refuse what would mix a variant with the network's own tensors.
-
-    Raises:
-        SubspanError: if a variant is in use in this context.
-    """
+    """Refuse what would mix a variant, if one is in use here, with the network's own tensors."""
     if weights.key and (variant := find_variant(weights)) is not None:
         raise _refuse_in_use(variant, done)
 
@@ -257,10 +248,7 @@ BESIDE = "_subspan_beside"  # in a module's __dict__: names of such tensors by a
 def replaced(weights: Network, name: str, own: Tensor) -> Tensor:
     """Return a tensor of the network's own, or in its place that of the variant in use.
 
-    Args:
-        weights: of the network.
-        name: of the tensor; of coordinates that of the parameter.
-        own: the network's own.
+    The name of coordinates is that of their parameter.
     """
     if torch.compiler.is_compiling():
         if weights.root.training or torch.compiler.is_exporting():

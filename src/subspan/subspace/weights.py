@@ -332,8 +332,7 @@ class Weights(Network):
     def alone(self, tensor: str) -> tuple[Tensor, Block, Tensor] | None:
         """Return coordinates, block and θ₀ of a tensor whose θ would be formed alone.
 
-        Returns:
-            None if θ is kept, or is not formed here, now, and from θ₀ as it is.
+        None if θ is kept, or is not formed here, now, and from θ₀ as it is.
         """
         own = self.blocks_of[tensor]
         if tensor in self.groups_with or self.shards is not None or len(own) > 1:

@@ -48,10 +48,7 @@ def prepare(
 ) -> Weights:
     """Find out what is trained, and through which projections; the network is left as it is.
 
-    Arguments are those of :class:`~subspan.subspace.model.SubspaceModel`.
-
-    Raises:
-        SubspanError: for anything that cannot be trained as asked.
+    Arguments and refusals are those of :class:`~subspan.subspace.model.SubspaceModel`.
     """
     if padding not in ("keep", "train"):
         raise unknown("padding", padding, ("keep", "train"))
@@ -115,11 +112,7 @@ def prepare(
 
 
 def check_ordinary(net: Any) -> None:
-    """Refuse what is no network, or has a part that is in a subspace already.
-
-    Raises:
-        SubspanError: naming it.
-    """
+    """Refuse what is no network, or has a part that is in a subspace already."""
     if isinstance(net, Handle):
         raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
     if not isinstance(net, nn.Module):

@@ -23,9 +23,6 @@ class Library:
         take: makes of a source what is stored.
         folder: of checkpoints, or None.
         resident: how many of the folder's variants stay in memory.
-
-    Raises:
-        SubspanError: for a folder without checkpoints, or with two of one name.
     """
 
     def __init__(
@@ -50,11 +47,7 @@ class Library:
         return isinstance(name, str) and (name in self._added or name in self._files)
 
     def add(self, name: str, source: Source) -> None:
-        """Add a variant under a name that is free.
-
-        Raises:
-            SubspanError: for a name that is taken, and a source that is no variant.
-        """
+        """Add a variant under a name that is free."""
         if not isinstance(name, str) or not name:
             raise SubspanError(f"a variant's name is a text of one letter or more, got {name!r}")
         self._refuse_taken(name)
@@ -64,11 +57,7 @@ class Library:
             self._added[name] = stored
 
     def replace(self, name: str, source: Source) -> list[StoredVariant]:
-        """Put another variant in the place of one; return what there was in memory.
-
-        Raises:
-            SubspanError: for an unknown name, and a source that is no variant.
-        """
+        """Put another variant in the place of one; return what there was in memory."""
         self._check_known(name)
         stored = self._take(source)
         with self._lock:
@@ -77,20 +66,12 @@ class Library:
         return was
 
     def remove(self, name: str) -> list[StoredVariant]:
-        """Remove a variant, not its file; return what there was in memory.
-
-        Raises:
-            SubspanError: for an unknown name.
-        """
+        """Remove a variant, not its file; return what there was in memory."""
         with self._lock:
             return self._drop(name)
 
     def load(self, name: str) -> StoredVariant:
-        """Return a variant, from its file if it is not in memory.
-
-        Raises:
-            SubspanError: for an unknown name, and a file that is no variant.
-        """
+        """Return a variant, from its file if it is not in memory."""
         with self._lock:
             self._check_known(name)
             if name in self._added:
@@ -140,11 +121,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find the checkpoints of a folder, by the names of their variants.
-
-    Raises:
-        SubspanError: if there are none, or two of one name.
-    """
+    """Find the checkpoints of a folder, at least one, by the names of their variants."""
     files: dict[str, Path] = {}
     for path in sorted(path for end in ENDS for path in Path(folder).glob(f"*{end}")):
         if (other := files.setdefault(path.stem, path)) is not path:

@@ -24,9 +24,6 @@ _keys = itertools.count(1)
 class Places:
     """The modules with fully trained parameters and buffers, whose reads may give a variant's.
 
-    Args:
-        weights: of the network, which has variants from now on.
-
     Raises:
         SubspanError: if a module cannot have another class; the network is then as it was.
     """
@@ -73,11 +70,7 @@ class Places:
         return plain and self.weights.blocks_of.keys() <= self.weights.factors
 
     def check(self) -> None:
-        """Refuse variants of a network that would not read them, or would change them.
-
-        Raises:
-            SubspanError: in training mode, inside of ``at_base()``, and if a module was replaced.
-        """
+        """Refuse variants of a network that would not read them, or would change them."""
         root = self.weights.network()
         if root.training or any(module.training for module in self._modules.values()):
             raise SubspanError("variants are for inference: call eval() of the network first")

@@ -14,11 +14,7 @@ Key = tuple[StoredVariant | None, ...]  # the variant of each row, or of all; No
 
 
 class Recent:
-    """The variants of the latest uses, with the θ that was formed for them.
-
-    Args:
-        size: how many.
-    """
+    """The variants of the latest uses, so many as ``size``, with the θ that was formed for them."""
 
     def __init__(self, size: int) -> None:
         self.size = size

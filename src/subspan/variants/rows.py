@@ -62,16 +62,8 @@ def check_result(
     """Refuse a result in which a tensor has no row for each row of the batch.
 
     A table of all rows by all rows (the similarities of CLIP) has as many, but the rows of a larger
-    batch are longer then: where a tensor may be one, such a batch is run, too.
-
-    Args:
-        result: of the network.
-        rows: of its batch.
-        run: runs the network on so many rows.
-        known: tensors of a result that have turned out to be no tables; it is added to.
-
-    Raises:
-        SubspanError: naming the tensor.
+    batch are longer then: where a tensor may be one, ``run`` runs so many rows, too. ``known`` are
+    those that have turned out to be no tables; it is added to.
     """
     found = _shapes(result, "the result")
     for where, shape in found:
@@ -111,16 +103,9 @@ def _refuse_shapes(where: str, shapes: Sequence[Shape], counts: Sequence[int]) -
 def join_rows(
     results: Sequence[Any], counts: Sequence[int], order: Tensor, where: str = "the result"
 ) -> Any:
-    """Put the results of several batches together, row by row.
+    """Put the results of several batches together, row by row; refuse what has no rows.
 
-    Args:
-        results: of each batch, all of one structure.
-        counts: the rows of each batch.
-        order: for each row of the whole, where it is among those of all batches.
-        where: what this is, for errors.
-
-    Raises:
-        SubspanError: for what has no rows.
+    ``order`` says for each row of the whole where it is among those of all batches.
     """
     first = results[0]
     if any(type(result) is not type(first) for result in results):

@@ -40,11 +40,7 @@ class StoredVariant:
 
 
 class Shelf:
-    """Takes variants of a model from where they come, and makes them ready for use.
-
-    Args:
-        model: the network in its subspace.
-    """
+    """Takes variants of a model from where they come, and makes them ready for use."""
 
     def __init__(self, model: SubspaceModel) -> None:
         self.model, self.weights = model, model.subspace
@@ -57,11 +53,7 @@ class Shelf:
         self._like_beside = _without_values(self.beside())
 
     def take(self, source: Source) -> StoredVariant:
-        """Take a variant from a vector, the file of a checkpoint, or a model as it is now.
-
-        Raises:
-            SubspanError: for anything that is no variant of this model.
-        """
+        """Take a variant from a vector, the file of a checkpoint, or a model as it is now."""
         if isinstance(source, str | os.PathLike):
             return self._take(os.fspath(source), *read(source))
         if isinstance(source, Tensor):
