@@ -86,19 +86,17 @@ class SubspaceModel(Handle):
         **options: Any,
     ) -> None:
         super().__init__()
-        weights = prepare(
-            net,
-            dim,
-            projection=projection,
-            compartments=compartments,
-            allocation=allocation,
-            targets=targets,
-            exclude=exclude,
-            train_fully=train_fully,
-            padding=padding,
-            seed=seed,
-            **options,
-        )
+        recipe = {
+            "dim": dim,
+            "projection": projection,
+            "compartments": compartments,
+            "allocation": allocation,
+            "targets": targets,
+            "exclude": exclude,
+            "train_fully": train_fully,
+            "seed": seed,
+        }
+        weights = prepare(net, recipe, padding, options)
         signature_of = type(net)
         attach(weights)  # the last that can fail; from here on the network is changed
         self._take(net, weights, signature_of)

@@ -11,7 +11,7 @@ from subspan import families
 from subspan.errors import SubspanError, unknown
 from subspan.subspace.adapted import find_adapters
 from subspan.subspace.blocks import digest_layout
-from subspan.subspace.compartments import Patterns, Rules, listed, partition, select
+from subspan.subspace.compartments import listed, partition, select
 from subspan.subspace.dtensors import refuse_sharded
 from subspan.subspace.handle import Handle
 from subspan.subspace.links import LINK
@@ -33,43 +33,36 @@ from subspan.subspace.weights import Weights
 
 
 def prepare(
-    net: nn.Module,
-    dim: int | Sequence[int] | None,
-    *,
-    projection: str,
-    compartments: Rules,
-    allocation: str,
-    targets: Patterns,
-    exclude: Patterns,
-    train_fully: Patterns,
-    padding: str,
-    seed: int,
-    **options: Any,
+    net: nn.Module, recipe: Mapping[str, Any], padding: str, options: dict[str, Any]
 ) -> Weights:
     """Find out what is trained, and through which projections; the network is left as it is.
 
-    Arguments and refusals are those of :class:`~subspan.subspace.model.SubspaceModel`.
+    The recipe has the other arguments of :class:`~subspan.subspace.model.SubspaceModel` by name,
+    whose refusals these are.
     """
     if padding not in ("keep", "train"):
         raise unknown("padding", padding, ("keep", "train"))
     check_ordinary(net)
     refuse_sharded(net)
-    targets, exclude, train_fully = listed(targets), listed(exclude), listed(train_fully)
+    patterns = {name: listed(recipe[name]) for name in ("targets", "exclude", "train_fully")}
+    dim, rules, seed = recipe["dim"], recipe["compartments"], recipe["seed"]
     places = find_slots(net)
     names = find_aliases(places)
     tensors = {name: net.get_parameter(name) for name in names}
     packed, foreign = find_quantised(net, places), find_foreign(net)
     shapes = {name: packed.get(name, tensor).shape for name, tensor in tensors.items()}
     presets = Presets(net, with_foreign(names, foreign), shapes)
-    fully = select(names, train_fully, "train_fully", presets=presets)
-    sizes = select_trainable(tensors, names, targets, exclude, fully, packed, foreign, presets)
+    fully = select(names, patterns["train_fully"], "train_fully", presets=presets)
+    chosen = patterns["targets"], patterns["exclude"]
+    sizes = select_trainable(tensors, names, *chosen, fully, packed, foreign, presets)
     check_trainable(net, places, set(sizes), fully, packed)
     for name in (name for name in sizes if name in packed):
         refuse_converted(net, name, packed[name])
-    parts = partition(sizes, names, dim, compartments, allocation, presets)
+    parts = partition(sizes, names, dim, rules, recipe["allocation"], presets)
+    family = recipe["projection"]
     projections = tuple(
         families.projection(
-            projection, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options
+            family, out_dim=part.weights, in_dim=part.dim, seed=seed, stream=k, **options
         )
         for k, part in enumerate(parts)
     )
@@ -93,21 +86,16 @@ def prepare(
         fully,
         kept,
         digest_tensors({**base, **saved_buffers(net)})
-        + digest_layout(parts, projection, seed, meaning),
+        + digest_layout(parts, family, seed, meaning),
         {name: weight.kind for name, weight in packed.items()},
         adapters,
     )
     weights.meaning = meaning
-    weights.recipe = own | {
+    as_json = {
         "dim": list(dim) if isinstance(dim, Sequence) else dim,
-        "projection": projection,
-        "compartments": compartments if isinstance(compartments, str) else _as_pairs(compartments),
-        "allocation": allocation,
-        "targets": targets,
-        "exclude": exclude,
-        "train_fully": train_fully,
-        "seed": seed,
+        "compartments": rules if isinstance(rules, str) else _as_pairs(rules),
     }
+    weights.recipe = {**own, **recipe, **patterns, **as_json}
     return weights
 
 
