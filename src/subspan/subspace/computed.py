@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import (
-    adds_to_optimizer,
-    registers_parameter,
-    switches_adapters,
-)
+from subspan.subspace import callers
 from subspan.subspace.functions import (
     ordinary_tensors,
     property_of,
@@ -57,7 +53,7 @@ class Computed(Tensor):
         if target is not None and name != "requires_grad_":
             raise target._refuse_change(func)
         if target is not None and not target._may_set_flag(args, kwargs):
-            if switches_adapters(sys._getframe(1)):
+            if callers.switches_adapters(sys._getframe(1)):
                 return target  # a disabled adapter has no gradient anyway
             raise target._refuse_flag()
         if sets(func, "requires_grad"):
@@ -115,12 +111,12 @@ class Computed(Tensor):
         if torch.compiler.is_compiling():
             return
         frame = sys._getframe(2)
-        if self._is_theta and adds_to_optimizer(frame):
+        if self._is_theta and callers.adds_to_optimizer(frame):
             raise SubspanError(
                 f"{self.weight_name} is computed, and an optimizer has nothing of it to change: "
                 "give it the parameters of the SubspaceModel or of the whole network"
             )
-        if registers_parameter(frame):
+        if callers.registers_parameter(frame):
             raise SubspanError(
                 f"{self.weight_name} is computed from coordinates and cannot be a parameter of "
                 "another module, too: tie or convert modules before the network is wrapped, or "

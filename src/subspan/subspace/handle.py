@@ -18,12 +18,7 @@ import torch
 from torch import nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import (
-    asked_by_another_package,
-    asked_by_checkpoint,
-    copies_weights,
-    sorts_by_decay,
-)
+from subspan.subspace import callers
 from subspan.subspace.coordinates import Coordinates
 from subspan.subspace.links import FINGERPRINT, PREFIX
 from subspan.subspace.rebinding import rebind_forward
@@ -66,10 +61,10 @@ class Handle(nn.Module):
         compiled = torch.compiler.is_compiling()
         if not compiled:
             self.subspace.changes.check_freezing(sys._getframe(1))
-        if not compiled and copies_weights(sys._getframe(1)):
+        if not compiled and callers.copies_weights(sys._getframe(1)):
             yield from self.subspace.copied()  # type: ignore[misc]
             return
-        if not recurse and not compiled and asked_by_checkpoint(sys._getframe(1)):
+        if not recurse and not compiled and callers.asked_by_checkpoint(sys._getframe(1)):
             # It goes from module to module, and wants every name of a parameter.
             for key, w in self.coordinates.items():
                 yield f"{start}coordinates.{key}", w
@@ -83,7 +78,7 @@ class Handle(nn.Module):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the network; coordinates, too, to whoever sorts parameters by their modules."""
-        if not torch.compiler.is_compiling() and sorts_by_decay(sys._getframe(1)):
+        if not torch.compiler.is_compiling() and callers.sorts_by_decay(sys._getframe(1)):
             yield "coordinates", self.coordinates
         yield from super().named_children()
 
@@ -144,7 +139,9 @@ class Handle(nn.Module):
         if taken and name != "init_seed" and "body" in vars(self).get("_modules", ()):
             raise _refuse_setting(name)
         new = name.startswith("_") and not hasattr(self, name)
-        if self._is_own(name) or (new and asked_by_another_package(sys._getframe(1), self.body)):
+        if self._is_own(name) or (
+            new and callers.asked_by_another_package(sys._getframe(1), self.body)
+        ):
             super().__setattr__(name, value)
         else:
             setattr(self.body, name, value)

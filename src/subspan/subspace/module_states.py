@@ -9,12 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import (
-    asked_by_own_method,
-    goes_by_tensor,
-    saved_around,
-    saved_as_adapters,
-)
+from subspan.subspace import callers
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.dtensors import is_shard
 from subspan.subspace.links import FINGERPRINT, Behaviour, link_of, trained_keys
@@ -50,20 +45,20 @@ class ModuleStates(Behaviour):
             return super().state_dict(*args, **kwargs)
         weights = link_of(self).weights
         refuse_in_use(weights, "saved")
-        if function := goes_by_tensor(sys._getframe(1)):
+        if function := callers.goes_by_tensor(sys._getframe(1)):
             raise SubspanError(
                 f"{function} of accelerate would take weights tensor by tensor, and those of a "
                 "network in a subspace are computed from θ₀ and coordinates, which belong "
                 "together: do this before the network is wrapped, or leave out offloading and "
                 "device_map="
             )
-        others = weights.root is self and not asked_by_own_method(sys._getframe(1), self)
-        around = others and saved_around(sys._getframe(1))
+        others = weights.root is self and not callers.asked_by_own_method(sys._getframe(1), self)
+        around = others and callers.saved_around(sys._getframe(1))
         whole = others and not around
         if others:
             weights.changes.check_base()
             trained = any(w.requires_grad for w in weights.coordinates().values())
-            if trained and saved_as_adapters(sys._getframe(1)):
+            if trained and callers.saved_as_adapters(sys._getframe(1)):
                 raise SubspanError(
                     "Trainer would save PEFT's adapters without the coordinates that are trained "
                     "beside them: put adapters into the network before it is wrapped, with "

@@ -25,20 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
-from subspan.subspace.callers import (
-    asked_by_ddp,
-    asked_by_export,
-    asked_by_fsdp,
-    asked_by_own_property,
-    asked_by_tensor_parallel,
-    asked_by_trace,
-    averages_models,
-    converts_batchnorm,
-    copies_weights,
-    empties_for_fsdp,
-    given_to_ddp,
-    pairs_with_state,
-)
+from subspan.subspace import callers
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_flattening
@@ -112,20 +99,20 @@ class WrappedModule(ModuleStates):
         fsdp = paired = False
         if not torch.compiler.is_compiling():
             frame = sys._getframe(1)
-            paired = pairs_with_state(frame)
-            fsdp = asked_by_fsdp(frame)
-            if asked_by_export(frame):
+            paired = callers.pairs_with_state(frame)
+            fsdp = callers.asked_by_fsdp(frame)
+            if callers.asked_by_export(frame):
                 raise refuse_part("exported")
             if (link := find_link(self)) is not None:
-                if asked_by_tensor_parallel(frame):
+                if callers.asked_by_tensor_parallel(frame):
                     raise SubspanError(
                         "tensor parallelism spreads single layers, whose weights are computed from "
                         "coordinates of the whole network here: call fully_shard on the layers and "
                         "on the network, or parallelize the network of merge()"
                     )
                 refuse_flattening(self, frame)
-                if asked_by_ddp(frame):
-                    self._refuse_ddp(link, given_to_ddp(frame))
+                if callers.asked_by_ddp(frame):
+                    self._refuse_ddp(link, callers.given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)
         for name, p in self._lent(stored):
             if paired and home_of(p) is not None:
@@ -157,7 +144,7 @@ class WrappedModule(ModuleStates):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the parts, which nobody may put into layers of another kind."""
         compiled = torch.compiler.is_compiling()
-        if not compiled and converts_batchnorm(sys._getframe(1)):
+        if not compiled and callers.converts_batchnorm(sys._getframe(1)):
             for tensor, key, _ in trained_keys(self):
                 if isinstance(self.get_submodule(key.rpartition(".")[0]), _BatchNorm):
                     raise SubspanError(
@@ -198,7 +185,7 @@ class WrappedModule(ModuleStates):
         """Set an attribute; a computed weight cannot be tied to another one."""
         link = find_link(self)
         stored = link is not None and name in self._parameters
-        if stored and not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
+        if stored and not torch.compiler.is_compiling() and callers.asked_by_fsdp(sys._getframe(1)):
             Shards.put(self, name, value)
             return
         if type(value) is Computed and link is not None and name in link.tensors:
@@ -210,7 +197,7 @@ class WrappedModule(ModuleStates):
 
     def __prepare_scriptable__(self) -> Any:
         """TorchScript, which asks here, would keep the weights of now; a trace follows them."""
-        if asked_by_trace(sys._getframe(1)):
+        if callers.asked_by_trace(sys._getframe(1)):
             return self
         raise SubspanError(
             "a network in a subspace cannot be scripted, since TorchScript would keep its weights "
@@ -234,7 +221,7 @@ class WrappedModule(ModuleStates):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""
-        if not torch.compiler.is_compiling() and empties_for_fsdp(sys._getframe(1)):
+        if not torch.compiler.is_compiling() and callers.empties_for_fsdp(sys._getframe(1)):
             raise SubspanError(
                 "accelerate's cpu_ram_efficient_loading would empty this network and fill its "
                 "shards from one process, while every process needs θ₀ whole until it is sharded: "
@@ -269,7 +256,7 @@ class WrappedModule(ModuleStates):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        if asked_by_ddp(sys._getframe(1)):
+        if callers.asked_by_ddp(sys._getframe(1)):
             self._refuse_ddp(link_of(self), [])
         return []  # to whoever lists attributes
 
@@ -306,21 +293,18 @@ class WrappedNetwork(WrappedModule):
         if not torch.compiler.is_compiling():
             weights.changes.check_freezing(sys._getframe(1))
         stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)
-        if not torch.compiler.is_compiling() and copies_weights(sys._getframe(1)):
-            yield from weights.copied()
-            return
-        if not torch.compiler.is_compiling() and asked_by_fsdp(sys._getframe(1)):
-            # Coordinates are whole in every process, and no business of FSDP's.
-            yield from (pair for pair in stored if not pair[0].startswith(PREFIX))
-            return
-        if not torch.compiler.is_compiling() and pairs_with_state(sys._getframe(1)):
-            own = weights.coordinate_names  # states go without θ₀ and what nobody trains
-            yield from (pair for pair in stored if pair[0] in own or weights.lists(*pair))
-            return
-        if not torch.compiler.is_compiling() and asked_by_own_property(sys._getframe(1), self):
-            # Python's sort is stable.
-            yield from sorted(stored, key=lambda pair: is_ours(pair[0]))
-            return
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(1)
+            if callers.copies_weights(frame):
+                stored = weights.copied()  # type: ignore[assignment]
+            elif callers.asked_by_fsdp(frame):
+                # Coordinates are whole in every process, and no business of FSDP's.
+                stored = (pair for pair in stored if not pair[0].startswith(PREFIX))
+            elif callers.pairs_with_state(frame):
+                own = weights.coordinate_names  # states go without θ₀ and what nobody trains
+                stored = (pair for pair in stored if pair[0] in own or weights.lists(*pair))
+            elif callers.asked_by_own_property(frame, self):
+                stored = iter(sorted(stored, key=lambda pair: is_ours(pair[0])))  # it is stable
         yield from stored
 
     def named_modules(self, memo: set[Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -331,7 +315,7 @@ class WrappedNetwork(WrappedModule):
         """
         if not torch.compiler.is_compiling():
             refuse_flattening(self, sys._getframe(1))
-        if torch.compiler.is_compiling() or not averages_models(sys._getframe(1)):
+        if torch.compiler.is_compiling() or not callers.averages_models(sys._getframe(1)):
             return super().named_modules(memo, *args, **kwargs)
         memo = set() if memo is None else memo
         if self in memo:
