@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 
 from subspan.errors import SubspanError
 from subspan.subspace import callers
-from subspan.subspace.coordinates import Coordinates
+from subspan.subspace.blocks import parameter_key
 from subspan.subspace.links import FINGERPRINT, PREFIX
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.weights import Weights
@@ -236,3 +236,60 @@ def _of_the_network(handle: Any, name: str, *args: Any) -> Any:
 def _rebuild(handle: type, net: type) -> Any:
     cls = with_signature(handle, net)
     return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+# ---- coordinates ---------------------------------------------------------------------------------
+
+
+class Coordinates(nn.Module):
+    """w of a model by compartment: a view of parameters that the network holds."""
+
+    def __init__(self, network: Weights) -> None:
+        super().__init__()
+        self._parameters = _Entries(network)  # type: ignore[assignment]
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self._parameters[parameter_key(key) if key not in self._parameters else key]  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._parameters
+
+    def keys(self) -> Any:
+        """Names of the compartments, with a slash for every dot."""
+        return self._parameters.keys()
+
+    def values(self) -> Any:
+        """Return the parameters."""
+        return self._parameters.values()
+
+    def items(self) -> Any:
+        """Both."""
+        return self._parameters.items()
+
+
+class _Entries(MutableMapping[str, Any]):
+    """The coordinates' entries in the network's ``_parameters``, by compartment."""
+
+    def __init__(self, network: Weights) -> None:
+        self._network = network
+
+    def __getitem__(self, key: str) -> Any:
+        return self._network.coordinates()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._network.root._parameters[PREFIX + key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise SubspanError("coordinates cannot be deleted: unwrap() the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._network.coordinates())
+
+    def __len__(self) -> int:
+        return len(self._network.coordinate_names)

@@ -17,9 +17,8 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.variant import MixedVariant, NotByRowError, Variant, using
-from subspan.variants.library import Library
+from subspan.variants.library import Key, Library, Recent
 from subspan.variants.places import Places
-from subspan.variants.recent import Key, Recent
 from subspan.variants.rows import Shape, check_result, check_rows, join_rows, take_rows
 from subspan.variants.stored import Shelf, Source, StoredVariant
 
