@@ -93,22 +93,23 @@ class Changes:
         for name, part in zip(
             self.weights.coordinate_names, self.weights.compartments, strict=True
         ):
-            tensors = [piece.tensor for piece in part.pieces]
-            wanted = [tensor for tensor in tensors if self.wishes.get(tensor, False)]
-            frozen = [tensor for tensor in tensors if not self.wishes.get(tensor, True)]
             w = self.weights.root._parameters[name]
-            if frozen and isinstance(w, nn.Parameter) and w.requires_grad:
-                raise SubspanError(
-                    f"requires_grad of {frozen[0]} was set to False, but its coordinates "
-                    f"({name}) are trained: freeze those, too, or give exclude= when the network "
-                    "is wrapped"
-                )
-            if wanted and isinstance(w, nn.Parameter) and not w.requires_grad:
-                raise SubspanError(
-                    f"requires_grad of {wanted[0]} was set to True, but its coordinates ({name}) "
-                    "are frozen: unfreeze them; a part alone is trained by targets= or exclude= "
-                    "when the network is wrapped"
-                )
+            if not isinstance(w, nn.Parameter):  # but what a functional call has put there
+                continue
+            for tensor in (piece.tensor for piece in part.pieces):
+                wish = self.wishes.get(tensor, w.requires_grad)
+                if w.requires_grad and not wish:
+                    raise SubspanError(
+                        f"requires_grad of {tensor} was set to False, but its coordinates ({name}) "
+                        "are trained: freeze those, too, or give exclude= when the network is "
+                        "wrapped"
+                    )
+                if wish and not w.requires_grad:
+                    raise SubspanError(
+                        f"requires_grad of {tensor} was set to True, but its coordinates ({name}) "
+                        "are frozen: unfreeze them; a part alone is trained by targets= or "
+                        "exclude= when the network is wrapped"
+                    )
         if all(self.wishes.values()):
             self.wishes.clear()
 

@@ -16,7 +16,6 @@ from subspan.subspace.functions import (
     ordinary_tensors,
     property_of,
     read_only,
-    sets,
     share_memory,
     written_by,
 )
@@ -56,7 +55,7 @@ class Computed(Tensor):
             if callers.switches_adapters(sys._getframe(1)):
                 return target  # a disabled adapter has no gradient anyway
             raise target._refuse_flag()
-        if sets(func, "requires_grad"):
+        if name == "__set__" and property_of(func) == "requires_grad":
             if not args[0]._may_set_flag(args, {}):
                 raise args[0]._refuse_flag()
             func = Tensor.requires_grad_  # the property is refused in a graph, even if it stays

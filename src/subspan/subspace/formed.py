@@ -51,19 +51,16 @@ def version_of(tensor: Tensor | QuantisedTensor) -> Any:
 
 @dataclass(eq=False)
 class Formed:
-    """θ of a block or of a tensor, what it was formed from, and versions and sums of it."""
+    """θ of a block or of a tensor, what it was formed from; its names, versions and sums."""
 
     coordinates: Sequence[Tensor]
     state: tuple[Any, ...]
     thetas: Sequence[Tensor]
-    versions: Sequence[int]
-    sums: Sequence[Tensor | None]
-    names: Sequence[str]
+    marks: Sequence[tuple[str, int, Tensor | None]]
 
     def check_unwritten(self) -> None:
         """Refuse a forward that writes to its own weights: computed ones would not keep it."""
-        every = zip(self.names, self.thetas, self.versions, self.sums, strict=True)
-        for name, theta, version, was in every:
+        for theta, (name, version, was) in zip(self.thetas, self.marks, strict=True):
             unwritten = version_of(theta) == version
             if was is not None and (now := _sum(theta)) is not None:
                 unwritten &= torch.allclose(now, was, rtol=0, atol=0, equal_nan=True)
@@ -165,9 +162,9 @@ class Outermost:
         The key is that of a group of blocks, or a tensor. ``coordinates`` live as long as θ, so
         that the state, of what they were and in which mode, may name them by their identity.
         """
-        versions = [version_of(theta) for theta in thetas]
         sums = [_sum(theta) if self.first else None for theta in thetas]
-        self.formed[key] = Formed(coordinates, state, thetas, versions, sums, names)
+        marks = list(zip(names, map(version_of, thetas), sums, strict=True))
+        self.formed[key] = Formed(coordinates, state, thetas, marks)
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""

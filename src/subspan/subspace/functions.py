@@ -33,14 +33,12 @@ def property_of(function: Any) -> str:
     return getattr(getattr(function, "__self__", None), "__name__", "")
 
 
-def sets(function: Any, name: str) -> bool:
-    """Return whether a function sets a property of this name."""
-    return getattr(function, "__name__", "") == "__set__" and property_of(function) == name
-
-
 def sets_flag(function: Any) -> bool:
     """Return whether a function sets ``requires_grad``, as a property or by its method."""
-    return getattr(function, "__name__", "") == "requires_grad_" or sets(function, "requires_grad")
+    name = getattr(function, "__name__", "")
+    return name == "requires_grad_" or (
+        name == "__set__" and property_of(function) == "requires_grad"
+    )
 
 
 def writes_first(function: Any) -> bool:

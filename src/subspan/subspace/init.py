@@ -57,7 +57,8 @@ def initialize(net: nn.Module, seed: int, only: Collection[str] | None = None) -
             )
         bound = _bound(module, attribute, tensor)
         if bound is not None:
-            tensor.copy_(_uniform(source, position, tensor) * bound)
+            u = source.uniforms(0, tensor.numel(), column=position, device=tensor.device)
+            tensor.copy_((2 * u - 1).view(tensor.shape) * bound)
 
 
 def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -100,12 +101,6 @@ def left_as_made(net: nn.Module) -> dict[str, Tensor]:
 def _owners(net: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """List parameters with module and attribute: a tied one has those that hold it first."""
     return [(s.path, *s.find(net)) for s in find_slots(net) if s.path == s.tensor]
-
-
-def _uniform(source: Source, position: int, like: Tensor) -> Tensor:
-    """2u − 1 in the shape and on the device of ``like``, float32."""
-    draws = source.uniforms(0, like.numel(), column=position, device=like.device)
-    return (2 * draws - 1).view(like.shape)
 
 
 def _bound(module: nn.Module, attribute: str, tensor: Tensor) -> float | None:

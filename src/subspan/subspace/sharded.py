@@ -189,22 +189,22 @@ class Shards:
     @torch.no_grad()
     def check_ranks(self) -> None:
         """Refuse, in all processes, a first call where one has other weights: all must ask."""
-        own = digits_of(self.weights.fingerprint)
-        digits = torch.tensor(own, dtype=torch.float64, device="cpu")
-        half = len(digits) // 2
-        what = None
-        if self._differs([digits[:half]]):
-            what = "initial weights"
-        elif self._differs([digits[half:]]):
-            what = "projections or compartments"
-        elif self._differs([w.detach().reshape(-1).double() for _, w in self._trained()]):
-            what = "coordinates, or other parameters that are trained"
-        if what is None:
-            return
-        raise SubspanError(
-            f"the processes that share this network have different {what}: build and load it in "
-            "the same way in every process before fully_shard"
-        )
+        fingerprint = digits_of(self.weights.fingerprint)
+        digits = torch.tensor(fingerprint, dtype=torch.float64, device="cpu")
+        base, layout = digits.chunk(2)
+        numbers = {
+            "initial weights": [base],
+            "projections or compartments": [layout],
+            "coordinates, or other parameters that are trained": [
+                w.detach().reshape(-1).double() for _, w in self._trained()
+            ],
+        }
+        for what, own in numbers.items():
+            if self._differs(own):
+                raise SubspanError(
+                    f"the processes that share this network have different {what}: build and load "
+                    "it in the same way in every process before fully_shard"
+                )
 
     def _differs(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these numbers are others in another process; all get the same answer."""
