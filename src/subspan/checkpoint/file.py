@@ -49,6 +49,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     "part": {"fingerprint": str},
 }
 OPTIONAL = {"base": dict, "kept": dict, "lora": dict, "parameters": str, "quantised": dict}
+Header = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names
 
 
@@ -81,7 +83,7 @@ def describe_layers(net: nn.Module) -> dict[str, Any]:
     return {"kind": kind} | {field: fields.get(field, {}) for field in FIELDS[kind]}
 
 
-def layers_of(header: Mapping[str, Any], path: object = "the file") -> Types:
+def layers_of(header: Header, path: object = "the file") -> Types:
     """Return the compressed layers that a header describes, by their types.
 
     Raises:
@@ -216,13 +218,13 @@ def agree(one: str, other: str) -> bool:
     return known >= 8 and one[:known] == other[:known]
 
 
-def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def digest(header: Header, tensors: Tensors) -> str:
     """Return 128 bits of a hash over the header and all tensors."""
     sha = hashlib.sha256(to_json(header).encode())
     sha.update(digest_tensors({name: tensors[name] for name in sorted(tensors)}).encode())
     return sha.hexdigest()[:32]
 
 
-def to_json(header: Mapping[str, Any]) -> str:
+def to_json(header: Header) -> str:
     """Write a header in the one way that its digest is made of."""
     return json.dumps(header, sort_keys=True, separators=(",", ":"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
-from subspan.checkpoint.file import COORDINATES, Types, agree, layers_of, read
+from subspan.checkpoint.file import COORDINATES, Header, Tensors, Types, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
 from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
 from subspan.counts import count
@@ -63,9 +63,7 @@ def load(path: str | os.PathLike[str], net: Net) -> nn.Module:
     return _load_network(path, network, types, tensors)
 
 
-def _load_network(
-    path: str | os.PathLike[str], network: nn.Module, types: Types, tensors: Mapping[str, Tensor]
-) -> nn.Module:
+def _load_network(path: object, network: nn.Module, types: Types, tensors: Tensors) -> nn.Module:
     """Give a network the compressed layers and all tensors of a file."""
     try:
         _refuse_rounding(network, types, tensors)
@@ -83,11 +81,7 @@ def _load_network(
 
 
 def _load_model(
-    path: str | os.PathLike[str],
-    network: nn.Module,
-    header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    draw: bool,
+    path: object, network: nn.Module, header: Header, tensors: Tensors, draw: bool
 ) -> SubspaceModel:
     """Put a network into the subspace of a file, at its coordinates.
 
@@ -113,7 +107,7 @@ def _load_model(
     return model
 
 
-def _refuse_rounding(network: nn.Module, types: Types, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_rounding(network: nn.Module, types: Types, tensors: Tensors) -> None:
     """Refuse numbers that a network would round, while its layers are still those that it has."""
     dtypes = {name: p.dtype for name, p in network.named_parameters()}
     modules = dict(network.named_modules())
@@ -123,7 +117,7 @@ def _refuse_rounding(network: nn.Module, types: Types, tensors: Mapping[str, Ten
     refuse_rounding(tensors, dtypes, "the file")
 
 
-def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
+def rebuild(network: nn.Module, header: Header) -> nn.Module:
     """Give a network the compressed layers that a header describes, with any values.
 
     A :class:`SubspaceModel` grows to the coordinates that it says.
@@ -141,7 +135,7 @@ def rebuild(network: nn.Module, header: Mapping[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore(model: nn.Module, tensors: Tensors) -> None:
     """Put the tensors of a checkpoint, as :func:`read` gives them, into the model that was saved.
 
     Raises:
@@ -194,12 +188,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             w.copy_(part)
 
 
-def _wrap(
-    path: str | os.PathLike[str],
-    net: nn.Module,
-    header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> SubspaceModel:
+def _wrap(path: object, net: nn.Module, header: Header, tensors: Tensors) -> SubspaceModel:
     """Return the model of a recipe, if this is its network."""
     try:
         # Files from before padding rows were kept say nothing of them.
@@ -214,12 +203,7 @@ def _wrap(
     return model
 
 
-def _take_buffers(
-    path: str | os.PathLike[str],
-    model: SubspaceModel,
-    header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> None:
+def _take_buffers(path: object, model: SubspaceModel, header: Header, tensors: Tensors) -> None:
     """Accept a network whose buffers changed (by training, before unwrap()) if all are here."""
     weights = model.subspace
     same = "parameters" in header and header["parameters"] == weights.parameters_digest()
@@ -234,9 +218,7 @@ def _take_buffers(
     weights.base_buffers = {}  # so that all of them are stored again
 
 
-def check_base(
-    path: str | os.PathLike[str], model: SubspaceModel, header: Mapping[str, Any]
-) -> None:
+def check_base(path: object, model: SubspaceModel, header: Header) -> None:
     """Refuse coordinates around another θ₀ than theirs, or of another part of the network."""
     if (here := count_kinds(model.subspace.packed.values())) != (
         there := header.get("quantised", {})
