@@ -40,12 +40,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     "lowrank": {"ranks": dict},
     "product-of-sums": {"ranks": dict, "sums": dict},
     "layers": {"ranks": dict, "sums": dict, "layers": dict},
-    "subspace": {
-        "recipe": dict,
-        "init_seed": (int, NoneType),
-        "fingerprint": str,
-        "layout": str,
-    },
+    "subspace": {"recipe": dict, "init_seed": (int, NoneType), "fingerprint": str, "layout": str},
     "part": {"fingerprint": str},
 }
 OPTIONAL = {"base": dict, "kept": dict, "lora": dict, "parameters": str, "quantised": dict}

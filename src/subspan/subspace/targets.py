@@ -77,10 +77,7 @@ class Presets:
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        names: Mapping[str, Sequence[str]],
-        shapes: Mapping[str, torch.Size],
+        self, net: nn.Module, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]
     ) -> None:
         self._net, self._names, self._shapes = net, names, shapes
         self.names = PRESETS
