@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace import quantised_layers
 from subspan.subspace.adapted import remove_factors
 from subspan.subspace.changes import outgrow, watch_optimizers
 from subspan.subspace.classes import make_class
 from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.links import FINGERPRINT, LINK, Link, digits_of
 from subspan.subspace.quantised import QuantisedTensor
-from subspan.subspace.quantised_layers import (
-    keep_packing,
-    let_pack,
-    make_plain,
-    resting_dtype,
-    unmark,
-)
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.theta0 import Base, freeze, thaw
 from subspan.subspace.variant import BESIDE, refuse_in_use
@@ -80,7 +74,7 @@ def _attach(weights: Weights) -> None:
         )
     for name in weights.requires_grad.keys() - {*weights.fully}:
         weights.stored(name).grad = None  # of a loss from before: an optimizer would still use it
-    weights.packing = keep_packing(root)
+    weights.packing = quantised_layers.keep_packing(root)
     weights.note()
     weights.changes.remember(name for name in weights.requires_grad if name not in weights.fully)
     watch_optimizers()
@@ -131,9 +125,9 @@ def detach(weights: Weights, values: Mapping[str, Tensor] | None = None) -> nn.M
             with torch.inference_mode(p.is_inference()):
                 p.requires_grad_(flag)
     remove_factors(root)
-    let_pack(weights.packing)
+    quantised_layers.let_pack(weights.packing)
     if values is not None and weights.packed:
-        unmark(root)
+        quantised_layers.unmark(root)
     weights.root = None  # type: ignore[assignment]
     return root
 
@@ -143,9 +137,9 @@ def _make_dense(weights: Weights, tensor: str, value: Tensor) -> None:
     module, attribute = weights.locations[tensor]
     packed = weights.held(tensor)
     assert isinstance(packed, QuantisedTensor)
-    dtype = resting_dtype(module, packed, weights.root)
+    dtype = quantised_layers.resting_dtype(module, packed, weights.root)
     parameter = nn.Parameter(value.detach().to(dtype), False)
     places = [slot.find(weights.root) for slot in weights.slots if slot.tensor == tensor]
     for holder, name in places or [(module, attribute)]:
         holder._parameters[name] = parameter
-        make_plain(holder)
+        quantised_layers.make_plain(holder)

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
-from subspan.subspace import callers
-from subspan.subspace.functions import (
-    ordinary_tensors,
-    property_of,
-    read_only,
-    share_memory,
-    written_by,
-)
+from subspan.subspace import callers, functions
+from subspan.subspace.functions import ordinary_tensors, property_of
 
 
 def refuse_change(
@@ -46,7 +40,7 @@ class Computed(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = tree_leaves(written_by(func, args, kwargs))
+        written = tree_leaves(functions.written_by(func, args, kwargs))
         target = next((t for t in written if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and name != "requires_grad_":
@@ -81,14 +75,14 @@ class Computed(Tensor):
                 return _take_gradients(func, args, kwargs)
             out = func(*args, **kwargs)
             if name in ("numpy", "__array__"):
-                read_only(out, args[0])
+                functions.read_only(out, args[0])
             elif args and type(args[0]) is Computed:
                 out = tree_map_only(Tensor, args[0]._guard_view, out)
         return out
 
     def _guard_view(self, out: Tensor) -> Tensor:
         """Make a view of θ as careful as θ itself."""
-        if type(out) is Tensor and not out.is_sparse and share_memory(out, self):
+        if type(out) is Tensor and not out.is_sparse and functions.share_memory(out, self):
             out = out.as_subclass(Computed)
             out.weight_name, out._lender = self.weight_name, self._lender
             out._now, out._then = self._now, self._then

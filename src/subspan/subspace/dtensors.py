@@ -16,16 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.subspace import functions
 from subspan.subspace.callers import find_left_by_fsdp1
 from subspan.subspace.computed import refuse_change
-from subspan.subspace.functions import (
-    is_harmless,
-    ordinary_tensors,
-    property_of,
-    sets_flag,
-    share_memory,
-    writes_first,
-)
+from subspan.subspace.functions import ordinary_tensors, property_of
 from subspan.subspace.links import link_of
 from subspan.subspace.theta0 import Base, refuse_use, take_wish
 
@@ -55,16 +49,16 @@ def _guarded_dtensor() -> type[Tensor]:
             first: Any = args[0] if args else None
             if type(first) is Guarded:
                 weights, tensor, theta = getattr(first, HOME, (None, "", False))
-                if weights is not None and not theta and sets_flag(func):
+                if weights is not None and not theta and functions.sets_flag(func):
                     return take_wish((weights, tensor), name, args, kwargs)
-                if theta and writes_first(func):
+                if theta and functions.writes_first(func):
                     raise refuse_change(tensor, func, instead="")
             with ordinary_tensors():
                 out = func(*args, **kwargs)
                 views = name == "detach" or property_of(func) == "data"
-                if views and is_shard(out) and share_memory(local(out), local(first)):
+                if views and is_shard(out) and functions.share_memory(local(out), local(first)):
                     mark(out, *getattr(first, HOME))
-                if name in ("__get__", "__set__") or is_harmless(name):
+                if name in ("__get__", "__set__") or functions.is_harmless(name):
                     return out
                 for leaf in tree_leaves((args, kwargs)):
                     _, tensor, theta = getattr(leaf, HOME, None) or (None, "", True)
@@ -86,7 +80,7 @@ def _computes(out: Any, base: Any) -> bool:
     return any(
         isinstance(t, Tensor)
         and t.is_floating_point()
-        and not share_memory(local(t), base._local_tensor)
+        and not functions.share_memory(local(t), base._local_tensor)
         for t in tree_leaves(out)
     )
 

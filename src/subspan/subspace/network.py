@@ -12,15 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from subspan.errors import SubspanError
 from subspan.families import Projection
-from subspan.subspace import formed, quantised
+from subspan.subspace import blocks, formed, quantised
 from subspan.subspace.adapted import Adapter
-from subspan.subspace.blocks import (
-    find_in_groups,
-    group_into_blocks,
-    group_small,
-    parameter_key,
-    split_by_tensor,
-)
 from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
@@ -74,7 +67,7 @@ class Network:
         self.root, self.slots = root, tuple(places)
         self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
         self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
-        self.coordinate_names = [PREFIX + parameter_key(part.name) for part in compartments]
+        self.coordinate_names = [PREFIX + blocks.parameter_key(part.name) for part in compartments]
         self.fully = tuple(sorted(fully))
         self._listed = _Shared(self.fully)
         self.recipe: dict[str, Any] = {}
@@ -118,14 +111,14 @@ class Network:
     ) -> None:
         """Take compartments of these weights with their projections, and make blocks of them."""
         self.compartments, self.projections = tuple(compartments), tuple(projections)
-        self.blocks = group_into_blocks(compartments, projections, self.kept)
-        self.blocks_of = split_by_tensor(self.blocks)
+        self.blocks = blocks.group_into_blocks(compartments, projections, self.kept)
+        self.blocks_of = blocks.split_by_tensor(self.blocks)
         # What is formed together and kept during a call of the network: all, or what is small.
         small = formed.KEPT >> 9
         self._groups = (
-            group_small(self.blocks_of, small) if self.large else [(b,) for b in self.blocks]
+            blocks.group_small(self.blocks_of, small) if self.large else [(b,) for b in self.blocks]
         )
-        self.groups_with = find_in_groups(self._groups)
+        self.groups_with = blocks.find_in_groups(self._groups)
 
     key = 0  # a number of its own, once the network has variants
 

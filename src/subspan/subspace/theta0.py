@@ -18,16 +18,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
+from subspan.subspace import functions
 from subspan.subspace.callers import asked_by_a_graph
-from subspan.subspace.functions import (
-    changes_each_entry,
-    is_harmless,
-    ordinary_tensors,
-    property_of,
-    sets_flag,
-    share_memory,
-    writes_first,
-)
+from subspan.subspace.functions import ordinary_tensors, property_of
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -63,10 +56,10 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
     what a function has made of them, and another network's parameter must not be given what is θ₀
     only, as a target network's that follows this one.
     """
-    if not writes_first(function):
+    if not functions.writes_first(function):
         return
     name = getattr(function, "__name__", "")
-    each = name if changes_each_entry(function, args) else ""
+    each = name if functions.changes_each_entry(function, args) else ""
     each = each or next((t.made_by for t in tree_leaves(args[1:]) if isinstance(t, Data)), "")
     if each:
         for written in tree_leaves(args[:1]):
@@ -117,7 +110,7 @@ class Data(Tensor):
 def _note_maker(out: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Note of what was made of the data of θ₀ that each entry was changed in its own way."""
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Data)]
-    name = getattr(function, "__name__", "") if changes_each_entry(function, args) else ""
+    name = getattr(function, "__name__", "") if functions.changes_each_entry(function, args) else ""
     name = name or next((t.made_by for t in given if t.made_by), "")
     if name and type(out) is Tensor and out.is_floating_point() and out.shape == given[0].shape:
         out = out.as_subclass(Data)
@@ -154,7 +147,7 @@ class Theta0(Tensor):
                 with ordinary_tensors():
                     return func(*args, **kwargs)
             name = name.partition(".")[0]  # of its overload
-        flag = name in ("requires_grad_", "__set__") and sets_flag(func)
+        flag = name in ("requires_grad_", "__set__") and functions.sets_flag(func)
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
         _check_change(func, args)
@@ -171,7 +164,7 @@ class Theta0(Tensor):
                 return _guard_data(out, args[0])
             if name == "__iter__":
                 out = list(out)
-            elif name == "__set__" or is_harmless(name):
+            elif name == "__set__" or functions.is_harmless(name):
                 return out
             bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
             out = tree_map_only(Tensor, lambda t: _guard_view(t, bases, name), out)
@@ -183,7 +176,7 @@ def _guard_view(out: Tensor, bases: Sequence[Theta0], name: str) -> Tensor:
     if type(out) is not Tensor or not out.is_floating_point():
         return out
     for base in bases:
-        if share_memory(out, base):
+        if functions.share_memory(out, base):
             out = out.as_subclass(Theta0)
             out.home = base.home
             return out

@@ -9,23 +9,13 @@ from torch import Tensor, nn
 
 from subspan import families
 from subspan.errors import SubspanError, unknown
+from subspan.subspace import parameters
 from subspan.subspace.adapted import find_adapters
 from subspan.subspace.blocks import digest_layout
 from subspan.subspace.compartments import listed, partition, select
 from subspan.subspace.dtensors import refuse_sharded
 from subspan.subspace.handle import Handle
 from subspan.subspace.links import LINK
-from subspan.subspace.parameters import (
-    check_trainable,
-    digest_tensors,
-    find_aliases,
-    find_padding,
-    find_quantised,
-    find_slots,
-    saved_buffers,
-    select_trainable,
-    with_foreign,
-)
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import find_foreign, refuse_converted
 from subspan.subspace.targets import Presets
@@ -46,16 +36,16 @@ def prepare(
     refuse_sharded(net)
     patterns = {name: listed(recipe[name]) for name in ("targets", "exclude", "train_fully")}
     dim, rules, seed = recipe["dim"], recipe["compartments"], recipe["seed"]
-    places = find_slots(net)
-    names = find_aliases(places)
+    places = parameters.find_slots(net)
+    names = parameters.find_aliases(places)
     tensors = {name: net.get_parameter(name) for name in names}
-    packed, foreign = find_quantised(net, places), find_foreign(net)
+    packed, foreign = parameters.find_quantised(net, places), find_foreign(net)
     shapes = {name: packed.get(name, tensor).shape for name, tensor in tensors.items()}
-    presets = Presets(net, with_foreign(names, foreign), shapes)
+    presets = Presets(net, parameters.with_foreign(names, foreign), shapes)
     fully = select(names, patterns["train_fully"], "train_fully", presets=presets)
     chosen = patterns["targets"], patterns["exclude"]
-    sizes = select_trainable(tensors, names, *chosen, fully, packed, foreign, presets)
-    check_trainable(net, places, set(sizes), fully, packed)
+    sizes = parameters.select_trainable(tensors, names, *chosen, fully, packed, foreign, presets)
+    parameters.check_trainable(net, places, set(sizes), fully, packed)
     for name in (name for name in sizes if name in packed):
         refuse_converted(net, name, packed[name])
     parts = partition(sizes, names, dim, rules, recipe["allocation"], presets)
@@ -70,7 +60,7 @@ def prepare(
         name: packed.get(name, tensor) for name, tensor in tensors.items() if name not in fully
     }
     inside = [slot for slot in places if slot.tensor in sizes]
-    kept = find_padding(net, inside) if padding == "keep" else {}
+    kept = parameters.find_padding(net, inside) if padding == "keep" else {}
     adapters = find_adapters(net)
     # Readers of these get W + s B A; quantised ones stay as their library has made them.
     inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
@@ -85,7 +75,7 @@ def prepare(
         {name: tensor.requires_grad for name, tensor in tensors.items()},
         fully,
         kept,
-        digest_tensors({**base, **saved_buffers(net)})
+        parameters.digest_tensors({**base, **parameters.saved_buffers(net)})
         + digest_layout(parts, family, seed, meaning),
         {name: weight.kind for name, weight in packed.items()},
         adapters,
