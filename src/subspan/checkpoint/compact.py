@@ -80,21 +80,13 @@ _EXACT = _DTYPES | {
 
 @dataclass(frozen=True)
 class CompactFile:
-    """The content of a compact file.
+    """The content of a compact file."""
 
-    Attributes:
-        header: as of the other file; its digests have 8 digits.
-        tensors: likewise, by name.
-        template: the number of the header's.
-        step: Δ of the coordinates.
-        sizes: bytes by what they are for; they sum up to the file's.
-    """
-
-    header: dict[str, Any]
+    header: dict[str, Any]  # as of the other file; its digests have 8 digits
     tensors: dict[str, Tensor]
-    template: int
-    step: float
-    sizes: dict[str, int]
+    template: int  # the number of the header's
+    step: float  # Δ of the coordinates
+    sizes: dict[str, int]  # bytes by what they are for; they sum up to the file's
 
 
 def to_compact(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: float) -> bytes:

@@ -22,18 +22,14 @@ ATTRIBUTE = "_subspan_base"
 class HeldBase:
     """A network before its training, and which part of it is trained.
 
-    Attributes:
-        weights: of the network before anything was put into it.
-        trained: names of the parameters that are trained.
-        fingerprint: a digest of the other parameters and of all buffers, those that no
-            ``state_dict`` has among them: adapters keep there what they draw from a seed.
-        buffers: digests of the buffers that training may change, by name.
+    The fingerprint is a digest of the other parameters and of all buffers, those that no
+    ``state_dict`` has among them: adapters keep there what they draw from a seed.
     """
 
-    weights: int
-    trained: tuple[str, ...]
+    weights: int  # of the network before anything was put into it
+    trained: tuple[str, ...]  # names of parameters
     fingerprint: str
-    buffers: Mapping[str, str]
+    buffers: Mapping[str, str]  # digests of those that training may change, by name
 
 
 def hold_base(net: nn.Module, weights: int) -> None:

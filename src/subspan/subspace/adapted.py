@@ -29,20 +29,12 @@ FACTORS = (PREFIX + "A", PREFIX + "B")  # of its parameters
 
 @dataclass(frozen=True)
 class Adapter:
-    """The factors of one layer: A is (rank, m) and B (n, rank) of a weight (n, m).
+    """The factors of one layer: A is (rank, m) and B (n, rank) of a weight (n, m)."""
 
-    Args:
-        layer: the layer's name in its network.
-        scaling: s.
-        transposed: whether the weight is stored as (m, n), as in transformers' Conv1D.
-        rounded: whether s B (A x) is rounded before it is added to W x, as PEFT has it beside the
-            weights of bitsandbytes.
-    """
-
-    layer: str
-    scaling: float
-    transposed: bool
-    rounded: bool = False
+    layer: str  # its name in the network
+    scaling: float  # s
+    transposed: bool  # whether the weight is stored as (m, n), as in transformers' Conv1D
+    rounded: bool = False  # s B (A x), before it is added to W x, as PEFT does for bitsandbytes
 
     @property
     def weight(self) -> str:

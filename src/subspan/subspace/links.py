@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,17 +27,13 @@ def is_ours(path: str) -> bool:
     return path.rpartition(".")[2].startswith(PREFIX)
 
 
+@dataclass(eq=False)
 class Link:
-    """Connects a module to its network's subspace.
+    """Connects a module to its network's subspace."""
 
-    Args:
-        weights: of the network.
-        tensors: names of the module's trained tensors, by attribute.
-        order: of all parameters that the module had when it was wrapped.
-    """
-
-    def __init__(self, weights: Weights, tensors: dict[str, str], order: list[str]) -> None:
-        self.weights, self.tensors, self.order = weights, tensors, order
+    weights: Weights
+    tensors: dict[str, str]  # names of the module's trained tensors, by attribute
+    order: list[str]  # of all parameters that the module had when it was wrapped
 
 
 def find_link(module: Any) -> Link | None:

@@ -28,27 +28,16 @@ from subspan.subspace.functions import ordinary_tensors
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """A quantised weight.
+    """A quantised weight."""
 
-    Args:
-        kind: names the library and the format: "bitsandbytes-nf4".
-        shape: of the dense weight.
-        dtype: of the dense weight.
-        parts: the tensors that it is made of, by name.
-        make: gives the dense weight.
-        text: what else is needed to dequantise, for the digest.
-        refusal: why this weight cannot be trained in a subspace, or "".
-        entries: of the flattened weight that are meant; None for all of it.
-    """
-
-    kind: str
-    shape: torch.Size
-    dtype: torch.dtype
-    parts: Mapping[str, Tensor]
-    make: Callable[[], Tensor] = field(repr=False)
-    text: str = ""
-    refusal: str = ""
-    entries: slice | None = None
+    kind: str  # names the library and the format: "bitsandbytes-nf4"
+    shape: torch.Size  # of the dense weight
+    dtype: torch.dtype  # of the dense weight
+    parts: Mapping[str, Tensor]  # that it is made of, by name
+    make: Callable[[], Tensor] = field(repr=False)  # gives the dense weight
+    text: str = ""  # what else is needed to dequantise, for the digest
+    refusal: str = ""  # why this weight cannot be trained in a subspace
+    entries: slice | None = None  # of the flattened weight that are meant; None for all of it
 
     def numel(self) -> int:
         """Return the number of weights, not of packed numbers."""

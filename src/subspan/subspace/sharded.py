@@ -34,9 +34,7 @@ TAKEN = "_subspan_taken"  # by FSDP: of parameters that it puts into slots
 class Shards:
     """The part of :class:`~subspan.subspace.weights.Weights` that begins when FSDP takes a tensor.
 
-    Args:
-        weights: of the network, with all trained tensors whole.
-        mesh: the processes over which the first tensor is about to be spread.
+    All are whole then; the mesh are the processes over which the first is about to be spread.
     """
 
     def __init__(self, weights: Weights, mesh: Any) -> None:

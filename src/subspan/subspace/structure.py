@@ -54,15 +54,10 @@ def is_linear(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of parameters by where they lie.
+    """A choice of parameters by where they lie."""
 
-    Args:
-        layers: paths of modules all of whose parameters are meant, those of their parts, too.
-        holders: paths of modules whose own parameters are meant.
-    """
-
-    layers: frozenset[str] = frozenset()
-    holders: frozenset[str] = frozenset()
+    layers: frozenset[str] = frozenset()  # paths of modules: all parameters, those of parts, too
+    holders: frozenset[str] = frozenset()  # paths of modules: their own parameters
 
     def holds(self, parameter: str) -> bool:
         """Return whether the parameter of a path is chosen."""

@@ -13,22 +13,13 @@ from subspan.subspace.links import is_ours
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One tensor of a network.
+    """One tensor of a network."""
 
-    Args:
-        tensor: its (first) name.
-        shape: its shape.
-        weights: number of its entries.
-        compartment: where its coordinates are; "fully trained" or "frozen" where it has none.
-        coordinates: those of the compartment, shared with its other tensors; or its own entries if
-            it is trained fully; 0 if it is frozen.
-    """
-
-    tensor: str
+    tensor: str  # its (first) name
     shape: tuple[int, ...]
-    weights: int
-    compartment: str
-    coordinates: int
+    weights: int  # its entries
+    compartment: str  # of its coordinates; "fully trained" or "frozen" where it has none
+    coordinates: int  # of the compartment, for all of its tensors; own entries if fully trained
 
     @classmethod
     def of(

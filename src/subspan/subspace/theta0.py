@@ -79,15 +79,10 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
 
 
 class Data(Tensor):
-    """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses.
-
-    Attributes:
-        home: whose θ₀ it is.
-        made_by: the function that has made it of the data, by changing each entry in its own way.
-    """
+    """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses."""
 
     home: Home
-    made_by = ""
+    made_by = ""  # the function that has made it of the data, each entry in a way of its own
 
     @classmethod
     def __torch_function__(

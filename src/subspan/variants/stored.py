@@ -28,15 +28,10 @@ Source = Tensor | str | os.PathLike[str] | nn.Module
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredVariant:
-    """A variant in memory.
+    """A variant in memory."""
 
-    Attributes:
-        coordinates: of all compartments, one after another.
-        beside: fully trained tensors and saved buffers; one object where they are the same.
-    """
-
-    coordinates: bytes
-    beside: bytes
+    coordinates: bytes  # of all compartments, one after another
+    beside: bytes  # fully trained tensors and saved buffers; one object where they are the same
 
 
 class Shelf:
