@@ -160,10 +160,8 @@ def _set_late(
     """Find what was set in a configuration after the network was made of it, and shows in it.
 
     An embedding, say, looks for the token of padding when it is made, and people set that token
-    later. Networks without values are made to see; at most one setting can be late.
-
-    Returns:
-        The names of late settings, or None if the configuration does not make this network.
+    later. Networks without values are made to see; at most one setting can be late. None is
+    returned if the configuration does not make this network.
     """
     if model.subspace.packed:  # whose layers are others; they are not made anew
         return []

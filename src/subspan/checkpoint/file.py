@@ -100,11 +100,7 @@ def layers_of(header: Header, path: object = "the file") -> Types:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header and the tensors of a checkpoint, checked to be whole and unchanged.
-
-    Raises:
-        SubspanError: if it is no checkpoint, of a newer format, cut short or edited.
-    """
+    """Return the header and the tensors of a checkpoint, checked to be whole and unchanged."""
     path = Path(path)
     if (compact := _read_if_compact(path)) is not None:
         return compact.header, compact.tensors

@@ -26,19 +26,10 @@ def make_card(
     metadata: Mapping[str, Any],
     existing: str | None = None,
 ) -> str:
-    """Write the README.md of a repository.
+    """Write the README.md of a repository for a checkpoint of ``size`` bytes.
 
-    Args:
-        repo: its name.
-        header: of the checkpoint.
-        tensors: of the checkpoint.
-        size: of the checkpoint in bytes.
-        metadata: of the user's: license, datasets, language … (fields of huggingface_hub's
-            ``ModelCardData``).
-        existing: the card that is there, whose metadata stay, and whose text does without the mark.
-
-    Raises:
-        SubspanError: for metadata that are none.
+    The user's ``metadata`` (license, datasets, language …) are fields of huggingface_hub's
+    ``ModelCardData``. Those of an ``existing`` card stay, and its text, if it is without the mark.
     """
     hub = need("huggingface_hub")
     text, before = _text(repo, header, tensors, size), {}

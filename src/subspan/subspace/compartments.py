@@ -132,14 +132,8 @@ def partition(
 ) -> tuple[Compartment, ...]:
     """Cut tensors into compartments and give each its dimension.
 
-    Args:
-        sizes: number of weights of each tensor, in order.
-        aliases: for every tensor all names that it has.
-        dim: coordinates in all, divided by ``allocation``; or those of each compartment in order;
-            None where the rules say it.
-        rules: see the module's docstring; {pattern: d} also as a sequence of pairs.
-        allocation: how a total is divided: "equal", by "sqrt" of the size, or by "size".
-        presets: of the network, as for :func:`select`.
+    Arguments are those of :class:`~subspan.subspace.model.SubspaceModel`, beside the number of
+    weights of each tensor, in order, and all of its names.
 
     Raises:
         SubspanError: for anything that leaves a compartment without coordinates or with more

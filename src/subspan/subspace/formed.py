@@ -181,9 +181,8 @@ class Outermost:
     def saving(self) -> Iterator[None]:
         """Have autograd save how θ was formed in its place, where a graph is made and it can.
 
-        Raises:
-            SubspanError: if the network itself uses transforms of torch.func, which PyTorch refuses
-                where tensors are saved in another way.
+        A network that itself uses transforms of torch.func is refused, as PyTorch refuses them
+        where tensors are saved in another way.
         """
         enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         graph = torch.is_grad_enabled() and not is_at_base(self.weights)  # of θ

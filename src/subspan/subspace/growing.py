@@ -111,9 +111,6 @@ def nest(
     """Return the projections of more coordinates whose subspaces contain those of fewer.
 
     ``dim`` are the coordinates of each compartment from now on, or their sum.
-
-    Raises:
-        SubspanError: if they cannot be nested.
     """
     now = [projection.in_dim for projection in projections]
     if isinstance(dim, Sequence):

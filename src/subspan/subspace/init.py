@@ -66,9 +66,6 @@ def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
     The function runs under a fixed seed of torch's own generator, which it leaves as it found it:
     what :func:`initialize` does not draw comes out the same each time on one version of torch.
-
-    Raises:
-        SubspanError: for what is no seed, or no function that returns a module.
     """
     if isinstance(make, nn.Module):
         raise SubspanError("expected a function that makes the network, got the network itself")

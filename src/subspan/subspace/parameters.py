@@ -93,18 +93,8 @@ def select_trainable(
 ) -> dict[str, int]:
     """Select the tensors to train in the subspace; their sizes, in the network's order.
 
-    Args:
-        tensors: by name.
-        names: of :func:`find_aliases`.
-        targets: as for :class:`~subspan.subspace.SubspaceModel`.
-        exclude: as there.
-        fully: the names of those that are trained directly.
-        packed: of :func:`find_quantised`, which count as if they required a gradient: none can.
-        foreign: of :func:`subspan.subspace.quantised_layers.find_foreign`; some are no parameters.
-        presets: of the network.
-
-    Raises:
-        SubspanError: for a tensor that cannot be trained, and if none is left.
+    The ``packed`` count as if they required a gradient, since none of them can. Some of the
+    ``foreign``, which cannot be trained, are no parameters. Those trained ``fully`` are left out.
     """
     packed, foreign = packed or {}, foreign or {}
     every = with_foreign(names, foreign)

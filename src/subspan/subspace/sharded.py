@@ -56,11 +56,7 @@ class Shards:
 
     @classmethod
     def put(cls, module: nn.Module, attribute: str, value: nn.Parameter) -> None:
-        """Put a parameter of FSDP's into a slot of a module that is in a subspace.
-
-        Raises:
-            SubspanError: if the processes are not those that share the rest of the network.
-        """
+        """Put a parameter of FSDP's, over the processes of the rest of the network, into a slot."""
         link = link_of(module)
         tensor, weights = link.tensors.get(attribute), link.weights
         before = module._parameters[attribute]

@@ -60,16 +60,11 @@ def _take_off_handle(state: dict[str, Any], prefix: str) -> None:
 
 @torch.no_grad()
 def before_loading(weights: Weights, state: dict[str, Any], prefix: str, assign: bool) -> None:
-    """Check a state that is to be loaded, and turn one of all weights into coordinates.
+    """Check a state that is to be loaded, and turn one of all weights into coordinates, in place.
 
     Nothing of the network is loaded before. Modules around it to which PyTorch came earlier keep
-    what they took when this refuses: nobody asks here before them.
-
-    Args:
-        weights: of the network.
-        state: changed in place.
-        prefix: of the network's keys.
-        assign: whether its tensors come into the place of the network's, in their own dtypes.
+    what they took when this refuses: nobody asks here before them. With ``assign`` its tensors come
+    into the place of the network's, in their own dtypes.
 
     Raises:
         SubspanError: if it is another model's, its weights lie outside of the subspace, or its

@@ -70,10 +70,7 @@ def default_rate(targets: Patterns, dim: int) -> float:
 class Presets:
     """The presets of one network.
 
-    Args:
-        net: the network.
-        names: for every tensor all of its paths.
-        shapes: of the tensors, those of the dense weights if they are quantised.
+    ``names`` are all paths of every tensor, and shapes those of the dense weights.
     """
 
     def __init__(
@@ -178,13 +175,7 @@ def find_linears(
 
     These are ``nn.Linear``, also quantised by bitsandbytes or torchao, and the ``Conv1D`` of GPT-2.
     The output projection of an ``nn.MultiheadAttention`` is none of them, since its weight is read
-    and the layer is not called.
-
-    Args:
-        net: the network, which is left as it is.
-        targets: as for :class:`~subspan.SubspaceModel`; a pattern that matches a module's name
-            chooses that module.
-        option: the argument's name, for the error.
+    and the layer is not called. A pattern that matches a module's name chooses that module.
 
     Returns:
         The names of the modules, in the order of ``named_modules``; a module that has several

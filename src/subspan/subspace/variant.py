@@ -36,20 +36,12 @@ _current: ContextVar[tuple[Variant, ...]] = ContextVar("subspan_variants", defau
 class Variant:
     """Coordinates of a network, what stands beside them, and θ, which is formed once.
 
-    Several threads may use one object.
-
-    Attributes:
-        rows: of the batch that each have tensors of their own; 0 where all have the same.
-        written: whether somebody has changed a tensor of it.
-
-    Args:
-        weights: of the network.
-        name: for errors.
-        coordinates: w of each compartment, by its name among the network's parameters.
-        beside: fully trained tensors and saved buffers, by name.
+    Coordinates have their names among the network's parameters. Beside them stand fully trained
+    tensors and saved buffers. Several threads may use one object.
     """
 
-    rows, written = 0, False
+    rows = 0  # of the batch that each have tensors of their own; 0 where all have the same
+    written = False  # whether somebody has changed a tensor of it
 
     def __init__(
         self,
@@ -125,11 +117,9 @@ class NotByRowError(Exception):
 class MixedVariant(Variant):
     """Several variants for the rows of one batch: every tensor has the rows as first dimension.
 
-    Args:
-        members: the variant of each row.
-        own: the network's tensors beside coordinates, for members that have none.
-        proven: layers that have had rows as their first dimension, beyond doubt.
-        proves: whether this has some of a batch's rows, to find out which layers have them there.
+    Members without tensors of their own beside coordinates have ``own``, the network's. ``proven``
+    are layers that have had rows as their first dimension, beyond doubt; a variant that ``proves``
+    has some of a batch's rows, to find out which layers have them there.
     """
 
     def __init__(

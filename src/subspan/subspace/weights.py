@@ -215,13 +215,10 @@ class Weights(Network):
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
 
     def form_rows(self, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Form θ of every trained tensor for each of several coordinates, one after another.
+        """Form θ of every trained tensor for each of several coordinates, without a graph.
 
-        Args:
-            coordinates: w of each compartment, by its name among the network's parameters.
-
-        Returns:
-            Tensors whose first dimension is that of ``coordinates``; without a graph.
+        Coordinates have their names among the network's parameters; they are the results' first
+        dimension.
         """
         thetas = {}
         with ordinary_tensors():

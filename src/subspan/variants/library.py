@@ -53,10 +53,7 @@ class Recent:
 class Library:
     """Variants by name; threads may add, remove, replace and load at once.
 
-    Args:
-        take: makes of a source what is stored.
-        folder: of checkpoints, or None.
-        resident: how many of the folder's variants stay in memory.
+    ``take`` makes of a source what is stored; ``resident`` of the folder's variants stay in memory.
     """
 
     def __init__(
