@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,49 +36,33 @@ class _Shared(set[str]):
         return self
 
 
+@dataclass(eq=False, repr=False)
 class Network:
-    """A network in a subspace, and what is known of its tensors.
+    """A network in a subspace, and what is known of its tensors."""
 
-    Args:
-        root: the network.
-        compartments: of its trained weights.
-        projections: of the compartments.
-        places: slots of the trained tensors, and of weights that have trained factors.
-        requires_grad: of every tensor as the network came.
-        fully: names of tensors that are trained as they are.
-        kept: entries of tensors that stay at θ₀, as for :func:`group_into_blocks`.
-        fingerprint: of θ₀ and of what coordinates mean, 64 hexadecimal digits.
-        packed: the kinds of all tensors that are quantised, by name.
-        adapters: of layers with factors, by the name of the weight.
-    """
+    root: nn.Module
+    compartments: tuple[Compartment, ...]  # of its trained weights
+    projections: tuple[Projection, ...]  # of the compartments
+    slots: Sequence[Slot]  # of the trained tensors, and of weights that have trained factors
+    requires_grad: Mapping[str, bool]  # of every tensor as the network came
+    fully: Sequence[str]  # names of tensors that are trained as they are
+    kept: Mapping[str, range]  # entries of tensors that stay at θ₀
+    fingerprint: str  # of θ₀ and of what coordinates mean, 64 hexadecimal digits
+    packed: Mapping[str, str]  # the kinds of all tensors that are quantised, by name
+    adapters: Mapping[str, Adapter]  # of layers with factors, by the name of the weight
+    meaning: dict[str, Any]  # what the layout's digest holds beside the compartments
+    recipe: dict[str, Any]
 
-    def __init__(
-        self,
-        root: nn.Module,
-        compartments: Sequence[Compartment],
-        projections: Sequence[Projection],
-        places: Sequence[Slot],
-        requires_grad: Mapping[str, bool],
-        fully: Iterable[str],
-        kept: Mapping[str, range],
-        fingerprint: str,
-        packed: Mapping[str, str],
-        adapters: Mapping[str, Adapter],
-    ) -> None:
-        self.root, self.slots = root, tuple(places)
-        self.requires_grad, self.fingerprint = dict(requires_grad), fingerprint
-        self.kept, self.packed, self.adapters = dict(kept), dict(packed), dict(adapters)
-        self.coordinate_names = [PREFIX + blocks.parameter_key(part.name) for part in compartments]
-        self.fully = tuple(sorted(fully))
+    def __post_init__(self) -> None:
+        root, parts = self.root, self.compartments
+        self.coordinate_names = [PREFIX + blocks.parameter_key(part.name) for part in parts]
         self._listed = _Shared(self.fully)
-        self.recipe: dict[str, Any] = {}
-        self.meaning: dict[str, Any] = {}  # what the layout's digest holds beside the compartments
         self.lora: dict[str, Any] = {}  # how the factors were made, for files
         self.wrapped: list[nn.Module] = []  # modules whose class was changed
         self.packing: list[nn.Module] = []  # those that bitsandbytes must not pack anew meanwhile
         self.init_seed: int | None = None
         self.base_buffers = digest_buffers(root)
-        sizes = [len(piece) for part in compartments for piece in part.pieces]
+        sizes = [len(piece) for part in parts for piece in part.pieces]
         self.largest, self.large = max(sizes), sum(sizes) > formed.KEPT
         self.buffer_names = frozenset(self.base_buffers)
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -88,8 +73,8 @@ class Network:
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
         self.changes = Changes(self)
-        self.locations = {name: locate(root, name) for name in requires_grad}
-        self.homes = {slot.tensor: self.locations[slot.tensor] for slot in places}
+        self.locations = {name: locate(root, name) for name in self.requires_grad}
+        self.homes = {slot.tensor: self.locations[slot.tensor] for slot in self.slots}
         # Factors are no weights of an ordinary network: its own methods and parts have W + s B A.
         self.hidden = {
             factor
@@ -101,10 +86,10 @@ class Network:
         # Embeddings that shrink rows in place before a look-up: each read has its own memory.
         self._renormed = {
             slot.tensor
-            for slot in places
+            for slot in self.slots
             if getattr(slot.find(root)[0], "max_norm", None) is not None
         }
-        self.lay_out(compartments, projections)
+        self.lay_out(parts, self.projections)
 
     def lay_out(
         self, compartments: Sequence[Compartment], projections: Sequence[Projection]

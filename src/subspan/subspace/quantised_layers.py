@@ -157,21 +157,11 @@ def let_pack(modules: Iterable[nn.Module]) -> None:
 
 # ---- dense again ---------------------------------------------------------------------------------
 
-_OF_QUANTISED_LINEAR = (  # attributes of bitsandbytes' layers
-    "compute_dtype",
-    "compute_type_is_set",
-    "index",
-    "quant_state",
-    "quant_storage",
-    "state",
-)
-_OF_QUANTISED_MODEL = (  # attributes of transformers' models
-    "hf_quantizer",
-    "is_4bit_serializable",
-    "is_8bit_serializable",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "is_quantized",
+# Attributes of bitsandbytes' layers, and of transformers' models.
+_OF_QUANTISED_LINEAR = "compute_dtype compute_type_is_set index quant_state quant_storage state"
+_OF_QUANTISED_MODEL = (
+    "hf_quantizer is_4bit_serializable is_8bit_serializable is_loaded_in_4bit is_loaded_in_8bit "
+    "is_quantized"
 )
 
 
@@ -200,7 +190,7 @@ def make_plain(module: Any) -> None:
     if not multiplies_itself(type(module)):
         return
     module.__class__ = nn.Linear
-    for name in (*_OF_QUANTISED_LINEAR, _REPACKS):
+    for name in (*_OF_QUANTISED_LINEAR.split(), _REPACKS):
         vars(module).pop(name, None)
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
@@ -219,5 +209,5 @@ def unmark(net: nn.Module) -> None:
         ):
             continue
         quantiser.remove_quantization_config(module)
-        for name in _OF_QUANTISED_MODEL:
+        for name in _OF_QUANTISED_MODEL.split():
             vars(module).pop(name, None)

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ KEPT = 1 << 25  # weights of a variant whose θ is kept; the others are formed a
 _current: ContextVar[tuple[Variant, ...]] = ContextVar("subspan_variants", default=())
 
 
+@dataclass(eq=False, repr=False)
 class Variant:
     """Coordinates of a network, what stands beside them, and θ, which is formed once.
 
@@ -43,15 +45,12 @@ class Variant:
     rows = 0  # of the batch that each have tensors of their own; 0 where all have the same
     written = False  # whether somebody has changed a tensor of it
 
-    def __init__(
-        self,
-        weights: Weights,
-        name: str | None,
-        coordinates: Mapping[str, Tensor],
-        beside: Mapping[str, Tensor],
-    ) -> None:
-        self.weights, self.name = weights, name
-        self.coordinates, self.beside = dict(coordinates), dict(beside)
+    weights: Weights
+    name: str | None  # for errors
+    coordinates: dict[str, Tensor]
+    beside: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
         self._formed: dict[tuple[str, torch.dtype | None], tuple[Tensor, int]] = {}
         self._versions = {name: version_of(tensor) for name, tensor in self.beside.items()}
         self._room = KEPT

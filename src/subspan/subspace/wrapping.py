@@ -67,26 +67,25 @@ def prepare(
     own = options | ({"padding": "keep"} if kept else {})
     scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
     meaning = own | ({"scaling": scalings.pop()} if scalings else {})
-    weights = Weights(
+    as_json = {
+        "dim": list(dim) if isinstance(dim, Sequence) else dim,
+        "compartments": rules if isinstance(rules, str) else _as_pairs(rules),
+    }
+    return Weights(
         net,
         parts,
         projections,
         inside,
         {name: tensor.requires_grad for name, tensor in tensors.items()},
-        fully,
+        sorted(fully),
         kept,
         parameters.digest_tensors({**base, **parameters.saved_buffers(net)})
         + digest_layout(parts, family, seed, meaning),
         {name: weight.kind for name, weight in packed.items()},
         adapters,
+        meaning,
+        {**own, **recipe, **patterns, **as_json},
     )
-    weights.meaning = meaning
-    as_json = {
-        "dim": list(dim) if isinstance(dim, Sequence) else dim,
-        "compartments": rules if isinstance(rules, str) else _as_pairs(rules),
-    }
-    weights.recipe = {**own, **recipe, **patterns, **as_json}
-    return weights
 
 
 def check_ordinary(net: Any) -> None:
