@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Rules = str | Mapping[str, int] | Sequence[tuple[str, int]]  # pairs: JSON would sort a mapping
 Patterns = str | Iterable[str] | None
+Aliases = Mapping[str, Sequence[str]]  # for every tensor all names that it has
 EXPLICIT = "preset:"  # before the name of a preset that shall not be taken for a pattern
 ALLOCATIONS = {"equal": lambda n: 1.0, "sqrt": math.sqrt, "size": float}
 
@@ -86,7 +87,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(
-    aliases: Mapping[str, Sequence[str]],
+    aliases: Aliases,
     patterns: Patterns,
     option: str,
     what: str = "parameter",
@@ -94,12 +95,8 @@ def select(
 ) -> set[str]:
     """Select the tensors that any of the patterns matches; a tied tensor has all of its names.
 
-    Args:
-        aliases: for every tensor all names that it has.
-        patterns: one pattern, several, or None for none.
-        option: the argument's name, for the error.
-        what: is selected, for the error.
-        presets: of the network; None where a pattern cannot be the name of one.
+    ``option`` is the argument's name, and ``what`` is selected, for the error. Without presets a
+    pattern cannot be the name of one.
 
     Raises:
         SubspanError: for a pattern that matches nothing, or a preset that the network lacks.
@@ -124,7 +121,7 @@ def select(
 
 def partition(
     sizes: Mapping[str, int],
-    aliases: Mapping[str, Sequence[str]],
+    aliases: Aliases,
     dim: int | Sequence[int] | None,
     rules: Rules = "global",
     allocation: str = "sqrt",
@@ -207,10 +204,7 @@ def allocate(total: int, sizes: Sequence[int], allocation: str) -> list[int]:
 
 
 def _groups(
-    sizes: Mapping[str, int],
-    aliases: Mapping[str, Sequence[str]],
-    rules: Rules,
-    presets: Presets | None,
+    sizes: Mapping[str, int], aliases: Aliases, rules: Rules, presets: Presets | None
 ) -> dict[str, list[Piece]]:
     whole = {name: Piece(name, 0, size) for name, size in sizes.items()}
     if isinstance(rules, Mapping):
@@ -234,10 +228,7 @@ def _groups(
 
 
 def _by_patterns(
-    whole: Mapping[str, Piece],
-    aliases: Mapping[str, Sequence[str]],
-    rules: Mapping[str, int],
-    presets: Presets | None,
+    whole: Mapping[str, Piece], aliases: Aliases, rules: Mapping[str, int], presets: Presets | None
 ) -> dict[str, list[Piece]]:
     """Each tensor goes to the first pattern that selects it."""
     groups: dict[str, list[Piece]] = {}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 
 from subspan.errors import SubspanError, unknown
 from subspan.subspace.adapted import FACTORS
-from subspan.subspace.compartments import EXPLICIT, Patterns, select
+from subspan.subspace.compartments import EXPLICIT, Aliases, Patterns, select
 from subspan.subspace.structure import Choice, Structure, is_conv1d
 
 PRESETS = ("attention", "mlp", "norms-and-biases", "all-linear", "head")
@@ -70,14 +70,13 @@ def default_rate(targets: Patterns, dim: int) -> float:
 class Presets:
     """The presets of one network.
 
-    ``names`` are all paths of every tensor, and shapes those of the dense weights.
+    Shapes are those of the dense weights, where these are quantised.
     """
 
-    def __init__(
-        self, net: nn.Module, names: Mapping[str, Sequence[str]], shapes: Mapping[str, torch.Size]
-    ) -> None:
-        self._net, self._names, self._shapes = net, names, shapes
-        self.names = PRESETS
+    names = PRESETS
+
+    def __init__(self, net: nn.Module, paths: Aliases, shapes: Mapping[str, torch.Size]) -> None:
+        self._net, self._paths, self._shapes = net, paths, shapes
 
     @functools.cached_property
     def _structure(self) -> Structure:
@@ -96,7 +95,7 @@ class Presets:
 
         A tied tensor is chosen by any of its paths, and is the head's only if all of them are.
         """
-        head = {t for t, paths in self._names.items() if all(map(self._head[0].holds, paths))}
+        head = {t for t, paths in self._paths.items() if all(map(self._head[0].holds, paths))}
         if preset == "head":
             return head
         if preset == "norms-and-biases":
@@ -111,7 +110,7 @@ class Presets:
         return self._chosen(linears | structure.attention() | structure.mlp()) - head
 
     def _chosen(self, choice: Choice) -> set[str]:
-        return {tensor for tensor, paths in self._names.items() if any(map(choice.holds, paths))}
+        return {tensor for tensor, paths in self._paths.items() if any(map(choice.holds, paths))}
 
     def _scales(self) -> set[str]:
         norms = {p for p, module in self._structure.modules.items() if isinstance(module, _NORMS)}

@@ -23,6 +23,7 @@ from subspan.variants.rows import Shape, check_result, check_rows, join_rows, ta
 from subspan.variants.stored import Shelf, Source, StoredVariant
 
 Name = str | None  # of a variant; None is the base itself
+Found = dict[Name, StoredVariant | None]
 
 
 class Variants:
@@ -197,11 +198,7 @@ class Variants:
             return self._run_apart(names, found, args, kwargs)
 
     def _run_by_row(
-        self,
-        names: Sequence[Name],
-        found: dict[Name, StoredVariant | None],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        self, names: Sequence[Name], found: Found, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """Run the batch at once; before that some rows, where it is not known where rows lie.
 
@@ -225,11 +222,7 @@ class Variants:
         return result
 
     def _run_apart(
-        self,
-        names: Sequence[Name],
-        found: dict[Name, StoredVariant | None],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        self, names: Sequence[Name], found: Found, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """Run one batch for each variant, and put the results together."""
         rows = {name: [row for row, n in enumerate(names) if n == name] for name in found}
@@ -249,7 +242,7 @@ class Variants:
         result: Any,
         rows: int,
         name: Name,
-        found: dict[Name, StoredVariant | None],
+        found: Found,
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> None:
