@@ -84,9 +84,10 @@ def _theta(w: Tensor, step: Tensor, block: Block, bases: Sequence[Tensor]) -> li
     """Compose θ₀ + P w of operators that autograd and compilers see."""
     rows = product(w, step, block.recipe, block.start, block.stop, False)
     parts = rows.split([len(piece) for piece in block.pieces])
+    moves = [torch.cat(_around(p, k)) if k else p for p, k in zip(parts, block.kept, strict=True)]
     return [
-        (base + _without(part, kept).view(base.shape).to(base.device)).to(base.dtype)
-        for base, part, kept in zip(bases, parts, block.kept, strict=True)
+        (base + move.view(base.shape).to(base.device)).to(base.dtype)
+        for base, move in zip(bases, moves, strict=True)
     ]
 
 
@@ -110,11 +111,6 @@ def _form(
             entries = slice(kept.start, kept.stop)
             theta.view(-1)[entries] = base.reshape(-1)[entries]
     return thetas
-
-
-def _without(part: Tensor, kept: range) -> Tensor:
-    """Put zeros into rows of P w for weights that stay at θ₀."""
-    return torch.cat(_around(part, kept)) if kept else part
 
 
 def _around(part: Tensor, kept: range) -> list[Tensor]:

@@ -199,10 +199,6 @@ def _carry(
                 f"{type(optimizer).__name__} divides its parameters among optimizers of its own, "
                 "which would keep these coordinates: grow without an optimizer, and make it anew"
             )
-    return {key: _spread(key, value, before, after) for key, value in _state(optimizer, w)}
-
-
-def _state(optimizer: Optimizer, w: nn.Parameter) -> list[tuple[str, Any]]:
     state: Mapping[str, Any] = optimizer.state.get(w, {})
     for key, value in state.items():
         plain = type(value) is Tensor  # and not of few bits, as torchao's optimizers have
@@ -212,7 +208,7 @@ def _state(optimizer: Optimizer, w: nn.Parameter) -> list[tuple[str, Any]]:
                 "on in a larger subspace is not known: use Adam, AdamW, SGD or RMSprop, or make a "
                 "new optimizer after growing"
             )
-    return list(state.items())
+    return {key: _spread(key, value, before, after) for key, value in state.items()}
 
 
 def _spread(key: str, value: Any, before: Projection, after: Projection) -> Any:
