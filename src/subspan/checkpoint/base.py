@@ -28,10 +28,8 @@ _LABELS = {"id2label", "label2id", "num_labels"}
 def find_base(model: SubspaceModel, name: str | None = None) -> dict[str, Any] | None:
     """Find out which pretrained network of Transformers a model was made from.
 
-    Args:
-        model: the model; its ``init_seed`` names θ₀ if it has one.
-        name: of the repository, or ``NAME@REVISION``; by default that of the network's
-            configuration, at the revision in the cache.
+    The name is that of the repository, or ``NAME@REVISION``; by default it is that of the network's
+    configuration, at the revision in the cache.
 
     Returns:
         The header's field ``base``: ``repo`` and ``revision`` (a commit), or ``folder``; ``class``;

@@ -101,7 +101,7 @@ def is_at_base(weights: Network) -> bool:
 
 
 def refuse_running_again(inside: str) -> None:
-    """Refuse activation checkpoints ``inside`` of what they would run a part again without."""
+    """Refuse activation checkpoints ``inside`` of what may have ended when they run again."""
     if torch.is_grad_enabled():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         twice = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

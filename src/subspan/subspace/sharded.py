@@ -56,7 +56,7 @@ class Shards:
 
     @classmethod
     def put(cls, module: nn.Module, attribute: str, value: nn.Parameter) -> None:
-        """Put a parameter of FSDP's, over the processes of the rest of the network, into a slot."""
+        """Put a parameter of FSDP's into a slot; its processes must be those of the others."""
         link = link_of(module)
         tensor, weights = link.tensors.get(attribute), link.weights
         before = module._parameters[attribute]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,10 +74,7 @@ class Weights(Network):
         outer = Outermost(self)
         stack.append(outer)
         try:
-            if self.large:
-                with outer.saving():
-                    out = run(*args, **kwargs)
-            else:
+            with outer.saving() if self.large else nullcontext():
                 out = run(*args, **kwargs)
             outer.check_unwritten()
             if variant is not None:
@@ -217,8 +215,8 @@ class Weights(Network):
     def form_rows(self, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Form θ of every trained tensor for each of several coordinates, without a graph.
 
-        Coordinates have their names among the network's parameters; they are the results' first
-        dimension.
+        w stands by its name among the network's parameters. The first dimension of what is returned
+        is that of ``coordinates``.
         """
         thetas = {}
         with ordinary_tensors():
