@@ -33,9 +33,8 @@ from subspan.subspace.quantised import QuantisedTensor, dense
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
-Part = tuple[
-    Tensor, Tensor, Block, Tensor | QuantisedTensor
-]  # coordinates, redraw, block, stored θ₀
+# Coordinates, which redraw, the block, and θ₀ as it is stored.
+Part = tuple[Tensor, Tensor, Block, Tensor | QuantisedTensor]
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
 

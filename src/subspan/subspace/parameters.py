@@ -145,47 +145,46 @@ def check_trainable(
         module, attribute = slot.find(net)
         p = module._parameters[attribute]
         assert p is not None
-        if slot.tensor in packed:
-            if slot.tensor in fully:
+        inside, whole = slot.tensor in chosen, slot.tensor in fully
+        if (quantised := packed.get(slot.tensor)) is not None:
+            if whole:
                 raise SubspanError(
-                    f"{slot.path} is quantised ({packed[slot.tensor].kind}) and cannot be trained "
-                    "directly: leave it out of train_fully, and it is trained in the subspace"
+                    f"{slot.path} is quantised ({quantised.kind}) and cannot be trained directly: "
+                    "leave it out of train_fully, and it is trained in the subspace"
                 )
-            if slot.tensor in chosen and packed[slot.tensor].refusal:
-                raise SubspanError(f"{slot.path} {packed[slot.tensor].refusal}")
+            if inside and quantised.refusal:
+                raise SubspanError(f"{slot.path} {quantised.refusal}")
             continue
-        if slot.tensor in fully and not (p.is_floating_point() or p.is_complex()):
+        if whole and not (p.is_floating_point() or p.is_complex()):
             raise SubspanError(
                 f"{slot.path} is {p.dtype} and has no gradient: leave it out of train_fully"
             )
-        if slot.tensor in chosen | fully and p.layout != torch.strided:
+        if (inside or whole) and p.layout != torch.strided:
             raise SubspanError(
                 f"{slot.path} is {p.layout}, and what is trained must be dense: give it as "
                 "to_dense(), or leave it out"
             )
-        if slot.tensor in fully and p.is_inference():
+        if whole and p.is_inference():
             raise SubspanError(
                 f"{slot.path} was made under inference_mode and cannot be trained fully: make the "
                 "network outside of it"
             )
-        if slot.tensor in chosen and isinstance(module, torch.jit.ScriptModule):
+        if inside and isinstance(module, torch.jit.ScriptModule):
             raise SubspanError(
                 f"{slot.path} belongs to a part that TorchScript compiled, which reads its weights "
                 "itself: exclude it, or give the part as it was before"
             )
-        if slot.tensor in chosen and (p._backward_hooks or p._post_accumulate_grad_hooks):
+        if inside and (p._backward_hooks or p._post_accumulate_grad_hooks):
             raise SubspanError(
                 f"{slot.path} has a hook on its gradient, which goes to the coordinates: remove "
                 "the hook, or exclude the parameter"
             )
         ordinary = type(p) is nn.Parameter or getattr(type(p), "may_be_computed", False)
-        if slot.tensor in chosen and not ordinary:
+        if inside and not ordinary:
             raise SubspanError(
                 f"{slot.path} is a {type(p).__name__}, a parameter of a kind of its own: exclude it"
             )
-        if slot.tensor in chosen and any(
-            step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)
-        ):
+        if inside and any(s == 0 and n > 1 for s, n in zip(p.stride(), p.shape, strict=True)):
             raise SubspanError(
                 f"{slot.path} is expanded, so that one number in memory is several weights: make "
                 "it contiguous first"
