@@ -14,9 +14,7 @@ ordinary_tensors = torch._C.DisableTorchFunctionSubclass  # a context: no __torc
 _IN_PLACE = (
     {"__idiv__"}
     | {  # __iadd__, say, beside __add__
-        name
-        for name in dir(operator)
-        if name.startswith("__i") and hasattr(operator, "__" + name[3:])
+        name for name in dir(operator) if name[:3] == "__i" and hasattr(operator, f"__{name[3:]}")
     }
 )
 _MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_memory _to_copy"

@@ -45,21 +45,18 @@ def find_foreign(net: nn.Module) -> dict[str, str]:
 
 def _foreign(module: nn.Module) -> str:
     """Say what a layer is, in words that follow its class; "" for one that is as any other."""
-    library = type(module).__module__
+    library, name = type(module).__module__, type(module).__name__
+    package = library.partition(".")[0]
     places = (module._buffers, module._parameters)  # of TorchScript's, no dictionaries
-    packed = any(name in place for place in places for name in ("qweight", "W_q"))
-    for start, name in _FOREIGN.items():
-        if library.partition(".")[0] == start and (packed or not module._parameters):
-            return "" if list(module.children()) else f" of {name}"
+    packed = any(key in place for place in places for key in ("qweight", "W_q"))
+    if package in _FOREIGN and (packed or not module._parameters):
+        return "" if list(module.children()) else f" of {_FOREIGN[package]}"
     if packed:
         return " with packed weights (GPTQ, AWQ or the like)"
     if library.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
         return " of PyTorch's own quantisation" if hasattr(module, "_packed_params") else ""
-    if library.partition(".")[0] == "bitsandbytes" and type(module).__name__.startswith(
-        ("Embedding4", "Embedding8", "EmbeddingFP", "EmbeddingNF")
-    ):
-        return " of bitsandbytes"
-    return ""
+    kinds = ("Embedding4", "Embedding8", "EmbeddingFP", "EmbeddingNF")
+    return " of bitsandbytes" if package == "bitsandbytes" and name.startswith(kinds) else ""
 
 
 def refuse_foreign(what: str) -> SubspanError:
