@@ -44,27 +44,16 @@ def _module(frame: FrameType | None) -> str:
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
-def _runs(frame: FrameType | None, package: str, function: str) -> bool:
-    """Return whether a frame is of a package's function, and not of a person's by the same name."""
-    named = frame is not None and frame.f_code.co_name == function
-    return named and _module(frame).partition(".")[0] == package
+def _code(pattern: str, beyond: str = "") -> Callable[[FrameType], bool]:
+    """Make a function that returns whether code asks whose "module:function" a pattern matches.
 
-
-def _code(module: str = "", function: str = "", beyond: str = "") -> Callable[[FrameType], bool]:
-    """Make a function that returns whether certain code asks.
-
-    Args:
-        module: a regular expression that the beginning of its module's name matches.
-        function: its name; "" for any.
-        beyond: names of functions in between, which may have passed the question on.
+    ``beyond`` names functions in between, which may have passed the question on.
     """
-    pattern, between = re.compile(module), beyond.split()
+    match, between = re.compile(pattern).match, beyond.split()
 
     def asks(frame: FrameType) -> bool:
-        found = _beyond(frame, *between) if between else frame
-        if found is None or function not in ("", found.f_code.co_name):
-            return False
-        return pattern.match(_module(found)) is not None
+        found = _beyond(frame, *between)
+        return found is not None and bool(match(f"{_module(found)}:{found.f_code.co_name}"))
 
     return asks
 
@@ -72,31 +61,40 @@ def _code(module: str = "", function: str = "", beyond: str = "") -> Callable[[F
 # ---- which code it is ----------------------------------------------------------------------------
 
 asked_by_fsdp = _code(r".*\._fully_shard")  # fully_shard's
-asked_by_ddp = _code(r"torch\.nn\.parallel\.distributed$")
+asked_by_ddp = _code(r"torch\.nn\.parallel\.distributed:")
 asked_by_tensor_parallel = _code(r"torch\.distributed\.tensor\.")  # which spreads a layer
 asked_by_export = _code(r"torch\._?export")
-asked_by_checkpoint = _code(r"torch\.distributed\.checkpoint\.state_dict$")
-resolves_super = _code(r"torch\._dynamo\.variables\.misc$")  # a compiler, for ``super()``
-adds_to_optimizer = _code(function="add_param_group")
-converts_batchnorm = _code(function="convert_sync_batchnorm")  # looks for layers to convert
-sorts_by_decay = _code(function="get_parameter_names")  # transformers, by modules
-saved_by_trainer = _code(r"transformers\.trainer$", "_save")
-asked_by_validation = _code(  # transformers looks for weights that it would not train, on a handle
-    r"transformers\b", "validate_quantization_for_training", beyond="__getattr__"
+asked_by_checkpoint = _code(r"torch\.distributed\.checkpoint\.state_dict:")
+resolves_super = _code(r"torch\._dynamo\.variables\.misc:")  # a compiler, for ``super()``
+adds_to_optimizer = _code(r".*:add_param_group$")
+converts_batchnorm = _code(r".*:convert_sync_batchnorm$")  # looks for layers to convert
+sorts_by_decay = _code(r".*:get_parameter_names$")  # transformers, by modules
+saved_by_trainer = _code(r"transformers\.trainer:_save$")
+# Transformers looks for quantised weights that it would not train, perhaps on a handle.
+asked_by_validation = _code(
+    r"transformers\b.*:validate_quantization_for_training$", beyond="__getattr__"
 )
-empties_for_fsdp = _code(  # accelerate, to fill shards anew
-    r"accelerate\b", "fsdp2_prepare_model", beyond="_apply to"
+# Accelerate empties a network, to fill its shards anew.
+empties_for_fsdp = _code(r"accelerate\b.*:fsdp2_prepare_model$", beyond="_apply to")
+# PEFT enables or disables an adapter, whose flags follow.
+switches_adapters = _code(r"peft\b.*:_set_layer_requires_grad$")
+# PEFT freezes all parameters, to prepare a quantised network for adapters.
+freezes_all = _code(r"peft\b.*:prepare_model_for_kbit_training$")
+# TRL copies weights to a reference model or to vLLM.
+copies_weights = _code(r"trl\b.*:_sync_target_model$|trl\.generation\.", beyond="parameters")
+
+_flattens = _code(r"torch\b.*:_get_orig_params$")
+_propagates = _code(r"torch\b.*:_propagate_qconfig_helper$")
+_traces = _code(r"torch\b.*:trace_module$")
+_goes_by_tensor = _code(
+    r"accelerate\b.*:(cpu_offload|disk_offload|dispatch_model|load_checkpoint_in_model)$"
 )
-switches_adapters = _code(r"peft\b", "_set_layer_requires_grad")  # PEFT, whose flags follow
-freezes_all = _code(r"peft\b", "prepare_model_for_kbit_training")
-_propagates = _code(r"torch\b", "_propagate_qconfig_helper")
 
 
 def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
     """Find what FSDP1 leaves alone, if it lists what it is to make one parameter of."""
     frame = _beyond(start, *_LISTING, "parameters")
-    asked = frame is not None and _runs(frame, "torch", "_get_orig_params")
-    return frame.f_locals["ignored_params"] if asked else None  # type: ignore[union-attr]
+    return frame.f_locals["ignored_params"] if frame is not None and _flattens(frame) else None
 
 
 def given_to_ddp(start: FrameType) -> list[Tensor]:
@@ -182,17 +180,11 @@ def find_checkpoint(start: FrameType) -> str | None:
 def goes_by_tensor(start: FrameType) -> str:
     """Return the function of accelerate that offloads or loads tensor by tensor, or ""."""
     frame = _beyond(start, "state_dict")
-    for name in ("cpu_offload", "disk_offload", "dispatch_model", "load_checkpoint_in_model"):
-        if frame is not None and _runs(frame, "accelerate", name):
-            whole = name.startswith("load") and frame.f_locals["device_map"] is None
-            return "" if whole else name
-    return ""
-
-
-def copies_weights(start: FrameType) -> bool:
-    """Return whether TRL copies weights to a reference model or to vLLM."""
-    frame = _beyond(start, "parameters")
-    return _runs(frame, "trl", "_sync_target_model") or _module(frame).startswith("trl.generation.")
+    if frame is None or not _goes_by_tensor(frame):
+        return ""
+    name = frame.f_code.co_name
+    whole = name.startswith("load") and frame.f_locals["device_map"] is None
+    return "" if whole else name
 
 
 def quantises(frame: FrameType, kinds: Collection[type]) -> bool:
@@ -210,8 +202,7 @@ def registers_parameter(frame: FrameType) -> bool:
 
 def find_traced(start: FrameType) -> nn.Module | None:
     """Find the module that ``torch.jit.trace`` runs."""
-    tracing = (f.f_locals["mod"] for f in _callers(start) if _runs(f, "torch", "trace_module"))
-    return next(tracing, None)
+    return next((f.f_locals["mod"] for f in _callers(start) if _traces(f)), None)
 
 
 def asked_by_trace(start: FrameType) -> bool:
