@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import refuse_peft
@@ -106,7 +106,8 @@ def export_lora(
     }
     config = _describe(found, nearest, saved, base)
     for module in find_stored(found.body, saved, config["task_type"]):
-        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _state(found, module).items()}
+        state = found.body.get_submodule(module).state_dict()
+        tensors |= {f"{PREFIX}{module}.{name}": tensor for name, tensor in state.items()}
     copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +129,6 @@ def _factors(model: SubspaceModel, rank: int | None) -> NearestLora:
         for adapter in weights.adapters.values()
     }
     return NearestLora(factors, own, weights.lora.get("alpha", own), dict.fromkeys(factors, 0.0), 0)
-
-
-def _state(model: SubspaceModel, module: str) -> dict[str, Tensor]:
-    """Return parameters and buffers of a part, as they are now, by their names in the network."""
-    state = model.body.get_submodule(module).state_dict()
-    return {f"{module}.{name}": tensor for name, tensor in state.items()}
 
 
 def _describe(

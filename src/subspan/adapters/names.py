@@ -113,11 +113,6 @@ def _all_fully(net: nn.Module, module: str, fully: Collection[str]) -> bool:
     return all(f"{module}.{name}" in fully for name in inside)
 
 
-def _lies_in(layer: str, saved: Collection[str]) -> str:
-    """Return which of the modules that are stored whole PEFT takes a layer for a part of, or ""."""
-    return next((module for module in saved if f".{module}." in f".{layer}."), "")
-
-
 def name_targets(
     net: nn.Module, layers: Collection[str], saved: Collection[str], task: str | None
 ) -> list[str] | str:
@@ -143,7 +138,11 @@ def name_targets(
             else f"PEFT takes every module whose name ends with {end} for one that is stored "
             f"whole, so that it cannot store {other} in it, too: write the network of merge()"
         )
-    every = [name for name, _ in net.named_modules() if name and not _lies_in(name, saved)]
+    every = [
+        name
+        for name, _ in net.named_modules()
+        if name and not any(f".{module}." in f".{name}." for module in saved)  # as PEFT has it
+    ]
     for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
         ends = tuple(f".{name}" for name in names)
         if {n for n in every if n in names or n.endswith(ends)} == set(layers):

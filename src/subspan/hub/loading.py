@@ -65,7 +65,13 @@ def load(
     try:
         model = checkpoint.load(file, network)
     except SubspanError as error:
-        _explain(file, header, drawn - {name.removeprefix("body.") for name in tensors})
+        if drawn := drawn - {name.removeprefix("body.") for name in tensors}:
+            raise SubspanError(
+                f"{file} was trained around weights that {say_base(header['base'])} does not have "
+                f"({', '.join(sorted(drawn))}) and that were drawn at random when it was loaded: "
+                "only that very network has them, so give it to load; train such weights fully "
+                "(train_fully=…) or exclude them from the network, and the file will be enough"
+            ) from None
         raise error from None
     if dtype := header["base"].get("converted"):
         model.to(getattr(torch, dtype))
@@ -174,17 +180,6 @@ def _configure(config: Any, changes: Mapping[str, Any]) -> None:
                 _configure(before, value)  # of a part
             else:
                 setattr(config, key, value)
-
-
-def _explain(path: Path, header: Mapping[str, Any], drawn: set[str]) -> None:
-    """Say why a base that was fetched is another one, if some of it was drawn at random."""
-    if drawn:
-        raise SubspanError(
-            f"{path} was trained around weights that {say_base(header['base'])} does not have "
-            f"({', '.join(sorted(drawn))}) and that were drawn at random when it was loaded: only "
-            "that very network has them, so give it to load; train such weights fully "
-            "(train_fully=…) or exclude them from the network, and the file will be enough"
-        )
 
 
 @contextlib.contextmanager

@@ -100,7 +100,9 @@ class Presets:
             return head
         if preset == "norms-and-biases":
             flat = {tensor for tensor, shape in self._shapes.items() if len(shape) <= 1}
-            return (flat | self._scales()) - head
+            modules = self._structure.modules.items()
+            norms = Choice(holders=frozenset(p for p, m in modules if isinstance(m, _NORMS)))
+            return (flat | self._chosen(norms)) - head
         structure = self._structure
         parts = {"attention": structure.attention, "mlp": structure.mlp}
         if preset in parts:
@@ -111,10 +113,6 @@ class Presets:
 
     def _chosen(self, choice: Choice) -> set[str]:
         return {tensor for tensor, paths in self._paths.items() if any(map(choice.holds, paths))}
-
-    def _scales(self) -> set[str]:
-        norms = {p for p, module in self._structure.modules.items() if isinstance(module, _NORMS)}
-        return self._chosen(Choice(holders=frozenset(norms)))
 
     # ---- among patterns ----------------------------------------------------------------------
 

@@ -67,24 +67,26 @@ def prepare(
     own = options | ({"padding": "keep"} if kept else {})
     scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
     meaning = own | ({"scaling": scalings.pop()} if scalings else {})
+    # Pairs keep their order as JSON: the first that matches counts.
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
     as_json = {
         "dim": list(dim) if isinstance(dim, Sequence) else dim,
-        "compartments": rules if isinstance(rules, str) else _as_pairs(rules),
+        "compartments": rules if isinstance(rules, str) else [list(pair) for pair in pairs],
     }
+    digest = parameters.digest_tensors({**base, **parameters.saved_buffers(net)})
     return Weights(
-        net,
-        parts,
-        projections,
-        inside,
-        {name: tensor.requires_grad for name, tensor in tensors.items()},
-        sorted(fully),
-        kept,
-        parameters.digest_tensors({**base, **parameters.saved_buffers(net)})
-        + digest_layout(parts, family, seed, meaning),
-        {name: weight.kind for name, weight in packed.items()},
-        adapters,
-        meaning,
-        {**own, **recipe, **patterns, **as_json},
+        root=net,
+        compartments=parts,
+        projections=projections,
+        slots=inside,
+        requires_grad={name: tensor.requires_grad for name, tensor in tensors.items()},
+        fully=sorted(fully),
+        kept=kept,
+        fingerprint=digest + digest_layout(parts, family, seed, meaning),
+        packed={name: weight.kind for name, weight in packed.items()},
+        adapters=adapters,
+        meaning=meaning,
+        recipe={**own, **recipe, **patterns, **as_json},
     )
 
 
@@ -111,8 +113,3 @@ def check_ordinary(net: Any) -> None:
             "the network is what torch.compile has made of one, which has no parameters of its "
             "own: wrap the network first, and then torch.compile(model)"
         )
-
-
-def _as_pairs(rules: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[list[Any]]:
-    """Rules as JSON that keeps their order: the first that matches counts."""
-    return [list(rule) for rule in (rules.items() if isinstance(rules, Mapping) else rules)]
