@@ -259,6 +259,5 @@ def check_base(path: object, model: SubspaceModel, header: Header) -> None:
 
 
 def _say_kinds(numbers: Mapping[str, int]) -> str:
-    """Say how many quantised tensors of each kind there are."""
     tensors = ", ".join(f"{number} of {kind}" for kind, number in numbers.items())
     return f"quantised tensors ({tensors})" if tensors else "no quantised tensors"

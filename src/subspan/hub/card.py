@@ -55,7 +55,6 @@ def _listed(tags: str | list[str] | None) -> list[str]:
 
 
 def _text(repo: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], size: int) -> str:
-    """Write the text of a card."""
     base, recipe, seed = header.get("base"), header["recipe"], header["init_seed"]
     d = tensors[COORDINATES].numel()
     fully = [name.removeprefix("body.") for name in tensors if name != COORDINATES]

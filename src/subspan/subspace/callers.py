@@ -29,7 +29,6 @@ _LISTING = ("named_modules", "_named_members", "named_parameters")
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield a frame, and those that it was called from."""
     while frame is not None:
         yield frame
         frame = frame.f_back

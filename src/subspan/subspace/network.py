@@ -251,7 +251,6 @@ class Network:
         return base, self._given(tensor) is not None
 
     def _base(self, piece: Piece) -> Tensor | QuantisedTensor:
-        """Return θ₀ of a piece of a tensor."""
         base = self.base_of(piece.tensor)
         whole = len(piece) == base.numel()
         if whole and type(base) is Base and piece.tensor not in self.packed:  # mostly

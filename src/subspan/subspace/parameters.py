@@ -269,7 +269,6 @@ def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
 
 
 def _sparse_parts(tensor: Tensor) -> dict[str, Tensor]:
-    """Return the dense tensors that a sparse one is made of."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.detach().coalesce()
         return {"indices": tensor.indices(), "values": tensor.values()}

@@ -257,7 +257,6 @@ class Variants:
     def _run_rows(
         self, variant: Variant, rows: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
-        """Run some rows of the batch with one variant in use."""
         index = torch.tensor(rows, dtype=torch.int64, device="cpu")
         with using(variant):
             return self.model(*take_rows(args, index), **take_rows(kwargs, index))
