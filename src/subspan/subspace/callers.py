@@ -51,7 +51,7 @@ def _code(pattern: str, beyond: str = "") -> Callable[[FrameType], bool]:
     match, between = re.compile(pattern).match, beyond.split()
 
     def asks(frame: FrameType) -> bool:
-        found = _beyond(frame, *between)
+        found = _beyond(frame, *between) if between else frame
         return found is not None and bool(match(f"{_module(found)}:{found.f_code.co_name}"))
 
     return asks
