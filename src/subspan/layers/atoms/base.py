@@ -15,14 +15,6 @@ from subspan.registry import Registry
 
 DOMAIN = 48  # of the random numbers' counter: atoms
 
-
-# A complex butterfly takes about as long as this many multiply-adds of a matrix product do.
-BUTTERFLY = 16
-
-
-HALF = (torch.bfloat16, torch.float16)
-
-
 _kinds: Registry[type[Sum]] = Registry("kind of atoms")
 
 
@@ -72,7 +64,9 @@ class Sum(ABC):
 
     def constants(self) -> tuple[Tensor, ...]:
         """Make the tensors that every product needs, from the seed."""
-        return self._constants()
+        return ()
+
+    # A kind defines its matrix, or both products, or all three.
 
     def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a), (n, m).
@@ -81,29 +75,15 @@ class Sum(ABC):
             a: (p,); of a fixed matrix anything with the device and dtype wanted.
             constants: of :meth:`constants`.
         """
-        return self._matrix(a, *constants)
+        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
+        return self.apply(eye, a, *constants).T
 
     def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a) x for rows: (…, m) → (…, n)."""
-        return self._apply(x, a, *constants)
+        raise NotImplementedError
 
     def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         """M(a)ᵀ y for rows: (…, n) → (…, m)."""
-        return self._apply_t(y, a, *constants)
-
-    # What a kind defines: its matrix, or both products, or all three.
-
-    def _constants(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
-        eye = torch.eye(self.m, dtype=a.dtype, device=a.device)
-        return self._apply(eye, a, *constants).T
-
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _square(self) -> None:

@@ -41,12 +41,12 @@ class ConvolutionMatrix(Sum, kind="convolution"):
     def _kernel(self, a: Tensor) -> Tensor:
         return a.view(self.out, self.inside, self.kernel, self.kernel)
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         images = x.reshape(-1, self.inside, *self.image)
         y = F.conv2d(images, self._kernel(a), padding=self.kernel // 2)
         return y.reshape(*x.shape[:-1], self.n)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         images = y.reshape(-1, self.out, *self.image)
         x = F.conv_transpose2d(images, self._kernel(a), padding=self.kernel // 2)
         return x.reshape(*y.shape[:-1], self.m)

@@ -38,16 +38,16 @@ class DCT(Fixed, kind="dct"):
         self.apply_cost = channels * each * (self.m // channels)
         self.matrix_cost = self.n * self.m
 
-    def _constants(self) -> tuple[Tensor, ...]:
+    def constants(self) -> tuple[Tensor, ...]:
         one = cosines(self.side)
         order = zigzag(self.side)[: self.n // self.channels]
         rows = [(one[i][:, None] * one[j]).flatten() for i, j in order]
         return (torch.stack(rows).float(),)
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.linear(x.unflatten(-1, (self.channels, -1)), constants[0]).flatten(-2)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return (y.unflatten(-1, (self.channels, -1)) @ constants[0]).flatten(-2)
 
 

@@ -35,7 +35,7 @@ class Projected(Sum):
         # A generated entry costs about a multiply-add; of hash there is one for each weight.
         self.matrix_cost = self.n * self.m * (1 if self.projection.bitwise else p)
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return self.projection.matvec(a).view(self.n, self.m)
 
 
@@ -49,22 +49,22 @@ class RankOne(Sum, kind="rank1"):
         self.matrix_cost = self.n * self.m * p
         self.apply_cost = (self.n + self.m) * p
 
-    def _constants(self) -> tuple[Tensor, ...]:
+    def constants(self) -> tuple[Tensor, ...]:
         # Vector by vector: with more atoms the first ones stay what they are.
         return (
             self._normals(self.p, self.n).T / math.sqrt(self.n),
             self._normals(self.p, self.m, column=1).T / math.sqrt(self.m),
         )
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return (u * a) @ v.T
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return F.linear((x @ v) * a, u)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         u, v = constants
         return F.linear((y @ u) * a, v)
 
@@ -73,11 +73,10 @@ class Dense(Sum, kind="free"):
     """Every entry by itself, Mⱼ = e eᵀ: a factor as it is in any network."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self.p = self.n * self.m
         self.energy = float(self.p)
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return a.view(self.n, self.m)
 
 
@@ -108,8 +107,8 @@ class UserBasis(Sum, kind="given"):
             raise SubspanError("given matrices must be finite, and not all zero")
         self.matrix_cost = self.n * self.m * self.p
 
-    def _constants(self) -> tuple[Tensor, ...]:
+    def constants(self) -> tuple[Tensor, ...]:
         return (self.tensor.clone(),)  # a layer's own, which may be changed
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return torch.tensordot(a, constants[0], dims=1)

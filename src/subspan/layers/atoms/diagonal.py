@@ -11,17 +11,16 @@ class Diagonal(Sum, kind="diagonal"):
     """M(a) = diag(a)."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self._square()
         self.p = self.n
         self.energy = float(self.n)
         self.matrix_cost = self.apply_cost = self.n
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return a.diag()
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return x * a
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
-        return self._apply(y, a)  # symmetric
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+        return y * a

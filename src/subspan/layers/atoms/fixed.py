@@ -20,7 +20,7 @@ class Fixed(Sum):
 class Selection(Fixed):
     """Coordinates that are picked: row i of M is a row of the identity."""
 
-    def _constants(self) -> tuple[Tensor, ...]:
+    def constants(self) -> tuple[Tensor, ...]:
         return (self._picked(),)
 
     def _picked(self) -> Tensor:
@@ -28,7 +28,6 @@ class Selection(Fixed):
         raise NotImplementedError
 
     def setup(self) -> None:
-        """Nothing to choose."""
         if self.n > self.m:
             raise SubspanError(
                 f"{self.kind} picks from {self.m} coordinates, it cannot give {self.n}"
@@ -37,10 +36,10 @@ class Selection(Fixed):
         self.matrix_cost = self.n * self.m
         self.apply_cost = self.n
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return x[..., constants[0]]
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return y.new_zeros(*y.shape[:-1], self.m).index_copy(-1, constants[0], y)
 
 
@@ -48,15 +47,14 @@ class Identity(Fixed, kind="identity"):
     """Ones on the diagonal: the first n coordinates, or zeros behind all m of them."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self.energy = float(min(self.n, self.m))
         self.matrix_cost = self.n * self.m
         self.apply_cost = self.n
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.pad(x, (0, self.n - self.m))  # a negative padding cuts off
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return F.pad(y, (0, self.m - self.n))
 
 
@@ -72,7 +70,6 @@ class PermutationMatrix(Selection, kind="permutation"):
     """All coordinates in another order."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self._square()
         super().setup()
 
@@ -84,7 +81,6 @@ class Hadamard(Fixed, kind="hadamard"):
     """The Walsh–Hadamard matrix of Sylvester's order over √n, by the fast transform."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self._square()
         if self.n & (self.n - 1):
             raise SubspanError(f"{self.kind} needs a power of 2, got {self.n} × {self.m}")
@@ -92,8 +88,8 @@ class Hadamard(Fixed, kind="hadamard"):
         self.matrix_cost = self.n * self.n
         self.apply_cost = 2 * self.n * self.n.bit_length()
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return walsh_hadamard(x)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
-        return self._apply(y, a)  # symmetric
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+        return walsh_hadamard(y)  # symmetric

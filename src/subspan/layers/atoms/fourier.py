@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from subspan.errors import SubspanError
-from subspan.layers.atoms.base import BUTTERFLY, HALF, Sum
+from subspan.layers.atoms.base import Sum
 
 Product = Callable[..., Tensor]
+
+# A complex butterfly takes about as long as this many multiply-adds of a matrix product do.
+BUTTERFLY = 16
+HALF = (torch.bfloat16, torch.float16)
 
 
 def in_float32(product: Product) -> Product:
@@ -31,24 +35,23 @@ class Toeplitz(Sum, kind="toeplitz"):
     """M[i, k] = a[i − k + m − 1]: constant along diagonals. Products by FFT."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self.p = self.n + self.m - 1
         self.energy = float(self.n * self.m)
         self.matrix_cost = self.n * self.m
         self.apply_cost = _fft_cost(self.p + self.m) * 2
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         # Row i is the window of the reversed sequence that begins at n − 1 − i.
         return a.flip(0).unfold(0, self.m, 1).flip(0)
 
     @in_float32
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         size = self.p + self.m - 1
         product = torch.fft.rfft(x, size) * torch.fft.rfft(a, size)
         return torch.fft.irfft(product, size)[..., self.m - 1 :][..., : self.n]
 
     @in_float32
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         size = self.p + self.n - 1
         product = torch.fft.rfft(y, size) * torch.fft.rfft(a.flip(0), size)
         return torch.fft.irfft(product, size)[..., self.n - 1 :][..., : self.m]
@@ -58,18 +61,17 @@ class Hankel(Sum, kind="hankel"):
     """M[i, k] = a[i + k]: constant along anti-diagonals, a Toeplitz matrix with its rows turned."""
 
     def setup(self) -> None:
-        """Nothing to choose."""
         self._toeplitz = Toeplitz(self.n, self.m, self.source.seed, self.source.stream)
         for name in ("p", "energy", "matrix_cost", "apply_cost"):
             setattr(self, name, getattr(self._toeplitz, name))
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return a.unfold(0, self.m, 1)
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return self._toeplitz.apply(x.flip(-1), a)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return self._toeplitz.apply_t(y, a).flip(-1)
 
 
@@ -92,7 +94,7 @@ class BlockCirculant(Sum, kind="block-circulant"):
     def _spectra(self, a: Tensor) -> Tensor:
         return torch.fft.rfft(a.view(self.n // self.block, self.m // self.block, self.block))
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         b = self.block
         place = torch.arange(b, device=a.device)
         # (N, M, b) → (N, M, b, b): M[i, k] = a[(i − k) mod b]
@@ -100,13 +102,13 @@ class BlockCirculant(Sum, kind="block-circulant"):
         return blocks.transpose(1, 2).reshape(self.n, self.m)
 
     @in_float32
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         h = torch.fft.rfft(x.unflatten(-1, (-1, self.block)))
         y = torch.einsum("...mf,nmf->...nf", h, self._spectra(a))
         return torch.fft.irfft(y, self.block).flatten(-2)
 
     @in_float32
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         h = torch.fft.rfft(y.unflatten(-1, (-1, self.block)))
         x = torch.einsum("...nf,nmf->...mf", h, self._spectra(a).conj())
         return torch.fft.irfft(x, self.block).flatten(-2)
@@ -116,7 +118,6 @@ class Circulant(BlockCirculant, kind="circulant"):
     """M[i, k] = a[(i − k) mod n]; products by FFT."""
 
     def setup(self) -> None:  # type: ignore[override]
-        """Nothing to choose."""
         self._square()
         super().setup(self.n)
 
@@ -139,7 +140,7 @@ class LowDisplacementRank(Sum, kind="displacement"):
         self.matrix_cost = self.n**3 * rank
         self.apply_cost = _fft_cost(self.n) * (4 * rank + 2)
 
-    def _constants(self) -> tuple[Tensor, ...]:
+    def constants(self) -> tuple[Tensor, ...]:
         # The diagonal that turns a skew-circulant into a circulant matrix: its real numbers.
         angle = torch.arange(self.n, dtype=torch.float64) * (-math.pi / self.n)
         turn = torch.stack([angle.cos(), angle.sin()])
@@ -151,14 +152,14 @@ class LowDisplacementRank(Sum, kind="displacement"):
         return torch.fft.fft(a.view(self.rank, self.n)), torch.fft.fft(h * w), w
 
     @in_float32
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         circulant, skew, w = self._parts(a, constants)
         inner = torch.fft.ifft(torch.fft.fft(x * w).unsqueeze(-2) * skew) * w.conj()
         y = torch.fft.ifft(torch.fft.fft(inner.real) * circulant)
         return y.real.sum(dim=-2)
 
     @in_float32
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         circulant, skew, w = self._parts(a, constants)
         inner = torch.fft.ifft(torch.fft.fft(y).unsqueeze(-2) * circulant.conj()).real
         x = torch.fft.ifft(torch.fft.fft(inner * w) * skew.conj()) * w.conj()

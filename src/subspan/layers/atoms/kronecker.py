@@ -28,13 +28,13 @@ class KroneckerLeft(Sum, kind="kronecker-left"):
     def _small(self, a: Tensor) -> Tensor:
         return a.view(self.n // self.k, self.m // self.k)
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         return torch.kron(self._small(a), torch.eye(self.k, dtype=a.dtype, device=a.device))
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return (self._small(a) @ x.unflatten(-1, (-1, self.k))).flatten(-2)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         return (self._small(a).T @ y.unflatten(-1, (-1, self.k))).flatten(-2)
 
 
@@ -58,14 +58,14 @@ class KroneckerRight(Sum, kind="kronecker-right"):
     def _small(self, a: Tensor) -> Tensor:
         return a.view(self.terms, -1, self.m // self.k)  # (r, rows, columns)
 
-    def _matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
+    def matrix(self, a: Tensor, *constants: Tensor) -> Tensor:
         eye = torch.eye(self.k, dtype=a.dtype, device=a.device)
         return torch.cat([torch.kron(eye, small) for small in self._small(a)])
 
-    def _apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply(self, x: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         y = torch.einsum("...kc,trc->...tkr", x.unflatten(-1, (self.k, -1)), self._small(a))
         return y.flatten(-3)
 
-    def _apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
+    def apply_t(self, y: Tensor, a: Tensor, *constants: Tensor) -> Tensor:
         parts = y.unflatten(-1, (self.terms, self.k, -1))
         return torch.einsum("...tkr,trc->...kc", parts, self._small(a)).flatten(-2)
