@@ -22,10 +22,7 @@ class Attention(nn.Module):
     then do without their fused path.
 
     Args:
-        of: the original; its weights are copied.
-
-    Raises:
-        SubspanError: if it has ``add_bias_kv`` or ``add_zero_attn``.
+        of: the original, without ``add_bias_kv`` and ``add_zero_attn``; its weights are copied.
     """
 
     # What PyTorch's Transformer layers look at before they take a path around `forward`.
@@ -39,10 +36,6 @@ class Attention(nn.Module):
 
     def __init__(self, of: nn.MultiheadAttention) -> None:
         super().__init__()
-        if of.bias_k is not None or of.add_zero_attn:
-            raise SubspanError(
-                "an attention with add_bias_kv or add_zero_attn cannot be factorised: exclude it"
-            )
         self.embed_dim, self.num_heads, self.head_dim = of.embed_dim, of.num_heads, of.head_dim
         self.dropout, self.batch_first = of.dropout, of.batch_first
         self.training = of.training
@@ -80,13 +73,9 @@ class Attention(nn.Module):
         return None
 
     @torch.no_grad()
-    def original(self, layers: Sequence[nn.Linear] | None = None) -> nn.MultiheadAttention:
-        """Make the ``nn.MultiheadAttention`` with these projections.
-
-        Args:
-            layers: instead of its own four, which must be linear layers.
-        """
-        q, k, v, out = layers or [getattr(self, name) for name in PROJECTIONS]
+    def original(self, layers: Sequence[nn.Linear]) -> nn.MultiheadAttention:
+        """Make the ``nn.MultiheadAttention`` with these four projections."""
+        q, k, v, out = layers
         net = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,

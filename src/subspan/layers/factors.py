@@ -125,22 +125,12 @@ def witness(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
 
 
 def check(name: str, factors: Sequence[Tensor], saved: Tensor) -> None:
-    """Compare factors that are to be loaded with their witness.
-
-    Args:
-        name: of the layer, for the error.
-        factors: U, S and V.
-        saved: :func:`witness` of them when they were saved.
-
-    Raises:
-        SubspanError: if they do not belong together.
-    """
-    if belong(factors, saved):
-        return
-    raise SubspanError(
-        REFUSED.format(f"U, S and V of {name} do not belong together: factors")
-        + f"; or leave {name}.witness out of the state, if this is what it shall be"
-    )
+    """Refuse U, S and V that are to be loaded and are not those of the witness beside them."""
+    if not belong(factors, saved):
+        raise SubspanError(
+            REFUSED.format(f"U, S and V of {name} do not belong together: factors")
+            + f"; or leave {name}.witness out of the state, if this is what it shall be"
+        )
 
 
 def belong(factors: Sequence[Tensor], saved: Tensor) -> bool:

@@ -154,12 +154,8 @@ def _check_linear(layer: ProductOfSums) -> None:
 def _refine(layer: ProductOfSums, new: ProductOfSums, i: int, a: Tensor, start: Tensor) -> Tensor:
     """Coefficients of factor i of ``new`` that make it as near as can be to that of ``layer``.
 
-    Args:
-        layer: the old one.
-        new: the larger one.
-        i: the factor.
-        a: coefficients of the old one, whichever; the result is linear in them, but for start.
-        start: of the coefficients that only matter in rows that the old factor does not have.
+    The old one has any coefficients ``a``, in which the result is linear; ``start`` are those that
+    only matter in rows that the old factor does not have.
     """
     old, wide = (copy.deepcopy(one).double().requires_grad_() for one in (layer, new))
     before, now = old.values(i), wide.values(i)
@@ -263,18 +259,14 @@ def fit(
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         raise SubspanError(f"matrices must be of one shape n × m, got {sorted(shapes)}")
     n, m = next(iter(shapes))
-    best: tuple[float, list[ProductOfSumsLinear], dict[str, Any]] | None = None
-    tried = []
+    fits = []
     for factors in candidates:
         layers, errors = [], []
         for matrix in matrices:
             layer = ProductOfSumsLinear(m, n, factors, bias=False, seed=seed, dtype=matrix.dtype)
             errors.append(approximate(layer, matrix, sweeps=sweeps))
             layers.append(layer)
-        value = measures[measure](errors)
-        tried.append(value)
-        if best is None or value < best[0]:
-            report = {"factors": layers[0].recipe["factors"], "errors": errors}
-            best = value, layers, report
-    assert best is not None
-    return best[1], best[2] | {"tried": tried}
+        fits.append((measures[measure](errors), layers, errors))
+    _, layers, errors = min(fits, key=lambda fitted: fitted[0])
+    report = {"factors": layers[0].recipe["factors"], "errors": errors}
+    return layers, report | {"tried": [value for value, _, _ in fits]}

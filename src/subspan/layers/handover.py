@@ -47,12 +47,8 @@ def obstacle(
 ) -> str | None:
     """Say why no other layer can compute what this one does, from its parameters; or None.
 
-    Args:
-        layer: a layer of a class that is known.
-        parameters: every name that its class registers, also for a parameter that is None.
-        buffers: likewise.
-        modules: likewise.
-        kinds: classes that its parameters have besides ``nn.Parameter``.
+    Of its class are given all names that it registers, also for a parameter that is None, and the
+    ``kinds`` of its parameters besides ``nn.Parameter``.
     """
     for name in parameters:
         tensor = layer._parameters.get(name)
@@ -150,15 +146,9 @@ _REGISTRIES = vars(nn.Module()).keys()
 
 
 def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:
-    """Refuse hooks that would mean something else on another layer.
+    """Refuse hooks that would mean something else on a layer in the place of this one.
 
-    Args:
-        name: of the layer.
-        layer: to be replaced.
-        called: whether the network calls the layer now, as it would the new one.
-
-    Raises:
-        SubspanError: naming the layer and the hook's kind.
+    Any hook would if the network has not ``called`` this layer, as it will call the new one.
     """
     hooks = [kind for registry, kind in STATE_HOOKS.items() if vars(layer)[registry]]
     if layer._backward_hooks and not layer._is_full_backward_hook:
@@ -187,17 +177,8 @@ def hand_over(
 
     Hooks are not copied: both layers have the same registries, so that their handles remove them
     from the new one. Whether weights are trained, and their attributes, go to all parameters that
-    stand for them, and those of the bias to the bias.
-
-    Args:
-        name: of the layer.
-        old: stays as it is.
-        new: without hooks of its own.
-        fresh: any layer of the old one's class; what it lacks is the user's.
-        parts: whether the new one's parts have been given the flags of theirs already.
-
-    Returns:
-        ``new``.
+    stand for them, and those of the bias to the bias; not if the new one's ``parts`` have been
+    given theirs already. What ``fresh``, any layer of the old one's class, lacks is the user's.
 
     Raises:
         SubspanError: if the new layer needs the name of a user's attribute.

@@ -63,11 +63,7 @@ def merge(net: nn.Module, *, factors: bool = False) -> nn.Module:
 def _whole(
     name: str, module: Attention, layers: list[nn.Linear], used: Mapping[int, str]
 ) -> nn.MultiheadAttention:
-    """Make the ordinary attention with these four projections.
-
-    Raises:
-        SubspanError: for what it could not have.
-    """
+    """Make the ordinary attention with these four projections, or refuse what it cannot have."""
     why = obstacle(module, (), modules=PROJECTIONS) or used.get(id(module))
     for part, layer in zip(PROJECTIONS, layers, strict=True):
         why = why or obstacle(layer, ("weight", "bias")) or used.get(id(layer))

@@ -18,14 +18,10 @@ Layer = TypeVar("Layer", bound=Compressed)
 def rebuild_layers(
     net: nn.Module, types: Mapping[type[Compressed], Mapping[str, Any]]
 ) -> nn.Module:
-    """Give exactly these layers these recipes, with any values.
+    """Give exactly these layers these recipes, by type and full name, with any values.
 
-    Args:
-        net: changed in place; its layers are ordinary, or of the same type with any recipe.
-        types: for each type the recipes by the layers' full names.
-
-    Returns:
-        ``net``; or the new layer, if ``net`` itself is one that was replaced.
+    The layers of ``net``, which is changed in place, are ordinary or of the same type. The new
+    layer is returned if ``net`` itself is one that was replaced.
 
     Raises:
         SubspanError: if the network is another one. It is then untouched.
@@ -66,11 +62,7 @@ def rebuild_layers(
 def _make(
     name: str, kind: type[Compressed], like: Counterpart, recipe: Any, device: Device = None
 ) -> Compressed:
-    """Make the layer of a recipe.
-
-    Raises:
-        SubspanError: naming the layer, if the recipe cannot be; its JSON comes from a file.
-    """
+    """Make the layer of a recipe, or refuse by its name a recipe that cannot be, from a file."""
     try:
         return kind.rebuild(like, recipe, device)
     except SubspanError as error:
@@ -82,10 +74,9 @@ def _make(
 
 
 def succeed(name: str, layer: Layer, new: Layer) -> Layer:
-    """Give a layer the hooks, attributes and flags of the one of its type whose place it will take.
+    """Give a layer the hooks, attributes and flags of the one whose place it will take.
 
-    Raises:
-        SubspanError: for a hook that it could not have.
+    Both are of one type. A hook that the new one could not have is refused.
     """
     refuse_hooks(name, layer)
     hand_over(name, layer, new, layer.rebuild(layer, layer.recipe, device="meta"))

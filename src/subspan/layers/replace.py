@@ -17,13 +17,8 @@ from subspan.subspace.targets import PRESETS, Presets
 
 # The second is what nn.MultiheadAttention has for its output: a Linear in all but name.
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-ATTENTION = (  # parameters of nn.MultiheadAttention
-    "in_proj_weight",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
-    "in_proj_bias",
-)
+# Parameters of nn.MultiheadAttention.
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -175,11 +170,7 @@ def _refuse_other_kinds(
 
 
 def check_replaceable(candidates: Mapping[str, ReplaceableLayer], names: Sequence[str]) -> None:
-    """Refuse layers that cannot be replaced, or have what a new one could not have.
-
-    Raises:
-        SubspanError: naming the layer, and the reason.
-    """
+    """Refuse layers that cannot be replaced, or have what a new one could not have."""
     for name in names:
         candidate = candidates[name]
         if candidate.obstacle is not None:
@@ -249,11 +240,8 @@ def put_layers(
 ) -> nn.Module:
     """Exchange layers, which take over the hooks, attributes and flags of the old ones.
 
-    Returns:
-        The network, or the new layer if the network itself was one.
-
-    Raises:
-        SubspanError: as :func:`~subspan.layers.handover.hand_over`; the network is then untouched.
+    The network is returned, or the new layer if it was one itself; if an attribute cannot be taken
+    over it is untouched.
     """
     new: dict[int, nn.Module] = {}
     for name, layer in layers.items():

@@ -155,33 +155,28 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of all that ``forward`` was given."""
-        with ordinary_tensors(), full_precision(gy.device):
-            return Watched.gradients(ctx, gy)
-
-    @staticmethod
-    def gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, U, S, V, b, k and l."""
-        x, h, U, S, V, k, l = ctx.saved_tensors  # noqa: E741
-        if not torch.compiler.is_compiling() and U.is_leaf and U.grad is None:
-            # Somebody has cleared the gradients, and could not know of these.
-            k.grad = l.grad = None
-        how, kind = ctx.how, x.dtype
-        u, s, v = U.to(kind), S.to(kind), V.to(kind)
-        twice = torch.is_grad_enabled()  # a second derivative follows
-        if twice:
-            h = down(x, v, how)
-        q = _up(gy, u.T, how)
-        gK, gL = _outer(gy, h, how).to(S.dtype), _inner(x, q, how).to(S.dtype)
-        gU, gS, gV = gK @ S.T, U.T @ gK, gL @ S
-        gx = bias = None
-        if ctx.needs_input_grad[0]:
-            p = _up(q, s.T, how)
-            if twice:  # the terms of k and l are zero, and their derivatives are not
-                p = p + _up(gy, k.to(kind), how)
-            gx = _down_adjoint(p, v, x, how)
+        with ordinary_tensors(), full_precision(gy.device):
+            x, h, U, S, V, k, l = ctx.saved_tensors  # noqa: E741
+            if not torch.compiler.is_compiling() and U.is_leaf and U.grad is None:
+                # Somebody has cleared the gradients, and could not know of these.
+                k.grad = l.grad = None
+            how, kind = ctx.how, x.dtype
+            u, s, v = U.to(kind), S.to(kind), V.to(kind)
+            twice = torch.is_grad_enabled()  # a second derivative follows
             if twice:
-                gx = gx + _down_adjoint(q, l.to(kind).T, x, how)
-        if ctx.needs_input_grad[4]:
-            bias = gy.sum(dim=(0, 2, 3)) if how else gy.reshape(-1, gy.shape[-1]).sum(dim=0)
-        return gx, gU, gS, gV, bias, gK.T, gL.T, None
+                h = down(x, v, how)
+            q = _up(gy, u.T, how)
+            gK, gL = _outer(gy, h, how).to(S.dtype), _inner(x, q, how).to(S.dtype)
+            gU, gS, gV = gK @ S.T, U.T @ gK, gL @ S
+            gx = bias = None
+            if ctx.needs_input_grad[0]:
+                p = _up(q, s.T, how)
+                if twice:  # the terms of k and l are zero, and their derivatives are not
+                    p = p + _up(gy, k.to(kind), how)
+                gx = _down_adjoint(p, v, x, how)
+                if twice:
+                    gx = gx + _down_adjoint(q, l.to(kind).T, x, how)
+            if ctx.needs_input_grad[4]:
+                bias = gy.sum(dim=(0, 2, 3)) if how else gy.reshape(-1, gy.shape[-1]).sum(dim=0)
+            return gx, gU, gS, gV, bias, gK.T, gL.T, None

@@ -261,15 +261,14 @@ class LowRank(Compressed, type_name="lowrank"):
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
         """Return the layer's output; in the type of autocast, where that is on."""
         with ordinary_tensors():
-            return self._product(x, how)
-
-    def _product(self, x: Tensor, how: Geometry | None) -> Tensor:
-        x = x.to(autocast_type(x))
-        kind, watched = x.dtype, self._watched()
-        if not (kind.is_floating_point or kind.is_complex):
-            raise SubspanError(f"expected inputs of a floating dtype, got {kind}: use x.float()")
-        bias = None if self.bias is None else self.bias.to(kind)
-        if watched is not None:
-            return Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)
-        U, S, V = (factor.to(kind) for factor in (self.U, self.S, self.V))
-        return out(down(x, V, how), S, U, how, bias)
+            x = x.to(autocast_type(x))
+            kind, watched = x.dtype, self._watched()
+            if not (kind.is_floating_point or kind.is_complex):
+                raise SubspanError(
+                    f"expected inputs of a floating dtype, got {kind}: use x.float()"
+                )
+            bias = None if self.bias is None else self.bias.to(kind)
+            if watched is not None:
+                return Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)
+            U, S, V = (factor.to(kind) for factor in (self.U, self.S, self.V))
+            return out(down(x, V, how), S, U, how, bias)

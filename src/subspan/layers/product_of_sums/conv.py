@@ -82,27 +82,23 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
 
     def _cheapest(self, places: int) -> tuple[Plan | None, Plan]:
         """Try every factor as the first of the filters."""
-        ways: list[tuple[int, Plan | None, Plan]] = []
+        least, best = math.inf, None
         for cut in range(len(self.sums)):
             filters = plan_product(self.sums[cut:], None, cut)
             after = plan_product(self.sums[:cut], places) if cut else None
             cost = filters.cost + places * self.sums[cut].n * self.shape[1]
-            ways.append((cost + (after.cost if after else 0), after, filters))
-        best = ways[0]
-        for way in ways:
-            if way[0] < best[0]:
-                best = way
-        return best[1:]
+            cost += after.cost if after else 0
+            if cost < least:
+                least, best = cost, (after, filters)
+        assert best is not None
+        return best
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W'), also of one image without B."""
         if x.dim() == 3:
-            return self._images(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.dim() != 4:
             raise SubspanError(f"expected images (B, in, H, W) or (in, H, W), got {tuple(x.shape)}")
-        return self._images(x)
-
-    def _images(self, x: Tensor) -> Tensor:
         x, padding = self.pad(x)
         if isinstance(padding, str):  # zeros that are as many on both sides
             raise AssertionError(padding)
