@@ -1,30 +1,24 @@
 """Orthonormal bases and truncation, for the low-rank manifold; least squares without a matrix.
 
 The former in float32 or float64 (a half-precision basis is orthonormal to two digits), on matrices
-that are tall (n × r, r ≪ n) or small (2r × 2r).
+that are tall (n × r, r ≪ n) or small (2r × 2r). QR decompositions are PyTorch's, by Householder
+reflections: Cholesky-QR, which must be done twice and fails where the condition is beyond 10⁴ in
+float32, takes as long on a CPU (0.9 to 1.1 times for 5120 × 80 to 640).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def orthonormalize(a: Tensor) -> tuple[Tensor, Tensor]:
-    """QR decomposition of a tall matrix.
-
-    By Householder reflections. Cholesky-QR, which must be done twice and fails where the condition
-    is beyond 10⁴ in float32, takes as long on a CPU: 0.9 to 1.1 times for 5120 × 80 to 640.
-
-    Args:
-        a: (n, r) with r ≤ n.
-
-    Returns:
-        Q (n, r) with orthonormal columns, and the upper triangular R (r, r), A = Q R.
-    """
-    return torch.linalg.qr(a)
+@functools.lru_cache(maxsize=256)
+def fixed_vector(n: int) -> Tensor:
+    """Return normal numbers (n,), always the same: no matrix is made to evade them."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
 
 
 def complement(u: Tensor, a: Tensor) -> Tensor:

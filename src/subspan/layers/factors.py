@@ -14,7 +14,6 @@ weight averaging, federated learning) know nothing of that. Two things tell them
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.linalg import fixed_vector
 from subspan.subspace.functions import ordinary_tensors
 
 # Names of functions of PyTorch. A difference is no average, but what is made of it may be one.
@@ -121,7 +121,7 @@ def adopt(factor: str, parameter: nn.Parameter) -> None:
 def witness(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """W z (n,) of factors (n, r), (r, r), (m, r), for a z that is always the same."""
     U, S, V = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (U, S, V))
-    return U @ (S @ (V.T @ _vector(len(V)).to(V)))
+    return U @ (S @ (V.T @ fixed_vector(len(V)).to(V)))
 
 
 def check(name: str, factors: Sequence[Tensor], saved: Tensor) -> None:
@@ -174,9 +174,3 @@ def _refuse(name: str, values: Iterable[Value]) -> None:
                 )
         elif value.of[1] is not other.of[1]:
             raise SubspanError(REFUSED.format(f"factors {value.of[0]} of several layers"))
-
-
-@functools.lru_cache(maxsize=256)
-def _vector(m: int) -> Tensor:
-    """Normal numbers (m,), always the same."""
-    return torch.randn(m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)

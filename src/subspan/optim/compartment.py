@@ -6,7 +6,8 @@ never redrawn both train the same subspace.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -86,14 +87,10 @@ class CompartmentWeights:
         redraw: Tensor,
         alpha: float = 1.0,
     ) -> None:
-        """Coordinates += α Pᵀ v, in place.
+        """Coordinates += α Pᵀ v, in place, in this compartment's slice of (d,) alone.
 
-        Args:
-            coordinates: (d,) of all compartments; only the slice of this one changes.
-            vectors: for every tensor a gradient in its shape (None: zeros), or the tensor itself.
-            basis: which of the step's bases.
-            redraw: the number of the basis, 0-D int64.
-            alpha: a factor.
+        The vectors are a gradient in the shape of every tensor (None: zeros), or the tensor itself.
+        ``basis`` is one of the step's, and ``redraw`` its number, 0-D int64.
         """
         own, projection = coordinates[self.place], self.projections[basis]
         for call in self.calls:
@@ -123,14 +120,9 @@ class CompartmentWeights:
         alpha: float = 1.0,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Weights += α P c, in place; 16-bit weights are added up in float32 and rounded once.
+        """Weights, or other tensors by name, += α P c, in place; c is this compartment's slice.
 
-        Args:
-            coordinates: (d,) of all compartments; only the slice of this one counts.
-            basis: which of the step's bases.
-            redraw: the number of the basis, 0-D int64.
-            alpha: a factor.
-            tensors: to add to in place of the weights, by name.
+        16-bit weights are added up in float32 and rounded once.
         """
         own, projection = coordinates[self.place], self.projections[basis]
         own = own if alpha == 1 else own * alpha
@@ -141,9 +133,8 @@ class CompartmentWeights:
                 continue
             start = call.start
             for piece in call.pieces:
-                flat = Flat(tensors[piece.tensor], piece, self._kept(piece))
-                add_(projection, [flat.part], own.to(flat.part.device), redraw, start)
-                flat.close()
+                with flat(tensors[piece.tensor], piece, self._kept(piece)) as part:
+                    add_(projection, [part], own.to(part.device), redraw, start)
                 start += len(piece)
 
     def vectors(self, coordinates: Tensor, basis: int, redraw: Tensor) -> dict[str, Tensor]:
@@ -186,29 +177,21 @@ class CompartmentWeights:
         return slice(inside.start, inside.stop)
 
 
-class Flat:
-    """Entries of a tensor as a contiguous vector ``part``, which is changed and then closed.
+@contextlib.contextmanager
+def flat(tensor: Tensor, piece: Piece, kept: slice) -> Iterator[Tensor]:
+    """Lend entries of a tensor in any order of memory as a contiguous vector, to be changed.
 
-    Args:
-        tensor: in any order of memory.
-        piece: which of its entries.
-        kept: which of these are put back in the end.
+    Those that are kept are put back in the end.
     """
-
-    def __init__(self, tensor: Tensor, piece: Piece, kept: slice) -> None:
-        self.tensor, self.kept = tensor.detach(), kept
-        self.copied = not self.tensor.is_contiguous()
-        # `reshape` alone would leave a vector with gaps as it is.
-        self.whole = self.tensor.contiguous().reshape(-1)
-        self.part = self.whole[piece.start : piece.stop]
-        self.before = self.part[kept].clone() if kept.stop > kept.start else None
-
-    def close(self) -> None:
-        """Put back what is kept, and the whole into a tensor in another order of memory."""
-        if self.before is not None:
-            self.part[self.kept] = self.before
-        if self.copied:
-            self.tensor.copy_(self.whole.view(self.tensor.shape))
+    tensor = tensor.detach()
+    whole = tensor.contiguous().reshape(-1)  # `reshape` alone would leave a vector with gaps
+    part = whole[piece.start : piece.stop]
+    before = part[kept].clone() if kept.stop > kept.start else None
+    yield part
+    if before is not None:
+        part[kept] = before
+    if not tensor.is_contiguous():
+        tensor.copy_(whole.view(tensor.shape))
 
 
 def entries(tensor: Tensor, piece: Piece) -> Tensor:

@@ -54,16 +54,8 @@ class Directions:
         """Draw the bases of some weights.
 
         Basis b of compartment k of K takes stream b·K + k: a single basis has those of a
-        :class:`~subspan.subspace.SubspaceModel`.
-
-        Args:
-            groups: tensors by name, and their compartments.
-            family: of the projections.
-            seed: of all of them.
-            bases: as above.
-            redraw_every: as above.
-            options: of the family.
-            kept: entries of some tensors that never move.
+        :class:`~subspan.subspace.SubspaceModel`. Groups are tensors by name, with their
+        compartments; ``kept`` are entries of some tensors that never move.
         """
         total = sum(len(compartments) for _, compartments in groups)
         weights: list[CompartmentWeights] = []
@@ -110,8 +102,7 @@ class Directions:
     def layout(self, *, redraws: bool = True) -> str:
         """Return a digest of what coordinates mean: the projections, and their rows' weights.
 
-        Args:
-            redraws: whether it says when bases are drawn anew, too; older states do not.
+        It says when bases are drawn anew (``redraws``), too, which that of older states does not.
         """
         described = self.described()
         meaning = described["parts"], described["redraw_every"]
@@ -145,10 +136,6 @@ class Directions:
 def divide(
     tensors: Mapping[str, Tensor], dim: int | Sequence[int] | None, rules: Rules, allocation: str
 ) -> tuple[Compartment, ...]:
-    """Divide tensors into compartments.
-
-    Raises:
-        SubspanError: see :func:`subspan.subspace.compartments.partition`.
-    """
+    """Divide tensors into compartments, by :func:`subspan.subspace.compartments.partition`."""
     sizes = {name: tensor.numel() for name, tensor in tensors.items() if tensor.numel()}
     return partition(sizes, {name: [name] for name in tensors}, dim, rules, allocation)

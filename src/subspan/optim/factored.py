@@ -50,11 +50,7 @@ def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
 
 
 def is_trained(name: str, layer: LowRank) -> bool:
-    """Return whether a layer is trained, and not frozen.
-
-    Raises:
-        SubspanError: if it is neither.
-    """
+    """Return whether a layer is trained, and not frozen; refuse one that is neither."""
     trained = [p.requires_grad for p in parameters(layer)]
     if any(trained) and not all(trained):
         raise SubspanError(
@@ -67,13 +63,8 @@ def is_trained(name: str, layer: LowRank) -> bool:
 def read(layers: Mapping[str, LowRank], factors: Iterable[Tensor], copy: bool) -> dict[str, USV]:
     """Return the factors of the layers that are not frozen, precise enough for orthonormal bases.
 
-    Args:
-        layers: by name.
-        factors: those that the optimizer was given.
-        copy: whether they are copied in any case, because evaluations are to change the layers.
-
-    Raises:
-        SubspanError: if a layer is frozen in part, or has other factors by now.
+    They are copied in any case (``copy``) where evaluations are to change the layers. A layer that
+    is frozen in part, or has others than the ``factors`` that the optimizer was given, is refused.
     """
     given = set(map(id, factors))
     for name, layer in layers.items():
@@ -110,12 +101,7 @@ def parameters(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter
 def all_finite(groups: Iterable[Iterable[Tensor]]) -> list[bool]:
     """Return whether all numbers of each group are finite, in one message to the host."""
     norms = [
-        torch.stack(
-            [
-                torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-                for t in tensors
-            ]
-        ).sum()
+        torch.stack([torch.linalg.vector_norm(t, dtype=wide(t)) for t in tensors]).sum()
         for tensors in groups
     ]
     return torch.stack([t.to(norms[0].device) for t in norms]).isfinite().tolist() if norms else []

@@ -40,10 +40,10 @@ class Gradients:
             at: the factors of all layers that may have gradients.
             others: the other parameters, whose gradients are averaged where they are.
             step: the number of the step, for errors.
-            core: whether only the gradients of S are wanted.
+            core: whether only the gradients of S are wanted, which are then in all three places.
 
         Returns:
-            ∂K, ∂S and ∂L by layer, without tangents ∂U, ∂S and ∂V; with ``core`` ∂S in all places.
+            ∂K, ∂S and ∂L by layer; without tangents ∂U, ∂S and ∂V.
 
         Raises:
             NonFiniteError: if a number of them is not finite.
@@ -100,9 +100,7 @@ class Gradients:
         """Return means over all workers, by one message; a gradient that is missing counts as zero.
 
         The means of parameters that are no factors take the place of this worker's own gradients.
-
-        Raises:
-            SubspanError: on all workers, if one of them refuses its gradients.
+        If one worker refuses its gradients all do.
         """
         zeros = {n: USV(*map(torch.zeros_like, tensors(f))) for n, f in at.items() if n not in own}
         sent = [t for name in at for t in tensors({**own, **zeros}[name], core)]

@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspan.linalg import complement, orthonormalize, polish, svd
+from subspan.linalg import complement, polish, svd
 from subspan.registry import Registry
 
 
@@ -66,8 +66,8 @@ def kls_bases(at: USV, slope: USV, h: float) -> USV:
 
     K₁ = U S − h G V   = U₁ R        L₁ = V Sᵀ − h Gᵀ U = V₁ R'        S̃ = (U₁ᵀ U) S (Vᵀ V₁)
     """
-    U, _ = orthonormalize(at.U @ at.S - h * slope.U)
-    V, _ = orthonormalize(at.V @ at.S.T - h * slope.V)
+    U, _ = torch.linalg.qr(at.U @ at.S - h * slope.U)
+    V, _ = torch.linalg.qr(at.V @ at.S.T - h * slope.V)
     return USV(U, (U.T @ at.U) @ at.S @ (at.V.T @ V), V)
 
 
@@ -122,10 +122,10 @@ def retracted(at: USV, slope: USV, h: float, first: Literal["U", "V"]) -> USV:
         return _turned(turned)
     S = at.S - h * slope.S
     # Ŵ V and Ŵᵀ U₁ with the products by U, and those by V, put together.
-    U, R = orthonormalize(at.U @ (S + h * (at.U.T @ slope.U)) - h * slope.U)
+    U, R = torch.linalg.qr(at.U @ (S + h * (at.U.T @ slope.U)) - h * slope.U)
     kept = at.U.T @ U
     # − h (G V)ᵀ (1 − U Uᵀ) U₁ = (Ŵ V − U S)ᵀ U₁ = Rᵀ − Sᵀ kept
-    V, core = orthonormalize(at.V @ (R.T + h * (at.V.T @ slope.V) @ kept) - h * slope.V @ kept)
+    V, core = torch.linalg.qr(at.V @ (R.T + h * (at.V.T @ slope.V) @ kept) - h * slope.V @ kept)
     return USV(U, core.T, V)
 
 

@@ -109,21 +109,13 @@ class Journal:
                 last = step
 
     def cut(self, before: int | None = None) -> None:
-        """Remove a tail that is no whole record, so that others can follow.
-
-        Args:
-            before: remove this step and those behind it, too.
-        """
+        """Remove a tail that is no whole record, and all steps from ``before`` on."""
         whole = sum(1 for move in self.moves() if before is None or move.step < before)
         with self.path.open("r+b") as file:
             self._end = file.truncate(self._begin + whole * self._length)
 
     def check(self) -> None:
-        """Refuse to go on where the file does not end with the last step that was appended here.
-
-        Raises:
-            SubspanError: if it is gone, somebody else writes to it, or a step could not be written.
-        """
+        """Refuse to go on where the file does not end with the last step that was appended here."""
         try:
             size = self.path.stat().st_size
         except OSError:
@@ -163,13 +155,7 @@ class Journal:
 def header_of(
     directions: Directions, dtype: torch.dtype, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the header of a journal.
-
-    Args:
-        directions: of the optimizer, before its first step.
-        dtype: of coordinates.
-        extra: JSON values of the caller's.
-    """
+    """Return the header of a journal, with the weights as they are before the first step."""
     tensors = {n: t for weights in directions.compartments for n, t in weights.tensors.items()}
     return {
         **directions.described(),

@@ -73,12 +73,7 @@ def widen(state: Mapping[Tensor, dict[str, Any]]) -> None:
 
 
 def refuse_other_shapes(moments: Iterable[tuple[Tensor, Mapping[str, Any]]], remedy: str) -> None:
-    """Refuse moments of parameters that have other shapes.
-
-    Args:
-        moments: of each parameter.
-        remedy: what to do about it.
-    """
+    """Refuse moments of parameters that have other shapes."""
     for p, values in moments:
         for value in values.values():
             if isinstance(value, Tensor) and value.shape != p.shape:
@@ -96,14 +91,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # by base, with what they usually are
 
 
 def settings_of(base: str, **given: Any) -> dict[str, Any]:
-    """Return the settings of a group that a base has, which schedulers may change.
+    """Return those of the settings of all bases that this base has, which schedulers may change.
 
-    Args:
-        base: "sgd" or "adam".
-        given: the settings of all bases.
-
-    Raises:
-        SubspanError: for an unknown base, or another one's setting that is not what it usually is.
+    An unknown base is refused, and so is another one's setting that is not what it usually is.
     """
     if base not in BASES:
         raise unknown("base", base, BASES)
@@ -127,13 +117,7 @@ def turn_core(core: dict[str, Any], old: USV, new: USV) -> None:
 def transport(
     states: tuple[dict[str, Any], dict[str, Any], dict[str, Any]], old: USV, new: USV
 ) -> None:
-    """Bring the moments of K and L, and the mean of S with them, from old bases to new ones.
-
-    Args:
-        states: the moments of K, S and L.
-        old: W before the step; its bases count.
-        new: W after the step, perhaps of another rank.
-    """
+    """Bring the moments of K and L, and the mean of S with them, from old bases to new ones."""
     of_k, of_s, of_l = states
     if FIRST not in of_k:
         return

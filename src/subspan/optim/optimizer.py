@@ -233,12 +233,7 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Check the values of a group.
-
-    Raises:
-        SubspanError: for a rate, a decay or an ε that is negative or infinite, or a momentum or a
-            β outside [0, 1).
-    """
+    """Refuse a rate, a decay or an ε that is negative or infinite, and shares outside [0, 1)."""
     for name in ("lr", "weight_decay", "eps"):
         value = group.get(name, 0.0)
         if not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:

@@ -29,11 +29,7 @@ def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]
 
 
 def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
-    """Return parameters that DLRT is given later in pairs with names, which all of its own have.
-
-    Raises:
-        SubspanError: for factors.
-    """
+    """Return parameters that DLRT is given later, no factors, in pairs with names as its own."""
     params = [given] if isinstance(given, Tensor) else list(given)
     pairs = [p if isinstance(p, tuple) else (str(number), p) for number, p in enumerate(params)]
     if any(isinstance(p, Factor) for _, p in pairs):
@@ -45,13 +41,9 @@ def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
 
 
 def leave_frozen(group: dict[str, Any], number: int) -> list[tuple[str, Tensor]]:
-    """Keep in a group only the tensors that require a gradient, and their names.
+    """Keep in a group only the tensors that require a gradient, and their names; some must.
 
-    Returns:
-        The others, with what errors call them.
-
-    Raises:
-        SubspanError: if none does.
+    The others are returned, with what errors call them.
     """
     trained = [tensor.requires_grad for tensor in group["params"]]
     name = "{}" if "param_names" in group else f"parameter {{}} of group {number}"
@@ -70,15 +62,7 @@ def leave_frozen(group: dict[str, Any], number: int) -> list[tuple[str, Tensor]]
 def refuse_unfrozen(
     left_out: Sequence[tuple[str, Tensor]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuse a step that would leave out what is to be trained by now.
-
-    Args:
-        left_out: what was frozen when the optimizer was made, with names.
-        groups: of the optimizer.
-
-    Raises:
-        SubspanError: if some of it requires a gradient and is in no group.
-    """
+    """Refuse a step that would leave out what was frozen at first and is to be trained by now."""
     unfrozen = [(name, tensor) for name, tensor in left_out if tensor.requires_grad]
     given = {id(p) for group in groups for p in group["params"]} if unfrozen else set()
     for name, tensor in unfrozen:
@@ -107,11 +91,7 @@ def refuse_untouchable(params: Sequence[Any]) -> None:
 
 
 def refuse_immovable(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor to which P c cannot be added.
-
-    Raises:
-        SubspanError: if it is complex, or if two of its entries lie in one place.
-    """
+    """Refuse a tensor to which P c cannot be added."""
     if not tensor.is_floating_point():
         raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
     if _overlaps(tensor):

@@ -77,16 +77,10 @@ class RankRule:
     def ranks(
         self, step: int, singular_values: Mapping[str, Tensor], shapes: Shapes, begun_with: int
     ) -> dict[str, int]:
-        """Return the ranks after a step.
+        """Return the ranks after a step, counted from 0.
 
-        Args:
-            step: counted from 0.
-            singular_values: of every layer, in descending order.
-            shapes: of every layer's weight.
-            begun_with: the sum of r (n + m) before ranks first changed.
-
-        Raises:
-            SubspanError: if ``min_rank`` keeps the network above the target.
+        Singular values are in descending order; ``begun_with`` is the sum of r (n + m) before ranks
+        first changed. A ``min_rank`` that keeps the network above the target is refused.
         """
 
         def by(tolerance: float) -> dict[str, int]:

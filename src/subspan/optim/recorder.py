@@ -25,14 +25,8 @@ COMPARED = ("tensors", "parts", "groups", "bases", "redraw_every", "dtype", "bas
 def attach(optimizer: RandomBases, path: Path, extra: Mapping[str, Any], writes: bool) -> None:
     """Record every step of an optimizer from now on; of a file that exists, make the steps first.
 
-    Args:
-        optimizer: one that has made no step.
-        path: of the journal.
-        extra: JSON values for the header of a new file.
-        writes: whether this process is the one, of all workers, that writes.
-
-    Raises:
-        SubspanError: if the file belongs to another training, or cannot be written.
+    The optimizer has made no step; ``extra`` are JSON values for the header of a new file; one of
+    all workers ``writes``. The file of another training is refused.
     """
     dtype = optimizer.coordinates.dtype
     header = header_of(optimizer.directions, dtype, extra)

@@ -24,7 +24,7 @@ from subspan import distributed
 from subspan.errors import SubspanError
 from subspan.layers.lowrank import LowRank
 from subspan.layers.watched import Tangents
-from subspan.linalg import orthonormalize
+from subspan.linalg import fixed_vector
 from subspan.optim.factored import wide_factors
 from subspan.optim.integrators import USV
 from subspan.subspace.functions import ordinary_tensors
@@ -57,7 +57,7 @@ class Watch:
             factors = {name: wide_factors(layer, copy=False) for name, layer in layers.items()}
             for name in self._skew(factors):
                 at = factors[name]
-                (U, of_u), (V, of_v) = orthonormalize(at.U), orthonormalize(at.V)
+                (U, of_u), (V, of_v) = torch.linalg.qr(at.U), torch.linalg.qr(at.V)
                 layers[name].set_factors(U, of_u @ at.S @ of_v.T, V)
         self._tangents = {name: Tangents(layer) for name, layer in layers.items()}
         self._ddp: bool | None = None  # not known yet
@@ -68,11 +68,7 @@ class Watch:
             tangents.clear()
 
     def check(self) -> None:
-        """Refuse to go on where another object watches a layer now.
-
-        Raises:
-            SubspanError: naming the layer.
-        """
+        """Refuse to go on where another object watches a layer now."""
         for name, tangents in self._tangents.items():
             if self.layers[name].tangents is not tangents:
                 raise SubspanError(
@@ -97,12 +93,8 @@ class Watch:
         """Return ∂K, ∂S and ∂L, scaled as the gradients may have been scaled.
 
         DDP averages gradients and no tangents: all processes then average these, and decide
-        together.
-
-        Args:
-            gradients: of U, S and V of some layers, in the precision of their factors.
-            at: the factors of all layers that have not been frozen.
-            alone: whether this process's gradients concern no other process.
+        together, unless this process is ``alone`` with its gradients. Those given are of U, S and V
+        of some layers, in the precision of their factors; ``at`` has all that are not frozen.
 
         Raises:
             SubspanError: for gradients that have been changed otherwise, and for bases that are not
@@ -129,7 +121,11 @@ class Watch:
                     raise SubspanError(CHANGED.format("a layer in another process"))
         if changed is not None:
             raise SubspanError(CHANGED.format(f"layer {changed!r}"))
-        return {name: _scaled(tangent, scales[name]) for name, tangent in left.items()}
+        # Gradients of S have been scaled already.
+        return {
+            name: t if (c := scales[name]) == 1 else USV(c * t.U, t.S, c * t.V)
+            for name, t in left.items()
+        }
 
     def _left(self, name: str, like: USV) -> USV:
         """Return ∂K and ∂L as autograd has left them, or zeros, beside the S of ``like``."""
@@ -141,10 +137,7 @@ class Watch:
         )
 
     def _compare(
-        self,
-        gradients: Mapping[str, USV],
-        tangents: Mapping[str, USV],
-        at: Mapping[str, USV],
+        self, gradients: Mapping[str, USV], tangents: Mapping[str, USV], at: Mapping[str, USV]
     ) -> tuple[dict[str, float], str | None]:
         """Return each layer's scale, and the name of a layer whose gradients do not fit."""
         if not gradients:
@@ -164,7 +157,7 @@ class Watch:
         """
         errors: list[Tensor] = []
         for factors in at.values():
-            z = _vector(factors.rank).to(factors.S)
+            z = fixed_vector(factors.rank).to(factors.S)
             both = [torch.linalg.vector_norm(A.T @ (A @ z) - z) for A in (factors.U, factors.V)]
             errors.append(torch.stack(both).max() / torch.linalg.vector_norm(z))
         found = torch.stack([error.to(errors[0]) for error in errors]).tolist() if errors else []
@@ -194,7 +187,7 @@ def compare(layers: Sequence[tuple[USV, USV, USV]]) -> Tensor:
     """
     products, expected, norms, lengths = [], [], [], []
     for gradient, tangent, at in layers:
-        z, K, L = _vector(at.rank).to(at.S), tangent.U, tangent.V
+        z, K, L = fixed_vector(at.rank).to(at.S), tangent.U, tangent.V
         products += [gradient.U @ z, gradient.S @ z, gradient.V @ z]
         expected += [K @ (at.S.T @ z), at.U.T @ (K @ z), L @ (at.S @ z)]
         of_k, of_l, of_s = (torch.linalg.vector_norm(t) for t in (K, L, at.S))
@@ -221,18 +214,7 @@ def compare(layers: Sequence[tuple[USV, USV, USV]]) -> Tensor:
     return torch.stack([c, errors / c.abs().clamp(min=least)], dim=1)
 
 
-def _scaled(left: USV, c: float) -> USV:
-    """Return tangents times c, beside a gradient of S that has been scaled already."""
-    return left if c == 1 else USV(c * left.U, left.S, c * left.V)
-
-
 def tolerance(factor: Tensor) -> float:
     """Return the greatest error of :func:`compare` that rounding explains."""
     rounded = factor.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return COARSE if rounded else TOLERANCE.get(factor.dtype, COARSE)
-
-
-@functools.lru_cache(maxsize=256)
-def _vector(r: int) -> Tensor:
-    """Return normal numbers (r,), always the same: no change of gradients is made to evade them."""
-    return torch.randn(r, generator=torch.Generator().manual_seed(r), dtype=torch.float64)

@@ -48,17 +48,9 @@ class Workers:
         self._heart = HeartBeat(self.rank)
 
     def combine(self, vector: Tensor, step: int) -> Tensor:
-        """Average or gather the vectors of all workers.
+        """Average the vectors (d,) of all workers to (1, d), or gather them to (world, d).
 
-        Args:
-            vector: (d,) of this process.
-            step: the step that is being made, for errors.
-
-        Returns:
-            (1, d) means, or (world, d).
-
-        Raises:
-            SubspanError: if a worker is lost; the error names it.
+        An error names the ``step`` and the worker that is lost.
         """
         if self.mode == "shared":
             return self._together(lambda: self._mean(vector).unsqueeze(0), step)
@@ -74,13 +66,8 @@ class Workers:
     ) -> None:
         """Compare what all must have in common, before the first step; later do nothing.
 
-        Args:
-            agreement: gives JSON by the name that errors give it.
-            tensors: the weights, by name.
-            steps: how many steps have been made.
-
-        Raises:
-            SubspanError: on every rank, naming what differs and where.
+        That is JSON by the name that errors give it, the weights and the number of steps made. The
+        error, on every rank, names what differs and where.
         """
         if self._compared:
             return
@@ -103,11 +90,7 @@ class Workers:
         self._compared = True
 
     def compare_weights(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Compare the weights of all workers by a checksum of their bits, every so many steps.
-
-        Raises:
-            SubspanError: on every rank, naming those that differ from most.
-        """
+        """Compare the weights of all workers by a checksum of their bits, every so many steps."""
         if not self.check_every or steps % self.check_every:
             return
         own = checksum(tensors)
