@@ -11,11 +11,7 @@ from subspan.layers.product_of_sums import (
     ProductOfSumsLinear,
     product_of_sums,
 )
-from subspan.layers.protocol import (
-    Compressed,
-    compressed_layers,
-    layer_types,
-)
+from subspan.layers.protocol import Compressed, compressed_layers, layer_types
 from subspan.layers.replace import replace_layers
 from subspan.layers.spectral import SpectralFilters
 

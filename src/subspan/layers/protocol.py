@@ -52,11 +52,7 @@ class Compressed(nn.Module, ABC):
     resizes: ClassVar[bool] = False
 
     def __init_subclass__(
-        cls,
-        *,
-        type_name: str | None = None,
-        replaces: type[nn.Module] | None = None,
-        **kwargs: Any,
+        cls, *, type_name: str | None = None, replaces: type[nn.Module] | None = None, **kwargs: Any
     ) -> None:
         super().__init_subclass__(**kwargs)
         if type_name is not None:

@@ -40,10 +40,7 @@ def low_rank(rank: int) -> FactorList:
 
 def random_projection(size: int) -> FactorList:
     """W = A R with a fixed Gaussian R (size, m), and A (n, size) trained."""
-    return [
-        {"kind": "free", "inner": size},
-        {"kind": "gaussian", "p": 1, "fixed": True},
-    ]
+    return [{"kind": "free", "inner": size}, {"kind": "gaussian", "p": 1, "fixed": True}]
 
 
 def hashed(p: int) -> FactorList:

@@ -280,10 +280,7 @@ class DLRT(BaseOptimizer):
         )
 
     def _slopes_of_cores(
-        self,
-        before: Mapping[str, USV],
-        at: Mapping[str, USV],
-        closure: Callable[[], Any] | None,
+        self, before: Mapping[str, USV], at: Mapping[str, USV], closure: Callable[[], Any] | None
     ) -> dict[str, Tensor]:
         """Evaluate the gradients of the cores at new bases, and return the base's slopes."""
         write(self._layers, at)

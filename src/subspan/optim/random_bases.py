@@ -28,11 +28,7 @@ from subspan.optim.compartment import entries
 from subspan.optim.directions import Directions, Move, divide
 from subspan.optim.estimators import ESTIMATORS, Gradient
 from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is_count
-from subspan.optim.parameters import (
-    leave_frozen,
-    named_tensors,
-    refuse_immovable,
-)
+from subspan.optim.parameters import leave_frozen, named_tensors, refuse_immovable
 from subspan.optim.workers import WorkerMode
 from subspan.subspace.compartments import Rules
 from subspan.subspace.parameters import find_padding, find_slots

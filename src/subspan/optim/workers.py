@@ -59,10 +59,7 @@ class Workers:
     # ---- agreement -------------------------------------------------------------------------------
 
     def compare_once(
-        self,
-        agreement: Callable[[], Mapping[str, Any]],
-        tensors: Mapping[str, Tensor],
-        steps: int,
+        self, agreement: Callable[[], Mapping[str, Any]], tensors: Mapping[str, Tensor], steps: int
     ) -> None:
         """Compare what all must have in common, before the first step; later do nothing.
 
@@ -71,11 +68,7 @@ class Workers:
         """
         if self._compared:
             return
-        common = {
-            **agreement(),
-            "the steps made": steps,
-            "the weights": digest_tensors(tensors),
-        }
+        common = {**agreement(), "the steps made": steps, "the weights": digest_tensors(tensors)}
         device = next(iter(tensors.values())).device
         own = torch.tensor([_number(value) for value in common.values()], device=device)
         everyone = self._together(lambda: self._gather(own), 0).tolist()

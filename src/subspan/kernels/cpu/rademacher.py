@@ -16,14 +16,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.cpu import common
 from subspan.kernels.cpu.common import LANES, columns
-from subspan.kernels.cpu.signed_sums import (
-    FOURS,
-    SUMS,
-    add_columns,
-    add_rows,
-    by_rows,
-    signed_sums,
-)
+from subspan.kernels.cpu.signed_sums import FOURS, SUMS, add_columns, add_rows, by_rows, signed_sums
 
 SPAN = 2  # groups of LANES columns that one task goes through
 
