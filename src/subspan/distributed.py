@@ -20,9 +20,6 @@ def meet_again(backend: str | None) -> None:
     A workaround (pytorch/pytorch#135712): torchrun keeps one store for all attempts (unless
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), so that Gloo would look there for a rank and find the
     address of the one that died. The connection is then refused, or hangs.
-
-    Args:
-        backend: as of ``init_process_group``; None for PyTorch's choice.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or dist.is_initialized():

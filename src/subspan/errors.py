@@ -32,11 +32,7 @@ def unknown(
 ) -> SubspanError:
     """Make the error for a ``name`` that is none of the ``known``, with the nearest names first.
 
-    Args:
-        kind: what was looked for, in the singular ("projection", "net", …).
-        name: what was asked for.
-        known: every name that would have been right.
-        presets: names that would have been right, too, and stand for several of the known.
+    The kind is a singular ("projection", "net", …). Presets stand for several of the known.
     """
     known = sorted(known)
     near = difflib.get_close_matches(str(name), [*presets, *known], n=3, cutoff=0.5)
@@ -54,11 +50,7 @@ def check_options(
 ) -> None:
     """Refuse options that a function does not have, and the lack of one that it needs.
 
-    Args:
-        owner: what has the options, as its users call it.
-        options: names that were given.
-        make: the function that would take them.
-        apart: parameters of it that are no options.
+    The owner is named as its users call it. Parameters ``apart`` of the function are no options.
     """
     parameters = {k: v for k, v in signature(make).parameters.items() if k not in apart}
     given = list(options)

@@ -38,11 +38,7 @@ def refuse_what_is_no_file(path: str | os.PathLike[str]) -> None:
 
 
 def refuse_what_is_no_folder(path: Path) -> None:
-    """Refuse a path of an output folder that is a file, or lies in one.
-
-    Raises:
-        SubspanError: it is.
-    """
+    """Refuse a path of an output folder that is a file, or lies in one."""
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise SubspanError(f"--out {path}: {part} is a file: give a folder")
@@ -55,10 +51,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
     disk, a folder that is not there) leaves nothing behind. Otherwise it is as if the file had been
     opened and written: a link stays, and what it leads to is written; a file that was there keeps
     its permissions, and a new one has those that new files have; what is no file, or is protected,
-    is refused.
-
-    Returns:
-        The number of bytes.
+    is refused. The number of bytes is returned.
 
     Raises:
         SubspanError: if something is there that is no file.
@@ -68,14 +61,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
 
 
 def write_together(files: Mapping[Path, bytes]) -> int:
-    """Write files that belong together: none is renamed before all of them are on the disk.
-
-    Returns:
-        The number of bytes of all.
-
-    Raises:
-        SubspanError, OSError: as :func:`write_atomically`.
-    """
+    """Write files as :func:`write_atomically`, and rename none before all are on the disk."""
     for path in files:
         _refuse_what_renaming_would_take(path)
     with contextlib.ExitStack() as stack:

@@ -87,12 +87,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank_of(singular_values: Tensor, tolerance: float) -> int:
-    """Return the least rank at which truncation leaves out at most a share of the norm.
-
-    Args:
-        singular_values: in descending order.
-        tolerance: τ in ‖Σ_{>r}‖ ≤ τ ‖Σ‖, Frobenius.
-    """
+    """Return the least rank r at which ‖Σ_{>r}‖ ≤ τ ‖Σ‖ (Frobenius), for Σ in descending order."""
     tails = singular_values.double().square().flip(0).cumsum(0).flip(0).sqrt()  # ‖Σ_{≥i}‖
     return int((tails > tolerance * tails[0]).sum()) if len(tails) else 0
 

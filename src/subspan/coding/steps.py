@@ -59,32 +59,20 @@ def choose_step(w: Tensor, bits: float) -> float:
 
 
 def check_bits(bits: float) -> None:
-    """Refuse what is no number of bits a coordinate.
-
-    Raises:
-        SubspanError: unless it is positive and finite.
-    """
+    """Refuse what is no number of bits a coordinate: it is positive and finite."""
     if not isinstance(bits, Real) or not 0 < bits < float("inf"):
         raise SubspanError(f"bits must be a positive number of bits a coordinate, got {bits!r}")
 
 
 def fits(w: Tensor, step: float, bits: float) -> bool:
-    """Return whether coordinates, when they are coded, take at most so many bits each.
-
-    Raises:
-        SubspanError: if a coordinate is not finite.
-    """
+    """Return whether coordinates, which are finite, take at most so many bits each when coded."""
     if _largest(w) / step > LARGEST:
         return False
     return coded_bits(round_to_levels(w, step)) <= bits * w.numel()
 
 
 def round_to_levels(w: Tensor, step: float) -> Levels:
-    """Return the nearest levels of coordinates, (d,); halves go to the even one.
-
-    Raises:
-        SubspanError: if a coordinate is not finite.
-    """
+    """Return the nearest levels of finite coordinates, (d,); halves go to the even one."""
     _check_finite(w)
     exact = w.detach().to("cpu", torch.float64).numpy()
     return np.rint(exact / step).astype(np.int64)

@@ -277,11 +277,7 @@ class Projection(ABC):
         return torch.stack(columns, dim=1)
 
     def check_coordinates(self, w: Tensor) -> None:
-        """Refuse coordinates that have got another length: kernels would read past their end.
-
-        Raises:
-            SubspanError: saying how many there must be.
-        """
+        """Refuse coordinates that have got another length: kernels would read past their end."""
         if w.numel() != self.in_dim:
             raise SubspanError(
                 f"there are {w.numel()} coordinates now, and the projection has {self.in_dim} "

@@ -18,7 +18,12 @@ from subspan.families.base import Projection
 from subspan.families.registry import projection
 from subspan.families.sparse import Sparse
 
-LAYOUTS = ("dense", "coo", "csr", "csc")
+LAYOUTS = {  # and the methods that give what a sparse matrix holds
+    "dense": (),
+    "coo": ("indices", "values"),
+    "csr": ("crow_indices", "col_indices", "values"),
+    "csc": ("ccol_indices", "row_indices", "values"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,14 @@ def forget() -> None:
 def stored_bytes(stored: Stored, device: torch.device) -> int:
     """Count the bytes of the float32 matrix on a device: values and indices."""
     matrix = _matrix(stored, 0, device, torch.float32)
-    if stored.layout == "dense":
-        parts = [matrix]
-    elif stored.layout == "coo":
-        parts = [matrix.indices(), matrix.values()]
-    elif stored.layout == "csr":
-        parts = [matrix.crow_indices(), matrix.col_indices(), matrix.values()]
-    else:
-        parts = [matrix.ccol_indices(), matrix.row_indices(), matrix.values()]
-    return sum(part.numel() * part.element_size() for part in parts)
+    parts = [getattr(matrix, method)() for method in LAYOUTS[stored.layout]] or [matrix]
+    return sum(part.nbytes for part in parts)
 
 
 def _layout(matrix: Tensor, layout: str) -> Tensor:
+    if layout == "dense":
+        return matrix
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
-        if layout == "coo":
-            return matrix.to_sparse_coo().coalesce()
-        if layout == "csr":
-            return matrix.to_sparse_csr()
-        return matrix.to_sparse_csc() if layout == "csc" else matrix
+        sparse: Tensor = getattr(matrix, f"to_sparse_{layout}")()
+    return sparse.coalesce() if layout == "coo" else sparse

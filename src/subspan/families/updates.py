@@ -31,19 +31,9 @@ def add(
 ) -> list[Tensor]:
     """Compute θ₀ + P w for rows from ``start`` on, unseen by autograd.
 
-    Sums have the precision of ``w`` and are rounded once; of one vector's rows of P w, BLOCK exist
-    at a time.
-
-    Args:
-        p: the projection.
-        bases: tensors of θ₀, whose rows follow each other.
-        w: (d,) coordinates.
-        step: 0-D int64.
-        start: the row of the first weight.
-        dtype: of the results; that of each tensor by default.
-
-    Returns:
-        A tensor like each of ``bases``, on its device.
+    The ``bases`` are tensors of θ₀, whose rows follow each other; results are like them, but for the
+    dtype that is asked for. Sums have the precision of ``w``, (d,), and are rounded once; of one
+    vector's rows of P w, BLOCK exist at a time.
     """
     outs = [_take_memory(base, dtype or base.dtype) for base in bases]
     _add(p, bases, w, step, start, outs)
@@ -71,9 +61,8 @@ def _add(
         return
     if kernel and kernel.added and all(_fits(base, w) for base in bases):
         for base, out in zip(bases, outs, strict=True):
-            _add_rounded(
-                kernel.added, p, base.reshape(-1), w.contiguous(), step, start, out.view(-1)
-            )
+            vectors = base.reshape(-1), w.contiguous()
+            _add_rounded(kernel.added, p, *vectors, step, start, out.view(-1))
             start += base.numel()
         return
     sizes = [base.numel() for base in bases]

@@ -108,22 +108,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do as :meth:`torch.nn.MultiheadAttention.forward`.
-
-        Args:
-            query: (L, E), (L, N, E), or (N, L, E) with ``batch_first``.
-            key: (S, E_k), (S, N, E_k), or (N, S, E_k).
-            value: likewise with E_v.
-            key_padding_mask: (S,) or (N, S); True, or −∞, leaves a position out.
-            need_weights: whether to return the weights, too.
-            attn_mask: (L, S) or (N · heads, L, S); True, or −∞, leaves a pair out.
-            average_attn_weights: whether weights are the mean over heads.
-            is_causal: a hint that ``attn_mask`` is the causal one, which must be given, too.
-
-        Returns:
-            The output in the shape of ``query``; the weights, (N, L, S) or (N, heads, L, S), or
-            None.
-        """
+        """Do as :meth:`torch.nn.MultiheadAttention.forward`, with its shapes and masks."""
         self._check(query, key, value, key_padding_mask, attn_mask)
         alone = query.dim() == 2
         if alone:

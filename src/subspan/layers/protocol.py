@@ -213,11 +213,7 @@ def layer_types() -> list[str]:
 
 
 def layer_type(name: str) -> type[Compressed]:
-    """Return the class of a type of compressed layers.
-
-    Raises:
-        SubspanError: if no module that is imported defines it.
-    """
+    """Return the class of a type of compressed layers; one must be imported that defines it."""
     return _types.find(name)
 
 

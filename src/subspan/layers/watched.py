@@ -43,9 +43,6 @@ class Tangents:
 
     A layer is watched as long as somebody holds this object, and no other one is made for it.
 
-    Args:
-        layer: the layer to watch.
-
     Attributes:
         k: (r, n), zeros that require a gradient: kᵀ, for its gradient is formed in this order.
         l: (r, m), likewise lᵀ.

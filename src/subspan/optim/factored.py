@@ -16,9 +16,7 @@ from subspan.subspace.functions import ordinary_tensors
 def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
     """Return the factored layers of a network that are not frozen, by name.
 
-    Raises:
-        SubspanError: if there are none, if one is frozen in part, has no such rank, or factors that
-            something else computes, or if two share a factor.
+    There must be some, each with ``min_rank`` and with factors of its own that nothing computes.
     """
     factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
     if not factored:

@@ -20,10 +20,8 @@ from subspan.subspace.functions import ordinary_tensors
 class Gradients:
     """Collects what ``backward()`` has left for an optimizer of factored layers.
 
-    Args:
-        layers: by name.
-        watch: their tangents; of no layers where gradients of U and V are wanted.
-        workers: processes that average their gradients; None for this one alone, or DDP.
+    Where gradients of U and V are wanted ``watch`` has tangents of no layers. Without workers this
+    process is alone, or DDP averages its gradients.
     """
 
     def __init__(

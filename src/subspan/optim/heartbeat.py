@@ -25,9 +25,6 @@ class HeartBeat:
 
     The heartbeat continues while the rank is blocked in a collective, so that a rank that fails
     because of another one is not reported as lost.
-
-    Args:
-        rank: of this process.
     """
 
     def __init__(self, rank: int) -> None:

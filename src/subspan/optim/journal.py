@@ -36,9 +36,6 @@ MAGIC, FORMAT = b"SUBSPANJ", 1
 class Journal:
     """A journal that is read, or written one step after another.
 
-    Args:
-        path: of the file.
-
     Attributes:
         header: the JSON before the records.
     """
@@ -84,11 +81,7 @@ class Journal:
         return Journal(path)
 
     def moves(self) -> Iterator[Move]:
-        """Read the steps in order, up to a tail that was cut off.
-
-        Raises:
-            SubspanError: if a record is damaged that others follow.
-        """
+        """Read the steps in order, up to a tail that was cut off; no damaged one before others."""
         last, size = -1, self.path.stat().st_size
         with self.path.open("rb") as file:
             file.seek(self._begin)
@@ -128,11 +121,7 @@ class Journal:
             )
 
     def append(self, move: Move) -> None:
-        """Write one step behind the others; the system has it when this returns.
-
-        Raises:
-            SubspanError: if it cannot be written. The steps before it can be gone on from.
-        """
+        """Write one step behind the others; the system has it when this returns."""
         numbers = move.coordinates.detach().cpu().numpy().astype(self._dtype)
         raw = struct.pack(f"<Q{self._rates}d", move.step, *move.rates) + numbers.tobytes()
         end, self._end = self._end, None

@@ -105,11 +105,7 @@ class Quantiser:
         self._attach()
 
     def _attach(self) -> None:
-        """Have the optimizer's steps noticed.
-
-        Raises:
-            SubspanError: if somebody does already: two would undo each other's grid.
-        """
+        """Have steps noticed, by this quantiser alone: two would undo each other's grid."""
         if any(other.optimizer is self.optimizer for other in _ALL):
             raise SubspanError("the optimizer has a quantiser already: remove() that first")
         _ALL.add(self)

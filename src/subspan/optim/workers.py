@@ -26,14 +26,11 @@ FEW = 4096  # numbers, 16 kB: where Gloo's ring begins to pay
 
 
 class Workers:
-    """The processes of the default group.
+    """The processes of the default group, which there must be.
 
     Args:
         mode: "shared": vectors are averaged; "independent": they are gathered.
         check_every: steps between comparisons of all workers' weights; 0: never.
-
-    Raises:
-        SubspanError: if there is no process group.
     """
 
     def __init__(self, mode: WorkerMode, check_every: int) -> None:

@@ -157,14 +157,9 @@ class LowRank(Compressed, type_name="lowrank"):
             return W if watched is None else W + watched.k.T @ V.T + U @ watched.l
 
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
-        """Take other factors, perhaps of another rank; the parameters stay the same objects.
+        """Take factors (n, r'), (r', r') and (m, r'); the parameters stay the same objects.
 
         Where the rank changes, gradients of the old factors are dropped.
-
-        Args:
-            U: (n, r').
-            S: (r', r').
-            V: (m, r').
         """
         with ordinary_tensors():
             for factor, new in ((self.U, U), (self.S, S), (self.V, V)):

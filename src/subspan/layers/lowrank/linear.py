@@ -20,8 +20,7 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
         out_features: n.
         rank: r, at most min(n, m).
         bias: whether there is one.
-        device: of the parameters.
-        dtype: of the parameters.
+        device, dtype: of the parameters.
 
     Raises:
         SubspanError: for a rank that is not in [1, min(n, m)].

@@ -26,8 +26,7 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
         seed: of the fixed matrices, in [0, 2⁶⁴).
         stream: in [0, 2¹⁸); tells layers of one seed apart.
         init: "he", "glorot" or "lecun".
-        device: of the parameters.
-        dtype: of the parameters.
+        device, dtype: of the parameters.
 
     Raises:
         SubspanError: for factors that do not chain, or that cannot be.

@@ -39,12 +39,9 @@ class Plan:
 
 
 def plan_product(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
-    """Find the cheapest order for the product of all factors, and of a batch if there is one.
+    """Find the cheapest order for the product of F₁ … F_k, and of a batch on its right if any.
 
-    Args:
-        sums: F₁ … F_k.
-        batch: vectors on the right; None for the matrix W alone.
-        offset: of the first of them among the layer's factors.
+    The first factor is number ``offset`` of the layer's.
     """
     k = len(sums)
     sizes = [s.n for s in sums] + [sums[-1].m] + ([] if batch is None else [batch])
