@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+
+    def end(code: int, message: object, before: str = "") -> int:
+        print(f"{before}subspan {arguments[0]}: {message}", file=sys.stderr)
+        return code
+
     if arguments[0] in ("-h", "--help", "help"):
         output.write(overview())
         return 0
@@ -58,26 +63,18 @@ def _run(arguments: list[str]) -> int:
         module = importlib.import_module(f"subspan.commands.{COMMANDS[arguments[0]][0]}")
         module.main(arguments[1:])
     except SubspanError as error:
-        print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
-        return 2
+        return end(2, f"error: {error}")
     except OSError as error:  # a full disk, a folder without permission
-        print(f"subspan {arguments[0]}: error: {error}", file=sys.stderr)
-        return 1
+        return end(1, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         if (size := re.search(r"allocate ([\d.]+ \w+)", str(error))) is None:
             raise
-        print(
-            f"subspan {arguments[0]}: error: there is no memory for another {size[1]}: make what "
-            "was asked for smaller",
-            file=sys.stderr,
-        )
-        return 1
+        made_smaller = "make what was asked for smaller"
+        return end(1, f"error: there is no memory for another {size[1]}: {made_smaller}")
     except Stopped as stopped:
-        print(f"\nsubspan {arguments[0]}: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
+        return end(128 + stopped.signal, stopped, before="\n")
     except KeyboardInterrupt:
-        print(f"\nsubspan {arguments[0]}: interrupted; what was complete is kept", file=sys.stderr)
-        return 130
+        return end(130, "interrupted; what was complete is kept", before="\n")
     return 0
 
 

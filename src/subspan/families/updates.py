@@ -31,9 +31,9 @@ def add(
 ) -> list[Tensor]:
     """Compute θ₀ + P w for rows from ``start`` on, unseen by autograd.
 
-    The ``bases`` are tensors of θ₀, whose rows follow each other; results are like them, but for the
-    dtype that is asked for. Sums have the precision of ``w``, (d,), and are rounded once; of one
-    vector's rows of P w, BLOCK exist at a time.
+    The ``bases`` are tensors of θ₀, whose rows follow each other. The results are like them, but
+    for the dtype if one is given. Sums have the precision of ``w``, (d,), and are rounded once; of
+    one vector's rows of P w, BLOCK exist at a time.
     """
     outs = [_take_memory(base, dtype or base.dtype) for base in bases]
     _add(p, bases, w, step, start, outs)
