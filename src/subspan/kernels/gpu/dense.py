@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, normal_pair, philox
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, word
 
 OCTETS = 32  # octets of a program of P w: one per thread of a warp
 WARPS = 8  # whose columns are dealt to so many warps
@@ -160,7 +160,6 @@ def _rmatvec(g, out, d, n, first, lead, trips, most, step, tag, k0, k1, ENTRIES:
 def products(entries: Any, parameters: Any) -> Kernel:
     """Both products of a family from its octets, and from (``most``, scale) of a projection."""
 
-    @on_device
     def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         first, out = start // 8, w.new_empty(stop - start)
         octets = -(-stop // 8) - first
@@ -172,7 +171,6 @@ def products(entries: Any, parameters: Any) -> Kernel:
         )
         return out
 
-    @on_device
     def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
         first = start // 8
         octets = -(-stop // 8) - first

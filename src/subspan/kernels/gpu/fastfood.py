@@ -18,7 +18,7 @@ from subspan.kernels import Kernel
 from subspan.kernels.gpu import fastfood_passes
 from subspan.kernels.gpu.butterflies import walsh_hadamard
 from subspan.kernels.gpu.draws import encrypt, flip, normal, sign_bit
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 LARGEST = 12  # log₂ of the largest block that is one program
 TILE = 10  # log₂ of the elements of a program with several blocks
@@ -87,7 +87,6 @@ def _shape(p: Any) -> tuple[int, int, int]:
     return log, 1 << max(0, TILE - log), 4 if log <= TILE else 16  # or registers run out
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     log, beside, warps = _shape(p)
@@ -103,7 +102,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out[start - (first << log) : stop - (first << log)]
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     log, beside, warps = _shape(p)

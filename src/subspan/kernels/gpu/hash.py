@@ -16,7 +16,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, permute, philox, pick
 from subspan.kernels.gpu.fixed import Sums, deposit
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, word
 from subspan.shuffle import KEYS, LARGEST, MULTIPLIERS, SIGNS, SMALLEST, SPAN, TAIL
 
 SPREAD = 1 << 14  # sums of Pᵀ g: few buckets are summed in copies, or all rows would wait for them
@@ -156,7 +156,6 @@ def _arguments(p: Any, step: Tensor, start: int, stop: int) -> tuple[tuple[int],
     return (-(-stop // TILE) - first,), (*shared, max(0, size % TILE - 1).bit_length())
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     out = w.new_empty(stop - start)
@@ -165,7 +164,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     terms = min(stop - start, -(-p.out_dim // p.in_dim))

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, philox
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device, word
+from subspan.kernels.gpu.launch import Case, counter, kernel, word
 
 COLUMNS = 32  # columns of a program: one per thread
 PART = 1 << 22  # elements that exist in float64 at once
@@ -67,7 +67,6 @@ def _parts(rows: Tensor) -> Sequence[Tensor]:
     return rows.split(max(1, PART // rows.shape[1]))
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     A, B = _factors(p, w, step, start, stop)
@@ -81,7 +80,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out.flatten()[before : before + stop - start]
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     A, B = _factors(p, g, step, start, stop)

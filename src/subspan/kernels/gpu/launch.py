@@ -1,16 +1,11 @@
-"""Launching a kernel: how integers are handed over, and on which device it runs."""
+"""Launching a kernel: how integers are handed over."""
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
-
-from subspan.kernels import Product
 
 # Numbers that change from call to call: a kernel must not be compiled again for each, as Triton
 # does by default for 1 and for multiples of 16.
@@ -23,17 +18,6 @@ kernel = triton.jit(do_not_specialize=_CHANGING.split())
 
 # A kernel as it is launched: it, warps, arguments that are floats or other pointers, constants.
 Case = tuple[Any, int, dict[str, str], dict[str, Any]]
-
-
-def on_device(product: Product) -> Product:
-    """Make the device of the vector the current one, on which Triton launches."""
-
-    @functools.wraps(product)
-    def guarded(p: Any, x: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
-        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
-            return product(p, x, step, start, stop)
-
-    return guarded
 
 
 def word(value: int) -> int:

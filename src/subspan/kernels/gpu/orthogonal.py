@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.butterflies import halves, merge
 from subspan.kernels.gpu.draws import block_signs, flip, permute
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 ROWS = 64  # rows of 32 elements of a program
 TILE = 256  # coordinates of a program
@@ -102,7 +102,6 @@ def _choose(p: Any, x: Tensor, out: Tensor, step: Tensor, scatter: bool) -> None
     _chosen[programs](x, out, p.in_dim, p.out_dim - 1, *counter(p, step), bits, scatter)
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     full, out = w.new_zeros(p.out_dim), w.new_empty(stop - start)
@@ -115,7 +114,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     full, out = g.new_empty(p.out_dim), g.new_empty(p.in_dim)

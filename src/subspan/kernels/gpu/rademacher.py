@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import philox
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 BLOCKS = 32  # blocks of 128 rows of a program of P w: one per thread of a warp
 WARPS = 4  # whose groups of four columns are dealt to so many warps
@@ -154,7 +154,6 @@ def table(x: Tensor, lead: int, groups: int) -> Tensor:
     return out
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     n, first = stop - start, start // 128
@@ -178,7 +177,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     tiles = -(-p.in_dim // COLUMNS)

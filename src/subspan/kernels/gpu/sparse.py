@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.kernels import Kernel
 from subspan.kernels.gpu.draws import flip, philox
 from subspan.kernels.gpu.fixed import Sums, deposit
-from subspan.kernels.gpu.launch import Case, counter, kernel, on_device
+from subspan.kernels.gpu.launch import Case, counter, kernel
 
 NARROW = 16  # rows of a block that fit into registers four times
 CALLS = 32  # calls, of four blocks, of a program: one per thread of a warp
@@ -152,7 +152,6 @@ def _calls(p: Any, start: int, stop: int) -> tuple[int, int]:
     return first, -(-stop // (4 * p.run)) - first
 
 
-@on_device
 def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Rows of P w."""
     out, shared = w.new_empty(stop - start), (p.run, p.out_dim, *counter(p, step))
@@ -173,7 +172,6 @@ def matvec(p: Any, w: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     return out
 
 
-@on_device
 def rmatvec(p: Any, g: Tensor, step: Tensor, start: int, stop: int) -> Tensor:
     """Pᵀ g."""
     first, calls = _calls(p, start, stop)
