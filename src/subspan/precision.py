@@ -34,5 +34,4 @@ def as_now(closure: Callable[[], Any] | None, device: torch.device) -> Callable[
     if closure is None or not _is_on(device):
         return closure
     dtype = torch.get_autocast_dtype(device.type)
-    cast: Callable[[], Any] = torch.autocast(device.type, dtype, cache_enabled=False)(closure)
-    return cast
+    return torch.autocast(device.type, dtype, cache_enabled=False)(closure)

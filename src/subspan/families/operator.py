@@ -61,8 +61,7 @@ def batched(x: Tensor) -> bool:
 
     That vmap (of ``is_grads_batched``, ``jacobian(vectorize=True)``) knows operators alone.
     """
-    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
-    return legacy
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def transformed() -> bool:
@@ -140,8 +139,7 @@ class _Projected(_SingleLevelFunction):
         # Other levels record their derivatives below this one.
         below = torch._C._AutoDispatchBelowAutograd()
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below:
-            found: Tensor = project(x, step, *rest)
-            return found
+            return project(x, step, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,8 +153,7 @@ class _Projected(_SingleLevelFunction):
 
 def _differentiate(*arguments: Any) -> Tensor:
     with enable_single_level_autograd_function():
-        found: Tensor = _Projected.apply(*arguments)  # type: ignore[attr-defined]
-        return found
+        return _Projected.apply(*arguments)  # type: ignore[attr-defined]
 
 
 _library.impl("project", _run, "CompositeExplicitAutograd")

@@ -38,8 +38,7 @@ class DerivedBuffers(nn.Module):
         """Return a buffer; it is made first where ``assign=True`` has filled parameters alone."""
         if getattr(self, name).is_meta:
             self._complete()
-        buffer: Tensor = getattr(self, name)
-        return buffer
+        return getattr(self, name)
 
     def _complete(self) -> None:
         """Make the buffers that are on the meta device still, while parameters have values."""

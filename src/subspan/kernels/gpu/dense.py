@@ -107,20 +107,9 @@ def _row(g, K: tl.constexpr, row, n, CUT: tl.constexpr):
 
 @triton.jit
 def _run(
-    g,
-    row,
-    n,
-    count,
-    octet,
-    column,
-    most,
-    step,
-    tag,
-    k0,
-    k1,
-    ENTRIES: tl.constexpr,
-    CUT: tl.constexpr,
-):
+    g, row, n, count, octet, column, most, step, tag, k0, k1,
+    ENTRIES: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """Sums over ``count`` octets, the first of which begins at ``row`` of the range."""
     g += row
     a = tl.zeros(column.shape, tl.float32)

@@ -66,18 +66,9 @@ def _squares(out, first, step, tag, k0, k1, LOG: tl.constexpr, TILE: tl.constexp
 
 @kernel
 def _mix(
-    x,
-    out,
-    size,
-    first,
-    step,
-    tag,
-    k0,
-    k1,
-    LOG: tl.constexpr,
-    INVERSE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x, out, size, first, step, tag, k0, k1,
+    LOG: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """G Π x of every block, or (G Π)ᵀ x; ``size`` holds the factors of the blocks' normals."""
     place, m, column = _element(first.to(tl.int64), LOG, TILE)
     image = encrypt(m.to(tl.uint32), LOG, column + 1, step, tag, k0, k1)

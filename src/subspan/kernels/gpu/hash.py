@@ -123,24 +123,9 @@ def _matvec(
 
 @kernel
 def _rmatvec(
-    g,
-    sums,
-    marks,
-    scale,
-    copies,
-    n,
-    size,
-    d,
-    factor,
-    first,
-    lead,
-    top,
-    step,
-    tag,
-    k0,
-    k1,
+    g, sums, marks, scale, copies, n, size, d, factor, first, lead, top, step, tag, k0, k1,
     BITS: tl.constexpr,
-):
+):  # fmt: skip
     begin, mask, bucket, sign = _buckets(
         n, size, d, factor, first, lead, top, step, tag, k0, k1, BITS
     )

@@ -74,20 +74,9 @@ def _add(table, shift, x0, x1, x2, x3, s0, s1, s2, s3):
 
 @kernel
 def _matvec(
-    table,
-    out,
-    n,
-    first,
-    lead,
-    trips,
-    column,
-    step,
-    tag,
-    k0,
-    k1,
-    BLOCKS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    table, out, n, first, lead, trips, column, step, tag, k0, k1,
+    BLOCKS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """128 rows per lane; sums over the groups of columns of split c in row c of ``out``."""
     lane = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     split = tl.program_id(1).to(tl.int64)

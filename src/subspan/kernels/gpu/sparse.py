@@ -54,23 +54,9 @@ def _store(out, sums, rows, block, s, length, start, n):
 
 @kernel
 def _narrow(
-    w,
-    out,
-    n,
-    d,
-    first,
-    start,
-    trips,
-    s,
-    size,
-    step,
-    tag,
-    k0,
-    k1,
-    ROWS: tl.constexpr,
-    CALLS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    w, out, n, d, first, start, trips, s, size, step, tag, k0, k1,
+    ROWS: tl.constexpr, CALLS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """P w: the rows of four blocks per lane, columns dealt to the warps."""
     call = first.to(tl.int64) + tl.program_id(0).to(tl.int64) * CALLS
     call = (call + tl.arange(0, CALLS))[None, None, :]

@@ -69,8 +69,7 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         places = example_size(places)
         if places not in self._plans:
             self._plans[places] = self._cheapest(places)
-        plans: tuple[Plan | None, Plan] = self._plans[places]
-        return plans
+        return self._plans[places]
 
     def _cheapest(self, places: int) -> tuple[Plan | None, Plan]:
         """Try every factor as the first of the filters."""

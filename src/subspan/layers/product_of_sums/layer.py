@@ -201,8 +201,7 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
 
     def values(self, i: int) -> Tensor:
         """Return the numbers of factor i, (p,): a parameter a; of a fixed one, ones."""
-        values: Tensor = getattr(self, f"a{i}") if self.trained[i] else self.derived(f"a{i}")
-        return values
+        return getattr(self, f"a{i}") if self.trained[i] else self.derived(f"a{i}")
 
     def _form(self, plan: Plan, x: Tensor | None) -> Tensor:
         """An interval of the chain: a matrix; with x in it rows, (B, n) for n × B."""

@@ -55,8 +55,7 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
         batch = example_size(batch)
         if batch not in self._plans:
             self._plans[batch] = plan_product(self.sums, batch)
-        plan: Plan = self._plans[batch]
-        return plan
+        return self._plans[batch]
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, m) → (…, n)."""
