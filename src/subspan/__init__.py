@@ -50,21 +50,18 @@ _HOME = {
 
 _PACKAGES = ("layers", "optim")
 
-# Where modules were before, and where they are: programs and records that name them go on.
+# Where modules are that were in `lab`, or beside the packages, and what they were called before:
+# programs and records that name them go on.
 _ROOMS = {
-    "subspace": "changes compartments formed init quantised sharded states summary weights",
+    "subspace": "changes compartments formed init quantised sharded states summary weights "
+    "calls:blocks guards:theta0 inplace:classes slots:parameters",
     "training": "config data evaluate export locks loop methods nets options_file own records "
-    "replay score state tasks trackers train",
-    "sweeps": "backends intrinsic smaller sweep",
+    "replay score state tasks trackers train signals:stop",
+    "sweeps": "backends intrinsic smaller sweep claims:folder jobs:worker pool:runner",
     "experiments": "everything",
     "commands": "console doctor",
 }
-_RENAMED = {"calls": "blocks", "guards": "theta0", "inplace": "classes", "slots": "parameters"}
 _MOVED = {
-    f"subspan.{'' if room == 'subspace' else 'lab.'}{name}": f"subspan.{room}.{name}"
-    for room, names in _ROOMS.items()
-    for name in names.split()
-} | {
     "subspan.lab": "subspan.training",
     "subspan.layers.places": "subspan.layers.replace",
     "subspan.lab.bench": "subspan.bench",
@@ -77,20 +74,13 @@ _MOVED = {
     "subspan.optim.copies": "subspan.optim.optimizer",
     "subspan.optim.parts": "subspan.optim.compartment",
 }
-for _old, _new in _RENAMED.items():
-    _MOVED |= dict.fromkeys(
-        (f"subspan.{_old}", f"subspan.subspace.{_old}"), f"subspan.subspace.{_new}"
-    )
-_MOVED |= {
-    f"subspan.{before}.{old}": f"subspan.{room}.{new}"
-    for room, old, new in (
-        ("sweeps", "claims", "folder"),
-        ("sweeps", "jobs", "worker"),
-        ("sweeps", "pool", "runner"),
-        ("training", "signals", "stop"),
-    )
-    for before in ("lab", room)
-}
+for _room, _names in _ROOMS.items():
+    for _name in _names.split():
+        _old, _, _new = _name.partition(":")
+        _before = "subspan" if _room == "subspace" else "subspan.lab"
+        _MOVED[f"{_before}.{_old}"] = f"subspan.{_room}.{_new or _old}"
+        if _new:
+            _MOVED[f"subspan.{_room}.{_old}"] = f"subspan.{_room}.{_new}"
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

@@ -52,13 +52,11 @@ def check_options(
 
     The owner is named as its users call it. Parameters ``apart`` of the function are no options.
     """
-    parameters = {k: v for k, v in signature(make).parameters.items() if k not in apart}
-    given = list(options)
-    rest = [k for k, v in parameters.items() if v.kind is Parameter.VAR_KEYWORD]
-    for name in rest:  # the function looks at all other options itself
-        del parameters[name]
+    every = {k: v for k, v in signature(make).parameters.items() if k not in apart}
+    parameters = {k: v for k, v in every.items() if v.kind is not Parameter.VAR_KEYWORD}
+    given, takes_any = list(options), len(parameters) < len(every)
     for option in given:
-        if option not in parameters and not rest:
+        if option not in parameters and not takes_any:
             if not parameters:
                 raise SubspanError(f"{owner} has no options, got {option!r}")
             raise unknown(f"option of {owner}", option, parameters)
