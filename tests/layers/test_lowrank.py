@@ -384,6 +384,13 @@ def test_a_new_layer_has_the_scale_of_pytorchs():
         torch.testing.assert_close(basis.T @ basis, torch.eye(17))
 
 
+def test_one_image_goes_through_a_forward_that_was_replaced_once():
+    layer, image = LowRankConv2d(3, 4, 3, rank=2), torch.randn(3, 5, 5)
+    expected, forward = layer(image), layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(layer(image), 2 * expected)
+
+
 @pytest.mark.parametrize("rank", [0, 6, -1])
 def test_a_rank_that_the_weight_cannot_have(rank):
     with pytest.raises(SubspanError, match=rf"must be an integer in \[1, 5\], got {rank}"):

@@ -54,10 +54,9 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W'), or the same without B."""
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x, padding = self.pad(x)
-        return self._output(x, (self.kernel_size, self.stride, padding, self.dilation))
+        images, padding = self.pad(x.unsqueeze(0) if x.dim() == 3 else x)
+        y = self._output(images, (self.kernel_size, self.stride, padding, self.dilation))
+        return y.squeeze(0) if x.dim() == 3 else y
 
     @property
     def weight(self) -> Tensor:

@@ -87,9 +87,12 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W'), also of one image without B."""
         if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return self._images(x.unsqueeze(0)).squeeze(0)
         if x.dim() != 4:
             raise SubspanError(f"expected images (B, in, H, W) or (in, H, W), got {tuple(x.shape)}")
+        return self._images(x)
+
+    def _images(self, x: Tensor) -> Tensor:
         x, padding = self.pad(x)
         if isinstance(padding, str):  # zeros that are as many on both sides
             raise AssertionError(padding)
