@@ -43,7 +43,8 @@ class SpectralFilters(DerivedBuffers):
         family: of :func:`subspan.projections`, of which the D_j are columns.
         seed: of the D_j, in [0, 2⁶⁴).
         stream: in [0, 2²⁴); tells layers of one seed apart.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         SubspanError: for sizes that do not fit.

@@ -23,9 +23,13 @@ class LowRankConv2d(LowRank, Convolution, replaces=nn.Conv2d):
         out_channels: n.
         kernel_size: of the filters.
         rank: r, at most min(n, in_channels·k²).
+        stride: as in ``nn.Conv2d``.
+        padding: as there.
+        dilation: as there.
         bias: whether there is one.
-        stride, padding, dilation, padding_mode: as in ``nn.Conv2d``.
-        device, dtype: of the parameters.
+        padding_mode: as there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         SubspanError: for a rank that is not in [1, min(n, in_channels·k²)].

@@ -20,7 +20,8 @@ class LowRankLinear(LowRank, replaces=nn.Linear):
         out_features: n.
         rank: r, at most min(n, m).
         bias: whether there is one.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         SubspanError: for a rank that is not in [1, min(n, m)].

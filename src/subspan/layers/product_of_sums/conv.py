@@ -28,9 +28,16 @@ class ProductOfSumsConv2d(ProductOfSums, Convolution, replaces=nn.Conv2d):
         out_channels: n.
         kernel_size: of the filters.
         factors: as of :class:`ProductOfSumsLinear`, with m = in_channels·k².
-        stride, padding, dilation, padding_mode: as in ``nn.Conv2d``.
-        bias, seed, stream, init: as of :class:`ProductOfSumsLinear`.
-        device, dtype: of the parameters.
+        stride: as in ``nn.Conv2d``.
+        padding: as there.
+        dilation: as there.
+        bias: as of :class:`ProductOfSumsLinear`.
+        padding_mode: as in ``nn.Conv2d``.
+        seed: of the fixed matrices, in [0, 2⁶⁴).
+        stream: in [0, 2¹⁸).
+        init: "he", "glorot" or "lecun".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         SubspanError: for factors that do not chain, or that cannot be.

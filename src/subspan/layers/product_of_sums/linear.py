@@ -26,7 +26,8 @@ class ProductOfSumsLinear(ProductOfSums, replaces=nn.Linear):
         seed: of the fixed matrices, in [0, 2⁶⁴).
         stream: in [0, 2¹⁸); tells layers of one seed apart.
         init: "he", "glorot" or "lecun".
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         SubspanError: for factors that do not chain, or that cannot be.
