@@ -61,7 +61,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> int:
 
 
 def write_together(files: Mapping[Path, bytes]) -> int:
-    """Write files as :func:`write_atomically`, and rename none before all are on the disk."""
+    """Write files as :func:`write_atomically`, and rename none before all are on the disk.
+
+    The number of bytes of all is returned.
+    """
     for path in files:
         _refuse_what_renaming_would_take(path)
     with contextlib.ExitStack() as stack:

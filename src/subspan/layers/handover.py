@@ -47,7 +47,7 @@ def obstacle(
 ) -> str | None:
     """Say why no other layer can compute what this one does, from its parameters; or None.
 
-    Of its class are given all names that it registers, also for a parameter that is None, and the
+    Given are all names that its class registers, also for a parameter that is None, and the
     ``kinds`` of its parameters besides ``nn.Parameter``.
     """
     for name in parameters:

@@ -81,7 +81,7 @@ class Journal:
         return Journal(path)
 
     def moves(self) -> Iterator[Move]:
-        """Read the steps in order, up to a tail that was cut off; no damaged one before others."""
+        """Read the steps in order, but no tail that was cut off; refuse damage before others."""
         last, size = -1, self.path.stat().st_size
         with self.path.open("rb") as file:
             file.seek(self._begin)

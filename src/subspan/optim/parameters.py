@@ -29,7 +29,7 @@ def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]
 
 
 def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
-    """Return parameters that DLRT is given later, no factors, in pairs with names as its own."""
+    """Return parameters that DLRT is given later, which are no factors, in pairs with names."""
     params = [given] if isinstance(given, Tensor) else list(given)
     pairs = [p if isinstance(p, tuple) else (str(number), p) for number, p in enumerate(params)]
     if any(isinstance(p, Factor) for _, p in pairs):
@@ -41,7 +41,7 @@ def named_pairs(given: Any) -> list[tuple[str, Tensor]]:
 
 
 def leave_frozen(group: dict[str, Any], number: int) -> list[tuple[str, Tensor]]:
-    """Keep in a group only the tensors that require a gradient, and their names; some must.
+    """Keep in a group only the tensors that require a gradient, one at least, and their names.
 
     The others are returned, with what errors call them.
     """

@@ -39,9 +39,9 @@ class Plan:
 
 
 def plan_product(sums: Sequence[Sum], batch: int | None, offset: int = 0) -> Plan:
-    """Find the cheapest order for the product of F₁ … F_k, and of a batch on its right if any.
+    """Find the cheapest order for the product of F₁ … F_k, and of ``batch`` vectors on its right.
 
-    The first factor is number ``offset`` of the layer's.
+    None is for W alone. The first of these factors is number ``offset`` of the layer's.
     """
     k = len(sums)
     sizes = [s.n for s in sums] + [sums[-1].m] + ([] if batch is None else [batch])
