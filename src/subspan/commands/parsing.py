@@ -203,6 +203,8 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
     except ArgumentError as error:
         sentence = _find_wrong_value(parser, words) or " ".join(str(error).split())
         raise SubspanError(f"{sentence}; see {parser.prog} --help") from error
+    if sentence := _find_what_is_taken_unseen(parser, given):
+        raise SubspanError(sentence)
     for name, text in {name: text for name, _, text in _values(parser, words)}.items():
         value = given.get(name)  # jsonargparse makes 90 of the text 1:30
         if type(value) in (int, float) and _number(text) != value:
@@ -264,9 +266,24 @@ def _find_wrong_value(parser: Parser, words: Sequence[str]) -> str | None:
         try:
             alone.parse_args(argv)
         except ArgumentError:
-            kinds = dict.fromkeys(_describe(parser.kinds.get(name)))
-            return f"{name} must be {' or '.join(kinds)}, got {text}"
+            return _say_wrong(name, parser.kinds.get(name), text)
     return None
+
+
+def _find_what_is_taken_unseen(parser: Parser, given: Namespace) -> str | None:
+    """Find what a file says and jsonargparse does not look at: values of flags, and null."""
+    for action in parser.actions:
+        name, value = action.dest, given.get(action.dest)
+        kind = bool if action.nargs == 0 else parser.kinds[name]
+        takes_null = kind is None or action.default is None or types.NoneType in get_args(kind)
+        wrong = type(value) is not bool if kind is bool else value is None and not takes_null
+        if wrong and name in given:
+            return _say_wrong(name, kind, "null" if value is None else str(value))
+    return None
+
+
+def _say_wrong(name: str, kind: Any, text: str) -> str:
+    return f"{name} must be {' or '.join(dict.fromkeys(_describe(kind)))}, got {text}"
 
 
 def _number(text: str) -> float | None:
