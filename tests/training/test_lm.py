@@ -133,10 +133,19 @@ def test_sets_of_texts(here):
     assert loaded(here, data="lines", block=5).size() > 100
 
 
+def test_a_byte_order_mark_is_no_word(here):
+    (here / "marked.txt").write_text(TEXT, encoding="utf-8-sig")
+    (here / "marked").mkdir()
+    (here / "marked" / "train.txt").write_text(TEXT, encoding="utf-8-sig")
+    for data in ("marked.txt", "marked"):
+        assert torch.equal(loaded(here, data=data).data.train.tokens, loaded(here).data.train.tokens)
+
+
 BAD = {
     "--block 17": "--block must be at least 2 and at most 16, the positions of ./gpt2, got 17",
     "--block 1": "--block must be at least 2",
     "--data short.txt": "give more text, or a smaller --block",
+    "--data ./untested": "give more text, or a smaller --block",
     "--data ./nothing": "there is no data folder ./nothing",
     "--data latin.txt": "is no text in UTF-8",
     "--max-length 8": "unknown option of lm 'max_length'",
@@ -147,6 +156,9 @@ BAD = {
 
 def test_refusals(here, cli):
     (here / "short.txt").write_text("the film " * 10)
+    (here / "untested").mkdir()
+    (here / "untested" / "train.txt").write_text(TEXT)
+    (here / "untested" / "test.txt").touch()
     (here / "latin.txt").write_bytes("für".encode("latin-1"))
     gpt2(here / "small", vocab_size=10)
     before = contents(here)

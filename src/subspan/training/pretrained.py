@@ -76,6 +76,8 @@ class Tokenizer:
         return self._ids(texts, add_special_tokens=False)
 
     def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
+        if not texts:  # of which Transformers makes an IndexError
+            return []
         found: list[list[int]] = self.inner(
             texts,
             return_attention_mask=False,

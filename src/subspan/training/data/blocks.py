@@ -17,7 +17,8 @@ from subspan.training.data.order import VALIDATION, hold_out
 from subspan.training.data.tensors import Raw, Tensors
 from subspan.training.pretrained import Tokenizer
 
-FORMAT = 2  # of the cached tokens: a change of what tokenising gives must change it
+FORMAT = 3  # of the cached tokens: a change of what tokenising gives must change it
+BOM = "\ufeff"  # which some editors put before a text, and which is no part of it
 EXPECTED = (
     "a text file, or a folder of text, parquet, CSV or JSON files with a column of texts, or "
     "another layout that datasets.load_dataset knows"
@@ -137,7 +138,8 @@ def _cut(name: str, texts: dict[str, list[str]], *, tokenizer: Tokenizer, block:
 
 def _blocks(texts: Iterable[str], tokenizer: Tokenizer, block: int) -> TextBlocks:
     tokens: list[int] = []
-    for number, ids in enumerate(tokenizer.tokens(list(texts))):
+    whole = [text.removeprefix(BOM) for text in texts]
+    for number, ids in enumerate(tokenizer.tokens(whole)):
         if number and tokenizer.end is not None:
             tokens.append(tokenizer.end)
         tokens += ids
