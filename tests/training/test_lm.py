@@ -138,7 +138,9 @@ def test_a_byte_order_mark_is_no_word(here):
     (here / "marked").mkdir()
     (here / "marked" / "train.txt").write_text(TEXT, encoding="utf-8-sig")
     for data in ("marked.txt", "marked"):
-        assert torch.equal(loaded(here, data=data).data.train.tokens, loaded(here).data.train.tokens)
+        assert torch.equal(
+            loaded(here, data=data).data.train.tokens, loaded(here).data.train.tokens
+        )
 
 
 BAD = {
