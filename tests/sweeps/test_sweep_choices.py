@@ -271,6 +271,24 @@ def test_jobs(jobs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jobs": "2"}, "jobs must be a whole number, got '2'"),
+        ({"jobs": 2.5}, "jobs must be a whole number, got 2.5"),
+        ({"jobs": None}, "jobs must be a whole number, got None"),
+        ({"overwrite": "no"}, "overwrite must be true or false, got 'no'"),
+        ({"log": "tensorboard"}, r"log must be a tuple of texts, got .*: give \('tensorboard',\)"),
+        ({"on_run": None}, "on_run must be a function, got None"),
+        ({"backend": 1}, "unknown backend '1'"),
+    ],
+)
+def test_how_runs_are_carried_out_is_checked_by_its_types(settings, message):
+    with pytest.raises(SubspanError, match=message):
+        Running(**settings)
+    assert Running(jobs=2.0, log=[], say=print).jobs == 2
+
+
+@pytest.mark.parametrize(
     ("device", "jobs", "workers"), [("cpu", -1, 3), ("auto", -1, 1), ("auto", 2, 2), ("cpu", 9, 3)]
 )
 def test_a_job_for_every_core_but_one_for_a_gpu(device, jobs, workers, tmp_path, monkeypatch):

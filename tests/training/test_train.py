@@ -191,6 +191,8 @@ def test_a_folder_of_another_configuration(trained, tmp_path):
     before = contents(out)
     with pytest.raises(SubspanError, match=r"another configuration \(epochs 2 → 1\): give another"):
         train(a_run(dim=40, epochs=1), out)
+    with pytest.raises(SubspanError, match="overwrite must be true or false, got 'no'"):
+        train(a_run(dim=40, epochs=1), out, overwrite="no")
     assert contents(out) == before
     record = train(a_run(dim=40, epochs=1), out, overwrite=True)
     assert record.config["epochs"] == 1

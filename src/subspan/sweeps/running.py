@@ -31,8 +31,8 @@ class Running:
             for.
 
     Raises:
-        SubspanError: for an unknown backend or tracker, an address without Ray, or a number of jobs
-            that is none.
+        SubspanError: for a value of another type, an unknown backend or tracker, an address without
+            Ray, or a number of jobs that is none.
     """
 
     jobs: int = -1

@@ -14,7 +14,15 @@ from typing import Any, ClassVar, Self
 
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_folder, write_atomically
-from subspan.training.schema import OPTIONAL, OTHERS, MisfitError, from_json, line_of, to_json
+from subspan.training.schema import (
+    OPTIONAL,
+    OTHERS,
+    MisfitError,
+    fitting,
+    from_json,
+    line_of,
+    to_json,
+)
 from subspan.training.score import ACCURACY, Score
 
 FORMAT = 2
@@ -266,8 +274,10 @@ def claim(
     another, or a damaged one, may be replaced only to overwrite it.
 
     Raises:
-        SubspanError: if the folder is a file, or belongs to another configuration.
+        SubspanError: if the folder is a file, or belongs to another configuration; or overwrite is
+            no truth value, as "no" would be taken for yes.
     """
+    overwrite = fitting(bool, overwrite, "overwrite")
     refuse_what_is_no_folder(folder)
     for other in {"record.json", "sweep.json", "bench.json"} - {file}:
         if (folder / other).exists():

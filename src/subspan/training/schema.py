@@ -35,6 +35,7 @@ _WORDS: dict[Any, str] = {
     list: "a list",
     str: "a text",
     tuple: "a list",
+    Callable: "a function",
     Mapping: "a mapping",
     NoneType: "null",
 }
