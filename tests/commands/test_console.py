@@ -118,6 +118,17 @@ def test_lines_are_whole(capsys, monkeypatch):
     assert f"{LONG} 1,000 0.1 81.00 ± 1.41 2 1,000 4,000 1.0" in table
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_tables_are_whole_on_a_narrow_terminal(width, monkeypatch):
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=width, highlight=False, markup=False)
+    monkeypatch.setattr(console, "console", terminal)
+    show_sweep(SWEEP, [])
+    lines = [" ".join(line.split()) for line in file.getvalue().splitlines()]
+    assert f"{LONG} 1,000 0.1 81.00 ± 1.41 2 1,000 4,000 1.0" in lines
+    assert "…" not in file.getvalue()
+
+
 def test_a_run_that_was_complete(capsys):
     record = replace(RECORD, stored_parameters=159_010, notes=[])
     show_result(record, Path("a"), complete_before=True)

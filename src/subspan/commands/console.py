@@ -15,9 +15,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segments
 from rich.table import Column, Table
 
 from subspan.commands import output
+
+
+_WIDTH = 10_000  # of a table at most: no terminal must hold it
 
 
 class _Console(Console):
@@ -28,8 +32,6 @@ class _Console(Console):
 
 
 console = _Console(highlight=False, markup=False, emoji=False)
-if not console.is_terminal:
-    console.width = 200  # a file has no columns that a table must fit into
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -38,7 +40,10 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; a row may end before the last column."""
+    """Print a table; a row may end before the last column.
+
+    It is as wide as its cells, whatever the terminal is: numbers that are cut say nothing.
+    """
     table = Table(
         *(Column(name, no_wrap=True) for name in columns),
         box=SIMPLE_HEAD,
@@ -47,7 +52,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     )
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    whole = console.render(table, console.options.update(max_width=_WIDTH))
+    console.print(Segments(whole), soft_wrap=True)
 
 
 def print_facts(content: Mapping[str, Any]) -> None:

@@ -203,8 +203,8 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
     except ArgumentError as error:
         sentence = _find_wrong_value(parser, words) or " ".join(str(error).split())
         raise SubspanError(f"{sentence}; see {parser.prog} --help") from error
-    if sentence := _find_what_is_taken_unseen(parser, given):
-        raise SubspanError(sentence)
+    if wrong := _find_what_is_taken_unseen(parser, given):
+        raise SubspanError(wrong)
     for name, text in {name: text for name, _, text in _values(parser, words)}.items():
         value = given.get(name)  # jsonargparse makes 90 of the text 1:30
         if type(value) in (int, float) and _number(text) != value:
