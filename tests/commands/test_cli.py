@@ -63,6 +63,22 @@ def test_the_work_goes_on_where_nobody_reads(argv, unbuffered, tmp_path):
         assert record_of(tmp_path / "run")["status"] == "complete"
 
 
+CLOSED = """
+import sys
+from subspan.cli import main
+assert main(["--version"]) == 0
+assert main(["unknown"]) == 2
+sys.stdout.flush()  # as joblib does before it starts workers
+assert open("file", "w").fileno() > 2
+"""
+
+
+def test_an_output_that_is_closed(tmp_path):
+    """``>&-``: two jobs of a sweep ended in an AttributeError."""
+    words = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, CLOSED]
+    assert subprocess.run(words, cwd=tmp_path).returncode == 0
+
+
 def test_training_on_images_imports_no_library_of_language_models(tmp_path):
     code = """
 import sys

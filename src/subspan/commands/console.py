@@ -20,7 +20,6 @@ from rich.table import Column, Table
 
 from subspan.commands import output
 
-
 _WIDTH = 10_000  # of a table at most: no terminal must hold it
 
 

@@ -8,7 +8,15 @@ import sys
 
 
 def begin() -> None:
-    """Let letters that the output's encoding lacks be written by their numbers, as errors are."""
+    """Let there be an output, and letters that its encoding lacks be written by their numbers.
+
+    After ``>&-`` there is none: workers of a sweep cannot be started without, and the next file
+    that is opened would be taken for it.
+    """
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -24,8 +32,7 @@ def write(text: str) -> None:
 def finish() -> None:
     """Write what is left of the output, or raise SystemExit."""
     try:
-        if sys.stdout is not None:  # there is none after >&-
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         end(error)
 
