@@ -14,7 +14,7 @@ import torch
 from subspan import bench as module
 from subspan.bench import Bench, bench, candidates, large_network, picture, timing
 from subspan.bench.part import find_part
-from subspan.bench.parts import blocks, laboratory, lowrank, memory, sums, transformer
+from subspan.bench.parts import blocks, laboratory, lowrank, memory, sums, transformer, variants
 from subspan.bench.resident import Beyond
 from subspan.bench.subprocess import ALLOCATOR, SteppedProcess, run_in_process
 from subspan.bench.timing import CALLS, ROUNDS, TURN, copy_bandwidth, interleaved
@@ -215,6 +215,37 @@ def test_an_interrupted_benchmark_goes_on_with_the_next_part(tmp_path, monkeypat
     assert told == ["training steps of mlp-8"]
 
 
+@pytest.mark.parametrize("change", [{"device": "an abacus"}, {"versions": {"torch": "1.0"}}])
+def test_a_benchmark_is_of_one_machine(change, tmp_path, monkeypatch):
+    """Parts that were left were added to those of another machine, under its name."""
+    monkeypatch.setattr(find_part("steps"), "measure", lambda *_: [])
+    settings = Bench(parts=("steps",), methods=("hash",), **QUICK)
+    record = bench(settings, tmp_path)
+    there = record | {"status": "running", "machine": record["machine"] | change}
+    (tmp_path / "bench.json").write_text(json.dumps(there))
+    before = contents(tmp_path)
+    [(name, value)] = change.items()
+    old = value if name == "device" else value["torch"]
+    with pytest.raises(SubspanError, match=rf"bench.json was begun elsewhere \(\w+ '{old}' → "):
+        bench(settings, tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "bench.json").write_text(json.dumps(there | {"status": "complete"}))
+    assert bench(settings, tmp_path)["machine"] == there["machine"]  # it is shown anywhere
+    assert bench(settings, tmp_path, overwrite=True)["machine"]["device"] != "an abacus"
+
+
+def test_variants_without_peft_are_drawn(monkeypatch):
+    """The record was written, and the picture ended in a division by zero."""
+    part = find_part("variants")
+    monkeypatch.setattr(variants, "missing", lambda: "needs PEFT")
+    rows = part.measure(Bench(**QUICK), lambda _: None)
+    machine = {"device": "this one"}
+    record = {"config": {"parts": ["variants"]}, "machine": machine, "variants": rows}
+    [axes] = picture.draw(record).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["MiniLM (skipped)"]
+    assert part.table(rows, machine).rows == [["MiniLM", "needs PEFT"]]
+
+
 @pytest.mark.slow
 def test_peak_memory_is_of_what_a_step_needs():
     """θ and its gradient beside θ₀; plain Adam has two moments more, and two temporaries."""
@@ -228,6 +259,15 @@ def test_peak_memory_is_of_what_a_step_needs():
 def test_a_measurement_that_fails_is_an_error():
     with pytest.raises(SubspanError, match=r"memory of nobody could not be measured: KeyError"):
         run_in_process(far.failing, memory_of="nobody")
+
+
+def noisy():
+    print("what libraries say is no value")
+    return 3
+
+
+def test_a_function_of_another_process_may_print():
+    assert run_in_process(noisy, memory_of="nobody") == 3
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -49,19 +49,22 @@ def bench(
     record = records.claim(out, FILE, config, overwrite=overwrite)
     if overwrite:
         record = None
+    here = {
+        "device": machine.device_name(settings.torch_device),
+        "versions": machine.versions(),
+    }
     if record is not None:
         _check(record, out / FILE)
+        if record["status"] != "complete":
+            _check_machine(record["machine"], here, out / FILE)
     out.mkdir(parents=True, exist_ok=True)
     if record is None:
+        copied = copy_bandwidth(settings.torch_device, settings.seconds)
         record = {
             "format": records.FORMAT,
             "status": "running",
             "config": config,
-            "machine": {
-                "device": machine.device_name(settings.torch_device),
-                "versions": machine.versions(),
-                "copy_bytes_per_second": copy_bandwidth(settings.torch_device, settings.seconds),
-            },
+            "machine": here | {"copy_bytes_per_second": copied},
         }
         done("copy bandwidth")
     for name in settings.parts:
@@ -93,6 +96,21 @@ def _check(record: Mapping[str, Any], path: Path) -> None:
         raise SubspanError(
             f"{path} is damaged ({error}): restore it, or give --overwrite to measure again"
         ) from None
+
+
+def _check_machine(begun: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    """Refuse to add what is measured here to what another machine, or other versions, measured.
+
+    Raises:
+        SubspanError: if it was begun there.
+    """
+    old, new = ({"device": on["device"], **on.get("versions", {})} for on in (begun, here))
+    both = old.keys() & new.keys()  # a package counts among the versions once it is imported
+    if different := records.differences(*({name: on[name] for name in both} for on in (old, new))):
+        raise SubspanError(
+            f"{path} was begun elsewhere ({records.changes(different)}), and times of two places "
+            "cannot be compared: finish it there, or give --overwrite to measure again"
+        )
 
 
 @dataclass(frozen=True)

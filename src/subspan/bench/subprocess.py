@@ -19,11 +19,17 @@ from typing import Any, Self
 from subspan.errors import SubspanError
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-CODE = "import json, sys, {m} as m; print(json.dumps(m.{f}(*json.loads(sys.argv[1]))))"
 # What the libraries print goes to stderr; stdout carries one line for every value.
-TURNS = """
-import json, sys, {m} as m
+CODE = """
+import sys
 out, sys.stdout = sys.stdout, sys.stderr
+import json, {m} as m
+print(json.dumps(m.{f}(*json.loads(sys.argv[1]))), file=out)
+"""
+TURNS = """
+import sys
+out, sys.stdout = sys.stdout, sys.stderr
+import json, {m} as m
 for value in m.{f}(*json.loads(sys.argv[1])):
     print(json.dumps(value), file=out, flush=True)
     if not sys.stdin.readline():

@@ -212,8 +212,8 @@ class VariantsPart(Part):
         return rows
 
     def compared(self, rows: Sequence[Measurement]) -> Sequence[Quantity]:
-        """Return the quantity of a table: time or memory."""
-        return [q for q in self.quantities if any(q.key in row for row in rows)]
+        """Return the quantity of a table: time or memory, and both where nothing was measured."""
+        return [q for q in self.quantities if any(q.key in row for row in rows)] or self.quantities
 
     def whole(
         self, row: Measurement, rows: Sequence[Measurement], quantity: Quantity
