@@ -109,7 +109,7 @@ class Epoch:
         val_loss: after it, on the validation part.
         val_score: likewise.
         learning_rate: at its beginning.
-        seconds: of training and looking at the validation part.
+        seconds: of training, without the look at the validation part.
         ranks: of factored layers.
         singular_values: of the same, in descending order.
         alignment: of random bases, by compartment.
