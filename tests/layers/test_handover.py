@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -210,12 +213,48 @@ def unregistered(made):
     vars(made)["head"] = made[2]
 
 
+def a_bound_method(made):
+    made.mine = made[2].forward
+
+
+def a_function_with_arguments(made):
+    made.mine = functools.partial(torch.utils.checkpoint.checkpoint, made[2], use_reentrant=False)
+
+
+def a_closure(made):
+    layer = made[2]
+    made.mine = {"head": lambda x: layer(x)}
+
+
+def an_object(made):
+    made.mine = SimpleNamespace(head=made[2])
+
+
+def a_hook_elsewhere(made):
+    layer = made[2]
+    made[1].register_forward_hook(lambda module, args, out: out @ layer.weight.T @ layer.weight)
+
+
 def compiled(made):
     made[2] = torch.compile(made[2], backend="eager")
 
 
 @pytest.mark.parametrize(
-    "share", [tied_bias, view, buffer, in_a_list, in_a_mapping, unregistered, compiled]
+    "share",
+    [
+        tied_bias,
+        view,
+        buffer,
+        in_a_list,
+        in_a_mapping,
+        a_bound_method,
+        a_function_with_arguments,
+        a_closure,
+        an_object,
+        a_hook_elsewhere,
+        unregistered,
+        compiled,
+    ],
 )
 def test_a_layer_that_something_else_uses_is_refused_or_left_alone(share):
     made = net()

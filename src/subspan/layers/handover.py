@@ -8,12 +8,12 @@ changed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace.held import held_by
 
 # Registries that mean the same on any module with the same inputs and outputs.
 HOOKS = (
@@ -78,7 +78,7 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
     """Find the modules that cannot be exchanged alone, by ``id``, each with the reason.
 
     Something else in the network shares memory with one of their parameters, or holds the module
-    itself outside ``_modules``.
+    itself outside ``_modules``: an attribute, a bound method, a function, a hook.
     """
     reasons: dict[int, str] = {}
     # (storage, first byte, last byte), the module that it belongs to, its name there
@@ -89,9 +89,9 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
                 spans += [(span, id(module), name) for span in _span(p)]
         for buffer in module._buffers.values():
             spans += [(span, 0, "") for span in _span(buffer)]
-        for value in _kept(module):
+        for value in held_by(module):
             if isinstance(value, nn.Module):
-                reasons[id(value)] = f"an attribute of a {type(module).__name__} holds it, too"
+                reasons[id(value)] = f"an attribute or a hook of a {type(module).__name__} holds it"
             else:
                 spans += [(span, 0, "") for span in _span(value)]
         if type(module).__name__ == "OptimizedModule":  # holds the call of the module inside
@@ -127,22 +127,6 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
-
-
-def _kept(module: nn.Module) -> Iterator[Any]:
-    """Yield the tensors and modules that attributes hold, also inside lists and mappings."""
-    stack = [(value, 0) for key, value in vars(module).items() if key not in _REGISTRIES]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, Tensor | nn.Module):
-            yield value
-        elif isinstance(value, dict) and depth < 3:
-            stack += [(inner, depth + 1) for inner in value.values()]
-        elif isinstance(value, list | tuple | set) and depth < 3:
-            stack += [(inner, depth + 1) for inner in value]
-
-
-_REGISTRIES = vars(nn.Module()).keys()
 
 
 def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from subspan.subspace.held import is_full
+
 
 def rebind_forward(twin: nn.Module, memo: Mapping[int, Any]) -> None:
     """Let the ``forward`` that was put into a copied module run on copies, which ``memo`` has."""
@@ -38,7 +40,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
     if not callable(value) or isinstance(value, type) or not hasattr(value, "__dict__"):
         return value
     inside = {name: _rebound(item, memo, done) for name, item in vars(value).items()}
-    cells = [c.cell_contents for c in getattr(value, "__closure__", None) or () if _is_full(c)]
+    cells = [c.cell_contents for c in getattr(value, "__closure__", None) or () if is_full(c)]
     if isinstance(value, partial):
         cells = [value.func, *value.args, *value.keywords.values()]
     held = [_rebound(item, memo, done) for item in cells]
@@ -47,7 +49,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
         return value
     if isinstance(value, FunctionType):
         contents = iter(held)
-        closure = [CellType(next(contents)) if _is_full(c) else c for c in value.__closure__ or ()]
+        closure = [CellType(next(contents)) if is_full(c) else c for c in value.__closure__ or ()]
         twin: Any = FunctionType(
             value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(closure)
         )
@@ -62,11 +64,3 @@ def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
     vars(twin).update(inside)
     done[id(value)] = twin
     return twin
-
-
-def _is_full(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

@@ -1,0 +1,54 @@
+"""What a module holds beside its parameters, buffers and parts: modules and tensors elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from types import CellType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+DEPTH = 3  # of containers, functions and objects in each other
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def held_by(module: nn.Module) -> Iterator[Tensor | nn.Module]:
+    """Yield the tensors and modules that attributes and hooks of a module hold.
+
+    So do containers, functions and objects among them.
+    """
+    stack = [(value, 0) for key, value in vars(module).items() if key not in _REGISTERED]
+    while stack:
+        value, depth = stack.pop()
+        if isinstance(value, Tensor | nn.Module):
+            yield value
+        elif depth < DEPTH:
+            stack += [(inner, depth + 1) for inner in _inside(value)]
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """Return what a container, a bound method, a function or another object holds."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, type):
+        return ()
+    cells = getattr(value, "__closure__", None) or ()
+    own = getattr(value, "__dict__", None)
+    inside = [cell.cell_contents for cell in cells if is_full(cell)]
+    return [*inside, *own.values()] if isinstance(own, dict) else inside
+
+
+def is_full(cell: CellType) -> bool:
+    """Return whether a variable of a closure has been given a value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
