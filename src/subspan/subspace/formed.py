@@ -11,6 +11,7 @@ gets the first θ as they are, up to as many weights as the largest tensor has.
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +32,15 @@ from subspan.subspace.functions import ordinary_tensors
 from subspan.subspace.quantised import QuantisedTensor, dense
 
 if TYPE_CHECKING:
+    from subspan.subspace.network import Network
     from subspan.subspace.weights import Weights
 
 # Coordinates, which redraw, the block, and θ₀ as it is stored.
 Part = tuple[Tensor, Tensor, Block, Tensor | QuantisedTensor]
 
 KEPT = 1 << 22  # weights whose θ is kept during a call
+
+now = threading.local()  # .calls: of every network that is being called in this thread
 
 _level = torch._C._functorch.maybe_current_level
 
@@ -124,6 +128,10 @@ class Outermost:
         self.weights, self.level = weights, _level()
         self.mode = weights.root.training
         self.first = self.level is None and self.mode not in weights.modes
+        # Where coordinates are given, by a functional call, so may be θ₀.
+        w = weights.root._parameters[weights.coordinate_names[0]]
+        given = () if type(w) is torch.nn.Parameter else weights.homes
+        self.bases = {tensor: weights.base_of(tensor) for tensor in given}
         self.formed: dict[Any, Formed] = {}  # oldest first
         self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.
@@ -232,6 +240,12 @@ class Outermost:
         theta, formula = self.formulas.get(tensor.untyped_storage().data_ptr(), (None, None))
         alive = None if theta is None else theta()
         return formula if alive is not None and alive.dtype == tensor.dtype else None
+
+
+def find_call(weights: Network) -> Outermost | None:
+    """Return the call of a network that is under way in this thread."""
+    calls = now.__dict__.get("calls", ())
+    return next((outer for outer in reversed(calls) if outer.weights is weights), None)
 
 
 @dataclass(frozen=True)

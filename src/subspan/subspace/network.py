@@ -231,7 +231,8 @@ class Network:
     def _given(self, tensor: str) -> Tensor | None:
         """Return the weight that a functional call, or somebody else, has put into a slot for θ.
 
-        Where coordinates are given, too, the slot holds a base: so do all parameters together.
+        Where coordinates are given, too, what the slot held when the call began is a base: so do
+        all parameters together. What comes into it later is a weight.
         """
         base = self.base_of(tensor)
         home, frozen = home_of(base), isinstance(base, nn.Parameter) and not base.requires_grad
@@ -240,7 +241,13 @@ class Network:
         moved = self.adapters[tensor].factors[0] if tensor in self.adapters else tensor
         names = {PREFIX + block.coordinates for block in self.blocks_of[moved]}
         ours = all(isinstance(self.root._parameters[name], nn.Parameter) for name in names)
-        return base if ours and not is_shard(base) else None
+        later = ours or base is not self.begun_with(tensor, base)
+        return base if later and not is_shard(base) else None
+
+    def begun_with(self, tensor: str, otherwise: Tensor) -> Tensor:
+        """Return the content of a tensor's slot when a call with given coordinates began."""
+        outer = formed.find_call(self)
+        return otherwise if outer is None else outer.bases.get(tensor, otherwise)
 
     def base_or_given(self, tensor: str) -> tuple[Tensor, bool]:
         """Return W of a layer with factors, or what a functional call has put there for its θ."""
@@ -261,7 +268,7 @@ class Network:
                 return held if len(piece) == held.numel() else held.cut(piece.start, piece.stop)
         given = type(base) is not Base and self._given(piece.tensor) is not None
         if given and not torch.compiler.is_exporting():  # where nobody reads what is formed of it
-            base = self.owned[piece.tensor]
+            base = self.begun_with(piece.tensor, self.owned[piece.tensor])
         if is_shard(base):
             raise SubspanError(
                 f"{piece.tensor} was spread over processes after the network was wrapped, by "

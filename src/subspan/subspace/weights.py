@@ -7,7 +7,6 @@ long θ lives is :mod:`subspan.subspace.formed`; how it is computed :mod:`subspa
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.families.registry import from_recipe
 from subspan.families.updates import add_
-from subspan.subspace import forming, quantised
+from subspan.subspace import formed, forming, quantised
 from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
 from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
@@ -35,7 +34,6 @@ from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.theta0 import OWN, Base
 from subspan.subspace.variant import NotByRowError, Variant, find_variant, refuse_in_use
 
-_now = threading.local()  # .calls: of every network that is being called in this thread
 _level = torch._C._functorch.maybe_current_level
 
 
@@ -62,7 +60,7 @@ class Weights(Network):
             self._check_ranks()
         if self.network()._buffers[FINGERPRINT] is not self._known:
             self._check_given()
-        stack = _now.__dict__.setdefault("calls", [])
+        stack = formed.now.__dict__.setdefault("calls", [])
         if stack and any(outer.weights is self for outer in stack):
             return run(*args, **kwargs)
         variant = self.variant()
@@ -125,7 +123,7 @@ class Weights(Network):
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return self._guard(theta, tensor) if ordinary else theta
         variant = self.variant()
-        calls = () if is_at_base(self) else _now.__dict__.get("calls", ())
+        calls = () if is_at_base(self) else formed.now.__dict__.get("calls", ())
         for outer in reversed(calls):
             if outer.weights is self:
                 where = self.groups_with.get(tensor, ())
@@ -154,7 +152,7 @@ class Weights(Network):
 
     def called(self) -> bool:
         """Return whether the network is being called in this thread."""
-        return any(outer.weights is self for outer in _now.__dict__.get("calls", ()))
+        return formed.find_call(self) is not None
 
     def variant(self) -> Variant | None:
         """Return the variant that is in use in this context; none inside of ``at_base()``."""

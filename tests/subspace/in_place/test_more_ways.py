@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim import LBFGS
@@ -51,6 +52,39 @@ def test_a_functional_call_of_a_part_uses_what_it_is_given():
         vmap(lambda p: functional_call(net, p, (x,)))(batched),
         vmap(lambda p: functional_call(merged, p, (x,)))(batched),
     )
+
+
+class Conditioned(nn.Module):
+    """One of its layers has the weight that another one computes, and its own beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Linear(8, 32), nn.Linear(8, 4)
+
+    def forward(self, x):
+        table = self.table(x.mean(0)).view(4, 8) + self.layer.weight
+        y = functional_call(self.layer, {"weight": table}, (x,))
+        return y + F.linear(x, self.layer.weight)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_weight_that_is_given_inside_of_a_call_with_coordinates_is_used(lora, everything):
+    torch.manual_seed(0)
+    net, x = Conditioned(), torch.randn(5, 8)
+    subspan.lora(net, 20, rank=2, targets=[".*"]) if lora else SubspaceModel(net, 20)
+    given = {
+        name: torch.randn_like(p)
+        for name, p in net.named_parameters()
+        if name == "subspan_global" or everything
+    }
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.data.copy_(given.get(name, p.data))
+    torch.testing.assert_close(functional_call(net, given, (x,)), other(x))
+    every = vmap(lambda x: functional_call(net, given, (x,)))
+    torch.testing.assert_close(every(x[None])[0], other(x))
 
 
 @pytest.mark.parametrize("lora", [False, True])
