@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from subspan.errors import SubspanError
@@ -50,6 +51,12 @@ def link_of(module: Any) -> Link:
             "subspace of the original: copy the network of unwrap() or merge(), or state_dict()"
         )
     return link
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Return whether a module's network is being called to be exported."""
+    link = find_link(module) if torch.compiler.is_exporting() else None
+    return link is not None and link.weights.traced
 
 
 def digits_of(fingerprint: str) -> list[int]:

@@ -29,7 +29,17 @@ from subspan.subspace import callers
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_flattening
-from subspan.subspace.links import LINK, PREFIX, Link, find_link, is_ours, link_of, trained_keys
+from subspan.subspace.links import (
+    LINK,
+    PREFIX,
+    Link,
+    find_link,
+    is_exported,
+    is_ours,
+    link_of,
+    locate,
+    trained_keys,
+)
 from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import rebind_forward
 from subspan.subspace.sharded import Shards, refuse_whole
@@ -114,6 +124,9 @@ class WrappedModule(ModuleStates):
                 if callers.asked_by_ddp(frame):
                     self._refuse_ddp(link, callers.given_to_ddp(frame))
         stored = super().named_parameters(prefix, recurse, remove_duplicate)
+        if is_exported(self):
+            yield from self._exported(stored, prefix)
+            return
         for name, p in self._lent(stored):
             if paired and home_of(p) is not None:
                 continue  # states go without θ₀
@@ -129,6 +142,22 @@ class WrappedModule(ModuleStates):
                     yield name, theta
             else:
                 yield name, p
+
+    def _exported(
+        self, stored: Iterator[tuple[str, Any]], prefix: str
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the parameters of the ordinary network, at θ, to its own code while it is exported.
+
+        Exporters have stand-ins in their places, which say nothing when they are computed with.
+        """
+        for name, p in stored:
+            module, attribute = locate(self, name[len(prefix) + 1 if prefix else 0 :])
+            link = find_link(module)
+            tensor = None if link is None else link.tensors.get(attribute)
+            if tensor is None and not is_ours(name):
+                yield name, p
+            elif link is not None and tensor is not None and tensor not in link.weights.hidden:
+                yield name, getattr(module, attribute)
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield a part's buffers, which may be those of a variant."""
@@ -158,6 +187,8 @@ class WrappedModule(ModuleStates):
         path, _, attribute = target.rpartition(".")
         module = self.get_submodule(path)
         own = module._parameters.get(attribute)
+        if is_exported(self):
+            return getattr(module, attribute)
         if home_of(own) is not None:
             return own
         lent = None if own is None else getattr(module, attribute)  # that of a variant
@@ -293,7 +324,9 @@ class WrappedNetwork(WrappedModule):
         if not torch.compiler.is_compiling():
             weights.changes.check_freezing(sys._getframe(1))
         stored = super(WrappedModule, self).named_parameters(prefix, recurse, remove_duplicate)
-        if not torch.compiler.is_compiling():
+        if is_exported(self):
+            stored = self._exported(stored, prefix)
+        elif not torch.compiler.is_compiling():
             frame = sys._getframe(1)
             if callers.copies_weights(frame):
                 stored = weights.copied()  # type: ignore[assignment]

@@ -111,6 +111,11 @@ class Network:
         return {name: value for name, value in vars(self).items() if name != "key"}
 
     @property
+    def traced(self) -> bool:
+        """Whether it is being called to be compiled or exported."""
+        return self._traced is not None
+
+    @property
     def ready(self) -> bool:
         """Whether the network is whole: not while it is copied or unpickled."""
         return "homes" in vars(self) and "_parameters" in vars(self.root)

@@ -45,9 +45,9 @@ class Weights(Network):
         if torch.compiler.is_compiling():
             if not torch.compiler.is_dynamo_compiling():
                 refuse_in_use(self, "exported")
-            if self._traced is not None or self.shards is not None or _to_onnx():
+            if self.traced or self.shards is not None:
                 return run(*args, **kwargs)
-            self._traced = self.all()
+            self._traced = {} if _to_onnx() else self.all()
             try:
                 return run(*args, **kwargs)
             finally:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import subspan
 from subspan import SubspaceModel
 from tests.nets import COMPARTMENTS, batch, scatter, wrap
 
@@ -46,6 +47,30 @@ def test_an_exported_program(name, way):
         coordinates = [p for key, p in program.state_dict.items() if "subspan_global" in key]
         assert [w.shape for w in coordinates] == [(12,)]
     assert torch.equal(model(x), want)
+
+
+PENALTIES = {
+    "all parameters": lambda net: [*net.parameters()],
+    "those of a part": lambda net: [*net[0].parameters()],
+    "a layer's own": lambda net: [*net[0].parameters(recurse=False)],
+    "by name": lambda net: [p for name, p in net.named_parameters(prefix="a") if "0.w" in name],
+    "one parameter": lambda net: [net.get_parameter("0.weight")],
+    "one of a part": lambda net: [net[0].get_parameter("weight")],
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_parameters_that_a_forward_asks_for_are_weights_in_an_exported_program(penalty, lora):
+    class Penalised(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + sum(p.square().sum() for p in PENALTIES[penalty](self))
+
+    torch.manual_seed(0)
+    net, x = Penalised(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 4)
+    model = subspan.lora(net, 12, rank=2, targets=[".*"]) if lora else SubspaceModel(net, 12)
+    program = torch.export.export(scatter(model).eval(), (x,))
+    torch.testing.assert_close(program.module()(x), model.merge()(x))
 
 
 @pytest.mark.parametrize("compartments", COMPARTMENTS, ids=str)
