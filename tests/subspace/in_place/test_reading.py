@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import subspan
 from subspan import SubspaceModel, SubspanError
-from subspan.subspace import weights
+from subspan.subspace import formed
 from tests.nets import NETS, batch, build, scatter, wrap
 from tests.subspace.in_place.network import Net, pair
 
@@ -308,7 +308,7 @@ def test_what_a_thread_keeps_during_a_call_is_its_own():
     seen = []
 
     def look(*_):
-        seen.append(len(vars(weights._now).get("calls", ())))
+        seen.append(len(vars(formed.now).get("calls", ())))
 
     def from_another_thread(*_):
         look()
