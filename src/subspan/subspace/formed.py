@@ -237,7 +237,11 @@ class Outermost:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
             return None
         assert self.formulas is not None
-        theta, formula = self.formulas.get(tensor.untyped_storage().data_ptr(), (None, None))
+        try:
+            place = tensor.untyped_storage().data_ptr()
+        except RuntimeError:  # of a tensor of torch.func, which has no memory
+            return None
+        theta, formula = self.formulas.get(place, (None, None))
         alive = None if theta is None else theta()
         return formula if alive is not None and alive.dtype == tensor.dtype else None
 

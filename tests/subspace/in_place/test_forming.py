@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import nn
+from torch.func import jvp, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -228,6 +229,26 @@ def test_transforms_inside_of_a_forward_are_refused_with_the_way_out(monkeypatch
     with torch.autograd.graph.disable_saved_tensors_hooks(""):
         y = model(x)
     torch.testing.assert_close(y, model.merge()(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own rules
+def test_forward_derivatives_inside_of_a_forward(monkeypatch):
+    """What autograd saves of them has no memory, by which θ is known."""
+
+    class Slopes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return vmap(lambda row: self.head(jvp(self.layer, (row,), (row,))[1]))(x)
+
+    monkeypatch.setattr(formed, "KEPT", 0)
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Slopes(), 30)), torch.rand(3, 8, requires_grad=True)
+    found, want = (net(x).square().sum() for net in (model, model.merge()))
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(want, x))
 
 
 def test_a_large_cell_is_formed_once_for_its_steps(monkeypatch):
