@@ -209,13 +209,17 @@ def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
     return lent
 
 
-def guard_theta(theta: Tensor, name: str, now: Callable[[], Any] | None = None) -> Tensor:
+def guard_theta(
+    theta: Tensor, name: str, now: Callable[[], Any] | None = None, *, itself: bool = False
+) -> Tensor:
     """Make θ a :class:`Computed`, in the same graph.
 
-    ``now`` returns the same as long as θ is the weight of the network; None if it always is.
+    ``now`` returns the same as long as θ is the weight of the network; None if it always is. With
+    ``itself`` this tensor becomes one, for whoever holds it already, and no other.
     """
-    theta = theta.as_subclass(Computed)
-    theta.weight_name, theta._is_theta = name, True
+    guarded: Any = theta if itself else theta.as_subclass(Computed)
+    guarded.__class__ = Computed
+    guarded.weight_name, guarded._is_theta = name, True
     if now is not None:
-        theta._now, theta._then = now, now()
-    return theta
+        guarded._now, guarded._then = now, now()
+    return guarded

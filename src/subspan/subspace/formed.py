@@ -29,6 +29,7 @@ from subspan.subspace import forming
 from subspan.subspace.at_base import is_at_base
 from subspan.subspace.blocks import Block
 from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.held import held_by
 from subspan.subspace.quantised import QuantisedTensor, dense
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class Outermost:
         # How θ was formed, by its address, where autograd is asked to save that.
         self.formulas: dict[int, tuple[weakref.ref[Tensor], Formula]] | None = None
         self._spared_places = set[int]()
+        self._seen: list[tuple[weakref.ref[Tensor], str]] = []  # all θ of a first call, with names
         self.spare = 0 if weights.shards is not None else min(weights.largest, 4 * KEPT)
 
     def get(self, key: Any, state: tuple[Any, ...]) -> Sequence[Tensor] | None:
@@ -172,6 +174,20 @@ class Outermost:
         sums = [_sum(theta) if self.first else None for theta in thetas]
         marks = list(zip(names, map(version_of, thetas), sums, strict=True))
         self.formed[key] = Formed(coordinates, state, thetas, marks)
+        if self.first:
+            self._seen += zip(map(weakref.ref, thetas), names, strict=True)
+
+    def find_kept(self) -> Iterator[tuple[Tensor, str]]:
+        """Yield what modules keep of θ at the end of a first call, with the names of the tensors.
+
+        It may be θ or a view of it, in an attribute or in what that holds.
+        """
+        seen = ((reference(), name) for reference, name in self._seen)
+        names = {_place(theta): name for theta, name in seen if type(theta) is Tensor}
+        for module in self.weights.root.modules():
+            for kept in held_by(module):
+                if type(kept) is Tensor and (name := names.get(_place(kept) or -1)):
+                    yield kept, name
 
     def check_unwritten(self) -> None:
         """See :meth:`Formed.check_unwritten`."""
@@ -237,13 +253,17 @@ class Outermost:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
             return None
         assert self.formulas is not None
-        try:
-            place = tensor.untyped_storage().data_ptr()
-        except RuntimeError:  # of a tensor of torch.func, which has no memory
-            return None
-        theta, formula = self.formulas.get(place, (None, None))
+        theta, formula = self.formulas.get(_place(tensor), (None, None))
         alive = None if theta is None else theta()
         return formula if alive is not None and alive.dtype == tensor.dtype else None
+
+
+def _place(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory; 0 of one without, as in transforms of torch.func."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def find_call(weights: Network) -> Outermost | None:

@@ -81,7 +81,7 @@ class WrappedModule(ModuleStates):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._check_copied()
         for leaf in tree_leaves(vars(self)):
-            if not isinstance(leaf, Tensor) or id(leaf) in memo:
+            if not isinstance(leaf, Tensor) or type(leaf) is Computed or id(leaf) in memo:
                 continue
             # A result that the module keeps, in a graph, or what PyTorch clones and does not copy.
             if leaf.grad_fn is not None or leaf.layout in _COMPRESSED:

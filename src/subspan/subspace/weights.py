@@ -77,8 +77,10 @@ class Weights(Network):
             outer.check_unwritten()
             if variant is not None:
                 variant.check_unwritten()
-            elif outer.first:
+            elif outer.first and not is_at_base(self):
                 self.modes.add(outer.mode)
+                for theta, tensor in outer.find_kept():
+                    self._guard(theta, tensor, kept=True)
             if self.changes.wishes:  # which the network has set meanwhile
                 self.changes.check_flags()
             return out
@@ -158,8 +160,8 @@ class Weights(Network):
         """Return the variant that is in use in this context; none inside of ``at_base()``."""
         return find_variant(self) if self.key else None
 
-    def _guard(self, theta: Tensor, tensor: str) -> Tensor:
-        """Make θ that was read outside of a call one that knows when it is out of date."""
+    def _guard(self, theta: Tensor, tensor: str, *, kept: bool = False) -> Tensor:
+        """Make θ that was read outside of a call, or is kept beyond one, know if it is outdated."""
         if is_at_base(self) or self.variant() is not None:
             return guard_theta(theta, tensor)
         moved = self.adapters[tensor].factors if tensor in self.adapters else (tensor,)
@@ -167,9 +169,10 @@ class Weights(Network):
 
         def now() -> Any:
             own = {} if self.root is None else self.root._parameters
-            return [_place(w) for name in names if (w := own.get(name)) is not None]
+            place = (is_at_base(self), self.variant()) if kept else ()
+            return place, [_place(w) for name in names if (w := own.get(name)) is not None]
 
-        return guard_theta(theta, tensor, now)
+        return guard_theta(theta, tensor, now, itself=kept)
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""

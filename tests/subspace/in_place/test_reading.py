@@ -5,6 +5,7 @@ import copy
 import inspect
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,70 @@ def test_a_weight_that_was_read_before_its_coordinates_changed_is_out_of_date(wh
         base = net.head.weight
     base.sum()
     model.unwrap()
+
+
+KEPT = {
+    "attribute": (lambda w: w, lambda kept: kept),
+    "view": (lambda w: w.t(), lambda kept: kept.t()),
+    "list": (lambda w: [w], lambda kept: kept[0]),
+    "function": (
+        lambda w: partial(nn.functional.linear, weight=w),
+        lambda kept: kept.keywords["weight"],
+    ),
+}
+
+
+class Keeping(nn.Module):
+    """A network that reads a weight at its first call, and keeps it for those that follow."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.head, self.kept = nn.Linear(8, 8), nn.Linear(8, 4), None
+        self.keep, self.use = KEPT[how]
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.keep(self.layer.weight)
+        return self.head(nn.functional.linear(x, self.use(self.kept), self.layer.bias))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("how", KEPT)
+def test_a_weight_that_the_network_keeps_from_a_call_is_refused_when_it_is_out_of_date(how, graph):
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Keeping(how), 20)), torch.randn(5, 8)
+    with torch.set_grad_enabled(graph):
+        want = model(x)
+    torch.testing.assert_close(model(x), want)
+    with model.at_base(), pytest.raises(SubspanError, match=r"layer\.weight was read before"):
+        model(x)
+    scatter(model)
+    with pytest.raises(
+        SubspanError, match=r"layer\.weight was read before its coordinates changed"
+    ):
+        model(x)
+    model.body.kept = None
+    model(x)
+
+
+def test_a_weight_that_is_kept_at_each_call_may_be_penalised():
+    class Noting(Keeping):
+        def forward(self, x):
+            self.kept = None
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Noting("attribute"), 20)), torch.randn(5, 8)
+    optimizer = SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        merged = model.merge()
+        optimizer.zero_grad()
+        for net in (model, merged):
+            (net(x).sum() + net.kept.square().sum()).backward()
+        slope = torch.cat([p.grad.flatten() for p in merged.parameters()])
+        want = model.projections[0].rmatvec(slope)
+        torch.testing.assert_close(model.coordinates["global"].grad, want, rtol=1e-4, atol=1e-5)
+        optimizer.step()
 
 
 def test_code_that_asks_for_device_and_dtype():
