@@ -178,6 +178,15 @@ def test_attention_of_one_sequence_and_of_other_sizes():
     torch.testing.assert_close(back(q, k, v), dense(q, k, v))
 
 
+def test_attention_says_of_itself_what_the_original_does():
+    dense = attention(kdim=5, vdim=6, dropout=0.1, batch_first=True)
+    net = factorize(copy.deepcopy(dense), rank=2)
+    weights = dense._parameters.keys() | {"_qkv_same_embed_dim"}
+    for name in (vars(dense) | dense._parameters).keys() - vars(nn.Module()).keys() - weights:
+        assert getattr(net, name) == getattr(dense, name), name
+    assert net.bias_k is net.bias_v is net.in_proj_bias is None
+
+
 def test_dropout_of_attention():
     net = factorize(attention(dropout=0.5), energy=1.0)
     x = torch.randn(4, 3, 8)

@@ -28,6 +28,8 @@ class Attention(nn.Module):
     # What PyTorch's Transformer layers look at before they take a path around `forward`.
     _qkv_same_embed_dim = False
     in_proj_bias = None
+    bias_k = bias_v = None
+    add_zero_attn = False
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -37,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, of: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = of.embed_dim, of.num_heads, of.head_dim
+        self.kdim, self.vdim = of.kdim, of.vdim
         self.dropout, self.batch_first = of.dropout, of.batch_first
         self.training = of.training
         out = of.out_proj
