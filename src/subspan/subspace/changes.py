@@ -84,7 +84,7 @@ class Changes:
             for name in self.weights.requires_grad:
                 left_out = name not in self.weights.homes and name not in self.weights.fully
                 p = self.weights.find(name) if left_out else None
-                if p is not None and p.requires_grad:
+                if p is not None and p.requires_grad and p.numel():
                     raise SubspanError(
                         f"requires_grad of {name}, which stays at θ₀, was set to True with those "
                         "of others: set the flags of the SubspaceModel's parameters(), or name it "

@@ -348,6 +348,15 @@ def test_a_loop_that_unfreezes_all_does_not_train_what_stays():
     assert not net.head.weight.requires_grad
 
 
+def test_a_loop_that_unfreezes_all_passes_empty_parameters_by():
+    net, x = Net(), torch.randn(5, 8)
+    net.empty = nn.Parameter(torch.empty(0, 3))
+    model = SubspaceModel(net, 20)
+    for flag in (False, True):
+        net.requires_grad_(flag)
+        assert model(x).requires_grad is flag
+
+
 def test_a_frozen_weight_that_is_trained_besides_is_noticed(tmp_path):
     model, _, x = pair(exclude="head")
     model.body.head.requires_grad_(True)
