@@ -54,9 +54,13 @@ def link_of(module: Any) -> Link:
 
 
 def is_exported(module: nn.Module) -> bool:
-    """Return whether a module's network is being called to be exported."""
+    """Return whether code that is being exported asks, and not the exporter.
+
+    That looks at a network before it puts stand-ins into the places of its parameters.
+    """
     link = find_link(module) if torch.compiler.is_exporting() else None
-    return link is not None and link.weights.traced
+    inside = torch.compiler.is_dynamo_compiling()
+    return link is not None and (inside or link.weights.has_stand_ins)
 
 
 def digits_of(fingerprint: str) -> list[int]:

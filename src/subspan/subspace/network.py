@@ -111,9 +111,9 @@ class Network:
         return {name: value for name, value in vars(self).items() if name != "key"}
 
     @property
-    def traced(self) -> bool:
-        """Whether it is being called to be compiled or exported."""
-        return self._traced is not None
+    def has_stand_ins(self) -> bool:
+        """Whether the places of its parameters hold others, as those of an exporter."""
+        return not isinstance(self.base_of(next(iter(self.homes))), Base)
 
     @property
     def ready(self) -> bool:

@@ -45,9 +45,9 @@ class Weights(Network):
         if torch.compiler.is_compiling():
             if not torch.compiler.is_dynamo_compiling():
                 refuse_in_use(self, "exported")
-            if self.traced or self.shards is not None:
+            if self._traced is not None or self.shards is not None or _to_onnx():
                 return run(*args, **kwargs)
-            self._traced = {} if _to_onnx() else self.all()
+            self._traced = self.all()
             try:
                 return run(*args, **kwargs)
             finally:
