@@ -129,10 +129,7 @@ class Outermost:
         self.weights, self.level = weights, _level()
         self.mode = weights.root.training
         self.first = self.level is None and self.mode not in weights.modes
-        # Where coordinates are given, by a functional call, so may be θ₀.
-        w = weights.root._parameters[weights.coordinate_names[0]]
-        given = () if type(w) is torch.nn.Parameter else weights.homes
-        self.bases = {tensor: weights.base_of(tensor) for tensor in given}
+        self.bases = given_bases(weights)  # among which may be another θ₀
         self.formed: dict[Any, Formed] = {}  # oldest first
         self.passing: dict[Any, int] = {}  # weights of those that are dropped for others
         # How θ was formed, by its address, where autograd is asked to save that.
@@ -264,6 +261,13 @@ def _place(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def given_bases(weights: Weights) -> dict[str, Tensor]:
+    """Return the contents of all slots where a functional call has given coordinates."""
+    w = weights.root._parameters[weights.coordinate_names[0]]
+    given = () if isinstance(w, torch.nn.Parameter) else weights.homes
+    return {tensor: weights.base_of(tensor) for tensor in given}
 
 
 def find_call(weights: Network) -> Outermost | None:

@@ -72,6 +72,7 @@ class Network:
         self._known: Tensor | None = None  # the fingerprint's buffer that was compared last
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None
+        self._begun: dict[str, Tensor] = {}  # as `Outermost.bases`, while it is compiled
         self.changes = Changes(self)
         self.locations = {name: locate(root, name) for name in self.requires_grad}
         self.homes = {slot.tensor: self.locations[slot.tensor] for slot in self.slots}
@@ -251,6 +252,8 @@ class Network:
 
     def begun_with(self, tensor: str, otherwise: Tensor) -> Tensor:
         """Return the content of a tensor's slot when a call with given coordinates began."""
+        if torch.compiler.is_compiling():
+            return self._begun.get(tensor, otherwise)
         outer = formed.find_call(self)
         return otherwise if outer is None else outer.bases.get(tensor, otherwise)
 

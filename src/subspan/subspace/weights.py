@@ -47,11 +47,11 @@ class Weights(Network):
                 refuse_in_use(self, "exported")
             if self._traced is not None or self.shards is not None or _to_onnx():
                 return run(*args, **kwargs)
-            self._traced = self.all()
+            self._traced, self._begun = self.all(), formed.given_bases(self)
             try:
                 return run(*args, **kwargs)
             finally:
-                self._traced = None
+                self._traced, self._begun = None, {}
         if self.changes.wishes:
             self.changes.check_flags()
         if self.shards is not None:

@@ -85,6 +85,8 @@ def test_a_weight_that_is_given_inside_of_a_call_with_coordinates_is_used(lora, 
     torch.testing.assert_close(functional_call(net, given, (x,)), other(x))
     every = vmap(lambda x: functional_call(net, given, (x,)))
     torch.testing.assert_close(every(x[None])[0], other(x))
+    compiled = torch.compile(lambda x: functional_call(net, given, (x,)), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), other(x))
 
 
 @pytest.mark.parametrize("lora", [False, True])
