@@ -5,9 +5,13 @@ import gc
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+
+import subspan
 
 # Trackio reads where its store is when it is imported, once in a process, and others import it.
 _trackio = tempfile.TemporaryDirectory(prefix="trackio")
@@ -42,6 +46,17 @@ def nothing_compiled():
     """Begin each file with nothing compiled: PyTorch compiles a function eight times, no more."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """Compile the kernels of a family in one of several workers: each would compile all of them."""
+    together = tmp_path_factory.getbasetemp().parent
+    for family in subspan.projections() if worker_id != "master" else ():
+        with suppress(FileExistsError):
+            (together / f"compiles-{family}").touch(exist_ok=False)
+            p = subspan.projection(family, out_dim=100, in_dim=10)
+            p.rmatvec(p.matvec(torch.zeros(10)))
 
 
 @pytest.fixture

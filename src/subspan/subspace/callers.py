@@ -25,7 +25,8 @@ _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 
-_LISTING = ("named_modules", "_named_members", "named_parameters")
+# Functions of PyTorch, and of ours, that list modules and parameters for whoever asks.
+_LISTING = ("named_modules", "_named_members", "named_parameters", "listed")
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

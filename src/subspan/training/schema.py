@@ -88,8 +88,7 @@ def check_fields(config: Any) -> None:
     """Refuse fields of a configuration that are not what their annotations say.
 
     What is right in another form gets the form of its field: 1e3 is an integer, a path or a number
-    a text, a list a tuple, and numbers of NumPy or PyTorch are Python's. Functions are not looked
-    at.
+    a text, a list a tuple, and numbers of NumPy or PyTorch are Python's.
 
     Raises:
         SubspanError: for the first field that is something else.
@@ -99,7 +98,7 @@ def check_fields(config: Any) -> None:
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise unknown(name, value, get_args(kind))
-        elif get_origin(kind) is not Callable:
+        else:
             object.__setattr__(config, name, fitting(kind, value, name))
 
 
