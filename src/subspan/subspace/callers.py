@@ -25,8 +25,7 @@ _CAST = {  # forwards that use their weight in autocast's precision only
     kind.forward.__code__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 
-# Functions of PyTorch, and of ours, that list modules and parameters for whoever asks.
-_LISTING = ("named_modules", "_named_members", "named_parameters", "listed")
+_LISTING = ("named_modules", "_named_members", "named_parameters")
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
@@ -93,7 +92,7 @@ _goes_by_tensor = _code(
 
 def find_left_by_fsdp1(start: FrameType) -> set[nn.Parameter] | None:
     """Find what FSDP1 leaves alone, if it lists what it is to make one parameter of."""
-    frame = _beyond(start, *_LISTING, "parameters")
+    frame = _beyond(start, *_LISTING, "listed", "parameters")  # the second is a handle's
     return frame.f_locals["ignored_params"] if frame is not None and _flattens(frame) else None
 
 
