@@ -14,16 +14,21 @@ import torch
 
 _AS_IT_IS = nullcontext()
 
+# Asked for each call, PyTorch's function would break the graphs of its compiler before 2.12.
+_KINDS = ("meta", "vulkan", "lazy", "fpga", "ve", "opencl", "opengl", "ideep")
+_WITHOUT = frozenset(kind for kind in _KINDS if not torch.amp.is_autocast_available(kind))
 
-def _is_on(device: torch.device) -> bool:
-    """Return whether autocast is on for a kind of device."""
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype to which autocast casts on a kind of device; None where it is off."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind not in _WITHOUT and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which products on a device have the precision of their factors."""
-    return torch.autocast(device.type, enabled=False) if _is_on(device) else _AS_IT_IS
+    return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else _AS_IT_IS
 
 
 def as_now(closure: Callable[[], Any] | None, device: torch.device) -> Callable[[], Any] | None:
@@ -31,7 +36,7 @@ def as_now(closure: Callable[[], Any] | None, device: torch.device) -> Callable[
 
     It keeps no casts of weights, which may change between its calls.
     """
-    if closure is None or not _is_on(device):
+    dtype = autocast_dtype(device)
+    if closure is None or dtype is None:
         return closure
-    dtype = torch.get_autocast_dtype(device.type)
     return torch.autocast(device.type, dtype, cache_enabled=False)(closure)

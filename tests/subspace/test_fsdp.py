@@ -338,7 +338,8 @@ def methods(rank, world):
     net.set_reshard_after_backward(False)
     net[0].set_modules_to_forward_prefetch([net[2]])
     net[2].set_modules_to_backward_prefetch([net[0]])
-    net.set_reduce_scatter_unused_params(True)
+    if hasattr(net, "set_reduce_scatter_unused_params"):  # newer than PyTorch 2.11
+        net.set_reduce_scatter_unused_params(True)
     net.double_it = lambda x: 2 * net.forward(x)
     register_fsdp_forward_method(net, "double_it")
     with torch.no_grad():

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from subspan.precision import autocast_dtype
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -28,10 +30,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def autocast_type(x: Tensor) -> torch.dtype:
     """Give the type of what an ordinary layer makes of x: autocast's, where it is on."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
 
 
 class Convolution(nn.Module):

@@ -53,12 +53,20 @@ def link_of(module: Any) -> Link:
     return link
 
 
+def is_exporting() -> bool:
+    """Return whether a graph is made to be exported.
+
+    PyTorch's function of that name is true in every compiled graph before 2.13.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def is_exported(module: nn.Module) -> bool:
     """Return whether code that is being exported asks, and not the exporter.
 
     That looks at a network before it puts stand-ins into the places of its parameters.
     """
-    link = find_link(module) if torch.compiler.is_exporting() else None
+    link = find_link(module) if is_exporting() else None
     inside = torch.compiler.is_dynamo_compiling()
     return link is not None and (inside or link.weights.has_stand_ins)
 

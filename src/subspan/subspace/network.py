@@ -19,7 +19,15 @@ from subspan.subspace.changes import Changes
 from subspan.subspace.compartments import Compartment, Piece
 from subspan.subspace.dtensors import home_of, is_shard, whole
 from subspan.subspace.functions import ordinary_tensors
-from subspan.subspace.links import FINGERPRINT, PREFIX, Link, digits_of, locate, missing
+from subspan.subspace.links import (
+    FINGERPRINT,
+    PREFIX,
+    Link,
+    digits_of,
+    is_exporting,
+    locate,
+    missing,
+)
 from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.sharded import Shards
@@ -242,7 +250,7 @@ class Network:
         """
         base = self.base_of(tensor)
         home, frozen = home_of(base), isinstance(base, nn.Parameter) and not base.requires_grad
-        if (home is not None and home[0] is self) or (frozen and torch.compiler.is_exporting()):
+        if (home is not None and home[0] is self) or (frozen and is_exporting()):
             return None  # exporters have stand-ins for θ₀
         moved = self.adapters[tensor].factors[0] if tensor in self.adapters else tensor
         names = {PREFIX + block.coordinates for block in self.blocks_of[moved]}
@@ -275,7 +283,7 @@ class Network:
             if isinstance(held, QuantisedTensor):
                 return held if len(piece) == held.numel() else held.cut(piece.start, piece.stop)
         given = type(base) is not Base and self._given(piece.tensor) is not None
-        if given and not torch.compiler.is_exporting():  # where nobody reads what is formed of it
+        if given and not is_exporting():  # where nobody reads what is formed of it
             base = self.begun_with(piece.tensor, self.owned[piece.tensor])
         if is_shard(base):
             raise SubspanError(

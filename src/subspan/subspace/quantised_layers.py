@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan.errors import SubspanError
+from subspan.precision import autocast_dtype
 from subspan.subspace.links import Behaviour, link_of
 from subspan.subspace.quantised import QuantisedTensor, is_class, read_quantised
 from subspan.subspace.structure import lies_in
@@ -117,10 +118,7 @@ class Multiplied(Behaviour):
 
 def _precision(module: Any, x: Tensor) -> torch.dtype:
     """Find the dtype in which a layer computes: autocast's, its own, or that of its input."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return getattr(module, "compute_dtype", None) or x.dtype
+    return autocast_dtype(x.device) or getattr(module, "compute_dtype", None) or x.dtype
 
 
 def belongs_to(key: str, parameters: Collection[str]) -> bool:

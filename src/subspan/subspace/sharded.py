@@ -171,7 +171,10 @@ class Shards:
         factors = set()
         for module in self.weights.root.modules():
             state = getattr(module, "_get_fsdp_state", lambda: None)()
-            for group in getattr(state, "_fsdp_param_groups", ()):
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # PyTorch 2.11 has one group in a module
+                groups = (getattr(state, "_fsdp_param_group", None),)
+            for group in filter(None, groups):
                 factors.add(getattr(group, "gradient_divide_factor", None))
         if len(factors) > 1:
             raise SubspanError(

@@ -23,7 +23,7 @@ from subspan.errors import SubspanError
 from subspan.subspace.at_base import first_in_context, is_at_base, refuse_running_again
 from subspan.subspace.computed import guard_lent
 from subspan.subspace.formed import version_of
-from subspan.subspace.links import link_of, locate
+from subspan.subspace.links import is_exporting, link_of, locate
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
@@ -240,7 +240,7 @@ def replaced(weights: Network, name: str, own: Tensor) -> Tensor:
     The name of coordinates is that of their parameter.
     """
     if torch.compiler.is_compiling():
-        if weights.root.training or torch.compiler.is_exporting():
+        if weights.root.training or is_exporting():
             return own  # variants are not used in training
         return in_use(own, weights.key, name, torch.is_grad_enabled() and own.requires_grad)
     variant = find_variant(weights)

@@ -19,6 +19,7 @@ from subspan.errors import SubspanError
 from subspan.families.operator import transformed
 from subspan.families.registry import from_recipe
 from subspan.families.updates import add_
+from subspan.precision import autocast_dtype
 from subspan.subspace import formed, forming, quantised
 from subspan.subspace.at_base import is_at_base, refuse_running_again
 from subspan.subspace.blocks import Block
@@ -28,7 +29,7 @@ from subspan.subspace.descriptors import refuse_stage
 from subspan.subspace.dtensors import home_of, is_shard
 from subspan.subspace.formed import Formula, Outermost, version_of
 from subspan.subspace.functions import ordinary_tensors
-from subspan.subspace.links import FINGERPRINT, PREFIX
+from subspan.subspace.links import FINGERPRINT, PREFIX, is_exporting
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.theta0 import OWN, Base
@@ -349,13 +350,12 @@ class Weights(Network):
         The copy would be what autograd saves, and it is not known as θ.
         """
         module, attribute = self.homes[tensor]
-        kind = base.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if attribute != "weight" or not casts:
+        dtype = autocast_dtype(base.device)
+        if attribute != "weight" or dtype is None:
             return None
         reader = sys._getframe(4)  # beyond _keep_passing, read and the descriptor
         casts = asked_by_own_forward(reader, module._subspan_class[0])  # type: ignore[index,arg-type]
-        return torch.get_autocast_dtype(kind) if casts and base.dtype == torch.float32 else None
+        return dtype if casts and base.dtype == torch.float32 else None
 
     @torch.no_grad()
     def _constant(self, tensor: str) -> Tensor:
@@ -388,4 +388,4 @@ def _place(w: Tensor) -> tuple[Any, ...]:
 
 
 def _to_onnx() -> bool:
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return is_exporting() and torch.onnx.is_in_onnx_export()
