@@ -89,7 +89,7 @@ def summary(parts: Mapping[str, SweepRecord], title: str) -> Figure:
         if row.label.isdecimal() and int(row.label) != row.dim:  # p atoms, and other numbers
             at = f", {row.dim:,} numbers"
         name = f"{row.small}, all weights" if row.small else row.method
-        alone = row is sweep.baseline or row.small
+        alone = row is sweep.baseline or row.small or row.label == row.method  # without a d
         labels.append(f"{part}: {name}" + ("" if alone else at))
     axes.set_yticks(range(len(lines)), labels)
     axes.set_ylim(len(lines) - 0.5, -0.5)  # from above, each row with room for its points
