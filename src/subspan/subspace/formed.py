@@ -265,9 +265,8 @@ def _place(tensor: Tensor) -> int:
 
 def given_bases(weights: Weights) -> dict[str, Tensor]:
     """Return the contents of all slots where a functional call has given coordinates."""
-    w = weights.root._parameters[weights.coordinate_names[0]]
-    given = () if isinstance(w, torch.nn.Parameter) else weights.homes
-    return {tensor: weights.base_of(tensor) for tensor in given}
+    ordinary = all(isinstance(w, torch.nn.Parameter) for w in weights.coordinates().values())
+    return {} if ordinary else {tensor: weights.base_of(tensor) for tensor in weights.homes}
 
 
 def find_call(weights: Network) -> Outermost | None:

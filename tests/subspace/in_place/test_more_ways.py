@@ -89,6 +89,22 @@ def test_a_weight_that_is_given_inside_of_a_call_with_coordinates_is_used(lora, 
     torch.testing.assert_close(compiled(x), other(x))
 
 
+def test_so_it_is_where_the_coordinates_of_one_tensor_alone_are_given():
+    torch.manual_seed(0)
+    net, x = Conditioned(), torch.randn(5, 8)
+    coordinates = SubspaceModel(net, 20, compartments="tensor").coordinates
+    for name in ("table/weight", "layer/weight"):
+        w, key = torch.randn_like(coordinates[name]), f"subspan_{name}"
+        other = copy.deepcopy(net)
+        other.load_state_dict(net.state_dict() | {key: w})
+
+        def call(w, key=key):
+            return functional_call(net, {key: w}, (x,))
+
+        torch.testing.assert_close(call(w), other(x))
+        torch.testing.assert_close(torch.compile(call, backend="aot_eager")(w), other(x))
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
     "make",
