@@ -1,4 +1,4 @@
-"""What runs in the other process of a test: a module of its own, for it is imported there."""
+"""Functions that tests run in another process, which imports this module."""
 
 from __future__ import annotations
 

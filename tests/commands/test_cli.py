@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(argv):
     [(["--help"], ""), (["--help"], "1"), (["train", "--help"], "1"), (TRAIN, ""), (TRAIN, "1")],
 )
 def test_the_work_goes_on_where_nobody_reads(argv, unbuffered, tmp_path):
-    """As after ``| head -1``; help that is kept in a buffer is written at the end."""
+    """The pipe is closed as after ``| head -1``; help in a buffer is written at the end."""
     reader, writer = os.pipe()
     os.close(reader)
     said = subprocess.run(

@@ -60,7 +60,7 @@ def test_compiled_training_is_eager_training(name):
 
 @pytest.mark.parametrize("projection", ["orthogonal", "stored"])
 def test_every_kind_of_projection_compiles(projection):
-    """Those of which rows are made alone, as ``hash``, are above."""
+    """The tests above are of ``hash``; these kinds make their rows in other ways."""
     same("mlp", "aot_eager", projection=projection, compartments="uniform:3", train_fully="2.bias")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.subspace.functions import address_of
 from subspan.subspace.held import held_by
 
 # Registries that mean the same on any module with the same inputs and outputs.
@@ -113,20 +114,12 @@ def _span(tensor: Tensor | None) -> Iterator[tuple[int, int, int]]:
     """Tell where a tensor lies: its storage, the first byte and the one behind the last."""
     if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta or not tensor.numel():
         return
-    if tensor.layout != torch.strided or not (storage := _storage(tensor)):
+    if tensor.layout != torch.strided or not (storage := address_of(tensor)):
         yield id(tensor), 0, 1
         return
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = int(tensor.storage_offset()), tensor.element_size()
     yield storage, start * size, (start + last + 1) * size
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, or 0 of a subclass that has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from subspan.errors import SubspanError
 from subspan.layers.attention import PROJECTIONS, Attention
 from subspan.layers.handover import hand_over, obstacle, refuse_hooks, used_elsewhere
-from subspan.subspace.changes import replace
+from subspan.subspace.changes import note_replaced
 from subspan.subspace.compartments import EXPLICIT, Patterns, listed, matches, select
 from subspan.subspace.targets import PRESETS, Presets
 
@@ -267,7 +267,7 @@ def exchange(net: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Exchange modules wherever they are used, and nothing else; the keys are their ``id``."""
     for module in list(net.modules()):
         if id(module) in new:
-            replace(module, new[id(module)])
+            note_replaced(module, new[id(module)])
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in new:

@@ -119,8 +119,9 @@ class Changes:
         Raises:
             SubspanError: if it is about to, and they are trained.
         """
-        own = self.weights.coordinates().values
-        if freezes_all(frame) and any(w.requires_grad for w in own()):
+        if not freezes_all(frame):
+            return
+        if any(w.requires_grad for w in self.weights.coordinates().values()):
             raise SubspanError(
                 "prepare_model_for_kbit_training would freeze the coordinates, and nothing would "
                 "be trained: call it before the network is wrapped; or first "
@@ -252,7 +253,7 @@ def outgrow(w: nn.Parameter, why: str) -> None:
         ddp.register_forward_pre_hook(functools.partial(_refuse_ddp, why))
 
 
-def replace(old: nn.Module, new: nn.Module) -> None:
+def note_replaced(old: nn.Module, new: nn.Module) -> None:
     """Note that a layer has another one's place; who goes on to train the other one is refused."""
     for p in old.parameters():
         _replaced[p] = new

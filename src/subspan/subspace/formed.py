@@ -28,7 +28,7 @@ from subspan.families.operator import transformed
 from subspan.subspace import forming
 from subspan.subspace.at_base import is_at_base
 from subspan.subspace.blocks import Block
-from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.functions import address_of, ordinary_tensors
 from subspan.subspace.held import held_by
 from subspan.subspace.quantised import QuantisedTensor, dense
 
@@ -180,10 +180,10 @@ class Outermost:
         It may be θ or a view of it, in an attribute or in what that holds.
         """
         seen = ((reference(), name) for reference, name in self._seen)
-        names = {_place(theta): name for theta, name in seen if type(theta) is Tensor}
+        names = {address_of(theta): name for theta, name in seen if type(theta) is Tensor}
         for module in self.weights.root.modules():
             for kept in held_by(module):
-                if type(kept) is Tensor and (name := names.get(_place(kept) or -1)):
+                if type(kept) is Tensor and (name := names.get(address_of(kept) or -1)):
                     yield kept, name
 
     def check_unwritten(self) -> None:
@@ -250,17 +250,9 @@ class Outermost:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _level() is not None:
             return None
         assert self.formulas is not None
-        theta, formula = self.formulas.get(_place(tensor), (None, None))
+        theta, formula = self.formulas.get(address_of(tensor), (None, None))
         alive = None if theta is None else theta()
         return formula if alive is not None and alive.dtype == tensor.dtype else None
-
-
-def _place(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory; 0 of one without, as in transforms of torch.func."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def given_bases(weights: Weights) -> dict[str, Tensor]:
@@ -271,8 +263,10 @@ def given_bases(weights: Weights) -> dict[str, Tensor]:
 
 def find_call(weights: Network) -> Outermost | None:
     """Return the call of a network that is under way in this thread."""
-    calls = now.__dict__.get("calls", ())
-    return next((outer for outer in reversed(calls) if outer.weights is weights), None)
+    for outer in reversed(now.__dict__.get("calls", ())):
+        if outer.weights is weights:
+            return outer
+    return None
 
 
 @dataclass(frozen=True)

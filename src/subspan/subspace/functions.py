@@ -97,9 +97,14 @@ def read_only(array: Any, tensor: Tensor) -> None:
     array.flags.writeable &= not shared
 
 
+def address_of(tensor: Tensor) -> int:
+    """Return where a tensor's storage lies; 0 if it has none, as in transforms of torch.func."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same storage."""
-    try:
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # without a storage
-        return False
+    return address_of(one) == address_of(other) != 0

@@ -1,4 +1,4 @@
-"""What a module holds beside its parameters, buffers and parts: modules and tensors elsewhere."""
+"""Modules and tensors that a module holds elsewhere than in its parameters, buffers and parts."""
 
 from __future__ import annotations
 

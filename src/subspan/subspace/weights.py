@@ -61,8 +61,7 @@ class Weights(Network):
             self._check_ranks()
         if self.network()._buffers[FINGERPRINT] is not self._known:
             self._check_given()
-        stack = formed.now.__dict__.setdefault("calls", [])
-        if stack and any(outer.weights is self for outer in stack):
+        if self.called():
             return run(*args, **kwargs)
         variant = self.variant()
         if variant is not None and self.root.training:
@@ -71,6 +70,7 @@ class Weights(Network):
                 "`with variants.use(…)` first, or call eval()"
             )
         outer = Outermost(self)
+        stack = formed.now.__dict__.setdefault("calls", [])
         stack.append(outer)
         try:
             with outer.saving() if self.large else nullcontext():
@@ -126,19 +126,18 @@ class Weights(Network):
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
             return self._guard(theta, tensor) if ordinary else theta
         variant = self.variant()
-        calls = () if is_at_base(self) else formed.now.__dict__.get("calls", ())
-        for outer in reversed(calls):
-            if outer.weights is self:
-                where = self.groups_with.get(tensor, ())
-                if variant is not None:
-                    theta = variant.theta(tensor, dtype)
-                elif not where or dtype is not None or self.shards is not None:
-                    theta = self._keep_passing(tensor, outer, dtype)
-                elif len(where) == 1:
-                    theta = self._keep_group(where[0][0], outer)[where[0][1]]
-                else:
-                    theta = self._join(tensor, [self._keep_group(n, outer)[m] for n, m in where])
-                return self._dress(tensor, theta) if special else theta
+        outer = None if is_at_base(self) else formed.find_call(self)
+        if outer is not None:
+            where = self.groups_with.get(tensor, ())
+            if variant is not None:
+                theta = variant.theta(tensor, dtype)
+            elif not where or dtype is not None or self.shards is not None:
+                theta = self._keep_passing(tensor, outer, dtype)
+            elif len(where) == 1:
+                theta = self._keep_group(where[0][0], outer)[where[0][1]]
+            else:
+                theta = self._join(tensor, [self._keep_group(n, outer)[m] for n, m in where])
+            return self._dress(tensor, theta) if special else theta
         if fx._is_fx_tracing_flag:
             raise SubspanError(
                 f"{tensor} would be a constant of the graph that torch.fx traces: trace the "

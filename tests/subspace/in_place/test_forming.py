@@ -233,7 +233,7 @@ def test_transforms_inside_of_a_forward_are_refused_with_the_way_out(monkeypatch
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own rules
 def test_forward_derivatives_inside_of_a_forward(monkeypatch):
-    """What autograd saves of them has no memory, by which θ is known."""
+    """Autograd saves tensors without memory there, and θ is known by the place of its memory."""
 
     class Slopes(nn.Module):
         def __init__(self):
