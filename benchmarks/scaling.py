@@ -22,7 +22,9 @@ The sum and all products take turns, and a ratio is one of medians. Vectors have
 (0.5 GB), and are gone over again and again where D is larger: that is far more than any cache, so
 that it costs what D numbers cost. P w is formed by pieces of 2²² rows, as a network's tensors are:
 malloc gives such a piece the room of the last one. ``P w, new`` makes one new vector of D (where D
-is at most 2²⁷), and shows what the system takes for giving the memory, page by page.
+is at most 2²⁷), and shows what the system takes for giving the memory, page by page. At D = 1e6
+``hash`` keeps its index, and at 1e8 it does not; so 1e8 is also held against products at 1e6 of a
+basis that is drawn again at each step, whose index is never kept.
 """
 
 from __future__ import annotations
@@ -96,17 +98,17 @@ def add(a: torch.Tensor, b: torch.Tensor, D: int) -> None:
         a[: len(rows)] += b[: len(rows)]
 
 
-def forward(p: subspan.Projection, w: torch.Tensor, size: int) -> None:
+def forward(p: subspan.Projection, w: torch.Tensor, size: int, step: int = 0) -> None:
     """P w, some rows at a time."""
     for rows in pieces(p.out_dim, size):
-        p.matvec(w, rows=rows)
+        p.matvec(w, step=step, rows=rows)
 
 
-def backward(p: subspan.Projection, g: torch.Tensor) -> torch.Tensor:
+def backward(p: subspan.Projection, g: torch.Tensor, step: int = 0) -> torch.Tensor:
     """Pᵀ g, the same numbers standing for rows after the first 2²⁷."""
     out = torch.zeros(p.in_dim)
     for rows in pieces(p.out_dim, len(g)):
-        out += p.rmatvec(g[: len(rows)], rows=rows)
+        out += p.rmatvec(g[: len(rows)], step=step, rows=rows)
     return out
 
 
@@ -116,7 +118,8 @@ def against_adding(D: int, dims: Sequence[int], seconds: float) -> dict[str, Any
     Returns:
         ``out_dim``, the timing ``add`` and for every d in ``dims`` (as text) timings of
         :data:`PRODUCTS`, all of all D weights. At the larger D of :data:`LINEAR` also
-        "forward-small" and "backward-small", at the smaller D in the same turns.
+        "forward-small" and "backward-small", at the smaller D in the same turns, and with
+        "-drawn" behind, of a basis whose index is not kept.
     """
     a, b = torch.zeros(min(D, VECTOR)), torch.ones(min(D, VECTOR))
     candidates: dict[str, Callable[[], object]] = {"add": functools.partial(add, a, b, D)}
@@ -128,9 +131,12 @@ def against_adding(D: int, dims: Sequence[int], seconds: float) -> dict[str, Any
         if D <= VECTOR:
             candidates[f"{d} new"] = functools.partial(forward, p, w, D)
         if LINEAR[1] == D:
-            small = subspan.projection("hash", out_dim=LINEAR[0], in_dim=d)
-            candidates[f"{d} forward-small"] = functools.partial(forward, small, w, PIECE)
-            candidates[f"{d} backward-small"] = functools.partial(backward, small, b[: LINEAR[0]])
+            small, few = subspan.projection("hash", out_dim=LINEAR[0], in_dim=d), b[: LINEAR[0]]
+            for step, drawn in enumerate(("small", "small-drawn")):
+                candidates[f"{d} forward-{drawn}"] = functools.partial(
+                    forward, small, w, PIECE, step
+                )
+                candidates[f"{d} backward-{drawn}"] = functools.partial(backward, small, few, step)
     timings = interleaved(candidates, seconds, torch.device("cpu"))
     found: dict[str, Any] = {"out_dim": D, "add": timings.pop("add"), "dims": {}}
     for name, timing in timings.items():
@@ -155,11 +161,16 @@ def say_adding(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for d, timings in row["dims"].items():
             for key in ("forward", "backward"):
-                if f"{key}-small" in timings:
-                    times = timings[key]["median"] / high, timings[f"{key}-small"]["median"] / low
+                ratios = [
+                    timings[key]["median"] / high / (timings[f"{key}-{small}"]["median"] / low)
+                    for small in ("small", "small-drawn")
+                    if f"{key}-{small}" in timings
+                ]
+                if ratios:
                     lines.append(
                         f"{PRODUCTS[key]}, d = {int(d):,}: a weight of {high:,} takes "
-                        f"{times[0] / times[1]:.2f} times as long as one of {low:,}"
+                        f"{ratios[0]:.2f} times as long as one of {low:,}, "
+                        f"{ratios[-1]:.2f} times as long as one of {low:,} without a kept index"
                     )
     return "\n".join(lines)
 
@@ -242,9 +253,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="a folder")
-    parser.add_argument(
-        "--parts", default="families,adding", help="families, adding or both, see above"
-    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas, see above")
     parser.add_argument(
         "--seconds",
         type=float,
