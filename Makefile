@@ -27,9 +27,11 @@ demo: .venv/installed
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Everything below `training`, for the inner loop. Other people's trainers stand above, as ours does.
+# Everything below `training`, for the inner loop: other people's trainers stand above, as ours does.
+# What compiles or exports, interprets kernels for GPUs or starts processes is left to `make test`.
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m "not heavy and not slow and not gpu" \
 		$(addprefix --ignore=tests/,trainers training sweeps report bench experiments commands \
 		test_examples.py test_readme.py test_makefile.py test_docs.py test_package.py)
 

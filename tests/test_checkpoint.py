@@ -207,6 +207,7 @@ for name in NETS:
 """
 
 
+@pytest.mark.heavy
 def test_another_process_with_other_threads_restores_every_bit(tmp_path):
     here = []
     for name in NETS:

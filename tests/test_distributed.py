@@ -25,6 +25,8 @@ from subspan.subspace.parameters import saved_buffers
 from tests.nets import batch, build
 from tests.ranks import go_through
 
+pytestmark = pytest.mark.heavy
+
 DIM = 12
 STEPS = 3
 

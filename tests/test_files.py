@@ -174,6 +174,7 @@ for i in range(10_000):
 """
 
 
+@pytest.mark.heavy
 def test_killed_at_any_moment(tmp_path):
     """The file is one of the versions, and a half-written one has another name."""
     path = tmp_path / "record.json"

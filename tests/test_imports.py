@@ -145,6 +145,7 @@ assert not [name for name in sys.modules if name.startswith("subspan.")]
 """)
 
 
+@pytest.mark.heavy
 def test_importing_the_core_loads_nothing_more_and_numba_waits_for_a_product() -> None:
     run(f"""
 import sys

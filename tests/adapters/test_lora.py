@@ -117,6 +117,7 @@ def test_autocast_does_not_round_the_product():
         torch.testing.assert_close(model.merge().state_dict(), merged, rtol=0, atol=0)
 
 
+@pytest.mark.heavy
 def test_a_reader_of_weights_inside_of_a_call_gets_the_product():
     class Reads(Block):
         def forward(self, x):
@@ -173,6 +174,7 @@ def test_copies_are_models_of_their_own(twin):
     assert torch.equal(model(WORDS), before)
 
 
+@pytest.mark.heavy
 def test_compiled_without_a_break():
     model = lora()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -280,6 +282,7 @@ def test_counts_are_of_the_network_without_factors():
 # ---- other programs ------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")  # PyTorch has many of its own
 def test_exported_and_traced_programs_compute_the_same():
     model = lora().eval()
@@ -292,6 +295,7 @@ def test_exported_and_traced_programs_compute_the_same():
     assert torch.equal(model(WORDS), want)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_has_the_merged_function(tmp_path):

@@ -13,6 +13,8 @@ from subspan import SubspanError
 from tests.adapters.networks import LORA, block
 from tests.ranks import go_through
 
+pytestmark = pytest.mark.heavy
+
 WORDS = torch.arange(24).view(4, 6) % 11
 
 

@@ -33,6 +33,12 @@ EXEMPT = {
 }
 
 
+def marks(law: laws.Law, family: str) -> tuple[Any, ...]:
+    if law not in OPERATOR:
+        return ()
+    return (pytest.mark.heavy, *(() if family in QUICK else (pytest.mark.slow,)))
+
+
 def cases(sizes: list[tuple[int, int]], held_to: list[laws.Law]) -> list[Any]:
     """All families times sizes times laws; of further options only some."""
     found = []
@@ -48,7 +54,7 @@ def cases(sizes: list[tuple[int, int]], held_to: list[laws.Law]) -> list[Any]:
                         law,
                         p,
                         id=f"{law.__name__}-{label}",
-                        marks=pytest.mark.slow if law in OPERATOR and family not in QUICK else (),
+                        marks=marks(law, family),
                     )
                     for law in held_to
                     if (law, family) not in EXEMPT and not (number and law in OPERATOR)

@@ -84,6 +84,7 @@ def test_strided_vectors_are_refused() -> None:
             update(*arguments)
 
 
+@pytest.mark.heavy
 def test_a_step_that_changes_in_a_compiled_update_does_not_recompile() -> None:
     p = subspan.projection("rademacher", out_dim=50, in_dim=4)
 

@@ -246,6 +246,7 @@ assert not any(name.startswith(("numba", "llvmlite")) for name in sys.modules)
 """
 
 
+@pytest.mark.heavy
 def test_reference_by_the_environment(tmp_path: Path) -> None:
     """SUBSPAN_KERNELS=reference never imports Numba, and gives the same weights."""
     code = REFERENCE.format(families=FAMILIES)
@@ -312,6 +313,7 @@ for threads in (1, 2):
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
 def test_products_in_a_forked_process(tmp_path: Path) -> None:
     """Neither killed nor waiting for ever, and the same to the last digits."""
@@ -339,6 +341,7 @@ print(numba.threading_layer(), len(found), all(found))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layer", ["workqueue", "default"])
 def test_products_in_several_threads_at_once(layer: str, tmp_path: Path) -> None:
     """Numba once ended the process where its own threads were all there is."""
@@ -366,6 +369,7 @@ def first_product(folder: Path) -> tuple[str, int]:
     return value, int(hits)
 
 
+@pytest.mark.heavy
 def test_compiled_code_is_kept_between_processes(tmp_path: Path) -> None:
     value, hits = first_product(tmp_path)
     assert hits == 0

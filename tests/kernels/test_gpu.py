@@ -38,6 +38,8 @@ from subspan.kernels.gpu import (  # noqa: E402
 from subspan.kernels.gpu import hash as hash_  # noqa: E402
 from tests.reference import ROUNDED  # noqa: E402
 
+pytestmark = pytest.mark.heavy
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     # Triton's interpreter patches its language at every call of a function in a kernel, in which

@@ -229,6 +229,7 @@ def test_attention_that_cannot_be_split():
 # ---- what others make of it ----------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("factors", [True, False])
 def test_a_merged_network_can_be_exported(kind, factors):
@@ -246,6 +247,7 @@ def test_a_subspace_of_the_factors():
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_factored_layers_compile(kind):

@@ -277,6 +277,7 @@ def test_copies_and_pickles_are_layers_of_their_own():
     assert type(copy.deepcopy(layer.U)) is nn.Parameter
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")
 def test_factored_networks_compile_and_export():
     network, x = net().eval(), torch.randn(5, 8)

@@ -247,13 +247,19 @@ QUICK = {
 }
 
 
+def marks(law: layer_laws.Law, case: Case) -> tuple[Any, ...]:
+    if law not in COMPILING:
+        return ()
+    return (pytest.mark.heavy, *(() if case.name in QUICK else (pytest.mark.slow,)))
+
+
 def cases(of: list[Case], held_to: list[layer_laws.Law]) -> list[Any]:
     return [
         pytest.param(
             law,
             case,
             id=f"{law.__name__}-{case.name}",
-            marks=pytest.mark.slow if law in COMPILING and case.name not in QUICK else (),
+            marks=marks(law, case),
         )
         for case in of
         for law in held_to

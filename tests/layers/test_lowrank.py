@@ -240,6 +240,7 @@ def test_transforms_of_functions_see_an_ordinary_layer():
     assert tangents.of_k is None
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", [0, 3])

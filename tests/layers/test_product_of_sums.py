@@ -84,6 +84,7 @@ def test_the_weight_is_the_product_of_the_factors(name):
     torch.testing.assert_close(layer.weight, product)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CHAINS)
 def test_compilers_and_mixed_precision(name):
     torch.compiler.reset()

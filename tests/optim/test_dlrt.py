@@ -645,6 +645,7 @@ def test_images_without_a_batch():
     optimizer.step()
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_networks_train_alike(backend):

@@ -20,6 +20,8 @@ from tests.nets import build
 from tests.optim.test_dlrt import X, Y, dense
 from tests.ranks import go_through
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 6
 
 

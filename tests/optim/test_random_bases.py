@@ -104,6 +104,7 @@ def test_low_precisions_take_the_same_step(compartments, dtype, family):
     torch.testing.assert_close(flat(net), flat(exact), rtol=2 * rounding, atol=2 * rounding)
 
 
+@pytest.mark.heavy
 def test_a_compiled_step_is_the_same():
     nets = [mlp(torch.float32) for _ in range(2)]
     optimizers = [RandomBases(net, 10, 0.5) for net in nets]

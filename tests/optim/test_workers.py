@@ -23,6 +23,8 @@ from subspan.optim import DLRT, RandomBases, replay
 from tests.optim.test_random_bases import X, dense, flat, gradient, loss_of, mlp, run
 from tests.ranks import go_through
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 4
 
 

@@ -13,6 +13,8 @@ from torch.optim import SGD
 from subspan import SubspaceModel
 from tests.nets import DIM, batch, build
 
+pytestmark = pytest.mark.heavy
+
 NAMES = ("mlp", "cnn", "encoder", "tied", "raw")
 
 

@@ -38,6 +38,8 @@ from subspan.subspace import formed, modules
 from tests.nets import MLP, batch, build, scatter, wrap
 from tests.ranks import go_through
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 3
 WAYS = ("layers", "root", "both", "handle")
 FULLY = "2.bias"

@@ -265,6 +265,7 @@ def test_an_optimizer_that_divides_its_parameters_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_compiled_code_sees_the_new_coordinates():
     torch._dynamo.reset()
     model = make_model(5).eval()

@@ -143,6 +143,7 @@ for name, make in NETS.items():
 """
 
 
+@pytest.mark.heavy
 def test_the_same_in_another_process_with_other_threads(tmp_path):
     run = python_code(CODE.format(threads=1 if torch.get_num_threads() > 1 else 2), tmp_path)
     here = [

@@ -452,6 +452,7 @@ def test_a_change_of_the_base_is_noticed(kind):
 # ---- other programs ------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kind",  # one of each library's ways to keep numbers; the others go the same way
     [

@@ -149,6 +149,7 @@ class Scaled(SubspaceModel):
         return super().forward(x) * scale
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("cls", "change", "signature"),
     [

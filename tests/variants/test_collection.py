@@ -117,6 +117,7 @@ def test_a_variant_takes_the_memory_of_its_numbers(model):
         assert taken / 500 < 4 * numbers + 400
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_ten_thousand_variants_are_resident_in_45_megabytes():
     code = """

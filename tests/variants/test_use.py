@@ -407,6 +407,7 @@ def test_generators_that_stop_inside_of_a_use(model):
     assert torch.equal(run(model, x), before)
 
 
+@pytest.mark.heavy
 def test_a_compiled_network_is_one_graph_for_all_variants(model):
     graphs = []
 
@@ -431,6 +432,7 @@ def test_a_compiled_network_is_one_graph_for_all_variants(model):
         compiled(x)
 
 
+@pytest.mark.heavy
 def test_a_compiled_copy_has_variants_of_its_own(model):
     variants, x = Variants(model), batch("cnn")
     variants.add("a", trained(model, 5))
@@ -446,6 +448,7 @@ def test_a_compiled_copy_has_variants_of_its_own(model):
     assert not torch.equal(inside, base)
 
 
+@pytest.mark.heavy
 def test_what_is_compiled_stays_trainable(model):
     variants = Variants(model)
     variants.add("a", vector(5))

@@ -189,6 +189,7 @@ def test_a_copy_and_a_merged_network():
         pass
 
 
+@pytest.mark.heavy
 def test_compiled_code_sees_the_base():
     model, net, x = both("mlp")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -206,6 +207,7 @@ def test_compiled_code_sees_the_base():
         assert torch.equal(compiled(x), trained)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")  # PyTorch has many of its own
 def test_nothing_is_compiled_exported_or_traced_inside():
     model, _, x = both("mlp")

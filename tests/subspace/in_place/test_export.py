@@ -25,7 +25,8 @@ def cases(quick):
     ]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch and ONNX have many of their own
+# PyTorch and ONNX have many warnings of their own.
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]
 
 
 def net_of(model: SubspaceModel, way: str) -> nn.Module:

@@ -67,6 +67,7 @@ class Conditioned(nn.Module):
         return y + F.linear(x, self.layer.weight)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_weight_that_is_given_inside_of_a_call_with_coordinates_is_used(lora, everything):
@@ -89,6 +90,7 @@ def test_a_weight_that_is_given_inside_of_a_call_with_coordinates_is_used(lora, 
     torch.testing.assert_close(compiled(x), other(x))
 
 
+@pytest.mark.heavy
 def test_so_it_is_where_the_coordinates_of_one_tensor_alone_are_given():
     torch.manual_seed(0)
     net, x = Conditioned(), torch.randn(5, 8)
@@ -105,6 +107,7 @@ def test_so_it_is_where_the_coordinates_of_one_tensor_alone_are_given():
         torch.testing.assert_close(torch.compile(call, backend="aot_eager")(w), other(x))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
     "make",

@@ -25,6 +25,7 @@ class Twice(torch.autograd.Function):
         return torch.ops.aten.mul.Scalar(w, 2)
 
 
+@pytest.mark.heavy
 def test_operators_that_are_called_by_their_overload_refuse_a_base():
     model, _, _ = pair()
     base, x = model.body.head._parameters["weight"], torch.randn(5, 16)
@@ -175,6 +176,7 @@ def test_layers_are_not_converted_to_synchronised_ones():
         model.add_module("body", nn.Linear(8, 8))
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_parts_are_not_exported_or_traced_alone():
     model, _, x = pair()

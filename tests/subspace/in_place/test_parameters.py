@@ -238,6 +238,7 @@ def test_under_another_default_device_and_mode():
     SGD(model.parameters(), lr=0.1).step()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("length", [6, 30])
 @pytest.mark.parametrize("projection", ["hash", "gaussian", "kronecker"])
 def test_coordinates_of_another_length_are_refused(projection, length, tmp_path):
