@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
@@ -19,13 +18,14 @@ from subspan.subspace.functions import (
     share_memory,
     written_by,
 )
+from subspan.subspace.transient import Transient
 
 _OF_GRADIENTS = ("register_hook", "register_post_accumulate_grad_hook")
 LOST = "the weight of a compressed layer is computed when it is read, and what {} would be lost: {}"
 ORDINARY = "change the ordinary layer before, or that of layers.merge()"
 
 
-class Weight(Tensor):
+class Weight(Transient):
     """A weight that was made a moment ago and belongs to nobody: a change of it would be lost.
 
     A compiled function reads it from the layer, or takes a ``clone()`` of it: Dynamo cannot follow
@@ -75,27 +75,6 @@ class Weight(Tensor):
         else:
             where = "set it on the layer's parameters"
             raise SubspanError(LOST.format(f"is set on it ({name})", where))
-
-    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refuse, as any change: PyTorch does not ask above for this one."""
-        raise SubspanError(LOST.format("set_ does to it", ORDINARY))
-
-    @property
-    def _is_param(self) -> bool:
-        """Whether it is a parameter to PyTorch, whose ``nn.Parameter(weight)`` sets this."""
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:
-        self.__class__ = nn.Parameter  # type: ignore[assignment]  # of another module, from now on
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with ordinary_tensors():
-            return copy.deepcopy(self.as_subclass(Tensor), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        with ordinary_tensors():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def guard(weight: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from subspan.errors import SubspanError
 from subspan.subspace import callers, functions
 from subspan.subspace.functions import ordinary_tensors, property_of
+from subspan.subspace.transient import Transient
 
 
 def refuse_change(
@@ -26,7 +27,7 @@ def refuse_change(
     )
 
 
-class Computed(Tensor):
+class Computed(Transient):
     """A weight θ that was read outside of a call of the network: ordinary, but not to write to.
 
     It was made a moment ago and belongs to nobody, so that a change of it would be lost without a
@@ -95,10 +96,6 @@ class Computed(Tensor):
             detached = self.is_leaf and not self._is_theta and not self._lender
             return detached or bool(flag) == self.requires_grad
 
-    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refuse, as any change: PyTorch does not ask above for this one."""
-        return self.__torch_function__(Tensor.set_, (), (self, *args), kwargs)
-
     def _check_use(self) -> None:
         """Refuse what PyTorch is about to refuse in other words, or not to notice."""
         if torch.compiler.is_compiling():
@@ -146,28 +143,6 @@ class Computed(Tensor):
             f"{self.weight_name} is trained through coordinates that it may share with others, and "
             "cannot be frozen alone: give exclude= when the network is wrapped"
         )
-
-    @property
-    def _is_param(self) -> bool:
-        """Whether it is a parameter to PyTorch, whose ``nn.Parameter(theta)`` sets this."""
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:
-        """Become one of another module, with memory of its own."""
-        vars(self).clear()
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
-        self.data = self.data.clone()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        with ordinary_tensors():
-            twin = self.detach().clone().as_subclass(Tensor)
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        with ordinary_tensors():
-            return self.detach().clone().as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 _OF_NOW = frozenset({"__get__", "__set__", "type", "grad", "backward", "size", "dim", "numel"})

@@ -21,6 +21,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import functions
 from subspan.subspace.callers import asked_by_a_graph
 from subspan.subspace.functions import ordinary_tensors, property_of
+from subspan.subspace.transient import CopiedPlain
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -78,7 +79,7 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
                     raise refuse_use(given.home[1], name)
 
 
-class Data(Tensor):
+class Data(CopiedPlain):
     """The ``data`` of θ₀: an ordinary tensor, but for what :func:`_check_change` refuses."""
 
     home: Home
@@ -92,14 +93,6 @@ class Data(Tensor):
         kwargs = kwargs or {}
         with ordinary_tensors():
             return _note_maker(func(*args, **kwargs), func, args, kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        with ordinary_tensors():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with ordinary_tensors():
-            return copy.deepcopy(self.as_subclass(Tensor), memo)
 
 
 def _note_maker(out: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
