@@ -22,15 +22,11 @@ def fixed_vector(n: int) -> Tensor:
 
 
 def complement(u: Tensor, a: Tensor) -> Tensor:
-    """New directions: an orthonormal basis of what A adds to the span of U.
+    """New directions: an orthonormal basis of what A (n, k) adds to the span of U (n, r).
 
-    Args:
-        u: (n, r) with orthonormal columns.
-        a: (n, k).
-
-    Returns:
-        (n, min(k, n − r)), orthonormal and orthogonal to U, with A in the span of both. Where A
-        adds fewer directions than that, the others are any.
+    The columns of U are orthonormal. Those of the result, (n, min(k, n − r)), are so too, and
+    orthogonal to U, with A in the span of both. Where A adds fewer directions than that, the others
+    are any.
     """
     n, r = u.shape
     k = min(a.shape[1], n - r)
@@ -103,16 +99,9 @@ def conjugate_gradients(
 ) -> Tensor:
     """Minimise ‖A x − b‖ by CGLS (Hestenes and Stiefel 1952), without a matrix.
 
-    Args:
-        image: x ↦ A x.
-        adjoint: y ↦ Aᵀ y.
-        x: (p,), where to begin.
-        target: b, in the shape of A x.
-        tolerance: ‖Aᵀ(A x − b)‖ / ‖Aᵀ b‖ at which to stop.
-        steps: at most.
-
-    Returns:
-        (p,), the nearest x to the first one among those of the least error.
+    ``image`` is x ↦ A x, ``adjoint`` y ↦ Aᵀ y, and b, the target, has the shape of A x. From ``x``
+    (p,) on, it makes so many steps at most, and stops where ‖Aᵀ(A x − b)‖ / ‖Aᵀ b‖ is below the
+    tolerance. Return the nearest x to the first one among those of the least error.
     """
     residual = target - image(x)
     slope = adjoint(residual)

@@ -83,11 +83,7 @@ def total(settings: Bench) -> int:
 
 
 def _check(record: Mapping[str, Any], path: Path) -> None:
-    """Refuse a record that cannot be shown.
-
-    Raises:
-        SubspanError: if it is damaged.
-    """
+    """Refuse a damaged record, which cannot be shown."""
     try:
         from_json(_Machine, record.get("machine"), ("machine",))
         for part, rows in measured(record):
@@ -99,11 +95,7 @@ def _check(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_machine(begun: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
-    """Refuse to add what is measured here to what another machine, or other versions, measured.
-
-    Raises:
-        SubspanError: if it was begun there.
-    """
+    """Refuse to add what is measured here to what another machine, or other versions, measured."""
     old, new = ({"device": on["device"], **on.get("versions", {})} for on in (begun, here))
     both = old.keys() & new.keys()  # a package counts among the versions once it is imported
     if different := records.differences(*({name: on[name] for name in both} for on in (old, new))):

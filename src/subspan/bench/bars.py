@@ -15,12 +15,9 @@ Bars = tuple[Sequence[float | None], str, str]  # a value for each row, the colo
 
 
 def draw_bars(axes: Axes, names: Sequence[str], bars: Sequence[Bars]) -> None:
-    """Draw bars that begin at 1, on a logarithmic axis; rows from top to bottom.
+    """Draw bars that begin at 1, on a logarithmic axis; rows, by name, from top to bottom.
 
-    Args:
-        axes: where.
-        names: of the rows.
-        bars: one set for each colour; a row without a value has no bar.
+    There is one set of bars for each colour; a row without a value has no bar.
     """
     height = 0.8 / len(bars)
     for n, (values, colour, label) in enumerate(bars):

@@ -24,11 +24,7 @@ def names() -> list[str]:
 
 
 def select(methods: Sequence[str]) -> list[str]:
-    """Select the names that were asked for, and the dense matrix that they are compared with.
-
-    Raises:
-        SubspanError: for an unknown name.
-    """
+    """Select the known names that were asked for, and the dense matrix to compare them with."""
     for name in methods:
         if name not in names():
             raise unknown("projection to measure", name, names())

@@ -41,11 +41,7 @@ class Encoder(nn.Module):
 
 
 def encoder(classes: int = 10) -> nn.Module:
-    """Make the encoder with a layer of classes.
-
-    Raises:
-        SubspanError: without Hugging Face's transformers.
-    """
+    """Make the encoder with a layer of classes, which needs Hugging Face's transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise SubspanError("an encoder needs Hugging Face's transformers: pip install transformers")
     return Encoder(classes)

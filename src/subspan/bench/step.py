@@ -27,11 +27,7 @@ class StepPart(Part):
     subject = "trained by"
 
     def check(self, settings: Bench) -> None:
-        """Refuse a d that does not fit into one of the networks.
-
-        Raises:
-            SubspanError: for such a d.
-        """
+        """Refuse a d that does not fit into one of the networks."""
         for net in settings.nets:
             candidates.make("hash", nets.weights(net, SHAPE), settings.dim)
 

@@ -38,15 +38,10 @@ for value in m.{f}(*json.loads(sys.argv[1])):
 
 
 def run_in_process(function: Callable[..., Any], *arguments: Any, memory_of: str) -> Any:
-    """Return what a function returns in a new process.
+    """Return what a function of a module's top level returns in a new process.
 
-    Args:
-        function: of a module's top level; arguments and result are such as JSON has.
-        arguments: of the function.
-        memory_of: whose memory is measured, for the message if it fails.
-
-    Raises:
-        SubspanError: if it fails, with the last line that it said.
+    Its arguments and its result are such as JSON has. If it fails, the error has the last line that
+    it said, and says whose memory (``memory_of``) was measured.
     """
     code = CODE.format(m=function.__module__, f=function.__name__)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
@@ -60,13 +55,9 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, memory_of: str
 class SteppedProcess:
     """A process that runs a generator and waits after each value, so that several take turns.
 
-    Leaving the ``with`` block ends the process.
-
-    Args:
-        function: a generator of a module's top level; arguments and values are such as JSON has.
-        arguments: of the function.
-        allocator: environment variables of glibc's malloc; others of its that this process has are
-            not handed on.
+    The generator is of a module's top level; its arguments and values are such as JSON has. Of
+    glibc's malloc the process has the environment variables ``allocator``, and none of this one's.
+    Leaving the ``with`` block ends it.
     """
 
     def __init__(

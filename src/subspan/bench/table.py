@@ -12,11 +12,7 @@ from subspan.report.tables import Table
 
 
 def of_bench(record: Mapping[str, Any]) -> Table:
-    """Make one table of all parts of a benchmark.
-
-    Args:
-        record: of ``bench.json``.
-    """
+    """Make one table of all parts of a benchmark, from the content of ``bench.json``."""
     found = measured(record)
     groups = [(part, some) for part, rows in found for some in part.groups(rows)]
     words = list(

@@ -26,16 +26,10 @@ Quartiles = dict[str, float]  # median, low, high (quartiles) in seconds; calls
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
 ) -> dict[str, Quartiles]:
-    """Time functions in turns.
+    """Time functions, by name, in turns; return the median and the quartiles in seconds.
 
-    Args:
-        candidates: what to call, by name.
-        seconds: to spend on each of them, more or less: never fewer than 5 rounds, nor more
-            than 1,000.
-        device: what they run on; an accelerator is waited for after each call.
-
-    Returns:
-        For every name the median and the quartiles of its calls in seconds.
+    About so many seconds are spent on each: never fewer than 5 rounds, nor more than 1,000. An
+    accelerator is waited for after each call.
     """
 
     def once(function: Callable[[], object]) -> float:

@@ -56,10 +56,9 @@ def experiments() -> dict[str, Experiment | Benchmark]:
 
 
 def experiment(name: str) -> Experiment | Benchmark:
-    """Return the experiment of that name, or in that file.
+    """Return the experiment of that name, or in that YAML file.
 
-    Args:
-        name: of an experiment, or of a YAML file: it ends in .yaml or .yml, or has a slash.
+    A name that ends in .yaml or .yml, or has a slash, is a file's.
 
     Raises:
         SubspanError: if there is none, with the nearest names; or if the file cannot be used, or

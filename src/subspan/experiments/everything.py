@@ -15,14 +15,9 @@ def reproduce_all(out: Path, one: Callable[[str, Path], object]) -> tuple[Path |
     """Run every experiment into a folder of its own, and keep ``index.html`` up to date.
 
     One that cannot be run, for want of its data perhaps, or whose record is damaged, does not stop
-    the others: the page says so. What is complete is not repeated.
-
-    Args:
-        out: the folder.
-        one: runs an experiment, by its name and folder.
-
-    Returns:
-        The page, None if no experiment could be run; and a sentence for each that could not.
+    the others: the page says so. What is complete is not repeated. ``one`` runs an experiment, by
+    its name and folder. Return the page, None if no experiment could be run; and a sentence for
+    each that could not.
     """
     page, missing = None, list[str]()
     for name in experiments():

@@ -60,14 +60,8 @@ def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:
 
     A folder in it with a ``sweep.json`` is an experiment, as is one with a ``bench.json``, and one
     whose folders have a ``sweep.json`` each is an experiment of several parts, or a comparison of
-    networks; if these are neither, each is for itself.
-
-    Args:
-        folder: with the experiments' folders.
-        damaged: gets a sentence for each experiment that cannot be shown; None raises it.
-
-    Raises:
-        SubspanError: if there is none, or a record is damaged.
+    networks; if these are neither, each is for itself. It is an error if there is none. So is a
+    damaged record, unless the list ``damaged`` is there to get a sentence on it.
     """
     if not folder.is_dir():
         raise SubspanError(f"{folder} is no folder: give the one with the experiments' folders")

@@ -34,13 +34,8 @@ _OF_SWEEP = {f.name for f in fields(Sweep)} - {"training", "options"}
 def load(path: Path, *, file: str = "") -> Experiment | Benchmark:
     """Read an experiment, whose name is that of its file.
 
-    Args:
-        path: the file.
-        file: its name as the user gave it, if it is the user's; data that begins with ./ or ../
-            lies beside it.
-
-    Raises:
-        SubspanError: the file cannot be used; it names the line and the nearest right key.
+    A user's file is named as the user gave it (``file``), and data that begins with ./ or ../ lies
+    beside it. A file that cannot be used is refused with the line and the nearest right key.
     """
     content = read(path, file or str(path))
     timing = "bench" in content

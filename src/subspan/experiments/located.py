@@ -98,15 +98,10 @@ class Located(dict[str, Any]):
             raise self.error(f"{key} must be {words}, got {self[key]!r}", key) from None
 
     def make(self, cls: type[T], kind: str, **more: Any) -> T:
-        """Make a dataclass of the items. Null, where a field takes none, is the field's default.
+        """Make a dataclass of the items and of ``more``, fields that no key gives.
 
-        Args:
-            cls: a dataclass.
-            kind: what it is called, in errors.
-            more: fields that no key gives.
-
-        Raises:
-            SubspanError: a key is no field, or lacks; or a value does not fit.
+        Null, where a field takes none, is the field's default. A key that is no field, one that
+        lacks, and a value that does not fit are refused, in words that call the dataclass ``kind``.
         """
         hints = get_type_hints(cls)
         own = [f for f in fields(cls) if f.name not in more]  # type: ignore[arg-type]
@@ -131,15 +126,7 @@ class Located(dict[str, Any]):
 
 
 def read(path: Path, name: str) -> Located:
-    """Read a YAML file that is one mapping.
-
-    Args:
-        path: the file.
-        name: what errors call it.
-
-    Raises:
-        SubspanError: there is no such file, or it is nothing of the kind.
-    """
+    """Read a YAML file that is one mapping; errors call it by the name."""
     if path.is_dir():
         raise SubspanError(f"{name} is a folder: give a YAML file")
     if not path.is_file():

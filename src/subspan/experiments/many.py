@@ -32,20 +32,12 @@ def sweep_parts(
 ) -> dict[str, SweepRecord]:
     """Run sweeps, those that are complete excepted, and write the report of each.
 
-    Args:
-        parts: by the name of their folder in ``out``; "" is ``out`` itself.
-        out: output folder.
-        running: how the runs are carried out; those that are left are counted over all parts,
-            which share one cluster.
-        experiment: the published one whose parts these are.
-        published: curves to hold each part against.
-        places: what errors call a part, where that is not its name: a file and a line, perhaps.
+    Their folders in ``out`` have the names of the parts; "" is ``out`` itself. Runs that are left
+    are counted over all parts, which share one cluster. The ``experiment`` is the published one
+    whose parts these are, with the ``published`` curves to hold each against; errors call a part by
+    its place, a file and a line perhaps, if ``places`` has one.
 
-    Returns:
-        What ``sweep.json`` says, by part.
-
-    Raises:
-        SubspanError: as :func:`subspan.sweeps.sweep.sweep`.
+    Return what ``sweep.json`` says, by part; for errors see :func:`subspan.sweeps.sweep.sweep`.
     """
     for part, config in parts.items():  # all: what is wrong in the last one is not for hours later
         try:

@@ -52,12 +52,7 @@ def render(page: Page, svg: bytes) -> str:
 
 
 def template(name: str, *, escape: bool = True) -> jinja2.Template:
-    """Return a template of this folder.
-
-    Args:
-        name: its file.
-        escape: for HTML; what is filled in is text then, whatever is in it.
-    """
+    """Return the template in a file of this folder; of HTML what is filled in is escaped text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         autoescape=escape,

@@ -66,9 +66,7 @@ def draw(
 ) -> Figure:
     """Draw a row for each set of data, accuracy over numbers and over bytes: see `CAPTION`.
 
-    Args:
-        points: what was measured, by the name of the data.
-        known: what others reached, likewise.
+    What was measured, and what others reached, is given by the name of the data.
     """
     figure = Figure(figsize=(6.8, 2.75 * len(points) + 0.5), layout="constrained")
     panels = figure.subplots(len(points), len(SIZES), sharey="row", squeeze=False)

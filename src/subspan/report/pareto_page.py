@@ -23,13 +23,10 @@ def text(
     points: Mapping[str, Sequence[MeasuredPoint]],
     known: Mapping[str, Sequence[KnownResult]],
 ) -> str:
-    """Return the page as Markdown.
+    """Return the page as Markdown, with links relative to its folder ``out``.
 
-    Args:
-        folders: where the records were looked for.
-        out: the folder of the page; links are relative to it.
-        points: what was measured, by the name of the data.
-        known: what others reached, likewise.
+    The records were looked for in ``folders``; what was measured, and what others reached, is given
+    by the name of the data.
     """
     sections = [
         {

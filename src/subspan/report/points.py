@@ -59,17 +59,11 @@ class MeasuredPoint:
 
 
 def measured_points(folders: Sequence[Path], data: Sequence[str]) -> dict[str, list[MeasuredPoint]]:
-    """Find every complete sweep and run in folders that classifies the images of a set.
+    """Find every complete sweep and run in folders, at any depth, of sets of images by name.
 
     Seeds of a sweep are one point. So are runs beside each other that differ only in their seed;
-    the runs of a sweep count with it, at the learning rate that it chose.
-
-    Args:
-        folders: they may hold others, to any depth.
-        data: sets of images by the names that their records have.
-
-    Returns:
-        The points of each set, in the order of their numbers.
+    the runs of a sweep count with it, at the learning rate that it chose. The points of each set
+    are in the order of their numbers.
 
     Raises:
         SubspanError: for a folder that is none or has no such record, data without a record, and a
@@ -145,12 +139,9 @@ def _point(folder: Path, net: str, row: PointRecord) -> MeasuredPoint:
 def frontier(points: Sequence[MeasuredPoint], size: str) -> list[MeasuredPoint]:
     """Return the points that no smaller one of them reaches, the smallest first.
 
-    Each is better than all smaller ones both in validation and on the test set: none is there
-    because the test set alone has favoured it. A point of one seed is left out.
-
-    Args:
-        points: of one set of data.
-        size: "numbers" or "bytes".
+    The size is "numbers" or "bytes", and all points are of one set of data. Each is better than all
+    smaller ones both in validation and on the test set: none is there because the test set alone
+    has favoured it. A point of one seed is left out.
     """
     found = list[MeasuredPoint]()
     several = [p for p in points if p.size(size) is not None and len(p.scores) > 1]

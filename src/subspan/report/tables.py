@@ -21,13 +21,10 @@ class Table:
 
 
 def of_sweeps(parts: Mapping[str, SweepRecord], *, timed: bool = False) -> Table:
-    """Make the table of an experiment's sweeps: each row's result beside the published one.
+    """Make the table of an experiment's sweeps, by part: each result beside the published one.
 
-    Columns in which nothing would stand are left out, and those of costs unless they are a result.
-
-    Args:
-        parts: sweeps by the name of their part.
-        timed: whether times and memory are a result, too.
+    Columns in which nothing would stand are left out, and those of times and memory, unless the
+    experiment is ``timed``: they are a result then.
     """
     points = [row for sweep in parts.values() for row in sweep.points]
     sources = [source.label for sweep in parts.values() for source in sweep.published]

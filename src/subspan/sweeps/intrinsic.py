@@ -157,14 +157,9 @@ def has_shares(baseline: Sequence[float], score: Score) -> bool:
 def _crossings(d: _Floats, means: _Floats, targets: _Floats) -> _Floats:
     """The least d at which each curve, linear in log d between neighbours, reaches its target.
 
-    Args:
-        d: (k,), increasing.
-        means: (n, k), one curve per row.
-        targets: (n,).
-
-    Returns:
-        (n,); 0 where a curve starts at its target (so the crossing is at or below the smallest
-        d), inf where it never gets there.
+    The curves are rows of ``means`` (n, k) over ``d`` (k,), which increases; targets are (n,), as
+    is the result: 0 where a curve starts at its target (so the crossing is at or below the smallest
+    d), inf where it never gets there.
     """
     reached = means >= targets[:, None]
     first = reached.argmax(axis=1)

@@ -22,21 +22,11 @@ def smaller(
 ) -> list[str]:
     """Names of networks of the same kind, the largest with at most so many weights each.
 
-    All widths (channels of convolutions, units of hidden layers) are those of the network times
-    one factor, at least 1; of a LeNet there is one with kernels of 3x3 and one of 5x5.
-
-    Args:
-        name: of a perceptron or LeNet, as ``mlp-200-200``.
-        numbers: how many weights, biases among them.
-        input_shape: channels, height and width of one image.
-        classes: number of outputs.
-
-    Returns:
-        The names, small networks first and none twice; none for numbers that not even networks of
-        width 1 keep to, or that the network itself does not exceed.
-
-    Raises:
-        SubspanError: for a network that has no widths.
+    All widths (channels of convolutions, units of hidden layers) are those of the network times one
+    factor, at least 1; of a LeNet there is one with kernels of 3x3 and one of 5x5. Biases count
+    among the weights. Small networks come first and none twice; there are none for numbers that not
+    even networks of width 1 keep to, or that the network itself does not exceed. One without widths
+    is refused.
     """
     whole = nets.widths(name)
     if whole is None:

@@ -51,15 +51,9 @@ def log_binomial_tail(mistakes: int, samples: int, error: float) -> float:
 
 
 def occam_bound(mistakes: int, samples: int, log_confidence: float) -> float:
-    """Return the largest error with which so few mistakes are not too improbable.
+    """Return the largest error, in (0, 1], with which so few mistakes are not too improbable.
 
-    Args:
-        mistakes: on the samples.
-        samples: how many there are.
-        log_confidence: ln(δ P(h)), negative.
-
-    Returns:
-        An upper bound on the error, in (0, 1].
+    ``log_confidence`` is ln(δ P(h)), which is negative.
     """
 
     def excess(error: float) -> float:

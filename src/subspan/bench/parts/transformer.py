@@ -112,11 +112,7 @@ class Transformer(LargePart):
     heading = "a decoder in {dtype}, {tokens} tokens"
 
     def check(self, settings: Bench) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            SubspanError: for a number out of range, an unknown dtype, or without transformers.
-        """
+        """Refuse a number out of range, an unknown dtype, and to go on without transformers."""
         if settings.decoder < LEAST:
             raise SubspanError(
                 f"a decoder has {LEAST:,} weights at least, got {settings.decoder:,}"

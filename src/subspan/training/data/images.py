@@ -54,14 +54,7 @@ class ImageData(RawData):
     std: Tensor  # float32 (C,), of the same
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Bring pixels to mean 0 and standard deviation 1, channel by channel.
-
-        Args:
-            images: of one of the set's parts, (N, C, H, W), on its device.
-
-        Returns:
-            float32 (N, C, H, W).
-        """
+        """Bring pixels (N, C, H, W) of a part to mean 0 and deviation 1 by channel, as float32."""
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return (images.float() / 255 - mean) / std
 

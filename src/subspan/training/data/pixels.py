@@ -47,18 +47,12 @@ def read(content: bytes, size: Size | None = None) -> np.ndarray:
 
 
 def to_array(image: Image.Image, size: Size | None = None) -> np.ndarray:
-    """Return the levels of one image.
+    """Return the levels of one image of any mode.
 
-    Args:
-        image: of any mode.
-        size: what it is resized to, whatever its shape; without steps where it becomes smaller.
-
-    Returns:
-        (H, W) if it is grey, else RGB as (3, H, W); where it is transparent, its opacity is one
-        channel more: (2, H, W) or (4, H, W). Of a type in `DEPTHS`.
-
-    Raises:
-        SubspanError: it has levels that float32 does not tell apart, or some that are no numbers.
+    It is resized to ``size``, whatever its shape; without steps where it becomes smaller. Levels
+    are (H, W) if it is grey, else RGB as (3, H, W); where it is transparent, its opacity is one
+    channel more: (2, H, W) or (4, H, W). They are of a type in `DEPTHS`: levels that float32 does
+    not tell apart are refused, as are some that are no numbers.
     """
     mode = image.mode
     if mode.startswith("I;16"):
