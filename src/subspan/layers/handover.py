@@ -7,14 +7,16 @@ changed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
-from subspan.subspace.functions import address_of
 from subspan.subspace.held import held_by
+from subspan.subspace.memory import Place, find_overlaps
 
 # Registries that mean the same on any module with the same inputs and outputs.
 HOOKS = (
@@ -82,44 +84,28 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
     itself outside ``_modules``: an attribute, a bound method, a function, a hook.
     """
     reasons: dict[int, str] = {}
-    # (storage, first byte, last byte), the module that it belongs to, its name there
-    spans: list[tuple[tuple[int, int, int], int, str]] = []
+    places: list[Place] = []
     for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                spans += [(span, id(module), name) for span in _span(p)]
-        for buffer in module._buffers.values():
-            spans += [(span, 0, "") for span in _span(buffer)]
+        beside = [*module._buffers.values()]
         for value in held_by(module):
             if isinstance(value, nn.Module):
                 reasons[id(value)] = f"an attribute or a hook of a {type(module).__name__} holds it"
             else:
-                spans += [(span, 0, "") for span in _span(value)]
+                beside.append(value)
         if type(module).__name__ == "OptimizedModule":  # holds the call of the module inside
             reasons[id(module._modules["_orig_mod"])] = "it was compiled: compile the network after"
-    spans.sort(key=lambda entry: entry[0])
-    reach = ((0, 0, 0), 0, "")  # of those so far, the one that ends last
-    for entry in spans:
-        (storage, start, stop), *_ = entry
-        if storage == reach[0][0] and start < reach[0][2]:
-            for _, module_id, name in (reach, entry):
-                reasons.setdefault(module_id, f"something else shares its {name}")
-            reach = max(reach, entry, key=lambda one: one[0][2])
-        else:
-            reach = ((storage, start, stop), *entry[1:])
+        own = module._parameters.items()
+        places += [Place.of(name, p, id(module)) for name, p in own if _has_values(p)]
+        places += [Place.of("", tensor) for tensor in beside if _has_values(tensor)]
+    for place in itertools.chain.from_iterable(find_overlaps(places)):
+        reasons.setdefault(place.owner, f"something else shares its {place.name}")
     return reasons
 
 
-def _span(tensor: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """Tell where a tensor lies: its storage, the first byte and the one behind the last."""
-    if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta or not tensor.numel():
-        return
-    if tensor.layout != torch.strided or not (storage := address_of(tensor)):
-        yield id(tensor), 0, 1
-        return
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, size = int(tensor.storage_offset()), tensor.element_size()
-    yield storage, start * size, (start + last + 1) * size
+def _has_values(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    if tensor is None or nn.parameter.is_lazy(tensor):
+        return False
+    return not tensor.is_meta and tensor.numel() > 0
 
 
 def refuse_hooks(name: str, layer: nn.Module, *, called: bool = True) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
+from subspan.subspace.functions import address_of
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _COMPUTED_FROM = ("_orig", "_g", "_v")  # names of parameters from which hooks of PyTorch's compute
@@ -21,28 +22,44 @@ _COMPUTED_FROM = ("_orig", "_g", "_v")  # names of parameters from which hooks o
 class Place:
     """Where a tensor lies in its storage: bytes from ``start`` to ``end``, perhaps with gaps."""
 
+    storage: int
     start: int
     end: int
     name: str
     tensor: Tensor
+    owner: int  # the ``id`` of the module whose parameter it is, or 0
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Place:
-        """Find the place of a tensor of that name."""
+    def of(cls, name: str, tensor: Tensor, owner: int = 0) -> Place:
+        """Find the place of a tensor of that name; one without memory is a place of its own."""
+        if tensor.layout != torch.strided or not (storage := address_of(tensor)):
+            return cls(id(tensor), 0, 1, name, tensor, owner)
         size = tensor.element_size()
         start = int(tensor.storage_offset()) * size
         steps = zip(tensor.stride(), tensor.shape, strict=True)
-        return cls(start, start + size * (1 + sum(s * (n - 1) for s, n in steps)), name, tensor)
+        end = start + size * (1 + sum(s * (n - 1) for s, n in steps))
+        return cls(storage, start, end, name, tensor, owner)
 
     def overlaps(self, other: Place) -> bool:
         """Return whether one byte belongs to both, whose ranges overlap."""
         one, two = self.tensor, other.tensor
         full = all(p.end - p.start == p.tensor.nbytes for p in (self, other))
-        if full or one.dtype != two.dtype:
+        if one is two or full or one.dtype != two.dtype:
             return True
         first = min(int(t.storage_offset()) for t in (one, two))
         entries = torch.arange((max(self.end, other.end)) // one.element_size() - first)
         return bool(torch.isin(*(_view(entries, t, first) for t in (one, two))).any())
+
+
+def find_overlaps(places: Iterable[Place]) -> Iterator[tuple[Place, Place]]:
+    """Yield all pairs of places that have a byte in common."""
+    ordered = sorted(places, key=lambda place: (place.storage, place.start, place.end))
+    for k, one in enumerate(ordered, start=1):
+        for other in itertools.islice(ordered, k, None):
+            if (other.storage, other.start) >= (one.storage, one.end):
+                break
+            if one.overlaps(other):
+                yield one, other
 
 
 def _view(entries: Tensor, like: Tensor, first: int) -> Tensor:
@@ -57,19 +74,10 @@ def refuse_shared(
     ``parameters`` are without those that are quantised. The ``chosen`` are trained in the subspace
     and leave their memory at θ₀; the others are trained ``fully``, in their memory.
     """
-    memory: dict[int, list[Place]] = {}
-    for name, tensor in itertools.chain(parameters.items(), _others(net, parameters.values())):
-        if _lies_in_memory(tensor):
-            storage = tensor.untyped_storage().data_ptr()
-            memory.setdefault(storage, []).append(Place.of(name, tensor))
-    for places in memory.values():
-        places.sort(key=lambda place: (place.start, place.end))
-        for k, one in enumerate(places):
-            for other in itertools.takewhile(
-                lambda place, end=one.end: place.start < end,  # type: ignore[misc]
-                itertools.islice(places, k + 1, None),
-            ):
-                _check(one, other, parameters, chosen, fully)
+    every = itertools.chain(parameters.items(), _others(net, parameters.values()))
+    places = (Place.of(name, tensor) for name, tensor in every if _lies_in_memory(tensor))
+    for one, other in find_overlaps(places):
+        _check(one, other, parameters, chosen, fully)
 
 
 def _check(
@@ -77,7 +85,7 @@ def _check(
 ) -> None:
     names = one.name, other.name
     both = parameters.keys() >= set(names)
-    if not {*names} & (chosen | fully if both else chosen) or not one.overlaps(other):
+    if not {*names} & (chosen | fully if both else chosen):
         return
     if both:
         raise SubspanError(
