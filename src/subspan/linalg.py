@@ -54,20 +54,12 @@ def polish(u: Tensor) -> Tensor:
 
 
 def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin singular value decomposition A = U diag(σ) Vᵀ.
+    """Return the thin singular value decomposition A = U diag(σ) Vᵀ, of float32 or float64.
 
+    With k = min(n, m) U is (n, k), σ (k,), in descending order, and V (m, k), not its transpose.
     LAPACK's divide and conquer gives up on harmless matrices with many equal singular values, or
     returns what is not finite (in float32, once in some hundred cores at the start of a training).
-    Double precision of the transpose then does.
-
-    Args:
-        a: (n, m), float32 or float64.
-
-    Returns:
-        U (n, k), σ (k,) in descending order and V (m, k), not its transpose; k = min(n, m).
-
-    Raises:
-        RuntimeError: of LAPACK, for what is not finite.
+    Double precision of the transpose then does. What is not finite itself is a RuntimeError.
     """
     try:
         u, s, vh = torch.linalg.svd(a, full_matrices=False)

@@ -20,16 +20,10 @@ _FEW = 64  # coordinates that rule out most grids
 
 
 def choose_step(w: Tensor, bits: float) -> float:
-    """Return the finest step with which coordinates take at most so many bits each.
+    """Return the finest step Δ, a bfloat16, with which coordinates take at most so many bits each.
 
-    What is counted is the length of the code that :func:`subspan.coding.encode_levels` makes.
-
-    Args:
-        w: the coordinates, (d,).
-        bits: for each coordinate, positive; a fraction, too.
-
-    Returns:
-        Δ, a positive bfloat16.
+    What is counted is the length of the code that :func:`subspan.coding.encode_levels` makes; a
+    fraction of a bit counts, too.
 
     Raises:
         SubspanError: if ``bits`` is not positive or leaves nothing, a coordinate is not finite, or

@@ -39,11 +39,7 @@ class Kernel(NamedTuple):
 
 
 def collect(package: ModuleType) -> dict[str, Kernel]:
-    """Import every file of a package, and put their ``KERNELS`` together.
-
-    Raises:
-        TypeError: if two files serve one family.
-    """
+    """Import every file of a package, and put their ``KERNELS`` together, one of each family."""
     kernels: dict[str, Kernel] = {}
     for module in import_files(package):
         for family, kernel in getattr(module, "KERNELS", {}).items():

@@ -23,9 +23,8 @@ class DerivedBuffers(nn.Module):
     def register_derived(self, like: Tensor, persistent: Collection[str] = ()) -> dict[str, Tensor]:
         """Register the buffers, and return them as they were made.
 
-        Args:
-            like: a tensor that has their device and, if they are floating, their dtype.
-            persistent: names of those that a file holds all the same.
+        They have the device of ``like`` and, if they are floating, its dtype. A file holds those
+        that are named as ``persistent`` all the same.
         """
         with torch.device("cpu"):  # with values, even where a network is made without any
             made = self.derive()

@@ -137,12 +137,10 @@ def spectrum(at: USV) -> USV:
 
 
 def truncated(at: USV, core: USV, rank: int) -> USV:
-    """Return the best approximation of a rank, with a diagonal S.
+    """Return the best approximation of a rank, with a diagonal S, from orthonormal bases.
 
-    Args:
-        at: with orthonormal bases.
-        core: :func:`spectrum` of it.
-        rank: r. With `rank_of(core.S, τ)` the error is at most τ ‖W‖ (Frobenius).
+    The core is the :func:`spectrum`. With the rank `rank_of(core.S, τ)` the error is at most τ ‖W‖
+    (Frobenius).
     """
     U, V = at.U @ core.U[:, :rank], at.V @ core.V[:, :rank]
     return USV(polish(U), core.S[:rank].diag(), polish(V))

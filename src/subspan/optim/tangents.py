@@ -175,15 +175,12 @@ class Watch:
 
 
 def compare(layers: Sequence[tuple[USV, USV, USV]]) -> Tensor:
-    """Return the number c of each layer, and how far the gradients are from it.
+    """Return the number c of each layer, and how far the gradients are from it: (layers, 2).
 
-    Args:
-        layers: gradients of U, S and V; tangents, ∂K in the place of U and ∂L in that of V (S does
-            not count); and the factors that backward() saw.
-
-    Returns:
-        (layers, 2): c, and the largest of the three errors, relative to c and to the norms of what
-        is multiplied. Gradients that are not finite may make them NaN.
+    Of a layer are given the gradients of U, S and V; the tangents, ∂K in the place of U and ∂L in
+    that of V (S does not count); and the factors that backward() saw. The distance is the largest
+    of the three errors, relative to c and to the norms of what is multiplied. Gradients that are
+    not finite may make both NaN.
     """
     products, expected, norms, lengths = [], [], [], []
     for gradient, tangent, at in layers:

@@ -114,11 +114,7 @@ class Changes:
             self.wishes.clear()
 
     def check_freezing(self, frame: FrameType) -> None:
-        """Refuse that PEFT freezes coordinates, which it takes for those of a base.
-
-        Raises:
-            SubspanError: if it is about to, and they are trained.
-        """
+        """Refuse that PEFT freezes trained coordinates, which it takes for those of a base."""
         if not freezes_all(frame):
             return
         if any(w.requires_grad for w in self.weights.coordinates().values()):

@@ -28,17 +28,11 @@ def form_theta(
     bases: Sequence[Tensor],
     dtype: torch.dtype | None = None,
 ) -> Sequence[Tensor]:
-    """Form θ₀ + P w of the pieces of blocks, differentiable in ``w``.
+    """Form θ₀ + P w of the pieces of blocks, differentiable in the coordinates ``w``, (d,).
 
-    Args:
-        w: (d,) coordinates.
-        step: which redraw of P, 0-D int64.
-        blocks: which rows.
-        bases: θ₀ of every piece, in any shape, on any device.
-        dtype: of the results, where it is not that of each base.
-
-    Returns:
-        Tensors like ``bases``; low precisions are added up in that of ``w``, and rounded once.
+    ``bases`` are θ₀ of every piece, in any shape, on any device. The results are like them, but for
+    the dtype, if there is one; low precisions are added up in that of ``w``, and rounded once. The
+    number of the redraw of P is ``step``, 0-D int64.
     """
     if captured(w) or transformed() or any(base.requires_grad for base in bases):
         # What is recorded runs elsewhere: a frozen base goes there as an ordinary tensor.
