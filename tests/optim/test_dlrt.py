@@ -953,17 +953,6 @@ def test_a_step_that_was_left_out_leaves_no_tangents():
     assert torch.equal(dense(net), dense(twin))
 
 
-def test_states_of_before_count_no_steps_that_were_void():
-    net, twin = mlp(), mlp()
-    optimizer, other = DLRT(net, 0.1), DLRT(twin, 0.1)
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        del group["skipped"]
-    other.load_state_dict(state)
-    assert other.skipped == 0
-    assert run(net, optimizer, 2) == run(twin, other, 2)
-
-
 def test_a_weight_of_zeros_keeps_its_least_rank():
     net = mlp(3)
     with torch.no_grad():

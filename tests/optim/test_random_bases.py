@@ -440,21 +440,6 @@ def test_a_state_of_other_bases_is_refused():
             other.load_state_dict(state)
 
 
-def test_a_state_from_before_redraws_were_part_of_it_loads():
-    net = mlp()
-    optimizer = RandomBases(net, 10, redraw_every=3, momentum=0.9)
-    run(net, optimizer, 4)
-    state = optimizer.state_dict()
-    older = int(optimizer.directions.layout(redraws=False)[:15], 16)
-    for group in state["param_groups"]:
-        assert group["layout"] != older
-        group["layout"] = older
-    resumed = RandomBases(mlp(), 10, redraw_every=3, momentum=0.9)
-    resumed.load_state_dict(state)
-    assert resumed.param_groups[0]["layout"] == optimizer.param_groups[0]["layout"]
-    assert torch.equal(resumed.param_groups[0]["velocity"], optimizer.param_groups[0]["velocity"])
-
-
 @pytest.mark.parametrize("rows", [12, 6])
 @pytest.mark.parametrize("estimator", ["gradient", "forward", "evolution"])
 def test_a_tensor_of_another_shape_is_refused_before_anything_moves(estimator, rows):
@@ -983,13 +968,3 @@ def test_nothing_to_train():
         message = f"nothing to train in group {len(groups) - 1} .* no tensor in it requires a grad"
         with pytest.raises(SubspanError, match=message):
             RandomBases(groups, 10)
-
-
-def test_a_state_that_does_not_count_void_steps():
-    """States of earlier versions are such."""
-    net = mlp(torch.float32)
-    state = RandomBases(net, 10, 0.5).state_dict()
-    del state["param_groups"][0]["skipped"]
-    optimizer = RandomBases(mlp(torch.float32), 10, 0.5)
-    optimizer.load_state_dict(state)
-    assert optimizer.skipped == 0

@@ -99,14 +99,10 @@ class Directions:
             "redraw_every": self.redraw_every,
         }
 
-    def layout(self, *, redraws: bool = True) -> str:
-        """Return a digest of what coordinates mean: the projections, and their rows' weights.
-
-        It says when bases are drawn anew (``redraws``), too, which that of older states does not.
-        """
+    def layout(self) -> str:
+        """Return a digest of what coordinates mean: projections, their rows' weights, redraws."""
         described = self.described()
-        meaning = described["parts"], described["redraw_every"]
-        text = json.dumps(meaning if redraws else described["parts"], sort_keys=True)
+        text = json.dumps((described["parts"], described["redraw_every"]), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def compartments_of(self, group: int) -> list[CompartmentWeights]:

@@ -47,7 +47,8 @@ def adam(state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> T
     if FIRST not in state:
         state[FIRST], state[SECOND] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         state[STEP] = 0  # gradients that these means have seen: a batch may leave out a layer
-    t = state[STEP] = state.get(STEP, group["steps"]) + 1  # older states do not have it
+    state[STEP] += 1
+    t = state[STEP]
     state[FIRST] = state[FIRST].lerp(gradient, 1 - first)
     state[SECOND] = state[SECOND].lerp(gradient.square(), 1 - second)
     v = state[SECOND] / (1 - second**t)

@@ -188,8 +188,7 @@ class BaseOptimizer(Optimizer):
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse the state of an optimizer that has other settings in its groups."""
-        # Older states do not count void steps; PyTorch adds a default when it loads or copies.
-        settings = self.defaults.keys() - {"skipped", "differentiable"}
+        settings = self.defaults.keys() - {"differentiable"}  # PyTorch adds it on loading
         for group in state_dict["param_groups"]:
             for name in sorted(settings - group.keys()):
                 raise SubspanError(
@@ -216,12 +215,6 @@ class BaseOptimizer(Optimizer):
             for name, value in vars(self).items()
             if "_hooks" not in name and not callable(getattr(type(self), name, None))
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a copy or a state; older states do not count the steps that were void."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("skipped", 0)
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:

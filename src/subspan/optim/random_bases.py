@@ -343,9 +343,8 @@ class RandomBases(BaseOptimizer):
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a state of other bases."""
-        own = {_as_int(self.layout), _as_int(self.directions.layout(redraws=False))}
         for theirs in state_dict["param_groups"]:
-            if theirs.get("layout") not in own:
+            if theirs.get("layout") != _as_int(self.layout):
                 raise SubspanError(
                     "this state belongs to other bases: the seed, distribution, dimensions, "
                     "compartments, redraw_every and parameters must be those it was saved with"
@@ -353,8 +352,6 @@ class RandomBases(BaseOptimizer):
         super()._check_state(state_dict)
 
     def _take(self, state_dict: Mapping[str, Any]) -> None:
-        for group in self.param_groups:  # older states know nothing of redraws
-            group["layout"] = _as_int(self.layout)
         self._drawn_by = copy.deepcopy(self._drawn_by_groups())  # the same in other words, perhaps
 
     def __getstate__(self) -> dict[str, Any]:
