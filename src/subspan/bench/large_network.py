@@ -45,18 +45,13 @@ MORE = 2
 
 @dataclass
 class Problem:
-    """A network, and its loss on a batch that stays the same.
-
-    Attributes:
-        net: the network.
-        loss: of it, and of whether the gradient shall reach the input, as it must where nothing
-            else is trained.
-        matrices: the kinds of layers that LoRA adapts.
-    """
+    """A network, and its loss on a batch that stays the same."""
 
     net: nn.Module
+    # Of the network, and of whether the gradient shall reach the input, as it must where nothing
+    # else is trained.
     loss: Callable[[nn.Module, bool], Tensor]
-    matrices: tuple[type[nn.Module], ...] = (nn.Linear,)
+    matrices: tuple[type[nn.Module], ...] = (nn.Linear,)  # the kinds of layers that LoRA adapts
 
 
 def prepare(problem: Problem, variant: str, dim: int) -> tuple[Callable[[], float], int]:

@@ -26,33 +26,19 @@ from subspan.training.tasks import option_names
 
 @dataclass(frozen=True)
 class Exhibit:
-    """An experiment as the gallery shows it.
+    """An experiment as the gallery shows it."""
 
-    Attributes:
-        folder: where its records are.
-        family: the section that it belongs to.
-        title: one line.
-        source: the paper; empty for a sweep of one's own.
-        differences: what is not as published; likewise.
-        effort: budget, seeds and epochs, in a sentence.
-        notes: what was found, and what is missing, in sentences.
-        command: what made it.
-        table: published and measured side by side.
-        pictures: PNG files; each has an SVG beside it.
-        reports: pages by the name of their part.
-    """
-
-    folder: Path
-    family: Family
-    title: str
-    source: str
-    differences: str
-    effort: str
-    notes: tuple[str, ...]
-    command: str
-    table: tables.Table
-    pictures: tuple[Path, ...]
-    reports: Mapping[str, Path]
+    folder: Path  # where its records are
+    family: Family  # the section that it belongs to
+    title: str  # one line
+    source: str  # the paper; empty for a sweep of one's own
+    differences: str  # what is not as published; likewise
+    effort: str  # budget, seeds and epochs, in a sentence
+    notes: tuple[str, ...]  # what was found, and what is missing, in sentences
+    command: str  # what made it
+    table: tables.Table  # published and measured side by side
+    pictures: tuple[Path, ...]  # PNG files; each has an SVG beside it
+    reports: Mapping[str, Path]  # pages by the name of their part
 
 
 def exhibits(folder: Path, damaged: list[str] | None = None) -> list[Exhibit]:

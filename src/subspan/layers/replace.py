@@ -23,21 +23,14 @@ ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"
 
 @dataclass(frozen=True)
 class ReplaceableLayer:
-    """A layer that could be replaced, and the attention that it would be part of.
+    """A layer that could be replaced, and the attention that it would be part of."""
 
-    Attributes:
-        owner: the module that stands in the network now.
-        layer: its type and weight; of an attention, one of the four layers that it would become.
-        attention: made of those four.
-        projection: the layer's name there.
-        obstacle: why it cannot be replaced, or None.
-    """
-
-    owner: nn.Module
+    owner: nn.Module  # the module that stands in the network now
+    # Its type and weight; of an attention, one of the four layers that it would become.
     layer: nn.Linear | nn.Conv2d | None
-    attention: Attention | None = None
-    projection: str = ""
-    obstacle: str | None = None
+    attention: Attention | None = None  # made of those four
+    projection: str = ""  # the layer's name there
+    obstacle: str | None = None  # why it cannot be replaced, or None
 
     @property
     def plain(self) -> nn.Linear | nn.Conv2d:

@@ -24,20 +24,13 @@ from subspan.subspace.compartments import Compartment, Piece
 
 @dataclass(frozen=True)
 class CompartmentWeights:
-    """The weights of one compartment, and where its coordinates are among all.
+    """The weights of one compartment, and where its coordinates are among all."""
 
-    Args:
-        compartment: which entries of which tensors.
-        projections: one for each basis of a step.
-        tensors: by name; they are changed in place.
-        begin: the place of the first coordinate among those of all compartments.
-        kept: entries of some tensors that never move. They have rows of P that are not used.
-    """
-
-    compartment: Compartment
-    projections: tuple[Projection, ...]
-    tensors: Mapping[str, Tensor]
-    begin: int
+    compartment: Compartment  # which entries of which tensors
+    projections: tuple[Projection, ...]  # one for each basis of a step
+    tensors: Mapping[str, Tensor]  # by name; they are changed in place
+    begin: int  # the place of the first coordinate among those of all compartments
+    # Entries of some tensors that never move. They have rows of P that are not used.
     kept: Mapping[str, range] = field(default_factory=dict)
 
     @staticmethod

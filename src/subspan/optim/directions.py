@@ -27,19 +27,12 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Directions:
-    """All compartments of an optimizer's weights, group by group.
+    """All compartments of an optimizer's weights, group by group."""
 
-    Args:
-        compartments: their coordinates follow each other.
-        sizes: the number of coordinates of each group.
-        bases: how many bases a step has: 1, or one for each independent worker.
-        redraw_every: steps until the next basis; None keeps the first.
-    """
-
-    compartments: tuple[CompartmentWeights, ...]
-    sizes: tuple[int, ...]
-    bases: int
-    redraw_every: int | None
+    compartments: tuple[CompartmentWeights, ...]  # their coordinates follow each other
+    sizes: tuple[int, ...]  # the number of coordinates of each group
+    bases: int  # how many bases a step has: 1, or one for each independent worker
+    redraw_every: int | None  # steps until the next basis; None keeps the first
 
     @staticmethod
     def draw(

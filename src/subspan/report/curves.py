@@ -15,26 +15,16 @@ from subspan.training.score import Score
 
 @dataclass(frozen=True)
 class Curve:
-    """One method, or one publication.
+    """One method, or one publication."""
 
-    Attributes:
-        label: the legend's words.
-        dims: d of every point, increasing.
-        scores: the seeds' scores at each of the dims, accuracies in %.
-        d_int: the intrinsic dimension; None if not known.
-        interval: its ends; None where open.
-        target: the score that defines it; None if not known.
-        published: whether it comes from the literature.
-        joined: whether a line through the points says anything: not of networks of several shapes.
-    """
-
-    label: str
-    dims: tuple[int, ...]
-    scores: tuple[tuple[float, ...], ...]
-    d_int: float | None = None
-    interval: tuple[float | None, float | None] = (None, None)
-    target: float | None = None
-    published: bool = False
+    label: str  # the legend's words
+    dims: tuple[int, ...]  # d of every point, increasing
+    scores: tuple[tuple[float, ...], ...]  # the seeds' scores at each of the dims, accuracies in %
+    d_int: float | None = None  # the intrinsic dimension; None if not known
+    interval: tuple[float | None, float | None] = (None, None)  # its ends; None where open
+    target: float | None = None  # the score that defines it; None if not known
+    published: bool = False  # whether it comes from the literature
+    # Whether a line through the points says anything: not of networks of several shapes.
     joined: bool = True
 
     @property

@@ -9,21 +9,13 @@ from subspan.training.methods import methods
 
 @dataclass(frozen=True)
 class Family:
-    """One idea of how a network gets by with fewer numbers, and what is told of it.
+    """One idea of how a network gets by with fewer numbers, and what is told of it."""
 
-    Attributes:
-        title: of its section.
-        text: one sentence.
-        modules: where its methods are, under :mod:`subspan.training.methods`.
-        part: of a benchmark.
-        prefix: how the names of its experiments begin.
-    """
-
-    title: str
-    text: str
-    modules: tuple[str, ...]
-    part: str
-    prefix: str
+    title: str  # of its section
+    text: str  # one sentence
+    modules: tuple[str, ...]  # where its methods are, under :mod:`subspan.training.methods`
+    part: str  # of a benchmark
+    prefix: str  # how the names of its experiments begin
 
 
 FAMILIES = (

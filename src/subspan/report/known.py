@@ -14,20 +14,13 @@ from subspan.training.schema import from_json
 
 @dataclass(frozen=True)
 class KnownResult:
-    """A work of somebody else, and the points that it has in the picture.
+    """A work of somebody else, and the points that it has in the picture."""
 
-    Attributes:
-        name: as it stands in the picture.
-        source: where the figures are.
-        status: "read" at their authors', or "quoted" by others.
-        how: what the figures are, as a mean of five runs.
-        points: accuracy in %, the numbers that are stored, and the bytes; None where unknown.
-    """
-
-    name: str
-    source: str
-    status: str
-    how: str
+    name: str  # as it stands in the picture
+    source: str  # where the figures are
+    status: str  # "read" at their authors', or "quoted" by others
+    how: str  # what the figures are, as a mean of five runs
+    # Accuracy in %, the numbers that are stored, and the bytes; None where unknown.
     points: tuple[tuple[float | None, ...], ...]
 
     def __post_init__(self) -> None:

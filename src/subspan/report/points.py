@@ -20,27 +20,16 @@ SIZES = ("numbers", "bytes")
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """One method with one network at one setting, its seeds together.
+    """One method with one network at one setting, its seeds together."""
 
-    Attributes:
-        folder: of the record.
-        net: the network that was trained.
-        method: by which.
-        label: the setting of the method, as 1000 or 0.15; empty where it has none.
-        scores: test accuracies in %, one for each seed.
-        val: the mean accuracy of the validation part in %; None if it was not kept.
-        numbers: all that inference needs beyond seeds; of the first seed, as in the record.
-        bytes: of the checkpoint, the compact one where there is one; likewise. None if none was
-            written.
-    """
-
-    folder: Path
-    net: str
-    method: str
-    label: str
-    scores: tuple[float, ...]
-    val: float | None
-    numbers: int
+    folder: Path  # of the record
+    net: str  # the network that was trained
+    method: str  # by which
+    label: str  # the setting of the method, as 1000 or 0.15; empty where it has none
+    scores: tuple[float, ...]  # test accuracies in %, one for each seed
+    val: float | None  # the mean accuracy of the validation part in %; None if it was not kept
+    numbers: int  # all that inference needs beyond seeds; of the first seed, as in the record
+    # Of the first seed's checkpoint, the compact one where there is one; None if none was written.
     bytes: int | None
 
     @property

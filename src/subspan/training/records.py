@@ -37,18 +37,13 @@ _RENAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A JSON file in an output folder that says what was asked for and what came of it.
-
-    Attributes:
-        format: of the file.
-        status: one of ``STATUSES``.
-        config: what was asked for, name by name, as a command line or a YAML file has it.
-    """
+    """A JSON file in an output folder that says what was asked for and what came of it."""
 
     FILE: ClassVar[str]
 
-    format: int = FORMAT
-    status: str
+    format: int = FORMAT  # of the file
+    status: str  # one of ``STATUSES``
+    # What was asked for, name by name, as a command line or a YAML file has it.
     config: dict[str, Any]
 
     @classmethod

@@ -12,26 +12,17 @@ from subspan.layers.atoms import Sum
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to form an interval of the chain F₁ … F_k x.
+    """A way to form an interval of the chain F₁ … F_k x."""
 
-    Attributes:
-        cost: multiply-adds.
-        text: what is done, in parentheses; a factor with a dot acts without its matrix.
-        way: "matrix" of one factor, "vectors" (x itself), "product" of two intervals, "apply" one
-            factor to what stands on its right, "apply_t" to what stands on its left.
-        vectors: whether x is in the interval.
-        at: the factor, of those that act or are a matrix.
-        left: the plan of the left part.
-        right: of the right one.
-    """
-
-    cost: int
-    text: str
+    cost: int  # multiply-adds
+    text: str  # what is done, in parentheses; a factor with a dot acts without its matrix
+    # "matrix" of one factor, "vectors" (x itself), "product" of two intervals, "apply" one factor
+    # to what stands on its right, "apply_t" to what stands on its left.
     way: str
-    vectors: bool = False
-    at: int = -1
-    left: Plan | None = None
-    right: Plan | None = None
+    vectors: bool = False  # whether x is in the interval
+    at: int = -1  # the factor, of those that act or are a matrix
+    left: Plan | None = None  # the plan of the left part
+    right: Plan | None = None  # of the right one
 
     def __str__(self) -> str:
         """Say what is done, and how much that is."""

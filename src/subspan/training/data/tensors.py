@@ -50,13 +50,9 @@ class Tensors:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Raw(Tensors):
-    """The content of a source, before a validation part is drawn from its training part.
+    """The content of a source, before a validation part is drawn from its training part."""
 
-    Attributes:
-        notes: sentences that a reader of the results should know.
-        outside: whether some of it lies beside its source, where a change would not be noticed, so
-            that it is read each time.
-    """
-
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences that a reader of the results should know
+    # Whether some of it lies beside its source, where a change would not be noticed, so that it is
+    # read each time.
     outside: bool = False
