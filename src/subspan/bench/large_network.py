@@ -162,18 +162,14 @@ def measure(
 ) -> list[Measurement]:
     """Measure every variant, in turns of a step if all fit into half the memory.
 
-    Args:
-        module: of the part, see :func:`steps`.
-        arguments: of its function ``problem``, after the first three.
-        settings: d of the subspace, the device, seconds to spend on each variant: five steps at
-            least, after the first.
-        weight_bytes: of θ₀.
-        allocator: environment variables of glibc's malloc.
+    The arguments are those of the module's function ``problem`` after the first three, see
+    :func:`steps`. The settings have d of the subspace, the device, and the seconds to spend on each
+    variant: five steps at least, after the first. ``weight_bytes`` are those of θ₀, and
+    ``allocator`` has environment variables of glibc's malloc.
 
-    Returns:
-        Rows with ``projection`` (the variant) and what :func:`steps` says of the last step, with
-        ``step`` (the timing) instead of ``seconds`` and ``losses`` (the first, the last) instead of
-        ``loss``; or ``skipped``, a reason.
+    Return rows with ``projection`` (the variant) and what :func:`steps` says of the last step, with
+    ``step`` (the timing) instead of ``seconds`` and ``losses`` (the first, the last) instead of
+    ``loss``; or ``skipped``, a reason.
     """
     rows: dict[str, Measurement] = {variant: {"projection": variant} for variant in VARIANTS}
     available = psutil.virtual_memory().available

@@ -44,15 +44,10 @@ def time_steps(
 ) -> list[Measurement]:
     """Time a training step of every network by every method, in turns.
 
-    Args:
-        settings: the networks, d, the batch and the device.
-        methods: their names; those of stored matrices that are too large here are skipped.
-        prepare: makes, of a network and a method, what is trained and its optimizer.
-        done: is called with the name of each network.
-
-    Returns:
-        Rows with ``net``, ``weights``, ``projection`` (the method), ``dim``, ``batch_size`` and the
-        timing ``step``.
+    Methods of stored matrices that are too large here are skipped. ``prepare`` makes, of a network
+    and a method, what is trained and its optimizer; ``done`` is called with the name of each
+    network. Return rows with ``net``, ``weights``, ``projection`` (the method), ``dim``,
+    ``batch_size`` and the timing ``step``.
     """
     rows, device, dim = [], settings.torch_device, settings.dim
     for name in settings.nets:

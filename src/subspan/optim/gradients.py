@@ -32,16 +32,11 @@ class Gradients:
     def collect(
         self, at: Mapping[str, USV], others: Sequence[Tensor], step: int, core: bool = False
     ) -> dict[str, USV]:
-        """Return the gradients of the layers that have some, averaged over workers.
+        """Return ∂K, ∂S and ∂L of the layers that have gradients, averaged over workers.
 
-        Args:
-            at: the factors of all layers that may have gradients.
-            others: the other parameters, whose gradients are averaged where they are.
-            step: the number of the step, for errors.
-            core: whether only the gradients of S are wanted, which are then in all three places.
-
-        Returns:
-            ∂K, ∂S and ∂L by layer; without tangents ∂U, ∂S and ∂V.
+        Without tangents they are ∂U, ∂S and ∂V; if the ``core`` alone counts, ∂S is in all three
+        places. The factors ``at`` are those of all layers that may have gradients; the gradients of
+        ``others``, the other parameters, are averaged where they are. Errors name the step.
 
         Raises:
             NonFiniteError: if a number of them is not finite.

@@ -34,17 +34,9 @@ def place_names(
 ) -> list[Annotation]:
     """Write names beside their points, one after the other, each where it covers least.
 
-    The figure must have been drawn, so that places are final.
-
-    Args:
-        axes: whose limits and scales are set.
-        names: with the point of each, in the units of the axes.
-        points: that names must not cover.
-        lines: that they should not cover; a line of one place is a point that matters less.
-        style: of the texts.
-
-    Returns:
-        The texts.
+    Places are in the units of the axes, whose limits and scales are set; the figure must have been
+    drawn, so that they are final. Names must not cover the points, and should not cover the lines;
+    a line of one place is a point that matters less. Return the texts, which have the style.
     """
     pixels = axes.transData.transform
     places = [pixels(np.array(points)), *(_along(pixels(np.array(line))) for line in lines)]

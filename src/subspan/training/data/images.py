@@ -60,16 +60,12 @@ class ImageData(RawData):
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, of levels that are divided by 255.
+    """Mean and standard deviation of each channel, float32 (C,), of levels divided by 255.
 
-    Neither depends on the number of threads. Those of 8 bits are exact, from counts of the levels.
-
-    Args:
-        images: uint8 or float32 (N, C, H, W) on the CPU, N at least 1.
-
-    Returns:
-        float32 (C,) twice. The deviation is at least one level, 1/255 (of float32, 2^-20 of the
-        largest): a constant channel must not turn the rounding of its mean into a signal.
+    Images are uint8 or float32 (N, C, H, W) on the CPU, N at least 1. Neither depends on the number
+    of threads. Those of 8 bits are exact, from counts of the levels. The deviation is at least one
+    level, 1/255 (of float32, 2^-20 of the largest): a constant channel must not turn the rounding
+    of its mean into a signal.
     """
     channels = images.transpose(0, 1).flatten(1)
     if images.is_floating_point():

@@ -79,23 +79,14 @@ def batches(
     """Yield one epoch of batches: the indices of their samples, and their mean's weight.
 
     The global batches do not depend on the number of processes: rank r of ``world`` gets the r-th
-    of equal parts of each. Only the last, smaller batch may not be divisible: some parts then have
-    one sample less, and their means weigh less, so that the average over the ranks of weight times
-    mean is the mean of the joint batch.
+    of equal parts of each; ``batch_size`` is of all together, a multiple of ``world``. Only the
+    last, smaller batch may not be divisible: some parts then have one sample less, and their means
+    weigh less, so that the average over the ranks of weight times mean is the mean of the joint
+    batch.
 
-    Args:
-        size: how many samples there are.
-        batch_size: samples of one step over all ranks, a multiple of ``world``.
-        seed: of the order, in [0, 2⁶⁴).
-        epoch: of the order, in [0, 2³²).
-        rank: this process, in [0, world).
-        world: number of processes.
-        device: where the indices are to be.
-
-    Returns:
-        An iterator over the indices, int64 (n,) with n at least 1, and the weight: the share of the
-        batch that this part is, times ``world``. It is 1 but for a last, smaller batch, and 0 for
-        the sample of a rank to which none is left.
+    Indices are int64 (n,) with n at least 1. The weight is the share of the batch that this part
+    is, times ``world``: 1 but for a last, smaller batch, and 0 for the sample of a rank to which
+    none is left.
     """
     order = permutation(size, seed=seed, stream=BATCHES, epoch=epoch, device=device)
     return (_part(whole, rank, world) for whole in order.split(batch_size))
