@@ -29,18 +29,12 @@ _WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 
 class Located(dict[str, Any]):
-    """A mapping of a YAML file.
-
-    Attributes:
-        file: its name, as in errors.
-        line: the line that it begins in.
-        lines: the line of each key.
-    """
+    """A mapping of a YAML file, which is named as in errors, and the line that it begins in."""
 
     def __init__(self, file: str, line: int) -> None:
         super().__init__()
         self.file, self.line = file, line
-        self.lines: dict[str, int] = {}
+        self.lines: dict[str, int] = {}  # of each key
 
     def place(self, key: str | None = None) -> str:
         """Return the file and the line of a key, or of the mapping."""

@@ -30,12 +30,10 @@ class Weight(Transient):
 
     A compiled function reads it from the layer, or takes a ``clone()`` of it: Dynamo cannot follow
     what is refused here.
-
-    Attributes:
-        read: whether this is the weight as the layer gives it, and no view or detached tensor of
-            it, which has flags, gradients and attributes of its own with any layer.
     """
 
+    # Whether this is the weight as the layer gives it, and no view or detached tensor of it, which
+    # has flags, gradients and attributes of its own with any layer.
     read = False
 
     @classmethod

@@ -42,13 +42,9 @@ REFUSED = (
 
 
 class Value(Tensor):
-    """The values of one factor of one layer, or of a copy.
+    """The values of one factor of one layer, or of a copy."""
 
-    Attributes:
-        of: the factor's name, and an object that stands for the layer at one time.
-    """
-
-    of: tuple[str, object]
+    of: tuple[str, object]  # the factor's name, and what stands for the layer at one time
 
     @classmethod
     def __torch_function__(

@@ -42,18 +42,14 @@ class Tangents:
     """The matrices k and l of a watched layer, in whose ``grad`` autograd leaves ∂K and ∂L.
 
     A layer is watched as long as somebody holds this object, and no other one is made for it.
-
-    Attributes:
-        k: (r, n), zeros that require a gradient: kᵀ, for its gradient is formed in this order.
-        l: (r, m), likewise lᵀ.
-        awake: whether passes through the layer have tangents; true at first.
+    Both are zeros that require a gradient, and transposed, for gradients are formed in this order.
     """
 
-    k: Tensor
-    l: Tensor  # noqa: E741
+    k: Tensor  # kᵀ, (r, n)
+    l: Tensor  # noqa: E741 (lᵀ, (r, m))
 
     def __init__(self, layer: LowRank) -> None:
-        self.awake = True
+        self.awake = True  # passes through the layer have tangents
         self.renew(layer)
         layer._watcher = weakref.ref(self)
 

@@ -34,11 +34,7 @@ MAGIC, FORMAT = b"SUBSPANJ", 1
 
 
 class Journal:
-    """A journal that is read, or written one step after another.
-
-    Attributes:
-        header: the JSON before the records.
-    """
+    """A journal that is read, or written one step after another."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -56,7 +52,7 @@ class Journal:
             raise SubspanError(f"{path} is no journal of subspan")
         if crc != struct.pack("<I", zlib.crc32(text)):
             raise SubspanError(f"{path} is damaged: its header is cut short or edited")
-        self.header: dict[str, Any] = json.loads(text)
+        self.header: dict[str, Any] = json.loads(text)  # before the records
         if self.header["format"] > FORMAT:
             raise SubspanError(
                 f"{path} has format {self.header['format']}, this version of subspan reads up to "

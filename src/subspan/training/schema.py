@@ -43,12 +43,7 @@ _SPACE = re.compile(r"[\s,:]*")
 
 
 class MisfitError(ValueError):
-    """JSON that does not fit a dataclass.
-
-    Attributes:
-        message: what is wrong, after the name of the value.
-        path: keys and positions that lead to the value, from the outside.
-    """
+    """JSON that does not fit a dataclass: what is wrong with the value that a path leads to."""
 
     def __init__(self, message: str, path: Path = ()) -> None:
         name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
