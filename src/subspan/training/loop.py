@@ -75,8 +75,8 @@ class Loop:
         notes = list(ready.task.notes)
         if before:
             alike = self.method.needs_processes(self.run.options)
-            notes = list(before.notes) if before.notes is not None else notes
-            notes += resume.check_processes(before, out, processes, must_agree=alike)
+            changed = resume.check_processes(before, out, processes, must_agree=alike)
+            notes = before.notes + changed
         self.steps, self.total, self.planned = ready.steps, ready.total, ready.planned
         self.epochs = self.planned.training.epochs
         # The layers that there were; their values come when a journal has been read from θ₀ on.

@@ -34,12 +34,12 @@ def check_beginning(
     checkpoint would be noticed at the end alone.
     """
     size, remedy = ready.task.size(), "bring the data back as they were, or give another --out"
-    if before.size is not None and before.size != size:
+    if before.size != size:
         raise SubspanError(
             f"{folder.path} was begun with {before.size:,} training samples, now there are "
             f"{size:,}: {remedy}"
         )
-    if before.samples is not None and before.samples != ready.digest:
+    if before.samples != ready.digest:
         raise SubspanError(
             f"{folder.path} was begun with other samples, or other labels of them: {remedy}"
         )

@@ -64,11 +64,11 @@ class TrainState:
     scaler: dict[str, Any] | None  # of fp16, likewise; else None
     generators: dict[str, Any]  # of :func:`generators`
     progress: Progress  # how far it is
-    log: dict[str, Any] | None = None  # what trackers were told; None in older files
-    notes: list[str] | None = None  # of the record; None likewise
-    processes: int = 1  # how many trained
-    size: int | None = None  # training samples; None likewise
-    samples: int | None = None  # a checksum of them, ``Prepared.digest``; None likewise
+    log: dict[str, Any]  # what trackers were told
+    notes: list[str]  # of the record
+    processes: int  # how many trained
+    size: int  # training samples
+    samples: int  # a checksum of them, ``Prepared.digest``
     seconds_total: float  # of all parts of the training
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,17 +82,13 @@ class TrainState:
 
     @classmethod
     def from_state_dict(cls, content: Mapping[str, Any]) -> TrainState:
-        """Make a state from :meth:`state_dict` of this version or an older one.
-
-        Raises:
-            KeyError, TypeError, ValueError: for anything else.
-        """
+        """Make a state from its :meth:`state_dict`; anything else raises an error of some kind."""
         progress = {each.name: content[each.name] for each in fields(Progress)} | {
             "within": Within(**content["within"]),
             "history": from_json(list[Epoch], content["history"]),
         }
-        own = {each.name for each in fields(cls)} & content.keys()
-        return cls(progress=Progress(**progress), **{name: content[name] for name in own})
+        own = {each.name: content[each.name] for each in fields(cls) if each.name != "progress"}
+        return cls(progress=Progress(**progress), **own)
 
 
 def write(path: Path, state: TrainState) -> None:
