@@ -52,7 +52,7 @@ def render(page: Page, svg: bytes) -> str:
 
 
 def template(name: str, *, escape: bool = True) -> jinja2.Template:
-    """Return the template in a file of this folder; of HTML what is filled in is escaped text."""
+    """Return a template of this folder; one of HTML must ``escape`` what is filled in."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         autoescape=escape,
