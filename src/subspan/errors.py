@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from inspect import Parameter, signature
+from typing import TypeGuard
 
 
 class SubspanError(ValueError):
@@ -40,6 +42,11 @@ def unknown(
     names = f"known are {', '.join(known)}" if known else "there is none"
     names += f"; presets are {', '.join(presets)}" if presets else ""
     return SubspanError(f"unknown {kind} {str(name)!r}: {hint}{names}")
+
+
+def is_integer(value: object, least: int, most: float = math.inf) -> TypeGuard[int]:
+    """Return whether a value is an integer from ``least`` to ``most``, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_options(

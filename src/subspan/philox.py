@@ -24,7 +24,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -37,14 +37,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
-    """Ten rounds of Philox on four words.
+    """Ten rounds of Philox on four words, int64 tensors of one broadcast shape.
 
-    Args:
-        counter: four int64 tensors of one broadcast shape, each word in [0, 2³²).
-        key: two Python integers in [0, 2³²).
-
-    Returns:
-        Four int64 tensors of that shape, each word in [0, 2³²).
+    Each word is in [0, 2³²), as are both of the key.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -97,8 +92,7 @@ class Source:
 
     def __post_init__(self) -> None:
         for name, bits in (("seed", 64), ("domain", 8), ("stream", 24)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << bits:
+            if not is_integer(value := getattr(self, name), 0, (1 << bits) - 1):
                 raise SubspanError(f"{name} must be an integer in [0, 2^{bits}), got {value!r}")
 
     @property

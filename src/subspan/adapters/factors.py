@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapters.layers import choose_layers, weight_of
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 from subspan.philox import Source
 from subspan.subspace import init
 from subspan.subspace.adapted import ADAPTER, FACTORS, Adapter, remove_factors
@@ -107,7 +107,7 @@ def rebuild_lora(
 
 def check_rank(rank: Any) -> int:
     """Return a rank; refuse what is no integer from 1 on."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_integer(rank, least=1):
         raise SubspanError(f"rank must be an integer of at least 1, got {rank!r}")
     return rank
 

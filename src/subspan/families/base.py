@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subspan import kernels
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 from subspan.families.operator import as_step, product
 from subspan.families.registry import FAMILIES
 from subspan.families.updates import add_, gather
@@ -77,8 +77,7 @@ class Projection(ABC):
 
     def __post_init__(self) -> None:
         for name, low, high in (("in_dim", 1, (1 << 31) - 1), ("out_dim", 1, self.most)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            if not is_integer(value := getattr(self, name), low, high):
                 raise SubspanError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
         if self.in_dim > self.out_dim:
             raise SubspanError(

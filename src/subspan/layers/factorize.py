@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, is_integer, unknown
 from subspan.layers.lowrank import LowRank
 from subspan.layers.replace import replace_layers
 from subspan.linalg import rank_of, svd
@@ -94,7 +94,7 @@ def _rank(
         r: object = ranks[0]
     else:
         r = rank
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(n, m):
+    if not is_integer(r, 1, min(n, m)):
         raise SubspanError(
             f"layer {name!r} is {n} × {m}: its rank must be an integer in [1, {min(n, m)}], got "
             f"{r!r}; {{pattern: rank}} gives each layer its own, exclude leaves one as it is"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, is_integer, unknown
 from subspan.optim.parameters import refuse_unfrozen, refuse_untouchable
 from subspan.optim.workers import WorkerMode, Workers
 from subspan.precision import as_now, full_precision
@@ -70,7 +70,7 @@ class BaseOptimizer(Optimizer):
             raise unknown("nonfinite", nonfinite, ["error", "skip"])
         if workers not in (None, *self.worker_modes):
             raise unknown("workers", workers, self.worker_modes)
-        if not is_count(check_every, least=0):
+        if not is_integer(check_every, least=0):
             raise SubspanError(f"check_every must be an integer >= 0, got {check_every!r}")
         self.nonfinite, self.needs_closure = nonfinite, needs_closure
         self._workers = Workers(workers, check_every) if workers else None
@@ -241,8 +241,3 @@ def check_group(group: Mapping[str, Any]) -> None:
 def _is_share(value: Any) -> bool:
     """Return whether a value is a number in [0, 1)."""
     return isinstance(value, Real | Tensor) and 0 <= float(value) < 1
-
-
-def is_count(value: Any, least: int) -> bool:
-    """Return whether a value is an integer of at least some size, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, is_integer, unknown
 from subspan.families import projections
 from subspan.optim import recorder
 from subspan.optim.compartment import entries
 from subspan.optim.directions import Directions, Move, divide
 from subspan.optim.estimators import ESTIMATORS, Gradient
-from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError, is_count
+from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError
 from subspan.optim.parameters import leave_frozen, named_tensors, refuse_immovable
 from subspan.optim.workers import WorkerMode
 from subspan.subspace.compartments import Rules
@@ -122,7 +122,7 @@ class RandomBases(BaseOptimizer):
         if distribution not in projections():
             raise unknown("distribution", distribution, projections())
         estimate = ESTIMATORS.find(estimator)
-        if redraw_every is not None and not is_count(redraw_every, least=1):
+        if redraw_every is not None and not is_integer(redraw_every, least=1):
             raise SubspanError(
                 f"redraw_every must be a positive integer or None, got {redraw_every!r}"
             )

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 from subspan.linalg import rank_of
-from subspan.optim.optimizer import is_count
 
 Shapes = Mapping[str, tuple[int, int]]  # (n, m) of every layer
 LEAST = {  # of what is a number of ranks or steps
@@ -52,7 +51,7 @@ class RankRule:
             raise SubspanError("target_ratio needs freeze_after, the steps until it is reached")
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if not (is_count(value, least) or (value is None and name in OPTIONAL)):
+            if not (is_integer(value, least) or (value is None and name in OPTIONAL)):
                 raise SubspanError(f"{name} must be an integer >= {least}, got {value!r}")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise SubspanError(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, is_integer, unknown
 
 if TYPE_CHECKING:
     from subspan.subspace.targets import Presets
@@ -166,7 +166,7 @@ def partition(
 
 def check_dim(dim: object) -> int:
     """``dim`` as a positive integer, or an error that says what it is."""
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+    if not is_integer(dim, least=1):
         raise SubspanError(
             f"dim must be a positive integer, the number of coordinates; got {dim!r}"
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from subspan.errors import SubspanError, check_options
+from subspan.errors import SubspanError, check_options, is_integer
 from subspan.philox import Source
 from subspan.registry import Registry
 
@@ -91,7 +91,7 @@ class Sum(ABC):
             raise SubspanError(f"{self.kind} must be square, got {self.n} × {self.m}")
 
     def _count(self, p: int) -> None:
-        if isinstance(p, bool) or not isinstance(p, int) or p < 1:
+        if not is_integer(p, least=1):
             raise SubspanError(f"{self.kind} needs p >= 1 atoms, got {p!r}")
         self.p = p
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 from subspan.families.operator import transformed
 from subspan.layers import factors
 from subspan.layers.plain import autocast_type
@@ -44,7 +44,7 @@ class LowRank(Compressed, type_name="lowrank"):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
+        if not is_integer(rank, 1, min(n, m)):
             raise SubspanError(
                 f"the rank of a {n} × {m} weight must be an integer in [1, {min(n, m)}], got "
                 f"{rank!r}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from subspan.errors import SubspanError, unknown
+from subspan.errors import SubspanError, is_integer, unknown
 from subspan.layers.atoms import Sum, atoms
 
 
@@ -38,11 +38,7 @@ GAINS = {  # variance of an output over that of an input, of a weight n × m
 
 
 def parse_factor(factor: Any) -> dict[str, Any]:
-    """Return a factor as a mapping with its ``kind``, from a mapping, a name or a tensor.
-
-    Raises:
-        SubspanError: for anything else.
-    """
+    """Return a factor, which is a mapping, a name or a tensor, as a mapping with its ``kind``."""
     if isinstance(factor, str):
         return {"kind": factor}
     if isinstance(factor, Tensor):
@@ -76,7 +72,7 @@ def chain(
         options = {k: v for k, v in factor.items() if k not in ("kind", "inner", "f", "fixed")}
         last = i == len(factors) - 1
         columns = factor.get("inner", m if last else rows)
-        if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+        if not is_integer(columns, least=1):
             raise SubspanError(f"inner of factor {i + 1} must be a size >= 1, got {columns!r}")
         if last and columns != m:
             raise SubspanError(
@@ -94,11 +90,7 @@ def chain(
 
 
 def function(name: str) -> Callable[[Tensor], Tensor]:
-    """Return a scalar function of coefficients: one of `FUNCTIONS`, or "package.module:name".
-
-    Raises:
-        SubspanError: if there is none.
-    """
+    """Return a scalar function of coefficients: one of `FUNCTIONS`, or "package.module:name"."""
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     module, colon, attribute = str(name).partition(":")
