@@ -83,7 +83,7 @@ def test_products_against_adding(small, tmp_path, capsys):
     assert list(first["dims"]) == ["10", "100"]
     assert set(first["dims"]["10"]) == {"forward", "backward", "new"}
     # A new vector would be too large; the smaller D takes turns with the larger one.
-    small = {"forward-small", "backward-small"}
+    small = {f"{way}-small{drawn}" for way in ("forward", "backward") for drawn in ("", "-drawn")}
     assert set(second["dims"]["10"]) == {"forward", "backward"} | small
     for row in record["adding"]:
         for timing in (row["add"], *row["dims"]["10"].values(), *row["dims"]["100"].values()):
@@ -92,8 +92,11 @@ def test_products_against_adding(small, tmp_path, capsys):
     assert (tmp_path / "adding.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     of_100 = second["dims"]["100"]
-    ratio = of_100["backward"]["median"] / of_100["backward-small"]["median"] / 3
-    assert f"Pᵀ g, d = 100: a weight of 4,500 takes {ratio:.2f} times as long as one of 1," in said
+    kept, drawn = (
+        f"{of_100['backward']['median'] / of_100[small]['median'] / 3:.2f} times as long as one of 1,500"
+        for small in ("backward-small", "backward-small-drawn")
+    )
+    assert f"Pᵀ g, d = 100: a weight of 4,500 takes {kept}, {drawn} without a kept index" in said
     line = next(line for line in said.splitlines() if line.split()[:3] == ["4,500", "10", "P"])
     time, whole = second["dims"]["10"]["forward"]["median"], second["add"]["median"]
     assert line.split()[4:] == [f"{1e9 * time / 4500:.3f}", f"{time / whole:.2f}"]
