@@ -92,9 +92,10 @@ def test_products_against_adding(small, tmp_path, capsys):
     assert (tmp_path / "adding.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     of_100 = second["dims"]["100"]
+    times = of_100["backward-small"]["median"], of_100["backward-small-drawn"]["median"]
     kept, drawn = (
-        f"{of_100['backward']['median'] / of_100[small]['median'] / 3:.2f} times as long as one of 1,500"
-        for small in ("backward-small", "backward-small-drawn")
+        f"{of_100['backward']['median'] / time / 3:.2f} times as long as one of 1,500"
+        for time in times
     )
     assert f"Pᵀ g, d = 100: a weight of 4,500 takes {kept}, {drawn} without a kept index" in said
     line = next(line for line in said.splitlines() if line.split()[:3] == ["4,500", "10", "P"])
