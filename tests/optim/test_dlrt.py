@@ -503,6 +503,18 @@ def test_gradients_of_the_last_step_are_not_taken_twice():
         optimizer.step()
 
 
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.3}, {"integrator": "vanilla"}])
+def test_a_step_between_forward_and_backward_is_noticed(options):
+    """A GAN's loss through a discriminator that has made its step since would be another one's."""
+    net = mlp()
+    optimizer = DLRT(net, 0.1, **options)
+    later = loss_of(net)
+    loss_of(net).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
+
+
 @pytest.mark.parametrize(
     "clear", [lambda net, o: o.zero_grad(False), lambda net, o: net.zero_grad()]
 )

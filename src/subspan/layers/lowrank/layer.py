@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from subspan.errors import SubspanError, is_integer
 from subspan.families.operator import transformed
@@ -159,10 +160,12 @@ class LowRank(Compressed, type_name="lowrank"):
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
         """Take factors (n, r'), (r', r') and (m, r'); the parameters stay the same objects.
 
-        Where the rank changes, gradients of the old factors are dropped.
+        Where the rank changes, gradients of the old factors are dropped. A backward pass through
+        the layer as it was is refused by autograd.
         """
         with ordinary_tensors():
             for factor, new in ((self.U, U), (self.S, S), (self.V, V)):
+                increment_version(factor)
                 if factor.shape == new.shape:
                     factor.data.copy_(new)
                     continue
