@@ -164,6 +164,22 @@ def accumulated(rank, world):
     return found
 
 
+def filtered(rank, world):
+    """A network with a complex parameter, as that of a Fourier layer; the mean, and alone."""
+    found = []
+    for workers in ("shared", None):
+        net = factorize(nn.Sequential(build("mlp", torch.float64)), rank=4)
+        net.register_parameter("filters", nn.Parameter(torch.ones(3, dtype=torch.complex128)))
+        optimizer = DLRT(net, 0.1, workers=workers, check_every=1)
+        part = X[rank::world] if workers else X
+        for _ in range(2):
+            optimizer.zero_grad()
+            (net(part)[:, :3] * net.filters - 1j).abs().square().mean().backward()
+            optimizer.step()
+        found.append(net.filters.detach())
+    return found
+
+
 ADAPTIVE = {"tolerance": 0.2}
 SETTINGS = {
     "parallel": ADAPTIVE,
@@ -183,6 +199,7 @@ SCENARIOS = {
     "changed ddp": lambda *ranks: changed(*ranks, ddp=True),
     "accumulated": accumulated,
     "bytes": bytes_sent,
+    "filtered": filtered,
 }
 
 
@@ -242,6 +259,13 @@ def test_what_travels_are_the_gradients_of_the_factors(ranks):
         sent = rank["bytes"]
         assert sent["factors"] < 1.1 * 2 * 4 * numbers
         assert sent["factors"] < sent["dense"] / 20
+
+
+def test_complex_parameters_are_averaged(ranks):
+    for rank in ranks:
+        together, alone = rank["filtered"]
+        assert alone.imag.abs().min() > 0.01
+        torch.testing.assert_close(together, alone)
 
 
 def test_refusals(ranks):

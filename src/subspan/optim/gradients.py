@@ -97,7 +97,8 @@ class Gradients:
         """
         zeros = {n: USV(*map(torch.zeros_like, tensors(f))) for n, f in at.items() if n not in own}
         sent = [t for name in at for t in tensors({**own, **zeros}[name], core)]
-        sent += [torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in others]
+        grads = [torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in others]
+        sent += [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
         given = [name in own for name in at] + [p.grad is not None for p in others]
         wide = torch.float64 if any(t.dtype == torch.float64 for t in sent) else torch.float32
         flags = torch.tensor([*given, refusal is not None], dtype=wide, device=sent[0].device)
@@ -119,5 +120,5 @@ class Gradients:
         for p in others:
             mean = next(means)
             if next(anywhere):
-                p.grad = mean
+                p.grad = torch.complex(*mean.unbind(-1)) if p.is_complex() else mean
         return averaged
