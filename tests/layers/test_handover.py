@@ -306,10 +306,14 @@ def test_a_factor_that_something_computes_is_not_merged():
     ],
 )
 @pytest.mark.parametrize("kind", [torch.optim.Adam, lambda params: RandomBases(params, 5)])
-def test_an_optimizer_of_the_layers_of_before_is_refused(change, kind):
-    """It would go on with them, and nothing would be trained."""
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_optimizer_of_the_layers_of_before_is_refused(change, kind, begun):
+    """It would go on with them, and nothing would be trained, whatever gradients they have left."""
     network, other = net(), net()
     optimizer, unchanged = kind(network.parameters()), kind(other.parameters())
+    if begun:
+        network(X).square().sum().backward()
+        optimizer.step()
     network = change(network)
     before = [p.detach().clone() for p in network.parameters()]
     for each in (network, other):

@@ -250,11 +250,17 @@ def outgrow(w: nn.Parameter, why: str) -> None:
 
 
 def note_replaced(old: nn.Module, new: nn.Module) -> None:
-    """Note that a layer has another one's place; who goes on to train the other one is refused."""
+    """Note that a layer has another one's place; who goes on to train the other one is refused.
+
+    Gradients of before go: a layer that has one later is still used, in another network.
+    """
     for p in old.parameters():
         _replaced[p] = new
     for p in new.parameters():
         _replaced.pop(p, None)
+    for p in old.parameters():
+        if p in _replaced:
+            p.grad = None
     watch_optimizers()
 
 
