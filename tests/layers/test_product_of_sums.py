@@ -233,6 +233,44 @@ def test_a_state_of_other_fixed_matrices_is_refused(other):
     assert torch.equal(same[0].weight, net[0].weight)
 
 
+TWO = {"kind": "gaussian", "p": 2, "fixed": True}
+
+
+@pytest.mark.parametrize(
+    ("factors", "others"),
+    [
+        (recipes.kronecker_fc(12, 12, 2, 6), recipes.kronecker_fc(12, 12, 3, 4)),
+        ([{"kind": "sparse", "p": 5, "s": 3}], [{"kind": "sparse", "p": 5, "s": 2}]),
+        (
+            [{"kind": "convolution", "height": 3, "width": 4}],
+            [{"kind": "convolution", "height": 4, "width": 3}],
+        ),
+        (recipes.random_projection(5), [{"kind": "free", "inner": 5}, TWO]),
+        (
+            [{"kind": "gaussian", "p": 5, "inner": 8}, {"kind": "gaussian", "p": 5}],
+            [{"kind": "gaussian", "p": 5, "inner": 9}, {"kind": "gaussian", "p": 5}],
+        ),
+    ],
+)
+def test_a_state_of_as_many_coefficients_of_other_matrices_is_refused(factors, others):
+    layer, other = (ProductOfSumsLinear(12, 12, each) for each in (factors, others))
+    with pytest.raises(SubspanError, match="with other fixed matrices"):
+        other.load_state_dict(layer.state_dict())
+
+
+def test_a_state_of_given_matrices_brings_them():
+    """And not the constant that makes up for their norm, of which another layer has another one."""
+    given = torch.randn(2, 4, 6)
+    layer, same, larger = (
+        ProductOfSumsLinear(6, 4, [{"kind": "given", "tensor": each}])
+        for each in (given, -given, 2 * given)
+    )
+    same.load_state_dict(layer.state_dict())
+    assert torch.equal(same.weight, layer.weight)
+    with pytest.raises(SubspanError, match="with other fixed matrices"):
+        larger.load_state_dict(layer.state_dict())
+
+
 def test_a_state_of_matrices_that_no_seed_makes_loads_whatever_the_seed():
     layers = [ProductOfSumsLinear(6, 4, [{"kind": "free"}], seed=seed) for seed in (0, 1)]
     layers[1].load_state_dict(layers[0].state_dict())

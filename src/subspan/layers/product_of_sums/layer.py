@@ -141,8 +141,14 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
     def meaning(self) -> dict[str, Any]:
         """The fixed matrices that coefficients belong to, as the metadata of a state has them."""
         drawn = any(self._constants) or any(isinstance(s, Projected) for s in self.sums)
+        # A state has given matrices, but not by how much the layer multiplies them.
+        options = [
+            {"energy": s.energy} if s.kind == "given" else dict(s.options) for s in self.sums
+        ]
         return {
             "kinds": [s.kind for s in self.sums],
+            "shapes": [[s.n, s.m] for s in self.sums],
+            "options": options,
             "f": [str(factor.get("f", "identity")) for factor in self.factors],
             "init": self.init,
             "seed and stream": [self.seed, self.stream] if drawn or self._bias_of else None,
