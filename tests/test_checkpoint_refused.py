@@ -11,7 +11,7 @@ from torch import nn
 import subspan
 from subspan import SubspaceModel, SubspanError, checkpoint
 from subspan.checkpoint.compact import to_compact
-from subspan.layers import factorize
+from subspan.layers import ProductOfSumsLinear, factorize
 from tests.nets import DIM, NETS, batch, build, scatter, wrap
 
 
@@ -285,6 +285,27 @@ def test_another_padding_row_is_refused(tmp_path):
         assert subspan.SubspaceModel.of(net) is None
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_other_fixed_matrices_of_theta0_are_refused(bits, tmp_path):
+    """Coefficients may be the same numbers and mean another weight."""
+
+    def drawn(kind):
+        torch.manual_seed(0)
+        return nn.Sequential(ProductOfSumsLinear(12, 12, [{"kind": kind, "p": 30}]))
+
+    model = SubspaceModel(drawn("rank1"), 5)
+    with torch.no_grad():
+        model.coordinates["global"].normal_()
+    subspan.save(model, tmp_path / "m", bits=bits)
+    subspan.load(tmp_path / "m", drawn("rank1"))
+    with pytest.raises(SubspanError, match=r"made by .*'rank1'.*and this one's by .*'gaussian'"):
+        subspan.load(tmp_path / "m", drawn("gaussian"))
+    header, tensors = checkpoint.read(tmp_path / "m")
+    if bits is None:  # as of a former version
+        write(tmp_path / "m", {k: v for k, v in header.items() if k != "recipes"}, tensors)
+        subspan.load(tmp_path / "m", drawn("rank1"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -305,6 +326,7 @@ def test_another_padding_row_is_refused(tmp_path):
         {"extra": []},
         {"base": "a"},
         {"kept": 3},
+        {"recipes": []},
         {"lora": []},
         {"quantised": 3},
         {"parameters": 3},

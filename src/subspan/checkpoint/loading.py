@@ -13,7 +13,7 @@ from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
 from subspan.checkpoint.file import COORDINATES, Header, Tensors, Types, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
-from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
+from subspan.checkpoint.saving import count_kinds, recipes_inside, rows_kept, stored_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers.protocol import Compressed, compressed_layers, layer_type
@@ -236,6 +236,14 @@ def check_base(path: object, model: SubspaceModel, header: Header) -> None:
             f"this network has {model.base_fingerprint}{named if theirs != ours else ''}): give "
             "the network that it was trained from"
         )
+    made = recipes_inside(model.body)
+    for name in sorted(made.keys() | header.get("recipes", made).keys()):
+        if made.get(name) != (theirs := header.get("recipes", made).get(name)):
+            raise SubspanError(
+                f"{path} was trained in a network whose layer {name} was made by {theirs}, and "
+                f"this one's by {made.get(name)}, which makes another weight of the same numbers: "
+                "make the network as it was"
+            )
     own = rows_kept(model.subspace.kept)
     for name in sorted(own.keys() | header.get("kept", own).keys()):
         if own.get(name) != header.get("kept", own).get(name):
