@@ -65,6 +65,27 @@ def refused(rank, world, *, odd=None, **options):
     return None
 
 
+def under_ddp(rank, world, *, odd=False, **options):
+    """Without workers: DDP averages gradients, and the last rank may have a seed of its own."""
+    net = mlp()
+    model = DistributedDataParallel(net)
+    optimizer = RandomBases(net, 12, 0.5, seed=4 + (odd and rank == world - 1), **options)
+    part, needs = halves(rank, world), optimizer.needs_closure
+
+    def closure():
+        optimizer.zero_grad()
+        y = torch.arange(20)[part] % 4
+        loss = torch.nn.functional.cross_entropy(model(X[part]), y)
+        return loss if needs else loss.backward()
+
+    try:
+        for _ in range(STEPS):
+            optimizer.step(closure)
+    except SubspanError as error:
+        return str(error)
+    return flat(net)
+
+
 def sharded(rank, world):
     """Parameters that FSDP2 has spread over processes, whose memory no kernel can be given."""
     net = fully_shard(mlp(torch.float32))
@@ -207,6 +228,9 @@ SCENARIOS = {
     "other net": lambda *ranks: refused(*ranks, odd="net"),
     "other weights": lambda *ranks: refused(*ranks, odd="weights"),
     "other settings": lambda *ranks: refused(*ranks, odd={"nonfinite": "error"}),
+    "ddp": under_ddp,
+    "ddp, other seed": lambda *ranks: under_ddp(*ranks, odd=True),
+    "ddp, evolution": lambda *ranks: under_ddp(*ranks, estimator="evolution"),
     "sharded": sharded,
     "diverged": diverged,
     "void": void,
@@ -284,6 +308,17 @@ def test_what_differs_is_an_error_on_every_rank_that_names_the_rank(ranks, scena
             assert rank[scenario] is None
         else:
             assert rank[scenario].startswith(f"rank {odd} differs from rank 0 in {what}: ")
+
+
+def test_under_ddp_all_have_the_same_bases_and_gradients(ranks):
+    """Or they would come to different weights, and nothing would say so."""
+    odd = len(ranks) - 1
+    for rank in ranks:
+        torch.testing.assert_close(rank["ddp"], ranks[0]["shared"]["weights"])
+        if odd:
+            said = rank["ddp, other seed"], rank["ddp, evolution"]
+            assert said[0].startswith(f"rank {odd} differs from rank 0 in the seed: ")
+            assert said[1].startswith("estimator 'evolution' has no gradients that DDP could")
 
 
 def test_parameters_that_are_spread_over_processes_are_refused(ranks):

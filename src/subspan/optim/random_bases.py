@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan import distributed
 from subspan.errors import SubspanError, is_integer, unknown
 from subspan.families import projections
 from subspan.optim import recorder
@@ -29,7 +30,7 @@ from subspan.optim.directions import Directions, Move, divide
 from subspan.optim.estimators import ESTIMATORS, Gradient
 from subspan.optim.optimizer import BaseOptimizer, Nonfinite, NonFiniteError
 from subspan.optim.parameters import leave_frozen, named_tensors, refuse_immovable
-from subspan.optim.workers import WorkerMode
+from subspan.optim.workers import WorkerMode, Workers
 from subspan.subspace.compartments import Rules
 from subspan.subspace.parameters import find_padding, find_slots
 
@@ -75,7 +76,8 @@ class RandomBases(BaseOptimizer):
         seed: of the bases, in [0, 2⁶⁴).
         workers: in a process group of :mod:`torch.distributed`, "shared": all draw one basis and
             average coordinates; "independent": each draws its own, and all coordinates are
-            gathered. No DDP is needed, and only coordinates travel. None: this process alone.
+            gathered. No DDP is needed, and only coordinates travel. None: this process alone, or
+            DDP where all have the same bases.
         check_every: steps between comparisons of all workers' weights; 0: never.
         nonfinite: what a step with a coordinate that is not finite does: "skip" to leave the
             weights as they are (:attr:`skipped` counts), or "error".
@@ -180,6 +182,7 @@ class RandomBases(BaseOptimizer):
         d = sum(self.directions.sizes)
         self.coordinates = torch.zeros(d, dtype=dtype, device=tensors[0].device)
         self.last_move: Move | None = None
+        self._compared = False  # with the other processes of DDP
         self._settings = {
             "the seed": seed,
             "the network or its compartments": self.layout,
@@ -205,6 +208,8 @@ class RandomBases(BaseOptimizer):
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self.last_move = None
         self._check_tensors()
+        if not self._compared:
+            self._compare_under_ddp()
         groups, directions, estimator = self.param_groups, self.directions, self._estimator
         step = groups[0]["steps"]
         redraw, own = directions.redraw(step), self.coordinates.zero_()
@@ -251,6 +256,18 @@ class RandomBases(BaseOptimizer):
                     f"{name} has been frozen since, and shares bases with others that would move "
                     "it: make a new optimizer without it"
                 )
+
+    def _compare_under_ddp(self) -> None:
+        """Refuse processes whose steps would be others, where DDP averages what it knows of."""
+        alone = self._workers is None and distributed.world() > 1
+        if alone and distributed.find_ddp(*self._tensors.values()):
+            if self.needs_closure:
+                raise SubspanError(
+                    f"estimator {self.estimator!r} has no gradients that DDP could average, and "
+                    "every process would go its own way: give workers='shared'"
+                )
+            Workers("shared", 0).compare_once(self._agreement, self._tensors, self.steps)
+        self._compared = True
 
     def _drawn_by_groups(self) -> list[list[Any]]:
         return [[group[name] for name in DRAWN_BY] for group in self.param_groups]
