@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import zlib
 
 import pytest
 import torch
@@ -190,12 +192,46 @@ def test_damage_is_an_error_and_changes_nothing(tmp_path, place):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    header = {"format": 2, "groups": [1], "bases": 1, "dtype": "float32"}
+    header = {"format": 2}
     newer = "has format 2, this version of subspan reads up to 1"
     with pytest.raises(SubspanError, match=newer):
         Journal.create(tmp_path / "journal", header)
     with pytest.raises(SubspanError, match=newer):
         replay(tmp_path / "journal", mlp())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", None),
+        ("groups", 3),
+        ("groups", [0]),
+        ("bases", 10**12),
+        ("bases", -1),
+        ("dtype", "x"),
+        ("tensors", {}),
+        ("parts", [3]),
+        ("redraw_every", "x"),
+        ("redraw_every", 0),
+        ("base", None),
+    ],
+)
+def test_what_a_forger_might_write_is_refused_and_changes_nothing(tmp_path, field, value):
+    trained(tmp_path / "journal")
+    raw = (tmp_path / "journal").read_bytes()
+    end = 12 + int.from_bytes(raw[8:12], "little")
+    text = json.dumps(json.loads(raw[12:end]) | {field: value}).encode()
+    crc = zlib.crc32(text).to_bytes(4, "little")
+    (tmp_path / "journal").write_bytes(
+        raw[:8] + len(text).to_bytes(4, "little") + text + crc + raw[end + 4 :]
+    )
+    net, before = mlp(torch.float32), flat(mlp(torch.float32))
+    if value == 10**12:  # its records would be longer than the file
+        assert replay(tmp_path / "journal", net) == 0
+    else:
+        with pytest.raises(SubspanError, match="journal is not what subspan writes: fields of its"):
+            replay(tmp_path / "journal", net)
+    assert torch.equal(flat(net), before)
 
 
 def test_another_network_is_refused(tmp_path):

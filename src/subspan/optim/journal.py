@@ -28,9 +28,13 @@ from torch import Tensor, nn
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim.directions import Directions, Move
+from subspan.optim.optimizer import is_count
 from subspan.subspace.parameters import digest_tensors
 
 MAGIC, FORMAT = b"SUBSPANJ", 1
+FIELDS = {"format": int, "parts": list, "groups": list, "bases": int, "dtype": str}
+FIELDS |= {"tensors": dict, "base": str}  # of the header
+WRONG = "{} is not what subspan writes: fields of its header are wrong"
 
 
 class Journal:
@@ -53,16 +57,26 @@ class Journal:
         if crc != struct.pack("<I", zlib.crc32(text)):
             raise SubspanError(f"{path} is damaged: its header is cut short or edited")
         self.header: dict[str, Any] = json.loads(text)  # before the records
-        if self.header["format"] > FORMAT:
-            raise SubspanError(
-                f"{path} has format {self.header['format']}, this version of subspan reads up to "
-                f"{FORMAT}: upgrade"
-            )
+        self._check_header()
         self._rates = len(self.header["groups"])
         self._shape = (self.header["bases"], sum(self.header["groups"]))
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         self._length = 8 + 8 * self._rates + self._dtype.itemsize * math.prod(self._shape) + 4
         self._end: int | None = self.path.stat().st_size  # None: a step could not be written
+
+    def _check_header(self) -> None:
+        """Refuse a later format, and fields that are missing or of other types."""
+        header = self.header if isinstance(self.header, dict) else {}
+        if isinstance(version := header.get("format"), int) and version > FORMAT:
+            raise SubspanError(
+                f"{self.path} has format {version}, this version of subspan reads up to {FORMAT}: "
+                "upgrade"
+            )
+        fit = all(isinstance(header.get(name), kind) for name, kind in FIELDS.items())
+        if not fit or header["dtype"] not in ("float32", "float64"):
+            raise SubspanError(WRONG.format(self.path))
+        if not all(is_count(n, least=1) for n in [header["bases"], *header["groups"]]):
+            raise SubspanError(WRONG.format(self.path))
 
     @staticmethod
     def create(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Journal:
@@ -81,7 +95,7 @@ class Journal:
         last, size = -1, self.path.stat().st_size
         with self.path.open("rb") as file:
             file.seek(self._begin)
-            while len(raw := file.read(self._length)) == self._length:
+            while self._length <= size and len(raw := file.read(self._length)) == self._length:
                 (step,) = struct.unpack_from("<Q", raw)
                 whole = raw[-4:] == struct.pack("<I", zlib.crc32(raw[:-4]))
                 if not whole or step <= last:
@@ -178,9 +192,11 @@ def replay(
     journal = Journal(path)
     header = journal.header
     tensors = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else dict(weights)
-    names = dict.fromkeys(p[0] for described in header["parts"] for p in described["pieces"])
-    for name in names:
-        shape = header["tensors"][name][0]
+    try:
+        names = {p[0]: header["tensors"][p[0]][0] for d in header["parts"] for p in d["pieces"]}
+    except (LookupError, TypeError):
+        raise SubspanError(WRONG.format(path)) from None
+    for name, shape in names.items():
         if name not in tensors or list(tensors[name].shape) != shape:
             got = list(tensors[name].shape) if name in tensors else "none"
             raise SubspanError(
@@ -196,8 +212,14 @@ def replay(
     last = moves[-1].step + 1 if moves else 0
     if steps is not None and not (isinstance(steps, Integral) and 0 <= steps <= last):
         raise SubspanError(f"{path} has {last} steps, not {steps}")
-    directions = Directions.from_description(header, tensors)
-    for move in moves:
-        if steps is None or move.step < steps:
-            directions.move(move, directions.redraw(move.step))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        directions = Directions.from_description(header, tensors)
+        for move in moves:
+            if steps is None or move.step < steps:
+                directions.move(move, directions.redraw(move.step))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+        raise SubspanError(WRONG.format(path)) from None
     return last if steps is None else steps
