@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -422,6 +423,19 @@ def a_part_that_a_batch_does_not_use_stays(case: Case) -> None:
     assert not torch.equal(part(net, "2"), before[1])
     train(case, net, optimizer)
     assert not torch.equal(part(net, "0"), before[0])
+
+
+@law
+def a_rate_that_is_no_number_is_refused(case: Case) -> None:
+    """A scheduler that divides by zero, say: all weights would be lost in a step."""
+    net, optimizer = case.pair()
+    before = weights(net)
+    for rate in (math.nan, torch.tensor(math.inf)):
+        optimizer.param_groups[-1]["lr"] = rate
+        with pytest.raises(SubspanError, match="lr must be a number >= 0, a scheduler set"):
+            train(case, net, optimizer)
+        assert torch.equal(weights(net), before)
+        assert optimizer.steps == 0
 
 
 @law

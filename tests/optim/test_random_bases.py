@@ -721,6 +721,7 @@ def test_between_the_entries_nothing_moves():
         (torch.ones(1, 4).expand(3, 4), "entries of p share memory"),
         (torch.ones(6).as_strided((4, 3), (1, 1)), "entries of p share memory"),
         (torch.ones(3, dtype=torch.complex64), "p is torch.complex64 and P c is real"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "p is torch.float8_e4m3fn, in which PyTorch adds"),
     ],
 )
 def test_tensors_that_cannot_be_moved(tensor, message):
@@ -893,6 +894,15 @@ def test_settings_of_a_group_that_no_step_reads_are_refused():
     before = flat(net)
     optimizer.param_groups[0]["dim"][0] = 50
     with pytest.raises(SubspanError, match="another value would be left unread"):
+        run(net, optimizer, 1)
+    assert torch.equal(flat(net), before)
+
+
+def test_a_momentum_that_is_set_later_needs_a_basis_that_stays():
+    net = mlp()
+    optimizer, before = RandomBases(net, 10), flat(net)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(SubspanError, match="momentum needs a basis that stays"):
         run(net, optimizer, 1)
     assert torch.equal(flat(net), before)
 

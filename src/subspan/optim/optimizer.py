@@ -110,6 +110,9 @@ class BaseOptimizer(Optimizer):
         with torch.no_grad(), full_precision(device):
             if closure is None and self.needs_closure:
                 raise SubspanError(self._missing_closure())
+            for group in self.param_groups:
+                if not math.isfinite(group["lr"]):
+                    raise SubspanError(f"lr must be a number >= 0, a scheduler set {group['lr']}")
             if self._workers:
                 self._workers.compare_once(self._agreement, self._tensors, self.steps)
             try:

@@ -94,6 +94,11 @@ def refuse_immovable(name: str, tensor: Tensor) -> None:
     """Refuse a tensor to which P c cannot be added."""
     if not tensor.is_floating_point():
         raise SubspanError(f"{name} is {tensor.dtype} and P c is real: leave it out")
+    if tensor.dtype.itemsize < 2:
+        raise SubspanError(
+            f"{name} is {tensor.dtype}, in which PyTorch adds nothing up: leave it out, or convert "
+            "it before"
+        )
     if _overlaps(tensor):
         raise SubspanError(
             f"entries of {name} share memory (it is expanded), and cannot move on their own: give "

@@ -34,6 +34,10 @@ from subspan.optim.workers import WorkerMode, Workers
 from subspan.subspace.compartments import Rules
 from subspan.subspace.parameters import find_padding, find_slots
 
+UNREAD = (  # of momentum
+    "momentum needs a basis that stays: coordinates of different bases cannot be added; use "
+    "redraw_every=n or None"
+)
 DRAWN_BY = ("dim", "compartments", "allocation")  # settings of a group that its bases follow from
 
 
@@ -280,6 +284,8 @@ class RandomBases(BaseOptimizer):
 
     def _add_momentum(self, coordinates: Tensor) -> Tensor:
         """Return (bases, d) coordinates, or their running sums in groups with momentum."""
+        if self.redraw_every == 1:
+            raise SubspanError(UNREAD)  # it was set since
         sums = []
         parts = coordinates.split(self.directions.sizes, dim=1)
         for group, own in zip(self.param_groups, parts, strict=True):
@@ -351,10 +357,7 @@ class RandomBases(BaseOptimizer):
         group = self.param_groups[-1]
         self._left_out += leave_frozen(group, len(self.param_groups) - 1)
         if group.get("momentum") and self.redraw_every == 1:
-            raise SubspanError(
-                "momentum needs a basis that stays: coordinates of different bases cannot be "
-                "added; use redraw_every=n or None"
-            )
+            raise SubspanError(UNREAD)
         for name, tensor in named_tensors([group])[0].items():
             refuse_immovable(name, tensor)
 
