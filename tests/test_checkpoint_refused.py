@@ -386,9 +386,26 @@ def test_layers_are_those_of_before_if_tensors_do_not_fit(change, tmp_path):
     header, tensors = checkpoint.read(tmp_path / "m")
     write(tmp_path / "m", header, tensors | change)
     net = make()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
     layers = dict(net.named_modules())
     damaged(tmp_path / "m", net, match="the checkpoint is of another network: ")
     assert dict(net.named_modules()) == layers
+    net[0](torch.ones(8)).sum().backward()
+    optimizer.step()  # of layers that have their places again
+
+
+def test_factors_are_those_of_before_if_tensors_do_not_fit(tmp_path):
+    """A network that has other ranks takes those of the file when all else is known to fit."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))
+    subspan.save(factorize(copy.deepcopy(net), rank=3), tmp_path / "m")
+    header, tensors = checkpoint.read(tmp_path / "m")
+    write(tmp_path / "m", header, tensors | {"1.running_mean": torch.ones(3)})
+    factorize(net, rank=2)
+    before = net[0].weight.clone()
+    damaged(tmp_path / "m", net, match="the checkpoint is of another network: 1.running_mean")
+    assert net[0].rank == 2
+    assert torch.equal(net[0].weight, before)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -18,6 +18,7 @@ from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers.protocol import Compressed, compressed_layers, layer_type
 from subspan.layers.rebuild import rebuild_layers
+from subspan.layers.replace import exchange
 from subspan.subspace import init
 from subspan.subspace.dtensors import copy_into
 from subspan.subspace.growing import grow
@@ -68,16 +69,17 @@ def _load_network(path: object, network: nn.Module, types: Types, tensors: Tenso
     try:
         _refuse_rounding(network, types, tensors)
         before = [(module, dict(module._modules)) for module in network.modules()]
-        network = rebuild_layers(network, types)
+        made = rebuild_layers(network, types, resize=False)
     except SubspanError as error:
         raise SubspanError(f"{path} does not fit this network: {error}") from None
     try:
-        restore(network, tensors)
+        restore(made, tensors)
     except BaseException:
-        for module, parts in before:
-            module._modules.update(parts)
+        pairs = ((m._modules[name], part) for m, parts in before for name, part in parts.items())
+        both = [(made, network), *pairs]
+        exchange(made, {id(new): old for new, old in both if old is not None and new is not old})
         raise
-    return network
+    return made
 
 
 def _load_model(
@@ -155,7 +157,8 @@ def restore(model: nn.Module, tensors: Tensors) -> None:
         if recipe != layer.recipe:
             resized.setdefault(layer_type(layer.type_name), {})[name] = recipe
             twin = layer.rebuild(layer, recipe, device="meta")
-            live |= {prefix + key: p for key, p in twin.named_parameters()}
+            own = {prefix + key: p for key, p in twin.named_parameters()}
+            live |= {key: p for key, p in own.items() if key in live}  # if nothing computes it
     may_lack: set[str] = set()
     if isinstance(model, SubspaceModel):
         live[COORDINATES] = torch.empty(sum(part.dim for part in model.compartments))

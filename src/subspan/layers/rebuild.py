@@ -16,12 +16,13 @@ Layer = TypeVar("Layer", bound=Compressed)
 
 
 def rebuild_layers(
-    net: nn.Module, types: Mapping[type[Compressed], Mapping[str, Any]]
+    net: nn.Module, types: Mapping[type[Compressed], Mapping[str, Any]], *, resize: bool = True
 ) -> nn.Module:
     """Give exactly these layers these recipes, by type and full name, with any values.
 
     The layers of ``net``, which is changed in place, are ordinary or of the same type. The new
-    layer is returned if ``net`` itself is one that was replaced.
+    layer is returned if ``net`` itself is one that was replaced. Layers that can take another
+    recipe in place, and lose their values by it, do so only with ``resize``.
 
     Raises:
         SubspanError: if the network is another one. It is then untouched.
@@ -54,7 +55,7 @@ def rebuild_layers(
             successors[id(layer)] = succeed(name, layer, new)
     net = exchange(put_layers(net, candidates, placed), successors)
     for name, layer in resized.items():
-        if layer.recipe != (recipe := wanted[name][1]):
+        if resize and layer.recipe != (recipe := wanted[name][1]):
             layer.resize(recipe)
     return net
 
