@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from subspan import SubspanError, projections
 from subspan.layers import (
@@ -135,6 +136,7 @@ def test_moments_of_an_optimizer_grow_with_the_layer(few, many, make):
         optimizer.step()
     first = "exp_avg" if make is torch.optim.Adam else "momentum_buffer"
     per = optimizer.state[small.bias][first][0]  # of a gradient of 1
+    old = small.values(0).grad.square()
     large = grow(small, many)
     carry_over(optimizer, small, large)
     assert [
@@ -152,7 +154,6 @@ def test_moments_of_an_optimizer_grow_with_the_layer(few, many, make):
         squares = optimizer.state[large.a0]["exp_avg_sq"]
         assert (squares > 0).all()
         kept = small.scales[0] / large.scales[0]
-        old = small.values(0).grad.square()
         if few[0]["kind"] == "rank1":
             ratio = squares[:atoms] / old
             torch.testing.assert_close(ratio, ratio[:1].expand(atoms))
@@ -245,3 +246,20 @@ def test_moments_are_carried_over_by_the_optimizer_that_has_them():
     with pytest.raises(SubspanError, match="the optimizer has no parameter of this layer: give"):
         carry_over(optimizer, small, large)
     carry_over(optimizer, small.requires_grad_(False), large)
+
+
+def test_an_optimizer_that_was_forgotten_when_a_layer_grew_is_refused():
+    """It would go on with the layer of before, and the grown one would never be trained."""
+    net = nn.Sequential(layer([{"kind": "hash", "p": 4}]))
+    x = torch.randn(4, M, dtype=DTYPE)
+    optimizers = [torch.optim.Adam(net.parameters()) for _ in range(2)]
+    net(x).square().sum().backward()
+    old, net[0] = net[0], grow(net[0], [{"kind": "hash", "p": 8}])
+    carry_over(optimizers[0], old, net[0])
+    net(x).square().sum().backward()
+    before = net[0].a0.detach().clone()
+    with pytest.raises(SubspanError, match="a layer that another one has taken the place of"):
+        optimizers[1].step()
+    assert torch.equal(net[0].a0, before)
+    optimizers[0].step()
+    assert not torch.equal(net[0].a0, before)

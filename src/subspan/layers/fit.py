@@ -22,6 +22,7 @@ from subspan.errors import SubspanError
 from subspan.layers.product_of_sums import ProductOfSums, ProductOfSumsLinear
 from subspan.layers.rebuild import succeed
 from subspan.linalg import conjugate_gradients
+from subspan.subspace.changes import note_replaced
 
 # Of torch.optim: averages or sums of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
@@ -102,8 +103,9 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
         sweeps: of the least squares.
 
     Returns:
-        The new layer, with the hooks, attributes and flags of the old one, which is untouched;
-        handles of hooks remove them from both.
+        The new layer, with the hooks, attributes and flags of the old one, which keeps its values;
+        handles of hooks remove them from both. An optimizer that goes on with the old one alone,
+        without :func:`carry_over`, is refused.
 
     Raises:
         SubspanError: if the new one is smaller in any factor, or cannot be; or for a hook on a
@@ -122,6 +124,7 @@ def grow(layer: ProductOfSums, factors: Sequence[Any], *, sweeps: int = 20) -> P
     target = layer.matrix.detach()
     if float((new.matrix.detach() - target).norm()) > 1e-6 * float(target.norm()):
         approximate(new, target, sweeps=sweeps)
+    note_replaced(layer, new)
     return new
 
 
