@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from subspan.errors import SubspanError
+from subspan.errors import SubspanError, is_integer
 from subspan.files import refuse_what_is_no_file, write_atomically
 from subspan.optim.directions import Directions, Move
-from subspan.optim.optimizer import is_count
 from subspan.subspace.parameters import digest_tensors
 
 MAGIC, FORMAT = b"SUBSPANJ", 1
@@ -75,7 +74,10 @@ class Journal:
         fit = all(isinstance(header.get(name), kind) for name, kind in FIELDS.items())
         if not fit or header["dtype"] not in ("float32", "float64"):
             raise SubspanError(WRONG.format(self.path))
-        if not all(is_count(n, least=1) for n in [header["bases"], *header["groups"]]):
+        counts = [header["bases"], *header["groups"]]
+        if header.get("redraw_every") is not None:
+            counts.append(header["redraw_every"])
+        if not all(is_integer(n, least=1) for n in counts):
             raise SubspanError(WRONG.format(self.path))
 
     @staticmethod
@@ -212,14 +214,14 @@ def replay(
     last = moves[-1].step + 1 if moves else 0
     if steps is not None and not (isinstance(steps, Integral) and 0 <= steps <= last):
         raise SubspanError(f"{path} has {last} steps, not {steps}")
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         directions = Directions.from_description(header, tensors)
-        for move in moves:
-            if steps is None or move.step < steps:
-                directions.move(move, directions.redraw(move.step))
+        described = directions.described()
+        if described != {name: header[name] for name in described}:
+            raise ValueError
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        for name, tensor in tensors.items():
-            tensor.copy_(before[name])
         raise SubspanError(WRONG.format(path)) from None
+    for move in moves:
+        if steps is None or move.step < steps:
+            directions.move(move, directions.redraw(move.step))
     return last if steps is None else steps
