@@ -19,7 +19,8 @@ atexit.register(_trackio.cleanup)
 os.environ["TRACKIO_DIR"] = _trackio.name
 
 
-COSTLY = {"go_through", "python", "python_code", "peft"}  # names that a file of tests imports
+# Names that a file of tests imports.
+COSTLY = {"go_through", "python", "python_code", "ranks", "start", "peft"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
@@ -42,6 +43,48 @@ def server() -> ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
+class Program:
+    """``python WORDS`` under way: a script or ``-m module`` with its arguments.
+
+    Warnings are errors. What it prints goes through files in the folder ``files``. With a session
+    of its own it is the first of a group of processes, as a terminal would make it. The names are
+    those of :class:`subprocess.Popen`.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        where: Path,
+        env: Mapping[str, str],
+        files: Path,
+        warn: Literal["error", "ignore"] = "error",
+        *,
+        start_new_session: bool = False,
+    ) -> None:
+        self.words, self.streams = list(words), [files / "stdout", files / "stderr"]
+        how = (self.words, where, dict(env), self.streams, warn, start_new_session)
+        self.process = server().Process(target=_run, args=how)
+        self.process.start()
+        self.pid, self.kill, self.terminate = (
+            self.process.pid,
+            self.process.kill,
+            self.process.terminate,
+        )
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self.process.exitcode
+
+    def communicate(self, timeout: float = LIMIT) -> tuple[str, str]:
+        """Wait for its end; returns what it has printed."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            raise AssertionError(f"{' '.join(self.words)} has not ended in {timeout} seconds")
+        out, err = (stream.read_text() for stream in self.streams)
+        return out, err
+
+
 def python(
     words: Sequence[str],
     where: Path,
@@ -49,18 +92,10 @@ def python(
     files: Path,
     warn: Literal["error", "ignore"] = "error",
 ) -> Ended:
-    """``python WORDS``: a script or ``-m module`` with its arguments; warnings are errors.
-
-    What it prints goes through files in the folder ``files``.
-    """
-    streams = [files / "stdout", files / "stderr"]
-    process = server().Process(target=_run, args=(list(words), where, dict(env), streams, warn))
-    process.start()
-    process.join(LIMIT)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"{' '.join(words)} has not ended in {LIMIT} seconds")
-    return Ended(process.exitcode, *(stream.read_text() for stream in streams))
+    """Run a :class:`Program` to its end."""
+    program = Program(words, where, env, files, warn)
+    said = program.communicate()
+    return Ended(program.process.exitcode or 0, *said)
 
 
 def python_code(code: str, folder: Path, **env: str) -> Ended:
@@ -72,8 +107,15 @@ def python_code(code: str, folder: Path, **env: str) -> Ended:
 
 
 def _run(
-    words: list[str], where: Path, env: dict[str, str], streams: list[Path], warn: Any
+    words: list[str],
+    where: Path,
+    env: dict[str, str],
+    streams: list[Path],
+    warn: Any,
+    session: bool,
 ) -> None:
+    if session:
+        os.setsid()
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
@@ -81,10 +123,13 @@ def _run(
     warnings.simplefilter(warn)
     module = words[0] == "-m"
     sys.argv = words[module:]
-    if module:
-        sys.path.insert(0, str(where))
-        sys.modules.pop(words[1], None)  # runpy warns of what is imported already
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if module:
+            sys.path.insert(0, str(where))
+            sys.modules.pop(words[1], None)  # runpy warns of what is imported already
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        threading._shutdown()  # it ends the workers of joblib, for which multiprocessing waits

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +18,19 @@ import psutil
 import pytest
 
 from subspan.cli import main
+from tests.forks import Program
 
 NET = '''
-import errno, os, signal, time
+import errno, os, signal, time, warnings
 from pathlib import Path
 from torch import nn
 
 here = Path(__file__).parent
+if (here / "fork-workers").exists():  # joblib's, which would import everything anew
+    from joblib.externals.loky.backend.context import set_start_method
+
+    warnings.filterwarnings("ignore", "`fork` start method")  # and its threads, of which is none
+    set_start_method("fork", force=True)
 
 
 class Net(nn.Sequential):
@@ -74,16 +80,14 @@ def telling(folder: Path, *commands: str) -> None:
         (folder / command).touch()
 
 
-def start(folder: Path, *words: object) -> subprocess.Popen[str]:
+def start(folder: Path, *words: object) -> Program:
     """A sweep of two runs, in a process group of its own as a terminal would make it."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "subspan.cli", *SWEEP, *map(str, words)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return Program(
+        ["-m", "subspan.cli", *SWEEP, *map(str, words)],
+        folder,
+        {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},  # also of the processes that it starts
+        Path(tempfile.mkdtemp(dir=folder)),
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -105,7 +109,7 @@ def begun(folder: Path) -> list[tuple[str, int]]:
     return [(kind, int(pid)) for kind, pid in (line.split() for line in lines)]
 
 
-def until(what: Callable[[], object], *sweeps: subprocess.Popen[str]) -> None:
+def until(what: Callable[[], object], *sweeps: Program) -> None:
     """Wait for something while sweeps live."""
     end = time.monotonic() + 90
     while not what():
@@ -115,7 +119,7 @@ def until(what: Callable[[], object], *sweeps: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def ended(sweep: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(sweep: Program) -> tuple[int, str, str]:
     """How a sweep ended, and that it left no process behind."""
     try:
         out, err = sweep.communicate(timeout=90)
@@ -124,7 +128,7 @@ def ended(sweep: subprocess.Popen[str]) -> tuple[int, str, str]:
         if left:
             os.killpg(sweep.pid, signal.SIGKILL)
     assert not left
-    return sweep.returncode, out, err
+    return sweep.poll(), out, err
 
 
 def of_group(group: int) -> list[psutil.Process]:

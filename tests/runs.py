@@ -20,6 +20,8 @@ from subspan.cli import main
 from tests import forks
 
 forks.IMPORTED += [
+    "matplotlib.figure",
+    "numba",
     "sklearn.datasets",
     "subspan.cli",
     "subspan.commands.train",

@@ -260,7 +260,7 @@ def test_locks_that_are_left_behind(tmp_path):
 
 def test_a_killed_worker_is_replaced(tmp_path):
     """Its run is tried again, and so is the one whose process is killed with it; no other is."""
-    telling(tmp_path, "wait-hash")
+    telling(tmp_path, "wait-hash", "fork-workers")
     one = start(tmp_path, "--jobs", 2, "--dims", "10,20,40,80")
     until(lambda: len(begun(tmp_path)) == 2, one)
     pids = [pid for _, pid in begun(tmp_path)]
