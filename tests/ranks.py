@@ -1,10 +1,12 @@
-"""Processes of one group go through a module's ``SCENARIOS``; each tells what it saw."""
+"""Processes of one group: they go through a module's ``SCENARIOS``, or run one program."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
 import os
+import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,19 @@ def go_through(module: str, world: int, folder: Path) -> list[dict[str, Any]]:
         for process in processes.processes:
             process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def start(words: list[str], world: int, folder: Path) -> list[forks.Program]:
+    """So many times ``python WORDS`` in a folder, in the environment that torchrun makes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RESTART_COUNT": 0}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "GROUP_RANK": 0}
+    programs = []
+    for rank in range(world):
+        own = env | {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank}
+        texts = {name: str(value) for name, value in own.items()}
+        said = Path(tempfile.mkdtemp(dir=folder))
+        programs.append(forks.Program(words, folder, texts, said, "ignore"))
+    return programs

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from subspan.training import state
 from subspan.training.config import Run
 from subspan.training.evaluate import evaluate_checkpoint
 from subspan.training.train import train
+from tests import ranks
+from tests.forks import Program, python
 from tests.runs import STEPS, a_run, a_sweep, contents, record_of, train_up_to
 from tests.training.test_resume import measured
 from tests.training.test_trackers import has_all
@@ -55,13 +58,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def launched(folder: Path, launcher: str, processes: int, *words: object) -> str:
-    said = subprocess.run(
-        command(launcher, processes, *words),
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    said = python(
+        command(launcher, processes, *words)[1:],
+        folder,
+        environment(folder),
+        Path(tempfile.mkdtemp(dir=folder)),
+        "ignore",  # what launchers warn of is theirs
     )
     assert said.returncode == 0, said.stderr
     return said.stdout
@@ -140,14 +142,14 @@ def plain(input_shape, classes):
 def noisy(input_shape, classes):
     return plain(input_shape, classes).append(nn.Dropout(0.2))
 """
-EPOCHS = 12
+EPOCHS, LOG = 12, ("--log-with", "tensorboard")
 
 
 def a_training(net: str, out: str) -> list[str]:
     # 1,317 images: of the last 37 the second process has one more, for which it draws.
     words = f"train --net paced_net:{net} --dim 20 --epochs {EPOCHS} --lr 0.1 --optimizer sgd"
     words += " --validation 0.084"
-    return ["subspan.cli", *words.split(), "--log-with", "tensorboard", "--out", out]
+    return ["subspan.cli", *words.split(), "--out", out]
 
 
 @pytest.fixture(scope="module")
@@ -161,35 +163,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
     """The run in two processes that nobody disturbed."""
-    launched(folder, "torchrun", 2, *a_training("noisy", "whole"))
+    launched(folder, "torchrun", 2, *a_training("noisy", "whole"), *LOG)
     return folder / "whole"
+
+
+def after_some_epochs(out: Path, *processes: Program | subprocess.Popen[str]) -> None:
+    """Wait until three of them are saved."""
+    deadline = time.monotonic() + 120
+    while not (out / state.FILE).exists() or len(record_of(out)["history"]) < 3:
+        assert all(one.poll() is None for one in processes), processes[0].communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def left(out: Path) -> str:
+    """The status of a training that was disturbed."""
+    record = record_of(out)
+    assert 3 <= len(record["history"]) < EPOCHS
+    return record["status"]
 
 
 def disturbed(folder: Path, net: str, out: str, number: signal.Signals) -> str:
     """Signal the launcher after some epochs; SIGKILL, all processes. Returns what they said."""
     with subprocess.Popen(
-        command("torchrun", 2, *a_training(net, out)),
+        command("torchrun", 2, *a_training(net, out), *LOG),
         cwd=folder,
         env=environment(folder),
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 120
-        while (
-            not (folder / out / state.FILE).exists() or len(record_of(folder / out)["history"]) < 3
-        ):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        after_some_epochs(folder / out, process)
         parent = psutil.Process(process.pid)
         every = parent.children(recursive=True) if number == signal.SIGKILL else []
         for one in [parent, *every]:
             one.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    record = record_of(folder / out)
-    assert record["status"] == ("running" if number == signal.SIGKILL else "interrupted")
-    assert 3 <= len(record["history"]) < EPOCHS
+    assert left(folder / out) == ("running" if number == signal.SIGKILL else "interrupted")
     return said
 
 
@@ -214,8 +224,7 @@ def test_all_are_stopped_and_go_on(number, folder, whole):
         "--resume",
         "--out",
         out,
-        "--log-with",
-        "tensorboard",
+        *LOG,
     )
     assert "steps, going on after " in said
     ours, theirs = comparable(folder / out), comparable(whole)
@@ -232,7 +241,12 @@ def test_all_are_stopped_and_go_on(number, folder, whole):
 
 def test_two_begin_and_one_goes_on(folder, monkeypatch):
     """Batches are the same: so is the result, but for rounding. The record says it."""
-    disturbed(folder, "plain", "two-one", signal.SIGKILL)
+    two = ranks.start(["-m", *a_training("plain", "two-one")], 2, folder)
+    after_some_epochs(folder / "two-one", *two)
+    for program in two:
+        program.kill()
+        program.communicate()
+    assert left(folder / "two-one") == "running"
     monkeypatch.syspath_prepend(str(folder))
     record = record_of(folder / "two-one")
     done = state.read(folder / "two-one" / state.FILE).progress.done

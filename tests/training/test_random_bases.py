@@ -16,6 +16,7 @@ from subspan import SubspanError
 from subspan.optim.journal import Journal
 from subspan.report import pictures, read
 from subspan.training.train import prepare, train
+from tests import ranks
 from tests.runs import NET, STEPS, a_run, record_of, train_up_to
 
 RBD = ["train", "--net", NET, "--method", "rbd", "--dim", "20", "--out", "run"]
@@ -201,9 +202,11 @@ def torchrun(folder, *words, restarts=0, **env):
 
 
 @pytest.mark.parametrize("workers", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
-def test_torchrun(tmp_path, workers):
-    said = torchrun(tmp_path, *RBD, "--workers", workers, "--epochs", "2", "--journal", "true")
-    assert said.returncode == 0, said.stderr
+def test_two_processes(tmp_path, workers):
+    words = [*RBD, "--workers", workers, "--epochs", "2", "--journal", "true"]
+    for program in ranks.start(["-m", "subspan.cli", *words], 2, tmp_path):
+        assert program.communicate()[1] == ""
+        assert program.poll() == 0
     record = record_of(tmp_path / "run")
     assert (record["status"], record["processes"]) == ("complete", 2)
     steps = json.loads((tmp_path / "run" / "record.json").read_text())["history"]
