@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -20,6 +18,7 @@ from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
 from subspan.training.export import export
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
+from tests.forks import python_code
 from tests.runs import STEPS, a_run, record_of
 from tests.training.data.makers import image_folder
 
@@ -62,22 +61,17 @@ def test_a_checkpoint_gives_what_its_record_says(trained):
 
 
 FRESH = """
-import sys, torch
+import torch
 from subspan.cli import main
 torch.set_num_threads(torch.get_num_threads() + 1)
 for command in ("eval", "inspect"):
-    assert main([command, sys.argv[1]]) == 0
+    assert main([command, {file!r}]) == 0
 """
 
 
-def test_in_a_fresh_process_with_other_threads(trained):
+def test_in_a_fresh_process_with_other_threads(trained, tmp_path):
     """The same accuracy; and what is no terminal gets plain lines."""
-    said = subprocess.run(
-        [sys.executable, "-c", FRESH, trained / "model.safetensors"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    said = python_code(FRESH.format(file=str(trained / "model.safetensors")), tmp_path)
     assert f"test_accuracy: {record_of(trained)['test_score']}\n" in said.stdout
     assert "kind: subspace\n" in said.stdout
     assert "  net: mlp-8\n" in said.stdout

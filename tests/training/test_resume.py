@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,10 +20,12 @@ from subspan.errors import Stopped
 from subspan.training import locks, loop, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
+from tests.forks import python
 from tests.runs import STEPS, a_run, contents, copied, record_of, train_up_to
 from tests.training.data.makers import image_folder
 from tests.training.killed import RUN as KILLED
 
+ROOT = Path(__file__).parents[2]
 TIMES = ("seconds_total", "seconds_per_step", "peak_memory_bytes")
 
 
@@ -131,13 +132,8 @@ def test_stopped_twice_and_gone_on(name, tmp_path):
 )
 def test_killed(how, seed, kills, tmp_path):
     """SIGKILL at random moments; and while a file is being written."""
-    said = subprocess.run(
-        [sys.executable, "-m", "tests.training.killed", str(tmp_path), how, str(seed), str(kills)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    words = ["-m", "tests.training.killed", str(tmp_path), how, str(seed), str(kills)]
+    said = python(words, ROOT, {"OMP_NUM_THREADS": "1"}, tmp_path)
     assert said.returncode == 0, said.stderr
     assert int(said.stdout) == kills
     runs = [path for path in tmp_path.iterdir() if path.name.startswith("run")]
