@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +38,16 @@ def no_network(monkeypatch):
         raise AssertionError("a test asked for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def a_second_later(monkeypatch):
+    """TensorBoard's files are in the order of their names, and these have no more than seconds."""
+    from tensorboard.summary.writer import event_file_writer
+
+    seconds = itertools.count(int(time.time()))
+    clock = SimpleNamespace(time=lambda: next(seconds))
+    monkeypatch.setattr(event_file_writer, "time", clock)
 
 
 def told_tensorboard(out: Path) -> dict[str, list[tuple[int, float]]]:
@@ -73,11 +85,6 @@ def expected(out: Path) -> dict[str, list[tuple[int, float]]]:
             if name != "epoch":
                 found.setdefault(name, []).append((row["epoch"], value))
     return found | {name: [(len(record["history"]), record[name])] for name in SCORE}
-
-
-def a_second() -> None:
-    """TensorBoard's files are in the order of their names, and these have no more than seconds."""
-    time.sleep(1.01)
 
 
 def has_all(out: Path, *names: str) -> None:
@@ -135,7 +142,6 @@ def stopped(out: Path, after: int, log: list[str]) -> None:
 
     with pytest.raises(Stopped):
         train(RUN, out, on_step=step, log=log)
-    a_second()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,6 @@ def test_killed_after_an_epoch_was_told(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="power failure"):
         train(RUN, out, log=["tensorboard"])
     assert [step for step, _ in told_tensorboard(out)["val_loss"]] == [1, 2]
-    a_second()
     train(RUN, out, log=["tensorboard"])
     has_all(out, "tensorboard")
 
@@ -189,7 +194,6 @@ def test_another_run_in_the_same_folder_has_a_log_of_its_own(tmp_path):
 
     out = tmp_path / "overwritten"
     train(a_run(dim=5, epochs=4), out, log=["tensorboard", "trackio"])
-    a_second()
     train(a_run(dim=6, epochs=2), out, overwrite=True, log=["tensorboard", "trackio"])
     has_all(out, "tensorboard")
     names = {run.name for run in trackio.Api().runs("subspan")}
@@ -236,7 +240,6 @@ def test_a_tracker_that_does_not_start(cli, in_tmp_path, monkeypatch):
     assert (said.code, "cannot log to tensorboard, trackio: not logged in" in said.err) == (2, True)
     assert record_of(Path("run"))["status"] == "failed"
     assert "leave it out of --log" in said.err
-    a_second()  # since the one that started has begun a file
     said = cli("train", "--resume", "--out", "run", "--log", "tensorboard")
     assert said.code == 0
     has_all(Path("run"), "tensorboard")
