@@ -16,6 +16,12 @@ def counting(start: int) -> Iterator[tuple[int, str | None]]:
     raise SubspanError("no more numbers")
 
 
+def noisy() -> int:
+    """Return a number, and say something else."""
+    print("what libraries say is no value")
+    return 3
+
+
 def failing() -> None:
     """Fail as something else than the library's own errors does."""
     raise KeyError("nobody")

@@ -134,10 +134,12 @@ def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """All parts; memory in this process, since half a minute goes by until seven others begin."""
+    """All parts, in one round; memory in this process: seven others begin in half a minute."""
     out, told = tmp_path_factory.mktemp("bench") / "out", []
     settings = Bench(methods=("hash", "rademacher"), **QUICK)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ROUNDS", (1, 1))
+        patch.setattr(timing, "COPIED", 2**20)
         for room in (memory, lowrank):
             patch.setattr(room, "run_in_process", lambda f, *arguments, memory_of: f(*arguments))
         record = bench(settings, out, done=told.append)
@@ -261,13 +263,8 @@ def test_a_measurement_that_fails_is_an_error():
         run_in_process(far.failing, memory_of="nobody")
 
 
-def noisy():
-    print("what libraries say is no value")
-    return 3
-
-
 def test_a_function_of_another_process_may_print():
-    assert run_in_process(noisy, memory_of="nobody") == 3
+    assert run_in_process(far.noisy, memory_of="nobody") == 3
 
 
 # ---- refusals ------------------------------------------------------------------------------------
