@@ -17,6 +17,7 @@ import subspan.experiments as module
 from subspan.errors import SubspanError
 from subspan.experiments import Experiment, Published, experiments, reproduce
 from subspan.report import bars, read
+from subspan.subspace import init
 from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.running import Running
 from subspan.sweeps.smaller import smaller
@@ -216,6 +217,12 @@ def no_decompositions(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", svd)
 
 
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Let weights be those that PyTorch draws: the library's own generator takes its time."""
+    monkeypatch.setattr(init, "initialize", lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("name", "budget"),
     [
@@ -223,7 +230,7 @@ def no_decompositions(monkeypatch):
         for case in product(sorted({*SWEEPS} - {*TEXTS}), ("quick", "full"))
     ],
 )
-@pytest.mark.usefixtures("no_decompositions")
+@pytest.mark.usefixtures("no_decompositions", "no_drawing")
 def test_each_can_be_run(name, budget, few_images, monkeypatch):
     """On images of the right size; and it has a point at every published d, with an exception."""
     monkeypatch.setenv("SUBSPAN_DATA", str(few_images))
