@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +22,15 @@ from subspan.cli import main
 from tests.forks import Program
 
 NET = '''
-import errno, os, signal, time, warnings
+import errno, os, signal, time
 from pathlib import Path
 from torch import nn
 
 here = Path(__file__).parent
-if (here / "fork-workers").exists():  # joblib's, which would import everything anew
-    from joblib.externals.loky.backend.context import set_start_method
+if (here / "fork-workers").exists():
+    from tests.processes import fork_workers
 
-    warnings.filterwarnings("ignore", "`fork` start method")  # and its threads, of which is none
-    set_start_method("fork", force=True)
+    fork_workers()
 
 
 class Net(nn.Sequential):
@@ -89,6 +89,14 @@ def start(folder: Path, *words: object) -> Program:
         Path(tempfile.mkdtemp(dir=folder)),
         start_new_session=True,
     )
+
+
+def fork_workers() -> None:
+    """Let joblib's workers be forks, which import nothing anew, in a process without threads."""
+    from joblib.externals.loky.backend.context import set_start_method
+
+    warnings.filterwarnings("ignore", "`fork` start method")
+    set_start_method("fork", force=True)
 
 
 def here(folder: Path, *words: object) -> int:

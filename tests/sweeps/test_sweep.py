@@ -16,6 +16,7 @@ from subspan.sweeps.result import SweepRecord
 from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training.schema import to_json
+from tests.forks import python_code
 from tests.runs import NET, WEIGHTS, a_run, a_sweep, contents, copied, record_of, sweep_of
 
 
@@ -154,8 +155,20 @@ def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
     assert [row.dim for row in result.rows] == [10, 20, 40]
 
 
+TWO = """
+from subspan.sweeps.running import Running
+from subspan.sweeps.sweep import sweep
+from tests.processes import fork_workers
+from tests.runs import a_sweep
+
+fork_workers()
+sweep(a_sweep(seeds=2), "sweep", Running(jobs=2))
+"""
+
+
 def test_two_processes_give_the_same(swept, tmp_path):
-    parallel = sweep(a_sweep(seeds=2), tmp_path / "sweep", Running(jobs=2))
+    python_code(TWO, tmp_path, OMP_NUM_THREADS="1")
+    parallel = SweepRecord.read(tmp_path / "sweep")
     for ours, theirs in zip(parallel.rows, swept[1].rows, strict=True):
         assert ours.test_score == theirs.test_score
         assert ours.val_score == theirs.val_score
