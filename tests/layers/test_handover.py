@@ -226,6 +226,14 @@ def a_closure(made):
     made.mine = {"head": lambda x: layer(x)}
 
 
+def a_default_value(made):
+    made.mine = lambda x, layer=made[2]: layer(x)
+
+
+def a_default_value_by_name(made):
+    made[1].register_forward_hook(lambda module, args, out, *, layer=made[2]: out + layer.bias[0])
+
+
 def an_object(made):
     made.mine = SimpleNamespace(head=made[2])
 
@@ -250,6 +258,8 @@ def compiled(made):
         a_bound_method,
         a_function_with_arguments,
         a_closure,
+        a_default_value,
+        a_default_value_by_name,
         an_object,
         a_hook_elsewhere,
         unregistered,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import CellType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,10 +39,22 @@ def _inside(value: Any) -> Iterable[Any]:
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, type):
         return ()
-    cells = getattr(value, "__closure__", None) or ()
     own = getattr(value, "__dict__", None)
-    inside = [cell.cell_contents for cell in cells if is_full(cell)]
+    inside = [*contents_of(value), *defaults_of(value)]
     return [*inside, *own.values()] if isinstance(own, dict) else inside
+
+
+def contents_of(value: Any) -> list[Any]:
+    """Return what the variables of a function's closure hold."""
+    cells = getattr(value, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if is_full(cell)]
+
+
+def defaults_of(value: Any) -> list[Any]:
+    """Return the default values of a function's arguments, as they stand and then by name."""
+    if not isinstance(value, FunctionType):
+        return []
+    return [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
 
 
 def is_full(cell: CellType) -> bool:
