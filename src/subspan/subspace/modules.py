@@ -41,7 +41,7 @@ from subspan.subspace.links import (
     trained_keys,
 )
 from subspan.subspace.module_states import ModuleStates
-from subspan.subspace.rebinding import rebind_forward
+from subspan.subspace.rebinding import rebinding
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
 from subspan.subspace.variant import refuse_in_use
@@ -88,7 +88,8 @@ class WrappedModule(ModuleStates):
                 memo[id(leaf)] = leaf.detach().clone()
         copy_itself = getattr(super(), "__deepcopy__", None)
         if copy_itself is not None:
-            twin = copy_itself(memo)
+            with rebinding(memo):
+                twin = copy_itself(memo)
             if type(twin) is not type(self) or LINK not in vars(twin):
                 raise SubspanError(
                     f"{type(self).__name__} has a __deepcopy__ of its own, whose copies are not in "
@@ -96,8 +97,8 @@ class WrappedModule(ModuleStates):
                 )
             return twin
         twin = memo[id(self)] = self._subspan_rebuild(*self._subspan_class)
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        rebind_forward(twin, memo)
+        with rebinding(memo):
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     # ---- parameters --------------------------------------------------------------------------

@@ -1,26 +1,54 @@
-"""A ``forward`` that a trainer has put into a module, for a copy of the module.
+"""Functions that modules hold, as attributes or hooks, for copies of the modules.
 
-TRL and others replace ``forward`` by a function that calls the one before. It holds on to that as
-a bound method, which a copy of the function would still call on the original, with its weights.
+TRL and others replace ``forward`` by a function that calls the one before; a hook may call another
+layer. They hold on to it as a bound method, in a closure or as a default value, and Python copies
+no functions: those of a copy would still call the original, with its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from subspan.subspace.held import is_full
+from subspan.subspace.held import DEPTH, contents_of, defaults_of, is_full
+
+_UNDER_WAY: Any = "subspan"  # in the memo of a copy
 
 
-def rebind_forward(twin: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Let the ``forward`` that was put into a copied module run on copies, which ``memo`` has."""
-    forward = vars(twin).get("forward")
-    if forward is not None:
-        vars(twin)["forward"] = _rebound(forward, memo, {})
+@contextmanager
+def rebinding(memo: MutableMapping[int, Any]) -> Iterator[None]:
+    """Let functions of the modules that are copied inside run on copies, which ``memo`` has then.
+
+    Copies inside of others are left to the outermost: only then are all of them there.
+    """
+    if _UNDER_WAY in memo:
+        yield
+        return
+    memo[_UNDER_WAY] = True
+    try:
+        yield
+    finally:
+        del memo[_UNDER_WAY]
+    done: dict[int, Any] = {}
+    for twin in [twin for twin in memo.values() if isinstance(twin, nn.Module)]:
+        _rebind_in(vars(twin), memo, done, 0)
+
+
+def _rebind_in(
+    held: dict[Any, Any] | list[Any], memo: Mapping[int, Any], done: dict[int, Any], depth: int
+) -> None:
+    """Rebind what a copied dictionary or list holds, in place: handles of hooks know theirs."""
+    for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        if isinstance(value, dict | list):
+            if depth < DEPTH:
+                _rebind_in(value, memo, done, depth + 1)
+        elif (new := _rebound(value, memo, done)) is not value:
+            held[key] = new
 
 
 def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
@@ -32,35 +60,44 @@ def _rebound(value: Any, memo: Mapping[int, Any], done: dict[int, Any]) -> Any:
         return memo.get(id(value), value)
     if id(value) in done:
         return done[id(value)]
-    done[id(value)] = value  # to whom it refers itself
     if isinstance(value, MethodType):
         function, owner = (_rebound(v, memo, done) for v in (value.__func__, value.__self__))
         same = function is value.__func__ and owner is value.__self__
         return value if same else MethodType(function, owner)
     if not callable(value) or isinstance(value, type) or not hasattr(value, "__dict__"):
         return value
+    done[id(value)] = value  # to whom it refers itself
     inside = {name: _rebound(item, memo, done) for name, item in vars(value).items()}
-    cells = [c.cell_contents for c in getattr(value, "__closure__", None) or () if is_full(c)]
+    old = [*contents_of(value), *defaults_of(value)]
     if isinstance(value, partial):
-        cells = [value.func, *value.args, *value.keywords.values()]
-    held = [_rebound(item, memo, done) for item in cells]
-    old = [*vars(value).values(), *cells]
-    if all(one is other for one, other in zip(old, [*inside.values(), *held], strict=True)):
+        old = [value.func, *value.args, *value.keywords.values()]
+    held = [_rebound(item, memo, done) for item in old]
+    before, now = [*vars(value).values(), *old], [*inside.values(), *held]
+    if all(one is other for one, other in zip(before, now, strict=True)):
         return value
     if isinstance(value, FunctionType):
-        contents = iter(held)
-        closure = [CellType(next(contents)) if is_full(c) else c for c in value.__closure__ or ()]
-        twin: Any = FunctionType(
-            value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(closure)
-        )
-        twin.__kwdefaults__ = value.__kwdefaults__
+        twin: Any = _function(value, iter(held))
     elif isinstance(value, partial):
         function, *given = held
         own = len(value.args)
         named = dict(zip(value.keywords, given[own:], strict=True))
         twin = partial(function, *given[:own], **named)
-    else:
+    elif type(value).__new__ is object.__new__:
         twin = object.__new__(type(value))
+    else:
+        return value
     vars(twin).update(inside)
     done[id(value)] = twin
+    return twin
+
+
+def _function(like: FunctionType, held: Iterator[Any]) -> FunctionType:
+    """Make a function that holds other things, first in its closure and then as defaults."""
+    closure = [CellType(next(held)) if is_full(c) else c for c in like.__closure__ or ()]
+    defaults = None if like.__defaults__ is None else tuple(next(held) for _ in like.__defaults__)
+    twin = FunctionType(like.__code__, like.__globals__, like.__name__, defaults, tuple(closure))
+    twin.__kwdefaults__ = {name: next(held) for name in like.__kwdefaults__ or {}} or None
+    for cell in closure:
+        if is_full(cell) and cell.cell_contents is like:  # it calls itself
+            cell.cell_contents = twin
     return twin

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import inspect
 import pickle
 import threading
@@ -353,6 +354,47 @@ def test_copies_and_pickles_of_the_network_itself(name):
         handle = SubspaceModel.of(twin)
         assert torch.equal(handle.merge()(x), twin(x))
         assert list(handle.unwrap().state_dict()) == list(build(name).state_dict())
+
+
+class Functions(nn.Module):
+    """A network whose functions and hooks use its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act = nn.Linear(8, 8), nn.ReLU()
+        fc = self.fc
+        self.ways = {"closure": [lambda x: self.fc(x)], "default": lambda x, layer=fc: layer(x)}
+        self.named = lambda x, *, layer=fc: layer(x)
+        self.part = functools.partial(lambda x, run: run(x), run=fc.forward)
+        self.act.register_forward_hook(lambda module, args, out: out + fc(args[0]))
+        self.kept = functools.lru_cache(lambda n: fc.weight[n])
+
+        def again(x, n=2):
+            return x if n == 0 else again(fc(x), n - 1)
+
+        self.again = again
+
+    def forward(self, x):
+        (closure,), default = self.ways.values()
+        return self.act(closure(x)) + default(x) + self.named(x) + self.part(x) + self.again(x)
+
+
+def test_functions_and_hooks_of_a_copy_use_its_own_layers():
+    torch.manual_seed(0)
+    model, x = scatter(SubspaceModel(Functions(), 12)), torch.randn(3, 8)
+    want = model(x).detach()
+    around = nn.Sequential(model.body, nn.ReLU())
+    twins = [copy.deepcopy(model), model.merge(), copy.deepcopy(model.body)]
+    twins += [copy.deepcopy(around)[0], copy.deepcopy([model.body.act, model.body])[1]]
+    base = copy.deepcopy(model).unwrap()(x)
+    scatter(model, 2)
+    for twin in twins:
+        torch.testing.assert_close(twin(x), want)
+        twin(x).sum().backward()
+    assert all(w.grad is None for w in model.coordinates.values())
+    assert not torch.allclose(model(x), want)
+    torch.testing.assert_close(model(x), model.merge()(x))
+    torch.testing.assert_close(model.unwrap()(x), base)
 
 
 def test_a_weight_that_cannot_be_computed_is_no_theta0(monkeypatch):
