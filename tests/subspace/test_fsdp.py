@@ -567,7 +567,7 @@ def refused(rank, world):
     found["changed base"] = sentence(subspan.save, changed, f"changed{rank}")
     before = mlp()
     with torch.no_grad():
-        before.body[0]._parameters["weight"][0, 0] = 7
+        before.body[0]._parameters["weight"].add_(7)
     shard(before, "both")
     found["changed before"] = sentence(subspan.save, before, f"changed{rank}")
     return found

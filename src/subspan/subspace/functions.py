@@ -20,10 +20,17 @@ _IN_PLACE = (
 _MOVING = "to cpu cuda type type_as float half double bfloat16 contiguous pin_memory _to_copy"
 _COPYING = "detach clone new __deepcopy__ view_as expand_as reshape_as"
 _HARMLESS = frozenset(f"{_MOVING} {_COPYING}".split())
-_BOUNDING = "clamp clamp_min clamp_max clip minimum maximum renorm threshold hardtanh relu"
-_MASKING = "masked_fill masked_scatter index_fill where"
-_ROUNDING = "round floor ceil trunc fix sign sgn abs absolute pow"
-_EACH = frozenset(f"{_BOUNDING} {_MASKING} {_ROUNDING}".split())
+_BOUNDING = (
+    "clamp clamp_min clamp_max clip minimum maximum renorm threshold hardtanh relu normalize"
+)
+_SHRINKING = "softshrink hardshrink pow square sqrt exp log tanh sigmoid softmax"
+_MASKING = "masked_fill masked_scatter where dropout tril triu fill_diagonal"
+_AT_INDICES = "index_fill index_copy index_add index_put put scatter scatter_add scatter_reduce"
+_ROUNDING = (
+    "round floor ceil trunc fix sign sgn abs absolute "
+    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"
+)
+_EACH = frozenset(f"{_BOUNDING} {_SHRINKING} {_MASKING} {_AT_INDICES} {_ROUNDING}".split())
 
 
 def property_of(function: Any) -> str:
@@ -77,11 +84,15 @@ def changes_each_entry(function: Any, args: Any) -> bool:
     """
     name = getattr(function, "__name__", "").removeprefix("_foreach_")
     if name == "__setitem__":
-        return any(isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1]))
+        return not all(_selects_all(index) for index in tree_leaves([args[1]]))
     name = name.removeprefix("__i").strip("_")
     if name in ("mul", "multiply", "div", "divide", "truediv"):
         return any(isinstance(t, Tensor) and t.dim() > 0 for t in tree_leaves(args[1:]))
     return name in _EACH
+
+
+def _selects_all(index: Any) -> bool:
+    return index is None or index is ... or (isinstance(index, slice) and index == slice(None))
 
 
 def is_harmless(name: str) -> bool:

@@ -54,23 +54,27 @@ def _check_change(function: Any, args: Sequence[Any]) -> None:
     """Refuse changes in place by which a weight would not become what is meant.
 
     Entries of θ₀ must not be changed each in a way of its own, in place or by writing over them
-    what a function has made of them, and another network's parameter must not be given what is θ₀
-    only, as a target network's that follows this one.
+    what a function has made of them, nor some of them alone. Another network's parameter must not
+    be given what is θ₀ only, as a target network's that follows this one.
     """
     if not functions.writes_first(function):
         return
     name = getattr(function, "__name__", "")
     each = name if functions.changes_each_entry(function, args) else ""
     each = each or next((t.made_by for t in tree_leaves(args[1:]) if isinstance(t, Data)), "")
-    if each:
-        for written in tree_leaves(args[:1]):
-            if isinstance(written, Theta0 | Data) and not getattr(written, "made_by", ""):
-                raise SubspanError(
-                    f"{written.home[1]} among parameters() is θ₀, and {each} of it is not that of "
-                    "the weight θ₀ + P w: bound, mask or round weights by a parametrization that "
-                    "is registered before the network is wrapped, or where the forward pass reads "
-                    "them"
-                )
+    for written in tree_leaves(args[:1]):
+        if not isinstance(written, Theta0 | Data) or written.made_by:
+            continue
+        weights, tensor = written.home
+        base = weights.find(tensor)
+        part = base is not None and written.numel() < base.numel()
+        if each or part:
+            raise SubspanError(
+                f"{tensor} among parameters() is θ₀, and {each or name}{' of a part' * part} of it "
+                "is not that of the weight θ₀ + P w: bound, mask or round weights by a "
+                "parametrization that is registered before the network is wrapped, or where the "
+                "forward pass reads them"
+            )
     lists = [each for each in args if isinstance(each, list | tuple)]  # of a foreach function
     for first, *others in zip(*lists, strict=False) if name.startswith("_foreach_") else [args]:
         if isinstance(first, nn.Parameter) and not isinstance(first, Base):
@@ -90,20 +94,36 @@ class Data(CopiedPlain):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         _check_change(func, args)
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         with ordinary_tensors():
-            return _note_maker(func(*args, **kwargs), func, args, kwargs)
+            out = func(*args, **kwargs)
+            if name in ("numpy", "__array__"):
+                functions.read_only(out, args[0])
+            if name != "__iter__":
+                return _note_maker(out, func, args, kwargs)
+            return iter(_note_maker(list(out), func, args, kwargs))
 
 
 def _note_maker(out: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Note of what was made of the data of θ₀ that each entry was changed in its own way."""
+    """Note of what was made of the data of θ₀ that each entry was changed in its own way.
+
+    A view of the data is as careful as they are.
+    """
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Data)]
     name = getattr(function, "__name__", "") if functions.changes_each_entry(function, args) else ""
     name = name or next((t.made_by for t in given if t.made_by), "")
-    if name and type(out) is Tensor and out.is_floating_point() and out.shape == given[0].shape:
-        out = out.as_subclass(Data)
-        out.home, out.made_by = given[0].home, name
-    return out
+
+    def note(tensor: Tensor) -> Tensor:
+        if type(tensor) is not Tensor or not tensor.is_floating_point():
+            return tensor
+        seen = [t for t in given if functions.share_memory(tensor, t)]
+        if not seen and not (name and tensor.shape == given[0].shape):
+            return tensor
+        noted = tensor.as_subclass(Data)
+        noted.home, noted.made_by = (seen or given)[0].home, seen[0].made_by if seen else name
+        return noted
+
+    return tree_map_only(Tensor, note, out)
 
 
 def _guard_data(data: Tensor, of: Theta0) -> Tensor:
@@ -122,6 +142,7 @@ class Theta0(Tensor):
     """
 
     home: Home
+    made_by = ""  # see Data
 
     @classmethod
     def __torch_function__(
@@ -146,6 +167,8 @@ class Theta0(Tensor):
             )
         with ordinary_tensors():
             out = func(*args, **kwargs)
+            if name in ("numpy", "__array__"):
+                functions.read_only(out, args[0])
             if name == "__get__" and property_of(func) not in _VIEWS:
                 return _guard_data(out, args[0]) if property_of(func) == "data" else out
             if name == "detach":

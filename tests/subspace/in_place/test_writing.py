@@ -273,6 +273,18 @@ def test_another_base_is_noticed_by_name(what, change, tmp_path):
         lambda p: setattr(p, "data", torch.where(p.data > 0, p.data, 0)),
         lambda p: p.data.copy_(p.data.sign() * 0.01),
         lambda p: p.copy_((p.detach() > 0).float() * p.detach()),
+        lambda p: p.data.copy_(nn.functional.normalize(p.data, dim=1)),
+        lambda p: p.data.tril_(),
+        # some of them alone: pruned by indices, rows that begin anew
+        lambda p: p.data.__setitem__(0, 0),
+        lambda p: p.__setitem__((slice(None), slice(3)), 0),
+        lambda p: p.data.view(-1).__setitem__(p.data.abs().view(-1).argsort()[:20], 0),
+        lambda p: p.data.view(-1).index_fill_(0, torch.arange(3), 0),
+        lambda p: p[0].zero_(),
+        lambda p: p.data.mT[1].mul_(2),
+        lambda p: [row.add_(1) for row in p.data],
+        lambda p: p.data.view(-1).split(10)[1].fill_(0),
+        lambda p: p.detach().T.clamp_(-0.01, 0.01),
     ],
 )
 def test_bounds_and_masks_of_the_base_are_refused(change):
@@ -327,9 +339,22 @@ def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
                 p *= torch.tensor(3.0)
                 torch._foreach_mul_([p], 1 / 3)
                 p.data.copy_(p.data * 2)
+                p.data[:] = p.data[...] / 2
+                p.data.view(-1).add_(0.1).sub_(0.1)
     torch.testing.assert_close(model(x), merged(x))
     data = model.body.get_parameter("head.weight").data
     assert type(pickle.loads(pickle.dumps(data))) is type(copy.deepcopy(data)) is torch.Tensor
+
+
+def test_an_array_of_the_base_is_read_only():
+    """What is written to it would be no change of the weight, as in place."""
+    model, _, _ = pair()
+    base = model.body.get_parameter("head.weight")
+    for array in (base.numpy(), base.data.numpy(), base.detach().numpy(), np.asarray(base.data)):
+        assert array.shape == (4, 16)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    base.data.clone().numpy()[0] = 0
 
 
 def test_a_loop_that_unfreezes_all_does_not_train_what_stays():
