@@ -28,7 +28,7 @@ from subspan.families.operator import transformed
 from subspan.subspace import forming
 from subspan.subspace.at_base import is_at_base
 from subspan.subspace.blocks import Block
-from subspan.subspace.functions import address_of, ordinary_tensors
+from subspan.subspace.functions import address_of, ordinary_tensors, uncounted
 from subspan.subspace.held import held_by
 from subspan.subspace.quantised import QuantisedTensor, dense
 
@@ -82,7 +82,8 @@ def _sum(theta: Tensor) -> Tensor | None:
     """
     if type(theta) is not Tensor or theta.is_meta or torch._C._is_tracing():
         return None
-    return theta.detach().sum(dtype=torch.promote_types(theta.dtype, torch.float32))
+    with uncounted():
+        return theta.detach().sum(dtype=torch.promote_types(theta.dtype, torch.float32))
 
 
 class Lent:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 ordinary_tensors = torch._C.DisableTorchFunctionSubclass  # a context: no __torch_function__ runs
@@ -31,6 +33,17 @@ _ROUNDING = (
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"
 )
 _EACH = frozenset(f"{_BOUNDING} {_SHRINKING} {_MASKING} {_AT_INDICES} {_ROUNDING}".split())
+
+
+def uncounted() -> AbstractContextManager[Any]:
+    """Return a context whose operators are none of the network's to a selective checkpoint.
+
+    It counts them when a part runs, and again when it runs once more; what is kept during a call is
+    made by whoever reads it first, and only then.
+    """
+    modes = [] if torch.compiler.is_compiling() else _get_current_dispatch_mode_stack()
+    counts = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    return _disable_current_modes() if counts else nullcontext()
 
 
 def property_of(function: Any) -> str:

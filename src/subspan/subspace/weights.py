@@ -28,7 +28,7 @@ from subspan.subspace.computed import guard_theta
 from subspan.subspace.descriptors import refuse_stage
 from subspan.subspace.dtensors import home_of, is_shard
 from subspan.subspace.formed import Formula, Outermost, version_of
-from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.functions import ordinary_tensors, uncounted
 from subspan.subspace.links import FINGERPRINT, PREFIX, is_exporting
 from subspan.subspace.network import Network
 from subspan.subspace.quantised import QuantisedTensor
@@ -276,13 +276,14 @@ class Weights(Network):
     def _join(self, tensor: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
-        theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
-        return forming.with_dense_gradient(theta)
+        with uncounted():
+            theta = torch.cat([part.reshape(-1) for part in parts]).view(self.held(tensor).shape)
+            return forming.with_dense_gradient(theta)
 
     def _theta(self, group: Sequence[Block], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
         """Form θ of blocks with the same coordinates."""
         w = self.coordinate(group[0].coordinates)
-        with ordinary_tensors():
+        with ordinary_tensors(), uncounted():
             bases = [
                 quantised.dense(self._base(piece)) for block in group for piece in block.pieces
             ]
@@ -311,7 +312,7 @@ class Weights(Network):
         parts = []
         for block in self.blocks_of[tensor]:
             w = self.own_coordinate(block.coordinates)
-            with ordinary_tensors():
+            with ordinary_tensors(), uncounted():
                 parts.append((w, self.step, block, self._base(block.pieces[0])))
         dtype = dtype or self._autocast(tensor, parts[0][-1])
         state = (*(x for w, *_ in parts for x in _state(w)), dtype)

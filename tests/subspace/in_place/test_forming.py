@@ -1,6 +1,7 @@
 """θ of a large network: formed when it is read, dropped after use, formed again in the backward."""
 
 import copy
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 from torch import nn
 from torch.func import jvp, vmap
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from subspan import SubspaceModel, SubspanError
 from subspan.families import base
@@ -33,6 +38,8 @@ class Decoder(nn.Module):
         for block in self.blocks:
             if self.how is None:
                 x = x + block(x)
+            elif callable(self.how):
+                x = x + self.how(block, x, use_reentrant=False)
             else:
                 x = x + checkpoint(block, x, use_reentrant=self.how == "reentrant")
         return x @ self.words.weight.T
@@ -71,6 +78,26 @@ def test_checkpointing_changes_nothing(monkeypatch, kept, how, dtype, autocast):
     assert torch.equal(also, y)
     assert other.abs().sum() > 0
     assert_close_in(dtype, other, gradient)
+
+
+POLICIES = {
+    "products": [torch.ops.aten.addmm.default, torch.ops.aten.mm.default],
+    "everything": lambda *_, **__: CheckpointPolicy.MUST_SAVE,
+}
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+@pytest.mark.parametrize("saved", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compartments", ["global", "uniform:3"])
+def test_a_selective_checkpoint_changes_nothing(monkeypatch, kept, saved, dtype, compartments):
+    """It pairs the operators of both runs in order; those that form θ are not in both."""
+    contexts = partial(create_selective_checkpoint_contexts, POLICIES[saved])
+    options = {"dtype": dtype, "compartments": compartments}
+    y, gradient = trained(monkeypatch, kept, **options)
+    also, other = trained(monkeypatch, kept, partial(checkpoint, context_fn=contexts), **options)
+    assert torch.equal(also, y)
+    torch.testing.assert_close(other, gradient)
 
 
 def assert_close_in(dtype, gradient, expected):
