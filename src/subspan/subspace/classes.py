@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils.parametrize import ParametrizationList
 
 from subspan.errors import SubspanError
@@ -45,6 +46,17 @@ class Parametrized:
                 "merge() or unwrap()"
             )
         super().right_inverse(value)  # type: ignore[misc]
+
+
+class Traced:
+    """A module that torch.fx has made of a graph, whose code is in its class."""
+
+    def recompile(self) -> None:
+        """Refuse to make other code, which would be that of the made class."""
+        raise SubspanError(
+            "the graph of a network in a subspace cannot be compiled anew: change it before the "
+            "network is wrapped, or in the network of merge() or unwrap()"
+        )
 
 
 class Recurrent:
@@ -112,6 +124,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             Parametrized: issubclass(cls, ParametrizationList),
             Listed: issubclass(cls, nn.ParameterList),
             Recurrent: issubclass(cls, nn.RNNBase),
+            Traced: issubclass(cls, GraphModule),
             WrappedNetwork if root else WrappedModule: True,
             LookedUp: weight and looks_up(cls),
             Multiplied: weight and multiplies_itself(cls),

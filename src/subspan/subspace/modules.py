@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx import _symbolic_trace as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -86,8 +87,11 @@ class WrappedModule(ModuleStates):
             # A result that the module keeps, in a graph, or what PyTorch clones and does not copy.
             if leaf.grad_fn is not None or leaf.layout in _COMPRESSED:
                 memo[id(leaf)] = leaf.detach().clone()
-        copy_itself = getattr(super(), "__deepcopy__", None)
-        if copy_itself is not None:
+        kind: Any = self._subspan_class[0]
+        if isinstance(self, GraphModule):
+            own = {"forward": kind.forward, "__module__": kind.__module__}
+            kind = type(kind.__name__, kind.__bases__, own)  # each has a class, with its code
+        elif (copy_itself := getattr(super(), "__deepcopy__", None)) is not None:
             with rebinding(memo):
                 twin = copy_itself(memo)
             if type(twin) is not type(self) or LINK not in vars(twin):
@@ -96,7 +100,7 @@ class WrappedModule(ModuleStates):
                     "the subspace: copy the network of unwrap(), or copy state_dict()"
                 )
             return twin
-        twin = memo[id(self)] = self._subspan_rebuild(*self._subspan_class)
+        twin = memo[id(self)] = self._subspan_rebuild(kind, *self._subspan_class[1:])
         with rebinding(memo):
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin

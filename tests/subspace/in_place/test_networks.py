@@ -126,6 +126,35 @@ def test_networks_of_abstract_and_generic_classes(first):
     assert type(model.unwrap()[0]) is Net
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_networks_that_are_made_of_a_graph(part, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        net = torch.fx.symbolic_trace(NETS["cnn"]())
+        return nn.Sequential(net, nn.ReLU()) if part else net
+
+    model, x = scatter(SubspaceModel(net(), 10)).eval(), batch("cnn")
+    twin, merged, want = copy.deepcopy(model), model.merge(), model(x).detach()
+    scatter(model, 2)
+    for other in (twin, twin.merge(), merged, copy.deepcopy(merged)):
+        assert torch.equal(other(x), want)
+    assert not torch.equal(model(x), want)
+    assert torch.equal(model(x), model.merge()(x))
+    made = model.body[0] if part else model.body
+    with pytest.raises(SubspanError, match="the graph of a network in a subspace cannot be comp"):
+        made.recompile()
+    merged = model.merge()
+    graph = (merged[0] if part else merged).graph
+    graph.output_node().replace_input_with(graph.output_node().args[0], next(iter(graph.nodes)))
+    (merged[0] if part else merged).recompile()
+    assert torch.equal(merged(x), x.relu() if part else x)
+    want = model(x)  # whose code is its own
+    subspan.save(model, tmp_path / "m")
+    assert torch.equal(subspan.load(tmp_path / "m", net().eval())(x), want)
+    model.unwrap()
+    made.recompile()
+
+
 class Graph(nn.Module):
     """A network of a graph, whose edges are a buffer."""
 
