@@ -67,6 +67,8 @@ asked_by_checkpoint = _code(r"torch\.distributed\.checkpoint\.state_dict:")
 resolves_super = _code(r"torch\._dynamo\.variables\.misc:")  # a compiler, for ``super()``
 adds_to_optimizer = _code(r".*:add_param_group$")
 converts_batchnorm = _code(r".*:convert_sync_batchnorm$")  # looks for layers to convert
+may_set_class = _code(r"torch\.distributed\.|subspan\.")  # FSDP's, and ours for variants
+parametrizes = _code(r"torch\.nn\.utils\.parametrize:register_parametrization$")
 sorts_by_decay = _code(r".*:get_parameter_names$")  # transformers, by modules
 saved_by_trainer = _code(r"transformers\.trainer:_save$")
 # Transformers looks for quantised weights that it would not train, perhaps on a handle.

@@ -85,7 +85,7 @@ def _metaclass(kind: type[type]) -> type[type]:
     """Return the type of made classes, derived from that of the module's own class.
 
     A made class equals the module's own (``type(m) == nn.Linear``), and calling it, as slices of
-    containers and class methods do, makes an ordinary module.
+    containers and class methods do, makes an ordinary module. What is set on it is set on that.
     """
 
     class Made(kind):  # type: ignore[valid-type,misc]
@@ -100,6 +100,12 @@ def _metaclass(kind: type[type]) -> type[type]:
             if asked_by_fsdp(sys._getframe(1)):  # which keeps a class for each class
                 return type.__hash__(self)
             return hash(self._subspan_class[0])
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name.startswith(("__", "_abc_")):  # Python's own
+                super().__setattr__(name, value)
+            else:
+                setattr(self._subspan_class[0], name, value)
 
         def __delattr__(self, name: str) -> None:
             if name not in vars(self) and hasattr(self, name):

@@ -218,8 +218,10 @@ class WrappedModule(ModuleStates):
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a computed weight cannot be tied to another one."""
+        """Set an attribute; a computed weight cannot be tied to another one, nor the class set."""
         link = find_link(self)
+        if name == "__class__" and link and not callers.may_set_class(sys._getframe(1)):
+            raise self._refuse_class()
         stored = link is not None and name in self._parameters
         if stored and not torch.compiler.is_compiling() and callers.asked_by_fsdp(sys._getframe(1)):
             Shards.put(self, name, value)
@@ -242,6 +244,8 @@ class WrappedModule(ModuleStates):
 
     def __delattr__(self, name: str) -> None:
         link = find_link(self)
+        if link is not None and callers.parametrizes(sys._getframe(1)):
+            raise self._refuse_class()
         if link is not None and name in link.tensors and name in self._parameters:
             raise SubspanError(
                 f"{link.tensors[name]} is computed from coordinates and cannot be deleted or "
@@ -254,6 +258,13 @@ class WrappedModule(ModuleStates):
                 "pruning or a norm away from the network of merge() or unwrap()"
             )
         super().__delattr__(name)
+
+    def _refuse_class(self) -> SubspanError:
+        return SubspanError(
+            f"this {type(self).__name__} is in a subspace and has a class that was made for it; "
+            "another one, as of a parametrization, would be lost with the next copy: set it before "
+            "the network is wrapped, or in the network of merge() or unwrap()"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; what that makes of θ₀ is θ₀ from now on."""

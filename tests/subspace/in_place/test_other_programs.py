@@ -151,6 +151,34 @@ def test_lists_of_classes_have_none_of_ours():
     assert known == ["Mine", "Mine"]
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_the_class_of_a_module_is_set_before(part):
+    """What had been put into it was not in a copy, and not in the merged network."""
+    model, _, x = pair(exclude=".*bias")
+    layer = model.body.head if part else model.body
+    twice = {"forward": lambda self, x: type(self).__mro__[1].forward(self, 2 * x)}
+    for kind in (type("Twice", (type(layer),), twice), type(layer)._subspan_class[0]):
+        said = same_function(model, x, lambda kind=kind: setattr(layer, "__class__", kind))
+        assert "has a class that was made for it" in said
+    if part:
+        register = parametrize.register_parametrization
+        same_function(model, x, lambda: register(layer, "bias", nn.Tanh()))
+    model.unwrap().__class__ = type("Twice", (Net,), {})
+
+
+def test_what_is_set_on_the_type_of_a_module_is_set_on_its_class():
+    class Layer(nn.Linear):
+        pass
+
+    model = scatter(SubspaceModel(nn.Sequential(Layer(4, 4)), 6)).eval()
+    type(model.body[0]).forward = lambda self, x: nn.Linear.forward(self, x).square()
+    x = torch.randn(3, 4)
+    for twin in (model.merge(), copy.deepcopy(model)):
+        torch.testing.assert_close(twin(x), model(x))
+    assert (model(x) >= 0).all()
+    assert (Layer(4, 4)(x) >= 0).all()
+
+
 # ---- conversions and tracers ---------------------------------------------------------------------
 
 
