@@ -93,7 +93,7 @@ class Data(CopiedPlain):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        _check_change(func, args)
+        _check_change(func, args or (*(kwargs or {}).values(),))
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         with ordinary_tensors():
             out = func(*args, **kwargs)
@@ -159,7 +159,7 @@ class Theta0(Tensor):
         flag = name in ("requires_grad_", "__set__") and functions.sets_flag(func)
         if flag and isinstance(args[0], Base):
             return take_wish(args[0].home, name, args, kwargs)
-        _check_change(func, args)
+        _check_change(func, args or (*kwargs.values(),))  # functions of nn.init name them all
         if name == "__set__" and property_of(func) in ("grad", "_grad") and args[1] is not None:
             raise SubspanError(
                 f"{args[0].home[1]} among parameters() is θ₀, which a step would move by this "

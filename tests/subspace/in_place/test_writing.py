@@ -237,6 +237,8 @@ def changes():
     yield "in place", lambda net: net.get_parameter("head.weight").data.zero_()
     yield "no_grad", lambda net: torch.no_grad()(lambda: net.head._parameters["weight"].add_(1))()
     yield "init", lambda net: nn.init.zeros_(dict(net.named_parameters())["head.weight"])
+    yield "init by name", lambda net: nn.init.normal_(net.get_parameter("head.weight"))
+    yield "init of data", lambda net: nn.init.uniform_(net.get_parameter("head.weight").data)
     yield "half and back", lambda net: dict(net.named_parameters())["head.weight"].data.mul_(1.001)
 
 
@@ -281,6 +283,7 @@ def test_another_base_is_noticed_by_name(what, change, tmp_path):
         lambda p: p.data.view(-1).__setitem__(p.data.abs().view(-1).argsort()[:20], 0),
         lambda p: p.data.view(-1).index_fill_(0, torch.arange(3), 0),
         lambda p: p[0].zero_(),
+        lambda p: nn.init.normal_(p.data[0]),
         lambda p: p.data.mT[1].mul_(2),
         lambda p: [row.add_(1) for row in p.data],
         lambda p: p.data.view(-1).split(10)[1].fill_(0),
