@@ -21,7 +21,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import callers
 from subspan.subspace.blocks import parameter_key
 from subspan.subspace.links import FINGERPRINT, PREFIX
-from subspan.subspace.rebinding import rebinding
+from subspan.subspace.rebinding import copying
 from subspan.subspace.weights import Weights
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {
@@ -186,10 +186,10 @@ class Handle(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, self._signature_of, self.__getstate__()
 
+    @copying
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = memo[id(self)] = _rebuild(*self._signature_of)
-        with rebinding(memo):
-            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
 

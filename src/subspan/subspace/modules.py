@@ -42,7 +42,7 @@ from subspan.subspace.links import (
     trained_keys,
 )
 from subspan.subspace.module_states import ModuleStates
-from subspan.subspace.rebinding import rebinding
+from subspan.subspace.rebinding import copying
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
 from subspan.subspace.variant import refuse_in_use
@@ -79,6 +79,7 @@ class WrappedModule(ModuleStates):
             for refuse in (refuse_whole, refuse_in_use):
                 refuse(link.weights, "copied or pickled")
 
+    @copying
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._check_copied()
         for leaf in tree_leaves(vars(self)):
@@ -92,8 +93,7 @@ class WrappedModule(ModuleStates):
             own = {"forward": kind.forward, "__module__": kind.__module__}
             kind = type(kind.__name__, kind.__bases__, own)  # each has a class, with its code
         elif (copy_itself := getattr(super(), "__deepcopy__", None)) is not None:
-            with rebinding(memo):
-                twin = copy_itself(memo)
+            twin = copy_itself(memo)
             if type(twin) is not type(self) or LINK not in vars(twin):
                 raise SubspanError(
                     f"{type(self).__name__} has a __deepcopy__ of its own, whose copies are not in "
@@ -101,8 +101,7 @@ class WrappedModule(ModuleStates):
                 )
             return twin
         twin = memo[id(self)] = self._subspan_rebuild(kind, *self._subspan_class[1:])
-        with rebinding(memo):
-            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     # ---- parameters --------------------------------------------------------------------------

@@ -7,9 +7,11 @@ no functions: those of a copy would still call the original, with its weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -37,6 +39,25 @@ def rebinding(memo: MutableMapping[int, Any]) -> Iterator[None]:
     done: dict[int, Any] = {}
     for twin in [twin for twin in memo.values() if isinstance(twin, nn.Module)]:
         _rebind_in(vars(twin), memo, done, 0)
+
+
+def copying(run: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[int, Any]], Any]:
+    """Make a ``__deepcopy__`` whose copies call copies, and which is its own module's alone.
+
+    A module around it that hands attributes on (``CheckpointWrapper``, say) hands this on, too, and
+    would be copied without itself.
+    """
+
+    @wraps(run)
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        frame = sys._getframe(1)
+        asked = frame.f_locals["x"] if frame.f_code is copy.deepcopy.__code__ else self
+        if asked is not self:
+            return copy._reconstruct(asked, memo, *asked.__reduce_ex__(4))  # type: ignore[attr-defined]
+        with rebinding(memo):
+            return run(self, memo)
+
+    return __deepcopy__
 
 
 def _rebind_in(

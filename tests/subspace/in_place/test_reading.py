@@ -397,6 +397,39 @@ def test_functions_and_hooks_of_a_copy_use_its_own_layers():
     torch.testing.assert_close(model.unwrap()(x), base)
 
 
+class Twice(nn.Module):
+    """A module around another one, whose attributes it hands on."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inside, name)
+
+    def forward(self, x):
+        return self.inside(x) * 2
+
+
+def test_a_copy_of_what_hands_attributes_on_is_one_of_it():
+    model, _, x = pair()
+    around = [Twice(model), Twice(model.body)]
+    model.body.head = Twice(model.body.head)
+    want = model(x).detach()
+    twins = [copy.deepcopy(net) for net in around]
+    merged, twin = model.merge(), copy.deepcopy(model)
+    scatter(model, 2)
+    for net in (merged, twin):
+        torch.testing.assert_close(net(x), want)
+        assert type(net.head) is Twice
+    for net in twins:
+        assert type(net) is Twice
+        torch.testing.assert_close(net(x), 2 * want)
+
+
 def test_a_weight_that_cannot_be_computed_is_no_theta0(monkeypatch):
     """Python asks Module.__getattr__, which has θ₀, where a descriptor raises AttributeError."""
     model, _, x = pair()
