@@ -14,9 +14,11 @@ from torch import nn
 from subspan import checkpoint
 from subspan.errors import SubspanError
 from subspan.families import projections
+from subspan.families.hash import Hash
+from subspan.families.registry import FAMILIES
 from subspan.training import methods as registry
 from subspan.training.evaluate import evaluate_checkpoint
-from subspan.training.methods import Method, method, methods
+from subspan.training.methods import Method, method, methods, subspace
 from subspan.training.methods.subspace import STORED
 from subspan.training.train import train
 from tests.runs import WEIGHTS, a_run, record_of
@@ -73,6 +75,20 @@ def test_there_is_one_for_every_family():
     }
     assert all(how.name == name and how.help for name, how in methods().items())
     assert not any("`" in how.help or ":meth:" in how.help for how in methods().values())
+
+
+def test_a_family_that_comes_later_is_a_method():
+    methods()
+
+    class Late(Hash, family="late"):
+        """Hash of another name."""
+
+    try:
+        assert method("late").help == "θ₀ + P w: Hash of another name."
+        assert "late" in methods()
+    finally:
+        for known in (FAMILIES, registry._registry, subspace._of_families):
+            del known[Late.family]
 
 
 def test_unknown_method():

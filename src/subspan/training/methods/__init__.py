@@ -249,11 +249,18 @@ class Method(ABC):
 
 def methods() -> dict[str, Method]:
     """Return all methods by name; those of the user's modules, and of a notebook so far, too."""
-    import_all(__name__)
+    _add_all()
     return dict(_registry)
 
 
 def method(name: str) -> Method:
     """Return the method of that name; refuse one that there is not, with the nearest names."""
-    import_all(__name__)
+    _add_all()
     return _registry.find(name)
+
+
+def _add_all() -> None:
+    import_all(__name__)
+    from subspan.training.methods.subspace import add_families
+
+    add_families()

@@ -165,8 +165,14 @@ def parse_dims(name: str, options: Mapping[str, Any]) -> int | list[int] | None:
     return dims if "+" in text else dims[0]
 
 
-for _family in projections().values():
-    if _family is not Hash:
-        Subspace(_family)
+def add_families() -> None:
+    """Make a method of every family that has none; those of a notebook come at any time."""
+    for name, family in projections().items():
+        if family is not Hash and name not in _of_families:
+            _of_families[name] = Subspace(family)
+
+
+_of_families: dict[str, Subspace] = {}
+add_families()
 for _name, _preset in STORED.items():
     Subspace(projections()["stored"], _name, **_preset)
