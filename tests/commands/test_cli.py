@@ -42,6 +42,13 @@ def test_help_imports_nothing_heavy(argv):
         assert max(map(len, said.stdout.splitlines())) <= 90
 
 
+def test_the_package_is_the_command():
+    words = [sys.executable, "-m", "subspan", "trian"]
+    said = subprocess.run(words, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith("subspan trian: error: unknown command 'trian': did you mean")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_help_ends_well_where_nobody_reads(unbuffered):
     """The pipe is closed as after ``| head -1``; help in a buffer is written at the end."""
