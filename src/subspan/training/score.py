@@ -37,9 +37,12 @@ class Score:
         try:
             value = float(given)
         except (TypeError, ValueError, RuntimeError):
-            value = math.nan
+            raise SubspanError(f"the task's score must be a number, got {given!r}") from None
         if not math.isfinite(value):
-            raise SubspanError(f"the task's score must be a finite number, got {given!r}")
+            raise SubspanError(
+                f"the task's score must be a finite number, got {value}: where a training has "
+                "spoiled its weights, lower the learning rate (--lr)"
+            )
         if self.percent and self.higher_is_better and not 0 <= value <= 1:
             raise SubspanError(
                 f"the task's score, {self.name}, must be a fraction in [0, 1] where people read "
