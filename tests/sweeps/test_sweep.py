@@ -250,7 +250,7 @@ MEASURED = {
         ("val_score", ..., "is missing"),
         ("val_score", "0.5", "must be a number, got '0.5'"),
         ("test_score", None, "must be a number, got None"),
-        ("weights", True, "must be a whole number, got True"),
+        ("weights", True, "must be an integer, got True"),
     )
 }
 

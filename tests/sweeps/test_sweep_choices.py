@@ -273,9 +273,9 @@ def test_jobs(jobs, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"jobs": "2"}, "jobs must be a whole number, got '2'"),
-        ({"jobs": 2.5}, "jobs must be a whole number, got 2.5"),
-        ({"jobs": None}, "jobs must be a whole number, got None"),
+        ({"jobs": "2"}, "jobs must be an integer, got '2'"),
+        ({"jobs": 2.5}, "jobs must be an integer, got 2.5"),
+        ({"jobs": None}, "jobs must be an integer, got None"),
         ({"overwrite": "no"}, "overwrite must be true or false, got 'no'"),
         ({"log": "tensorboard"}, r"log must be a tuple of texts, got .*: give \('tensorboard',\)"),
         ({"on_run": None}, "on_run must be a function, got None"),

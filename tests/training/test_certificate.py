@@ -399,7 +399,7 @@ def test_a_network_that_is_no_function_of_one_sample(layer, file, tmp_path, monk
         ({"delta": 1.0}, "delta must be a probability"),
         ({"delta": math.nan}, "delta must be a probability"),
         ({"choices": 0}, "choices must be at least 1"),
-        ({"choices": 1.5}, "^choices must be a whole number, got 1.5"),
+        ({"choices": 1.5}, "^choices must be an integer, got 1.5"),
         ({"delta": "0.05"}, "^delta must be a number, got '0.05'"),
         ({"base_is_prior": "no"}, "^base_is_prior must be true or false, got 'no'"),
     ],

@@ -73,10 +73,10 @@ SPOILT = {
     "a later format": (lambda r: r.update(format=3), "has format 3; .* reads up to 2: upgrade"),
     "a status": (lambda r: r.update(status="compleat"), r"record\.json .*its status is 'compleat'"),
     "no score": (lambda r: r.pop("test_score"), "line 1: test_score is missing"),
-    "a text": (lambda r: r.update(weights="610"), r"weights must be a whole number, got '610'"),
-    "half a number": (lambda r: r.update(weights=610.5), "weights must be a whole number"),
+    "a text": (lambda r: r.update(weights="610"), r"weights must be an integer, got '610'"),
+    "half a number": (lambda r: r.update(weights=610.5), "weights must be an integer"),
     "a truth value": (lambda r: r.update(val_score=True), "val_score must be a number, got True"),
-    "nothing": (lambda r: r.update(checkpoint_bytes=None), "checkpoint_bytes must be a whole nu"),
+    "nothing": (lambda r: r.update(checkpoint_bytes=None), "checkpoint_bytes must be an intege"),
     "per cent": (lambda r: r.update(test_score=93.1), "must be a fraction in"),
     "an epoch": (
         lambda r: r["history"][1].pop("val_loss"),
@@ -168,8 +168,8 @@ def test_committed_files_are_those_of_git() -> None:
 @pytest.mark.parametrize(
     ("says", "value", "message"),
     [
-        ("counts", {"trainable_parameters": "many"}, "trainable_parameters must be a whole number"),
-        ("diagnose", {"ranks": {"fc1": 0.5}}, r"ranks\.fc1 must be a whole number, got 0\.5"),
+        ("counts", {"trainable_parameters": "many"}, "trainable_parameters must be an integer"),
+        ("diagnose", {"ranks": {"fc1": 0.5}}, r"ranks\.fc1 must be an integer, got 0\.5"),
     ],
 )
 def test_what_a_method_says_is_checked(says, value, message, tmp_path, monkeypatch) -> None:

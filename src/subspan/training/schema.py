@@ -31,7 +31,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     dict: "a mapping",
     float: "a number",
-    int: "a whole number",
+    int: "an integer",
     list: "a list",
     str: "a text",
     tuple: "a list",
