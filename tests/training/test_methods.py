@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from subspan.families.hash import Hash
 from subspan.families.registry import FAMILIES
 from subspan.training import methods as registry
 from subspan.training.evaluate import evaluate_checkpoint
-from subspan.training.methods import Method, method, methods, subspace
+from subspan.training.methods import Method, Option, method, methods, subspace
 from subspan.training.methods.subspace import STORED
 from subspan.training.train import train
 from tests.runs import WEIGHTS, a_run, record_of
@@ -108,6 +109,29 @@ def test_options_are_the_methods_own(monkeypatch):
     own = {name: {option.name for option in how.options} for name, how in methods().items()}
     assert "s" in own["sparse"] - own["hash"]
     assert {"of", "layout", "qr"} <= own["stored"] - own["hash"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rbd", {"journal": "no"}, "journal must be true or false, got 'no'"),
+        ("hash", {"bits": "3"}, "bits must be a number, got '3'"),
+        ("hash", {"dim": 5, "train_fully": 2}, "train_fully must be a text or a list .* got 2"),
+        ("dlrt", {"tolerance": "0.1"}, "tolerance must be a number, got '0.1'"),
+        ("prodsum", {"p": "2", "plateau": 1.5}, "plateau must be an integer, got 1.5"),
+        ("hash", {"dim": None}, "dim must be an integer or a text, got None"),
+    ],
+)
+def test_options_have_the_types_that_the_method_declares(name, options, message):
+    with pytest.raises(SubspanError, match=f"^{message}"):
+        method(name).check(options)
+
+
+def test_options_of_a_choice(monkeypatch):
+    monkeypatch.setattr(method("full"), "options", (Option("how", Literal["a", "b"], ""),))
+    method("full").check({"how": "b"})
+    with pytest.raises(SubspanError, match=r"^how must be one of a, b, got 'c'"):
+        method("full").check({"how": "c"})
 
 
 def a_net() -> nn.Sequential:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from subspan.errors import SubspanError, unknown
-from subspan.training.schema import check_fields
+from subspan.training.schema import MisfitError, check_fields, from_json
 
 IMAGES = "images"  # the task where none is named; it is null in records
 Schedule = Literal["onecycle", "cosine", "constant"]
@@ -42,11 +42,19 @@ def check_options(
 ) -> None:
     """Refuse an option that a method or a task does not have, and say which others have it.
 
-    The kind is "method" or "task", and every one of it may be the one that has the option.
+    Of a mapping the values are looked at, too: one of another type is refused. The kind is "method"
+    or "task", and every one of it may be the one that has the option.
     """
-    known = [option.name for option in owner.options]
+    known = {option.name: option.type for option in owner.options}
+    if known.get(axis := str(getattr(owner, "axis", ""))) is int:
+        known[axis] = int | str  # a text of --dims, which the method reads
     for name in given:
         if name in known:
+            if isinstance(given, Mapping):
+                try:
+                    from_json(known[name], given[name], (name,))
+                except MisfitError as error:
+                    raise SubspanError(str(error)) from None
             continue
         others = sorted(each.name for each in every if name in (o.name for o in each.options))
         whose = f" (it is one of {', '.join(others)})" if others else ""

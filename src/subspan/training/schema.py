@@ -120,6 +120,10 @@ def _fit(kind: Any, value: Any, path: Path, *, lenient: bool = False) -> Any:
         origin, args = get_origin(one) or one, get_args(one)
         if origin is Any:
             return _any(value, path, lenient=lenient)
+        if origin is Literal:
+            if value in args:
+                return value
+            continue
         if origin in (list, tuple) and isinstance(value, (list, tuple)):
             return origin(fit(args[0], inner, (*path, i)) for i, inner in enumerate(value))
         if origin in (dict, Mapping) and isinstance(value, Mapping):
@@ -164,9 +168,12 @@ def _is(kind: type, value: Any) -> bool:
 
 def _in_words(kind: Any, *, lenient: bool) -> str:
     origin = get_origin(kind) or kind
+    if origin is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
     if origin is tuple and lenient:
         return f"a tuple of {_in_words(get_args(kind)[0], lenient=True).partition(' ')[2]}s"
-    return _WORDS.get(origin) or (f"a {origin.__name__}" if lenient else "a mapping")
+    article = "an" if origin.__name__[0] in "AEIOU" else "a"
+    return _WORDS.get(origin) or (f"{article} {origin.__name__}" if lenient else "a mapping")
 
 
 def _dataclass(kind: Any, content: dict[str, Any], path: Path) -> Any:

@@ -27,7 +27,7 @@ from subspan.training.score import Score
 
 STAGES = Option(
     "stages",
-    list[int] | str,
+    list[int | str] | str,
     "in place of --dim: begin with the first number of coordinates, as 25,50,100, each a multiple "
     "of the one before, and go on from the same weights with the next one; each has as many epochs "
     "as the others, and a schedule of its own",
