@@ -301,6 +301,12 @@ def test_bad_settings_are_refused_before_anything_is_measured(settings, message)
         Bench(**QUICK | settings)
 
 
+def test_settings_are_given_as_their_dataclass(tmp_path):
+    with pytest.raises(SubspanError, match=r"^settings must be a Bench, got {'parts': "):
+        bench({"parts": ("steps",)}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(cli, in_tmp_path):
     said = cli("bench", "--device", "cuda")

@@ -453,6 +453,10 @@ def test_what_is_unknown(tmp_path):
         reproduce("li-mnist", tmp_path / "out")
     with pytest.raises(SubspanError, match="budget must be quick or full, got 'slow'"):
         reproduce("li-mnist-lenet", tmp_path / "out", budget="slow")
+    with pytest.raises(SubspanError, match=r"^running must be a Running, got {'jobs': 1}"):
+        reproduce("li-mnist-lenet", tmp_path / "out", {"jobs": 1})
+    with pytest.raises(SubspanError, match=r"^which must be an Experiment or a Benchmark, got 3"):
+        reproduce(3, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

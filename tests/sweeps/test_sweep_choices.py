@@ -11,6 +11,7 @@ import pytest
 import subspan.sweeps.worker as module
 from subspan import files
 from subspan.errors import SubspanError
+from subspan.sweeps.growth import GrowthPlan
 from subspan.sweeps.result import Failure, Published, SweepRecord
 from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep, total_runs
@@ -286,6 +287,16 @@ def test_how_runs_are_carried_out_is_checked_by_its_types(settings, message):
     with pytest.raises(SubspanError, match=message):
         Running(**settings)
     assert Running(jobs=2.0, log=[], say=print).jobs == 2
+
+
+def test_a_sweep_is_given_as_its_dataclasses(tmp_path):
+    with pytest.raises(SubspanError, match=r"^running must be a Running, got {'jobs': 1}"):
+        sweep(a_sweep(), tmp_path / "sweep", {"jobs": 1})
+    with pytest.raises(SubspanError, match=r"^config must be a Sweep, got {"):
+        sweep(a_sweep().as_dict(), tmp_path / "sweep")
+    with pytest.raises(SubspanError, match=r"^config must be a Growth, got Sweep"):
+        GrowthPlan(a_sweep())
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from subspan.sweeps.running import Running
 from subspan.sweeps.sweep import sweep
 from subspan.training import data
 from subspan.training.evaluate import evaluate, evaluate_checkpoint, rebuild
+from subspan.training.prepare import rehearse
 from subspan.training.records import RunRecord
 from subspan.training.schema import to_json
 from subspan.training.tasks import classification
@@ -184,6 +185,14 @@ def test_a_run_that_is_not_complete_is_repeated(spoil, trained, tmp_path):
     assert record.status == "complete"
     assert record.test_score == record_of(trained)["test_score"]
     assert set(os.listdir(out)) == {"record.json", "model.safetensors"}
+
+
+def test_a_run_is_given_as_its_dataclass(tmp_path):
+    run = a_run(dim=5).as_dict()
+    for use in (prepare, rehearse, lambda run: train(run, tmp_path / "run")):
+        with pytest.raises(SubspanError, match=r"^run must be a Run, got {"):
+            use(run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_configuration(trained, tmp_path):

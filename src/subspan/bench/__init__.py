@@ -17,7 +17,7 @@ from subspan.bench.settings import Bench as Bench
 from subspan.bench.timing import copy_bandwidth
 from subspan.errors import SubspanError
 from subspan.training import machine, records
-from subspan.training.schema import MisfitError, from_json
+from subspan.training.schema import MisfitError, fitting, from_json
 
 FILE = "bench.json"
 
@@ -45,7 +45,7 @@ def bench(
     Raises:
         SubspanError: for a folder of something else, or a measurement that fails.
     """
-    config, out = asdict(settings), Path(out)
+    config, out = asdict(fitting(Bench, settings, "settings")), Path(out)
     record = records.claim(out, FILE, config, overwrite=overwrite)
     if overwrite:
         record = None

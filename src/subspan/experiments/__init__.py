@@ -27,6 +27,7 @@ from subspan.report import bars, pictures
 from subspan.sweeps.result import Provenance
 from subspan.sweeps.running import Running
 from subspan.training import own
+from subspan.training.schema import fitting
 
 FOLDER = Path(__file__).parent / "published"
 ALL = "all"  # no experiment's name: it stands for all of them
@@ -111,7 +112,9 @@ def reproduce(
             for times.
     """
     chosen = experiment(which) if isinstance(which, str) else which
-    name, running, out = chosen.name, running or Running(), Path(out)
+    chosen = fitting(Experiment | Benchmark, chosen, "which")
+    running, out = fitting(Running, running or Running(), "running"), Path(out)
+    name = chosen.name
     if running.backend != "loky" and (isinstance(chosen, Benchmark) or chosen.timed):
         raise SubspanError(
             f"{name} measures times: on this machine alone, not with --backend {running.backend}"

@@ -34,7 +34,7 @@ from subspan.training.config import (
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, prepare, rehearse
 from subspan.training.records import CompleteRun, Epoch
-from subspan.training.schema import check_fields
+from subspan.training.schema import check_fields, fitting
 
 METHOD, BASELINE, FIRST = "hash", "full", 25
 
@@ -92,7 +92,7 @@ class GrowthPlan(RunPlan):
     """
 
     def __init__(self, config: Growth) -> None:
-        how = method(METHOD)
+        how, config = method(METHOD), fitting(Growth, config, "config")
         options = complete_options(config.options, how, config.training)
         if isinstance(options.get("compartments"), Mapping):
             raise SubspanError(

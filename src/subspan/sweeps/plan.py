@@ -24,6 +24,7 @@ from subspan.training.config import Training
 from subspan.training.machine import versions
 from subspan.training.prepare import rehearse
 from subspan.training.records import CompleteRun, plain
+from subspan.training.schema import fitting
 from subspan.training.score import ACCURACY, Score
 from subspan.training.stop import Stop
 
@@ -144,7 +145,7 @@ def carry_out(plan: RunPlan, out: str | os.PathLike[str], running: Running) -> S
 
     Runs are in ``out/runs``; ``sweep.json`` is brought up to date as they end, and returned.
     """
-    out = Path(out)
+    out, running = Path(out), fitting(Running, running, "running")
     first, overwrite, say = plan.result("running"), running.overwrite, running.say
     SweepRecord.claim(out, first.config, overwrite=overwrite)  # refuses before Ray is started
     folder = SweepFolder(out.absolute())

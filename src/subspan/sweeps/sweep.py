@@ -19,6 +19,7 @@ from subspan.sweeps.running import Running
 from subspan.training.config import Sweep
 from subspan.training.methods import method
 from subspan.training.prepare import complete_options, rehearse
+from subspan.training.schema import fitting
 
 
 class Grid(RunPlan):
@@ -107,7 +108,7 @@ def total_runs(config: Sweep) -> int:
 
 def _points(config: Sweep) -> list[Point]:
     """List the baseline, then every method at every value of its axis, then smaller networks."""
-    points = []
+    points, config = [], fitting(Sweep, config, "config")
     names = [config.baseline] if config.baseline else []
     for name in [*names, *(m for m in config.methods if m != config.baseline)]:
         how = method(name)

@@ -25,6 +25,7 @@ from subspan.training import data, nets, state, tasks
 from subspan.training.config import Run, Training
 from subspan.training.devices import on_cpu
 from subspan.training.methods import Method, method
+from subspan.training.schema import fitting
 from subspan.training.tasks import Task
 
 
@@ -108,7 +109,7 @@ def complete_options(options: Mapping[str, Any], how: Method, training: Training
 
 def prepare(run: Run) -> Prepared:
     """Load the task, build and wrap its network; refuse whatever cannot be run as asked."""
-    how = method(run.method)
+    how = method(fitting(Run, run, "run").method)
     how.check(run.options)
     training = run.training
     if training.device == "cuda" and not torch.cuda.is_available():
@@ -175,8 +176,8 @@ def _digest(net: nn.Module) -> str:
 @state.aside()
 def rehearse(run: Run, processes: int = 1) -> Prepared:
     """Prepare a run that is to begin later; refuse what would end it before its first step."""
-    check_batches(run.training, processes)
     ready = prepare(run)
+    check_batches(run.training, processes)
     with tempfile.TemporaryDirectory() as folder:
         ready.optimizer(ready.model, Path(folder), {})
     return ready

@@ -22,6 +22,7 @@ from subspan.training.loop import Loop, Report
 from subspan.training.prepare import prepare
 from subspan.training.records import CompleteRun, RunRecord
 from subspan.training.resume import find_state
+from subspan.training.schema import fitting
 from subspan.training.score import Score
 from subspan.training.stop import Stop
 
@@ -30,7 +31,7 @@ def completed(
     run: Run, out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> CompleteRun | None:
     """Return the record of a run that is complete in a folder, if it is, as :func:`train` does."""
-    out = Path(out)
+    out, run = Path(out), fitting(Run, run, "run")
     found = RunRecord.claim(out, run.as_dict(), overwrite=overwrite)
     model = RunFolder(out, writes=False).model
     if model.exists() and not (out / RunRecord.FILE).exists() and not overwrite:
