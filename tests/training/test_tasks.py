@@ -111,12 +111,17 @@ class Faulty(Line):
     def loss(self, net, batch):
         if self.wrong == "loss":
             return (net(batch[0]) - batch[1]).square().mean(dim=1)
+        if self.wrong == "complex":
+            return super().loss(net, batch) * 1j
         return super().loss(net, batch)
 
     def evaluate(self, net, part):
         if self.wrong == "train":
             net.train()
         return {"alone": 0.5, "texts": ("a", "b")}.get(self.wrong, super().evaluate(net, part))
+
+    def describe(self):
+        return {"tensor": {"mean": self.x}, "taken": {"seed": 3}}.get(self.wrong, {})
 
 def faulty(seed, data):
     return Faulty(seed, data)
@@ -272,6 +277,9 @@ def test_what_is_no_task(own, function, message):
         ("score", "task's score must be a Score, got None"),
         ("network", "task's network must be an nn.Module, got NoneType"),
         ("loss", r"tensor of one number with a gradient, got a tensor of shape \(2,\)"),
+        ("complex", r"a gradient, got a tensor of shape \(\), torch.complex64"),
+        ("tensor", "what the task's describe returns, for a file: mean must be a number, got tens"),
+        ("taken", "the task's describe returns seed, under which a file has what the run says"),
         ("alone", "evaluate must return its loss and its score, two numbers, got 0.5"),
         ("texts", r"evaluate must return its loss and its score, two numbers, got \('a', 'b'\)"),
         ("train", r"evaluate changed 0\.running_mean of the network, as if the validation part"),

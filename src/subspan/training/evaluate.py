@@ -63,7 +63,7 @@ def describe(task: Task, training: Training, seed: int) -> dict[str, Any]:
     known = {"net": training.net, "data": training.data, "seed": seed}
     passing = {o.name for o in tasks.kind(training.task).options if not o.lasting}
     read = {name: v for name, v in training.task_options.items() if name not in passing}
-    return known | read | own | task.describe()
+    return known | read | own | tasks.describe(task)
 
 
 @state.aside()

@@ -42,7 +42,7 @@ class Prepared:
     @functools.cached_property
     def digest(self) -> int:
         """A checksum of the samples of all parts, and of what the task says of itself."""
-        found = zlib.crc32(json.dumps(self.task.describe(), sort_keys=True).encode())
+        found = zlib.crc32(json.dumps(tasks.describe(self.task), sort_keys=True).encode())
         for tensor in self.task.samples():
             if tensor.layout is torch.strided:
                 found = zlib.crc32(bytes_of(tensor).numpy().data, found)

@@ -22,9 +22,12 @@ from subspan.registry import Registry
 from subspan.training import own, state
 from subspan.training.config import IMAGES, Option, Training, check_options
 from subspan.training.data.tensors import Tensors
+from subspan.training.schema import MisfitError, from_json
 from subspan.training.score import ACCURACY, Score
 
 Part = Literal["validation", "test"]
+# What a file says of the run, beside what the task describes.
+OF_RUN = {"net", "data", "task", "validation", "seed", "method", "options", "init_seed"}
 
 _registry: Registry[TaskKind] = Registry("task")
 
@@ -135,7 +138,8 @@ class Task(ABC):
                 loss = self.loss(net, self.batch(torch.arange(min(2, self.size()))))
         except Exception as error:  # of a user's own task it may be any
             raise SubspanError(f"the task's loss of two samples cannot be had: {error}") from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        real = isinstance(loss, Tensor) and loss.is_floating_point()
+        if not real or loss.numel() != 1 or not loss.requires_grad:
             raise SubspanError(
                 f"the task's loss must be a tensor of one number with a gradient, got {_what(loss)}"
             )
@@ -155,7 +159,8 @@ def in_eval(net: nn.Module) -> Iterator[None]:
 def _what(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"a tensor of shape {tuple(value.shape)}" + " without one" * (not value.requires_grad)
+    without = ", without one" * (not value.requires_grad)
+    return f"a tensor of shape {tuple(value.shape)}, {value.dtype}{without}"
 
 
 class TaskKind(ABC):
@@ -271,6 +276,20 @@ def again(extra: Mapping[str, Any], data: str | None = None, **options: Any) -> 
         task_options={name: value for name, value in chosen.items() if value is not None},
     )
     return load(training, extra["seed"])
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """Return what a task says of itself; refuse what no file could hold, or says of the run."""
+    try:
+        found = from_json(dict[str, Any], task.describe())
+    except MisfitError as error:
+        raise SubspanError(f"what the task's describe returns, for a file: {error}") from None
+    if taken := found.keys() & OF_RUN:
+        raise SubspanError(
+            f"the task's describe returns {', '.join(sorted(taken))}, under which a file has what "
+            "the run says: call it otherwise"
+        )
+    return found
 
 
 def draw(task: Task, seed: int) -> nn.Module:
