@@ -142,6 +142,21 @@ def test_seeds_on_other_samples_than_the_first_are_not_begun(swept, tmp_path, co
     assert counted == []
 
 
+def test_the_versions_are_those_of_the_runs(swept, tmp_path):
+    """Not of the process that wrote the record last; runs of two machines are told."""
+    out = copied(swept[0], tmp_path / "sweep")
+    first, *_ = runs = sorted((out / "runs").iterdir())
+    edited(first / "record.json", versions={"torch": "2.0"}, device="abacus")
+    found = sweep(a_sweep(seeds=2), out)
+    now = swept[1]
+    assert found.versions == now.versions | {"torch": f"2.0; {now.versions['torch']}"}
+    assert found.device == f"{now.device}; abacus"
+    for run in runs:
+        edited(run / "record.json", versions={"torch": "2.0"}, device="abacus")
+    found = sweep(a_sweep(seeds=2), out)
+    assert (found.versions, found.device) == ({"torch": "2.0"}, "abacus")
+
+
 def test_a_sweep_is_widened_with_overwrite(swept, tmp_path, counted):
     """A sweep replaces another configuration's files; runs that are the same are kept."""
     out = copied(swept[0], tmp_path / "sweep")

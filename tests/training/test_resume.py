@@ -17,7 +17,7 @@ from torch import nn
 
 from subspan import SubspanError
 from subspan.errors import Stopped
-from subspan.training import locks, loop, state
+from subspan.training import locks, loop, machine, state
 from subspan.training.tasks.classification import Classification
 from subspan.training.train import train
 from tests.forks import python
@@ -411,10 +411,26 @@ def test_what_a_state_holds(tmp_path):
     assert set(content) == {
         *("format", "config", "header", "tensors", "optimizer", "schedule", "scaler"),
         *("generators", "history", "log", "best_score", "best_epoch", "sent", "notes"),
-        *("processes", "size", "samples", "done", "within", "seconds_total"),
+        *("processes", "device", "versions", "size", "samples", "done", "within"),
+        "seconds_total",
     }
     assert set(content["within"]) == {"total", "seen", "seconds", "lr"}
     assert content["history"] == record_of(out)["history"]
+
+
+def test_another_machine_is_noted(tmp_path, monkeypatch):
+    """And every change of it, also after a part that was stopped."""
+    run, out, real = a_run(dim=30, epochs=3), tmp_path / "run", machine.versions()
+    for version in ("2.0", "2.1"):
+        monkeypatch.setattr(machine, "versions", lambda v=version: real | {"torch": v})
+        train_up_to(STEPS + 1, run, out)
+    monkeypatch.setattr(machine, "device_name", lambda device: "an abacus")
+    record = train(run, out)
+    assert (record.versions["torch"], record.device) == ("2.1", "an abacus")
+    first, second = record.notes
+    assert first == f"torch: 2.0 up to step {STEPS}, then 2.1"
+    assert second.startswith("device: ")
+    assert second.endswith(f" up to step {2 * STEPS}, then an abacus")
 
 
 def test_generators():

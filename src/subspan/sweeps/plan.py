@@ -21,7 +21,6 @@ from subspan.sweeps.running import Running
 from subspan.sweeps.worker import Worker
 from subspan.training import own
 from subspan.training.config import Training
-from subspan.training.machine import versions
 from subspan.training.prepare import rehearse
 from subspan.training.records import CompleteRun, plain
 from subspan.training.schema import fitting
@@ -99,6 +98,8 @@ class RunPlan(ABC):
         d_int: dict[str, IntrinsicDimension],
     ) -> SweepRecord:
         """Put together what :meth:`result` returns: its arguments, and what all plans have."""
+        done = list(self.records())
+        names = {name: None for record in done for name in record.versions}
         return SweepRecord(
             status=status,
             config=plain(config),
@@ -107,8 +108,10 @@ class RunPlan(ABC):
             rows=rows,
             d_int=d_int,
             failed=[Failure(name, error) for name, error in sorted(self.failed.items())],
-            versions=versions(),
-            device=next((record.device for record in self.records()), ""),
+            versions={
+                name: _joined(record.versions.get(name) for record in done) for name in names
+            },
+            device=_joined(record.device for record in done),
         )
 
 
@@ -131,6 +134,11 @@ def dimension_of(
         score=score,
         paired=paired,
     )
+
+
+def _joined(values: Iterable[str | None]) -> str:
+    """Put what records of runs say, of one machine or of several, into one text."""
+    return "; ".join(sorted({value for value in values if value}))
 
 
 def _other_samples(what: str) -> SubspanError:

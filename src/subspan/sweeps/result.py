@@ -204,8 +204,9 @@ class SweepRecord(Record):
         rows: the other points, method by method; those at which no run succeeded are missing.
         d_int: intrinsic dimensions by method, where there is a curve and a baseline.
         failed: the runs that failed.
-        versions: of what the result may depend on.
-        device: of the first run, in words.
+        versions: of what the result may depend on, in all runs that are complete; where they
+            differ, one after the other.
+        device: of these runs, in words, likewise.
         experiment: the published one that this is, if it is one.
         published: curves to hold it against.
     """

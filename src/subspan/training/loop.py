@@ -76,6 +76,7 @@ class Loop:
         if before:
             alike = self.method.needs_processes(self.run.options)
             changed = resume.check_processes(before, out, processes, must_agree=alike)
+            changed += resume.find_changes(before, machine.device_name(device), machine.versions())
             notes = before.notes + changed
         self.steps, self.total, self.planned = ready.steps, ready.total, ready.planned
         self.epochs = self.planned.training.epochs
@@ -344,6 +345,8 @@ class Loop:
             log=self.log.state(),
             notes=self.record.notes,
             processes=self.accelerator.num_processes,
+            device=self.record.device,
+            versions=self.record.versions,
             size=self.task.size(),
             samples=self.digest,
             seconds_total=time.perf_counter() - self.started,

@@ -61,3 +61,15 @@ def check_processes(before: TrainState, folder: Path, now: int, *, must_agree: b
             f"their number, got {now}: go on in {before.processes}"
         )
     return [f"processes: {before.processes} up to step {before.progress.done:,}, then {now}"]
+
+
+def find_changes(before: TrainState, device: str, versions: Mapping[str, str]) -> list[str]:
+    """Return notes about the device and the versions that a training goes on with, if others."""
+    was = {"device": before.device, **before.versions}
+    now = {"device": device, **versions}
+    step = f"up to step {before.progress.done:,}"
+    return [
+        f"{name}: {was[name]} {step}, then {now[name]}"
+        for name in now
+        if was.get(name, now[name]) != now[name]
+    ]

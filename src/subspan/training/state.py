@@ -67,6 +67,8 @@ class TrainState:
     log: dict[str, Any]  # what trackers were told
     notes: list[str]  # of the record
     processes: int  # how many trained
+    device: str  # of the record
+    versions: dict[str, str]  # of the record
     size: int  # training samples
     samples: int  # a checksum of them, ``Prepared.digest``
     seconds_total: float  # of all parts of the training
