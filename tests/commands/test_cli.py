@@ -297,6 +297,16 @@ def test_what_is_printed_can_be_given_as_a_file(in_tmp_path, cli):
     assert "epochs: 8\n" in said.out
 
 
+def test_what_has_no_flag_is_read_from_a_file_too(in_tmp_path, cli):
+    """The experiments were listed, and none was run."""
+    (in_tmp_path / "run.yaml").write_text(cli("reproduce", "gone", "--print_config").out)
+    said = cli("reproduce", "--config", "run.yaml")
+    assert said.code == 2
+    assert "unknown experiment 'gone'" in said.err
+    printed = cli("reproduce", "--config", "run.yaml", "golf-mnist", "--print_config").out
+    assert printed.startswith("name: golf-mnist\n")
+
+
 def test_sweep(in_tmp_path, cli):
     (in_tmp_path / "sweep.yaml").write_text(
         "dims: [5, 6+20]\nmethods: [hash]\nlrs: 0.3\nbaseline_lrs: [0.01, 1e-3]\noverwrite: false\n"

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from subspan.bench import total as bench_total
 from subspan.commands import console
 from subspan.commands.bench import show_bench, show_progress
+from subspan.commands.method_options import options_in
 from subspan.commands.parsing import LISTED, Arguments, Parser, parse
 from subspan.commands.shared_options import add_running, read_running
 from subspan.commands.sweep import show_runs, show_sweep
@@ -33,6 +34,8 @@ def main(argv: Arguments) -> None:
     parser.add_argument(
         "name",
         nargs="?",
+        type=str | None,
+        default=options_in(argv).get("name"),  # of --config, which none would replace
         help="one of the experiments below; a YAML file of your own, FILE.yaml; all: those below "
         "one after the other, and one page of them all",
     )
