@@ -210,7 +210,7 @@ def test_data_and_modules_lie_beside_the_file(in_tmp_path, cli):
         ("epochs: 1", "weight_decay: true", "weight_decay must be a number, got True"),
         ("dims: 5", "dims: {a: 5}", "line 6: unknown method of dims 'a': known are hash"),
         ("dims: 5", "dims: five", "line 3: dim must be a positive integer"),
-        ("lrs: 0.3", "lrs: 0.3 0.4", "line 7: lrs must be a list, each a number or a mapping"),
+        ("lrs: 0.3", "lrs: 0.3 0.4", "line 7: lrs[0] must be a number, got '0.3 0.4'"),
         ("lrs: 0.3", "lrs: [0.3, -1]", "line 7: lrs must be a positive number, got -1.0"),
         ("dims: 5", "distribution: hash", "line 6: unknown key of a sweep 'distribution'"),
         ("dims: 5", "tolerance: 0.1", "line 6: unknown key of a sweep 'tolerance'"),
@@ -247,7 +247,7 @@ def test_data_and_modules_lie_beside_the_file(in_tmp_path, cli):
         (
             "END",
             "published: [{label: A, dims: 1, accuracy: 0.3, d_int: .inf}]",
-            "line 9: d_int must be a positive number, got inf",
+            "line 9: d_int must be a finite number, got inf",
         ),
         (
             "END",
@@ -286,7 +286,11 @@ def test_what_is_wrong_is_said_by_line_and_nothing_is_written(old, new, message,
         ("li-mnist-fc.yaml", TINY, "has the name of another experiment, 'li-mnist-fc': rename"),
         ("all.yaml", TINY, "has the name of another experiment, 'all': rename"),
         ("b.yaml", "bench: {width: 0}\ntitle: a\nsource: b\n", "b.yaml, line 1: "),
-        ("b.yaml", "bench: {ranks: a}\ntitle: a\nsource: b\n", "line 1: ranks must be a list"),
+        (
+            "b.yaml",
+            "bench: {ranks: a}\ntitle: a\nsource: b\n",
+            "line 1: ranks[0] must be an integer",
+        ),
     ],
 )
 def test_files_that_are_none(name, text, message, in_tmp_path, cli):

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,10 +22,9 @@ from subspan.training.options_file import (
     read_text,
     refuse_repeated_keys,
 )
-from subspan.training.schema import to_json
+from subspan.training.schema import MisfitError, alternatives, from_json
 
 T = TypeVar("T")
-_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 class Located(dict[str, Any]):
@@ -84,12 +83,11 @@ class Located(dict[str, Any]):
                 raise self.error(unknown(kind, key, known), key)
 
     def fit(self, key: str, kind: Any) -> Any:
-        """Return the value at a key as a type of Python's, or an annotation."""
+        """Return the value at a key as an annotation has it; where that is a tuple, a list."""
         try:
-            return _fit(self[key], kind)
-        except (TypeError, yaml.YAMLError):
-            words = _in_words(kind)
-            raise self.error(f"{key} must be {words}, got {self[key]!r}", key) from None
+            return from_json(kind, _formed(self[key], kind), (key,))
+        except (MisfitError, yaml.YAMLError) as error:
+            raise self.error(error, key) from None
 
     def make(self, cls: type[T], kind: str, **more: Any) -> T:
         """Make a dataclass of the items and of ``more``, fields that no key gives.
@@ -155,44 +153,19 @@ def _value(node: yaml.Node, file: str, scalars: yaml.constructor.SafeConstructor
     return found
 
 
-def _fit(value: Any, kind: Any) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return to_json(value)
-    if origin in (Union, UnionType):
-        for one in args:
-            with suppress(TypeError):
-                return _fit(value, one)
-    elif origin is Literal:
-        if value in args:
-            return value
-    elif origin is tuple:  # one value, a list, or texts between commas
-        if isinstance(value, str):
-            value = [yaml.load(f"- {item.strip()}", Loader)[0] for item in value.split(",")]
-        items = value if isinstance(value, list) else [value]
-        numbers = (int, float) if args[0] is str else ()  # dims are numbers, and texts as 600+250
-        return tuple(str(i) if type(i) in numbers else _fit(i, args[0]) for i in items)
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
+def _formed(value: Any, kind: Any) -> Any:
+    """Bring a value into the form of an annotation: a tuple may be one value, or "10,30"."""
+    for one in alternatives(kind):
+        origin, args = get_origin(one), get_args(one)
         if isinstance(value, Mapping):
-            return {key: _fit(inner, args[1]) for key, inner in value.items()}
-    elif origin is list:
-        if isinstance(value, list):
-            return [_fit(item, args[0]) for item in value]
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind:
-        return value
-    raise TypeError
-
-
-def _in_words(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_in_words, args)))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in (tuple, list):
-        return f"a list, each {_in_words(args[0])}"
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a mapping of names to values"
-    return "null" if kind is NoneType else _WORDS.get(kind, str(kind))
+            if origin in (dict, Mapping):
+                return {key: _formed(inner, args[1]) for key, inner in value.items()}
+        elif origin is tuple:
+            if isinstance(value, str):
+                value = [yaml.load(f"- {item.strip()}", Loader)[0] for item in value.split(",")]
+            items = value if isinstance(value, list) else [value]
+            numbers = (int, float) if args[0] is str else ()  # dims: numbers, or texts as 600+250
+            return [str(i) if type(i) in numbers else _formed(i, args[0]) for i in items]
+        elif one is float and type(value) is int:
+            return float(value)
+    return value
