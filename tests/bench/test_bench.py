@@ -283,6 +283,8 @@ def test_a_function_of_another_process_may_print():
         ({"nets": ("lenett",)}, "'lenett'.*lenet"),
         ({"nets": ("mlp-8",), "dim": 10**6}, "d=1000000 does not fit"),
         ({"dim": 0}, "dim must be positive, and finite, got 0"),
+        ({"nets": ("mlp", "mlp")}, "nets names one value twice: mlp, mlp"),
+        ({"batches": (4, 4)}, "batches names one value twice: 4, 4"),
         ({"seconds": -1.0}, "seconds must be positive"),
         ({"seconds": math.inf}, "seconds must be positive, and finite, got inf"),
         ({"device": "gpu"}, "'gpu'"),
@@ -644,6 +646,10 @@ def test_what_does_not_fit_beside_others_is_measured_alone_or_not_at_all(here, m
     full, frozen, _ = measure(10**6)
     assert full["skipped"] == "needs 0.0 of 0.0 GB"
     assert "step" in frozen
+    here.clear()
+    skipped = [row["skipped"] for row in measure(10**12)]
+    assert skipped == [f"needs {gb} of 0.0 GB" for gb in ("4,500.0", "1,000.0", "1,000.0")]
+    assert here == []  # none is begun whose weights have no place
 
 
 def test_memory_of_blocks_is_what_training_them_takes(no_peft):

@@ -53,7 +53,7 @@ BAD = {
     "train --dim 1:30": "dim must be written as a plain number, got 1:30",
     "train --epochs=1:30": "epochs must be written as a plain number, got 1:30",
     "bench --ranks 2.5": "ranks must be an integer, got 2.5",
-    "bench --parts steps,steps": "parts names one part twice: steps, steps",
+    "bench --parts steps,steps": "parts names one value twice: steps, steps",
     "train --dim null": "method 'hash' needs --dim",
     "train --dim 0": "dim must be a positive integer",
     "train --dim -3": "compartments, got -3",

@@ -175,11 +175,12 @@ def measure(
     available = psutil.virtual_memory().available
     possible = []
     for variant in VARIANTS:
-        needed = (HELD[variant] + 0.5) * weight_bytes
+        needed = (HELD[FULL] + 0.5 if variant == FULL else 1) * weight_bytes  # θ₀ at the least
+        room = (0.8 if variant == FULL else 1) * available
         if variant == LORA and importlib.util.find_spec("peft") is None:
             rows[variant]["skipped"] = "not installed: pip install 'subspan[peft]'"
-        elif variant == FULL and needed > 0.8 * available:
-            rows[variant]["skipped"] = f"needs {needed / 1e9:.1f} of {available / 1e9:.1f} GB"
+        elif needed > room:
+            rows[variant]["skipped"] = f"needs {needed / 1e9:,.1f} of {available / 1e9:,.1f} GB"
         else:
             possible.append(variant)
     together = (sum(HELD[variant] for variant in possible) + MORE) * weight_bytes

@@ -10,6 +10,7 @@ import torch
 from subspan.bench import candidates
 from subspan.bench.part import find_part
 from subspan.errors import SubspanError, unknown
+from subspan.training.config import check_different
 from subspan.training.schema import check_fields
 
 
@@ -59,9 +60,9 @@ class Bench:
         for name in ("parts", "sizes", "nets", "ranks", "batches"):
             if not getattr(self, name):
                 raise SubspanError(f"{name} is empty: give at least one, or leave it out")
-        named = [find_part(name) for name in dict.fromkeys(self.parts)]
-        if len(named) < len(self.parts):
-            raise SubspanError(f"parts names one part twice: {', '.join(self.parts)}")
+        for name in ("parts", "methods", "sizes", "nets", "ranks", "batches"):
+            check_different(name, [str(value) for value in getattr(self, name)])
+        named = [find_part(name) for name in self.parts]
         for rank in self.ranks:
             if not 1 <= rank <= self.width:
                 raise SubspanError(f"ranks must be in [1, {self.width}], the width, got {rank}")
