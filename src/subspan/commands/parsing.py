@@ -209,9 +209,10 @@ def parse(parser: Parser, argv: Arguments, *, defaults: bool = True) -> Namespac
         value = given.get(name)  # jsonargparse makes 90 of the text 1:30
         if type(value) in (int, float) and _number(text) != value:
             raise SubspanError(f"{name} must be written as a plain number, got {text}")
-    if (out := given.get("out")) == "":  # of a variable of the shell that is not set
-        raise SubspanError("out is empty: give a name for what is written")
-    if out is not None:  # shells leave the ~ of --out=~/runs, as a file does
+    for name, value in given.items():
+        if value == "":  # of a variable of the shell that is not set
+            raise SubspanError(f"{name} is empty: give a value, or leave it out")
+    if (out := given.get("out")) is not None:  # shells leave the ~ of --out=~/runs, as a file does
         given["out"] = os.path.expanduser(out)
     return given
 

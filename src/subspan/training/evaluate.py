@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     task = tasks.again(extra, name, **options).as_trained(extra, str(path))
     loss, score = evaluate(model, task, "test")
     return {
-        "data": name or extra["data"],
+        "data": extra["data"] if name is None else name,
         f"test_{task.score.name.replace(' ', '_')}": score,
         "test_loss": loss,
         **task.sizes(),

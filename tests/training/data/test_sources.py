@@ -5,7 +5,7 @@ import torch
 
 from subspan.errors import SubspanError
 from subspan.training import data
-from subspan.training.data import tables
+from subspan.training.data import sources, tables
 from tests.training.data.makers import image_folder, parquet_folder
 
 
@@ -154,6 +154,13 @@ def test_unknown_names(name, message, cache_folder):
     with pytest.raises(SubspanError, match=message):
         data.load(name)
     assert not cache_folder.exists()
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_set_of_images_that_is_asked_for_texts():
+    """Whose name is known, and has no nearest one."""
+    with pytest.raises(SubspanError, match=r"^no folder .digits. was found, and the Hugging Face"):
+        sources.find("digits", "digits", lambda *_: None)[1]()
 
 
 def test_a_name_that_no_hub_has():

@@ -186,5 +186,5 @@ def _not_on_hub(name: str, cause: str) -> SubspanError:
     remedy = f"give a local folder, or set SUBSPAN_DATA to a folder with {name}/ in it"
     if there := os.environ.get("SUBSPAN_DATA"):
         remedy += f", which {there} is not"
-    nearest = "" if name in HUB else f"{unknown('data set', name, names())}; "
+    nearest = "" if name in names() else f"{unknown('data set', name, names())}; "
     return SubspanError(f"{nearest}{message}: {remedy}")

@@ -271,7 +271,7 @@ def again(extra: Mapping[str, Any], data: str | None = None, **options: Any) -> 
     training = Training(
         task=extra.get("task"),
         net=extra["net"],
-        data=data or extra["data"],
+        data=extra["data"] if data is None else data,
         validation=extra.get("validation", Training.validation),
         task_options={name: value for name, value in chosen.items() if value is not None},
     )
