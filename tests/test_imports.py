@@ -36,6 +36,7 @@ LAYERS = [
     ("experiments",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE_NEEDS = {"numpy", "safetensors", "torch"}
