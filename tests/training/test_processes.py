@@ -251,8 +251,9 @@ def test_two_begin_and_one_goes_on(folder, monkeypatch):
     record = record_of(folder / "two-one")
     done = state.read(folder / "two-one" / state.FILE).progress.done
     run = Run.from_dict(record["config"])
-    notes = train(run, folder / "two-one").notes
-    assert notes == [f"processes: 2 up to step {done}, then 1"]
+    first, *others = train(run, folder / "two-one").notes
+    assert first == f"processes: 2 up to step {done}, then 1"
+    assert all(note.startswith("device: ") for note in others)  # with more threads, perhaps
     train(run, folder / "one")
     close(folder / "two-one", folder / "one")
     sys.modules.pop("paced_net")
