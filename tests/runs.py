@@ -21,7 +21,6 @@ from tests import forks
 
 forks.IMPORTED += [
     "matplotlib.figure",
-    "numba",
     "sklearn.datasets",
     "subspan.cli",
     "subspan.commands.train",

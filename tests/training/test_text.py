@@ -257,7 +257,7 @@ BAD = {
     "--block 8": "(it is one of lm)",
     "--net null": "task text needs --net",
     "--data null": "task text needs --data",
-    "--data ''": "task text needs --data",
+    "--data ''": "data is empty: give a value, or leave it out",
 }
 
 
