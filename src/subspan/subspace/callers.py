@@ -9,6 +9,7 @@ network comes to none of them.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -164,6 +165,11 @@ def saved_as_adapters(start: FrameType) -> bool:
             return adapters
         adapters |= frame.f_code.co_name == "get_peft_model_state_dict"
     return False
+
+
+def find_copied(frame: FrameType, asked: nn.Module) -> Any:
+    """Return what ``copy.deepcopy`` copies; if something else asks, the module that it asked."""
+    return frame.f_locals["x"] if frame.f_code is copy.deepcopy.__code__ else asked
 
 
 def find_checkpoint(start: FrameType) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from subspan.subspace import callers
 from subspan.subspace.held import DEPTH, contents_of, defaults_of, is_full
 
 _UNDER_WAY: Any = "subspan"  # in the memo of a copy
@@ -50,8 +51,7 @@ def copying(run: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[in
 
     @wraps(run)
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
-        frame = sys._getframe(1)
-        asked = frame.f_locals["x"] if frame.f_code is copy.deepcopy.__code__ else self
+        asked = callers.find_copied(sys._getframe(1), self)
         if asked is not self:
             return copy._reconstruct(asked, memo, *asked.__reduce_ex__(4))  # type: ignore[attr-defined]
         with rebinding(memo):
