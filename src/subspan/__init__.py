@@ -7,6 +7,10 @@ answers at once and ``import subspan`` costs next to nothing.
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,7 +50,65 @@ _HOME = {
 
 _PACKAGES = ("layers", "optim")
 
+# Where modules are that were in `lab`, or beside the packages, and what they were called before:
+# programs and records that name them go on.
+_ROOMS = {
+    "subspace": "changes compartments formed init quantised sharded states summary weights "
+    "calls:blocks guards:theta0 inplace:classes slots:parameters",
+    "training": "config data evaluate export locks loop methods nets options_file own records "
+    "replay score state tasks trackers train signals:stop",
+    "sweeps": "backends intrinsic smaller sweep claims:folder jobs:worker pool:runner",
+    "experiments": "everything",
+    "commands": "console doctor",
+}
+_MOVED = {
+    "subspan.lab": "subspan.training",
+    "subspan.layers.places": "subspan.layers.replace",
+    "subspan.lab.bench": "subspan.bench",
+    "subspan.lab.parts": "subspan.experiments.many",
+    "subspan.lab.report": "subspan.report",
+    "subspan.lab.report.exhibits": "subspan.experiments.exhibits",
+    "subspan.lab.report.gallery": "subspan.experiments.gallery",
+    "subspan.lab.reproduce": "subspan.experiments",
+    "subspan.optim.base": "subspan.optim.moments",
+    "subspan.optim.copies": "subspan.optim.optimizer",
+    "subspan.optim.parts": "subspan.optim.compartment",
+}
+for _room, _names in _ROOMS.items():
+    for _name in _names.split():
+        _old, _, _new = _name.partition(":")
+        _before = "subspan" if _room == "subspace" else "subspan.lab"
+        _MOVED[f"{_before}.{_old}"] = f"subspan.{_room}.{_new or _old}"
+        if _new:
+            _MOVED[f"subspan.{_room}.{_old}"] = f"subspan.{_room}.{_new}"
+
 __all__ = ["__version__", *_HOME, *_PACKAGES]
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a module under its old name: it is the same module."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if not name.startswith("subspan."):
+            return None
+        old, rest = name, ""
+        while old not in _MOVED and "." in old:
+            old, _, last = old.rpartition(".")
+            rest = f".{last}{rest}"
+        if old not in _MOVED or (old == "subspan.lab" and rest):
+            return None
+        return ModuleSpec(name, self, origin=_MOVED[old] + rest)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(str(spec.origin))
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own  # which the import system has just replaced
+
+
+sys.meta_path.insert(0, _Moved())  # before the files of a package that moved are found twice
 
 
 def __getattr__(name: str) -> Any:
