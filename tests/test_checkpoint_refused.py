@@ -300,6 +300,9 @@ def test_other_fixed_matrices_of_theta0_are_refused(bits, tmp_path):
     subspan.load(tmp_path / "m", drawn("rank1"))
     with pytest.raises(SubspanError, match=r"made by .*'rank1'.*and this one's by .*'gaussian'"):
         subspan.load(tmp_path / "m", drawn("gaussian"))
+    SubspaceModel(drawn("rank1"), 5).load_state_dict(model.state_dict())
+    with pytest.raises(SubspanError, match="compartments or the fixed matrices of layers"):
+        SubspaceModel(drawn("gaussian"), 5).load_state_dict(model.state_dict())
     header, tensors = checkpoint.read(tmp_path / "m")
     if bits is None:  # as of a former version
         write(tmp_path / "m", {k: v for k, v in header.items() if k != "recipes"}, tensors)

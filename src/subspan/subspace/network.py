@@ -325,7 +325,11 @@ class Network:
         theirs = bytes(int(digit) % 256 for digit in fingerprint.double().round().tolist()).hex()
         if base and theirs[:32] != self.fingerprint[:32]:
             return "the initial weights"
-        return "the projection or its compartments" if theirs[32:] != self.fingerprint[32:] else ""
+        if theirs[32:] == self.fingerprint[32:]:
+            return ""
+        if "fixed_matrices" in self.meaning:
+            return "the projection, its compartments or the fixed matrices of layers"
+        return "the projection or its compartments"
 
     def _check_ranks(self) -> None:
         if self.shards is not None:

@@ -66,7 +66,14 @@ def prepare(
     inside += [slot for slot in places if slot.tensor in adapters and slot.tensor not in packed]
     own = options | ({"padding": "keep"} if kept else {})
     scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
+    # Of the room above, for θ₀ + P w may be coefficients, which mean nothing without these.
+    fixed = {
+        name: module.fixed_matrices
+        for name, module in net.named_modules()
+        if hasattr(module, "fixed_matrices")
+    }
     meaning = own | ({"scaling": scalings.pop()} if scalings else {})
+    meaning |= {"fixed_matrices": fixed} if fixed else {}
     # Pairs keep their order as JSON: the first that matches counts.
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     as_json = {

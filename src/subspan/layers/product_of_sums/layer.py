@@ -138,8 +138,8 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
         }
 
     @property
-    def meaning(self) -> dict[str, Any]:
-        """The fixed matrices that coefficients belong to, as the metadata of a state has them."""
+    def fixed_matrices(self) -> dict[str, Any]:
+        """What makes the fixed matrices of these coefficients, as states and subspaces have it."""
         drawn = any(self._constants) or any(isinstance(s, Projected) for s in self.sums)
         # A state has given matrices, but not by how much the layer multiplies them.
         options = [
@@ -159,7 +159,7 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {})
-        metadata.setdefault(prefix[:-1], {})["meaning"] = self.meaning
+        metadata.setdefault(prefix[:-1], {})["meaning"] = self.fixed_matrices
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -172,7 +172,7 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
         given = any(prefix + name in state_dict for name in self._parameters)
         metadata = rest[0] if given and rest else {}  # only what state_dict() made has some
         for name, was in metadata.get("meaning", {}).items():
-            if was != (now := self.meaning.get(name)):
+            if was != (now := self.fixed_matrices.get(name)):
                 raise SubspanError(
                     f"this state_dict is of {prefix.removesuffix('.') or 'a layer'} with other "
                     f"fixed matrices ({name}: {was} there, {now} here), and its coefficients would "
