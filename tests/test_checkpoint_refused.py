@@ -298,15 +298,11 @@ def test_other_fixed_matrices_of_theta0_are_refused(bits, tmp_path):
         model.coordinates["global"].normal_()
     subspan.save(model, tmp_path / "m", bits=bits)
     subspan.load(tmp_path / "m", drawn("rank1"))
-    with pytest.raises(SubspanError, match=r"made by .*'rank1'.*and this one's by .*'gaussian'"):
+    with pytest.raises(SubspanError, match="around products of sums of other fixed matrices"):
         subspan.load(tmp_path / "m", drawn("gaussian"))
     SubspaceModel(drawn("rank1"), 5).load_state_dict(model.state_dict())
     with pytest.raises(SubspanError, match="compartments or the fixed matrices of layers"):
         SubspaceModel(drawn("gaussian"), 5).load_state_dict(model.state_dict())
-    header, tensors = checkpoint.read(tmp_path / "m")
-    if bits is None:  # as of a former version
-        write(tmp_path / "m", {k: v for k, v in header.items() if k != "recipes"}, tensors)
-        subspan.load(tmp_path / "m", drawn("rank1"))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +325,6 @@ def test_other_fixed_matrices_of_theta0_are_refused(bits, tmp_path):
         {"extra": []},
         {"base": "a"},
         {"kept": 3},
-        {"recipes": []},
         {"lora": []},
         {"quantised": 3},
         {"parameters": 3},

@@ -44,7 +44,6 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     "part": {"fingerprint": str},
 }
 OPTIONAL = {"base": dict, "kept": dict, "lora": dict, "parameters": str, "quantised": dict}
-OPTIONAL |= {"recipes": dict}
 Header = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names

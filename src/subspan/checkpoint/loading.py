@@ -13,7 +13,7 @@ from subspan.adapters.factors import rebuild_lora
 from subspan.checkpoint.base import find_base, say_base
 from subspan.checkpoint.file import COORDINATES, Header, Tensors, Types, agree, layers_of, read
 from subspan.checkpoint.part import base_of, check_part
-from subspan.checkpoint.saving import count_kinds, recipes_inside, rows_kept, stored_tensors
+from subspan.checkpoint.saving import count_kinds, rows_kept, stored_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.layers.protocol import Compressed, compressed_layers, layer_type
@@ -239,14 +239,6 @@ def check_base(path: object, model: SubspaceModel, header: Header) -> None:
             f"this network has {model.base_fingerprint}{named if theirs != ours else ''}): give "
             "the network that it was trained from"
         )
-    made = recipes_inside(model.body)
-    for name in sorted(made.keys() | header.get("recipes", made).keys()):
-        if made.get(name) != (theirs := header.get("recipes", made).get(name)):
-            raise SubspanError(
-                f"{path} was trained in a network whose layer {name} was made by {theirs}, and "
-                f"this one's by {made.get(name)}, which makes another weight of the same numbers: "
-                "make the network as it was"
-            )
     own = rows_kept(model.subspace.kept)
     for name in sorted(own.keys() | header.get("kept", own).keys()):
         if own.get(name) != header.get("kept", own).get(name):
@@ -262,6 +254,11 @@ def check_base(path: object, model: SubspaceModel, header: Header) -> None:
                 "chooses in this network, whose modules have other classes (in another version of "
                 "the library that made them, say) or whose frozen parameters are others: load it "
                 "with that version"
+            )
+        if "fixed_matrices" in model.subspace.meaning:
+            raise SubspanError(
+                f"{path} was trained around products of sums of other fixed matrices, or with "
+                "other parameters frozen: make the network as it was"
             )
         raise SubspanError(
             f"{path} was trained with other parameters frozen (requires_grad=False) than this "

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,7 +20,6 @@ from subspan.checkpoint.part import base_of, trained_tensors
 from subspan.counts import count
 from subspan.errors import SubspanError
 from subspan.files import refuse_what_is_no_file, write_atomically
-from subspan.layers.protocol import compressed_layers
 from subspan.subspace.dtensors import whole
 from subspan.subspace.model import SubspaceModel
 from subspan.subspace.parameters import find_aliases, find_quantised, find_slots, saved_buffers
@@ -101,8 +100,6 @@ def contents(
             header["lora"] = model.subspace.lora
         if kept := model.subspace.kept:
             header["kept"] = rows_kept(kept)
-        if recipes := recipes_inside(model.body):
-            header["recipes"] = recipes
         if packed := model.subspace.packed:
             header["quantised"] = count_kinds(packed.values())
         if saved_buffers(model.body):
@@ -170,13 +167,6 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 def rows_kept(kept: Mapping[str, range]) -> dict[str, list[int]]:
     """Return which entries of tensors stay at θ₀, as JSON."""
     return {name: [entries.start, entries.stop] for name, entries in kept.items()}
-
-
-def recipes_inside(net: nn.Module) -> dict[str, Any]:
-    """Return by what compressed layers are made, where sizes of tensors do not say it, as JSON."""
-    layers = compressed_layers(net).items()
-    recipes = {name: layer.recipe for name, layer in layers if not layer.resizes}
-    return cast(dict[str, Any], json.loads(json.dumps(recipes)))
 
 
 def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
