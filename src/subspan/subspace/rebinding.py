@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -20,42 +19,33 @@ from torch import nn
 from subspan.subspace import callers
 from subspan.subspace.held import DEPTH, contents_of, defaults_of, is_full
 
-_UNDER_WAY: Any = "subspan"  # in the memo of a copy
-
-
-@contextmanager
-def rebinding(memo: MutableMapping[int, Any]) -> Iterator[None]:
-    """Let functions of the modules that are copied inside run on copies, which ``memo`` has then.
-
-    Copies inside of others are left to the outermost: only then are all of them there.
-    """
-    if _UNDER_WAY in memo:
-        yield
-        return
-    memo[_UNDER_WAY] = True
-    try:
-        yield
-    finally:
-        del memo[_UNDER_WAY]
-    done: dict[int, Any] = {}
-    for twin in [twin for twin in memo.values() if isinstance(twin, nn.Module)]:
-        _rebind_in(vars(twin), memo, done, 0)
+_UNDER_WAY = "subspan"  # in the memo of a copy
 
 
 def copying(run: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[int, Any]], Any]:
     """Make a ``__deepcopy__`` whose copies call copies, and which is its own module's alone.
 
-    A module around it that hands attributes on (``CheckpointWrapper``, say) hands this on, too, and
-    would be copied without itself.
+    Functions are rebound by the outermost of copies inside of others: only then are all of them
+    there. A module around it that hands attributes on (``CheckpointWrapper``, say) hands this on,
+    too, and would be copied without itself.
     """
 
     @wraps(run)
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+    def __deepcopy__(self: Any, memo: dict[Any, Any]) -> Any:  # noqa: N807
         asked = callers.find_copied(sys._getframe(1), self)
         if asked is not self:
             return copy._reconstruct(asked, memo, *asked.__reduce_ex__(4))  # type: ignore[attr-defined]
-        with rebinding(memo):
+        if _UNDER_WAY in memo:
             return run(self, memo)
+        memo[_UNDER_WAY] = True
+        try:
+            twin = run(self, memo)
+        finally:
+            del memo[_UNDER_WAY]
+        done: dict[int, Any] = {}
+        for module in [copied for copied in memo.values() if isinstance(copied, nn.Module)]:
+            _rebind_in(vars(module), memo, done, 0)
+        return twin
 
     return __deepcopy__
 

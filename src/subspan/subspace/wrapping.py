@@ -68,9 +68,9 @@ def prepare(
     scalings = {adapter.scaling for adapter in adapters.values()}  # one for all
     # Of the room above, for θ₀ + P w may be coefficients, which mean nothing without these.
     fixed = {
-        name: module.fixed_matrices
+        name: made
         for name, module in net.named_modules()
-        if hasattr(module, "fixed_matrices")
+        if (made := getattr(module, "fixed_matrices", None)) is not None
     }
     meaning = own | ({"scaling": scalings.pop()} if scalings else {})
     meaning |= {"fixed_matrices": fixed} if fixed else {}

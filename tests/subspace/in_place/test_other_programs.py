@@ -153,7 +153,7 @@ def test_lists_of_classes_have_none_of_ours():
 
 @pytest.mark.parametrize("part", [False, True])
 def test_the_class_of_a_module_is_set_before(part):
-    """What had been put into it was not in a copy, and not in the merged network."""
+    """A copy and the merged network would lack whatever is put into another class."""
     model, _, x = pair(exclude=".*bias")
     layer = model.body.head if part else model.body
     twice = {"forward": lambda self, x: type(self).__mro__[1].forward(self, 2 * x)}

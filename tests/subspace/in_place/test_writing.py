@@ -350,7 +350,7 @@ def test_what_does_the_same_to_base_and_coordinates_is_not_refused():
 
 
 def test_an_array_of_the_base_is_read_only():
-    """What is written to it would be no change of the weight, as in place."""
+    """Writing to it would not change the weight, as no change of θ₀ in place does."""
     model, _, _ = pair()
     base = model.body.get_parameter("head.weight")
     for array in (base.numpy(), base.data.numpy(), base.detach().numpy(), np.asarray(base.data)):

@@ -158,7 +158,7 @@ def test_unknown_names(name, message, cache_folder):
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_set_of_images_that_is_asked_for_texts():
-    """Whose name is known, and has no nearest one."""
+    """The name is known, so that no other one is suggested."""
     with pytest.raises(SubspanError, match=r"^no folder .digits. was found, and the Hugging Face"):
         sources.find("digits", "digits", lambda *_: None)[1]()
 

@@ -139,7 +139,7 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
 
     @property
     def fixed_matrices(self) -> dict[str, Any]:
-        """What makes the fixed matrices of these coefficients, as states and subspaces have it."""
+        """The recipe of the fixed matrices, without which the coefficients mean nothing."""
         drawn = any(self._constants) or any(isinstance(s, Projected) for s in self.sums)
         # A state has given matrices, but not by how much the layer multiplies them.
         options = [
