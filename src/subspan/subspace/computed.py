@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.subspace import callers, functions
@@ -78,7 +78,7 @@ class Computed(Transient):
             if name in ("numpy", "__array__"):
                 functions.read_only(out, args[0])
             elif args and type(args[0]) is Computed:
-                out = tree_map_only(Tensor, args[0]._guard_view, out)
+                out = functions.map_tensors(args[0]._guard_view, out)
         return out
 
     def _guard_view(self, out: Tensor) -> Tensor:

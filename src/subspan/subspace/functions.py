@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ordinary_tensors = torch._C.DisableTorchFunctionSubclass  # a context: no __torch_function__ runs
 
@@ -132,3 +133,8 @@ def address_of(tensor: Tensor) -> int:
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same storage."""
     return address_of(one) == address_of(other) != 0
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Apply a function to the tensors of a result; a size, a tuple to PyTorch, stays a size."""
+    return out if isinstance(out, torch.Size) else tree_map_only(Tensor, function, out)

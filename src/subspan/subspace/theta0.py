@@ -123,7 +123,7 @@ def _note_maker(out: Any, function: Any, args: Sequence[Any], kwargs: Mapping[st
         noted.home, noted.made_by = (seen or given)[0].home, seen[0].made_by if seen else name
         return noted
 
-    return tree_map_only(Tensor, note, out)
+    return functions.map_tensors(note, out)
 
 
 def _guard_data(data: Tensor, of: Theta0) -> Tensor:
@@ -178,7 +178,7 @@ class Theta0(Tensor):
             elif name == "__set__" or functions.is_harmless(name):
                 return out
             bases = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Theta0)]
-            out = tree_map_only(Tensor, lambda t: _guard_view(t, bases, name), out)
+            out = functions.map_tensors(lambda t: _guard_view(t, bases, name), out)
         return iter(out) if name == "__iter__" else out
 
 

@@ -216,6 +216,13 @@ def test_code_that_asks_for_device_and_dtype():
     )
 
 
+def test_the_shape_of_a_weight_is_a_size():
+    net = wrap("cnn").body
+    base = net.get_parameter("conv.weight")
+    for tensor in (net.conv.weight, net.conv.weight.data, base, base.data, base.view(-1)):
+        assert tensor.shape.numel() == tensor.size().numel() == base.numel()
+
+
 def test_coordinates_that_change_during_a_call_are_seen():
     class Twice(nn.Module):
         def __init__(self):
