@@ -25,6 +25,16 @@ from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
 from subspan.subspace.resuming import keep_beside
 
 
+class Weighted:
+    """A module with computed weights."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a weight to whoever calls this function itself, as θ, too."""
+        if name in self._subspan_class[1]:  # type: ignore[attr-defined]
+            return object.__getattribute__(self, name)
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
 class Listed:
     """A list of parameters: a slice of it would be one of new parameters."""
 
@@ -132,6 +142,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             Recurrent: issubclass(cls, nn.RNNBase),
             Traced: issubclass(cls, GraphModule),
             WrappedNetwork if root else WrappedModule: True,
+            Weighted: bool(names),
             LookedUp: weight and looks_up(cls),
             Multiplied: weight and multiplies_itself(cls),
             Adapted: FACTORS[0] in names,

@@ -55,6 +55,7 @@ def reads():
     yield "a weight", lambda net, x: nn.functional.linear(x, net.body[0].weight)
     yield "its transpose", lambda net, x: x @ net.body[0].weight.t()
     yield "getattr", lambda net, x: getattr(net.head, "bias")  # noqa: B009
+    yield "__getattr__", lambda net, x: net.head.__getattr__("bias")
     yield "a property", lambda net, x: net.scale
     yield "a generator", lambda net, x: list(net.stream(x))[-1]
     yield "a coroutine", lambda net, x: asyncio.run(net.answer(x))

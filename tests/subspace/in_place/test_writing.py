@@ -37,6 +37,7 @@ WRITES = {
     "a parameter": lambda net: setattr(net.head, "weight", nn.Parameter(torch.ones(4, 16))),
     "none": lambda net: net.head.register_parameter("bias", None),
     "delete": lambda net: delattr(net.head, "weight"),
+    "by __getattr__": lambda net: net.head.__getattr__("weight").data.fill_(0.3),
     "prune": lambda net: prune.l1_unstructured(net.head, "weight", 0.5),
     "weight_norm": lambda net: nn.utils.weight_norm(net.head),
     "spectral_norm": lambda net: nn.utils.spectral_norm(net.head),
