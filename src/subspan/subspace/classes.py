@@ -30,7 +30,7 @@ class Weighted:
 
     def __getattr__(self, name: str) -> Any:
         """Give a weight to whoever calls this function itself, as θ, too."""
-        if name in self._subspan_class[1]:  # type: ignore[attr-defined]
+        if name in self._subspan_class[1]:
             return object.__getattribute__(self, name)
         return super().__getattr__(name)  # type: ignore[misc]
 

@@ -34,7 +34,19 @@ class Computed(Transient):
     word: ``net.fc.weight.data.zero_()`` is refused.
     """
 
-    weight_name: str
+    weight_name = ""
+    _marks: dict[str, Any] | None = None  # attributes of the parameter whose weight it is
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Give an attribute of a person's to the parameter, too, which lives on."""
+        if self._marks is not None and not hasattr(Computed, name):
+            self._marks[name] = value
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if self._marks is not None:
+            self._marks.pop(name, None)
 
     @classmethod
     def __torch_function__(
@@ -185,16 +197,23 @@ def guard_lent(tensor: Tensor, name: str, lender: str) -> Tensor:
 
 
 def guard_theta(
-    theta: Tensor, name: str, now: Callable[[], Any] | None = None, *, itself: bool = False
+    theta: Tensor,
+    name: str,
+    now: Callable[[], Any] | None = None,
+    *,
+    itself: bool = False,
+    marks: dict[str, Any] | None = None,
 ) -> Tensor:
     """Make θ a :class:`Computed`, in the same graph.
 
     ``now`` returns the same as long as θ is the weight of the network; None if it always is. With
-    ``itself`` this tensor becomes one, for whoever holds it already, and no other.
+    ``itself`` this tensor becomes one, for whoever holds it already, and no other. ``marks`` are
+    the attributes of the parameter, which has those that people give θ.
     """
     guarded: Any = theta if itself else theta.as_subclass(Computed)
     guarded.__class__ = Computed
     guarded.weight_name, guarded._is_theta = name, True
     if now is not None:
         guarded._now, guarded._then = now, now()
+    guarded._marks = marks
     return guarded

@@ -124,7 +124,8 @@ class Weights(Network):
         if tensor in self.adapters:
             theta = self._product(tensor, self.read)
             ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
-            return self._guard(theta, tensor) if ordinary else theta
+            theta = self._guard(theta, tensor) if ordinary else theta
+            return self._dress(tensor, theta) if special else theta
         variant = self.variant()
         outer = None if is_at_base(self) else formed.find_call(self)
         if outer is not None:
@@ -162,8 +163,9 @@ class Weights(Network):
 
     def _guard(self, theta: Tensor, tensor: str, *, kept: bool = False) -> Tensor:
         """Make θ that was read outside of a call, or is kept beyond one, know if it is outdated."""
+        marks = vars(self.base_of(tensor))
         if is_at_base(self) or self.variant() is not None:
-            return guard_theta(theta, tensor)
+            return guard_theta(theta, tensor, marks=marks)
         moved = self.adapters[tensor].factors if tensor in self.adapters else (tensor,)
         names = {PREFIX + block.coordinates for each in moved for block in self.blocks_of[each]}
 
@@ -172,7 +174,7 @@ class Weights(Network):
             place = (is_at_base(self), self.variant()) if kept else ()
             return place, [_place(w) for name in names if (w := own.get(name)) is not None]
 
-        return guard_theta(theta, tensor, now, itself=kept)
+        return guard_theta(theta, tensor, now, itself=kept, marks=marks)
 
     def _dress(self, tensor: str, theta: Tensor) -> Tensor:
         """Give θ the attributes that people gave the parameter."""

@@ -188,6 +188,20 @@ def test_attributes_of_the_network_are_written_through_the_handle():
     assert not model.training
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_attribute_of_a_weight_stays_as_that_of_a_parameter(lora):
+    net = Net()
+    model = subspan.lora(net, 9, rank=2, targets=".*") if lora else SubspaceModel(net, 20)
+    for read in (lambda: net.head.weight, lambda: dict(net.head.named_parameters())["weight"]):
+        assert not hasattr(read(), "note")
+        read().note = "decays"
+        assert read().note == net.get_parameter("head.weight").note == "decays"
+        model(torch.randn(5, 8))
+        del read().note
+    net.head.weight.note = "decays"
+    assert model.unwrap().head.weight.note == "decays"
+
+
 @pytest.mark.parametrize(
     "replace",
     [
