@@ -135,6 +135,12 @@ class Handle(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Attributes of the network are set there, as they are read there."""
+        if name == "__class__" and not callers.may_set_class(sys._getframe(1)):
+            raise SubspanError(
+                "a SubspaceModel has a class that was made for its network, and another one would "
+                "be lost with the next copy: set that of the network before it is wrapped, or in "
+                "the network of merge() or unwrap()"
+            )
         taken = name == "body" or isinstance(self._own_names.get(name), property)
         if taken and name != "init_seed" and "body" in vars(self).get("_modules", ()):
             raise _refuse_setting(name)

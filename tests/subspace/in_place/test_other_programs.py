@@ -163,6 +163,10 @@ def test_the_class_of_a_module_is_set_before(part):
     if part:
         register = parametrize.register_parametrization
         same_function(model, x, lambda: register(layer, "bias", nn.Tanh()))
+    else:
+        kind = type("Twice", (type(model),), {})
+        said = same_function(model, x, lambda: setattr(model, "__class__", kind))
+        assert "has a class that was made for its network" in said
     model.unwrap().__class__ = type("Twice", (Net,), {})
 
 
