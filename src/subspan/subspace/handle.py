@@ -226,6 +226,11 @@ def with_signature(handle: type, net: type) -> type:
 
         @functools.wraps(run)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(args) is not tuple:  # but what stands for all arguments
+                raise SubspanError(
+                    "torch.fx finds no arguments in the forward of a SubspaceModel, which hands "
+                    "them on: trace the network, model.body, or that of merge()"
+                )
             return run(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]

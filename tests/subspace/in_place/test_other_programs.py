@@ -247,6 +247,9 @@ def test_graphs_of_operators():
     outer = nn.Sequential(model.body)
     said = same_function(model, x, lambda: torch.fx.symbolic_trace(outer))
     assert "of the graph that torch.fx traces" in said
+    said = same_function(model, x, lambda: torch.fx.symbolic_trace(model))
+    assert "trace the network, model.body" in said
+    torch.testing.assert_close(torch.fx.symbolic_trace(model.body.body)(x), model.body.body(x))
     given = {name: p.detach() for name, p in model.body.named_parameters()}
     trace = make_fx(lambda p, x: functional_call(model.body, p, (x,)))  # P is a constant there, too
     assert "of the graph that torch.fx traces" in same_function(model, x, lambda: trace(given, x))
