@@ -240,6 +240,25 @@ def test_transforms_of_functions_see_an_ordinary_layer():
     assert tangents.of_k is None
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_factors_of_another_kind_have_their_own_rules(watched):
+    seen = []
+
+    class Noted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    layer, x = LowRankLinear(6, 5, rank=2), torch.randn(3, 6)
+    tangents = watch(layer) if watched else None
+    given = {name: p.detach().as_subclass(Noted) for name, p in layer.named_parameters()}
+    found = torch.func.functional_call(layer, given, (x,))
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), layer(x))
+    assert {"to", "matmul", "linear"} <= set(seen)
+    del tangents
+
+
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # of Dynamo
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -6,6 +6,7 @@ import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,8 @@ from subspan.layers.protocol import Compressed
 from subspan.layers.watched import Geometry, Tangents, Watched, down, out
 from subspan.precision import full_precision
 from subspan.subspace.functions import ordinary_tensors
+
+_OWN = (Tensor, nn.Parameter, factors.Factor, factors.Value, type(None))
 
 
 class LowRank(Compressed, type_name="lowrank"):
@@ -258,15 +261,18 @@ class LowRank(Compressed, type_name="lowrank"):
 
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
         """Return the layer's output; in the type of autocast, where that is on."""
-        with ordinary_tensors():
+        U, S, V, bias = self.U, self.S, self.V, self.bias
+        # Those of another kind, as a functional call puts there, have rules of their own.
+        own = all(type(tensor) in _OWN for tensor in (U, S, V, bias))
+        with ordinary_tensors() if own else nullcontext():
             x = x.to(autocast_type(x))
-            kind, watched = x.dtype, self._watched()
+            kind, watched = x.dtype, self._watched() if own else None
             if not (kind.is_floating_point or kind.is_complex):
                 raise SubspanError(
                     f"expected inputs of a floating dtype, got {kind}: use x.float()"
                 )
-            bias = None if self.bias is None else self.bias.to(kind)
+            bias = None if bias is None else bias.to(kind)
             if watched is not None:
-                return Watched.apply(x, self.U, self.S, self.V, bias, watched.k, watched.l, how)
-            U, S, V = (factor.to(kind) for factor in (self.U, self.S, self.V))
+                return Watched.apply(x, U, S, V, bias, watched.k, watched.l, how)
+            U, S, V = (factor.to(kind) for factor in (U, S, V))
             return out(down(x, V, how), S, U, how, bias)
