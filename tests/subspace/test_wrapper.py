@@ -285,6 +285,24 @@ def test_what_is_no_network_is_refused():
         SubspaceModel(wrap("mlp"), 5)
 
 
+@pytest.mark.parametrize(
+    "take",
+    [
+        SubspaceModel.of,
+        subspan.count,
+        subspan.layers.merge,
+        lambda net: subspan.layers.factorize(net, rank=2),
+        lambda net: subspan.optim.DLRT(net, lr=0.1),
+        lambda net: subspan.save(net, "model.safetensors"),
+    ],
+)
+def test_parameters_and_states_are_no_network(take):
+    net = build("mlp")
+    for given in (net.parameters(), net.state_dict(), None):
+        with pytest.raises(SubspanError, match=r"must be a torch.nn.Module, got \w+"):
+            take(given)
+
+
 # ---- from a seed ---------------------------------------------------------------------------------
 
 

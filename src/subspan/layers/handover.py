@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from subspan.errors import SubspanError
 from subspan.subspace.held import held_by
+from subspan.subspace.links import check_network
 from subspan.subspace.memory import Place, find_overlaps
 
 # Registries that mean the same on any module with the same inputs and outputs.
@@ -83,6 +84,7 @@ def used_elsewhere(net: nn.Module) -> dict[int, str]:
     Something else in the network shares memory with one of their parameters, or holds the module
     itself outside ``_modules``: an attribute, a bound method, a function, a hook.
     """
+    check_network(net)
     reasons: dict[int, str] = {}
     places: list[Place] = []
     for module in net.modules():

@@ -11,6 +11,7 @@ from subspan.errors import SubspanError
 from subspan.layers.lowrank import LowRank
 from subspan.optim.integrators import USV
 from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.links import check_network
 
 
 def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
@@ -18,6 +19,7 @@ def find_layers(net: nn.Module, min_rank: int) -> dict[str, LowRank]:
 
     There must be some, each with ``min_rank`` and with factors of its own that nothing computes.
     """
+    check_network(net)
     factored = {n: m for n, m in net.named_modules() if isinstance(m, LowRank)}
     if not factored:
         raise SubspanError(

@@ -37,6 +37,12 @@ class Link:
     order: list[str]  # of all parameters that the module had when it was wrapped
 
 
+def check_network(net: Any) -> None:
+    """Refuse what is no network, such as its parameters() or its state."""
+    if not isinstance(net, nn.Module):
+        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+
+
 def find_link(module: Any) -> Link | None:
     """Return the link of a module, or None if it is in no subspace."""
     link: Link | None = vars(module).get(LINK)

@@ -28,7 +28,7 @@ from subspan.subspace.at_base import at_base
 from subspan.subspace.attach import attach, detach
 from subspan.subspace.compartments import Compartment, Patterns, Rules
 from subspan.subspace.handle import Handle, with_signature
-from subspan.subspace.links import FINGERPRINT, find_link
+from subspan.subspace.links import FINGERPRINT, check_network, find_link
 from subspan.subspace.parameters import changed_buffers
 from subspan.subspace.sharded import refuse_whole
 from subspan.subspace.summary import Summary, TensorSummary
@@ -112,6 +112,7 @@ class SubspaceModel(Handle):
         """Return a handle of a network that is in a subspace; None of any other network."""
         if isinstance(net, SubspaceModel):
             return net
+        check_network(net)
         link = find_link(net)
         if link is None or link.weights.root is not net:
             return None

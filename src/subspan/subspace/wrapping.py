@@ -15,7 +15,7 @@ from subspan.subspace.blocks import digest_layout
 from subspan.subspace.compartments import listed, partition, select
 from subspan.subspace.dtensors import refuse_sharded
 from subspan.subspace.handle import Handle
-from subspan.subspace.links import LINK
+from subspan.subspace.links import LINK, check_network
 from subspan.subspace.quantised import QuantisedTensor
 from subspan.subspace.quantised_layers import find_foreign, refuse_converted
 from subspan.subspace.targets import Presets
@@ -101,8 +101,7 @@ def check_ordinary(net: Any) -> None:
     """Refuse what is no network, or has a part that is in a subspace already."""
     if isinstance(net, Handle):
         raise SubspanError("the network is a SubspaceModel already: merge or unwrap it first")
-    if not isinstance(net, nn.Module):
-        raise SubspanError(f"the network must be a torch.nn.Module, got {type(net).__name__}")
+    check_network(net)
     for name, module in net.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise SubspanError(
