@@ -261,9 +261,10 @@ class LowRank(Compressed, type_name="lowrank"):
 
     def _output(self, x: Tensor, how: Geometry | None) -> Tensor:
         """Return the layer's output; in the type of autocast, where that is on."""
-        U, S, V, bias = self.U, self.S, self.V, self.bias
+        given: tuple[Tensor, ...] = (self.U, self.S, self.V)
+        bias: Tensor | None = self.bias
         # Those of another kind, as a functional call puts there, have rules of their own.
-        own = all(type(tensor) in _OWN for tensor in (U, S, V, bias))
+        own = all(type(tensor) in _OWN for tensor in (*given, bias))
         with ordinary_tensors() if own else nullcontext():
             x = x.to(autocast_type(x))
             kind, watched = x.dtype, self._watched() if own else None
@@ -273,6 +274,6 @@ class LowRank(Compressed, type_name="lowrank"):
                 )
             bias = None if bias is None else bias.to(kind)
             if watched is not None:
-                return Watched.apply(x, U, S, V, bias, watched.k, watched.l, how)
-            U, S, V = (factor.to(kind) for factor in (U, S, V))
+                return Watched.apply(x, *given, bias, watched.k, watched.l, how)
+            U, S, V = (factor.to(kind) for factor in given)
             return out(down(x, V, how), S, U, how, bias)
