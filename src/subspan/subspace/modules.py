@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx import _symbolic_trace as fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from subspan.errors import SubspanError
 from subspan.subspace import callers
@@ -45,9 +44,8 @@ from subspan.subspace.module_states import ModuleStates
 from subspan.subspace.rebinding import copying
 from subspan.subspace.sharded import Shards, refuse_whole
 from subspan.subspace.theta0 import Base, Packed, freeze, thaw
+from subspan.subspace.transient import clone_results
 from subspan.subspace.variant import refuse_in_use
-
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class WrappedModule(ModuleStates):
@@ -82,12 +80,7 @@ class WrappedModule(ModuleStates):
     @copying
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._check_copied()
-        for leaf in tree_leaves(vars(self)):
-            if not isinstance(leaf, Tensor) or type(leaf) is Computed or id(leaf) in memo:
-                continue
-            # A result that the module keeps, in a graph, or what PyTorch clones and does not copy.
-            if leaf.grad_fn is not None or leaf.layout in _COMPRESSED:
-                memo[id(leaf)] = leaf.detach().clone()
+        clone_results(vars(self), memo)
         kind: Any = self._subspan_class[0]
         if isinstance(self, GraphModule):
             own = {"forward": kind.forward, "__module__": kind.__module__}

@@ -21,7 +21,7 @@ from subspan.errors import SubspanError
 from subspan.subspace import functions
 from subspan.subspace.callers import asked_by_a_graph
 from subspan.subspace.functions import ordinary_tensors, property_of
-from subspan.subspace.transient import CopiedPlain
+from subspan.subspace.transient import CopiedPlain, clone_results
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -209,6 +209,7 @@ class Base(Theta0, nn.Parameter):
             with ordinary_tensors():
                 twin = type(self)(self.data.clone(memory_format=torch.preserve_format), False)
             memo[id(self)] = twin
+            clone_results(vars(self), memo)
             vars(twin).update(copy.deepcopy(vars(self), memo))
         return memo[id(self)]
 

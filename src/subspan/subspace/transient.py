@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from subspan.subspace.functions import ordinary_tensors
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def clone_results(attributes: dict[str, Any], memo: dict[int, Any]) -> None:
+    """Clone for a copy what PyTorch does not copy: results in a graph, and compressed tensors."""
+    for leaf in tree_leaves(attributes):
+        if not isinstance(leaf, Tensor) or isinstance(leaf, CopiedPlain) or id(leaf) in memo:
+            continue
+        if leaf.grad_fn is not None or leaf.layout in _COMPRESSED:
+            memo[id(leaf)] = leaf.detach().clone()
 
 
 class CopiedPlain(Tensor):

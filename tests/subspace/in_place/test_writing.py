@@ -198,7 +198,8 @@ def test_an_attribute_of_a_weight_stays_as_that_of_a_parameter(lora):
         assert read().note == net.get_parameter("head.weight").note == "decays"
         model(torch.randn(5, 8))
         del read().note
-    net.head.weight.note = "decays"
+    net.head.weight.note, net.head.weight.doubled = "decays", 2 * net.head.weight  # in a graph
+    assert model.merge().head.weight.doubled.shape == (4, 16)
     assert model.unwrap().head.weight.note == "decays"
 
 
