@@ -65,6 +65,10 @@ asked_by_ddp = _code(r"torch\.nn\.parallel\.distributed:")
 asked_by_tensor_parallel = _code(r"torch\.distributed\.tensor\.")  # which spreads a layer
 asked_by_export = _code(r"torch\._?export")
 asked_by_checkpoint = _code(r"torch\.distributed\.checkpoint\.state_dict:")
+# It pairs the parameters that a module has, and a handle in it, with keys of a state.
+lists_for_checkpoint = _code(
+    r"torch\.distributed\.checkpoint\.state_dict:\w+_state_dict$", beyond=" ".join(_LISTING)
+)
 resolves_super = _code(r"torch\._dynamo\.variables\.misc:")  # a compiler, for ``super()``
 adds_to_optimizer = _code(r".*:add_param_group$")
 converts_batchnorm = _code(r".*:convert_sync_batchnorm$")  # looks for layers to convert
@@ -118,7 +122,7 @@ def pairs_with_state(start: FrameType) -> bool:
     """Return whether ``torch.distributed.checkpoint`` pairs parameters with the keys of a state."""
     return any(
         frame.f_code.co_name in ("_get_model_state_dict", "_load_model_state_dict")
-        for frame in takewhile(asked_by_checkpoint, _callers(start))
+        for frame in takewhile(asked_by_checkpoint, _callers(_beyond(start, *_LISTING)))
     )
 
 

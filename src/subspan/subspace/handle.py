@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -65,9 +66,13 @@ class Handle(nn.Module):
             yield from self.subspace.copied()  # type: ignore[misc]
             return
         if not recurse and not compiled and callers.asked_by_checkpoint(sys._getframe(1)):
-            # It goes from module to module, and wants every name of a parameter.
-            for key, w in self.coordinates.items():
-                yield f"{start}coordinates.{key}", w
+            # It goes from module to module, and wants every name that the state has; θ₀ beside.
+            state = self.state_dict(keep_vars=True)
+            if not callers.pairs_with_state(sys._getframe(1)):
+                own = dict(self._renamed())
+                state |= {own.get(name, name): p for name, p in super().named_parameters()}
+            yield from ((start + name, tensor) for name, tensor in state.items())
+            return
         if not remove_duplicate or not recurse:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
@@ -77,10 +82,33 @@ class Handle(nn.Module):
             yield start + own.get(inside, inside), p
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the network; coordinates, too, to whoever sorts parameters by their modules."""
-        if not torch.compiler.is_compiling() and callers.sorts_by_decay(sys._getframe(1)):
-            yield "coordinates", self.coordinates
+        """Yield the network; coordinates, too, to whoever sorts parameters by their modules.
+
+        Checkpoints of ``torch.distributed`` get all names from :meth:`named_parameters`.
+        """
+        if not torch.compiler.is_compiling():
+            if callers.asked_by_checkpoint(sys._getframe(1)):
+                return
+            if callers.sorts_by_decay(sys._getframe(1)):
+                yield "coordinates", self.coordinates
         yield from super().named_children()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the modules; to checkpoints of a module around, parameters by names of states."""
+        modules = super().named_modules(*args, **kwargs)
+        if torch.compiler.is_compiling() or not callers.lists_for_checkpoint(sys._getframe(1)):
+            return modules
+        if callers.pairs_with_state(sys._getframe(1)):
+            path, _ = next(modules)
+            return iter([(path, SimpleNamespace(_parameters=dict(self.named_parameters())))])
+        names = self.subspace.coordinate_names
+        own = {f"coordinates.{key}": w for key, w in self.coordinates.items()}
+        rest = {name: p for name, p in self.body._parameters.items() if name not in names}
+        parts = {self: own, self.body: rest}
+        return (
+            (path, SimpleNamespace(_parameters=parts[m]) if m in parts else m)
+            for path, m in modules
+        )
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return the parameter of a path, which of a trained one is frozen θ₀."""

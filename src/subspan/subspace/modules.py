@@ -352,11 +352,13 @@ class WrappedNetwork(WrappedModule):
         """Return the modules; to an average of models only one, which holds what is trained.
 
         It pairs parameters by their order, whether a handle, a network or what is around it has
-        them; θ₀ is the same in a copy, and packed numbers have no mean.
+        them; θ₀ is the same in a copy, and packed numbers have no mean. Checkpoints of what is
+        around go without θ₀, too.
         """
-        if not torch.compiler.is_compiling():
-            refuse_flattening(self, sys._getframe(1))
-        if torch.compiler.is_compiling() or not callers.averages_models(sys._getframe(1)):
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        if frame is not None:
+            refuse_flattening(self, frame)
+        if not frame or not (callers.averages_models(frame) or callers.pairs_with_state(frame)):
             return super().named_modules(memo, *args, **kwargs)
         memo = set() if memo is None else memo
         if self in memo:

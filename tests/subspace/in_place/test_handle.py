@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
 import subspan
@@ -47,13 +48,26 @@ def test_the_handle_and_the_network_are_compiled_in_place(first):
         torch.testing.assert_close(model(x), merged(x))
 
 
-@pytest.mark.parametrize("way", ["handle", "network"])
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["handle", "network", "DDP", "DDP of the network", "a part"])
 @pytest.mark.parametrize("option", ["", "full_state_dict", "ignore_frozen_params"])
-def test_distributed_checkpoints_of_a_model_and_its_optimizer(way, option):
+def test_distributed_checkpoints_of_a_model_and_its_optimizer(way, option, alone):
     torch.manual_seed(0)
-    options = {"train_fully": "head.bias", "exclude": "body.0.bias"}
+    options = {"train_fully": "head.bias"}
+    if way != "DDP of the network":  # whose state has no place for what nobody trains
+        options["exclude"] = "body.0.bias"
     model, x = scatter(SubspaceModel(Net(), 20, **options)), torch.randn(5, 8)
-    net = model if way == "handle" else model.body
+    net = model.body if "network" in way else model
+    net = DistributedDataParallel(net) if "DDP" in way else net
+    net = torch.nn.Sequential(net) if way == "a part" else net
     optimizer = Adam(net.parameters(), lr=0.1)
 
     def step():
