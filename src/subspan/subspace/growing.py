@@ -74,7 +74,7 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
         raise SubspanError("a network that has variants cannot grow: make Variants afterwards")
     before = weights.projections
     after = nest(before, dim, [part.name for part in weights.compartments])
-    own = [weights.root._parameters[name] for name in weights.coordinate_names]
+    own = [weights.network()._parameters[name] for name in weights.coordinate_names]
     for w, projection in zip(own, before, strict=True):
         _refuse_hooks(w)  # type: ignore[arg-type]
         projection.check_coordinates(w)  # type: ignore[arg-type]

@@ -188,7 +188,7 @@ class SubspaceModel(Handle):
     @property
     def fingerprint(self) -> Tensor:
         """Both digests, byte by byte, as the buffer that a ``state_dict`` carries."""
-        return self.body.get_buffer(FINGERPRINT)
+        return self.subspace.network().get_buffer(FINGERPRINT)
 
     def weights(self) -> dict[str, Tensor]:
         """Return θ of every tensor that is not trained fully, by name, differentiable in w."""

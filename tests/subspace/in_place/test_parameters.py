@@ -367,6 +367,8 @@ def test_unwrapping_gives_everything_back():
             model.merge,
             model.unwrap,
             lambda m=model: m.coordinates["global"],
+            lambda m=model: m.fingerprint,
+            lambda m=model: subspan.grow(m, 24),
         ):
             with pytest.raises(SubspanError, match="this SubspaceModel was unwrapped"):
                 use()
