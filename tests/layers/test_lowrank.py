@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import SubspanError
-from subspan.layers import LowRankConv2d, LowRankLinear
+from subspan.layers import LowRankConv2d, LowRankLinear, ProductOfSumsConv2d
 from subspan.layers.watched import Tangents
 
 CONVOLUTIONS = [
@@ -371,6 +371,19 @@ def test_a_state_of_another_rank_is_taken_over():
     assert torch.equal(a.weight, b.weight)
     with pytest.raises(RuntimeError, match="size mismatch for U"):
         LowRankLinear(6, 7, 2).load_state_dict(a.state_dict())
+
+
+@pytest.mark.parametrize("kind", [LowRankConv2d, ProductOfSumsConv2d])
+def test_a_state_of_a_kernel_of_another_shape_is_refused(kind):
+    """It may have as many numbers."""
+    how = 2 if kind is LowRankConv2d else [{"kind": "free", "inner": 2}, "free"]
+    square, flat, same = (kind(4, 8, size, how) for size in (3, (1, 9), (3, 3)))
+    before = flat.weight.clone()
+    with pytest.raises(SubspanError, match=r"\(kernel_size: \[3, 3\] there, \[1, 9\] here\): make"):
+        flat.load_state_dict(square.state_dict())
+    assert torch.equal(flat.weight, before)
+    same.load_state_dict(square.state_dict())
+    assert torch.equal(same.weight, square.weight)
 
 
 def test_a_state_goes_through_the_functions_of_distributed_checkpoints():

@@ -112,6 +112,11 @@ class Compressed(nn.Module, ABC):
             arguments["device"] = device
         return cls.classes[replaced].make(recipe, **arguments)
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Return what numbers of a state mean beside their shapes: JSON by names for errors."""
+        return {"kernel_size": list(self.kernel_size)} if hasattr(self, "kernel_size") else {}
+
     def two_factors(self) -> nn.Module:
         """Two ordinary layers, where the weight is a product of two; otherwise the dense one."""
         return self.dense()
@@ -187,14 +192,40 @@ class Compressed(nn.Module, ABC):
                 "layers.merge() puts there"
             )
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {})["meaning"] = self.meaning
+
+    def check_meaning(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Refuse numbers of a state that mean another weight; ``rest`` begins with its metadata.
+
+        Raises:
+            SubspanError: for those of another seed, say, or of a kernel of another shape.
+        """
+        given = any(prefix + name in state_dict for name in self._parameters)
+        metadata = rest[0] if given and rest else {}  # only what state_dict() made has some
+        now = self.meaning
+        for name, was in metadata.get("meaning", {}).items():
+            if was != now.get(name):
+                raise SubspanError(
+                    f"this state_dict is of {prefix.removesuffix('.') or 'a layer'} where its "
+                    f"numbers make another weight ({name}: {was} there, {now.get(name)} here): "
+                    "make the layer as that one was made"
+                )
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:
         """Take a state of this layer.
 
         Raises:
-            SubspanError: for one of the ordinary layer, which ``strict=False`` would leave out.
+            SubspanError: for one of the ordinary layer, which ``strict=False`` would leave out; and
+                for numbers that mean another weight.
         """
+        self.check_meaning(state_dict, prefix, *rest)
         if prefix + "weight" in state_dict and "weight" not in self._parameters:
             raise SubspanError(
                 f"{prefix}weight of this state_dict is that of an ordinary layer, and the layer "

@@ -236,6 +236,7 @@ class LowRank(Compressed, type_name="lowrank"):
             SubspanError: if somebody has averaged the factors one by one, or left some out that
                 are not those of this layer.
         """
+        self.check_meaning(state_dict, prefix, *rest)
         tensors = [state_dict[prefix + name] for name in "USV" if prefix + name in state_dict]
         saved = state_dict.pop(prefix + "witness", None)  # older states have none
         if len(tensors) < 3 and saved is not None:

@@ -154,31 +154,10 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
             "seed and stream": [self.seed, self.stream] if drawn or self._bias_of else None,
         }
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {})
-        metadata.setdefault(prefix[:-1], {})["meaning"] = self.fixed_matrices
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
-    ) -> None:
-        """Take the coefficients of a state, where they mean the same in this layer.
-
-        Raises:
-            SubspanError: for those of another seed, say, with which the weight would be another.
-        """
-        given = any(prefix + name in state_dict for name in self._parameters)
-        metadata = rest[0] if given and rest else {}  # only what state_dict() made has some
-        for name, was in metadata.get("meaning", {}).items():
-            if was != (now := self.fixed_matrices.get(name)):
-                raise SubspanError(
-                    f"this state_dict is of {prefix.removesuffix('.') or 'a layer'} with other "
-                    f"fixed matrices ({name}: {was} there, {now} here), and its coefficients would "
-                    "make another weight: make the layer as that one was made"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """The recipe of the fixed matrices, and the shape of a kernel."""
+        return super().meaning | self.fixed_matrices
 
     @property
     def matrix(self) -> Tensor:
