@@ -292,11 +292,22 @@ def test_a_model_inside_another_module_is_not_saved_as_something_else(wrapped, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("extra", [{"a": torch.ones(1)}, {"a": {1, 2}}, {"a": b""}, {(1, 2): 3}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"a": torch.ones(1)}, {"a": {1, 2}}, {"a": b""}, {(1, 2): 3}, {"a": [{1: 2, "1": 3}]}],
+)
 def test_extra_that_is_no_json_is_refused(extra, tmp_path):
     with pytest.raises(SubspanError, match="extra must hold JSON values"):
         subspan.save(trained("mlp"), tmp_path / "m", extra=extra)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_with_the_name_of_safetensors_header_is_refused(tmp_path):
+    """The file could not be read."""
+    net = build("mlp")
+    net.register_parameter("__metadata__", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(SubspanError, match="a tensor cannot be called __metadata__ in a file"):
+        subspan.save(factorize(net, rank=2), tmp_path / "m")
 
 
 def test_any_text_can_be_extra(tmp_path):

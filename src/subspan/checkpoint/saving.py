@@ -113,10 +113,16 @@ def contents(
         tensors = stored_tensors(model)
         header |= {"weights": count(model).dense} | describe_layers(model)
     try:
-        header = json.loads(json.dumps(header))  # as a reader will see it: all keys are strings
+        text = json.dumps(header)  # as a reader will see it: all keys are strings
+        header = json.loads(text, object_pairs_hook=_unique)
     except (TypeError, ValueError, RecursionError) as error:
         raise SubspanError(f"extra must hold JSON values: {error}") from None
     for name, tensor in tensors.items():
+        if name == "__metadata__":
+            raise SubspanError(
+                f"a tensor cannot be called {name} in a file, where safetensors calls the header "
+                "so: give it another name"
+            )
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = tensor.dtype if tensor.is_quantized else tensor.layout
             raise SubspanError(
@@ -128,6 +134,16 @@ def contents(
     return header, {
         n: whole(t.detach()).to("cpu", copy=True, memory_format=layout) for n, t in tensors.items()
     }
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of pairs from JSON; refuse a key of which a file would lose the first value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} would be there twice, for all keys become strings")
+        found[key] = value
+    return found
 
 
 def _check_only_tensors(model: nn.Module) -> None:
