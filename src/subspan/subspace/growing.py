@@ -67,14 +67,14 @@ def grow(model: nn.Module, dim: int | Sequence[int], optimizer: Optimizer | None
             f"only a SubspaceModel, or its network, can grow, got {type(model).__name__}: wrap the "
             "network, or give what DDP or torch.compile has wrapped itself"
         )
-    weights = found.subspace
+    weights, root = found.subspace, found.subspace.network()
     refuse_whole(weights, "grown", "grow before fully_shard")
     refuse_in_use(weights, "grown")
     if weights.key:
         raise SubspanError("a network that has variants cannot grow: make Variants afterwards")
     before = weights.projections
     after = nest(before, dim, [part.name for part in weights.compartments])
-    own = [weights.network()._parameters[name] for name in weights.coordinate_names]
+    own = [root._parameters[name] for name in weights.coordinate_names]
     for w, projection in zip(own, before, strict=True):
         _refuse_hooks(w)  # type: ignore[arg-type]
         projection.check_coordinates(w)  # type: ignore[arg-type]
