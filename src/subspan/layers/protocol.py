@@ -115,7 +115,8 @@ class Compressed(nn.Module, ABC):
     @property
     def meaning(self) -> dict[str, Any]:
         """Return what numbers of a state mean beside their shapes: JSON by names for errors."""
-        return {"kernel_size": list(self.kernel_size)} if hasattr(self, "kernel_size") else {}
+        size: Any = getattr(self, "kernel_size", None)
+        return {} if size is None else {"kernel_size": list(size)}
 
     def two_factors(self) -> nn.Module:
         """Two ordinary layers, where the weight is a product of two; otherwise the dense one."""
