@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 from subspan import SubspaceModel, SubspanError, grow
+from subspan.layers import product_of_sums
 from subspan.subspace.parameters import saved_buffers
 from tests.nets import batch, build
 from tests.ranks import go_through
@@ -155,6 +156,13 @@ def parts(rank, world):
     return said, said_whole, said_by(lambda: DistributedDataParallel(Part(model.body[0])))
 
 
+def sums(rank, world):
+    """Products of sums, of which a process may have drawn fixed matrices of its own."""
+    rule = {".*": [{"kind": "hash", "p": 20}]}
+    made = [product_of_sums(build("mlp"), rule, seed=seed) for seed in (0, rank)]
+    return [said_by(lambda net=net: copy.deepcopy(DistributedDataParallel(net))) for net in made]
+
+
 def inside(rank, world):
     """DDP in the network that is to be wrapped, and around it."""
     ddp = DistributedDataParallel(build("mlp"))
@@ -257,6 +265,7 @@ SCENARIOS = {
     "grown in another module": lambda *ranks: grown(*ranks, nested=True),
     "parts": parts,
     "inside": inside,
+    "sums": sums,
     "spread": spread,
     "flattened": flattened,
     "staged": staged,
@@ -289,6 +298,14 @@ def test_d_numbers_go_over_the_wire(ranks):
     """And those that are trained fully; a step of all weights would send 212."""
     for rank in ranks:
         assert rank["averaged"]["sent"] == [(DIM + 4, 8)] * STEPS
+
+
+def test_products_of_sums_of_other_matrices_are_refused(ranks):
+    """Their coefficients were averaged as if they were those of one matrix."""
+    for rank in ranks:
+        same, different = rank["sums"]
+        assert same is None
+        assert different.startswith("a ProductOfSumsLinear has other fixed matrices in some")
 
 
 def test_the_base_is_never_sent(ranks):

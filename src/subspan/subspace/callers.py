@@ -112,6 +112,15 @@ def given_to_ddp(start: FrameType) -> list[Tensor]:
     return []
 
 
+def group_of_new_ddp(start: FrameType) -> Any:
+    """Return the processes of a DistributedDataParallel that is made and lists a layer, or None."""
+    frame = _beyond(start, "<listcomp>")
+    if frame is None or frame.f_code.co_name != "_build_params_for_reducer":
+        return None
+    made = asked_by_ddp(frame) and frame.f_back.f_code.co_name == "__init__"  # type: ignore[union-attr]
+    return frame.f_locals["self"].process_group if made else None  # a copy is made by one process
+
+
 def runs_in_pipeline(start: FrameType) -> bool:
     """Return whether a stage of ``torch.distributed.pipelining`` runs."""
     stage = "torch.distributed.pipelining.stage"

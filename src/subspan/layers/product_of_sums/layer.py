@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -19,6 +23,7 @@ from subspan.layers.product_of_sums.factors import GAINS, STREAMS, chain, functi
 from subspan.layers.product_of_sums.order import Plan, plan_product
 from subspan.layers.protocol import Compressed
 from subspan.precision import full_precision
+from subspan.subspace.callers import group_of_new_ddp
 
 
 class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
@@ -158,6 +163,32 @@ class ProductOfSums(DerivedBuffers, Compressed, type_name="product-of-sums"):
     def meaning(self) -> dict[str, Any]:
         """The recipe of the fixed matrices, and the shape of a kernel."""
         return super().meaning | self.fixed_matrices
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters; to DDP, if all processes have the same fixed matrices.
+
+        Raises:
+            SubspanError: if not, for it would average numbers that mean different weights.
+        """
+        if not torch.compiler.is_compiling():
+            group = group_of_new_ddp(sys._getframe(1))
+            if group is not None:
+                self._compare_processes(group)
+        yield from super().named_parameters(*args, **kwargs)
+
+    def _compare_processes(self, group: dist.ProcessGroup) -> None:
+        text = json.dumps(self.meaning, sort_keys=True).encode()
+        digest = hashlib.sha256(text).digest()[:8]
+        device = next(self.buffers(), self.values(0)).device
+        own = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(device)
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, own, group)
+        if any(each != every[0] for each in every):
+            raise SubspanError(
+                f"a {type(self).__name__} has other fixed matrices in some processes of "
+                "DistributedDataParallel, which would average their coefficients as if they were "
+                "of the same: give product_of_sums the same seed and rules everywhere"
+            )
 
     @property
     def matrix(self) -> Tensor:
