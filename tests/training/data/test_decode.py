@@ -273,10 +273,10 @@ def test_colours_are_resized_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "resize", ["", "x", "0", 0, -8, "8x", "8x0", "8x8x8", "8 x 8", "8.5", True]
+    "resize", ["", "x", "0", 0, -8, "8x", "8x0", "8x8x8", "8 x 8", "8.5", True, 10_000]
 )
 def test_no_size(resize):
-    with pytest.raises(SubspanError, match="resize must be a number of pixels, or height x width"):
+    with pytest.raises(SubspanError, match="resize must be a number of pixels up to 9999, or"):
         data.load("digits", resize=resize)
 
 

@@ -94,11 +94,15 @@ def _may_hold_images(feature: Any) -> bool:
 
 
 def parse_size(resize: int | str) -> Size:
-    """Height and width, of "28x32", or of one number for both; anything else is refused."""
-    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", str(resize))
+    """Height and width, of "28x32", or of one number for both; anything else is refused.
+
+    So are more than four digits, which are larger than any picture and would fill the memory.
+    """
+    found = re.fullmatch(r"0*([1-9]\d{0,3})(?:x0*([1-9]\d{0,3}))?", str(resize))
     if found is None:
         raise SubspanError(
-            f"resize must be a number of pixels, or height x width as in 28x32, got {resize!r}"
+            "resize must be a number of pixels up to 9999, or height x width as in 28x32, got "
+            f"{resize!r}"
         )
     return int(found[1]), int(found[2] or found[1])
 
