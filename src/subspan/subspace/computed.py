@@ -57,6 +57,8 @@ class Computed(Transient):
         target = next((t for t in written if type(t) is Computed), None)
         name = getattr(func, "__name__", "")
         if target is not None and name != "requires_grad_":
+            if name == "__set__" and _sets_the_same(target, args[1]):
+                return None  # a bias that is padded by nothing, as tie_weights() does
             raise target._refuse_change(func)
         if target is not None and not target._may_set_flag(args, kwargs):
             if callers.switches_adapters(sys._getframe(1)):
@@ -159,6 +161,13 @@ class Computed(Transient):
 
 _OF_NOW = frozenset({"__get__", "__set__", "type", "grad", "backward", "size", "dim", "numel"})
 _OF_GRADIENTS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+
+
+def _sets_the_same(tensor: Tensor, data: Any) -> bool:
+    """Return whether ``tensor.data = data`` leaves every number as it is."""
+    with ordinary_tensors():
+        like = (data.shape, data.dtype, data.device) == (tensor.shape, tensor.dtype, tensor.device)
+        return like and torch.equal(tensor, data)
 
 
 def _take_gradients(function: Any, args: Any, kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ import torch
 
 from subspan import SubspaceModel, SubspanError
 from tests.nets import scatter
-from tests.pretrained import gpt2, llama, t5, transformers, whisper
+from tests.pretrained import bert, gpt2, llama, t5, transformers, whisper
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformers has many of its own
@@ -115,6 +115,17 @@ def test_a_larger_vocabulary_is_refused_before_anything_changes():
     assert model.config.vocab_size == 100
     model.tie_weights()
     assert torch.equal(tokens(model, x, "greedy"), want)
+
+
+def test_weights_are_tied_again_with_their_biases():
+    """The library pads a tied bias by nothing, and sets it."""
+    model = scatter(SubspaceModel(bert("MaskedLM"), 50)).eval()
+    x = torch.randint(3, 99, (2, 7))
+    want = model(input_ids=x).logits
+    model.tie_weights()
+    assert torch.equal(model(input_ids=x).logits, want)
+    with pytest.raises(SubspanError, match="computed when it is read"):
+        model.cls.predictions.bias.data = model.cls.predictions.bias.detach() + 1
 
 
 @pytest.mark.parametrize("through", ["network", "handle"])
