@@ -178,6 +178,15 @@ def test_linear_layers_for_lora(named):
         assert not {"out", *CHOSEN[name][2].split()[-1:]} & set(found)
 
 
+@pytest.mark.parametrize("kind", ["Model", "Backbone"])
+def test_a_base_model_whose_encoder_has_the_name_of_one_has_no_head(kind):
+    sizes = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 2, **WIDE}
+    net = of(f"DINOv3ViT{kind}", "DINOv3ViTConfig", **sizes)
+    with pytest.raises(SubspanError, match="has no head of its own"):
+        SubspaceModel(net, D, train_fully="head")
+    assert "norm.weight" in selected(net, targets="norms-and-biases")
+
+
 def test_find_linears_takes_patterns():
     net = bert()
     assert find_linears(net, ["query", r".*layer\.1.*key"]) == [

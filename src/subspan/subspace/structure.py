@@ -183,9 +183,9 @@ class Structure:
         """Choose the head: what makes the network's output from its features.
 
         Of a network of transformers it is what lies outside of its base model, else its output
-        layer. Of a network around some of these, or around parts of a base model, it is what lies
-        outside of them. Of any other it is the module that is called head, if it has one, else the
-        last layer, which must be linear.
+        layer. A network that embeds its input itself is a base model. Of a network around some of
+        these, or around parts of a base model, it is what lies outside of them. Of any other it is
+        the module that is called head, if it has one, else the last layer, which must be linear.
 
         Raises:
             SubspanError: in words that follow "…, since": why there is none.
@@ -193,10 +193,10 @@ class Structure:
         bases = [path for path, module in self.modules.items() if _is_pretrained(module)]
         if bases[:1] == [""]:
             base = str(self.net.base_model_prefix)
-            if isinstance(self.net._modules.get(base), nn.Module):
+            if isinstance(self.net._modules.get(base), nn.Module) and self._embeds_in(base):
                 return self._outside([base])
             output = self._output_layers()
-            if output or type(self.net).__name__.endswith("Model"):
+            if output or type(self.net).__name__.endswith(("Model", "Backbone")):
                 return Choice(frozenset(output))
             del bases[0]  # it stands around parts of a base model, a CLIP's images, say
         outermost = [path for path in bases if not lies_in(path, set(bases) - {path})]
@@ -220,6 +220,14 @@ class Structure:
         }
         tied = (p for p, m in self.linears.items() if id(m._parameters.get("weight")) in embeddings)
         return {*tied, *self._output_layers()}
+
+    def _embeds_in(self, base: str) -> bool:
+        """Return whether a base model embeds the input, or nobody says what does."""
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found = self.net.get_input_embeddings()  # type: ignore[operator]
+            paths = [path for path, module in self.modules.items() if module is found]
+            return not paths or lies_in(paths[0], [base])
+        return True
 
     def _outside(self, bases: Collection[str]) -> Choice:
         full = (path for path, module in self.modules.items() if _own(module))
