@@ -187,6 +187,27 @@ def test_a_base_model_whose_encoder_has_the_name_of_one_has_no_head(kind):
     assert "norm.weight" in selected(net, targets="norms-and-biases")
 
 
+def test_experts_of_an_attention_are_its_projections():
+    """In JetMoE each has queries and an output of its own."""
+    sizes = {"kv_channels": 4, "num_local_experts": 2, "num_experts_per_tok": 1}
+    net = of("JetMoeForCausalLM", "JetMoeConfig", **DECODER | sizes | {"num_key_value_heads": 2})
+    attention = [x for x in selected(net, targets="attention") if x.startswith("model.layers.0.")]
+    names = "kv_proj experts.input_linear experts.output_linear experts.router.layer"
+    assert sorted(attention) == [
+        f"model.layers.0.self_attention.{x}.weight" for x in sorted(names.split())
+    ]
+
+
+def test_vectors_of_many_dimensions_are_no_stacks_of_experts():
+    """RWKV mixes times by (1, 1, n) vectors beside its linear layers."""
+    sizes = {"hidden_size": 8, "attention_hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 20}
+    net = of("RwkvForCausalLM", "RwkvConfig", context_length=16, **sizes)
+    mlp = selected(net, targets="mlp")
+    assert {x.partition("feed_forward.")[2] for x in mlp} == {
+        "key.weight", "receptance.weight", "value.weight",
+    }  # fmt: skip
+
+
 def test_find_linears_takes_patterns():
     net = bert()
     assert find_linears(net, ["query", r".*layer\.1.*key"]) == [

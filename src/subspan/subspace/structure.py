@@ -85,13 +85,21 @@ class Structure:
             for name in module._modules
         }
         self._attentions = self._find_attentions()
+        self._stacks = [
+            path
+            for path, module in self.modules.items()
+            if any(p.dim() > 2 and min(p.shape[-2:]) > 1 for p in _own(module))
+            and not isinstance(module, _ConvNd)
+            and not lies_in(path, self.linears)
+        ]
 
     # ---- attention ---------------------------------------------------------------------------
 
     def attention(self) -> Choice:
-        """Choose the projections of queries, keys and values, and the output's."""
+        """Choose the projections of queries, keys and values, and the output's, also of experts."""
         layers = [path for path in self.linears if lies_in(path, self._attentions)]
         holders = [path for path in self._attentions if self._holds_projections(path)]
+        holders += [p for p in self._stacks if lies_in(p.rpartition(".")[0], self._attentions)]
         return Choice(frozenset(layers), frozenset(holders))
 
     def _find_attentions(self) -> set[str]:
@@ -147,13 +155,7 @@ class Structure:
         are called as those of the block.
         """
         layers = [path for path in self.linears if not lies_in(path, self._attentions)]
-        experts = [
-            path
-            for path, module in self.modules.items()
-            if not isinstance(module, _ConvNd)
-            and any(p.dim() > 2 for p in _own(module))
-            and not lies_in(path, [*self._attentions, *layers])
-        ]
+        experts = [path for path in self._stacks if not lies_in(path, self._attentions)]
         names = (path.split(".") for path in layers + experts)
         holding = {"", *(p for parts in names for p in accumulate(parts, "{}.{}".format))}
         blocks: set[str] = set()
