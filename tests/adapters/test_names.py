@@ -35,6 +35,19 @@ def test_what_peft_would_take_for_experts_cannot_have_a_lora(tmp_path):
     subspan.export_lora(subspan.lora(net, 4, rank=2, targets="attention"), tmp_path / "lora")
 
 
+def test_a_layer_that_is_read_and_not_called_cannot_have_a_lora(tmp_path):
+    """PEFT's layer has the weight without the LoRA."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    net = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, time_step_rank=2))
+    model = subspan.lora(net, 4, rank=2, exclude="out_proj")
+    with pytest.raises(SubspanError, match=r"'mamba' reads the weight of .*\.dt_proj and does not"):
+        subspan.export_lora(model, tmp_path / "lora")
+    model.unwrap()
+    model = subspan.lora(net, 4, rank=2, exclude=["out_proj", "dt_proj"])
+    subspan.export_lora(model, tmp_path / "lora")
+
+
 def tree(*paths):
     """A network of linear layers with these names, which are called one after the other."""
     net = Chain()

@@ -40,6 +40,13 @@ _TAKEN = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)),
 }
+# Layers whose weight a network of a type reads without calling them, by the ends of their names.
+_READ = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "dt_proj"),
+    **dict.fromkeys(("wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "wavlm"), "kernel"),
+    **dict.fromkeys(("unispeech-sat", "data2vec-audio"), "kernel"),
+    **dict.fromkeys(("detr", "conditional_detr"), "bbox_attention.k_proj"),
+}
 
 
 def name_saved(model: SubspaceModel) -> list[str]:
@@ -161,6 +168,12 @@ def _refuse_taken(net: nn.Module, layers: Collection[str]) -> None:
                 f"PEFT takes layers that are called {name!r} in a network of the type {kind!r} for "
                 f"others, or refuses them, so that {layer} cannot have a LoRA: exclude it, or "
                 "write the network of merge()"
+            )
+        if kind in _READ and f".{layer}".endswith(f".{_READ[kind]}"):
+            raise SubspanError(
+                f"a network of the type {kind!r} reads the weight of {layer} and does not call the "
+                "layer, so that PEFT would leave its LoRA out: exclude it, or write the network of "
+                "merge()"
             )
 
 
