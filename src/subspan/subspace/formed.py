@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +149,15 @@ class Outermost:
         if key in self.formed:
             self.passing.pop(key, None)
             self.formed.pop(key).check_unwritten()
+
+    def drop_converted(self, tensors: Collection[str]) -> None:
+        """Drop θ of tensors whose θ₀ a forward has converted or moved since θ was formed."""
+        for key, formed in list(self.formed.items()):
+            for theta, (name, *_) in zip(formed.thetas, formed.marks, strict=True):
+                base = self.weights.base_of(name) if name in tensors else theta
+                if (theta.dtype, theta.device) != (base.dtype, base.device):
+                    self.drop(key)
+                    break
 
     def make_room(self, key: Any, size: int) -> None:
         """Drop θ under a key, and the oldest that pass until ``size`` weights more may be kept."""

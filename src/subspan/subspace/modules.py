@@ -29,6 +29,7 @@ from subspan.subspace import callers
 from subspan.subspace.computed import Computed
 from subspan.subspace.descriptors import QConfigDescriptor, refuse_part
 from subspan.subspace.dtensors import home_of, is_shard, mark, refuse_flattening
+from subspan.subspace.formed import find_call
 from subspan.subspace.links import (
     LINK,
     PREFIX,
@@ -280,6 +281,8 @@ class WrappedModule(ModuleStates):
             elif not isinstance(parameter, Base):  # PyTorch has made another object
                 freeze(parameter, link.weights, tensor)
         changes.remember(tensors - before)
+        if (outer := find_call(link.weights)) is not None:  # as Switch Transformers' routers do
+            outer.drop_converted(tensors)
         return out
 
     @staticmethod

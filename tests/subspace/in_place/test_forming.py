@@ -358,3 +358,29 @@ def test_autograd_gets_as_many_weights_as_the_largest_tensor_has(monkeypatch):
     monkeypatch.setattr(formed.Formula, "again", lambda f: made_again.append(f.name) or again(f))
     model(torch.arange(5)).sum().backward()
     assert made_again == ["2.weight"]  # 120,000 weights of the first and as many of the second
+
+
+class Router(nn.Module):
+    """A router that converts itself when it runs, as that of Switch Transformers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.classifier = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        self.classifier = self.classifier.to(torch.float32)
+        return self.classifier(x.float())
+
+
+@pytest.mark.parametrize("kept", [formed.KEPT, 0])
+def test_a_part_that_is_converted_while_the_network_runs_has_its_new_precision(monkeypatch, kept):
+    monkeypatch.setattr(formed, "KEPT", kept)
+    model = scatter(SubspaceModel(Router().bfloat16(), 5))
+    plain, x = model.merge(), torch.randn(4, 6, dtype=torch.bfloat16)
+    out = model(x)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, model.merge()(x), rtol=0, atol=0)
+    torch.testing.assert_close(out, plain(x), rtol=1e-2, atol=1e-2)
+    out.sum().backward()
+    assert model.coordinates["global"].grad.any()
