@@ -301,7 +301,7 @@ def test_d_numbers_go_over_the_wire(ranks):
 
 
 def test_products_of_sums_of_other_matrices_are_refused(ranks):
-    """Their coefficients were averaged as if they were those of one matrix."""
+    """DDP would average their coefficients as if they were those of one matrix."""
     for rank in ranks:
         same, different = rank["sums"]
         assert same is None
