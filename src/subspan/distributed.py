@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +87,12 @@ def anywhere(true: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(true), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def as_number(value: Any) -> int:
+    """Return 64 bits of a digest of JSON, which processes can compare by a message of numbers."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def means(tensors: Sequence[Tensor]) -> list[Tensor]:

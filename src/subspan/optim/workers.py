@@ -7,8 +7,6 @@ rank that names the rank, and no silent divergence.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subspan.distributed import as_number
 from subspan.errors import SubspanError
 from subspan.optim.heartbeat import HeartBeat
 from subspan.subspace.parameters import digest_tensors
@@ -67,7 +66,7 @@ class Workers:
             return
         common = {**agreement(), "the steps made": steps, "the weights": digest_tensors(tensors)}
         device = next(iter(tensors.values())).device
-        own = torch.tensor([_number(value) for value in common.values()], device=device)
+        own = torch.tensor([as_number(value) for value in common.values()], device=device)
         everyone = self._together(lambda: self._gather(own), 0).tolist()
         for column, name in enumerate(common):
             values = [row[column] for row in everyone]
@@ -142,12 +141,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
         total = own if total is None else total * 0x9E3779B1 + own.to(total.device)
     assert total is not None
     return total
-
-
-def _number(value: Any) -> int:
-    """Return 64 bits of a digest of JSON."""
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _ranks(ranks: list[int]) -> str:
