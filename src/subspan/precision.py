@@ -36,7 +36,6 @@ def as_now(closure: Callable[[], Any] | None, device: torch.device) -> Callable[
 
     It keeps no casts of weights, which may change between its calls.
     """
-    dtype = autocast_dtype(device)
-    if closure is None or dtype is None:
+    if closure is None or (dtype := autocast_dtype(device)) is None:
         return closure
     return torch.autocast(device.type, dtype, cache_enabled=False)(closure)

@@ -22,7 +22,9 @@ from subspan.families.registry import from_recipe
 
 def as_step(step: int | Tensor) -> Tensor:
     """Turn a step into what the operator takes: a 0-D int64 tensor."""
-    return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.int64, device="cpu")
+    if isinstance(step, Tensor):
+        return step
+    return torch.scalar_tensor(step, dtype=torch.int64, device="cpu")
 
 
 def compute(x: Tensor, step: Tensor, recipe: str, start: int, stop: int, adjoint: bool) -> Tensor:

@@ -329,7 +329,7 @@ def threads(work: float) -> None:
 
 def address(p: Any, step: Tensor) -> tuple[np.uint32, ...]:
     """Return where the numbers of a projection begin: Philox's step, tag and key."""
-    return np.uint32(int(step)), *_tag_and_key(p.seed, p.domain, p.stream)
+    return np.uint32(step.item()), *_tag_and_key(p.seed, p.domain, p.stream)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -343,14 +343,17 @@ def addresses(parts: Sequence[Tensor]) -> Any:
     return np.array([part.data_ptr() for part in parts], np.int64)
 
 
-def bounds(parts: Sequence[Tensor]) -> Any:
-    """Return where vectors begin if they are laid end to end, and where the last one ends."""
+def bounds(parts: Sequence[Tensor]) -> tuple[Any, int]:
+    """Return where vectors begin if they are laid end to end, and where the last one ends.
+
+    The end is the last of the bounds, too, and a second time a Python integer.
+    """
     return _bounds(*[part.numel() for part in parts])
 
 
 @functools.lru_cache(maxsize=4096)
-def _bounds(*sizes: int) -> Any:
-    return np.cumsum((0, *sizes), dtype=np.int64)
+def _bounds(*sizes: int) -> tuple[Any, int]:
+    return np.cumsum((0, *sizes), dtype=np.int64), sum(sizes)
 
 
 def padded(w: Tensor, divisor: float = 1.0) -> Any:

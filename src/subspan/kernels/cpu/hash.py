@@ -145,15 +145,16 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
 
 
 @common.kernel
-def _rmatvec(parts, bounds, start, out_at, d, partial, chunk, kept, size, widths, address):
-    """out[bucket] = Σ ±g_i /√n_b; every task first sums its rows into partial[task].
+def _rmatvec(parts, bounds, start, out_at, d, tasks, chunk, kept, size, widths, address):
+    """out[bucket] = Σ ±g_i /√n_b; every task first sums its rows on its own.
 
     g are vectors laid end to end, as of :func:`_matvec`. Of few coordinates, what is added and what
     is subtracted have sums of their own.
     """
     stop, signed, out = start + bounds[-1], d <= FEW_SUMS, floats_at(out_at, d)
     begin, end = start // TILE, (stop + TILE - 1) // TILE
-    for task in prange(len(partial)):
+    partial = np.empty((tasks, 2 * d if signed else d), np.float32)
+    for task in prange(tasks):
         sums = partial[task]
         sums[:] = 0
         widest()
@@ -195,10 +196,11 @@ def _matvec_apart(w, d, outs, firsts, size, widths, address):
 
 
 @common.kernel
-def _rmatvec_apart(parts, firsts, out, d, partial, chunk, size, widths, address):
-    """The adjoint of :func:`_matvec_apart`; every task first sums its rows into partial[task]."""
+def _rmatvec_apart(parts, firsts, out, d, tasks, chunk, size, widths, address):
+    """The adjoint of :func:`_matvec_apart`; every task first sums its rows on its own."""
     signed, width = d <= FEW_SUMS, parts.shape[1]
-    for task in prange(len(partial)):
+    partial = np.empty((tasks, 2 * d if signed else d), np.float32)
+    for task in prange(tasks):
         sums = partial[task]
         sums[:] = 0
         widest()
@@ -230,8 +232,7 @@ def added(
 
 
 def _rows(p: Any, w: Tensor, bases: Any, outs: Sequence[Tensor], step: Tensor, start: int) -> None:
-    bounds = common.bounds(outs)
-    rows = int(bounds[-1])
+    bounds, rows = common.bounds(outs)
     arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     _matvec(w.data_ptr(), p.in_dim, bases, common.addresses(outs), bounds, start, *arguments)
@@ -246,17 +247,16 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     """Pᵀ g for the rows from ``start`` on, for vectors of g laid end to end."""
     # The number of tasks depends on sizes alone, and their sums stay below a sixteenth of g; it is
     # a power of 2, as the number of threads mostly is.
-    bounds, d = common.bounds(parts), p.in_dim
-    rows, sums = int(bounds[-1]), 2 * d if d <= FEW_SUMS else d
+    (bounds, rows), d = common.bounds(parts), p.in_dim
+    sums = 2 * d if d <= FEW_SUMS else d
     tiles = -(-(start + rows) // TILE) - start // TILE
     tasks = min(TASKS, max(1, rows // (16 * sums)), tiles)
     chunk = -(-tiles // (1 << (tasks.bit_length() - 1)))
-    partial = np.empty((-(-tiles // chunk), sums), np.float32)
     out = torch.empty(d, dtype=torch.float32, device="cpu")
     arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     places = common.addresses(parts), bounds, start, out.data_ptr()
-    _rmatvec(*places, d, partial, chunk, *arguments)
+    _rmatvec(*places, d, -(-tiles // chunk), chunk, *arguments)
     return out
 
 
@@ -272,10 +272,9 @@ def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tenso
     sums = 2 * d if d <= FEW_SUMS else d
     tasks = min(TASKS, max(1, parts.numel() // (8 * sums)), max(1, count))
     chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
-    partial = np.empty((-(-count // chunk), sums), np.float32)
     out = torch.empty(d, dtype=torch.float32, device="cpu")
     common.threads(8 * parts.numel())
-    arguments = out.numpy(), d, partial, chunk, *made_from(p, step)
+    arguments = out.numpy(), d, -(-count // chunk), chunk, *made_from(p, step)
     _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)
     return out
 
