@@ -77,6 +77,16 @@ def split_by_tensor(blocks: Sequence[Block]) -> dict[str, list[Block]]:
     return alone
 
 
+def slice_of(block: Block, entries: range) -> Block:
+    """Return the rows of a block for some entries of the one piece that it has."""
+    (piece,), (kept,) = block.pieces, block.kept
+    start, stop = piece.start + entries.start, piece.start + entries.stop
+    own = Piece(piece.tensor, start, stop)
+    inside = entries_inside(range(piece.start + kept.start, piece.start + kept.stop), own)
+    start, stop = block.start + entries.start, block.start + entries.stop
+    return replace(block, start=start, stop=stop, pieces=(own,), kept=(inside,))
+
+
 def group_small(alone: Mapping[str, Sequence[Block]], limit: int) -> list[tuple[Block, ...]]:
     """Group blocks with the same coordinates, of tensors of at most ``limit`` weights."""
     groups: dict[str, list[Block]] = {}

@@ -23,6 +23,7 @@ from subspan.subspace.module_states import keeping_coordinates
 from subspan.subspace.modules import WrappedModule, WrappedNetwork
 from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
 from subspan.subspace.resuming import keep_beside
+from subspan.subspace.slices import Sliced, multiplies
 
 
 class Weighted:
@@ -144,6 +145,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             WrappedNetwork if root else WrappedModule: True,
             Weighted: bool(names),
             LookedUp: weight and looks_up(cls),
+            Sliced: weight and multiplies(cls),
             Multiplied: weight and multiplies_itself(cls),
             Adapted: FACTORS[0] in names,
         }

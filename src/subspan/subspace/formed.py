@@ -201,10 +201,10 @@ class Outermost:
         for formed in self.formed.values():
             formed.check_unwritten()
 
-    def passes(self, key: Any, theta: Tensor, formula: Formula) -> None:
-        """Let θ that is kept be dropped for others; remember how it was formed while it lives."""
-        self.passing[key] = theta.numel()
+    def knows(self, theta: Tensor, tensor: str, parts: Sequence[Part]) -> None:
+        """Remember what θ of a tensor, or of a slice of it, was formed from while it lives."""
         if self.formulas is not None:
+            formula = Formula.of(tensor, parts, theta.dtype)
             self.formulas[theta.untyped_storage().data_ptr()] = weakref.ref(theta), formula
 
     @contextmanager

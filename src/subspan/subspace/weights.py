@@ -27,7 +27,7 @@ from subspan.subspace.callers import asked_by_fsdp, asked_by_own_forward
 from subspan.subspace.computed import guard_theta
 from subspan.subspace.descriptors import refuse_stage
 from subspan.subspace.dtensors import home_of, is_shard
-from subspan.subspace.formed import Formula, Outermost, version_of
+from subspan.subspace.formed import Outermost, version_of
 from subspan.subspace.functions import ordinary_tensors, uncounted
 from subspan.subspace.links import FINGERPRINT, PREFIX, is_exporting
 from subspan.subspace.network import Network
@@ -139,19 +139,23 @@ class Weights(Network):
             else:
                 theta = self._join(tensor, [self._keep_group(n, outer)[m] for n, m in where])
             return self._dress(tensor, theta) if special else theta
-        if fx._is_fx_tracing_flag:
-            raise SubspanError(
-                f"{tensor} would be a constant of the graph that torch.fx traces: trace the "
-                "merge() of the SubspaceModel"
-            )
-        refuse_stage(sys._getframe(1))
-        if self.changes.wishes:
-            self.changes.check_flags()
+        self._check_outside(tensor)
         theta = self.form(tensor, dtype) if variant is None else variant.theta(tensor, dtype)
         if type(theta) is not Tensor or theta.is_meta or _level() is not None:
             return theta
         theta = theta if torch._C._is_tracing() else self._guard(theta, tensor)
         return self._dress(tensor, theta) if special else theta
+
+    def _check_outside(self, tensor: str) -> None:
+        """Refuse to form θ of a tensor outside of a call where it would be wrong there."""
+        if fx._is_fx_tracing_flag:
+            raise SubspanError(
+                f"{tensor} would be a constant of the graph that torch.fx traces: trace the "
+                "merge() of the SubspaceModel"
+            )
+        refuse_stage(sys._getframe(2))
+        if self.changes.wishes:
+            self.changes.check_flags()
 
     def called(self) -> bool:
         """Return whether the network is being called in this thread."""
@@ -325,23 +329,29 @@ class Weights(Network):
         theta = self.form(tensor, dtype)
         if _level() == outer.level and type(theta) is Tensor:
             outer.keep(tensor, [w for w, *_ in parts], state, [theta], [tensor])
-            outer.passes(tensor, theta, Formula.of(tensor, parts, theta.dtype))
+            outer.passing[tensor] = theta.numel()
+            outer.knows(theta, tensor, parts)
         return theta
 
-    def alone(self, tensor: str) -> tuple[Tensor, Block, Tensor] | None:
+    def alone(self, tensor: str, *, outside: bool = False) -> tuple[Tensor, Block, Tensor] | None:
         """Return coordinates, block and θ₀ of a tensor whose θ would be formed alone.
 
-        None if θ is kept, or is not formed here, now, and from θ₀ as it is.
+        None if θ is kept, or is not formed here, now, and from θ₀ as it is. ``outside`` asks for
+        them outside of a call, too.
         """
         own = self.blocks_of[tensor]
         if tensor in self.groups_with or self.shards is not None or len(own) > 1:
             return None
-        inside = self.called() and not is_at_base(self)
-        base = self.base_of(tensor)
+        inside, base = self.called(), self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         ordinary = ordinary and base.numel() == len(own[0].pieces[0])
-        if not (inside and ordinary) or torch._C._is_tracing() or transformed():
+        if self.lent.thetas and self.lent.find(tensor) is not None:
             return None
+        here = (inside or outside) and not is_at_base(self)
+        if not (here and ordinary) or torch._C._is_tracing() or transformed():
+            return None
+        if not inside:
+            self._check_outside(tensor)
         w = self.coordinate(own[0].coordinates)
         ours = type(w) is nn.Parameter or self.variant() is not None
         return (w, own[0], base) if ours else None
