@@ -28,7 +28,8 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Everything below `training`, for the inner loop: other people's trainers stand above, as ours does.
-# What compiles or exports, interprets kernels for GPUs or starts processes is left to `make test`.
+# What loads Transformers or PEFT, compiles or exports, interprets kernels for GPUs or starts processes
+# is left to `make test`.
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 		-m "not heavy and not slow and not gpu" \

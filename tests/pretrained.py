@@ -3,10 +3,6 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed: pip install transformers"
-)
-
 
 class Library:
     """A library that is imported at its first use; a test that wants it is skipped without it."""
@@ -21,6 +17,7 @@ class Library:
         return getattr(pytest.importorskip(self.name, reason=reason), attribute)
 
 
+transformers = Library("transformers")
 peft = Library("peft")  # which imports bitsandbytes and more
 
 SMALL = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

@@ -23,6 +23,7 @@ again = AutoPeftModelForSequenceClassification.from_pretrained("variant")
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.heavy
 def test_fine_tuning_takes_no_more_lines_than_with_peft(tmp_path, monkeypatch):
     from tests.pretrained import bert, transformers
 

@@ -60,6 +60,7 @@ def sizes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("rank", [1, 8, 16, 32])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -88,6 +89,7 @@ def test_peft_computes_the_same_bits(name, rank, hf, tmp_path):
     assert all(torch.equal(tensor, merged[key]) for key, tensor in ours.items())
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_what_peft_has_loaded_trains_on(hf, tmp_path):
     model = subspan.lora(hf.bert(), 50, rank=2, train_fully="classifier")
@@ -107,6 +109,7 @@ def test_what_peft_has_loaded_trains_on(hf, tmp_path):
     assert again.keys() == before.keys()
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_and_autocast_are_as_in_peft(dtype, hf, tmp_path):
@@ -127,6 +130,7 @@ def test_16_bits_and_autocast_are_as_in_peft(dtype, hf, tmp_path):
         assert torch.equal(there(IDS).logits, whole(IDS).logits)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_transformers_saves_a_network_that_anybody_loads(hf, tmp_path):
     net = hf.bert()
@@ -148,6 +152,7 @@ def test_transformers_saves_a_network_that_anybody_loads(hf, tmp_path):
         other.body.load_state_dict({k: t for k, t in state.items() if "subspan" not in k})
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_network_with_pefts_layers_is_refused(hf, tmp_path):
     net = hf.peft.get_peft_model(hf.bert(), hf.peft.LoraConfig(target_modules=["query"]))
@@ -174,6 +179,7 @@ def test_targets_are_named_so_that_no_other_module_is_meant(tmp_path):
     assert config["task_type"] is None
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("targets", ["attention", "mlp", "all-linear"])
 def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
     """The two files have all that vLLM and SGLang ask for (docs/lora.md)."""
@@ -194,6 +200,7 @@ def test_a_decoder_is_as_servers_read_it(targets, hf, tmp_path):
     assert len(keys) == 2 * len(named)  # of one block
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_sounds_to_text_is_no_task_of_pefts(hf, tmp_path):
     """PEFT's word for sequences to sequences gives texts to the network."""
@@ -209,6 +216,7 @@ def test_sounds_to_text_is_no_task_of_pefts(hf, tmp_path):
     assert config["task_type"] == "SEQ_2_SEQ_LM"
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_head_with_a_lora_is_no_head_to_peft(hf, tmp_path):
     model = subspan.lora(hf.bert(), 50, rank=2, targets=["query", "classifier"])

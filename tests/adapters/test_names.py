@@ -21,6 +21,7 @@ def test_what_peft_would_store_whole_cannot_have_a_lora(tmp_path):
         subspan.export_lora(model, tmp_path / "lora")
 
 
+@pytest.mark.heavy
 def test_what_peft_would_take_for_experts_cannot_have_a_lora(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
@@ -35,6 +36,7 @@ def test_what_peft_would_take_for_experts_cannot_have_a_lora(tmp_path):
     subspan.export_lora(subspan.lora(net, 4, rank=2, targets="attention"), tmp_path / "lora")
 
 
+@pytest.mark.heavy
 def test_a_layer_that_is_read_and_not_called_cannot_have_a_lora(tmp_path):
     """PEFT's layer has the weight without the LoRA."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
@@ -69,6 +71,7 @@ class Chain(nn.Module):
         return x
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("layers", "fully", "said"),

@@ -20,6 +20,7 @@ LORA = {"rank": 4, "targets": ["fc", "out"]}
 WORDS = torch.arange(12).view(3, 4) % 11
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_the_base_is_untouched_and_the_function_is_pefts(kind, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")

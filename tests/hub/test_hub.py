@@ -19,6 +19,8 @@ from tests.pretrained import bert, transformers
 
 hub_client = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
 
+pytestmark = pytest.mark.heavy
+
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 SIZES |= {"hidden_size": 16, "vocab_size": 50, "max_position_embeddings": 16}
 TOKENS = {"input_ids": torch.arange(12).view(2, 6)}

@@ -486,6 +486,7 @@ def test_functional_calls(kind):
     assert torch.equal(head, torch.full((32,), 96.0))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_transformers(kind, tmp_path):
     from tests.pretrained import llama, transformers

@@ -10,6 +10,8 @@ from subspan.subspace.targets import HEAD_RATE, PRESETS, RATES, default_rate, fi
 from subspan.training import nets
 from tests.nets import Tied
 
+pytestmark = pytest.mark.heavy
+
 WIDE = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 SMALL = {**WIDE, "num_hidden_layers": 2, "vocab_size": 20, "max_position_embeddings": 16}
 DECODER = {**SMALL, "num_key_value_heads": 1, "pad_token_id": 0}

@@ -340,6 +340,7 @@ def test_as_many_words_as_rows_are_one_run_once_it_is_known_which_are_which():
         assert runs == counts
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_transformers_by_row():
     from tests.pretrained import bert

@@ -336,21 +336,18 @@ class Weights(Network):
     def alone(self, tensor: str, *, outside: bool = False) -> tuple[Tensor, Block, Tensor] | None:
         """Return coordinates, block and θ₀ of a tensor whose θ would be formed alone.
 
-        None if θ is kept, or is not formed here, now, and from θ₀ as it is. ``outside`` asks for
-        them outside of a call, too.
+        None if θ is kept, or not formed now from θ₀ as it is; or outside of calls, unless asked.
         """
-        own = self.blocks_of[tensor]
-        if tensor in self.groups_with or self.shards is not None or len(own) > 1:
-            return None
-        inside, base = self.called(), self.base_of(tensor)
+        own, base = self.blocks_of[tensor], self.base_of(tensor)
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
-        ordinary = ordinary and base.numel() == len(own[0].pieces[0])
-        if self.lent.thetas and self.lent.find(tensor) is not None:
+        if not ordinary or len(own) > 1 or base.numel() != len(own[0].pieces[0]):
             return None
-        here = (inside or outside) and not is_at_base(self)
-        if not (here and ordinary) or torch._C._is_tracing() or transformed():
+        if tensor in self.groups_with or self.shards is not None or is_at_base(self):
             return None
-        if not inside:
+        lent = self.lent.thetas and self.lent.find(tensor) is not None
+        if lent or torch._C._is_tracing() or transformed() or not (outside or self.called()):
+            return None
+        if not self.called():
             self._check_outside(tensor)
         w = self.coordinate(own[0].coordinates)
         ours = type(w) is nn.Parameter or self.variant() is not None

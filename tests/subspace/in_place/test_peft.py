@@ -9,7 +9,7 @@ import subspan
 from subspan import SubspaceModel, SubspanError
 from tests.pretrained import bert, peft
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]
 
 IDS = torch.tensor([[3, 7, 1, 9], [2, 2, 5, 0]])
 

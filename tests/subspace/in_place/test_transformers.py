@@ -8,6 +8,7 @@ from tests.nets import scatter
 from tests.pretrained import bert, gpt2, llama, t5, transformers, whisper
 
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.filterwarnings("ignore"),  # transformers has many of its own
     pytest.mark.usefixtures("forming"),
 ]
