@@ -99,6 +99,12 @@ def export_lora(
         raise SubspanError(f"{folder} is a file, and a LoRA is a folder of two: give another name")
     saved = name_saved(found)
     nearest = _factors(found, rank) if found.subspace.adapters else find_nearest(found, rank, saved)
+    for layer in nearest.factors:
+        if f"{layer}.weight" in found.subspace.reads.apart():
+            raise SubspanError(
+                f"the network reads the weight of {layer} and does not call the layer, so that "
+                "PEFT would leave its LoRA out: exclude it, or write the network of merge()"
+            )
     tensors = {
         f"{PREFIX}{layer}.lora_{letter}.weight": factor
         for layer, factors in nearest.factors.items()

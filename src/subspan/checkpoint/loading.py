@@ -203,6 +203,7 @@ def _wrap(path: object, net: nn.Module, header: Header, tensors: Tensors) -> Sub
     _take_buffers(path, model, header, tensors)
     check_base(path, model, header)
     model.init_seed = header["init_seed"]
+    model.subspace.reads.add(*header.get("apart", ()))
     return model
 
 

@@ -98,6 +98,8 @@ def contents(
         }
         if model.subspace.lora:
             header["lora"] = model.subspace.lora
+        if apart := sorted(model.subspace.reads.apart()):
+            header["apart"] = apart
         if kept := model.subspace.kept:
             header["kept"] = rows_kept(kept)
         if packed := model.subspace.packed:

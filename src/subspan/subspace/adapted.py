@@ -99,6 +99,8 @@ class Adapted(Behaviour):
         """Return W x + s B (A x) + bias of the one input, whatever the layer calls it."""
         (x,) = (*inputs, *named.values())
         link, adapter, given = vars(self)[LINK], vars(self)[ADAPTER], False
+        if not torch.compiler.is_compiling():
+            link.weights.reads.note_call(adapter.weight)
         if "weight" in link.tensors:
             weight, given = link.weights.base_or_given(link.tensors["weight"])
             result = _multiply(x, weight, self.bias, adapter.transposed)

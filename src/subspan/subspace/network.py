@@ -30,6 +30,7 @@ from subspan.subspace.links import (
 )
 from subspan.subspace.parameters import Slot, digest_buffers, digest_tensors
 from subspan.subspace.quantised import QuantisedTensor
+from subspan.subspace.reads import Reads
 from subspan.subspace.sharded import Shards
 from subspan.subspace.theta0 import Base
 from subspan.subspace.variant import replaced
@@ -76,7 +77,7 @@ class Network:
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.ranks_checked = True
         self.modes = set[bool]()  # of training or not, in which the network has been called
-        self.lent = formed.Lent()
+        self.lent, self.reads = formed.Lent(), Reads()
         self._known: Tensor | None = None  # the fingerprint's buffer that was compared last
         self.shards: Shards | None = None
         self._traced: dict[str, Tensor] | None = None

@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from subspan.errors import SubspanError
+from subspan.families.registry import from_recipe
+from subspan.families.updates import add_
 from subspan.subspace.at_base import first_in_context, is_at_base, refuse_running_again
 from subspan.subspace.computed import guard_lent
 from subspan.subspace.formed import version_of
-from subspan.subspace.links import is_exporting, link_of, locate
+from subspan.subspace.functions import ordinary_tensors
+from subspan.subspace.links import PREFIX, is_exporting, link_of, locate
+from subspan.subspace.quantised import dense
 
 if TYPE_CHECKING:
     from subspan.subspace.network import Network
@@ -138,7 +142,7 @@ class MixedVariant(Variant):
         self._own = own
         self._bases = [row for row, member in enumerate(members) if not member.beside]
         with torch.inference_mode(False), torch.no_grad():
-            thetas = weights.form_rows([member.coordinates for member in members])
+            thetas = _form_rows(weights, [member.coordinates for member in members])
         self._formed = {(name, None): (theta, version_of(theta)) for name, theta in thetas.items()}
 
     def follow(self, own: Mapping[str, Tensor]) -> MixedVariant:
@@ -153,6 +157,27 @@ class MixedVariant(Variant):
             now.beside[name][self._bases] = tensor
         now._versions = {name: version_of(tensor) for name, tensor in now.beside.items()}
         return now
+
+
+def _form_rows(weights: Weights, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Form θ of every trained tensor for each of several coordinates, without a graph.
+
+    w stands by its name among the network's parameters. The first dimension of what is returned is
+    that of ``coordinates``.
+    """
+    thetas = {}
+    with ordinary_tensors():
+        for tensor in weights.blocks_of:
+            base = dense(weights.held(tensor)).detach()
+            shape = (len(coordinates), *base.shape)
+            thetas[tensor] = base.expand(shape).clone(memory_format=torch.contiguous_format)
+    for n, ws in enumerate(coordinates):
+        rows = {tensor: theta[n].view(-1) for tensor, theta in thetas.items()}
+        for block in weights.blocks:
+            parts = [rows[piece.tensor][piece.start : piece.stop] for piece in block.pieces]
+            w = ws[PREFIX + block.coordinates]
+            add_(from_recipe(block.recipe), parts, w, weights.step, block.start)
+    return thetas
 
 
 def split_by_row(weights: Weights, x: Tensor, layer: str) -> Tensor:

@@ -7,7 +7,7 @@ long θ lives is :mod:`subspan.subspace.formed`; how it is computed :mod:`subspa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch.fx import _symbolic_trace as fx
 
 from subspan.errors import SubspanError
 from subspan.families.operator import transformed
-from subspan.families.registry import from_recipe
-from subspan.families.updates import add_
 from subspan.precision import autocast_dtype
 from subspan.subspace import formed, forming, quantised
 from subspan.subspace.at_base import is_at_base, refuse_running_again
@@ -123,12 +121,17 @@ class Weights(Network):
             return lent
         if tensor in self.adapters:
             theta = self._product(tensor, self.read)
-            ordinary = type(theta) is Tensor and not theta.is_meta and _level() is None
-            theta = self._guard(theta, tensor) if ordinary else theta
+            if type(theta) is Tensor and not theta.is_meta and _level() is None:
+                if inside := self.called():
+                    self.reads.note(tensor, sys._getframe(2))
+                self.reads.watch(tensor, theta, inside)
+                theta = self._guard(theta, tensor)
             return self._dress(tensor, theta) if special else theta
         variant = self.variant()
         outer = None if is_at_base(self) else formed.find_call(self)
         if outer is not None:
+            if outer.first and attribute == "weight":
+                self.reads.note(tensor, sys._getframe(2))
             where = self.groups_with.get(tensor, ())
             if variant is not None:
                 theta = variant.theta(tensor, dtype)
@@ -218,26 +221,6 @@ class Weights(Network):
             for piece, theta in zip(pieces, self._theta(group), strict=True):
                 parts.setdefault(piece.tensor, []).append(theta)
         return {tensor: self._join(tensor, pieces) for tensor, pieces in parts.items()}
-
-    def form_rows(self, coordinates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Form θ of every trained tensor for each of several coordinates, without a graph.
-
-        w stands by its name among the network's parameters. The first dimension of what is returned
-        is that of ``coordinates``.
-        """
-        thetas = {}
-        with ordinary_tensors():
-            for tensor in self.blocks_of:
-                base = quantised.dense(self.held(tensor)).detach()
-                shape = (len(coordinates), *base.shape)
-                thetas[tensor] = base.expand(shape).clone(memory_format=torch.contiguous_format)
-        for n, ws in enumerate(coordinates):
-            rows = {tensor: theta[n].view(-1) for tensor, theta in thetas.items()}
-            for block in self.blocks:
-                parts = [rows[piece.tensor][piece.start : piece.stop] for piece in block.pieces]
-                w = ws[PREFIX + block.coordinates]
-                add_(from_recipe(block.recipe), parts, w, self.step, block.start)
-        return thetas
 
     def dense(self) -> dict[str, Tensor]:
         """Form the trained weights of an ordinary network: θ, or W + s B A of factors."""
