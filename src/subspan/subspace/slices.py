@@ -53,14 +53,18 @@ def multiply(weights: Weights, tensor: str, module: Any, x: Tensor) -> Tensor | 
     if weights.largest <= LARGE or not (found := weights.alone(tensor, outside=True)):
         return None
     w, block, base = found
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+        return None
     few = 2 * x.numel() <= base.shape[-1] ** 2  # twice the results are no more than the weights
     fits = base.dim() == 2 and x.dim() > 0 and x.shape[-1] == base.shape[-1]
-    if base.numel() <= LARGE or not (few and fits) or type(x) is not Tensor or base.is_meta:
+    if base.numel() <= LARGE or not (few and fits) or base.is_meta:
         return None
     if weights.variant() is not None:  # whose θ is kept
         return None
     bias, dtype = module.bias, None
-    if base.dtype == x.dtype == torch.float32 and (dtype := autocast_dtype(base.device)):
+    if base.dtype == torch.float32:  # autocast casts no float64
+        dtype = autocast_dtype(base.device)
+    if dtype is not None and x.dtype == torch.float32:
         x = x.to(dtype)  # once; a copy for each slice would be kept for the backward pass
     rows = max(1, SLICE // base.shape[1])
     parts = range(0, len(base), rows)

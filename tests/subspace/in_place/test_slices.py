@@ -114,6 +114,7 @@ def test_inputs_of_any_number_of_dimensions(monkeypatch, sizes, shape):
 
 def test_autocast_forms_slices_in_its_dtype(monkeypatch, sizes):
     found = trained(Net, autocast=True)
+    assert sizes.count(7 * WIDTH) == 2 * (WORDS // 7)  # a cast copy would not be formed again
     assert HEAD not in sizes
     expected = as_a_whole(monkeypatch, Net, autocast=True)
     for ours, theirs in zip(found, expected, strict=True):
@@ -204,6 +205,17 @@ def test_coordinates_that_have_changed_meanwhile_have_no_gradient():
 def test_an_input_of_another_width_is_what_it_is_to_pytorch():
     with pytest.raises(RuntimeError, match=f"{WIDTH}x{WORDS}"):
         SubspaceModel(nn.Linear(WIDTH, WORDS), 50)(torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_other_layouts_are_what_they_are_to_the_layer():
+    torch.manual_seed(0)
+    model = scatter(SubspaceModel(nn.Sequential(nn.Linear(WIDTH, WORDS), nn.Identity()), 50))
+    with torch.no_grad():
+        expected = model(X)
+        torch.testing.assert_close(model(X.to_sparse()), expected)
+        rows = model(torch.nested.nested_tensor([X[:2], X[2:]]))
+        torch.testing.assert_close(torch.cat(rows.unbind()), expected)
 
 
 def test_a_copy_and_a_compiled_network_compute_the_same():
