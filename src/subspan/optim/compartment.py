@@ -85,7 +85,7 @@ class CompartmentWeights:
         The vectors are a gradient in the shape of every tensor (None: zeros), or the tensor itself.
         ``basis`` is one of the step's, and ``redraw`` its number, 0-D int64.
         """
-        own, projection = coordinates[self.place], self.projections[basis]
+        own, projection = self._own(coordinates), self.projections[basis]
         for call in self.calls:
             flat: list[Tensor] = []
             absent: list[int] = []
@@ -117,7 +117,7 @@ class CompartmentWeights:
 
         16-bit weights are added up in float32 and rounded once.
         """
-        own, projection = coordinates[self.place], self.projections[basis]
+        own, projection = self._own(coordinates), self.projections[basis]
         own = own if alpha == 1 else own * alpha
         tensors = tensors or self.tensors
         for call in self.calls:
@@ -129,6 +129,10 @@ class CompartmentWeights:
                 with flat(tensors[piece.tensor], piece, self._kept(piece)) as part:
                     add_(projection, [part], own.to(part.device), redraw, start)
                 start += len(piece)
+
+    def _own(self, coordinates: Tensor) -> Tensor:
+        """Return this compartment's part of (d,); no slice where it is all of them."""
+        return coordinates if len(coordinates) == self.compartment.dim else coordinates[self.place]
 
     def vectors(self, coordinates: Tensor, basis: int, redraw: Tensor) -> dict[str, Tensor]:
         """Return P c as tensors by name, in the tensors' shapes: zero outside this compartment."""

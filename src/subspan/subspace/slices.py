@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from subspan.families.registry import from_recipe
 from subspan.precision import autocast_dtype
 from subspan.subspace import formed, forming
 from subspan.subspace.blocks import slice_of
@@ -59,8 +60,8 @@ def multiply(weights: Weights, tensor: str, module: Any, x: Tensor) -> Tensor | 
     fits = base.dim() == 2 and x.dim() > 0 and x.shape[-1] == base.shape[-1]
     if base.numel() <= LARGE or not (few and fits) or base.is_meta:
         return None
-    if weights.variant() is not None:  # whose θ is kept
-        return None
+    if weights.variant() is not None or not from_recipe(block.recipe).local:
+        return None  # a variant's θ is kept, and each slice of orthogonal would cost all of P w
     bias, dtype = module.bias, None
     if base.dtype == torch.float32:  # autocast casts no float64
         dtype = autocast_dtype(base.device)

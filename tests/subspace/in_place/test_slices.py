@@ -148,7 +148,7 @@ def test_a_second_derivative(monkeypatch, sizes):
     torch.testing.assert_close(found, second(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["forward", "many rows", "at base", "variant"])
+@pytest.mark.parametrize("way", ["forward", "many rows", "at base", "variant", "orthogonal"])
 def test_otherwise_the_whole_weight_is_formed(sizes, way):
     class Own(nn.Linear):
         def forward(self, x):
@@ -156,7 +156,8 @@ def test_otherwise_the_whole_weight_is_formed(sizes, way):
 
     net = Net()
     net.head = Own(WIDTH, WORDS) if way == "forward" else net.head
-    model = scatter(SubspaceModel(net, 50))
+    projection = "orthogonal" if way == "orthogonal" else "hash"
+    model = scatter(SubspaceModel(net, 50, projection=projection))
     x = X.repeat(10, 1) if way == "many rows" else X
     with torch.no_grad():
         expected = model.merge()(x)
