@@ -267,6 +267,7 @@ def test_a_hook_that_raises_leaves_the_network_as_it_was(wrap, kind, name):
     wrap(net, 5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("wrap", [SubspaceModel, subspan.lora])
 def test_what_torch_compile_has_made_is_refused(wrap):
     net, x = build("mlp"), batch("mlp")

@@ -40,6 +40,7 @@ def test_programs_that_hook_the_handle_and_the_network():
     torch.testing.assert_close(model(x), merged(x))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("first", ["handle", "network"])
 def test_the_handle_and_the_network_are_compiled_in_place(first):
     model, merged, x = pair()

@@ -219,6 +219,7 @@ def test_other_layouts_are_what_they_are_to_the_layer():
         torch.testing.assert_close(torch.cat(rows.unbind()), expected)
 
 
+@pytest.mark.heavy
 def test_a_copy_and_a_compiled_network_compute_the_same():
     torch.manual_seed(0)
     model = scatter(SubspaceModel(Net(), 50))
