@@ -307,6 +307,7 @@ def test_estimators_that_evaluate_need_a_closure(estimator):
         optimizer.step(lambda: None)
 
 
+@JVP
 @pytest.mark.parametrize("estimator", ["forward", "evolution"])
 def test_a_closure_that_calls_backward_is_for_another_estimator(estimator):
     net = mlp()

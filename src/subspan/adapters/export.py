@@ -19,7 +19,7 @@ from torch import nn
 
 from subspan.adapters.factors import check_rank
 from subspan.adapters.layers import refuse_peft
-from subspan.adapters.names import find_stored, find_task, name_saved, name_targets
+from subspan.adapters.names import find_stored, find_task, name_saved, name_targets, refuse_uncalled
 from subspan.adapters.nearest import NearestLora, find_nearest
 from subspan.errors import SubspanError
 from subspan.files import write_together
@@ -99,12 +99,10 @@ def export_lora(
         raise SubspanError(f"{folder} is a file, and a LoRA is a folder of two: give another name")
     saved = name_saved(found)
     nearest = _factors(found, rank) if found.subspace.adapters else find_nearest(found, rank, saved)
+    apart = found.subspace.reads.apart()
     for layer in nearest.factors:
-        if f"{layer}.weight" in found.subspace.reads.apart():
-            raise SubspanError(
-                f"the network reads the weight of {layer} and does not call the layer, so that "
-                "PEFT would leave its LoRA out: exclude it, or write the network of merge()"
-            )
+        if f"{layer}.weight" in apart:
+            raise refuse_uncalled("the network", layer)
     tensors = {
         f"{PREFIX}{layer}.lora_{letter}.weight": factor
         for layer, factors in nearest.factors.items()

@@ -170,11 +170,15 @@ def _refuse_taken(net: nn.Module, layers: Collection[str]) -> None:
                 "write the network of merge()"
             )
         if kind in _READ and f".{layer}".endswith(f".{_READ[kind]}"):
-            raise SubspanError(
-                f"a network of the type {kind!r} reads the weight of {layer} and does not call the "
-                "layer, so that PEFT would leave its LoRA out: exclude it, or write the network of "
-                "merge()"
-            )
+            raise refuse_uncalled(f"a network of the type {kind!r}", layer)
+
+
+def refuse_uncalled(network: str, layer: str) -> SubspanError:
+    """Make the refusal of a layer whose weight a network reads without calling it."""
+    return SubspanError(
+        f"{network} reads the weight of {layer} and does not call the layer, so that PEFT would "
+        "leave its LoRA out: exclude it, or write the network of merge()"
+    )
 
 
 def find_task(net: nn.Module, layers: Collection[str]) -> str | None:

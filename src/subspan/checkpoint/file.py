@@ -43,8 +43,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # of the header, by k
     "subspace": {"recipe": dict, "init_seed": (int, NoneType), "fingerprint": str, "layout": str},
     "part": {"fingerprint": str},
 }
-OPTIONAL = {"apart": list, "base": dict, "kept": dict, "lora": dict, "parameters": str}
-OPTIONAL |= {"quantised": dict}
+OPTIONAL = {
+    "apart": list,
+    "base": dict,
+    "kept": dict,
+    "lora": dict,
+    "parameters": str,
+    "quantised": dict,
+}
 Header = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Types = dict[type[Compressed], dict[str, Any]]  # the recipes of layers by their full names

@@ -17,13 +17,13 @@ from subspan.errors import SubspanError
 from subspan.subspace.adapted import FACTORS, Adapted
 from subspan.subspace.callers import asked_by_fsdp, resolves_super, saved_by_trainer
 from subspan.subspace.descriptors import QuantisedFlag, WeightDescriptor
-from subspan.subspace.embedding import LookedUp, looks_up
+from subspan.subspace.embedding import look_up
 from subspan.subspace.links import PREFIX, link_of
 from subspan.subspace.module_states import keeping_coordinates
 from subspan.subspace.modules import WrappedModule, WrappedNetwork
 from subspan.subspace.quantised_layers import Multiplied, multiplies_itself
 from subspan.subspace.resuming import keep_beside
-from subspan.subspace.slices import Sliced, multiplies
+from subspan.subspace.slices import multiply
 
 
 class Weighted:
@@ -68,6 +68,27 @@ class Traced:
             "the graph of a network in a subspace cannot be compiled anew: change it before the "
             "network is wrapped, or in the network of merge() or unwrap()"
         )
+
+
+class InParts:
+    """A layer that computes with parts of its weight, where that is right and costs less."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+        """Compute what PyTorch's own layer does."""
+        out = None
+        if not torch.compiler.is_compiling():
+            link, compute = link_of(self), _in_parts(self._subspan_class[0])  # type: ignore[attr-defined]
+            out = compute(link.weights, link.tensors["weight"], self, input)
+        return super().forward(input) if out is None else out  # type: ignore[misc]
+
+
+@functools.cache
+def _in_parts(cls: type) -> Any:
+    """Find what computes in parts for modules of a class that does as PyTorch's own; else None."""
+    for kind, compute in ((nn.Embedding, look_up), (nn.Linear, multiply)):
+        if issubclass(cls, kind) and cls.forward is kind.forward:
+            return compute
+    return None
 
 
 class Recurrent:
@@ -136,7 +157,7 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
     """Make the class of a module whose parameters of these names are computed."""
     key = (cls, names, root)
     if key not in _made:
-        weight = "weight" in names
+        weight, factors = "weight" in names, FACTORS[0] in names
         behaviours: dict[type, bool] = {
             Parametrized: issubclass(cls, ParametrizationList),
             Listed: issubclass(cls, nn.ParameterList),
@@ -144,10 +165,9 @@ def make_class(cls: type, names: tuple[str, ...], root: bool) -> type:
             Traced: issubclass(cls, GraphModule),
             WrappedNetwork if root else WrappedModule: True,
             Weighted: bool(names),
-            LookedUp: weight and looks_up(cls),
-            Sliced: weight and multiplies(cls),
+            InParts: weight and not factors and _in_parts(cls) is not None,
             Multiplied: weight and multiplies_itself(cls),
-            Adapted: FACTORS[0] in names,
+            Adapted: factors,
         }
         own = (behaviour for behaviour, has in behaviours.items() if has)
         bases = (*_first_in_memory(cls), *own, cls)

@@ -10,36 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspan import kernels
 from subspan.families.operator import composed, product
 from subspan.families.registry import from_recipe
 from subspan.subspace.blocks import Block
 from subspan.subspace.functions import ordinary_tensors
-from subspan.subspace.links import Behaviour, link_of
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
 
 SAVING = 4  # a row alone takes up to so many times as long as in a run: tiles are made whole
-
-
-def looks_up(cls: type) -> bool:
-    """Return whether modules of a class look up rows as PyTorch's embedding does."""
-    return issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward
-
-
-class LookedUp(Behaviour):
-    """The behaviour of an embedding whose table is computed."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
-        """Look up rows of θ."""
-        rows = None
-        if not torch.compiler.is_compiling():
-            link = link_of(self)
-            rows = look_up(link.weights, link.tensors["weight"], self, input)
-        return super().forward(input) if rows is None else rows
 
 
 def look_up(weights: Weights, tensor: str, module: Any, ids: Tensor) -> Tensor | None:

@@ -201,7 +201,7 @@ class Outermost:
         for formed in self.formed.values():
             formed.check_unwritten()
 
-    def knows(self, theta: Tensor, tensor: str, parts: Sequence[Part]) -> None:
+    def remember(self, theta: Tensor, tensor: str, parts: Sequence[Part]) -> None:
         """Remember what θ of a tensor, or of a slice of it, was formed from while it lives."""
         if self.formulas is not None:
             formula = Formula.of(tensor, parts, theta.dtype)

@@ -11,7 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from subspan.families.registry import from_recipe
@@ -19,7 +19,6 @@ from subspan.precision import autocast_dtype
 from subspan.subspace import formed, forming
 from subspan.subspace.blocks import slice_of
 from subspan.subspace.functions import ordinary_tensors, uncounted
-from subspan.subspace.links import Behaviour, link_of
 
 if TYPE_CHECKING:
     from subspan.subspace.weights import Weights
@@ -28,37 +27,22 @@ LARGE = 4 * formed.KEPT  # weights of a tensor that is formed in slices
 SLICE = formed.KEPT  # weights of a slice at most, or a row
 
 
-def multiplies(cls: type) -> bool:
-    """Return whether modules of a class multiply as PyTorch's linear layer does."""
-    return issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
-
-
-class Sliced(Behaviour):
-    """The behaviour of a linear layer whose weight is computed."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
-        """Compute x θᵀ + b."""
-        out = None
-        if not torch.compiler.is_compiling():
-            link = link_of(self)
-            out = multiply(link.weights, link.tensors["weight"], self, input)
-        return super().forward(input) if out is None else out
-
-
 def multiply(weights: Weights, tensor: str, module: Any, x: Tensor) -> Tensor | None:
     """Compute x θᵀ + b, (…, out); None where θ is to be formed as a whole.
 
     It is where the tensor is no large one, and where so many rows are multiplied that the result,
     of which there are two while it is put together, takes as much as the weight.
     """
-    if weights.largest <= LARGE or not (found := weights.alone(tensor, outside=True)):
+    if len(weights.blocks_of[tensor][0].pieces[0]) <= LARGE:  # first, for most are small
+        return None
+    if (found := weights.alone(tensor, outside=True)) is None:
         return None
     w, block, base = found
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
         return None
     few = 2 * x.numel() <= base.shape[-1] ** 2  # twice the results are no more than the weights
     fits = base.dim() == 2 and x.dim() > 0 and x.shape[-1] == base.shape[-1]
-    if base.numel() <= LARGE or not (few and fits) or base.is_meta:
+    if not (few and fits) or base.is_meta:
         return None
     if weights.variant() is not None or not from_recipe(block.recipe).local:
         return None  # a variant's θ is kept, and each slice of orthogonal would cost all of P w
@@ -78,7 +62,7 @@ def multiply(weights: Weights, tensor: str, module: Any, x: Tensor) -> Tensor | 
             held = base.detach()[first:last]
             (theta,) = forming.form_theta(w, weights.step, [part], [held], dtype)
             if outer is not None:
-                outer.knows(theta, tensor, [(w, weights.step, part, held)])
+                outer.remember(theta, tensor, [(w, weights.step, part, held)])
         out.append(linear(own, theta, None if bias is None else bias[first:last]))
     return torch.cat(out, dim=-1)
 

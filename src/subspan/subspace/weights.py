@@ -313,7 +313,7 @@ class Weights(Network):
         if _level() == outer.level and type(theta) is Tensor:
             outer.keep(tensor, [w for w, *_ in parts], state, [theta], [tensor])
             outer.passing[tensor] = theta.numel()
-            outer.knows(theta, tensor, parts)
+            outer.remember(theta, tensor, parts)
         return theta
 
     def alone(self, tensor: str, *, outside: bool = False) -> tuple[Tensor, Block, Tensor] | None:
@@ -321,16 +321,16 @@ class Weights(Network):
 
         None if θ is kept, or not formed now from θ₀ as it is; or outside of calls, unless asked.
         """
-        own, base = self.blocks_of[tensor], self.base_of(tensor)
+        own, base, inside = self.blocks_of[tensor], self.base_of(tensor), self.called()
         ordinary = type(base) is Base and base.home[0] is self and tensor not in self.packed
         if not ordinary or len(own) > 1 or base.numel() != len(own[0].pieces[0]):
             return None
         if tensor in self.groups_with or self.shards is not None or is_at_base(self):
             return None
         lent = self.lent.thetas and self.lent.find(tensor) is not None
-        if lent or torch._C._is_tracing() or transformed() or not (outside or self.called()):
+        if lent or torch._C._is_tracing() or transformed() or not (outside or inside):
             return None
-        if not self.called():
+        if not inside:
             self._check_outside(tensor)
         w = self.coordinate(own[0].coordinates)
         ours = type(w) is nn.Parameter or self.variant() is not None

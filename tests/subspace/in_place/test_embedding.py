@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan import SubspaceModel
-from subspan.subspace import embedding, formed, forming
+from subspan.subspace import embedding, formed
 from tests.nets import scatter
 
 ROWS, WIDTH = 211, 24
@@ -42,19 +42,6 @@ class Tied(Net):
 @pytest.fixture(autouse=True)
 def every_network_is_large(monkeypatch):
     monkeypatch.setattr(formed, "KEPT", 0)
-
-
-@pytest.fixture
-def formed_sizes(monkeypatch):
-    """How many weights were formed by each call of the operator."""
-    sizes, form = [], forming.form_values
-
-    def counted(w, step, group, bases, dtype=None):
-        sizes.extend(len(piece) for call in group for piece in call.pieces)
-        return form(w, step, group, bases, dtype)
-
-    monkeypatch.setattr(forming, "form_values", counted)
-    return sizes
 
 
 def trained(net, dim=50, ids=WORDS, **options):

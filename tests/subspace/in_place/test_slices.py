@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import subspan
 from subspan import SubspaceModel, Variants
-from subspan.subspace import formed, forming, slices
+from subspan.subspace import formed, slices
 from tests.nets import scatter
 
 WIDTH, WORDS = 40, 300
@@ -45,19 +46,12 @@ class Tied(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def sizes(monkeypatch):
+def sizes(monkeypatch, formed_sizes):
     """Let every network be large, with slices of seven rows; count what each call forms."""
-    sizes, form = [], forming.form_values
-
-    def counted(w, step, group, bases, dtype=None):
-        sizes.extend(len(piece) for call in group for piece in call.pieces)
-        return form(w, step, group, bases, dtype)
-
     monkeypatch.setattr(formed, "KEPT", 0)
     monkeypatch.setattr(slices, "LARGE", WIDTH * WIDTH)
     monkeypatch.setattr(slices, "SLICE", 7 * WIDTH + 1)
-    monkeypatch.setattr(forming, "form_values", counted)
-    return sizes
+    return formed_sizes
 
 
 def trained(net, x=X, dim=50, autocast=False, **options):
@@ -217,6 +211,14 @@ def test_other_layouts_are_what_they_are_to_the_layer():
         torch.testing.assert_close(model(X.to_sparse()), expected)
         rows = model(torch.nested.nested_tensor([X[:2], X[2:]]))
         torch.testing.assert_close(torch.cat(rows.unbind()), expected)
+
+
+def test_a_layer_with_large_factors_multiplies_by_them(monkeypatch, sizes):
+    monkeypatch.setattr(slices, "LARGE", 1)
+    torch.manual_seed(0)
+    model = scatter(subspan.lora(Net(), 20, rank=2, targets=["first", "head"]))
+    torch.testing.assert_close(model(X), model.merge()(X), rtol=1e-4, atol=1e-5)
+    assert max(sizes) == 2 * WORDS  # B, which is formed as a whole
 
 
 @pytest.mark.heavy

@@ -145,16 +145,17 @@ def _matvec(w_at, d, bases, outs, bounds, start, kept, size, widths, address):
 
 
 @common.kernel
-def _rmatvec(parts, bounds, start, out_at, d, tasks, chunk, kept, size, widths, address):
+def _rmatvec(parts, bounds, start, out_at, d, room, chunk, kept, size, widths, address):
     """out[bucket] = Σ ±g_i /√n_b; every task first sums its rows on its own.
 
-    g are vectors laid end to end, as of :func:`_matvec`. Of few coordinates, what is added and what
-    is subtracted have sums of their own.
+    ``room`` is how many tasks there are, and sums of each. g are vectors laid end to end, as of
+    :func:`_matvec`. Of few coordinates, what is added and what is subtracted have sums of their
+    own.
     """
     stop, signed, out = start + bounds[-1], d <= FEW_SUMS, floats_at(out_at, d)
     begin, end = start // TILE, (stop + TILE - 1) // TILE
-    partial = np.empty((tasks, 2 * d if signed else d), np.float32)
-    for task in prange(tasks):
+    partial = np.empty(room, np.float32)
+    for task in prange(room[0]):
         sums = partial[task]
         sums[:] = 0
         widest()
@@ -196,11 +197,11 @@ def _matvec_apart(w, d, outs, firsts, size, widths, address):
 
 
 @common.kernel
-def _rmatvec_apart(parts, firsts, out, d, tasks, chunk, size, widths, address):
+def _rmatvec_apart(parts, firsts, out, d, room, chunk, size, widths, address):
     """The adjoint of :func:`_matvec_apart`; every task first sums its rows on its own."""
     signed, width = d <= FEW_SUMS, parts.shape[1]
-    partial = np.empty((tasks, 2 * d if signed else d), np.float32)
-    for task in prange(tasks):
+    partial = np.empty(room, np.float32)
+    for task in prange(room[0]):
         sums = partial[task]
         sums[:] = 0
         widest()
@@ -256,7 +257,7 @@ def gathered(p: Any, parts: Sequence[Tensor], step: Tensor, start: int) -> Tenso
     arguments = find_index(p, step, start, start + rows)
     common.threads(2 * rows)
     places = common.addresses(parts), bounds, start, out.data_ptr()
-    _rmatvec(*places, d, -(-tiles // chunk), chunk, *arguments)
+    _rmatvec(*places, d, (-(-tiles // chunk), sums), chunk, *arguments)
     return out
 
 
@@ -274,7 +275,8 @@ def gathered_apart(p: Any, parts: Tensor, step: Tensor, firsts: Tensor) -> Tenso
     chunk = max(1, -(-count // (1 << (tasks.bit_length() - 1))))
     out = torch.empty(d, dtype=torch.float32, device="cpu")
     common.threads(8 * parts.numel())
-    arguments = out.numpy(), d, -(-count // chunk), chunk, *made_from(p, step)
+    room = -(-count // chunk), sums
+    arguments = out.numpy(), d, room, chunk, *made_from(p, step)
     _rmatvec_apart(parts.numpy(), firsts.numpy(), *arguments)
     return out
 
