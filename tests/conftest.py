@@ -9,20 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-
-import subspan
 
 # Trackio reads where its store is when it is imported, once in a process, and others import it.
 _trackio = tempfile.TemporaryDirectory(prefix="trackio")
-atexit.register(_trackio.cleanup)
 os.environ["TRACKIO_DIR"] = _trackio.name
 
 
-# For kinds of devices that are not here, PyTorch would keep a stack of its own for every seed.
-for device in (torch.cuda, torch.xpu, torch.mtia):
-    if not device.is_available():
-        device.manual_seed_all = lambda seed: None
+def end_at_once(process: int = os.getpid()) -> None:
+    """End a worker: to take down what all the libraries have made would take seconds."""
+    _trackio.cleanup()
+    if "PYTEST_XDIST_WORKER" in os.environ and os.getpid() == process:
+        os._exit(0)
+
+
+atexit.register(end_at_once)
 
 # Names that a file of tests imports.
 COSTLY = {"go_through", "python", "python_code", "ranks", "start", "peft"}
@@ -48,15 +48,30 @@ atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_compiled():
-    """Begin each file with nothing compiled: PyTorch compiles a function eight times, no more."""
+def begin_afresh():
+    """Begin each file with nothing compiled: PyTorch compiles a function eight times, no more.
+
+    What the files before have loaded is spared by garbage collections: a trainer asks for many.
+    """
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-    """Compile the kernels of a family in one of several workers: each would compile all of them."""
+def libraries(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """Compile the kernels of a family in one of several workers: each would compile all of them.
+
+    Libraries are imported here, not above: the process that starts the workers needs none.
+    """
+    import torch
+
+    import subspan
+
+    # For kinds of devices that are not here, PyTorch would keep a stack of its own for every seed.
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if not device.is_available():
+            device.manual_seed_all = lambda seed: None
     together = tmp_path_factory.getbasetemp().parent
     for family in subspan.projections() if worker_id != "master" else ():
         with suppress(FileExistsError):

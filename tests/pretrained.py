@@ -11,7 +11,7 @@ class Library:
         self.name = name
 
     def __getattr__(self, attribute):
-        if attribute.startswith("__"):  # pytest looks for some of these when it collects
+        if attribute.startswith("_"):  # pytest looks for some of these when it collects
             raise AttributeError(attribute)
         reason = f"{self.name} is not installed: pip install {self.name}"
         return getattr(pytest.importorskip(self.name, reason=reason), attribute)

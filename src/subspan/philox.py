@@ -44,17 +44,20 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # The 64-bit product wraps to a negative int64 at times; its bits are right all the same,
-        # and the mask after the arithmetic shift takes exactly the high 32 of them.
+        # The 64-bit product wraps to a negative int64 at times; its bits are right all the same.
+        # The mask takes exactly the 32 that the shift has brought down, and nothing of what words 1
+        # and 3 still have above theirs: they need no mask before the end.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
-        )
+        c0, c2 = p1 >> 32, p0 >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= MASK
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= MASK
+        c1, c3 = p1, p0
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 def mix(x: Tensor) -> Tensor:

@@ -114,16 +114,16 @@ def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
     import huggingface_hub
 
     folder = image_folder(tmp_path / "pets")
-    local, calls = datasets.load_dataset, []
+    local, calls = datasets.load_dataset_builder, []
 
-    def load_dataset(path, **options):
+    def load_dataset_builder(path, **options):
         calls.append((path, options["revision"]))
-        return local(str(folder), streaming=True)
+        return local(str(folder))
 
     def dataset_info(self, name, **options):
         return type("Info", (), {"sha": "c0ffee"})
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     pets = data.load("someone/pets")
     assert calls == [("someone/pets", "c0ffee")]

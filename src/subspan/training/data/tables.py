@@ -40,14 +40,15 @@ def open_set(
     datasets.disable_progress_bars()
     with readable(path, what, expected):
         layout = {} if revision else parts.layout(Path(path))
-        found = datasets.load_dataset(path, revision=revision, streaming=True, **layout)
+        builder = datasets.load_dataset_builder(path, revision=revision, **layout)
+        found = builder.as_streaming_dataset()
         features = next(iter(found.values())).features
         if features is None:  # a format without types, such as text
             features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
-        if revision:
-            return dict(found), dict(features), ()
-        used = datasets.load_dataset_builder(path, **layout).config.data_files
-    return dict(found), dict(features), parts.say_left_out(Path(path), chain(*used.values()))
+    notes = ()
+    if not revision:
+        notes = parts.say_left_out(Path(path), chain(*builder.config.data_files.values()))
+    return dict(found), dict(features), notes
 
 
 @contextmanager
