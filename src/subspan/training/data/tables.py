@@ -45,10 +45,10 @@ def open_set(
         features = next(iter(found.values())).features
         if features is None:  # a format without types, such as text
             features = dict.fromkeys(next(iter(next(iter(found.values()))), {}))
-    notes = ()
-    if not revision:
-        notes = parts.say_left_out(Path(path), chain(*builder.config.data_files.values()))
-    return dict(found), dict(features), notes
+    if revision:
+        return dict(found), dict(features), ()
+    used = chain(*builder.config.data_files.values())
+    return dict(found), dict(features), parts.say_left_out(Path(path), used)
 
 
 @contextmanager
