@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -43,3 +44,19 @@ class DenseProjection(Projection):
             out += g[done : done + len(block)] @ block
             done += len(block)
         return out
+
+
+class Sequences(DenseProjection):
+    """A family whose column j is sequence j of the source, read in one way, over √D."""
+
+    @property
+    @abstractmethod
+    def _draw(self) -> Callable[..., Tensor]:
+        """How a sequence is read: a method of the source."""
+
+    def _entries(
+        self, step: Tensor, start: int, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        columns = torch.arange(self.in_dim, device=device)
+        entries = self._draw(start, stop, column=columns, step=step, device=device, dtype=dtype)
+        return entries / math.sqrt(self.out_dim)

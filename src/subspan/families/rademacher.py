@@ -6,17 +6,16 @@ re-drawn bases by Gressmann, Eaton-Rosen and Luschi, NeurIPS 2020.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from subspan.families.dense import DenseProjection
+from subspan.families.dense import Sequences
 
 
 @dataclass(frozen=True)
-class Rademacher(DenseProjection, family="rademacher"):
+class Rademacher(Sequences, family="rademacher"):
     """Independent signs, divided by √D (Achlioptas 2003).
 
     The sign of entry (i, j) is bit i of sequence j of the source's signs.
@@ -25,11 +24,6 @@ class Rademacher(DenseProjection, family="rademacher"):
     domain = 2
     norm = "exact"
 
-    def _entries(
-        self, step: Tensor, start: int, stop: int, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        columns = torch.arange(self.in_dim, device=device)
-        signs = self.source.signs(
-            start, stop, column=columns, step=step, device=device, dtype=dtype
-        )
-        return signs / math.sqrt(self.out_dim)
+    @property
+    def _draw(self) -> Callable[..., Tensor]:
+        return self.source.signs

@@ -16,7 +16,7 @@ from subspan.training.config import Option, Training
 from subspan.training.data import blocks
 from subspan.training.score import Score
 from subspan.training.tasks import Part, TaskKind, in_eval, register
-from subspan.training.tasks.text import TEXT_COLUMN, TaskOfTransformers, limit, require
+from subspan.training.tasks.text import TEXT_COLUMN, TaskOfTransformers, limit, require, takes
 
 BLOCK = 128  # tokens of a block, where none are asked for and the network takes as many
 LOGITS = 2**24  # numbers that the network may give at a time in evaluation
@@ -77,15 +77,9 @@ class LanguageModelling(TaskOfTransformers):
         block = train[row : row + 1].long()
         other = block.clone()
         other[:, -1] = (block[:, -1] + 1) % (block.max() + 1)
-        try:
-            with in_eval(net):
-                scores, others = (net(input_ids=one).logits for one in (block, other))
-        except Exception as error:  # of Transformers' many networks it may be any
-            raise SubspanError(
-                f"{self.net} does not take a block of {train.shape[1]} tokens up to number "
-                f"{int(train.max())}: {error}: give a smaller --block, or the tokenizer of the "
-                "network"
-            ) from error
+        tokens = f"a block of {train.shape[1]} tokens up to number {int(train.max())}"
+        with takes(self.net, tokens, "a smaller --block"), in_eval(net):
+            scores, others = (net(input_ids=one).logits for one in (block, other))
         if scores.shape[:2] != (1, train.shape[1]):
             raise SubspanError(
                 f"{self.net} must give scores for each token of a block, got {tuple(scores.shape)}"
@@ -122,13 +116,9 @@ class _LanguageModel(TaskKind):
         if "block" not in training.task_options:
             block = BLOCK if block is None else min(BLOCK, block)
         assert block is not None
-        data = blocks.load(
-            name,
-            tokenizer,
-            validation=training.validation,
-            seed=seed,
-            **training.task_options | {"block": block},
-        )
+        options = training.task_options | {"block": block}
+        share = training.validation
+        data = blocks.load(name, tokenizer, validation=share, seed=seed, **options)
         return LanguageModelling(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:

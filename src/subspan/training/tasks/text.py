@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -135,15 +136,9 @@ class TextClassification(TaskOfTransformers, ClassTask):
         most = max(pad, *(int(part.tokens.max()) for part in parts))
         longest = train.batch(train.lengths.argmax()[None], pad)
         longest.tokens[0, -1] = most
-        try:
-            with in_eval(net):
-                scores = _scores(net, longest)
-        except Exception as error:  # of Transformers' many networks it may be any
-            raise SubspanError(
-                f"{self.net} does not take a text of {int(train.lengths.max())} tokens up to "
-                f"number {most}: {error}: give fewer as --max-length, or the tokenizer of the "
-                "network"
-            ) from error
+        tokens = f"a text of {int(train.lengths.max())} tokens up to number {most}"
+        with takes(self.net, tokens, "fewer as --max-length"), in_eval(net):
+            scores = _scores(net, longest)
         if tuple(scores.shape) != (1, len(self.data.names)):
             raise SubspanError(
                 f"{self.net} must give one score per class, shape (1, {len(self.data.names)}), "
@@ -166,6 +161,17 @@ def require(training: Training, task: str) -> tuple[str, str]:
         }[missing]
         raise SubspanError(f"task {task} needs {missing}: give {what}")
     return training.net, training.data
+
+
+@contextmanager
+def takes(net: str, tokens: str, remedy: str) -> Iterator[None]:
+    """Say that a network does not take these tokens, in words, where it raises anything."""
+    try:
+        yield
+    except Exception as error:  # of Transformers' many networks it may be any
+        raise SubspanError(
+            f"{net} does not take {tokens}: {error}: give {remedy}, or the tokenizer of the network"
+        ) from error
 
 
 def limit(
@@ -199,13 +205,9 @@ class _Text(TaskKind):
         tokenizer = pretrained.tokenizer(net)
         asked = training.task_options.get("max_length")
         length = limit(tokenizer, net, asked, "max-length")
-        data = texts.load(
-            name,
-            tokenizer,
-            validation=training.validation,
-            seed=seed,
-            **training.task_options | {"max_length": length},
-        )
+        options = training.task_options | {"max_length": length}
+        share = training.validation
+        data = texts.load(name, tokenizer, validation=share, seed=seed, **options)
         return TextClassification(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
