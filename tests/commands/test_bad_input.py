@@ -66,6 +66,7 @@ BAD = {
     "train --dim 5+6": "2 dimensions for 1 compartments",
     "train --targets fc3": "pattern in targets (it matches no parameter) 'fc3': known are fc1.bias",
     "train --targets [fc1,fc3]": "unknown pattern in targets (it matches no parameter) 'fc3'",
+    "train --targets fc1,fc2": "it matches no parameter; several are a list, [fc1, fc2]",
     "train --targets fc(": "'fc(' is no regular expression",
     "train --exclude fc3": "unknown pattern in exclude (it matches no parameter) 'fc3'",
     "train --exclude .*": "no parameter is left to train",

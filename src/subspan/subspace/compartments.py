@@ -109,8 +109,10 @@ def select(
             matching = presets.choose(pattern, matching, option)
         if not matching:
             every = [name for names in aliases.values() for name in names]
+            pieces = ", ".join(piece.strip() for piece in pattern.split(","))
+            several = f"; several are a list, [{pieces}]" if "," in pattern else ""
             raise unknown(
-                f"pattern in {option} (it matches no {what})",
+                f"pattern in {option} (it matches no {what}{several})",
                 pattern,
                 every,
                 () if presets is None else presets.names,
