@@ -109,6 +109,20 @@ def test_tables_of_another_format_are_noted(tmp_path):
     assert notes == (f"3 files are no part of the set, and left out: {left}",)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_set_that_save_to_disk_has_written(parts, tmp_path):
+    import datasets
+
+    whole = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 0, 1]})
+    some = whole.select([3, 1])
+    saved = datasets.DatasetDict(train=whole, test=some) if parts else some
+    saved.save_to_disk(tmp_path / "set")
+    found, features, _ = tables.open_set(str(tmp_path / "set"), None, "texts", "")
+    assert [row["text"] for row in found["test" if parts else "train"]] == ["d", "b"]
+    assert set(found) == ({"train", "test"} if parts else {"train"})
+    assert list(features) == ["text", "label"]
+
+
 def test_hub_set_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
     import datasets
     import huggingface_hub
