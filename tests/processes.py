@@ -82,10 +82,12 @@ def telling(folder: Path, *commands: str) -> None:
 
 def start(folder: Path, *words: object) -> Program:
     """A sweep of two runs, in a process group of its own as a terminal would make it."""
+    # Also of the processes that it starts. The server of forks may be older than what Ray is told.
+    env = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     return Program(
         ["-m", "subspan.cli", *SWEEP, *map(str, words)],
         folder,
-        {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},  # also of the processes that it starts
+        env | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
         Path(tempfile.mkdtemp(dir=folder)),
         start_new_session=True,
     )

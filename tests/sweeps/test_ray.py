@@ -88,6 +88,7 @@ def test_a_run_for_each_core_or_gpu(there, device, jobs, many, each, monkeypatch
     assert cluster.reserve(Training(device=device), jobs) == (many, each)
 
 
+@pytest.mark.slow
 def test_the_same_as_without(tmp_path):
     """In processes of Ray's; the same seeds, rates and accuracies."""
     telling(tmp_path)
