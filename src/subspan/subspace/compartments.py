@@ -109,8 +109,8 @@ def select(
             matching = presets.choose(pattern, matching, option)
         if not matching:
             every = [name for names in aliases.values() for name in names]
-            pieces = ", ".join(piece.strip() for piece in pattern.split(","))
-            several = f"; several are a list, [{pieces}]" if "," in pattern else ""
+            pieces = [piece.strip() for piece in pattern.split(",")]
+            several = f"; several are a list, [{', '.join(pieces)}]" if pieces[1:] else ""
             raise unknown(
                 f"pattern in {option} (it matches no {what}{several})",
                 pattern,

@@ -117,8 +117,7 @@ class _LanguageModel(TaskKind):
             block = BLOCK if block is None else min(BLOCK, block)
         assert block is not None
         options = training.task_options | {"block": block}
-        share = training.validation
-        data = blocks.load(name, tokenizer, validation=share, seed=seed, **options)
+        data = blocks.load(name, tokenizer, validation=training.validation, seed=seed, **options)
         return LanguageModelling(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:

@@ -206,8 +206,7 @@ class _Text(TaskKind):
         asked = training.task_options.get("max_length")
         length = limit(tokenizer, net, asked, "max-length")
         options = training.task_options | {"max_length": length}
-        share = training.validation
-        data = texts.load(name, tokenizer, validation=share, seed=seed, **options)
+        data = texts.load(name, tokenizer, validation=training.validation, seed=seed, **options)
         return TextClassification(data, net, tokenizer, seed)
 
     def network(self, extra: Mapping[str, Any]) -> Callable[[], nn.Module]:
